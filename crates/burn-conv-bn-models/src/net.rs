@@ -1,0 +1,166 @@
+use burn::config::Config;
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
+use burn::tensor::activation::{log_softmax, relu};
+use burn::tensor::module::max_pool2d;
+use burn::tensor::ops::MaxPoolOptions;
+use burn::tensor::{Device, Tensor};
+use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, NormVariant, Recompute, SavedTensor};
+
+use crate::Form;
+
+/// Configuration of [`Net`], made by [`init`](Self::init).
+#[derive(Config, Debug)]
+pub struct NetConfig {
+    /// How the blocks run.
+    pub form: Form,
+    /// The norm of both blocks, not affine and without running statistics. Default: Burn's.
+    #[config(default = "NormVariant::BatchNorm")]
+    pub norm: NormVariant,
+    /// Output channels of the two blocks. Default: the tutorial's 32 and 64.
+    #[config(default = "[32, 64]")]
+    pub channels: [usize; 2],
+    /// Height and width of the images; at least 6. Default: 28.
+    #[config(default = 28)]
+    pub image_size: usize,
+    /// Width of the hidden linear layer. Default: 128.
+    #[config(default = 128)]
+    pub hidden: usize,
+    /// Number of classes. Default: 10.
+    #[config(default = 10)]
+    pub classes: usize,
+    /// Probability with which the hidden layer's values are dropped in training. Default: 0.5.
+    #[config(default = 0.5)]
+    pub dropout: f64,
+    /// Whether the fused blocks recompute their convolution. Default: they do.
+    #[config(default = "Recompute::Conv")]
+    pub recompute: Recompute,
+    /// Bound on the fused blocks' workspace in the backward pass, in bytes. Default: none.
+    #[config(default = "None")]
+    pub max_workspace: Option<usize>,
+}
+
+/// The network of the PyTorch tutorial "Fusing Convolution and Batch Norm using Custom
+/// Function": two 3x3 conv -> batch norm -> ReLU blocks without bias, scale, shift or running
+/// statistics, a 2x2 max pool, and two linear layers with dropout between them.
+///
+/// It evaluates on the batch's statistics, as the tutorial's does. The tutorial applies ReLU once
+/// more after the pool, in place: a maximum of values that are not negative is not negative, so
+/// that is left out here, in both forms.
+#[derive(Module, Debug)]
+pub struct Net {
+    /// First block, from 1 channel.
+    pub conv1: ConvBn2d,
+    /// Second block.
+    pub conv2: ConvBn2d,
+    /// Hidden linear layer.
+    pub fc1: Linear,
+    /// Between the linear layers.
+    pub dropout: Dropout,
+    /// Output linear layer.
+    pub fc2: Linear,
+    #[module(skip)]
+    form: Form,
+}
+
+impl NetConfig {
+    /// Epsilon of the norm: the tutorial's own for its variant, otherwise Burn's and PyTorch's.
+    pub fn epsilon(&self) -> f64 {
+        match self.norm {
+            NormVariant::BatchNorm => 1e-5,
+            NormVariant::Tutorial => 1e-3,
+        }
+    }
+
+    /// Initializes a network, and draws its parameters at once in the order of its fields: the
+    /// same seed of the device gives the same weights whatever the form and however it is used.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the image is smaller than 6 pixels or the dropout is not in `[0, 1)`.
+    pub fn init(&self, device: &Device) -> Net {
+        assert!(
+            self.image_size >= 6,
+            "images must be at least 6 pixels wide, got {}",
+            self.image_size
+        );
+        let [first, second] = self.channels;
+        let block = |channels| {
+            ConvBn2dConfig::new(channels, [3, 3])
+                .with_epsilon(self.epsilon())
+                .with_norm_variant(self.norm)
+                .with_affine(false)
+                .with_track_running_stats(false)
+                .with_activation(Activation::Relu)
+                .with_recompute(self.recompute)
+                .with_max_workspace(self.max_workspace)
+                .init(device)
+        };
+        let pooled = (self.image_size - 4) / 2;
+        let net = Net {
+            conv1: block([1, first]),
+            conv2: block([first, second]),
+            fc1: LinearConfig::new(second * pooled * pooled, self.hidden).init(device),
+            dropout: DropoutConfig::new(self.dropout).init(),
+            fc2: LinearConfig::new(self.hidden, self.classes).init(device),
+            form: self.form,
+        };
+        net.visit(&mut Draw);
+        net
+    }
+}
+
+/// Draws parameters in the order in which it meets them.
+struct Draw;
+
+impl ModuleVisitor for Draw {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        param.val();
+    }
+}
+
+impl Net {
+    /// Log-probabilities of the classes.
+    ///
+    /// # Shapes
+    ///
+    /// - `images`: `[batch, 1, image_size, image_size]`
+    /// - output: `[batch, classes]`
+    pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        let x = self.form.forward(&self.conv1, images);
+        let x = self.form.forward(&self.conv2, x);
+        let x = max_pool2d(x, MaxPoolOptions::new([2, 2]));
+        let x = self.fc1.forward(x.flatten(1, 3));
+        let x = relu(self.dropout.forward(x));
+        log_softmax(self.fc2.forward(x), 1)
+    }
+
+    /// How the blocks run.
+    pub fn form(&self) -> Form {
+        self.form
+    }
+
+    /// The same network, with the same tensors, in another form.
+    #[must_use]
+    pub fn with_form(mut self, form: Form) -> Self {
+        self.form = form;
+        self
+    }
+
+    /// What each fused block keeps for the backward pass for a batch of that many images, by
+    /// block, name and bytes. Height and width are those of the images.
+    pub fn saved_for_backward(&self, batch: usize, image_size: usize) -> Vec<(&str, SavedTensor)> {
+        let [first, ..] = self.conv1.conv.weight.dims();
+        let blocks = [
+            ("conv1", &self.conv1, [batch, 1, image_size, image_size]),
+            ("conv2", &self.conv2, [batch, first, image_size - 2, image_size - 2]),
+        ];
+        blocks
+            .into_iter()
+            .flat_map(|(name, block, shape)| {
+                let saved = block.saved_for_backward(shape);
+                saved.into_iter().map(move |tensor| (name, tensor))
+            })
+            .collect()
+    }
+}

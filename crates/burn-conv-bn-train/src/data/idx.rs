@@ -1,0 +1,615 @@
+//! Reader of the IDX format, in which MNIST is distributed.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use flate2::bufread::MultiGzDecoder;
+use thiserror::Error;
+
+/// Height and width of a digit, in pixels.
+pub const SIDE: usize = 28;
+
+/// Number of pixels of a digit.
+pub const PIXELS: usize = SIDE * SIDE;
+
+/// Number of classes; the labels are `0..CLASSES`.
+pub const CLASSES: usize = 10;
+
+/// Most payload bytes (256 MiB) that a header may announce.
+pub const MAX_BYTES: u64 = 256 << 20;
+
+const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
+
+/// Why an IDX file was refused.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum IdxError {
+    /// The file could not be opened or read.
+    #[error("cannot read {path}: {source}")]
+    Io {
+        /// File that was read.
+        path: PathBuf,
+        /// What the system reported.
+        source: io::Error,
+    },
+    /// The file starts like gzip, but its stream is cut, corrupt or followed by other bytes.
+    #[error("{path} is damaged: {source} in its gzip stream")]
+    Gzip {
+        /// File that was read.
+        path: PathBuf,
+        /// What the decoder reported.
+        source: io::Error,
+    },
+    /// The (decompressed) content ends before the data that the header announces.
+    #[error("{path} is truncated: it holds {found} bytes, {wanted} were wanted")]
+    Truncated {
+        /// File that was read.
+        path: PathBuf,
+        /// Bytes that are there.
+        found: u64,
+        /// Bytes that were wanted.
+        wanted: u64,
+    },
+    /// The (decompressed) content goes on after the data that the header announces.
+    #[error("{path} has bytes after the {wanted} that its header announces")]
+    Trailing {
+        /// File that was read.
+        path: PathBuf,
+        /// Bytes that were wanted.
+        wanted: u64,
+    },
+    /// The file does not start with the magic number of its kind.
+    #[error("{path} starts with {found:#010x}, {wanted:#010x} was wanted (IDX {kind} of bytes)")]
+    Magic {
+        /// File that was read.
+        path: PathBuf,
+        /// First four bytes, big-endian.
+        found: u32,
+        /// Magic number of the wanted kind.
+        wanted: u32,
+        /// `"images"` or `"labels"`.
+        kind: &'static str,
+    },
+    /// The images do not have the size of a digit.
+    #[error("{path} has images of {rows}x{columns} pixels, {SIDE}x{SIDE} were wanted")]
+    Shape {
+        /// File that was read.
+        path: PathBuf,
+        /// Rows announced by the header.
+        rows: u32,
+        /// Columns announced by the header.
+        columns: u32,
+    },
+    /// The header announces no items.
+    #[error("{path} holds no items")]
+    Empty {
+        /// File that was read.
+        path: PathBuf,
+    },
+    /// The header announces more than [`MAX_BYTES`].
+    #[error("{path} announces {bytes} bytes, more than the limit of {MAX_BYTES}")]
+    TooLarge {
+        /// File that was read.
+        path: PathBuf,
+        /// Payload bytes announced by the header.
+        bytes: u64,
+    },
+    /// A label is not a digit.
+    #[error("{path} has the label {value} at index {index}, 0 to 9 were wanted")]
+    Label {
+        /// File that was read.
+        path: PathBuf,
+        /// Position of the first bad label, counted from 0.
+        index: usize,
+        /// The bad label.
+        value: u8,
+    },
+    /// Images and labels do not belong together.
+    #[error("{images_path} has {images} images, but {labels_path} has {labels} labels")]
+    Count {
+        /// File with the images.
+        images_path: PathBuf,
+        /// File with the labels.
+        labels_path: PathBuf,
+        /// Number of images.
+        images: usize,
+        /// Number of labels.
+        labels: usize,
+    },
+}
+
+/// Labelled 28x28 grey digits, white (255) on black (0).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Digits {
+    images: Vec<u8>,
+    labels: Vec<u8>,
+}
+
+impl Digits {
+    /// Reads an images file and its labels file, each plain or gzip-compressed.
+    ///
+    /// # Errors
+    ///
+    /// [`IdxError`] if a file cannot be read or is not sound, if the images
+    /// are not 28x28, or if the two files differ in their number of items.
+    pub fn read(images: &Path, labels: &Path) -> Result<Self, IdxError> {
+        Self::pair(read(images, Kind::Images)?, read(labels, Kind::Labels)?)
+    }
+
+    /// Joins two files read by [`read`].
+    pub(super) fn pair(images: IdxFile, labels: IdxFile) -> Result<Self, IdxError> {
+        let count = images.data.len() / PIXELS;
+        if count != labels.data.len() {
+            return Err(IdxError::Count {
+                images_path: images.path,
+                labels_path: labels.path,
+                images: count,
+                labels: labels.data.len(),
+            });
+        }
+        Ok(Self::from_parts(images.data, labels.data))
+    }
+
+    /// `images` holds [`PIXELS`] bytes for each of the `labels`, which are below [`CLASSES`].
+    pub(super) fn from_parts(images: Vec<u8>, labels: Vec<u8>) -> Self {
+        debug_assert_eq!(images.len(), labels.len() * PIXELS);
+        Self { images, labels }
+    }
+
+    /// Number of digits.
+    pub fn len(&self) -> usize {
+        self.labels.len()
+    }
+
+    /// Whether there are no digits.
+    pub fn is_empty(&self) -> bool {
+        self.labels.is_empty()
+    }
+
+    /// Pixels of one digit, row by row.
+    ///
+    /// # Panics
+    ///
+    /// If `index` is not below [`len`](Self::len).
+    pub fn image(&self, index: usize) -> &[u8; PIXELS] {
+        &self.images.as_chunks().0[index]
+    }
+
+    /// Class of one digit, below [`CLASSES`].
+    ///
+    /// # Panics
+    ///
+    /// If `index` is not below [`len`](Self::len).
+    pub fn label(&self, index: usize) -> u8 {
+        self.labels[index]
+    }
+
+    /// Pixels of all digits, `[len, 28, 28]` in row-major order.
+    pub fn images(&self) -> &[u8] {
+        &self.images
+    }
+
+    /// Classes of all digits, `[len]`.
+    pub fn labels(&self) -> &[u8] {
+        &self.labels
+    }
+
+    /// Keeps the first `limit` digits; keeps all if there are fewer.
+    pub fn truncate(&mut self, limit: usize) {
+        self.labels.truncate(limit);
+        self.images.truncate(self.labels.len() * PIXELS);
+    }
+}
+
+/// What an IDX file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Images,
+    Labels,
+}
+
+impl Kind {
+    fn magic(self) -> u32 {
+        match self {
+            Self::Images => 0x0000_0803,
+            Self::Labels => 0x0000_0801,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Images => "images",
+            Self::Labels => "labels",
+        }
+    }
+}
+
+/// Sound content of an IDX file.
+pub(super) struct IdxFile {
+    path: PathBuf,
+    data: Vec<u8>,
+    /// MD5 of the whole decompressed file, as a big-endian number.
+    pub(super) md5: u128,
+}
+
+/// Reads one file to its end; it allocates what the header announces and no more.
+pub(super) fn read(path: &Path, kind: Kind) -> Result<IdxFile, IdxError> {
+    let mut content = Content::open(path)?;
+    let magic = content.read_u32()?;
+    if magic != kind.magic() {
+        return Err(IdxError::Magic {
+            path: path.into(),
+            found: magic,
+            wanted: kind.magic(),
+            kind: kind.name(),
+        });
+    }
+
+    let count = content.read_u32()?;
+    let item_bytes = match kind {
+        Kind::Images => {
+            let (rows, columns) = (content.read_u32()?, content.read_u32()?);
+            if [rows, columns] != [SIDE as u32; 2] {
+                return Err(IdxError::Shape {
+                    path: path.into(),
+                    rows,
+                    columns,
+                });
+            }
+            PIXELS as u64
+        }
+        Kind::Labels => 1,
+    };
+    if count == 0 {
+        return Err(IdxError::Empty { path: path.into() });
+    }
+    let bytes = u64::from(count) * item_bytes;
+    if bytes > MAX_BYTES {
+        return Err(IdxError::TooLarge {
+            path: path.into(),
+            bytes,
+        });
+    }
+
+    let data = content.read(bytes)?;
+    let md5 = content.finish()?;
+    if kind == Kind::Labels
+        && let Some(index) = data.iter().position(|&label| usize::from(label) >= CLASSES)
+    {
+        return Err(IdxError::Label {
+            path: path.into(),
+            index,
+            value: data[index],
+        });
+    }
+    Ok(IdxFile {
+        path: path.into(),
+        data,
+        md5,
+    })
+}
+
+/// The decompressed bytes of a file, hashed on the way.
+struct Content<'a> {
+    path: &'a Path,
+    reader: Box<dyn Read>,
+    gzip: bool,
+    offset: u64,
+    md5: md5::Context,
+}
+
+impl<'a> Content<'a> {
+    fn open(path: &'a Path) -> Result<Self, IdxError> {
+        let io = |source| IdxError::Io {
+            path: path.into(),
+            source,
+        };
+        let mut file = BufReader::new(File::open(path).map_err(io)?);
+        let gzip = file.fill_buf().map_err(io)?.starts_with(&GZIP_MAGIC);
+        let reader: Box<dyn Read> = if gzip {
+            Box::new(MultiGzDecoder::new(file))
+        } else {
+            Box::new(file)
+        };
+        Ok(Self {
+            path,
+            reader,
+            gzip,
+            offset: 0,
+            md5: md5::Context::new(),
+        })
+    }
+
+    /// The next `wanted` bytes, at most [`MAX_BYTES`].
+    fn read(&mut self, wanted: u64) -> Result<Vec<u8>, IdxError> {
+        let mut bytes = Vec::with_capacity(wanted as usize);
+        let mut part = (&mut self.reader).take(wanted);
+        if let Err(source) = part.read_to_end(&mut bytes) {
+            return Err(self.failed(source));
+        }
+        let found = bytes.len() as u64;
+        if found < wanted {
+            return Err(IdxError::Truncated {
+                path: self.path.into(),
+                found: self.offset + found,
+                wanted: self.offset + wanted,
+            });
+        }
+        self.offset += found;
+        self.md5.consume(&bytes);
+        Ok(bytes)
+    }
+
+    fn read_u32(&mut self) -> Result<u32, IdxError> {
+        let bytes = self.read(4)?;
+        Ok(bytes
+            .iter()
+            .fold(0, |word, &byte| word << 8 | u32::from(byte)))
+    }
+
+    /// Checks that nothing follows. In a gzip stream this also checks the CRC.
+    fn finish(mut self) -> Result<u128, IdxError> {
+        match self.reader.read(&mut [0]) {
+            Ok(0) => Ok(u128::from_be_bytes(self.md5.finalize().into())),
+            Ok(_) => Err(IdxError::Trailing {
+                path: self.path.into(),
+                wanted: self.offset,
+            }),
+            Err(source) => Err(self.failed(source)),
+        }
+    }
+
+    fn failed(&self, source: io::Error) -> IdxError {
+        use io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
+
+        let path = self.path.into();
+        if self.gzip && matches!(source.kind(), InvalidData | InvalidInput | UnexpectedEof) {
+            IdxError::Gzip { path, source }
+        } else {
+            IdxError::Io { path, source }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tempfile::TempDir;
+
+    use super::super::testing::{gzip, image_file, label_file};
+    use super::*;
+
+    const LABELS: [u8; 3] = [7, 0, 9];
+
+    fn images() -> Vec<u8> {
+        (0..3 * PIXELS).map(|i| (i % 251) as u8).collect()
+    }
+
+    fn write(dir: &TempDir, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = dir.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    fn read_pair(images: &[u8], labels: &[u8]) -> Result<Digits, IdxError> {
+        let dir = TempDir::new().unwrap();
+        Digits::read(
+            &write(&dir, "images", images),
+            &write(&dir, "labels", labels),
+        )
+    }
+
+    /// Reads what is no sound file of images.
+    fn refused(bytes: &[u8]) -> IdxError {
+        read_pair(bytes, &label_file(&LABELS)).unwrap_err()
+    }
+
+    fn image_header(count: u32, rows: u32, columns: u32) -> Vec<u8> {
+        [0x0803, count, rows, columns]
+            .map(u32::to_be_bytes)
+            .concat()
+    }
+
+    #[test]
+    fn reads_plain_files() {
+        let digits = read_pair(&image_file(&images()), &label_file(&LABELS)).unwrap();
+        assert_eq!(digits.len(), 3);
+        assert!(!digits.is_empty());
+        assert_eq!(digits.images(), images());
+        assert_eq!(digits.labels(), LABELS);
+        assert_eq!(digits.image(1)[..], images()[PIXELS..2 * PIXELS]);
+        assert_eq!(digits.label(2), 9);
+    }
+
+    #[test]
+    fn reads_gzip_whatever_the_name() {
+        let plain = read_pair(&image_file(&images()), &label_file(&LABELS)).unwrap();
+        let zipped = read_pair(&gzip(&image_file(&images())), &gzip(&label_file(&LABELS))).unwrap();
+        assert_eq!(plain, zipped);
+    }
+
+    #[test]
+    fn hashes_the_decompressed_file() {
+        let dir = TempDir::new().unwrap();
+        let bytes = label_file(&LABELS);
+        let path = write(&dir, "labels", &gzip(&bytes));
+        let wanted = u128::from_be_bytes(md5::compute(&bytes).into());
+        assert_eq!(read(&path, Kind::Labels).unwrap().md5, wanted);
+    }
+
+    #[test]
+    fn truncates_images_and_labels_alike() {
+        let mut digits = read_pair(&image_file(&images()), &label_file(&LABELS)).unwrap();
+        digits.truncate(9);
+        assert_eq!(digits.len(), 3);
+        digits.truncate(2);
+        assert_eq!(digits.labels(), &LABELS[..2]);
+        assert_eq!(digits.images(), &images()[..2 * PIXELS]);
+    }
+
+    #[test]
+    fn refuses_an_absent_file() {
+        let absent = Path::new("/nonexistent/images");
+        let error = Digits::read(absent, absent).unwrap_err();
+        assert!(
+            matches!(&error, IdxError::Io { path, .. } if path == absent),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn refuses_truncated_data_and_headers() {
+        let bytes = image_file(&images());
+        let whole = bytes.len() as u64;
+        for length in [0, 3, 7, 15, 16, bytes.len() - 1] {
+            let cut = &bytes[..length];
+            for bytes in [cut.to_vec(), gzip(cut)] {
+                let error = refused(&bytes);
+                let IdxError::Truncated { found, wanted, .. } = error else {
+                    panic!("{length} bytes: {error}");
+                };
+                assert_eq!(found, length as u64);
+                assert!(found < wanted && wanted <= whole, "{found} of {wanted}");
+            }
+        }
+    }
+
+    #[test]
+    fn refuses_trailing_bytes() {
+        let mut bytes = image_file(&images());
+        let whole = bytes.len() as u64;
+        bytes.push(0);
+        for bytes in [gzip(&bytes), bytes] {
+            let error = refused(&bytes);
+            assert!(
+                matches!(error, IdxError::Trailing { wanted, .. } if wanted == whole),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn refuses_damaged_gzip() {
+        let sound = gzip(&image_file(&images()));
+        let cut = sound[..sound.len() - 9].to_vec();
+        let mut wrong_crc = sound.clone();
+        wrong_crc[sound.len() - 8] ^= 1;
+        let followed = [&sound[..], b"more"].concat();
+        for bytes in [cut, wrong_crc, followed] {
+            let error = refused(&bytes);
+            assert!(matches!(error, IdxError::Gzip { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn refuses_the_other_kind() {
+        let error = refused(&label_file(&LABELS));
+        assert!(
+            matches!(
+                error,
+                IdxError::Magic {
+                    found: 0x801,
+                    wanted: 0x803,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        let error = read_pair(&image_file(&images()), &image_file(&images())).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                IdxError::Magic {
+                    found: 0x803,
+                    wanted: 0x801,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn refuses_images_of_another_size() {
+        for (rows, columns) in [(28, 32), (32, 28), (0, 0), (u32::MAX, u32::MAX)] {
+            let error = refused(&image_header(1, rows, columns));
+            assert!(
+                matches!(error, IdxError::Shape { rows: r, columns: c, .. } if (r, c) == (rows, columns)),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn refuses_empty_files() {
+        let error = refused(&image_file(&[]));
+        assert!(matches!(error, IdxError::Empty { .. }), "{error}");
+        let error = read_pair(&image_file(&images()), &label_file(&[])).unwrap_err();
+        assert!(matches!(error, IdxError::Empty { .. }), "{error}");
+    }
+
+    #[test]
+    fn refuses_to_allocate_beyond_the_limit() {
+        let most = (MAX_BYTES / PIXELS as u64) as u32;
+        for count in [most + 1, u32::MAX] {
+            let error = refused(&image_header(count, 28, 28));
+            let wanted = u64::from(count) * PIXELS as u64;
+            assert!(
+                matches!(error, IdxError::TooLarge { bytes, .. } if bytes == wanted),
+                "{error}"
+            );
+        }
+        let error = refused(&image_header(most, 28, 28));
+        assert!(matches!(error, IdxError::Truncated { .. }), "{error}");
+    }
+
+    #[test]
+    fn stops_early_in_a_gzip_bomb() {
+        let bomb = [image_file(&images()), vec![0; 64 << 20]].concat();
+        let error = refused(&gzip(&bomb));
+        assert!(matches!(error, IdxError::Trailing { .. }), "{error}");
+    }
+
+    #[test]
+    fn refuses_labels_beyond_nine() {
+        let error = read_pair(&image_file(&images()), &label_file(&[9, 10, 11])).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                IdxError::Label {
+                    index: 1,
+                    value: 10,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn refuses_unequal_counts() {
+        let error = read_pair(&image_file(&images()), &label_file(&[1, 2])).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                IdxError::Count {
+                    images: 3,
+                    labels: 2,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn errors_name_the_file() {
+        let error = refused(&image_header(1, 28, 32)).to_string();
+        assert!(
+            error.ends_with("images has images of 28x32 pixels, 28x28 were wanted"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,14 @@
+//! Training of the networks of `burn-conv-bn-models` on MNIST with Burn's `Learner`: data,
+//! optimizer, metrics, and the comparison of the fused with the unfused form.
+
+pub mod batch;
+pub mod data;
+pub mod fit;
+pub mod memory;
+pub mod metrics;
+pub mod optim;
+pub mod renderer;
+pub mod step;
+
+// `#[derive(RecordState)]` names these through the crate's root.
+use burn::optim::{RecordState, StateSink, StateSource};

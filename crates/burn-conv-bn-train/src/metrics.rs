@@ -1,0 +1,466 @@
+//! Metrics of a training step, and exact totals of a whole set.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::AddAssign;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use burn::tensor::{Int, Tensor, TensorReadError};
+use burn::train::ClassificationOutput;
+use burn::train::metric::state::{FormatOptions, NumericMetricState};
+use burn::train::metric::{
+    Metric, MetricAttributes, MetricMetadata, MetricName, Numeric, NumericAttributes, NumericEntry,
+    SerializedEntry,
+};
+
+use crate::step::StepMeasure;
+
+const MIB: f64 = (1 << 20) as f64;
+
+/// Something a [`StepMetric`] takes from a [`StepMeasure`].
+pub trait Quantity: Clone + Send + Sync + 'static {
+    /// Name of the metric.
+    const NAME: &'static str;
+    /// Unit of the value.
+    const UNIT: &'static str;
+    /// Digits after the point.
+    const PRECISION: usize;
+
+    /// The value, in the unit.
+    fn of(measure: &StepMeasure) -> f64;
+}
+
+/// Memory at the end of forward, in MiB.
+#[derive(Clone, Copy, Debug)]
+pub struct ForwardMemory;
+
+impl Quantity for ForwardMemory {
+    const NAME: &'static str = "Memory end of forward";
+    const UNIT: &'static str = "MiB";
+    const PRECISION: usize = 2;
+
+    fn of(measure: &StepMeasure) -> f64 {
+        measure.memory.forward_end_bytes as f64 / MIB
+    }
+}
+
+/// Peak of memory in forward and backward, in MiB.
+#[derive(Clone, Copy, Debug)]
+pub struct PeakMemory;
+
+impl Quantity for PeakMemory {
+    const NAME: &'static str = "Memory peak";
+    const UNIT: &'static str = "MiB";
+    const PRECISION: usize = 2;
+
+    fn of(measure: &StepMeasure) -> f64 {
+        measure.memory.peak_bytes as f64 / MIB
+    }
+}
+
+/// Time for forward and backward, in seconds.
+#[derive(Clone, Copy, Debug)]
+pub struct StepTime;
+
+impl Quantity for StepTime {
+    const NAME: &'static str = "Step time";
+    const UNIT: &'static str = "s";
+    const PRECISION: usize = 3;
+
+    fn of(measure: &StepMeasure) -> f64 {
+        measure.duration.as_secs_f64()
+    }
+}
+
+/// Shows one [`Quantity`] of every training step; an epoch's value is the mean over its steps.
+#[derive(Clone)]
+pub struct StepMetric<Q: Quantity> {
+    name: MetricName,
+    state: NumericMetricState,
+    quantity: PhantomData<Q>,
+}
+
+/// Shows the memory in use at the end of every forward.
+pub type ForwardMemoryMetric = StepMetric<ForwardMemory>;
+
+/// Shows the peak of memory in every training step.
+pub type PeakMemoryMetric = StepMetric<PeakMemory>;
+
+/// Shows how long forward and backward of every training step took.
+pub type StepTimeMetric = StepMetric<StepTime>;
+
+impl<Q: Quantity> StepMetric<Q> {
+    /// Create the metric.
+    pub fn new() -> Self {
+        Self {
+            name: Arc::new(Q::NAME.to_string()),
+            state: NumericMetricState::new(),
+            quantity: PhantomData,
+        }
+    }
+
+    fn format(&self) -> FormatOptions {
+        FormatOptions::new(self.name())
+            .unit(Q::UNIT)
+            .precision(Q::PRECISION)
+    }
+}
+
+impl<Q: Quantity> Default for StepMetric<Q> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<Q: Quantity> Metric for StepMetric<Q> {
+    type Input = StepMeasure;
+
+    fn name(&self) -> MetricName {
+        self.name.clone()
+    }
+
+    fn attributes(&self) -> MetricAttributes {
+        NumericAttributes {
+            unit: Some(Q::UNIT.to_string()),
+            higher_is_better: false,
+        }
+        .into()
+    }
+
+    fn update(
+        &mut self,
+        measure: &StepMeasure,
+        _metadata: &MetricMetadata,
+    ) -> Result<SerializedEntry, TensorReadError> {
+        self.state.update(Q::of(measure), 1);
+        Ok(self.state.compute_update(self.format()))
+    }
+
+    fn compute(&mut self) -> Result<SerializedEntry, TensorReadError> {
+        Ok(self.state.compute_final(self.format()))
+    }
+
+    fn clear(&mut self) {
+        self.state.reset();
+    }
+}
+
+impl<Q: Quantity> Numeric for StepMetric<Q> {
+    fn value(&self) -> Option<NumericEntry> {
+        Some(self.state.current_value())
+    }
+
+    fn running_value(&self) -> Option<NumericEntry> {
+        Some(self.state.running_value())
+    }
+
+    fn final_value(&self) -> NumericEntry {
+        self.state.final_value()
+    }
+}
+
+/// How well a network does on a set of digits.
+///
+/// Shown as in the tutorial: `Average loss: 0.4197, Accuracy: 8681/10000 (87%)`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Evaluation {
+    /// Sum of the digits' losses.
+    pub loss_sum: f64,
+    /// Digits classified correctly.
+    pub correct: usize,
+    /// Digits seen.
+    pub total: usize,
+}
+
+impl Evaluation {
+    /// Evaluates one batch, given the loss of every digit. Sums in double precision.
+    ///
+    /// # Errors
+    ///
+    /// [`TensorReadError`] if the device fails to compute or to hand out the values.
+    pub fn of(output: &ClassificationOutput) -> Result<Self, TensorReadError> {
+        Self::of_tensors(
+            output.loss.clone(),
+            output.output.clone(),
+            output.targets.clone(),
+        )
+    }
+
+    fn of_tensors(
+        losses: Tensor<1>,
+        scores: Tensor<2>,
+        targets: Tensor<1, Int>,
+    ) -> Result<Self, TensorReadError> {
+        let [total] = targets.dims();
+        let hits = scores.argmax(1).squeeze_dim::<1>(1).equal(targets);
+        let correct = hits.int().sum().try_into_scalar::<u64>()?;
+        let losses = losses.try_into_vec_as::<f64>()?;
+        Ok(Self {
+            loss_sum: losses.iter().sum(),
+            correct: correct as usize,
+            total,
+        })
+    }
+
+    /// Mean loss of a digit; not a number if there are none.
+    pub fn average_loss(&self) -> f64 {
+        self.loss_sum / self.total as f64
+    }
+
+    /// Fraction of the digits classified correctly; not a number if there are none.
+    pub fn accuracy(&self) -> f64 {
+        self.correct as f64 / self.total as f64
+    }
+}
+
+impl AddAssign for Evaluation {
+    fn add_assign(&mut self, other: Self) {
+        self.loss_sum += other.loss_sum;
+        self.correct += other.correct;
+        self.total += other.total;
+    }
+}
+
+impl fmt::Display for Evaluation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Average loss: {:.4}, Accuracy: {}/{} ({:.0}%)",
+            self.average_loss(),
+            self.correct,
+            self.total,
+            100.0 * self.accuracy()
+        )
+    }
+}
+
+/// One training step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepRecord {
+    /// Loss and accuracy of the batch, before the step.
+    pub evaluation: Evaluation,
+    /// What the step took.
+    pub measure: StepMeasure,
+}
+
+/// One pass over a set.
+#[derive(Clone, Debug, Default)]
+pub struct SplitRecord {
+    /// Totals over the digits seen.
+    pub evaluation: Evaluation,
+    /// The training steps; none if the pass was an evaluation.
+    pub steps: Vec<StepRecord>,
+}
+
+/// What a [`TallyMetric`] collects, for whoever keeps a clone.
+///
+/// Burn hands metrics over to a thread of its own and drops them there; what they have seen
+/// comes back through this.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    passes: Arc<Mutex<Passes>>,
+}
+
+#[derive(Debug, Default)]
+struct Passes {
+    running: SplitRecord,
+    finished: Vec<SplitRecord>,
+}
+
+impl Tally {
+    /// An empty tally.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The totals of the pass that is running; Burn's evaluator never ends one.
+    pub fn running(&self) -> Evaluation {
+        self.lock().running.evaluation
+    }
+
+    /// Takes out the passes that have ended, oldest first.
+    pub fn take_finished(&self) -> Vec<SplitRecord> {
+        std::mem::take(&mut self.lock().finished)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Passes> {
+        // No update panics half-way, so that what a poisoned lock guards is sound.
+        self.passes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Input of [`TallyMetric`].
+pub struct TallyInput {
+    /// Loss of every digit, `[N]`.
+    pub losses: Tensor<1>,
+    /// Scores of the classes, `[N, classes]`.
+    pub scores: Tensor<2>,
+    /// Classes, `[N]`.
+    pub targets: Tensor<1, Int>,
+    /// What the step took, if it was a training step.
+    pub measure: Option<StepMeasure>,
+}
+
+/// Collects exact totals and all steps into a [`Tally`].
+///
+/// A text metric: it also shows the running totals.
+#[derive(Clone)]
+pub struct TallyMetric {
+    name: MetricName,
+    tally: Tally,
+}
+
+impl TallyMetric {
+    /// A metric that collects into `tally`.
+    pub fn new(tally: Tally) -> Self {
+        Self {
+            name: Arc::new("Totals".to_string()),
+            tally,
+        }
+    }
+}
+
+impl Metric for TallyMetric {
+    type Input = TallyInput;
+
+    fn name(&self) -> MetricName {
+        self.name.clone()
+    }
+
+    fn update(
+        &mut self,
+        input: &TallyInput,
+        _metadata: &MetricMetadata,
+    ) -> Result<SerializedEntry, TensorReadError> {
+        let batch = Evaluation::of_tensors(
+            input.losses.clone(),
+            input.scores.clone(),
+            input.targets.clone(),
+        )?;
+
+        let mut passes = self.tally.lock();
+        passes.running.evaluation += batch;
+        if let Some(measure) = input.measure {
+            passes.running.steps.push(StepRecord {
+                evaluation: batch,
+                measure,
+            });
+        }
+        Ok(entry(&passes.running.evaluation))
+    }
+
+    fn compute(&mut self) -> Result<SerializedEntry, TensorReadError> {
+        let mut passes = self.tally.lock();
+        let finished = std::mem::take(&mut passes.running);
+        let entry = entry(&finished.evaluation);
+        passes.finished.push(finished);
+        Ok(entry)
+    }
+
+    fn clear(&mut self) {
+        self.tally.lock().running = SplitRecord::default();
+    }
+}
+
+fn entry(evaluation: &Evaluation) -> SerializedEntry {
+    let text = evaluation.to_string();
+    SerializedEntry::new(text.clone(), text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::time::Duration;
+
+    use burn::data::dataloader::Progress;
+    use burn::tensor::Device;
+
+    use crate::memory::StepMemory;
+
+    fn metadata() -> MetricMetadata {
+        MetricMetadata {
+            progress: Progress::new(1, 1, None),
+            iteration: None,
+            lr: None,
+        }
+    }
+
+    fn measure(mebibytes: usize) -> StepMeasure {
+        StepMeasure {
+            memory: StepMemory {
+                forward_end_bytes: mebibytes << 20,
+                peak_bytes: mebibytes << 21,
+            },
+            duration: Duration::from_millis(250),
+        }
+    }
+
+    fn input(losses: &[f32], scores: &[[f32; 2]], targets: &[i64]) -> TallyInput {
+        let device = Device::flex();
+        let scores: Vec<f32> = scores.iter().flatten().copied().collect();
+        TallyInput {
+            losses: Tensor::from_data(losses, &device),
+            scores: Tensor::<1>::from_data(scores.as_slice(), &device).reshape([targets.len(), 2]),
+            targets: Tensor::from_data(targets, &device),
+            measure: Some(measure(3)),
+        }
+    }
+
+    #[test]
+    fn memory_is_shown_in_mebibytes_and_averaged() {
+        let mut metric = ForwardMemoryMetric::new();
+        for mebibytes in [10, 20] {
+            metric
+                .update(&measure(mebibytes), &metadata())
+                .expect("nothing is read from a device");
+        }
+        assert_eq!(metric.value().expect("updated").current(), 20.0);
+        assert_eq!(metric.final_value().current(), 15.0);
+
+        let mut metric = PeakMemoryMetric::new();
+        let entry = metric
+            .update(&measure(10), &metadata())
+            .expect("nothing is read from a device");
+        assert_eq!(entry.formatted, "epoch 20.00 MiB - batch 20.00 MiB");
+    }
+
+    #[test]
+    fn a_tally_is_exact_over_batches_of_unequal_size() {
+        let tally = Tally::new();
+        let mut metric = TallyMetric::new(tally.clone());
+        let batches = [
+            input(
+                &[0.5, 1.5, 4.0],
+                &[[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]],
+                &[0, 1, 1],
+            ),
+            input(&[2.0], &[[0.0, 1.0]], &[1]),
+        ];
+        for batch in &batches {
+            metric
+                .update(batch, &metadata())
+                .expect("the values are on the host");
+        }
+
+        let expected = Evaluation {
+            loss_sum: 8.0,
+            correct: 3,
+            total: 4,
+        };
+        assert_eq!(tally.running(), expected);
+        assert_eq!(
+            expected.to_string(),
+            "Average loss: 2.0000, Accuracy: 3/4 (75%)"
+        );
+
+        metric.compute().expect("nothing is read");
+        metric.clear();
+        let finished = tally.take_finished();
+        assert_eq!(finished.len(), 1);
+        assert_eq!(finished[0].evaluation, expected);
+        assert_eq!(finished[0].steps.len(), 2);
+        assert_eq!(finished[0].steps[1].evaluation.loss_sum, 2.0);
+        assert_eq!(tally.running(), Evaluation::default());
+    }
+}

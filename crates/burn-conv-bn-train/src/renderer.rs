@@ -1,0 +1,342 @@
+//! Progress as plain lines, for output that is not a terminal.
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::fmt::Arguments;
+use std::io::{Stdout, Write};
+
+use burn::train::LearnerSummary;
+use burn::train::logger::{EvaluationProgressLogger, TrainingProgressLogger};
+use burn::train::metric::{MetricAttributes, MetricDefinition, MetricId, NumericEntry};
+use burn::train::renderer::{
+    EvaluationName, MetricState, MetricsRenderer, MetricsRendererEvaluation,
+    MetricsRendererTraining,
+};
+
+/// The metric shown on the lines of a training epoch: the name of Burn's `LossMetric`.
+const LOSS: &str = "Loss";
+
+/// Prints the tutorial's lines while it trains, and one line at the end of every epoch.
+///
+/// ```text
+/// Train Epoch: 0 [4096/60000 (7%)]	Loss: 7.435781
+/// ```
+///
+/// As in the tutorial, epochs on these lines count from 0, the loss is that of one batch, the
+/// numbers are those before it, and the percentage is that of the batches.
+///
+/// Nothing is printed about an evaluation: whoever evaluates has the result. A failure to print
+/// is ignored; it is no reason to end a training.
+pub struct LineRenderer<W = Stdout> {
+    out: W,
+    log_interval: usize,
+    metrics: HashMap<MetricId, Shown>,
+    epochs: usize,
+    /// The epoch that is running, from 1 as Burn counts.
+    epoch: usize,
+    split: Progress,
+    /// Loss of the last training batch.
+    loss: Option<f64>,
+    train: Vec<String>,
+    valid: Vec<String>,
+}
+
+/// What there is to know of a metric to show it.
+struct Shown {
+    name: String,
+    unit: String,
+}
+
+/// How far the split is that is running.
+#[derive(Default)]
+struct Progress {
+    training: bool,
+    total_items: usize,
+    /// Before the batch that is shown next.
+    items: usize,
+    batches: usize,
+    /// The first batch's: all but the last have it.
+    batch_size: usize,
+}
+
+impl LineRenderer {
+    /// Prints a line on standard output for every `log_interval`-th training batch, the first
+    /// among them; for none if that is 0.
+    pub fn new(log_interval: usize) -> Self {
+        Self::with_output(std::io::stdout(), log_interval)
+    }
+}
+
+impl<W: Write> LineRenderer<W> {
+    /// As [`new`](LineRenderer::new), but prints to `out`.
+    pub fn with_output(out: W, log_interval: usize) -> Self {
+        Self {
+            out,
+            log_interval,
+            metrics: HashMap::new(),
+            epochs: 0,
+            epoch: 1,
+            split: Progress::default(),
+            loss: None,
+            train: Vec::new(),
+            valid: Vec::new(),
+        }
+    }
+
+    fn line(&mut self, line: Arguments<'_>) {
+        // Flushed, or a pipe would show a long training in jumps.
+        let _ = writeln!(self.out, "{line}").and_then(|()| self.out.flush());
+    }
+
+    /// The final value of an epoch, as text; none if the state is that of a batch.
+    fn summary(&self, state: &MetricState) -> Option<String> {
+        let MetricState::Numeric(entry, Some(NumericEntry::Final(value))) = state else {
+            return None;
+        };
+        let Shown { name, unit } = self.metrics.get(&entry.metric_id)?;
+        Some(format!("{name} {value:.4}{unit}"))
+    }
+}
+
+impl<W: Write + Send + Sync> MetricsRendererTraining for LineRenderer<W> {
+    fn update_train(&mut self, state: MetricState) {
+        if let Some(summary) = self.summary(&state) {
+            self.train.push(summary);
+        } else if let MetricState::Numeric(entry, Some(value)) = state
+            && self
+                .metrics
+                .get(&entry.metric_id)
+                .is_some_and(|metric| metric.name == LOSS)
+        {
+            self.loss = Some(value.current());
+        }
+    }
+
+    fn update_valid(&mut self, state: MetricState) {
+        self.valid.extend(self.summary(&state));
+    }
+
+    fn on_train_end(&mut self, summary: Option<LearnerSummary>) -> Result<(), Box<dyn Error>> {
+        if let Some(summary) = summary {
+            self.line(format_args!("{summary}"));
+        }
+        Ok(())
+    }
+}
+
+impl<W: Write + Send> TrainingProgressLogger for LineRenderer<W> {
+    fn start(
+        &mut self,
+        total_epochs: usize,
+        starting_epoch: usize,
+        _total_items: Option<usize>,
+        _label: Option<&str>,
+    ) {
+        self.epochs = total_epochs;
+        self.epoch = starting_epoch;
+    }
+
+    fn update_epoch(&mut self, epoch: usize) {
+        let train = std::mem::take(&mut self.train).join(", ");
+        let valid = std::mem::take(&mut self.valid).join(", ");
+        let epochs = self.epochs;
+        self.line(format_args!(
+            "Epoch {epoch}/{epochs}: train {train}; test {valid}"
+        ));
+        self.epoch = epoch + 1;
+    }
+
+    fn start_split(&mut self, split: &str, total_items: usize) {
+        self.split = Progress {
+            training: split == "train",
+            total_items,
+            ..Progress::default()
+        };
+        self.loss = None;
+    }
+
+    fn update_split(&mut self, items_processed: usize) {
+        let split = &mut self.split;
+        if split.batches == 0 {
+            split.batch_size = items_processed;
+        }
+        let (before, batch) = (split.items, split.batches);
+        split.items = items_processed;
+        split.batches += 1;
+
+        let shown = split.training
+            && batch
+                .checked_rem(self.log_interval)
+                .is_some_and(|rest| rest == 0);
+        if let (true, Some(loss)) = (shown, self.loss.take()) {
+            let total = split.total_items;
+            let batches = total.div_ceil(split.batch_size.max(1));
+            let percent = 100.0 * batch as f64 / batches as f64;
+            let epoch = self.epoch - 1;
+            self.line(format_args!(
+                "Train Epoch: {epoch} [{before}/{total} ({percent:.0}%)]\tLoss: {loss:.6}"
+            ));
+        }
+    }
+
+    fn end_split(&mut self) {}
+
+    fn end(&mut self) {}
+
+    fn log_event_training(&mut self, _event: String) {}
+}
+
+impl<W: Write + Send + Sync> MetricsRendererEvaluation for LineRenderer<W> {
+    fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
+
+    fn on_test_end(&mut self, summary: Option<LearnerSummary>) -> Result<(), Box<dyn Error>> {
+        self.on_train_end(summary)
+    }
+}
+
+impl<W: Write + Send> EvaluationProgressLogger for LineRenderer<W> {
+    fn start_global_progress(&mut self, _total_tests: usize) {}
+
+    fn start_test(&mut self, _name: &str, _total_items: usize) {}
+
+    fn update_test_progress(&mut self, _items_processed: usize) {}
+
+    fn end_test(&mut self) {}
+
+    fn end_global_progress(&mut self) {}
+
+    fn log_event_evaluation(&mut self, _event: String) {}
+}
+
+impl<W: Write + Send + Sync> MetricsRenderer for LineRenderer<W> {
+    fn manual_close(&mut self) {}
+
+    fn register_metric(&mut self, definition: MetricDefinition) {
+        let unit = match &definition.attributes {
+            MetricAttributes::Numeric(attributes) => attributes.unit.as_deref(),
+            MetricAttributes::None => None,
+        };
+        let shown = Shown {
+            name: definition.name.to_string(),
+            unit: unit.map(|unit| format!(" {unit}")).unwrap_or_default(),
+        };
+        self.metrics.insert(definition.metric_id, shown);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::sync::Arc;
+
+    use burn::train::metric::{AccuracyMetric, LossMetric, Metric, MetricEntry, SerializedEntry};
+
+    fn id<M: Metric>(metric: &M) -> MetricId {
+        MetricId::new(metric.name())
+    }
+
+    fn state(id: &MetricId, value: NumericEntry) -> MetricState {
+        let text = SerializedEntry::new(String::new(), value.serialize());
+        MetricState::Numeric(MetricEntry::new(id.clone(), text), Some(value))
+    }
+
+    fn batch(value: f64) -> NumericEntry {
+        NumericEntry::Aggregated {
+            aggregated_value: value,
+            count: 2048,
+        }
+    }
+
+    /// A renderer that knows Burn's loss and accuracy and has started `epochs` epochs.
+    fn renderer(log_interval: usize, epochs: usize) -> LineRenderer<Vec<u8>> {
+        let mut renderer = LineRenderer::with_output(Vec::new(), log_interval);
+        let (loss, accuracy) = (LossMetric::new(), AccuracyMetric::new());
+        renderer.register_metric(MetricDefinition::new(id(&loss), &loss));
+        renderer.register_metric(MetricDefinition::new(id(&accuracy), &accuracy));
+        renderer.start(epochs, 1, None, None);
+        renderer
+    }
+
+    /// Trains one epoch, `losses` being those of the batches.
+    fn train(renderer: &mut LineRenderer<Vec<u8>>, items: usize, losses: &[f64]) {
+        let (loss, accuracy) = (id(&LossMetric::new()), id(&AccuracyMetric::new()));
+        renderer.start_split("train", items);
+        for (index, &value) in losses.iter().enumerate() {
+            renderer.update_train(state(&accuracy, batch(50.0)));
+            renderer.update_train(state(&loss, batch(value)));
+            renderer.update_split(items.min((index + 1) * 2048));
+        }
+        renderer.update_train(state(&loss, NumericEntry::Final(1.25)));
+        renderer.end_split();
+    }
+
+    fn output(renderer: LineRenderer<Vec<u8>>) -> String {
+        String::from_utf8(renderer.out).expect("lines are text")
+    }
+
+    #[test]
+    fn prints_the_lines_of_the_tutorial() {
+        let mut renderer = renderer(2, 1);
+        let losses: Vec<f64> = (0..30).map(f64::from).collect();
+        train(&mut renderer, 60_000, &losses);
+
+        let output = output(renderer);
+        let lines: Vec<&str> = output.lines().collect();
+        assert_eq!(lines.len(), 15);
+        assert_eq!(lines[0], "Train Epoch: 0 [0/60000 (0%)]\tLoss: 0.000000");
+        assert_eq!(lines[1], "Train Epoch: 0 [4096/60000 (7%)]\tLoss: 2.000000");
+        assert_eq!(
+            lines[14],
+            "Train Epoch: 0 [57344/60000 (93%)]\tLoss: 28.000000"
+        );
+    }
+
+    #[test]
+    fn sums_up_every_epoch() {
+        let mut renderer = renderer(0, 2);
+        let (loss, accuracy) = (id(&LossMetric::new()), id(&AccuracyMetric::new()));
+        for epoch in 1..=2 {
+            train(&mut renderer, 4096, &[3.0, 2.0]);
+            renderer.start_split("valid", 100);
+            renderer.update_valid(state(&loss, batch(0.5)));
+            renderer.update_split(100);
+            renderer.update_valid(state(&accuracy, NumericEntry::Final(87.5)));
+            renderer.end_split();
+            renderer.update_epoch(epoch);
+        }
+
+        assert_eq!(
+            output(renderer),
+            "Epoch 1/2: train Loss 1.2500; test Accuracy 87.5000 %\n\
+             Epoch 2/2: train Loss 1.2500; test Accuracy 87.5000 %\n"
+        );
+    }
+
+    #[test]
+    fn counts_on_from_a_resumed_epoch() {
+        let mut renderer = renderer(1, 5);
+        renderer.start(5, 4, None, None);
+        train(&mut renderer, 2048, &[1.5]);
+        assert_eq!(
+            output(renderer),
+            "Train Epoch: 3 [0/2048 (0%)]\tLoss: 1.500000\n"
+        );
+    }
+
+    #[test]
+    fn survives_a_closed_pipe() {
+        struct Closed;
+        impl Write for Closed {
+            fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+                Err(std::io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Err(std::io::ErrorKind::BrokenPipe.into())
+            }
+        }
+        let mut renderer = LineRenderer::with_output(Closed, 1);
+        renderer.line(format_args!("lost"));
+        let _: Arc<dyn MetricsRenderer> = Arc::new(renderer);
+    }
+}

@@ -1,0 +1,95 @@
+//! The nodes that `Autodiff<B>` registers, one for each differentiable method of
+//! [`ConvBnBackend`].
+//!
+//! Tensors that other nodes may hold too go through burn-autodiff's checkpoints, so that gradient
+//! checkpointing may drop and recompute them; what only this op knows stays in the node's state.
+
+mod conv;
+mod conv_bn;
+mod norm;
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::{NodeId, ops::NodeGuard};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, AutodiffBackend, Backend};
+
+use crate::backend::{
+    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
+    NormOutput, OptionalTensor,
+};
+use crate::definition::{ConvBnOptions, ConvSpec, NormSpec};
+
+impl<B: ConvBnBackend, C: CheckpointStrategy> ConvBnBackend for Autodiff<B, C> {
+    fn conv(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: OptionalTensor<Self>,
+        spec: ConvSpec,
+    ) -> FloatTensor<Self> {
+        conv::register::<B, C>(input, weight, bias, spec)
+    }
+
+    fn batch_normalize(
+        input: FloatTensor<Self>,
+        gamma: OptionalTensor<Self>,
+        beta: OptionalTensor<Self>,
+        norm: NormSpec,
+    ) -> NormOutput<Self> {
+        norm::register::<B, C>(input, gamma, beta, norm)
+    }
+
+    fn conv_bn(inputs: ConvBnInputs<Self>, options: ConvBnOptions) -> NormOutput<Self> {
+        conv_bn::register::<B, C>(inputs, options)
+    }
+
+    fn conv_bn_forward(
+        _inputs: ConvBnInputs<Self>,
+        _options: ConvBnOptions,
+        _keep_conv_output: bool,
+    ) -> ConvBnForward<Self> {
+        panic!("conv_bn_forward is a kernel and does not differentiate: call conv_bn");
+    }
+
+    fn conv_bn_backward(
+        _saved: ConvBnSaved<Self>,
+        _options: ConvBnBackwardOptions,
+    ) -> ConvBnGrads<Self> {
+        panic!("Can't differentiate conv_bn_backward: the op is differentiable once.");
+    }
+}
+
+/// The node of an input that may be missing; for a missing one, an untracked node that wants no
+/// gradient.
+fn node_or_untracked<B: Backend, C: CheckpointStrategy>(
+    tensor: &OptionalTensor<Autodiff<B, C>>,
+    present: &FloatTensor<B>,
+) -> NodeGuard {
+    match tensor {
+        OptionalTensor::Present(tensor) => tensor.node(),
+        OptionalTensor::Absent => untracked::<B, C>(present.clone()).node(),
+    }
+}
+
+fn untracked<B: Backend, C: CheckpointStrategy>(
+    tensor: FloatTensor<B>,
+) -> FloatTensor<Autodiff<B, C>> {
+    <Autodiff<B, C> as AutodiffBackend>::from_inner(tensor)
+}
+
+fn is_tracked<B: Backend, C: CheckpointStrategy>(tensor: &OptionalTensor<Autodiff<B, C>>) -> bool {
+    tensor.as_option().is_some_and(|tensor| tensor.is_tracked())
+}
+
+fn inner<B: Backend, C: CheckpointStrategy>(
+    tensor: OptionalTensor<Autodiff<B, C>>,
+) -> Option<FloatTensor<B>> {
+    tensor.into_option().map(|tensor| tensor.into_primitive())
+}
+
+fn retrieve<B: Backend>(
+    checkpointer: &mut Checkpointer,
+    id: Option<NodeId>,
+) -> Option<FloatTensor<B>> {
+    id.map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id))
+}

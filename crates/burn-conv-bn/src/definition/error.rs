@@ -1,0 +1,132 @@
+use burn::tensor::{DType, Shape};
+
+/// Why an op or a layer refuses its arguments. Every message names what was seen and wanted.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConvBnError {
+    /// The input is not `[batch, channels, spatial..]` with one to three spatial dimensions.
+    #[error("input: expected rank 3, 4 or 5 ([batch, channels, spatial..]), got shape {got:?}")]
+    InputRank {
+        /// The input's shape.
+        got: Shape,
+    },
+    /// A tensor or an option is of another rank than the input.
+    #[error("{what}: expected {expected} dimensions for input {input:?}, got {got}")]
+    Rank {
+        /// What was of the wrong rank.
+        what: &'static str,
+        /// The input's shape.
+        input: Shape,
+        /// Dimensions wanted.
+        expected: usize,
+        /// Dimensions seen.
+        got: usize,
+    },
+    /// A size that must be positive is zero.
+    #[error("{what} must be positive, got 0 in {got:?}")]
+    Zero {
+        /// What was zero.
+        what: &'static str,
+        /// The values it stands among.
+        got: Vec<usize>,
+    },
+    /// The input's channels are not those that the weight expects.
+    #[error(
+        "input {input:?}: expected {expected} channels for weight {weight:?} in {groups} groups, \
+         got {got}"
+    )]
+    InputChannels {
+        /// The input's shape.
+        input: Shape,
+        /// The weight's shape.
+        weight: Shape,
+        /// Number of groups.
+        groups: usize,
+        /// Channels wanted.
+        expected: usize,
+        /// Channels seen.
+        got: usize,
+    },
+    /// The output channels do not divide into the groups.
+    #[error("weight {weight:?}: {channels_out} output channels do not divide into {groups} groups")]
+    Groups {
+        /// The weight's shape.
+        weight: Shape,
+        /// Number of output channels.
+        channels_out: usize,
+        /// Number of groups.
+        groups: usize,
+    },
+    /// The kernel does not fit into the padded input.
+    #[error(
+        "spatial dimension {dim}: a kernel of extent {kernel} does not fit into the padded input's \
+         {padded} (input {input:?}, weight {weight:?})"
+    )]
+    KernelTooLarge {
+        /// Index of the spatial dimension, from 0.
+        dim: usize,
+        /// Extent of the dilated kernel.
+        kernel: usize,
+        /// Extent of the padded input.
+        padded: usize,
+        /// The input's shape.
+        input: Shape,
+        /// The weight's shape.
+        weight: Shape,
+    },
+    /// A tensor's shape does not fit the others.
+    #[error("{what}: expected shape {expected:?}, got {got:?}")]
+    Shape {
+        /// Which tensor.
+        what: &'static str,
+        /// Shape wanted.
+        expected: Shape,
+        /// Shape seen.
+        got: Shape,
+    },
+    /// A tensor's dtype does not fit the input's.
+    #[error("{what}: expected dtype {expected} for an input of {input:?}, got {got:?}")]
+    DType {
+        /// Which tensor.
+        what: &'static str,
+        /// The input's dtype.
+        input: DType,
+        /// Dtypes wanted.
+        expected: String,
+        /// Dtype seen.
+        got: DType,
+    },
+    /// A tensor is on another device than the input.
+    #[error("{what}: expected device {expected} (the input's), got {got}")]
+    Device {
+        /// Which tensor.
+        what: &'static str,
+        /// The input's device.
+        expected: String,
+        /// Device seen.
+        got: String,
+    },
+    /// Epsilon is not a finite positive number.
+    #[error("epsilon must be finite and positive, got {got}")]
+    Epsilon {
+        /// The value seen.
+        got: f64,
+    },
+    /// Batch statistics over a single value per channel are meaningless.
+    #[error(
+        "batch statistics need more than one value per channel, got one: \
+         input {input:?} gives output {output:?}"
+    )]
+    SingleValue {
+        /// The input's shape.
+        input: Shape,
+        /// The output's shape.
+        output: Shape,
+    },
+    /// Only one of gamma and beta was given.
+    #[error("gamma and beta go together: got {given} alone")]
+    HalfAffine {
+        /// The one that was given.
+        given: &'static str,
+    },
+}

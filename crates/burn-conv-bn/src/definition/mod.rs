@@ -1,0 +1,12 @@
+//! What the op computes, as plain data: no tensors, no backend.
+
+mod error;
+mod options;
+mod problem;
+mod saved;
+
+pub use error::ConvBnError;
+pub use options::{Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute};
+pub use problem::ConvBnProblem;
+pub(crate) use problem::{check_epsilon, values_per_channel};
+pub use saved::{Parents, SavePlan, SavedTensor, StatisticsKind};

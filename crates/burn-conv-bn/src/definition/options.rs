@@ -1,0 +1,192 @@
+use burn::config::Config;
+use burn::tensor::ops::ConvOptions;
+
+/// Geometry of a convolution over one, two or three spatial dimensions.
+///
+/// The rank is a run-time value, unlike in Burn's [`ConvOptions`], because the op's backend
+/// methods serve every rank. Spatial dimensions are in the order of the tensor's own axes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ConvSpec {
+    /// Step between two applications of the kernel, per spatial dimension.
+    pub stride: Vec<usize>,
+    /// Zeros added `(before, after)` each spatial dimension.
+    pub padding: Vec<(usize, usize)>,
+    /// Distance between two taps of the kernel, per spatial dimension.
+    pub dilation: Vec<usize>,
+    /// Number of groups that the input and output channels are split into.
+    pub groups: usize,
+}
+
+impl ConvSpec {
+    /// Stride 1, no padding, dilation 1 and one group over `rank` spatial dimensions.
+    pub fn unit(rank: usize) -> Self {
+        Self {
+            stride: vec![1; rank],
+            padding: vec![(0, 0); rank],
+            dilation: vec![1; rank],
+            groups: 1,
+        }
+    }
+
+    /// Number of spatial dimensions.
+    pub fn rank(&self) -> usize {
+        self.stride.len()
+    }
+
+    /// Burn's options of the same geometry.
+    ///
+    /// # Panics
+    ///
+    /// Panics if this is not a geometry over `N` spatial dimensions, or if a stride, a dilation
+    /// or the number of groups is zero.
+    pub(crate) fn to_burn<const N: usize>(&self) -> ConvOptions<N> {
+        fn fixed<T: Copy, const N: usize>(values: &[T]) -> [T; N] {
+            values.try_into().unwrap_or_else(|_| {
+                panic!("expected {N} spatial dimensions, got {}", values.len())
+            })
+        }
+        ConvOptions::new_with_padding(
+            fixed(&self.stride),
+            fixed(&self.padding),
+            fixed(&self.dilation),
+            self.groups,
+        )
+    }
+}
+
+impl<const N: usize> From<ConvOptions<N>> for ConvSpec {
+    fn from(options: ConvOptions<N>) -> Self {
+        Self {
+            stride: options.stride.to_vec(),
+            padding: options.padding.to_vec(),
+            dilation: options.dilation.to_vec(),
+            groups: options.groups,
+        }
+    }
+}
+
+/// How the inverse standard deviation `s` follows from the sum of squared deviations `M2` over
+/// the `m` values of a channel.
+#[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
+pub enum NormVariant {
+    /// `s = 1 / sqrt(M2 / m + epsilon)`: batch normalization as in Burn, PyTorch and the paper
+    /// ([Ioffe and Szegedy 2015](https://arxiv.org/abs/1502.03167), algorithm 1).
+    BatchNorm,
+    /// `s = 1 / (sqrt(M2 / (m - 1)) + epsilon)`: the PyTorch tutorial "Fusing Convolution and
+    /// Batch Norm using Custom Function" takes the unbiased variance and adds epsilon outside
+    /// the root. Where the variance is zero, `ds/dvar` is infinite; the backward pass takes the
+    /// corresponding term of the gradient as zero.
+    Tutorial,
+}
+
+impl NormVariant {
+    /// Degrees of freedom taken off the number of values in the variance: 0 or 1.
+    pub fn degrees_of_freedom(self) -> usize {
+        match self {
+            Self::BatchNorm => 0,
+            Self::Tutorial => 1,
+        }
+    }
+}
+
+/// The norm's variant and its epsilon.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NormSpec {
+    /// How the inverse standard deviation is formed.
+    pub variant: NormVariant,
+    /// Added for numerical stability, where the variant says. Finite and positive.
+    pub epsilon: f64,
+}
+
+impl NormSpec {
+    /// A norm of that variant and epsilon.
+    pub fn new(variant: NormVariant, epsilon: f64) -> Self {
+        Self { variant, epsilon }
+    }
+}
+
+impl Default for NormSpec {
+    /// Burn's batch norm with its epsilon, 1e-5.
+    fn default() -> Self {
+        Self::new(NormVariant::BatchNorm, 1e-5)
+    }
+}
+
+/// Element-wise function applied to the normalized (and residual-added) value.
+#[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Activation {
+    /// `y = v`.
+    Identity,
+    /// `y = max(v, 0)`, with derivative 0 at 0. NaN stays NaN.
+    Relu,
+}
+
+/// What happens to the convolution's output between forward and backward.
+#[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
+pub enum Recompute {
+    /// Drop it and run the convolution again in the backward pass: the block keeps its input
+    /// only.
+    Conv,
+    /// Keep it: one activation-sized tensor more, one convolution less.
+    Never,
+}
+
+/// Everything about the fused op that is not a tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConvBnOptions {
+    /// Geometry of the convolution.
+    pub conv: ConvSpec,
+    /// How the norm is formed.
+    pub norm: NormSpec,
+    /// Applied last.
+    pub activation: Activation,
+    /// Whether the convolution's output is kept or recomputed.
+    pub recompute: Recompute,
+    /// Most bytes that the backward pass may hold beyond what was saved and what it returns
+    /// (recomputed output, im2col columns, temporaries), or `None` for no bound. The backward
+    /// pass then works over the largest number of images that fits, but at least one, and
+    /// recomputes twice.
+    pub max_workspace: Option<usize>,
+}
+
+impl ConvBnOptions {
+    /// Batch normalization with epsilon 1e-5, no activation, recomputation without a bound.
+    pub fn new(conv: impl Into<ConvSpec>) -> Self {
+        Self {
+            conv: conv.into(),
+            norm: NormSpec::default(),
+            activation: Activation::Identity,
+            recompute: Recompute::Conv,
+            max_workspace: None,
+        }
+    }
+
+    /// Sets the norm's variant and epsilon.
+    #[must_use]
+    pub fn with_norm(mut self, norm: NormSpec) -> Self {
+        self.norm = norm;
+        self
+    }
+
+    /// Sets the activation.
+    #[must_use]
+    pub fn with_activation(mut self, activation: Activation) -> Self {
+        self.activation = activation;
+        self
+    }
+
+    /// Sets the recompute policy.
+    #[must_use]
+    pub fn with_recompute(mut self, recompute: Recompute) -> Self {
+        self.recompute = recompute;
+        self
+    }
+
+    /// Bounds the backward pass's workspace, in bytes.
+    #[must_use]
+    pub fn with_max_workspace(mut self, max_workspace: Option<usize>) -> Self {
+        self.max_workspace = max_workspace;
+        self
+    }
+}

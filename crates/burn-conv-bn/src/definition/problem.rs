@@ -1,0 +1,138 @@
+use burn::tensor::Shape;
+
+use super::{ConvBnError, ConvBnOptions, ConvSpec};
+
+/// The shapes of one application of the op, checked against each other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConvBnProblem {
+    /// `[batch, channels_in, spatial..]`.
+    pub input: Shape,
+    /// `[channels_out, channels_in / groups, kernel..]`.
+    pub weight: Shape,
+    /// `[batch, channels_out, spatial_out..]`.
+    pub output: Shape,
+}
+
+impl ConvBnProblem {
+    /// Checks the shapes of a convolution and computes its output's.
+    ///
+    /// # Errors
+    ///
+    /// Any of the shape errors of [`ConvBnError`].
+    pub fn conv(input: Shape, weight: Shape, conv: &ConvSpec) -> Result<Self, ConvBnError> {
+        if !(3..=5).contains(&input.num_dims()) {
+            return Err(ConvBnError::InputRank { got: input });
+        }
+        let spatial = input.num_dims() - 2;
+        for (what, got, expected) in [
+            ("weight", weight.num_dims(), spatial + 2),
+            ("stride", conv.stride.len(), spatial),
+            ("padding", conv.padding.len(), spatial),
+            ("dilation", conv.dilation.len(), spatial),
+        ] {
+            if got != expected {
+                return Err(ConvBnError::Rank {
+                    what,
+                    input,
+                    expected,
+                    got,
+                });
+            }
+        }
+        for (what, got) in [
+            ("input size", input.to_vec()),
+            ("weight size", weight.to_vec()),
+            ("stride", conv.stride.clone()),
+            ("dilation", conv.dilation.clone()),
+            ("groups", vec![conv.groups]),
+        ] {
+            if got.contains(&0) {
+                return Err(ConvBnError::Zero { what, got });
+            }
+        }
+        let (channels_out, expected) = (weight[0], weight[1] * conv.groups);
+        if input[1] != expected {
+            return Err(ConvBnError::InputChannels {
+                got: input[1],
+                input,
+                weight,
+                groups: conv.groups,
+                expected,
+            });
+        }
+        if !channels_out.is_multiple_of(conv.groups) {
+            return Err(ConvBnError::Groups {
+                weight,
+                channels_out,
+                groups: conv.groups,
+            });
+        }
+        let mut output = vec![input[0], channels_out];
+        for dim in 0..spatial {
+            let (before, after) = conv.padding[dim];
+            let padded = input[dim + 2] + before + after;
+            let kernel = conv.dilation[dim] * (weight[dim + 2] - 1) + 1;
+            if kernel > padded {
+                return Err(ConvBnError::KernelTooLarge {
+                    dim,
+                    kernel,
+                    padded,
+                    input,
+                    weight,
+                });
+            }
+            output.push((padded - kernel) / conv.stride[dim] + 1);
+        }
+        Ok(Self {
+            input,
+            weight,
+            output: Shape::from(output),
+        })
+    }
+
+    /// Checks the shapes and options of the fused op, with batch statistics if `batch_statistics`.
+    ///
+    /// # Errors
+    ///
+    /// [`ConvBnError::Epsilon`], [`ConvBnError::SingleValue`], and what [`conv`](Self::conv)
+    /// returns.
+    pub fn conv_bn(
+        input: Shape,
+        weight: Shape,
+        options: &ConvBnOptions,
+        batch_statistics: bool,
+    ) -> Result<Self, ConvBnError> {
+        check_epsilon(options.norm.epsilon)?;
+        let problem = Self::conv(input, weight, &options.conv)?;
+        if batch_statistics && problem.values_per_channel() == 1 {
+            return Err(ConvBnError::SingleValue {
+                input: problem.input,
+                output: problem.output,
+            });
+        }
+        Ok(problem)
+    }
+
+    /// Number of values that each channel's statistics are taken over: batch times spatial size
+    /// of the output.
+    pub fn values_per_channel(&self) -> usize {
+        values_per_channel(&self.output)
+    }
+}
+
+/// Batch times spatial size of `[batch, channels, spatial..]`.
+pub(crate) fn values_per_channel(shape: &Shape) -> usize {
+    shape
+        .iter()
+        .enumerate()
+        .filter(|(dim, _)| *dim != 1)
+        .map(|(_, size)| size)
+        .product()
+}
+
+pub(crate) fn check_epsilon(epsilon: f64) -> Result<(), ConvBnError> {
+    match epsilon.is_finite() && epsilon > 0.0 {
+        true => Ok(()),
+        false => Err(ConvBnError::Epsilon { got: epsilon }),
+    }
+}

@@ -1,0 +1,158 @@
+use burn::tensor::{DType, Shape};
+
+use super::{Activation, ConvBnOptions, ConvBnProblem, Recompute};
+
+/// One flag for each differentiable input of the fused op: which are given, or which are tracked
+/// and so want a gradient.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Parents {
+    /// The convolution's input.
+    pub input: bool,
+    /// The convolution's weight.
+    pub weight: bool,
+    /// The convolution's bias.
+    pub bias: bool,
+    /// The norm's scale.
+    pub gamma: bool,
+    /// The norm's shift.
+    pub beta: bool,
+    /// The tensor added before the activation.
+    pub residual: bool,
+}
+
+/// Where mean and variance come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StatisticsKind {
+    /// From this batch; gradients flow through them.
+    Batch,
+    /// Given, as running statistics are; constants to the gradient.
+    Fixed,
+}
+
+/// Which tensors one node of the fused op keeps for its backward pass.
+///
+/// This is the one place that decides it: the autodiff node saves what is set here, and
+/// [`tensors`](Self::tensors) lists the same with shapes and bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavePlan {
+    /// The convolution's input.
+    pub input: bool,
+    /// The convolution's weight.
+    pub weight: bool,
+    /// The convolution's bias.
+    pub bias: bool,
+    /// The norm's scale.
+    pub gamma: bool,
+    /// The norm's shift.
+    pub beta: bool,
+    /// Mean and variance, `[channels_out]` each.
+    pub statistics: bool,
+    /// The convolution's output.
+    pub conv_output: bool,
+    /// The op's own output, for the sign of the pre-activation. Its consumer usually keeps it
+    /// anyway: then it is the same buffer.
+    pub output: bool,
+}
+
+impl SavePlan {
+    /// Decides what to keep for the gradients of `tracked`, given which inputs are `present`.
+    pub fn new(
+        options: &ConvBnOptions,
+        statistics: StatisticsKind,
+        present: Parents,
+        tracked: Parents,
+    ) -> Self {
+        let Parents {
+            input,
+            weight,
+            bias,
+            gamma,
+            beta,
+            residual,
+        } = tracked;
+        let any = input || weight || bias || gamma || beta || residual;
+        let relu = options.activation == Activation::Relu;
+        match statistics {
+            StatisticsKind::Batch => {
+                // A bias shifts the mean by as much as the value: its gradient is zero.
+                let masked = relu && (input || weight || gamma || beta || residual);
+                let output = masked && present.residual;
+                let mask_from_conv = masked && !output;
+                let conv_output = input || weight || gamma || mask_from_conv;
+                let recompute = conv_output && options.recompute == Recompute::Conv;
+                Self {
+                    input: weight || recompute,
+                    weight: input || recompute,
+                    bias: false,
+                    gamma: present.gamma && (input || weight || mask_from_conv),
+                    beta: present.beta && mask_from_conv,
+                    statistics: conv_output,
+                    conv_output: conv_output && !recompute,
+                    output,
+                }
+            }
+            StatisticsKind::Fixed => Self {
+                input: weight || gamma,
+                weight: input || gamma,
+                bias: present.bias && gamma,
+                gamma: present.gamma && (input || weight || bias),
+                beta: false,
+                statistics: input || weight || bias || gamma,
+                conv_output: false,
+                output: relu && any,
+            },
+        }
+    }
+
+    /// The kept tensors by name, largest kinds first, with the norm's tensors and the statistics
+    /// in `norm_dtype` and all others in `dtype`.
+    pub fn tensors(
+        &self,
+        problem: &ConvBnProblem,
+        dtype: DType,
+        norm_dtype: DType,
+    ) -> Vec<SavedTensor> {
+        let channels = Shape::new([problem.weight[0]]);
+        [
+            (self.input, "input", &problem.input, dtype, true),
+            (self.conv_output, "conv_output", &problem.output, dtype, false),
+            (self.output, "output", &problem.output, dtype, true),
+            (self.weight, "weight", &problem.weight, dtype, true),
+            (self.bias, "bias", &channels, dtype, true),
+            (self.gamma, "gamma", &channels, norm_dtype, true),
+            (self.beta, "beta", &channels, norm_dtype, true),
+            (self.statistics, "mean", &channels, norm_dtype, false),
+            (self.statistics, "variance", &channels, norm_dtype, false),
+        ]
+        .into_iter()
+        .filter(|(kept, ..)| *kept)
+        .map(|(_, name, shape, dtype, shared)| SavedTensor {
+            name,
+            shape: shape.clone(),
+            dtype,
+            shared,
+        })
+        .collect()
+    }
+}
+
+/// A tensor that a node keeps for its backward pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedTensor {
+    /// Its role in the op.
+    pub name: &'static str,
+    /// Its shape.
+    pub shape: Shape,
+    /// Its element type.
+    pub dtype: DType,
+    /// Whether it is a handle on a buffer that exists anyway (a parameter, the neighbour's
+    /// activation) rather than one that lives for this node alone.
+    pub shared: bool,
+}
+
+impl SavedTensor {
+    /// Size of the buffer in bytes.
+    pub fn bytes(&self) -> usize {
+        self.shape.num_elements() * self.dtype.size()
+    }
+}

@@ -1,0 +1,333 @@
+//! The ops on plain tensors, checked: convolution, batch norm, and the two fused.
+//!
+//! These are the three custom functions of the PyTorch tutorial "Fusing Convolution and Batch
+//! Norm using Custom Function", over one to three spatial dimensions and with every option. Each
+//! has a backward pass of its own rather than one derived from its parts, and is differentiable
+//! once.
+
+use burn::backend::Dispatch;
+use burn::tensor::{DType, Device, Shape, Tensor};
+
+use crate::backend::{ConvBnBackend, ConvBnInputs, OptionalTensor, Statistics};
+use crate::definition::{
+    ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, NormSpec, check_epsilon,
+    values_per_channel,
+};
+
+/// A normalized output and the statistics that it was normalized with.
+#[derive(Clone, Debug)]
+pub struct Normalized<const D: usize> {
+    /// `[batch, channels, spatial..]`.
+    pub output: Tensor<D>,
+    /// Mean of the norm's input, `[channels]`, in f32 or f64. Constant to autodiff.
+    pub mean: Tensor<1>,
+    /// Biased variance of the norm's input (sum of squared deviations over the number of
+    /// values), `[channels]`, in f32 or f64. Constant to autodiff.
+    pub variance: Tensor<1>,
+}
+
+/// The tensors of the fused op besides its input; `None` where there is none.
+#[derive(Clone, Debug)]
+pub struct ConvBnParams<const D: usize> {
+    /// `[channels_out, channels_in / groups, kernel..]`.
+    pub weight: Tensor<D>,
+    /// The convolution's bias, `[channels_out]`. Under batch statistics it moves only the mean,
+    /// and its gradient is zero.
+    pub bias: Option<Tensor<1>>,
+    /// The norm's scale and shift, `[channels_out]` each.
+    pub affine: Option<(Tensor<1>, Tensor<1>)>,
+    /// Added before the activation, of the output's shape.
+    pub residual: Option<Tensor<D>>,
+    /// Mean and variance, `[channels_out]` each, to normalize with instead of the batch's. No
+    /// gradient flows to them.
+    pub statistics: Option<(Tensor<1>, Tensor<1>)>,
+}
+
+impl<const D: usize> ConvBnParams<D> {
+    /// A weight, and nothing else.
+    pub fn new(weight: Tensor<D>) -> Self {
+        Self {
+            weight,
+            bias: None,
+            affine: None,
+            residual: None,
+            statistics: None,
+        }
+    }
+
+    /// Adds the convolution's bias.
+    #[must_use]
+    pub fn with_bias(mut self, bias: Tensor<1>) -> Self {
+        self.bias = Some(bias);
+        self
+    }
+
+    /// Adds the norm's scale and shift.
+    #[must_use]
+    pub fn with_affine(mut self, gamma: Tensor<1>, beta: Tensor<1>) -> Self {
+        self.affine = Some((gamma, beta));
+        self
+    }
+
+    /// Adds a residual.
+    #[must_use]
+    pub fn with_residual(mut self, residual: Tensor<D>) -> Self {
+        self.residual = Some(residual);
+        self
+    }
+
+    /// Normalizes with these statistics instead of the batch's.
+    #[must_use]
+    pub fn with_statistics(mut self, mean: Tensor<1>, variance: Tensor<1>) -> Self {
+        self.statistics = Some((mean, variance));
+        self
+    }
+}
+
+/// Convolution over one to three spatial dimensions.
+///
+/// Its backward pass keeps the input only if the weight is tracked, and the weight only if the
+/// input is.
+///
+/// # Shapes
+///
+/// - `input`: `[batch, channels_in, spatial..]`
+/// - `weight`: `[channels_out, channels_in / groups, kernel..]`
+/// - `bias`: `[channels_out]`
+/// - output: `[batch, channels_out, spatial_out..]`
+///
+/// # Errors
+///
+/// Shapes, dtypes or devices that do not fit each other.
+pub fn conv<const D: usize>(
+    input: Tensor<D>,
+    weight: Tensor<D>,
+    bias: Option<Tensor<1>>,
+    spec: impl Into<ConvSpec>,
+) -> Result<Tensor<D>, ConvBnError> {
+    let spec = spec.into();
+    let problem = ConvBnProblem::conv(input.shape(), weight.shape(), &spec)?;
+    let check = Check::new(&input);
+    check.data("weight", &weight)?;
+    check.data_channels("bias", bias.as_ref(), problem.output[1])?;
+    Ok(Tensor::from_dispatch(Dispatch::conv(
+        input.into_dispatch(),
+        weight.into_dispatch(),
+        optional(bias),
+        spec,
+    )))
+}
+
+/// Batch normalization with the batch's statistics, over `[batch, channels, spatial..]` of rank 2
+/// or more. `affine` is gamma and beta, `[channels]` each.
+///
+/// Its backward pass keeps the input and values of the channels' number.
+///
+/// # Errors
+///
+/// Shapes, dtypes or devices that do not fit each other, an epsilon that is not positive, or a
+/// single value per channel.
+pub fn batch_norm<const D: usize>(
+    input: Tensor<D>,
+    affine: Option<(Tensor<1>, Tensor<1>)>,
+    norm: NormSpec,
+) -> Result<Normalized<D>, ConvBnError> {
+    check_epsilon(norm.epsilon)?;
+    let shape = input.shape();
+    if D < 2 {
+        return Err(ConvBnError::Rank {
+            what: "batch norm's input",
+            input: shape,
+            expected: 2,
+            got: D,
+        });
+    }
+    if shape.iter().any(|&size| size == 0) {
+        return Err(ConvBnError::Zero {
+            what: "input size",
+            got: shape.to_vec(),
+        });
+    }
+    if values_per_channel(&shape) == 1 {
+        return Err(ConvBnError::SingleValue {
+            input: shape.clone(),
+            output: shape,
+        });
+    }
+    let (gamma, beta) = affine.unzip();
+    let check = Check::new(&input);
+    check.norm_channels("gamma", gamma.as_ref(), shape[1])?;
+    check.norm_channels("beta", beta.as_ref(), shape[1])?;
+    let result = Dispatch::batch_normalize(
+        input.into_dispatch(),
+        optional(gamma),
+        optional(beta),
+        norm,
+    );
+    Ok(Normalized {
+        output: Tensor::from_dispatch(result.output),
+        mean: Tensor::from_dispatch(result.mean),
+        variance: Tensor::from_dispatch(result.variance),
+    })
+}
+
+/// `activation(norm(conv(input)) + residual)`, keeping for the backward pass what
+/// [`SavePlan`](crate::SavePlan) lists: by default the input alone.
+///
+/// # Shapes
+///
+/// - `input`: `[batch, channels_in, spatial..]`
+/// - output: `[batch, channels_out, spatial_out..]`
+/// - mean, variance: `[channels_out]`; given statistics come back as they are
+///
+/// # Errors
+///
+/// Shapes, dtypes or devices that do not fit each other, an epsilon that is not positive, or
+/// batch statistics over a single value per channel.
+pub fn conv_bn<const D: usize>(
+    input: Tensor<D>,
+    params: ConvBnParams<D>,
+    options: ConvBnOptions,
+) -> Result<Normalized<D>, ConvBnError> {
+    let problem = ConvBnProblem::conv_bn(
+        input.shape(),
+        params.weight.shape(),
+        &options,
+        params.statistics.is_none(),
+    )?;
+    let channels_out = problem.output[1];
+    let (gamma, beta) = params.affine.unzip();
+    let (mean, variance) = params.statistics.unzip();
+    let check = Check::new(&input);
+    check.data("weight", &params.weight)?;
+    check.data_channels("bias", params.bias.as_ref(), channels_out)?;
+    for (what, tensor) in [
+        ("gamma", &gamma),
+        ("beta", &beta),
+        ("mean", &mean),
+        ("variance", &variance),
+    ] {
+        check.norm_channels(what, tensor.as_ref(), channels_out)?;
+    }
+    if let Some(residual) = &params.residual {
+        check.shape("residual", residual, problem.output.clone())?;
+        check.data("residual", residual)?;
+    }
+    let inputs = ConvBnInputs {
+        input: input.into_dispatch(),
+        weight: params.weight.into_dispatch(),
+        bias: optional(params.bias),
+        gamma: optional(gamma),
+        beta: optional(beta),
+        residual: optional(params.residual),
+        statistics: match mean.zip(variance) {
+            Some((mean, variance)) => Statistics::Fixed {
+                mean: mean.into_dispatch(),
+                variance: variance.into_dispatch(),
+            },
+            None => Statistics::Batch,
+        },
+    };
+    let result = Dispatch::conv_bn(inputs, options);
+    Ok(Normalized {
+        output: Tensor::from_dispatch(result.output),
+        mean: Tensor::from_dispatch(result.mean),
+        variance: Tensor::from_dispatch(result.variance),
+    })
+}
+
+fn optional<const D: usize>(tensor: Option<Tensor<D>>) -> OptionalTensor<Dispatch> {
+    tensor.map(Tensor::into_dispatch).into()
+}
+
+/// Checks tensors against the op's input.
+struct Check {
+    dtype: DType,
+    device: Device,
+}
+
+impl Check {
+    fn new<const D: usize>(input: &Tensor<D>) -> Self {
+        Self {
+            dtype: input.dtype(),
+            device: input.device(),
+        }
+    }
+
+    fn data<const D: usize>(
+        &self,
+        what: &'static str,
+        tensor: &Tensor<D>,
+    ) -> Result<(), ConvBnError> {
+        self.dtype_among(what, tensor, &[self.dtype])
+    }
+
+    fn data_channels(
+        &self,
+        what: &'static str,
+        tensor: Option<&Tensor<1>>,
+        channels: usize,
+    ) -> Result<(), ConvBnError> {
+        let Some(tensor) = tensor else { return Ok(()) };
+        self.shape(what, tensor, Shape::new([channels]))?;
+        self.data(what, tensor)
+    }
+
+    fn norm_channels(
+        &self,
+        what: &'static str,
+        tensor: Option<&Tensor<1>>,
+        channels: usize,
+    ) -> Result<(), ConvBnError> {
+        let Some(tensor) = tensor else { return Ok(()) };
+        self.shape(what, tensor, Shape::new([channels]))?;
+        match self.dtype {
+            DType::F16 | DType::BF16 => self.dtype_among(what, tensor, &[self.dtype, DType::F32]),
+            dtype => self.dtype_among(what, tensor, &[dtype]),
+        }
+    }
+
+    fn shape<const D: usize>(
+        &self,
+        what: &'static str,
+        tensor: &Tensor<D>,
+        expected: Shape,
+    ) -> Result<(), ConvBnError> {
+        let got = tensor.shape();
+        match got == expected {
+            true => Ok(()),
+            false => Err(ConvBnError::Shape {
+                what,
+                expected,
+                got,
+            }),
+        }
+    }
+
+    fn dtype_among<const D: usize>(
+        &self,
+        what: &'static str,
+        tensor: &Tensor<D>,
+        expected: &[DType],
+    ) -> Result<(), ConvBnError> {
+        let got = tensor.dtype();
+        if !expected.contains(&got) {
+            let expected: Vec<String> = expected.iter().map(|dtype| format!("{dtype:?}")).collect();
+            return Err(ConvBnError::DType {
+                what,
+                input: self.dtype,
+                expected: expected.join(" or "),
+                got,
+            });
+        }
+        let device = tensor.device();
+        match device == self.device {
+            true => Ok(()),
+            false => Err(ConvBnError::Device {
+                what,
+                expected: format!("{:?}", self.device),
+                got: format!("{device:?}"),
+            }),
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! Output shapes and dtypes of the opaque kernels, for Burn's lazy `Fusion` wrapper.
+
+use burn::backend::fusion::custom::TensorSpec;
+use burn::tensor::{DType, Shape};
+
+use crate::backend::{
+    ConvBnBackwardOptions, ConvBnForwardMetadata, ConvBnGradsMetadata, ConvBnInputsMetadata,
+    ConvBnSavedMetadata, OptionalTensorMetadata, accumulator_dtype,
+};
+use crate::definition::{ConvBnOptions, ConvBnProblem};
+
+pub(crate) fn conv_bn_forward(
+    inputs: &ConvBnInputsMetadata,
+    options: &ConvBnOptions,
+    keep_conv_output: &bool,
+) -> ConvBnForwardMetadata {
+    let problem = ConvBnProblem::conv(
+        inputs.input.shape.clone(),
+        inputs.weight.shape.clone(),
+        &options.conv,
+    )
+    .unwrap_or_else(|error| panic!("{error}"));
+    let output = TensorSpec::new(problem.output.clone(), inputs.input.dtype);
+    let channels = TensorSpec::new(
+        Shape::new([problem.output[1]]),
+        accumulator_dtype(inputs.input.dtype),
+    );
+    ConvBnForwardMetadata {
+        conv_output: optional(*keep_conv_output, || output.clone()),
+        output,
+        mean: channels.clone(),
+        variance: channels,
+    }
+}
+
+pub(crate) fn conv_bn_backward(
+    saved: &ConvBnSavedMetadata,
+    options: &ConvBnBackwardOptions,
+) -> ConvBnGradsMetadata {
+    let dtype = saved.output_grad.dtype;
+    let wanted = options.wanted;
+    let spec = |shape: &Shape, dtype: DType| TensorSpec::new(shape.clone(), dtype);
+    let channels = Shape::new([options.weight_shape[0]]);
+    ConvBnGradsMetadata {
+        input: optional(wanted.input, || spec(&options.input_shape, dtype)),
+        weight: optional(wanted.weight, || spec(&options.weight_shape, dtype)),
+        bias: optional(wanted.bias, || spec(&channels, dtype)),
+        gamma: optional(wanted.gamma, || spec(&channels, options.norm_dtype)),
+        beta: optional(wanted.beta, || spec(&channels, options.norm_dtype)),
+        residual: optional(wanted.residual, || {
+            spec(&saved.output_grad.shape, dtype)
+        }),
+    }
+}
+
+fn optional(present: bool, spec: impl FnOnce() -> TensorSpec) -> OptionalTensorMetadata {
+    match present {
+        true => OptionalTensorMetadata::Present(spec()),
+        false => OptionalTensorMetadata::Absent,
+    }
+}

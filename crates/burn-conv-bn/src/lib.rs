@@ -1,0 +1,59 @@
+//! Convolution + batch norm + activation for training with [Burn](burn), as one layer that keeps
+//! one activation for the backward pass where Burn keeps three.
+//!
+//! A conv -> batch norm -> ReLU block normally keeps the convolution's input, its output (batch
+//! norm's input) and batch norm's output (ReLU's input). [`ConvBn2d`] keeps the first and runs
+//! the convolution again in the backward pass. The maths, the parameters and the records stay
+//! those of [`Conv2d`](burn::nn::conv::Conv2d) and [`BatchNorm`](burn::nn::BatchNorm).
+//!
+//! ```
+//! # #[cfg(feature = "flex")] {
+//! use burn::tensor::{Device, Distribution, Tensor};
+//! use burn_conv_bn::{Activation, ConvBn2dConfig};
+//!
+//! let device = Device::flex().autodiff();
+//! let block = ConvBn2dConfig::new([3, 8], [3, 3])
+//!     .with_activation(Activation::Relu)
+//!     .init(&device);
+//! let images = Tensor::<4>::random([2, 3, 16, 16], Distribution::Default, &device);
+//! let y = block.forward(images);
+//! assert_eq!(y.dims(), [2, 8, 14, 14]);
+//! # }
+//! ```
+//!
+//! - [`ConvBn2d`] and [`ConvBn2dConfig`]: the layer.
+//! - [`functional`]: the same on plain tensors, and its two halves on their own, convolution and
+//!   batch norm with an explicit backward pass each.
+//! - [`ConvBnBackend`]: the backend trait; what a new backend or kernel implements.
+//! - [`SavePlan`]: what is kept for the backward pass, as a table.
+//! - [`gradcheck`]: analytic against numerical gradients.
+//!
+//! The op is differentiable once.
+//!
+//! # Features
+//!
+//! No backend is on by default. `flex`, `ndarray`, `tch`, `cpu`, `cuda`, `metal`, `rocm`,
+//! `vulkan`, `webgpu` and `wgpu` forward to Burn's features of the same names. `fusion` is needed
+//! with the CubeCL runtimes wherever Burn's own `fusion` is on, as it is by default.
+
+mod autodiff;
+mod backend;
+mod definition;
+mod layer;
+mod portable;
+
+#[cfg(feature = "fusion")]
+mod fusion;
+
+pub mod functional;
+pub mod gradcheck;
+
+pub use backend::{
+    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
+    NormOutput, OptionalTensor, Statistics,
+};
+pub use definition::{
+    Activation, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, NormSpec, NormVariant,
+    Parents, Recompute, SavePlan, SavedTensor, StatisticsKind,
+};
+pub use layer::{ConvBn2d, ConvBn2dConfig, ConvBnSettings, RunningVariance};

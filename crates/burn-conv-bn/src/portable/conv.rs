@@ -1,0 +1,133 @@
+//! Convolution over one to three spatial dimensions.
+//!
+//! One dimension is taken as two, the first of size 1: Burn's own gradient of a grouped 1-D
+//! convolution's weight is wrong where the stride leaves a rest of the input (0.22.1).
+
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, TensorMetadata};
+use burn::tensor::{Shape, Slice};
+
+use crate::definition::ConvSpec;
+
+/// `input`: `[batch, channels_in, spatial..]`, `weight`: `[channels_out, channels_in / groups,
+/// kernel..]`, `bias`: `[channels_out]`.
+pub(crate) fn forward<B: Backend>(
+    input: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    bias: Option<FloatTensor<B>>,
+    spec: &ConvSpec,
+) -> FloatTensor<B> {
+    match spec.rank() {
+        1 => {
+            let (input, weight) = (lift::<B>(input), lift::<B>(weight));
+            lower::<B>(forward::<B>(input, weight, bias, &lift_spec(spec)))
+        }
+        2 => B::conv2d(input, weight, bias, spec.to_burn()),
+        3 => B::conv3d(input, weight, bias, spec.to_burn()),
+        rank => unsupported_rank(rank),
+    }
+}
+
+/// Gradient of the input, which itself is not needed.
+pub(crate) fn input_backward<B: Backend>(
+    input_shape: &Shape,
+    weight: FloatTensor<B>,
+    output_grad: FloatTensor<B>,
+    spec: &ConvSpec,
+) -> FloatTensor<B> {
+    if spec.rank() == 1 {
+        let (weight, output_grad) = (lift::<B>(weight), lift::<B>(output_grad));
+        let shape = lift_shape(input_shape);
+        let grad = input_backward::<B>(&shape, weight, output_grad, &lift_spec(spec));
+        return lower::<B>(grad);
+    }
+    // Burn's backward takes the input for its shape alone, and pads it when the padding is
+    // asymmetric: hand it a stand-in without memory, padded already, and crop the result.
+    let symmetric = spec.padding.iter().all(|(before, after)| before == after);
+    let mut padded_shape = input_shape.to_vec();
+    let mut padded_spec = spec.clone();
+    if !symmetric {
+        for (dim, padding) in padded_spec.padding.iter_mut().enumerate() {
+            padded_shape[dim + 2] += padding.0 + padding.1;
+            *padding = (0, 0);
+        }
+    }
+    let scalar = B::float_zeros(
+        Shape::from(vec![1; padded_shape.len()]),
+        &output_grad.device(),
+        output_grad.dtype().into(),
+    );
+    let stand_in = B::float_expand(scalar, Shape::from(padded_shape));
+    let grad = match spec.rank() {
+        2 => B::conv2d_x_backward(stand_in, weight, output_grad, padded_spec.to_burn()),
+        3 => B::conv3d_x_backward(stand_in, weight, output_grad, padded_spec.to_burn()),
+        rank => unsupported_rank(rank),
+    };
+    if symmetric {
+        return grad;
+    }
+    let ranges: Vec<Slice> = (0..input_shape.num_dims())
+        .map(|dim| {
+            let before = dim.checked_sub(2).map_or(0, |dim| spec.padding[dim].0);
+            Slice::from(before..before + input_shape[dim])
+        })
+        .collect();
+    B::float_slice(grad, &ranges)
+}
+
+/// Gradient of the weight, which itself is not needed.
+pub(crate) fn weight_backward<B: Backend>(
+    input: FloatTensor<B>,
+    weight_shape: &Shape,
+    output_grad: FloatTensor<B>,
+    spec: &ConvSpec,
+) -> FloatTensor<B> {
+    if spec.rank() == 1 {
+        let (input, output_grad) = (lift::<B>(input), lift::<B>(output_grad));
+        let shape = lift_shape(weight_shape);
+        let grad = weight_backward::<B>(input, &shape, output_grad, &lift_spec(spec));
+        return lower::<B>(grad);
+    }
+    let weight = B::float_zeros(
+        weight_shape.clone(),
+        &output_grad.device(),
+        output_grad.dtype().into(),
+    );
+    match spec.rank() {
+        2 => B::conv2d_weight_backward(input, weight, output_grad, spec.to_burn()),
+        3 => B::conv3d_weight_backward(input, weight, output_grad, spec.to_burn()),
+        rank => unsupported_rank(rank),
+    }
+}
+
+/// `[a, b, length]` viewed as `[a, b, 1, length]`.
+fn lift<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
+    let shape = lift_shape(&tensor.shape());
+    B::float_reshape(tensor, shape)
+}
+
+/// `[a, b, 1, length]` viewed as `[a, b, length]`.
+fn lower<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
+    let mut shape = tensor.shape().to_vec();
+    shape.remove(2);
+    B::float_reshape(tensor, Shape::from(shape))
+}
+
+fn lift_shape(shape: &Shape) -> Shape {
+    let mut shape = shape.to_vec();
+    shape.insert(2, 1);
+    Shape::from(shape)
+}
+
+fn lift_spec(spec: &ConvSpec) -> ConvSpec {
+    ConvSpec {
+        stride: vec![1, spec.stride[0]],
+        padding: vec![(0, 0), spec.padding[0]],
+        dilation: vec![1, spec.dilation[0]],
+        groups: spec.groups,
+    }
+}
+
+fn unsupported_rank(rank: usize) -> ! {
+    panic!("expected a convolution over 1, 2 or 3 spatial dimensions, got {rank}")
+}

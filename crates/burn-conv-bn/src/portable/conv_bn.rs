@@ -1,0 +1,508 @@
+//! The fused op, forward and backward.
+
+use core::ops::Range;
+
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, TensorMetadata};
+use burn::tensor::{DType, Shape, Slice};
+
+use super::norm::{ChannelNorm, GradSums, InputGrad};
+use super::{activation, broadcast, cast, channels, conv, norm};
+use crate::backend::{
+    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
+    OptionalTensor, Statistics, accumulator_dtype,
+};
+use crate::definition::{Activation, ConvBnOptions, NormSpec, StatisticsKind, values_per_channel};
+
+pub(crate) fn forward<B: ConvBnBackend>(
+    inputs: ConvBnInputs<B>,
+    options: &ConvBnOptions,
+    keep_conv_output: bool,
+) -> ConvBnForward<B> {
+    let residual = inputs.residual.into_option();
+    let gamma = inputs.gamma.into_option();
+    let beta = inputs.beta.into_option();
+    match inputs.statistics {
+        Statistics::Batch => {
+            // The statistics absorb the bias: neither the output nor any gradient depends on it.
+            let dtype = inputs.input.dtype();
+            let conv_output = conv::forward::<B>(inputs.input, inputs.weight, None, &options.conv);
+            let kept = keep_conv_output.then(|| conv_output.clone());
+            let values = values_per_channel(&conv_output.shape());
+            let centered = norm::center::<B>(cast::<B>(conv_output, accumulator_dtype(dtype)));
+            let channel =
+                ChannelNorm::<B>::new(options.norm, values, gamma, centered.variance.clone());
+            let normalized = norm::apply::<B>(centered.deviation, channel.scale(), beta);
+            ConvBnForward {
+                output: finish::<B>(normalized, residual, options.activation, dtype),
+                mean: channels::<B>(centered.mean),
+                variance: channels::<B>(centered.variance),
+                conv_output: kept.into(),
+            }
+        }
+        Statistics::Fixed { mean, variance } => {
+            let dtype = inputs.input.dtype();
+            let scales =
+                Scales::<B>::new(gamma.as_ref(), variance.clone(), options.norm, dtype);
+            let bias = scales.bias(inputs.bias.as_option(), beta, mean.clone());
+            let normalized = conv::forward::<B>(
+                inputs.input,
+                scale_weight::<B>(inputs.weight, scales.scale),
+                Some(cast::<B>(bias, dtype)),
+                &options.conv,
+            );
+            ConvBnForward {
+                output: finish::<B>(normalized, residual, options.activation, dtype),
+                mean: cast::<B>(mean, accumulator_dtype(dtype)),
+                variance: cast::<B>(variance, accumulator_dtype(dtype)),
+                conv_output: OptionalTensor::Absent,
+            }
+        }
+    }
+}
+
+/// Adds the residual, applies the activation and returns to the data's dtype.
+fn finish<B: Backend>(
+    normalized: FloatTensor<B>,
+    residual: Option<FloatTensor<B>>,
+    function: Activation,
+    dtype: DType,
+) -> FloatTensor<B> {
+    let value = match residual {
+        Some(residual) => {
+            let residual = cast::<B>(residual, normalized.dtype());
+            B::float_add(normalized, residual)
+        }
+        None => normalized,
+    };
+    cast::<B>(activation::forward::<B>(function, value), dtype)
+}
+
+/// A norm with given statistics, as it is folded into the convolution: `[channels]` in the
+/// accumulator's dtype.
+struct Scales<B: Backend> {
+    /// `s`.
+    inv_std: FloatTensor<B>,
+    /// `gamma * s`.
+    scale: FloatTensor<B>,
+}
+
+impl<B: Backend> Scales<B> {
+    fn new(
+        gamma: Option<&FloatTensor<B>>,
+        variance: FloatTensor<B>,
+        norm: NormSpec,
+        dtype: DType,
+    ) -> Self {
+        let accumulator = accumulator_dtype(dtype);
+        let inv_std = norm::inv_std::<B>(cast::<B>(variance, accumulator), norm);
+        let scale = match gamma {
+            Some(gamma) => B::float_mul(cast::<B>(gamma.clone(), accumulator), inv_std.clone()),
+            None => inv_std.clone(),
+        };
+        Self { inv_std, scale }
+    }
+
+    /// `beta + gamma * s * (bias - mean)`.
+    fn bias(
+        &self,
+        bias: Option<&FloatTensor<B>>,
+        beta: Option<FloatTensor<B>>,
+        mean: FloatTensor<B>,
+    ) -> FloatTensor<B> {
+        let accumulator = self.scale.dtype();
+        let shifted = shifted_bias::<B>(bias, mean, accumulator);
+        let scaled = B::float_mul(shifted, self.scale.clone());
+        match beta {
+            Some(beta) => B::float_add(scaled, cast::<B>(beta, accumulator)),
+            None => scaled,
+        }
+    }
+}
+
+/// `weight` with each output channel times its `scale`, in the weight's dtype.
+fn scale_weight<B: Backend>(weight: FloatTensor<B>, scale: FloatTensor<B>) -> FloatTensor<B> {
+    let dtype = weight.dtype();
+    let mut per_output = vec![1; weight.rank()];
+    per_output[0] = scale.shape().num_elements();
+    let accumulator = scale.dtype();
+    let scale = B::float_reshape(scale, Shape::from(per_output));
+    cast::<B>(B::float_mul(cast::<B>(weight, accumulator), scale), dtype)
+}
+
+/// `bias - mean`, `[channels]`.
+fn shifted_bias<B: Backend>(
+    bias: Option<&FloatTensor<B>>,
+    mean: FloatTensor<B>,
+    dtype: DType,
+) -> FloatTensor<B> {
+    let mean = cast::<B>(mean, dtype);
+    match bias {
+        Some(bias) => B::float_sub(cast::<B>(bias.clone(), dtype), mean),
+        None => B::float_neg(mean),
+    }
+}
+
+/// Gradient `g` at the pre-activation of one chunk, with the deviations `z - mean` where the norm
+/// takes them from the batch.
+struct ChunkGrad<B: Backend> {
+    grad: FloatTensor<B>,
+    deviation: Option<FloatTensor<B>>,
+}
+
+/// The backward pass walks the batch in chunks. Under batch statistics it first sums over all of
+/// them and then, with the sums known, turns each chunk's `g` into the gradient of the
+/// convolution's output; a single chunk is kept from the first walk to the second, several are
+/// recomputed.
+pub(crate) fn backward<B: ConvBnBackend>(
+    saved: ConvBnSaved<B>,
+    options: &ConvBnBackwardOptions,
+) -> ConvBnGrads<B> {
+    let wanted = options.wanted;
+    let output_shape = saved.output_grad.shape();
+    let device = saved.output_grad.device();
+    let mut pass = Pass::new(saved, options);
+    let chunks = chunks(options, &output_shape, pass.dtype);
+    let mut kept_chunk = None;
+
+    let mut sums = None;
+    if wanted.bias || wanted.gamma || wanted.beta || wanted.input || wanted.weight {
+        for chunk in &chunks {
+            let part = pass.chunk_grad(chunk, chunks.len() == 1);
+            let part_sums = GradSums::<B>::new(&part.grad, part.deviation.as_ref());
+            sums = Some(match sums {
+                None => part_sums,
+                Some(sums) => GradSums::add(sums, part_sums),
+            });
+            kept_chunk = (chunks.len() == 1).then_some(part);
+        }
+    }
+    let (grad_sum, deviation_sum) = match sums {
+        Some(sums) => (Some(sums.grad), sums.grad_deviation),
+        None => (None, None),
+    };
+    let coefficients = match (&pass.channel, &grad_sum, &deviation_sum) {
+        (Some(channel), Some(grad), Some(deviation)) if wanted.input || wanted.weight => {
+            Some(channel.input_grad(grad.clone(), deviation.clone()))
+        }
+        _ => None,
+    };
+
+    let mut grads = Walk {
+        input: wanted.input.then(|| Batch::new(&options.input_shape)),
+        residual: wanted.residual.then(|| Batch::new(&output_shape)),
+        weight: None,
+    };
+    if wanted.input || wanted.residual || pass.wants_weight() {
+        for chunk in &chunks {
+            let part = kept_chunk
+                .take()
+                .unwrap_or_else(|| pass.chunk_grad(chunk, chunks.len() == 1));
+            pass.walk(chunk, part, coefficients.as_ref(), &mut grads, chunks.len() == 1);
+        }
+    }
+
+    let parameters = match options.statistics {
+        StatisticsKind::Batch => ParameterGrads {
+            weight: grads.weight,
+            bias: wanted.bias.then(|| {
+                B::float_zeros(Shape::new([output_shape[1]]), &device, pass.dtype.into())
+            }),
+            gamma: pass.channel.take().zip(deviation_sum).map(|(channel, sum)| {
+                channels::<B>(B::float_mul(channel.inv_std, sum))
+            }),
+        },
+        StatisticsKind::Fixed => pass.unfold(grad_sum.clone(), grads.weight),
+    };
+    let norm_grad = |wanted: bool, grad: Option<FloatTensor<B>>| {
+        grad.filter(|_| wanted)
+            .map(|grad| cast::<B>(grad, options.norm_dtype))
+    };
+    ConvBnGrads {
+        input: grads.input.map(Batch::finish).into(),
+        weight: parameters.weight.filter(|_| wanted.weight).into(),
+        bias: parameters.bias.filter(|_| wanted.bias).into(),
+        gamma: norm_grad(wanted.gamma, parameters.gamma).into(),
+        beta: norm_grad(wanted.beta, grad_sum.map(channels::<B>)).into(),
+        residual: grads.residual.map(Batch::finish).into(),
+    }
+}
+
+/// Gradients of the parameters before and in the norm: weight and bias in the data's dtype,
+/// gamma in the accumulator's.
+struct ParameterGrads<B: Backend> {
+    weight: Option<FloatTensor<B>>,
+    bias: Option<FloatTensor<B>>,
+    gamma: Option<FloatTensor<B>>,
+}
+
+/// What both walks over the batch share.
+struct Pass<'a, B: ConvBnBackend> {
+    options: &'a ConvBnBackwardOptions,
+    saved: ConvBnSaved<B>,
+    dtype: DType,
+    /// The norm, where its statistics are the batch's and something is needed of them.
+    channel: Option<ChannelNorm<B>>,
+    /// The weight that the gradient of the input goes through.
+    input_weight: Option<FloatTensor<B>>,
+}
+
+impl<'a, B: ConvBnBackend> Pass<'a, B> {
+    fn new(saved: ConvBnSaved<B>, options: &'a ConvBnBackwardOptions) -> Self {
+        let shape = saved.output_grad.shape();
+        let gamma = saved.gamma.as_option();
+        let weight = saved.weight.as_option();
+        let (channel, input_weight) = match (options.statistics, saved.variance.as_option()) {
+            (StatisticsKind::Batch, Some(variance)) => {
+                let variance = broadcast::<B>(variance.clone(), shape.num_dims());
+                let values = values_per_channel(&shape);
+                let norm = options.options.norm;
+                let channel = ChannelNorm::new(norm, values, gamma.cloned(), variance);
+                (Some(channel), weight.cloned())
+            }
+            (StatisticsKind::Fixed, Some(variance)) if options.wanted.input => {
+                let fold = |weight: &FloatTensor<B>| {
+                    let norm = options.options.norm;
+                    let scales = Scales::<B>::new(gamma, variance.clone(), norm, weight.dtype());
+                    scale_weight::<B>(weight.clone(), scales.scale)
+                };
+                (None, weight.map(fold))
+            }
+            _ => (None, None),
+        };
+        Self {
+            options,
+            dtype: saved.output_grad.dtype(),
+            saved,
+            channel,
+            input_weight,
+        }
+    }
+
+    /// Whether the gradient of the weight is needed: for itself, or, with given statistics, for
+    /// gamma's.
+    fn wants_weight(&self) -> bool {
+        let fixed = self.options.statistics == StatisticsKind::Fixed;
+        self.options.wanted.weight || (fixed && self.options.wanted.gamma)
+    }
+
+    /// `g` and `z - mean` of one chunk, in the accumulator's dtype. With `last`, what is only
+    /// needed here is freed.
+    fn chunk_grad(&mut self, chunk: &Range<usize>, last: bool) -> ChunkGrad<B> {
+        let function = self.options.options.activation;
+        let accumulator = accumulator_dtype(self.dtype);
+        let deviation = self.deviation(chunk, last);
+        let value = match (function, take(&mut self.saved.output, last)) {
+            (Activation::Identity, _) => None,
+            (_, Some(output)) => Some(cast::<B>(rows::<B>(output, chunk), accumulator)),
+            (_, None) => deviation.clone().zip(self.channel.as_ref()).map(
+                |(deviation, channel)| {
+                    let beta = self.saved.beta.as_option().cloned();
+                    norm::apply::<B>(deviation, channel.scale(), beta)
+                },
+            ),
+        };
+        let output_grad = self.saved.output_grad.clone();
+        let output_grad = cast::<B>(rows::<B>(output_grad, chunk), accumulator);
+        let grad = match value {
+            Some(value) => activation::backward::<B>(function, value, output_grad),
+            None => output_grad,
+        };
+        ChunkGrad { grad, deviation }
+    }
+
+    /// `z - mean` of one chunk, recomputed or from the kept `z`, if it is needed at all.
+    fn deviation(&mut self, chunk: &Range<usize>, last: bool) -> Option<FloatTensor<B>> {
+        self.channel.as_ref()?;
+        let mean = self.saved.mean.as_option()?.clone();
+        let conv_output = match take(&mut self.saved.conv_output, last) {
+            Some(conv_output) => rows::<B>(conv_output, chunk),
+            None => {
+                let input = rows::<B>(self.saved.input.as_option()?.clone(), chunk);
+                let weight = self.saved.weight.as_option()?.clone();
+                conv::forward::<B>(input, weight, None, &self.options.options.conv)
+            }
+        };
+        let conv_output = cast::<B>(conv_output, accumulator_dtype(self.dtype));
+        let rank = conv_output.rank();
+        Some(B::float_sub(conv_output, broadcast::<B>(mean, rank)))
+    }
+
+    /// Carries one chunk's gradient through the norm and the convolution. With `last`, the input
+    /// is freed between the weight's gradient and its own.
+    fn walk(
+        &mut self,
+        chunk: &Range<usize>,
+        part: ChunkGrad<B>,
+        coefficients: Option<&InputGrad<B>>,
+        grads: &mut Walk<B>,
+        last: bool,
+    ) {
+        let spec = &self.options.options.conv;
+        if let Some(residual) = &mut grads.residual {
+            residual.write(chunk, cast::<B>(part.grad.clone(), self.dtype));
+        }
+        let conv_grad = match (coefficients, part.deviation) {
+            (Some(coefficients), Some(deviation)) => coefficients.apply(part.grad, deviation),
+            _ => part.grad,
+        };
+        let conv_grad = cast::<B>(conv_grad, self.dtype);
+        if self.wants_weight()
+            && let Some(input) = take(&mut self.saved.input, last)
+        {
+            let input = rows::<B>(input, chunk);
+            let shape = &self.options.weight_shape;
+            let part = conv::weight_backward::<B>(input, shape, conv_grad.clone(), spec);
+            grads.weight = Some(match grads.weight.take() {
+                None => part,
+                Some(sum) => B::float_add(sum, part),
+            });
+        }
+        if let (Some(input), Some(weight)) = (&mut grads.input, &self.input_weight) {
+            let mut shape = self.options.input_shape.clone();
+            shape[0] = chunk.len();
+            let grad = conv::input_backward::<B>(&shape, weight.clone(), conv_grad, spec);
+            input.write(chunk, grad);
+        }
+    }
+
+    /// Gradients of the parameters under given statistics, from `sum(g)` and the gradient of the
+    /// folded weight.
+    fn unfold(
+        &self,
+        grad_sum: Option<FloatTensor<B>>,
+        folded_weight: Option<FloatTensor<B>>,
+    ) -> ParameterGrads<B> {
+        let mut grads = ParameterGrads {
+            weight: None,
+            bias: None,
+            gamma: None,
+        };
+        let (Some(grad_sum), Some(variance)) = (grad_sum, self.saved.variance.as_option()) else {
+            return grads;
+        };
+        let grad_sum = channels::<B>(grad_sum);
+        let gamma = self.saved.gamma.as_option();
+        let norm = self.options.options.norm;
+        let scales = Scales::<B>::new(gamma, variance.clone(), norm, self.dtype);
+        let weight = self.saved.weight.as_option();
+        let mean = self.saved.mean.as_option();
+        if let (true, Some(folded), Some(weight), Some(mean)) =
+            (self.options.wanted.gamma, &folded_weight, weight, mean)
+        {
+            // sum(g * (z - mean)) = <weight, wgrad(input, g)> + (bias - mean) * sum(g), which
+            // cancels where the mean is large against the standard deviation.
+            let accumulator = scales.scale.dtype();
+            let products = B::float_mul(
+                cast::<B>(weight.clone(), accumulator),
+                cast::<B>(folded.clone(), accumulator),
+            );
+            let dims: Vec<usize> = (1..products.rank()).rev().collect();
+            let dot = channels::<B>(B::float_sum_dims(products, &dims));
+            let bias = self.saved.bias.as_option();
+            let bias = shifted_bias::<B>(bias, mean.clone(), accumulator);
+            let dot = B::float_add(dot, B::float_mul(bias, grad_sum.clone()));
+            grads.gamma = Some(B::float_mul(scales.inv_std, dot));
+        }
+        let bias = B::float_mul(scales.scale.clone(), grad_sum);
+        grads.bias = Some(cast::<B>(bias, self.dtype));
+        grads.weight = folded_weight.map(|weight| scale_weight::<B>(weight, scales.scale));
+        grads
+    }
+}
+
+/// Gradients that the second walk collects.
+struct Walk<B: Backend> {
+    input: Option<Batch<B>>,
+    residual: Option<Batch<B>>,
+    weight: Option<FloatTensor<B>>,
+}
+
+/// A tensor that is written chunk by chunk over the batch: allocated once, never concatenated.
+struct Batch<B: Backend> {
+    shape: Shape,
+    tensor: Option<FloatTensor<B>>,
+}
+
+impl<B: Backend> Batch<B> {
+    fn new(shape: &Shape) -> Self {
+        Self {
+            shape: shape.clone(),
+            tensor: None,
+        }
+    }
+
+    fn write(&mut self, chunk: &Range<usize>, value: FloatTensor<B>) {
+        if chunk.len() == self.shape[0] {
+            self.tensor = Some(value);
+            return;
+        }
+        let tensor = self.tensor.take().unwrap_or_else(|| {
+            B::float_empty(self.shape.clone(), &value.device(), value.dtype().into())
+        });
+        let rows = row_slices(&self.shape, chunk);
+        self.tensor = Some(B::float_slice_assign(tensor, &rows, value));
+    }
+
+    fn finish(self) -> FloatTensor<B> {
+        self.tensor.expect("the walk wrote every chunk")
+    }
+}
+
+/// Images `chunk` of a tensor whose first axis is the batch; the tensor itself if that is all.
+fn rows<B: Backend>(tensor: FloatTensor<B>, chunk: &Range<usize>) -> FloatTensor<B> {
+    let shape = tensor.shape();
+    match chunk.len() == shape[0] {
+        true => tensor,
+        false => B::float_slice(tensor, &row_slices(&shape, chunk)),
+    }
+}
+
+fn row_slices(shape: &Shape, chunk: &Range<usize>) -> Vec<Slice> {
+    core::iter::once(chunk.clone())
+        .chain(shape.iter().skip(1).map(|&size| 0..size))
+        .map(Slice::from)
+        .collect()
+}
+
+/// The tensor, moved out if this is its last use.
+fn take<B: Backend>(tensor: &mut OptionalTensor<B>, last: bool) -> Option<FloatTensor<B>> {
+    match last {
+        true => core::mem::replace(tensor, OptionalTensor::Absent).into_option(),
+        false => tensor.as_option().cloned(),
+    }
+}
+
+/// Splits the batch so that what the backward pass holds for one chunk fits `max_workspace`.
+fn chunks(
+    options: &ConvBnBackwardOptions,
+    output_shape: &Shape,
+    dtype: DType,
+) -> Vec<Range<usize>> {
+    let batch = output_shape[0];
+    let images = match options.options.max_workspace {
+        Some(bytes) => (bytes / workspace_per_image(options, output_shape, dtype)).clamp(1, batch),
+        None => batch,
+    };
+    (0..batch)
+        .step_by(images)
+        .map(|start| start..(start + images).min(batch))
+        .collect()
+}
+
+/// Bytes held for one image at the worst moment: `z - mean`, `g` and their product, or the
+/// gradient of the convolution's output beside im2col columns of the input.
+fn workspace_per_image(
+    options: &ConvBnBackwardOptions,
+    output_shape: &Shape,
+    dtype: DType,
+) -> usize {
+    let output: usize = output_shape.iter().skip(1).product();
+    let positions: usize = output_shape.iter().skip(2).product();
+    let columns = positions
+        * options.input_shape[1]
+        * options.weight_shape.iter().skip(2).product::<usize>();
+    let elements = (3 * output * accumulator_dtype(dtype).size())
+        .max((output + columns) * dtype.size());
+    elements.max(1)
+}
