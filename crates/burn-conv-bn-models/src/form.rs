@@ -3,7 +3,7 @@ use burn::tensor::activation::relu;
 use burn::tensor::module::batch_norm_train;
 use burn::tensor::Tensor;
 use burn_conv_bn::functional::batch_norm;
-use burn_conv_bn::{Activation, ConvBn2d, NormSpec, NormVariant};
+use burn_conv_bn::{Activation, ConvBn2d, NormSpec, NormVariant, Recompute, SavedTensor};
 
 /// How a network runs its blocks.
 #[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
@@ -32,6 +32,35 @@ impl Form {
                     Activation::Relu => relu(normalized),
                     other => panic!("{other:?} has no unfused form yet"),
                 }
+            }
+        }
+    }
+
+    /// What a block keeps for the backward pass in this form, for a tracked input of that shape.
+    ///
+    /// The unfused form's list is Burn 0.22.1's: the convolution keeps its input and weight, batch
+    /// norm its input, gamma and its statistics, ReLU its input.
+    pub(crate) fn saved_for_backward(
+        self,
+        block: &ConvBn2d,
+        input_shape: [usize; 4],
+    ) -> Vec<SavedTensor> {
+        match self {
+            Self::Fused => block.saved_for_backward(input_shape),
+            Self::Unfused => {
+                // Fused without recomputation keeps all of it but ReLU's input.
+                let mut keeping = block.clone();
+                keeping.settings.recompute = Recompute::Never;
+                let mut saved = keeping.saved_for_backward(input_shape);
+                let conv_output = saved.iter().find(|tensor| tensor.name == "conv_output");
+                let norm_output = conv_output.map(|conv_output| SavedTensor {
+                    name: "norm_output",
+                    ..conv_output.clone()
+                });
+                if block.settings.activation == Activation::Relu {
+                    saved.extend(norm_output);
+                }
+                saved
             }
         }
     }

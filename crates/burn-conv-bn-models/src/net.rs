@@ -147,8 +147,8 @@ impl Net {
         self
     }
 
-    /// What each fused block keeps for the backward pass for a batch of that many images, by
-    /// block, name and bytes. Height and width are those of the images.
+    /// What each block keeps for the backward pass in this form, for a batch of that many images
+    /// of that height and width: by block, name and bytes.
     pub fn saved_for_backward(&self, batch: usize, image_size: usize) -> Vec<(&str, SavedTensor)> {
         let [first, ..] = self.conv1.conv.weight.dims();
         let blocks = [
@@ -158,7 +158,7 @@ impl Net {
         blocks
             .into_iter()
             .flat_map(|(name, block, shape)| {
-                let saved = block.saved_for_backward(shape);
+                let saved = self.form.saved_for_backward(block, shape);
                 saved.into_iter().map(move |tensor| (name, tensor))
             })
             .collect()

@@ -2,12 +2,18 @@
 //! optimizer, metrics, and the comparison of the fused with the unfused form.
 
 pub mod batch;
+pub mod cli;
+pub mod compare;
 pub mod data;
+pub mod estimate;
 pub mod fit;
+pub mod job;
 pub mod memory;
 pub mod metrics;
 pub mod optim;
+pub mod parity;
 pub mod renderer;
+pub mod report;
 pub mod step;
 
 // `#[derive(RecordState)]` names these through the crate's root.

@@ -1,0 +1,357 @@
+//! The tutorial's job: both variants on the same data, each in a process of its own, and what
+//! they took.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::DType;
+use burn::train::Interrupter;
+use burn_conv_bn_memory::CountingAllocator;
+use serde::{Deserialize, Serialize};
+use tempfile::NamedTempFile;
+
+use crate::data::{DataOrigin, DatasetChoice, MnistData};
+use crate::estimate::estimate;
+use crate::fit::Resume;
+use crate::job::{Job, RunOptions, Variant, run};
+use crate::report::{Report, VariantReport};
+
+/// Version of Burn that this is built with: the one that the workspace pins.
+pub const BURN_VERSION: &str = "0.22.1";
+
+/// Name of the subcommand that runs one variant; not for people.
+pub const WORKER: &str = "run-variant";
+
+/// How to compare.
+#[derive(Clone, Debug)]
+pub struct CompareOptions {
+    /// Which variants, in order.
+    pub variants: Vec<Variant>,
+    /// Where the report goes.
+    pub json: Option<PathBuf>,
+    /// Where the metrics' logs go, a folder for each variant.
+    pub artifacts: PathBuf,
+    /// If the estimate is longer, train on fewer digits, the same for all variants.
+    pub time_limit: Option<Duration>,
+}
+
+/// What a worker is told, on its standard input.
+#[derive(Serialize, Deserialize)]
+struct Task {
+    job: Job,
+    variant: Variant,
+    directory: PathBuf,
+    result: PathBuf,
+}
+
+/// Runs the comparison.
+///
+/// Each variant is trained in a fresh process: no cache, pool or fragment of the first is there
+/// when the second is measured.
+///
+/// # Errors
+///
+/// A message for people. What can be checked is checked before anything is trained.
+pub fn compare(
+    mut job: Job,
+    options: &CompareOptions,
+    allocator: &'static CountingAllocator,
+    interrupter: &Interrupter,
+) -> Result<()> {
+    let json = options.json.as_deref().map(Output::create).transpose()?;
+    fs::create_dir_all(&options.artifacts)
+        .with_context(|| format!("cannot create the folder {}", options.artifacts.display()))?;
+    let scratch = tempfile::tempdir_in(&options.artifacts)
+        .with_context(|| format!("cannot write to the folder {}", options.artifacts.display()))?;
+
+    let mut data = job.data()?;
+    println!("Data: {}", data.origin);
+    announce(&mut job, options, &mut data, allocator);
+    if matches!(data.origin, DataOrigin::Synthetic { .. }) {
+        job.dataset = DatasetChoice::Synthetic;
+    }
+
+    let mut report = Report {
+        dataset: data.origin.name().to_string(),
+        train_digits: data.train.len(),
+        test_digits: data.test.len(),
+        device: format!("{:?}", job.device().without_autodiff()),
+        dtype: format!("{:?}", DType::from(job.precision.dtype())),
+        batch_size: job.batch_size,
+        norm: job.norm.name().to_string(),
+        burn_version: BURN_VERSION.to_string(),
+        variants: Vec::new(),
+    };
+    drop(data);
+    for &variant in &options.variants {
+        println!("\n== {} ==", variant.name());
+        let task = Task {
+            job: job.clone(),
+            variant,
+            directory: options.artifacts.join(variant.name()),
+            result: scratch.path().join(format!("{}.json", variant.name())),
+        };
+        let result = spawn(&task)?;
+        if let Some(epoch) = result.epochs.last() {
+            println!(
+                "Test set ({}): Average loss: {:.4}, Accuracy: {:.2} %",
+                report.dataset,
+                epoch.test_loss,
+                100.0 * epoch.test_accuracy
+            );
+        }
+        let interrupted = result.interrupted || interrupter.should_stop();
+        report.variants.push(result);
+        if interrupted {
+            break;
+        }
+    }
+    println!("\n{}", summary(&report));
+    if let Some(json) = json {
+        json.write(&report)?;
+    }
+    if interrupter.should_stop() {
+        bail!("interrupted: what was finished is above");
+    }
+    Ok(())
+}
+
+/// Says what the job will take, and cuts it down if there is a limit.
+fn announce(
+    job: &mut Job,
+    options: &CompareOptions,
+    data: &mut MnistData,
+    allocator: &'static CountingAllocator,
+) {
+    let estimates: Vec<_> = options
+        .variants
+        .iter()
+        .map(|&variant| (variant, estimate(job, variant, data, allocator)))
+        .collect();
+    let total: Duration = estimates.iter().map(|(_, estimate)| estimate.duration).sum();
+    let each: Vec<String> = estimates
+        .iter()
+        .map(|(variant, estimate)| {
+            format!(
+                "{} {} and {} at the peak of a step",
+                variant.name(),
+                minutes(estimate.duration),
+                mebibytes(estimate.peak_bytes)
+            )
+        })
+        .collect();
+    println!("Estimate for {} digits: {}.", data.train.len(), each.join("; "));
+    if let Some(limit) = options.time_limit
+        && total > limit
+    {
+        let fraction = limit.as_secs_f64() / total.as_secs_f64();
+        let digits = (data.train.len() as f64 * fraction) as usize;
+        let batches = (digits / job.batch_size).max(1);
+        let digits = (batches * job.batch_size).min(data.train.len());
+        println!(
+            "That is {} in all; to stay under {}, both variants train on the first {digits} \
+             digits only. `compare` without --time-limit trains on all of them.",
+            minutes(total),
+            minutes(limit)
+        );
+        job.train_limit = Some(digits);
+        data.train.truncate(digits);
+    }
+}
+
+fn spawn(task: &Task) -> Result<VariantReport> {
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let mut child = Command::new(program)
+        .arg(WORKER)
+        .stdin(Stdio::piped())
+        .spawn()
+        .context("cannot start a process for the variant")?;
+    let mut input = child.stdin.take().context("the process has no input")?;
+    input
+        .write_all(serde_json::to_string(task)?.as_bytes())
+        .context("cannot talk to the variant's process")?;
+    drop(input);
+    let status = child.wait().context("cannot wait for the variant's process")?;
+    let result = fs::read(&task.result).with_context(|| {
+        format!("the {} variant ended without a result ({status})", task.variant.name())
+    })?;
+    let result: std::result::Result<VariantReport, String> = serde_json::from_slice(&result)
+        .with_context(|| format!("the {} variant's result is damaged", task.variant.name()))?;
+    result.map_err(|message| anyhow::anyhow!("{} variant: {message}", task.variant.name()))
+}
+
+/// The worker's side: reads a task from standard input, and leaves its result, or the reason why
+/// there is none, in the task's file.
+///
+/// # Errors
+///
+/// Only what cannot be told through that file.
+pub fn work(allocator: &'static CountingAllocator, interrupter: Interrupter) -> Result<()> {
+    let task: Task = serde_json::from_reader(std::io::stdin().lock())
+        .context("run-variant is started by compare, which tells it what to do")?;
+    let result = train(&task, allocator, interrupter).map_err(|error| format!("{error:#}"));
+    fs::write(&task.result, serde_json::to_vec(&result)?)
+        .with_context(|| format!("cannot write {}", task.result.display()))
+}
+
+fn train(
+    task: &Task,
+    allocator: &'static CountingAllocator,
+    interrupter: Interrupter,
+) -> Result<VariantReport> {
+    let data = task.job.data()?;
+    let options = RunOptions {
+        directory: task.directory.clone(),
+        overwrite: true,
+        checkpoints: false,
+        resume: Resume::No,
+        patience: None,
+        dashboard: false,
+        interrupter,
+    };
+    let (report, _) = run(&task.job, task.variant, data, allocator, options)?;
+    Ok(report)
+}
+
+/// A file that appears whole or not at all.
+pub struct Output {
+    file: NamedTempFile,
+    path: PathBuf,
+}
+
+impl Output {
+    /// Makes sure that the file can be written, before there is anything to write.
+    ///
+    /// # Errors
+    ///
+    /// If its folder does not exist or cannot be written to, or a folder is in its place.
+    pub fn create(path: &Path) -> Result<Self> {
+        if path.is_dir() {
+            bail!("cannot write {}: it is a folder", path.display());
+        }
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let file = NamedTempFile::new_in(folder)
+            .with_context(|| format!("cannot write to the folder {}", folder.display()))?;
+        Ok(Self {
+            file,
+            path: path.to_path_buf(),
+        })
+    }
+
+    /// Writes `value` as JSON and puts the file in its place.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be written, as on a full disk; what was at the path before is still there.
+    pub fn write(mut self, value: &impl Serialize) -> Result<()> {
+        let failed = || format!("cannot write {}", self.path.display());
+        let mut json = serde_json::to_vec_pretty(value)?;
+        json.push(b'\n');
+        self.file.write_all(&json).with_context(failed)?;
+        self.file.as_file().sync_all().with_context(failed)?;
+        let path = self.path.clone();
+        self.file
+            .persist(&self.path)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        println!("Report: {}", path.display());
+        Ok(())
+    }
+}
+
+/// The tutorial's closing lines, and a table with what else was measured.
+fn summary(report: &Report) -> String {
+    let mut text = String::new();
+    let line = |of: fn(&VariantReport) -> usize| {
+        let each: Vec<String> = report
+            .variants
+            .iter()
+            .map(|variant| format!("{}: {:.2}GB", variant.name, gigabytes(of(variant))))
+            .collect();
+        each.join(", ")
+    };
+    let _ = writeln!(text, "Peak memory allocated:\n{}", line(|v| v.peak_bytes));
+    let _ = writeln!(
+        text,
+        "Memory allocated at end of forward pass:\n{}\n",
+        line(|v| v.forward_end_bytes)
+    );
+    let _ = writeln!(
+        text,
+        "{:<8} {:>14} {:>12} {:>12} {:>12} {:>11} {:>10}",
+        "variant", "end of forward", "peak", "saved", "step", "test loss", "accuracy"
+    );
+    for variant in &report.variants {
+        let (loss, accuracy) = match variant.epochs.last() {
+            Some(epoch) => (
+                format!("{:.4}", epoch.test_loss),
+                format!("{:.2} %", 100.0 * epoch.test_accuracy),
+            ),
+            None => ("-".to_string(), "-".to_string()),
+        };
+        let _ = writeln!(
+            text,
+            "{:<8} {:>14} {:>12} {:>12} {:>10.3} s {loss:>11} {accuracy:>10}",
+            variant.name,
+            mebibytes(variant.forward_end_bytes),
+            mebibytes(variant.peak_bytes),
+            mebibytes(variant.saved_bytes),
+            variant.step_seconds_median,
+        );
+    }
+    if let [first, second] = report.variants.as_slice() {
+        let ratio = |of: fn(&VariantReport) -> f64| of(first) / of(second);
+        let _ = writeln!(
+            text,
+            "{:<8} {:>14.3} {:>12.3} {:>12.3} {:>12.3}",
+            "ratio",
+            ratio(|v| v.forward_end_bytes as f64),
+            ratio(|v| v.peak_bytes as f64),
+            ratio(|v| v.saved_bytes as f64),
+            ratio(|v| v.step_seconds_median),
+        );
+    }
+    let _ = write!(
+        text,
+        "{} of {}, norm {}, batch {}, {} on {}, Burn {}; bytes above the level before forward, \
+         step = forward + backward.",
+        plural(report.train_digits, "digit"),
+        report.dataset,
+        report.norm,
+        report.batch_size,
+        report.dtype,
+        report.device,
+        report.burn_version
+    );
+    text
+}
+
+fn plural(count: usize, what: &str) -> String {
+    match count {
+        1 => format!("1 {what}"),
+        _ => format!("{count} {what}s"),
+    }
+}
+
+fn gigabytes(bytes: usize) -> f64 {
+    bytes as f64 / (1u64 << 30) as f64
+}
+
+fn mebibytes(bytes: usize) -> String {
+    format!("{:.1} MiB", bytes as f64 / (1u64 << 20) as f64)
+}
+
+fn minutes(duration: Duration) -> String {
+    let seconds = duration.as_secs_f64();
+    match seconds < 90.0 {
+        true => format!("about {seconds:.0} s"),
+        false => format!("about {:.1} min", seconds / 60.0),
+    }
+}

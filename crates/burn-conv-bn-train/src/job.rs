@@ -1,0 +1,271 @@
+//! One training run, described and carried out.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use burn::tensor::{DType, Device, FloatDType};
+use burn::train::Interrupter;
+use burn_conv_bn::{NormVariant, Recompute};
+use burn_conv_bn_memory::CountingAllocator;
+use burn_conv_bn_models::{Form, Net, NetConfig};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::data::{DataError, DataRequest, DatasetChoice, Digits, MnistData, resolve};
+use crate::fit::{FitError, FitOptions, FitOutcome, Resume, fit};
+use crate::memory::MemoryProbe;
+use crate::report::{EpochReport, StepSummary, VariantReport};
+use crate::step::Classifier;
+
+/// Which form of the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum Variant {
+    /// Each block one op that recomputes its convolution.
+    Fused,
+    /// Burn's own convolution, batch norm and ReLU.
+    Unfused,
+}
+
+impl Variant {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fused => "fused",
+            Self::Unfused => "unfused",
+        }
+    }
+
+    fn form(self) -> Form {
+        match self {
+            Self::Fused => Form::Fused,
+            Self::Unfused => Form::Unfused,
+        }
+    }
+}
+
+/// Which batch norm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum Norm {
+    /// Burn's and PyTorch's: biased variance, epsilon under the root.
+    Burn,
+    /// The tutorial's: unbiased variance, epsilon outside the root.
+    Tutorial,
+}
+
+impl Norm {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Burn => "burn",
+            Self::Tutorial => "tutorial",
+        }
+    }
+
+    fn variant(self) -> NormVariant {
+        match self {
+            Self::Burn => NormVariant::BatchNorm,
+            Self::Tutorial => NormVariant::Tutorial,
+        }
+    }
+}
+
+/// Element type of data and parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum Precision {
+    /// Single precision.
+    F32,
+    /// Double precision.
+    F64,
+}
+
+impl Precision {
+    /// Burn's name of it.
+    pub fn dtype(self) -> FloatDType {
+        match self {
+            Self::F32 => FloatDType::F32,
+            Self::F64 => FloatDType::F64,
+        }
+    }
+}
+
+/// What fused blocks do with the convolution's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum RecomputePolicy {
+    /// Recompute it in the backward pass.
+    Conv,
+    /// Keep it.
+    Never,
+}
+
+/// Everything that decides what a run computes, the same for both variants.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Job {
+    /// Which data.
+    pub dataset: DatasetChoice,
+    /// Folder with the four IDX files.
+    pub data_dir: Option<PathBuf>,
+    /// Whether MNIST may be downloaded.
+    pub download: bool,
+    /// Most training digits.
+    pub train_limit: Option<usize>,
+    /// Most test digits.
+    pub test_limit: Option<usize>,
+    /// Epochs.
+    pub epochs: usize,
+    /// Digits a step.
+    pub batch_size: usize,
+    /// Learning rate of the first epoch.
+    pub learning_rate: f64,
+    /// Factor on it after every epoch.
+    pub decay: f64,
+    /// Which batch norm.
+    pub norm: Norm,
+    /// Probability of dropping a hidden value.
+    pub dropout: f64,
+    /// Element type.
+    pub precision: Precision,
+    /// What fused blocks do with the convolution's output.
+    pub recompute: RecomputePolicy,
+    /// Bound on the fused blocks' workspace, in bytes.
+    pub max_workspace: Option<usize>,
+    /// Seed of weights, order, dropout and drawn digits.
+    pub seed: u64,
+    /// Print the loss of every so many batches; never if 0.
+    pub log_interval: usize,
+}
+
+impl Job {
+    /// The device: Burn's CPU backend, with autodiff.
+    pub fn device(&self) -> Device {
+        Device::flex().autodiff()
+    }
+
+    /// Finds the data.
+    ///
+    /// # Errors
+    ///
+    /// As [`resolve`].
+    pub fn data(&self) -> Result<MnistData, DataError> {
+        resolve(&DataRequest {
+            choice: self.dataset,
+            data_dir: self.data_dir.clone(),
+            allow_download: self.download,
+            seed: self.seed,
+            train_limit: self.train_limit,
+            test_limit: self.test_limit,
+        })
+    }
+
+    /// A network in its initial state: the same for both variants.
+    pub fn net(&self, variant: Variant) -> Net {
+        let device = self.device();
+        device.seed(self.seed);
+        NetConfig::new(variant.form())
+            .with_norm(self.norm.variant())
+            .with_dropout(self.dropout)
+            .with_recompute(match self.recompute {
+                RecomputePolicy::Conv => Recompute::Conv,
+                RecomputePolicy::Never => Recompute::Never,
+            })
+            .with_max_workspace(self.max_workspace)
+            .init(&device)
+    }
+
+    /// [`net`](Self::net), ready to be trained.
+    pub fn classifier(&self, variant: Variant, probe: MemoryProbe) -> Classifier {
+        Classifier::new(self.net(variant), probe, self.precision.dtype())
+    }
+
+    /// Bytes that the blocks' nodes list as saved for backward in a step of `batch_size` digits,
+    /// parameters left out.
+    pub fn saved_bytes(&self, variant: Variant) -> usize {
+        let element = DType::from(self.precision.dtype()).size();
+        self.net(variant)
+            .saved_for_backward(self.batch_size, crate::data::SIDE)
+            .into_iter()
+            .filter(|(_, tensor)| !["weight", "gamma"].contains(&tensor.name))
+            // The images are data, and there in any case.
+            .filter(|(block, tensor)| !(*block == "conv1" && tensor.name == "input"))
+            .map(|(_, tensor)| tensor.shape.num_elements() * element)
+            .sum()
+    }
+}
+
+/// How one run is carried out, besides what it computes.
+#[derive(Clone)]
+pub struct RunOptions {
+    /// Where logs and checkpoints go.
+    pub directory: PathBuf,
+    /// Whether an earlier run in the directory may be removed.
+    pub overwrite: bool,
+    /// Whether to write checkpoints.
+    pub checkpoints: bool,
+    /// Whether to go on with an earlier run.
+    pub resume: Resume,
+    /// Stop when the test loss has not improved for so many epochs.
+    pub patience: Option<usize>,
+    /// Show Burn's dashboard on a terminal.
+    pub dashboard: bool,
+    /// Stops the run after the batch that is running.
+    pub interrupter: Interrupter,
+}
+
+/// Trains one variant and reports on it.
+///
+/// # Errors
+///
+/// As [`fit`].
+pub fn run(
+    job: &Job,
+    variant: Variant,
+    data: MnistData,
+    allocator: &'static CountingAllocator,
+    options: RunOptions,
+) -> Result<(VariantReport, FitOutcome), FitError> {
+    let mut fit_options = FitOptions::new(options.directory);
+    fit_options.overwrite = options.overwrite;
+    fit_options.epochs = job.epochs;
+    fit_options.batch_size = job.batch_size;
+    fit_options.learning_rate = job.learning_rate;
+    fit_options.learning_rate_decay = job.decay;
+    fit_options.seed = job.seed;
+    fit_options.checkpoints = options.checkpoints;
+    fit_options.resume = options.resume;
+    fit_options.patience = options.patience;
+    fit_options.dashboard = options.dashboard;
+    fit_options.log_interval = job.log_interval;
+    fit_options.label = Some(variant.name().to_string());
+    fit_options.interrupter = options.interrupter;
+
+    let classifier = job.classifier(variant, MemoryProbe::host(allocator));
+    let (train, test): (Digits, Digits) = (data.train, data.test);
+    let outcome = fit(&fit_options, classifier, Arc::new(train), Arc::new(test))?;
+    let steps: Vec<_> = outcome
+        .epochs
+        .iter()
+        .flat_map(|epoch| epoch.train.steps.iter().copied())
+        .collect();
+    let summary = StepSummary::of(&steps, job.batch_size);
+    let report = VariantReport {
+        name: variant.name().to_string(),
+        epochs: outcome
+            .epochs
+            .iter()
+            .filter_map(|epoch| {
+                let test = epoch.test?;
+                Some(EpochReport {
+                    train_loss: epoch.train.evaluation.average_loss(),
+                    test_loss: test.average_loss(),
+                    test_accuracy: test.accuracy(),
+                })
+            })
+            .collect(),
+        step_losses: steps.iter().map(|step| step.evaluation.average_loss()).collect(),
+        step_seconds_median: summary.seconds_median,
+        forward_end_bytes: summary.memory.forward_end_bytes,
+        peak_bytes: summary.memory.peak_bytes,
+        saved_bytes: job.saved_bytes(variant),
+        interrupted: outcome.interrupted.is_some(),
+    };
+    Ok((report, outcome))
+}

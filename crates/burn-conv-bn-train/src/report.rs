@@ -1,0 +1,172 @@
+//! Results as data: what `--json` writes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::memory::StepMemory;
+use crate::metrics::StepRecord;
+
+/// A comparison of variants on the same data.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct Report {
+    /// `mnist`, `synthetic` or `custom`.
+    pub dataset: String,
+    /// Training digits seen an epoch.
+    pub train_digits: usize,
+    /// Test digits.
+    pub test_digits: usize,
+    /// Burn's name of the device.
+    pub device: String,
+    /// Element type of data and parameters.
+    pub dtype: String,
+    /// Digits a step.
+    pub batch_size: usize,
+    /// Variant of the norm, `burn` or `tutorial`.
+    pub norm: String,
+    /// Version of Burn.
+    pub burn_version: String,
+    /// What was compared, in the order of the runs.
+    pub variants: Vec<VariantReport>,
+}
+
+/// One trained variant.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct VariantReport {
+    /// `fused` or `unfused`.
+    pub name: String,
+    /// The epochs that were finished, in order.
+    pub epochs: Vec<EpochReport>,
+    /// Loss of every training step.
+    pub step_losses: Vec<f64>,
+    /// Median over full batches of the seconds that forward and backward took.
+    pub step_seconds_median: f64,
+    /// Bytes above the level before forward at its end, mean over full batches.
+    pub forward_end_bytes: usize,
+    /// Most bytes above that level at any moment of forward and backward, over full batches.
+    pub peak_bytes: usize,
+    /// Bytes that the convolution, norm and activation nodes list as saved for backward in a full
+    /// batch, parameters left out.
+    pub saved_bytes: usize,
+    /// Whether the run was stopped before its end.
+    pub interrupted: bool,
+}
+
+/// One finished epoch.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq)]
+pub struct EpochReport {
+    /// Mean loss of a training digit over the epoch, before each step.
+    pub train_loss: f64,
+    /// Mean loss of a test digit after the epoch.
+    pub test_loss: f64,
+    /// Fraction of the test digits classified correctly after the epoch.
+    pub test_accuracy: f64,
+}
+
+/// Medians and means of steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct StepSummary {
+    pub(crate) seconds_median: f64,
+    pub(crate) memory: StepMemory,
+}
+
+impl StepSummary {
+    /// Over the steps of `batch_size` digits; of all steps where none has that size.
+    pub(crate) fn of(steps: &[StepRecord], batch_size: usize) -> Self {
+        let full = |step: &&StepRecord| step.evaluation.total == batch_size;
+        let full_steps: Vec<&StepRecord> = steps.iter().filter(full).collect();
+        let steps = match full_steps.is_empty() {
+            true => steps.iter().collect(),
+            false => full_steps,
+        };
+        if steps.is_empty() {
+            return Self::default();
+        }
+        let mut seconds: Vec<f64> = steps
+            .iter()
+            .map(|step| step.measure.duration.as_secs_f64())
+            .collect();
+        seconds.sort_by(f64::total_cmp);
+        let memory = |of: fn(&StepMemory) -> usize| steps.iter().map(move |s| of(&s.measure.memory));
+        Self {
+            seconds_median: median(&seconds),
+            memory: StepMemory {
+                forward_end_bytes: memory(|m| m.forward_end_bytes).sum::<usize>() / steps.len(),
+                peak_bytes: memory(|m| m.peak_bytes).max().unwrap_or_default(),
+            },
+        }
+    }
+}
+
+fn median(sorted: &[f64]) -> f64 {
+    let middle = sorted.len() / 2;
+    match sorted.len() % 2 {
+        0 => (sorted[middle - 1] + sorted[middle]) / 2.0,
+        _ => sorted[middle],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::metrics::Evaluation;
+    use crate::step::StepMeasure;
+
+    fn step(total: usize, millis: u64, bytes: usize) -> StepRecord {
+        StepRecord {
+            evaluation: Evaluation {
+                total,
+                ..Evaluation::default()
+            },
+            measure: StepMeasure {
+                memory: StepMemory {
+                    forward_end_bytes: bytes,
+                    peak_bytes: 2 * bytes,
+                },
+                duration: Duration::from_millis(millis),
+            },
+        }
+    }
+
+    #[test]
+    fn a_smaller_last_batch_does_not_count() {
+        let steps = [step(8, 30, 100), step(8, 10, 200), step(8, 20, 300), step(3, 1, 9000)];
+        let summary = StepSummary::of(&steps, 8);
+        assert_eq!(summary.seconds_median, 0.020);
+        assert_eq!(summary.memory.forward_end_bytes, 200);
+        assert_eq!(summary.memory.peak_bytes, 600);
+        assert_eq!(StepSummary::of(&steps[..2], 8).seconds_median, 0.020);
+        assert_eq!(StepSummary::of(&steps[3..], 8).memory.peak_bytes, 18000);
+        assert_eq!(StepSummary::of(&[], 8), StepSummary::default());
+    }
+
+    #[test]
+    fn a_report_survives_json() {
+        let report = Report {
+            dataset: "synthetic".into(),
+            train_digits: 10,
+            test_digits: 5,
+            device: "Flex".into(),
+            dtype: "F32".into(),
+            batch_size: 2,
+            norm: "burn".into(),
+            burn_version: "0".into(),
+            variants: vec![VariantReport {
+                name: "fused".into(),
+                epochs: vec![EpochReport {
+                    train_loss: 0.1,
+                    test_loss: 1.0 / 3.0,
+                    test_accuracy: 0.9,
+                }],
+                step_losses: vec![2.3, 1e-7],
+                step_seconds_median: 0.5,
+                forward_end_bytes: 7,
+                peak_bytes: 9,
+                saved_bytes: 3,
+                interrupted: false,
+            }],
+        };
+        let json = serde_json::to_string(&report).unwrap();
+        assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);
+    }
+}
