@@ -1,1 +1,225 @@
-fn main(){}
+//! What a node keeps, counted by the allocator, against the table in [`SavePlan`].
+//!
+//! One test, so that no other allocates at the same time.
+
+use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
+use burn_conv_bn::functional::{ConvBnParams, conv_bn};
+use burn_conv_bn::{
+    Activation, ConvBnOptions, ConvBnProblem, ConvSpec, Parents, Recompute, SavePlan, SavedTensor,
+    StatisticsKind,
+};
+use burn_conv_bn_memory::CountingAllocator;
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator::new();
+
+/// Graph nodes, shapes, small vectors: well below the 200 KiB of any activation here.
+const OVERHEAD: usize = 24 * 1024;
+
+const INPUT: [usize; 4] = [8, 8, 32, 32];
+const WEIGHT: [usize; 4] = [8, 8, 3, 3];
+const OUTPUT: [usize; 4] = [8, 8, 30, 30];
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    recompute: Recompute,
+    activation: Activation,
+    residual: bool,
+    statistics: StatisticsKind,
+    /// Whether the input, the weight, and gamma and beta are tracked.
+    tracked: [bool; 3],
+}
+
+impl Case {
+    fn options(&self) -> ConvBnOptions {
+        ConvBnOptions::new(ConvSpec::unit(2))
+            .with_activation(self.activation)
+            .with_recompute(self.recompute)
+    }
+
+    fn plan(&self) -> SavePlan {
+        let [input, weight, affine] = self.tracked;
+        let present = Parents {
+            input: true,
+            weight: true,
+            bias: false,
+            gamma: true,
+            beta: true,
+            residual: self.residual,
+        };
+        let tracked = Parents {
+            input,
+            weight,
+            bias: false,
+            gamma: affine,
+            beta: affine,
+            residual: self.residual,
+        };
+        SavePlan::new(&self.options(), self.statistics, present, tracked)
+    }
+
+    fn table(&self) -> Vec<SavedTensor> {
+        let shapes = (Shape::from(INPUT), Shape::from(WEIGHT));
+        let problem = ConvBnProblem::conv_bn(shapes.0, shapes.1, &self.options(), true).unwrap();
+        self.plan().tensors(&problem, DType::F32, DType::F32)
+    }
+}
+
+fn tensor<const D: usize>(shape: [usize; D], tracked: bool, device: &Device) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Uniform(0.5, 1.5), device).set_require_grad(tracked)
+}
+
+fn bytes(shape: [usize; 4]) -> usize {
+    4 * shape.iter().product::<usize>()
+}
+
+#[track_caller]
+fn assert_bytes(what: &str, case: &Case, got: isize, wanted: usize) {
+    let difference = got - wanted as isize;
+    assert!(
+        difference.unsigned_abs() < OVERHEAD,
+        "{what}: got {got} bytes, wanted {wanted} ({case:?})"
+    );
+}
+
+fn check(case: &Case, device: &Device) {
+    let start = ALLOCATOR.current() as isize;
+    let grown = || ALLOCATOR.current() as isize - start;
+    let [input_tracked, weight_tracked, affine_tracked] = case.tracked;
+
+    let input = tensor(INPUT, input_tracked, device);
+    let weight = tensor(WEIGHT, weight_tracked, device);
+    let gamma = tensor([WEIGHT[0]], affine_tracked, device);
+    let beta = tensor([WEIGHT[0]], affine_tracked, device);
+    let mut params = ConvBnParams::new(weight.clone()).with_affine(gamma.clone(), beta.clone());
+    let residual = case.residual.then(|| tensor(OUTPUT, true, device));
+    params.residual = residual.clone();
+    if case.statistics == StatisticsKind::Fixed {
+        let one = Tensor::ones([WEIGHT[0]], device);
+        params = params.with_statistics(one.clone(), one);
+    }
+    let leaves = bytes(INPUT) + usize::from(case.residual) * bytes(OUTPUT);
+    assert_bytes("leaves", case, grown(), leaves);
+
+    let output = conv_bn(input.clone(), params, case.options()).unwrap().output;
+    let own: usize = case
+        .table()
+        .iter()
+        .filter(|tensor| !tensor.shared)
+        .map(SavedTensor::bytes)
+        .sum();
+    assert_bytes("end of forward", case, grown(), leaves + bytes(OUTPUT) + own);
+
+    // What is shared stays only if the node keeps it. The sum keeps no tensor.
+    let plan = case.plan();
+    let loss = output.sum();
+    drop(input);
+    drop(residual);
+    let kept = own
+        + usize::from(plan.input) * bytes(INPUT)
+        + usize::from(plan.output) * bytes(OUTPUT);
+    assert_bytes("kept", case, grown(), kept);
+
+    let listed: usize = case.table().iter().map(SavedTensor::bytes).sum();
+    assert_bytes("table", case, listed as isize, kept);
+
+    let grads = loss.backward();
+    assert_eq!(weight.grad(&grads).is_some(), weight_tracked, "{case:?}");
+    assert_eq!(gamma.grad(&grads).is_some(), affine_tracked, "{case:?}");
+    drop((grads, weight, gamma, beta));
+    assert_bytes("after the graph", case, grown(), 0);
+}
+
+#[test]
+fn a_node_keeps_what_its_table_lists() {
+    let device = Device::flex().autodiff();
+    let mut cases = Vec::new();
+    for statistics in [StatisticsKind::Batch, StatisticsKind::Fixed] {
+        for recompute in [Recompute::Conv, Recompute::Never] {
+            for activation in [Activation::Identity, Activation::Relu] {
+                for residual in [false, true] {
+                    for mask in 1..8 {
+                        cases.push(Case {
+                            recompute,
+                            activation,
+                            residual,
+                            statistics,
+                            tracked: [mask & 1 != 0, mask & 2 != 0, mask & 4 != 0],
+                        });
+                    }
+                }
+            }
+        }
+    }
+    // The first run pays for thread pools and the like, once per process.
+    let warm_up = |case: &Case| {
+        let input = tensor(INPUT, true, &device);
+        let weight = tensor(WEIGHT, true, &device);
+        let output = conv_bn(input, ConvBnParams::new(weight), case.options()).unwrap().output;
+        output.sum().backward();
+    };
+    warm_up(&cases[0]);
+    for case in &cases {
+        check(case, &device);
+    }
+
+    // Design, section 4: one activation, two, and three where Burn's own layers are used.
+    let all = |recompute, activation| Case {
+        recompute,
+        activation,
+        residual: false,
+        statistics: StatisticsKind::Batch,
+        tracked: [true; 3],
+    };
+    let activations = |case: &Case| {
+        let large = |tensor: &&SavedTensor| tensor.bytes() > 100_000;
+        case.table().iter().filter(large).count()
+    };
+    assert_eq!(activations(&all(Recompute::Conv, Activation::Relu)), 1);
+    assert_eq!(activations(&all(Recompute::Conv, Activation::Identity)), 1);
+    assert_eq!(activations(&all(Recompute::Never, Activation::Relu)), 2);
+    unfused_keeps_three(&device);
+    workspace_is_bounded(&device);
+}
+
+/// Burn's own layers, for the comparison that the README makes.
+fn unfused_keeps_three(device: &Device) {
+    use burn::nn::{BatchNormConfig, conv::Conv2dConfig};
+    let conv = Conv2dConfig::new([8, 8], [3, 3]).with_bias(false).init(device);
+    let norm = BatchNormConfig::new(8).init(device);
+    let input = tensor(INPUT, true, device);
+    let run = |input: Tensor<4>| {
+        burn::tensor::activation::relu(norm.forward(conv.forward(input))).sum()
+    };
+    run(input.clone()).backward();
+    let start = ALLOCATOR.current() as isize;
+    let loss = run(input);
+    let grown = ALLOCATOR.current() as isize - start;
+    // The input was there before: two more.
+    let wanted = 2 * bytes(OUTPUT) as isize;
+    assert!((grown - wanted).unsigned_abs() < OVERHEAD, "got {grown}, wanted {wanted}");
+    drop(loss);
+}
+
+/// A bound on the workspace bounds the peak of the backward pass.
+fn workspace_is_bounded(device: &Device) {
+    let peak = |max_workspace| {
+        let input = tensor([32, 8, 32, 32], true, device);
+        let weight = tensor(WEIGHT, true, device);
+        let options = ConvBnOptions::new(ConvSpec::unit(2))
+            .with_activation(Activation::Relu)
+            .with_max_workspace(max_workspace);
+        let loss = conv_bn(input, ConvBnParams::new(weight), options).unwrap().output.sum();
+        let start = ALLOCATOR.reset_peak();
+        let grads = loss.backward();
+        let peak = ALLOCATOR.peak() - start;
+        drop(grads);
+        peak
+    };
+    let images = |count: usize| count * 4 * 8 * 30 * 30;
+    let (free, bounded) = (peak(None), peak(Some(images(12))));
+    // What is returned or handed in: the gradients of output and input.
+    let fixed = images(32) + 32 * 4 * 8 * 32 * 32;
+    assert!(bounded < fixed + images(16), "got {bounded}, of which {fixed} are no workspace");
+    assert!(bounded + images(32) < free, "got {bounded} bounded, {free} unbounded");
+}

@@ -5,13 +5,13 @@ use burn::tensor::{DType, Shape};
 #[non_exhaustive]
 pub enum ConvBnError {
     /// The input is not `[batch, channels, spatial..]` with one to three spatial dimensions.
-    #[error("input: expected rank 3, 4 or 5 ([batch, channels, spatial..]), got shape {got:?}")]
+    #[error("input: expected rank 3, 4 or 5 ([batch, channels, spatial..]), got shape {got}")]
     InputRank {
         /// The input's shape.
         got: Shape,
     },
     /// A tensor or an option is of another rank than the input.
-    #[error("{what}: expected {expected} dimensions for input {input:?}, got {got}")]
+    #[error("{what}: expected {expected} dimensions for input {input}, got {got}")]
     Rank {
         /// What was of the wrong rank.
         what: &'static str,
@@ -32,7 +32,7 @@ pub enum ConvBnError {
     },
     /// The input's channels are not those that the weight expects.
     #[error(
-        "input {input:?}: expected {expected} channels for weight {weight:?} in {groups} groups, \
+        "input {input}: expected {expected} channels for weight {weight} in {groups} groups, \
          got {got}"
     )]
     InputChannels {
@@ -48,7 +48,7 @@ pub enum ConvBnError {
         got: usize,
     },
     /// The output channels do not divide into the groups.
-    #[error("weight {weight:?}: {channels_out} output channels do not divide into {groups} groups")]
+    #[error("weight {weight}: {channels_out} output channels do not divide into {groups} groups")]
     Groups {
         /// The weight's shape.
         weight: Shape,
@@ -60,7 +60,7 @@ pub enum ConvBnError {
     /// The kernel does not fit into the padded input.
     #[error(
         "spatial dimension {dim}: a kernel of extent {kernel} does not fit into the padded input's \
-         {padded} (input {input:?}, weight {weight:?})"
+         {padded} (input {input}, weight {weight})"
     )]
     KernelTooLarge {
         /// Index of the spatial dimension, from 0.
@@ -75,7 +75,7 @@ pub enum ConvBnError {
         weight: Shape,
     },
     /// A tensor's shape does not fit the others.
-    #[error("{what}: expected shape {expected:?}, got {got:?}")]
+    #[error("{what}: expected shape {expected}, got {got}")]
     Shape {
         /// Which tensor.
         what: &'static str,
@@ -115,18 +115,12 @@ pub enum ConvBnError {
     /// Batch statistics over a single value per channel are meaningless.
     #[error(
         "batch statistics need more than one value per channel, got one: \
-         input {input:?} gives output {output:?}"
+         input {input} gives output {output}"
     )]
     SingleValue {
         /// The input's shape.
         input: Shape,
         /// The output's shape.
         output: Shape,
-    },
-    /// Only one of gamma and beta was given.
-    #[error("gamma and beta go together: got {given} alone")]
-    HalfAffine {
-        /// The one that was given.
-        given: &'static str,
     },
 }

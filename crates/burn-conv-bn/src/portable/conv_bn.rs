@@ -437,8 +437,10 @@ impl<B: Backend> Batch<B> {
             self.tensor = Some(value);
             return;
         }
+        // Not `float_empty`, for which Flex holds two buffers for a moment.
         let tensor = self.tensor.take().unwrap_or_else(|| {
-            B::float_empty(self.shape.clone(), &value.device(), value.dtype().into())
+            let (device, dtype) = (value.device(), value.dtype());
+            B::float_full(self.shape.clone(), 0f64.into(), &device, dtype.into())
         });
         let rows = row_slices(&self.shape, chunk);
         self.tensor = Some(B::float_slice_assign(tensor, &rows, value));
