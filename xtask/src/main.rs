@@ -1,1 +1,229 @@
-fn main(){}
+//! Tasks of the workspace, run as `cargo xtask <task>`.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Names the folder with the real MNIST that tests read.
+const MNIST: &str = "BURN_CONV_BN_MNIST";
+
+/// Where tests look without that variable, from the workspace's root.
+const MNIST_BESIDE: &str = "../shared/mnist";
+
+/// Tasks of this workspace. Nothing but cargo and the pinned toolchain is needed.
+#[derive(Parser, Debug)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand, Debug)]
+enum Task {
+    /// Check format, lints and documentation.
+    ///
+    /// Every step runs, also after another failed; the last line names those that failed.
+    Check(Check),
+    /// Run the tests of the whole workspace in the release profile.
+    ///
+    /// In a debug build Burn is too slow to train with, and the release profile shares its build
+    /// with `cargo run --release`. What this machine cannot run is named, with the reason, before
+    /// and after the tests.
+    Test(Test),
+}
+
+#[derive(Args, Debug)]
+struct Check {
+    /// Leave a step out; may be given several times.
+    #[arg(long, value_enum, value_name = "STEP")]
+    skip: Vec<Step>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Step {
+    /// `cargo fmt --all --check`.
+    Fmt,
+    /// `cargo clippy`, where a warning is an error.
+    Clippy,
+    /// `cargo doc`, where a warning is an error.
+    Docs,
+}
+
+#[derive(Args, Debug)]
+struct Test {
+    /// Fail, before the tests are built, if this machine would skip some of them. What is not
+    /// built yet on any machine does not count.
+    #[arg(long)]
+    strict: bool,
+    /// Passed on to `cargo test`, as in `cargo xtask test --test it` or, to choose tests by name,
+    /// `cargo xtask test running`.
+    #[arg(value_name = "CARGO-TEST-ARGS", allow_hyphen_values = true)]
+    cargo_args: Vec<OsString>,
+    /// Passed on to the test programs, after `--`.
+    #[arg(value_name = "TEST-ARGS", last = true)]
+    test_args: Vec<OsString>,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Check(args) => check(&args),
+        Task::Test(args) => test(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Step {
+    const ALL: [Self; 3] = [Self::Fmt, Self::Clippy, Self::Docs];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Fmt => "fmt",
+            Self::Clippy => "clippy",
+            Self::Docs => "docs",
+        }
+    }
+
+    fn command(self) -> Command {
+        match self {
+            Self::Fmt => cargo(&["fmt", "--all", "--check"]),
+            Self::Clippy => {
+                let mut command = cargo(&["clippy", "--release", "--workspace", "--all-targets"]);
+                command.args(["--", "-D", "warnings"]);
+                command
+            }
+            Self::Docs => {
+                let mut command = cargo(&["doc", "--no-deps", "--workspace", "--release"]);
+                command.env("RUSTDOCFLAGS", "-D warnings");
+                command
+            }
+        }
+    }
+}
+
+fn check(args: &Check) -> Result<()> {
+    let mut failed = Vec::new();
+    let mut skipped = Vec::new();
+    for step in Step::ALL {
+        if args.skip.contains(&step) {
+            skipped.push(step.name());
+            continue;
+        }
+        println!("== check: {} ==", step.name());
+        if !succeeds(step.command())? {
+            failed.push(step.name());
+        }
+    }
+    if !skipped.is_empty() {
+        println!("check: skipped as asked: {}", skipped.join(", "));
+    }
+    if !failed.is_empty() {
+        bail!("check failed: {}", failed.join(", "));
+    }
+    println!("check: passed");
+    Ok(())
+}
+
+/// Tests that this run leaves out.
+struct Skip {
+    what: &'static str,
+    why: String,
+    /// Whether another machine could run them. Only those count for `--strict`.
+    avoidable: bool,
+}
+
+fn test(args: Test) -> Result<()> {
+    let mut skips = Vec::new();
+    let mut command = cargo(&["test", "--release", "--workspace"]);
+    match real_mnist() {
+        Ok(dir) => {
+            // Tests run in the folders of their packages, where a relative path is another place.
+            command.env(MNIST, dir);
+        }
+        Err(why) => skips.push(Skip {
+            what: "tests on the real MNIST",
+            why,
+            avoidable: true,
+        }),
+    }
+    skips.push(Skip {
+        what: "GPU kernels",
+        why: "not built yet".to_string(),
+        avoidable: false,
+    });
+
+    for skip in &skips {
+        println!("Will be skipped: {} ({})", skip.what, skip.why);
+    }
+    let avoidable: Vec<_> = skips.iter().filter(|skip| skip.avoidable).collect();
+    if args.strict && !avoidable.is_empty() {
+        let names: Vec<_> = avoidable.iter().map(|skip| skip.what).collect();
+        bail!(
+            "--strict, and this machine would skip: {}",
+            names.join(", ")
+        );
+    }
+
+    command.args(&args.cargo_args);
+    if !args.test_args.is_empty() {
+        command.arg("--").args(&args.test_args);
+    }
+    let passed = succeeds(command)?;
+    let names: Vec<_> = skips.iter().map(|skip| skip.what).collect();
+    match passed {
+        true => println!("test: passed; skipped: {}", names.join(", ")),
+        false => bail!("test failed; skipped: {}", names.join(", ")),
+    }
+    Ok(())
+}
+
+/// The folder with the real MNIST, or why there is none. Looks where the tests do.
+fn real_mnist() -> Result<PathBuf, String> {
+    let (dir, why) = match env::var_os(MNIST) {
+        Some(dir) => {
+            let why = format!("{MNIST} is {dir:?}, which is not a folder");
+            (PathBuf::from(dir), why)
+        }
+        None => {
+            let why = format!("they need a folder named by {MNIST} or {MNIST_BESIDE}");
+            (root().join(MNIST_BESIDE), why)
+        }
+    };
+    let found = dir.canonicalize().ok().filter(|dir| dir.is_dir());
+    found.ok_or(why)
+}
+
+/// The workspace's root.
+fn root() -> &'static Path {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    xtask.parent().unwrap_or(xtask)
+}
+
+/// The cargo that runs this, in the workspace's root.
+fn cargo(args: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(args).current_dir(root());
+    command
+}
+
+/// Shows the command, runs it, and says whether it succeeded.
+fn succeeds(mut command: Command) -> Result<bool> {
+    let args: Vec<_> = command
+        .get_args()
+        .map(|arg| arg.to_string_lossy())
+        .collect();
+    println!("$ cargo {}", args.join(" "));
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+    Ok(status.success())
+}

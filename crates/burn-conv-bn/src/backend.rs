@@ -322,9 +322,6 @@ pub trait ConvBnBackend: Backend {
     }
 }
 
-#[cfg(feature = "flex")]
-impl ConvBnBackend for burn::backend::Flex {}
-
 #[cfg(feature = "ndarray")]
 impl ConvBnBackend for burn::backend::NdArray {}
 

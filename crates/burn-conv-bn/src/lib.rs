@@ -36,12 +36,17 @@
 //! `vulkan`, `webgpu` and `wgpu` forward to Burn's features of the same names. `fusion` is needed
 //! with the CubeCL runtimes wherever Burn's own `fusion` is on, as it is by default.
 
+// Burn deprecates its NdArray backend; it stays selectable here for as long as Burn has it.
+#![cfg_attr(feature = "ndarray", allow(deprecated))]
+
 mod autodiff;
 mod backend;
 mod definition;
 mod layer;
 mod portable;
 
+#[cfg(feature = "flex")]
+mod flex;
 #[cfg(feature = "fusion")]
 mod fusion;
 

@@ -1,0 +1,43 @@
+/// Mean and sum of squared deviations of each channel, combined from parts by the rule of Chan,
+/// Golub and LeVeque (1979), which never subtracts large sums.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Moments {
+    /// Values per channel so far.
+    pub count: usize,
+    /// `[channels]`.
+    pub mean: Vec<f64>,
+    /// Sum of squared deviations from the mean, `[channels]`.
+    pub squares: Vec<f64>,
+}
+
+impl Moments {
+    pub(crate) fn new(channels: usize) -> Self {
+        Self {
+            count: 0,
+            mean: vec![0.0; channels],
+            squares: vec![0.0; channels],
+        }
+    }
+
+    /// Adds `count` values of one channel, which `self.count` does not count yet.
+    pub(crate) fn add_channel(&mut self, channel: usize, count: usize, mean: f64, squares: f64) {
+        let (old, new) = (self.count as f64, count as f64);
+        let delta = mean - self.mean[channel];
+        let total = old + new;
+        self.mean[channel] += delta * (new / total);
+        self.squares[channel] += squares + delta * delta * (old * new / total);
+    }
+
+    pub(crate) fn merge(mut self, other: &Self) -> Self {
+        for (channel, (mean, squares)) in other.mean.iter().zip(&other.squares).enumerate() {
+            self.add_channel(channel, other.count, *mean, *squares);
+        }
+        self.count += other.count;
+        self
+    }
+
+    /// Sum of squared deviations over the number of values, `[channels]`.
+    pub fn variance(&self) -> impl Iterator<Item = f64> + '_ {
+        self.squares.iter().map(|squares| squares / self.count as f64)
+    }
+}

@@ -1,0 +1,259 @@
+//! Sweeps over a channel's values, compiled for each vector unit and chosen at run time.
+//!
+//! Sums run in [`LANES`] partial sums, which is what lets the compiler use vectors: it may not
+//! reorder a sum by itself.
+
+use pulp::Arch;
+
+use crate::{Activation, Real};
+
+/// Partial sums of a sweep: two vectors of the widest unit in single precision, so that one
+/// addition need not wait for the last.
+const LANES: usize = 32;
+
+#[inline(always)]
+fn total<T: Real>(lanes: [T; LANES]) -> T {
+    let mut lanes = lanes;
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Mean and sum of squared deviations.
+pub(crate) fn moments<T: Real>(arch: Arch, values: &[T]) -> (f64, f64) {
+    arch.dispatch(
+        #[inline(always)]
+        || {
+            // Shifted by a value of the channel, a sum keeps the digits that the spread is in.
+            let origin = values.first().copied().unwrap_or_default();
+            let mut sums = [T::ZERO; LANES];
+            let (chunks, rest) = values.as_chunks::<LANES>();
+            for chunk in chunks {
+                for lane in 0..LANES {
+                    sums[lane] += chunk[lane] - origin;
+                }
+            }
+            for (sum, value) in sums.iter_mut().zip(rest) {
+                *sum += *value - origin;
+            }
+            let mean = origin.to_f64() + total(sums).to_f64() / values.len() as f64;
+
+            let center = T::from_f64(mean);
+            let mut squares = [T::ZERO; LANES];
+            for chunk in chunks {
+                for lane in 0..LANES {
+                    let deviation = chunk[lane] - center;
+                    squares[lane] += deviation * deviation;
+                }
+            }
+            for (square, value) in squares.iter_mut().zip(rest) {
+                let deviation = *value - center;
+                *square += deviation * deviation;
+            }
+            (mean, total(squares).to_f64())
+        },
+    )
+}
+
+/// One channel's mean, scale and shift.
+#[derive(Clone, Copy)]
+pub(crate) struct ChannelAffine<T> {
+    pub(crate) mean: T,
+    pub(crate) scale: T,
+    pub(crate) shift: T,
+}
+
+impl<T: Real> ChannelAffine<T> {
+    #[inline(always)]
+    fn apply(self, value: T) -> T {
+        (value - self.mean) * self.scale + self.shift
+    }
+}
+
+/// `values = activation(affine(values) + residual)`.
+pub(crate) fn normalize<T: Real>(
+    arch: Arch,
+    values: &mut [T],
+    affine: ChannelAffine<T>,
+    residual: Option<&[T]>,
+    activation: Activation,
+) {
+    arch.dispatch(
+        #[inline(always)]
+        || match (residual, activation) {
+            (None, Activation::Identity) => {
+                for value in values {
+                    *value = affine.apply(*value);
+                }
+            }
+            (None, Activation::Relu) => {
+                for value in values {
+                    *value = Activation::Relu.forward(affine.apply(*value));
+                }
+            }
+            (Some(residual), activation) => {
+                for (value, residual) in values.iter_mut().zip(residual) {
+                    *value = activation.forward(affine.apply(*value) + *residual);
+                }
+            }
+        },
+    )
+}
+
+/// What tells where the activation passes the gradient.
+#[derive(Clone, Copy)]
+pub(crate) enum Gate<'a, T> {
+    /// Everywhere.
+    Open,
+    /// By the sign of the pre-activation, rebuilt from the convolution's output.
+    PreActivation,
+    /// By the sign of the op's output.
+    Output(&'a [T]),
+}
+
+/// `sum(g)` and `sum(g * (z - mean))` of one channel's values.
+pub(crate) fn grad_sums<T: Real>(
+    arch: Arch,
+    conv_output: &[T],
+    output_grad: &[T],
+    affine: ChannelAffine<T>,
+    gate: Gate<'_, T>,
+) -> (T, T) {
+    #[inline(always)]
+    fn sweep<T: Real>(
+        conv_output: &[T],
+        output_grad: &[T],
+        mean: T,
+        grad: impl Fn(usize, T, T) -> T,
+    ) -> (T, T) {
+        let mut grads = [T::ZERO; LANES];
+        let mut products = [T::ZERO; LANES];
+        let (z_chunks, z_rest) = conv_output.as_chunks::<LANES>();
+        let (dy_chunks, dy_rest) = output_grad.as_chunks::<LANES>();
+        for (index, (z, dy)) in z_chunks.iter().zip(dy_chunks).enumerate() {
+            for lane in 0..LANES {
+                let g = grad(index * LANES + lane, z[lane], dy[lane]);
+                grads[lane] += g;
+                products[lane] += g * (z[lane] - mean);
+            }
+        }
+        let start = z_chunks.len() * LANES;
+        for (lane, (z, dy)) in z_rest.iter().zip(dy_rest).enumerate() {
+            let g = grad(start + lane, *z, *dy);
+            grads[lane] += g;
+            products[lane] += g * (*z - mean);
+        }
+        (total(grads), total(products))
+    }
+    arch.dispatch(
+        #[inline(always)]
+        || match gate {
+            Gate::Open => sweep(conv_output, output_grad, affine.mean, |_, _, dy| dy),
+            Gate::PreActivation => sweep(conv_output, output_grad, affine.mean, |_, z, dy| {
+                Activation::Relu.backward(affine.apply(z), dy)
+            }),
+            Gate::Output(output) => {
+                let output = &output[..conv_output.len()];
+                sweep(conv_output, output_grad, affine.mean, |index, _, dy| {
+                    Activation::Relu.backward(output[index], dy)
+                })
+            }
+        },
+    )
+}
+
+/// Per-channel coefficients of `scale * g + slope * (z - mean) + offset`.
+#[derive(Clone, Copy)]
+pub(crate) struct ChannelGrad<T> {
+    pub(crate) scale: T,
+    pub(crate) slope: T,
+    pub(crate) offset: T,
+}
+
+/// Turns the convolution's output `z` of one channel, in place, into its gradient; writes `g` to
+/// `residual_grad` on the way.
+pub(crate) fn conv_output_grad<T: Real>(
+    arch: Arch,
+    conv_output: &mut [T],
+    output_grad: &[T],
+    affine: ChannelAffine<T>,
+    gate: Gate<'_, T>,
+    coefficients: ChannelGrad<T>,
+    residual_grad: Option<&mut [T]>,
+) {
+    #[inline(always)]
+    fn sweep<T: Real>(
+        conv_output: &mut [T],
+        output_grad: &[T],
+        mean: T,
+        coefficients: ChannelGrad<T>,
+        residual_grad: Option<&mut [T]>,
+        grad: impl Fn(usize, T, T) -> T,
+    ) {
+        let ChannelGrad {
+            scale,
+            slope,
+            offset,
+        } = coefficients;
+        let output_grad = &output_grad[..conv_output.len()];
+        if let Some(residual_grad) = residual_grad {
+            for (index, out) in residual_grad.iter_mut().enumerate() {
+                *out = grad(index, conv_output[index], output_grad[index]);
+            }
+        }
+        for (index, (z, dy)) in conv_output.iter_mut().zip(output_grad).enumerate() {
+            let g = grad(index, *z, *dy);
+            *z = (*z - mean) * slope + offset + g * scale;
+        }
+    }
+    let mean = affine.mean;
+    arch.dispatch(
+        #[inline(always)]
+        || match gate {
+            Gate::Open => sweep(
+                conv_output,
+                output_grad,
+                mean,
+                coefficients,
+                residual_grad,
+                |_, _, dy| dy,
+            ),
+            Gate::PreActivation => sweep(
+                conv_output,
+                output_grad,
+                mean,
+                coefficients,
+                residual_grad,
+                |_, z, dy| Activation::Relu.backward(affine.apply(z), dy),
+            ),
+            Gate::Output(output) => {
+                let output = &output[..conv_output.len()];
+                sweep(
+                    conv_output,
+                    output_grad,
+                    mean,
+                    coefficients,
+                    residual_grad,
+                    |index, _, dy| Activation::Relu.backward(output[index], dy),
+                )
+            }
+        },
+    )
+}
+
+/// `target += source`.
+pub(crate) fn add<T: Real>(arch: Arch, target: &mut [T], source: &[T]) {
+    arch.dispatch(
+        #[inline(always)]
+        || {
+            for (target, source) in target.iter_mut().zip(source) {
+                *target += *source;
+            }
+        },
+    )
+}

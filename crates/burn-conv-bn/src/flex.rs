@@ -1,0 +1,433 @@
+//! `ConvBnBackend` on Flex, by the kernels of `burn-conv-bn-cpu`.
+//!
+//! f16 and bf16 take the portable bodies, and so does what leaves the kernels without an operand,
+//! such as a frozen weight under [`Recompute::Never`](crate::Recompute::Never).
+
+use burn::backend::flex::FlexTensor;
+use burn::backend::{Flex, TensorMetadata};
+use burn::tensor::{DType, Element, Shape, TensorData};
+use burn_conv_bn_cpu::{
+    Activation as KernelActivation, Affine, Backward, ConvOutput, Geometry, Gradients,
+    InputGradCoefficients, Real, backward, conv, conv_moments, grad_sums, normalize,
+};
+use bytemuck::Pod;
+
+use crate::backend::{
+    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
+    OptionalTensor, Statistics,
+};
+use crate::definition::{
+    Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, StatisticsKind,
+};
+use crate::portable;
+
+impl ConvBnBackend for Flex {
+    fn conv_bn_forward(
+        inputs: ConvBnInputs<Self>,
+        options: ConvBnOptions,
+        keep_conv_output: bool,
+    ) -> ConvBnForward<Self> {
+        match inputs.input.dtype() {
+            DType::F32 => kernel_forward::<f32>(inputs, &options, keep_conv_output),
+            DType::F64 => kernel_forward::<f64>(inputs, &options, keep_conv_output),
+            _ => portable::conv_bn::forward::<Self>(inputs, &options, keep_conv_output),
+        }
+    }
+
+    fn conv_bn_backward(
+        saved: ConvBnSaved<Self>,
+        options: ConvBnBackwardOptions,
+    ) -> ConvBnGrads<Self> {
+        match saved.output_grad.dtype() {
+            DType::F32 => kernel_backward::<f32>(saved, &options),
+            DType::F64 => kernel_backward::<f64>(saved, &options),
+            _ => portable::conv_bn::backward::<Self>(saved, &options),
+        }
+    }
+}
+
+/// The element types that the kernels take.
+trait Kernel: Real + Element + Pod {}
+impl<T: Real + Element + Pod> Kernel for T {}
+
+fn kernel_forward<T: Kernel>(
+    inputs: ConvBnInputs<Flex>,
+    options: &ConvBnOptions,
+    keep_conv_output: bool,
+) -> ConvBnForward<Flex> {
+    let (input, weight) = (contiguous(&inputs.input), contiguous(&inputs.weight));
+    let geometry = geometry(&input.shape(), &weight.shape(), &options.conv);
+    let output_shape = output_shape(&input.shape(), &geometry);
+    let channels = geometry.channels_out();
+
+    let mut values = vec![T::ZERO; geometry.batch() * geometry.output_len()];
+    let (center, mean, variance, norm) = match &inputs.statistics {
+        Statistics::Batch => {
+            let moments = conv_moments(&geometry, slice(&input), slice(&weight), &mut values);
+            let mean = rounded::<T>(moments.mean.iter().copied());
+            let variance = rounded::<T>(moments.variance());
+            let norm = HostNorm::of_batch(options.norm, moments.count, &variance);
+            (mean.clone(), mean, variance, norm)
+        }
+        Statistics::Fixed { mean, variance } => {
+            conv(&geometry, slice(&input), slice(&weight), &mut values);
+            let (mean, variance) = (host::<T>(mean), host::<T>(variance));
+            let center = center(&mean, inputs.bias.as_option().map(host));
+            let norm = HostNorm::given(options.norm, &variance);
+            (center, mean, variance, norm)
+        }
+    };
+    let kept = keep_conv_output.then(|| tensor(values.clone(), &output_shape));
+
+    let scale = norm.scale::<T>(inputs.gamma.as_option().map(host));
+    let shift = inputs.beta.as_option().map(host);
+    let affine = Affine {
+        mean: &center,
+        scale: &scale,
+        shift: &shift.unwrap_or_else(|| vec![T::ZERO; channels]),
+    };
+    let residual = inputs.residual.as_option().map(contiguous);
+    let residual = residual.as_ref().map(slice);
+    let activation = kernel_activation(options.activation);
+    normalize(&geometry, &mut values, affine, residual, activation);
+
+    let per_channel = Shape::new([channels]);
+    ConvBnForward {
+        output: tensor(values, &output_shape),
+        mean: tensor(mean, &per_channel),
+        variance: tensor(variance, &per_channel),
+        conv_output: kept.into(),
+    }
+}
+
+fn kernel_backward<T: Kernel>(
+    saved: ConvBnSaved<Flex>,
+    options: &ConvBnBackwardOptions,
+) -> ConvBnGrads<Flex> {
+    let (Some(input), Some(weight), Some(mean), Some(variance)) = (
+        saved.input.as_option().map(contiguous),
+        saved.weight.as_option().map(contiguous),
+        saved.mean.as_option().map(host::<T>),
+        saved.variance.as_option().map(host::<T>),
+    ) else {
+        return portable::conv_bn::backward::<Flex>(saved, options);
+    };
+    let ConvBnSaved {
+        output_grad,
+        bias,
+        gamma,
+        beta,
+        conv_output,
+        output,
+        ..
+    } = saved;
+    let wanted = options.wanted;
+    let geometry = geometry(&input.shape(), &weight.shape(), &options.options.conv);
+    let channels = geometry.channels_out();
+    let output_grad = contiguous(&output_grad);
+    let output = output.as_option().map(contiguous);
+    let gamma = gamma.as_option().map(host::<T>);
+    let zeros = vec![T::ZERO; channels];
+    let values = geometry.batch() * geometry.positions();
+    let activation = kernel_activation(options.options.activation);
+
+    let batch_norm = (options.statistics == StatisticsKind::Batch)
+        .then(|| HostNorm::of_batch(options.options.norm, values, &variance));
+    let scale = match &batch_norm {
+        Some(norm) => norm.scale::<T>(gamma.clone()),
+        None => HostNorm::given(options.options.norm, &variance).scale(gamma.clone()),
+    };
+    let shift = beta.as_option().map(host::<T>);
+    let affine = Affine {
+        mean: &mean,
+        scale: &scale,
+        shift: shift.as_deref().unwrap_or(&zeros),
+    };
+    let pass = Backward {
+        geometry: &geometry,
+        input: slice(&input),
+        weight: slice(&weight),
+        output_grad: slice(&output_grad),
+        affine,
+        activation,
+        output: output.as_ref().map(slice),
+    };
+
+    // The convolution's output: kept since forward, stored between the two steps if that fits the
+    // workspace, or recomputed in each. With given statistics nothing depends on it.
+    let kept = conv_output.as_option().map(contiguous);
+    let stores = batch_norm.is_some()
+        && kept.is_none()
+        && options
+            .options
+            .max_workspace
+            .is_none_or(|bytes| size_of_val(pass.output_grad) <= bytes);
+    let mut stored = vec![T::ZERO; if stores { pass.output_grad.len() } else { 0 }];
+    let at_hand = match (&kept, &batch_norm) {
+        (Some(kept), _) => Some(slice::<T>(kept)),
+        (None, None) => Some(pass.output_grad),
+        (None, Some(_)) => None,
+    };
+    let sums = grad_sums(
+        &pass,
+        match at_hand {
+            Some(conv_output) => ConvOutput::Kept(conv_output),
+            None if stores => ConvOutput::Store(&mut stored),
+            None => ConvOutput::Recompute,
+        },
+    );
+
+    let wants_fixed_gamma = wanted.gamma && batch_norm.is_none();
+    let mut weight_grad =
+        (wanted.weight || wants_fixed_gamma).then(|| vec![T::ZERO; geometry.weight_len()]);
+    let mut input_grad = wanted.input.then(|| vec![T::ZERO; pass.input.len()]);
+    // Without an activation the residual's gradient is the output's.
+    let mut residual_grad = (wanted.residual && activation != KernelActivation::Identity)
+        .then(|| vec![T::ZERO; pass.output_grad.len()]);
+    if weight_grad.is_some() || input_grad.is_some() || residual_grad.is_some() {
+        let folded = match &batch_norm {
+            Some(_) => None,
+            None => Some(scaled_rows(pass.weight, &scale)),
+        };
+        let (grad_scale, slope, offset) = match &batch_norm {
+            Some(norm) => {
+                let (slope, offset) = norm.input_grad(gamma.as_deref(), &sums.grad, &sums.grad_deviation);
+                (scale.clone(), rounded(slope.into_iter()), rounded(offset.into_iter()))
+            }
+            None => (vec![T::ONE; channels], zeros.clone(), zeros.clone()),
+        };
+        backward(
+            &pass,
+            match at_hand {
+                Some(conv_output) => ConvOutput::Kept(conv_output),
+                None if stores => ConvOutput::Kept(&stored),
+                None => ConvOutput::Recompute,
+            },
+            InputGradCoefficients {
+                scale: &grad_scale,
+                slope: &slope,
+                offset: &offset,
+            },
+            Gradients {
+                input: input_grad
+                    .as_deref_mut()
+                    .map(|grad| (grad, folded.as_deref().unwrap_or(pass.weight))),
+                weight: weight_grad.as_deref_mut(),
+                residual: residual_grad.as_deref_mut(),
+            },
+        );
+    }
+
+    let per_channel = Shape::new([channels]);
+    let channel_tensor = |grad: Vec<f64>| tensor(rounded::<T>(grad.into_iter()), &per_channel);
+    let (bias_grad, gamma_grad) = match &batch_norm {
+        Some(norm) => (vec![0.0; channels], times(&norm.inv_std, &sums.grad_deviation)),
+        None => {
+            let norm = HostNorm::given(options.options.norm, &variance);
+            let center = center(&mean, bias.as_option().map(host));
+            let dot = weight_grad.as_deref().map(|grad| row_dots(pass.weight, grad, channels));
+            let gamma_grad = dot.unwrap_or_else(|| vec![0.0; channels]);
+            // sum(g * (z - mean)) = <weight, wgrad(input, g)> - (mean - bias) * sum(g)
+            let sums_deviation: Vec<f64> = gamma_grad
+                .iter()
+                .zip(&center)
+                .zip(&sums.grad)
+                .map(|((dot, center), grad)| dot - Real::to_f64(*center) * grad)
+                .collect();
+            let scale: Vec<f64> = scale.iter().map(|scale| Real::to_f64(*scale)).collect();
+            if let Some(grad) = &mut weight_grad {
+                *grad = scaled_rows(grad, &rounded::<T>(scale.iter().copied()));
+            }
+            (times(&scale, &sums.grad), times(&norm.inv_std, &sums_deviation))
+        }
+    };
+    let residual_grad = match residual_grad {
+        Some(grad) => Some(tensor(grad, &output_grad.shape())),
+        None => wanted.residual.then_some(output_grad),
+    };
+    let input_shape = input.shape();
+    let optional = |wanted: bool, grad: Vec<f64>| -> OptionalTensor<Flex> {
+        wanted.then(|| channel_tensor(grad)).into()
+    };
+    ConvBnGrads {
+        input: input_grad.map(|grad| tensor(grad, &input_shape)).into(),
+        weight: weight_grad
+            .filter(|_| wanted.weight)
+            .map(|grad| tensor(grad, &options.weight_shape))
+            .into(),
+        bias: optional(wanted.bias, bias_grad),
+        gamma: optional(wanted.gamma, gamma_grad),
+        beta: optional(wanted.beta, sums.grad),
+        residual: residual_grad.into(),
+    }
+}
+
+/// The maths of the norm's variants on the host, in f64: as `portable::norm::ChannelNorm`.
+struct HostNorm {
+    norm: NormSpec,
+    values: usize,
+    variance: Vec<f64>,
+    /// `s`.
+    inv_std: Vec<f64>,
+}
+
+impl HostNorm {
+    /// From the biased variance of `values` values a channel.
+    fn of_batch<T: Real>(norm: NormSpec, values: usize, biased_variance: &[T]) -> Self {
+        let degrees = values - norm.variant.degrees_of_freedom();
+        let correction = values as f64 / degrees as f64;
+        let variance = biased_variance.iter().map(|variance| variance.to_f64() * correction);
+        Self::new(norm, values, variance.collect())
+    }
+
+    /// From a variance that is used as it is.
+    fn given<T: Real>(norm: NormSpec, variance: &[T]) -> Self {
+        Self::new(norm, 0, variance.iter().map(|variance| variance.to_f64()).collect())
+    }
+
+    fn new(norm: NormSpec, values: usize, variance: Vec<f64>) -> Self {
+        let inv_std = variance.iter().map(|variance| match norm.variant {
+            NormVariant::BatchNorm => 1.0 / (variance + norm.epsilon).sqrt(),
+            NormVariant::Tutorial => 1.0 / (variance.sqrt() + norm.epsilon),
+        });
+        Self {
+            norm,
+            values,
+            inv_std: inv_std.collect(),
+            variance,
+        }
+    }
+
+    /// `gamma * s`.
+    fn scale<T: Real>(&self, gamma: Option<Vec<T>>) -> Vec<T> {
+        rounded(self.with_gamma(gamma.as_deref(), &self.inv_std).into_iter())
+    }
+
+    fn with_gamma<T: Real>(&self, gamma: Option<&[T]>, values: &[f64]) -> Vec<f64> {
+        match gamma {
+            Some(gamma) => values
+                .iter()
+                .zip(gamma)
+                .map(|(value, gamma)| value * gamma.to_f64())
+                .collect(),
+            None => values.to_vec(),
+        }
+    }
+
+    /// Slope and offset of the input's gradient, from `sum(g)` and `sum(g * (z - mean))`.
+    fn input_grad<T: Real>(
+        &self,
+        gamma: Option<&[T]>,
+        grad: &[f64],
+        grad_deviation: &[f64],
+    ) -> (Vec<f64>, Vec<f64>) {
+        let values = self.values as f64;
+        let degrees = (self.values - self.norm.variant.degrees_of_freedom()) as f64;
+        // ds/dvar * 2 / (m - ddof)
+        let slope: Vec<f64> = self
+            .inv_std
+            .iter()
+            .zip(&self.variance)
+            .map(|(s, variance)| match self.norm.variant {
+                NormVariant::BatchNorm => -s * s * s / degrees,
+                NormVariant::Tutorial if *variance == 0.0 => 0.0,
+                NormVariant::Tutorial => -s * s / (variance.sqrt() * degrees),
+            })
+            .collect();
+        let slope = times(&self.with_gamma(gamma, &slope), grad_deviation);
+        let offset = times(&self.with_gamma(gamma, &self.inv_std), grad);
+        (slope, offset.into_iter().map(|offset| -offset / values).collect())
+    }
+}
+
+fn times(a: &[f64], b: &[f64]) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| a * b).collect()
+}
+
+fn rounded<T: Real>(values: impl Iterator<Item = f64>) -> Vec<T> {
+    values.map(T::from_f64).collect()
+}
+
+/// `mean - bias`: the mean of the convolution's output without its bias.
+fn center<T: Real>(mean: &[T], bias: Option<Vec<T>>) -> Vec<T> {
+    match bias {
+        Some(bias) => mean.iter().zip(bias).map(|(mean, bias)| *mean - bias).collect(),
+        None => mean.to_vec(),
+    }
+}
+
+/// Each row of `[channels, ..]` times its scale.
+fn scaled_rows<T: Real>(rows: &[T], scale: &[T]) -> Vec<T> {
+    let len = rows.len() / scale.len();
+    rows.chunks_exact(len)
+        .zip(scale)
+        .flat_map(|(row, scale)| row.iter().map(move |value| *value * *scale))
+        .collect()
+}
+
+/// Dot product of each row of `[channels, ..]` with its counterpart.
+fn row_dots<T: Real>(a: &[T], b: &[T], channels: usize) -> Vec<f64> {
+    let len = a.len() / channels;
+    a.chunks_exact(len)
+        .zip(b.chunks_exact(len))
+        .map(|(a, b)| a.iter().zip(b).map(|(a, b)| a.to_f64() * b.to_f64()).sum())
+        .collect()
+}
+
+fn kernel_activation(activation: Activation) -> KernelActivation {
+    match activation {
+        Activation::Identity => KernelActivation::Identity,
+        Activation::Relu => KernelActivation::Relu,
+    }
+}
+
+/// The kernels' geometry, with missing leading dimensions of size 1. The shapes were checked by
+/// [`ConvBnProblem`](crate::ConvBnProblem).
+fn geometry(input: &Shape, weight: &Shape, spec: &ConvSpec) -> Geometry {
+    fn lifted<T: Copy>(values: &[T], missing: T) -> [T; 3] {
+        let mut all = [missing; 3];
+        all[3 - values.len()..].copy_from_slice(values);
+        all
+    }
+    Geometry::new(
+        input[0],
+        [input[1], weight[0]],
+        spec.groups,
+        lifted(&input[2..], 1),
+        lifted(&weight[2..], 1),
+        lifted(&spec.stride, 1),
+        lifted(&spec.padding, (0, 0)),
+        lifted(&spec.dilation, 1),
+    )
+    .unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn output_shape(input: &Shape, geometry: &Geometry) -> Shape {
+    let spatial = input.num_dims() - 2;
+    let mut shape = vec![geometry.batch(), geometry.channels_out()];
+    shape.extend_from_slice(&geometry.output()[3 - spatial..]);
+    Shape::from(shape)
+}
+
+/// The tensor itself unless it is a view that the kernels cannot read.
+fn contiguous(tensor: &FlexTensor) -> FlexTensor {
+    match tensor.layout().contiguous_offsets() {
+        Some(_) => tensor.clone(),
+        None => tensor.to_contiguous(),
+    }
+}
+
+fn slice<T: Kernel>(tensor: &FlexTensor) -> &[T] {
+    tensor
+        .as_slice::<T>()
+        .expect("the op's tensors were checked to be of one dtype")
+}
+
+/// Values of a `[channels]` tensor.
+fn host<T: Kernel>(tensor: &FlexTensor) -> Vec<T> {
+    slice(&contiguous(tensor)).to_vec()
+}
+
+fn tensor<T: Kernel>(values: Vec<T>, shape: &Shape) -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(values, shape.clone()))
+}
