@@ -36,6 +36,7 @@ impl Activation {
 
 /// Positive, or not a number.
 #[inline(always)]
+#[allow(clippy::neg_cmp_op_on_partial_ord)]
 fn relu_passes<T: Real>(value: T) -> bool {
     !(value <= T::ZERO)
 }

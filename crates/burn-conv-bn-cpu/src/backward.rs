@@ -79,8 +79,16 @@ pub struct Gradients<'a, T> {
 
 impl<'a, T: Real> Backward<'a, T> {
     fn check(&self) {
-        check(self.geometry, self.input, self.weight, self.output_grad.len());
-        assert!(self.output.is_none_or(|output| output.len() == self.output_grad.len()));
+        check(
+            self.geometry,
+            self.input,
+            self.weight,
+            self.output_grad.len(),
+        );
+        assert!(
+            self.output
+                .is_none_or(|output| output.len() == self.output_grad.len())
+        );
     }
 
     /// What tells where the activation passes the gradient, for `len` values from `start` on.
@@ -108,33 +116,42 @@ pub fn grad_sums<T: Real>(pass: &Backward<'_, T>, conv_output: ConvOutput<'_, T>
         ConvOutput::Recompute => (0..blocks).map(|_| ConvOutput::Recompute).collect(),
         ConvOutput::Store(all) => {
             assert_eq!(all.len(), pass.output_grad.len());
-            all.chunks_mut(images * output_len).map(ConvOutput::Store).collect()
+            all.chunks_mut(images * output_len)
+                .map(ConvOutput::Store)
+                .collect()
         }
         ConvOutput::Kept(all) => {
             assert_eq!(all.len(), pass.output_grad.len());
-            all.chunks(images * output_len).map(ConvOutput::Kept).collect()
+            all.chunks(images * output_len)
+                .map(ConvOutput::Kept)
+                .collect()
         }
     };
     let parts: Vec<GradSums> = conv_outputs
         .into_par_iter()
         .zip(pass.input.par_chunks(images * input_len))
         .enumerate()
-        .map_init(Scratch::new, |scratch, (block, (mut conv_output, input))| {
-            let mut sums = GradSums::new(geometry.channels_out());
-            for (index, image) in input.chunks_exact(input_len).enumerate() {
-                let start = (block * images + index) * output_len;
-                let local = index * output_len..(index + 1) * output_len;
-                match &mut conv_output {
-                    ConvOutput::Recompute => scratch.sum_tiles(pass, image, start, &mut sums, None),
-                    ConvOutput::Store(block) => {
-                        let target = Some(&mut block[local]);
-                        scratch.sum_tiles(pass, image, start, &mut sums, target);
+        .map_init(
+            Scratch::new,
+            |scratch, (block, (mut conv_output, input))| {
+                let mut sums = GradSums::new(geometry.channels_out());
+                for (index, image) in input.chunks_exact(input_len).enumerate() {
+                    let start = (block * images + index) * output_len;
+                    let local = index * output_len..(index + 1) * output_len;
+                    match &mut conv_output {
+                        ConvOutput::Recompute => {
+                            scratch.sum_tiles(pass, image, start, &mut sums, None)
+                        }
+                        ConvOutput::Store(block) => {
+                            let target = Some(&mut block[local]);
+                            scratch.sum_tiles(pass, image, start, &mut sums, target);
+                        }
+                        ConvOutput::Kept(block) => sums.add_image(pass, start, &block[local]),
                     }
-                    ConvOutput::Kept(block) => sums.add_image(pass, start, &block[local]),
                 }
-            }
-            sums
-        })
+                sums
+            },
+        )
         .collect();
     let mut sums = GradSums::new(geometry.channels_out());
     for part in &parts {
@@ -230,32 +247,35 @@ pub fn backward<T: Real>(
         .zip(residual_blocks)
         .zip(pass.input.par_chunks(images * input_len))
         .enumerate()
-        .map_init(Scratch::new, |scratch, (block, ((input_grad, residual_grad), input))| {
-            let mut weight_grad = vec![T::ZERO; if wants_weight { weight_len } else { 0 }];
-            let mut input_grad = input_grad;
-            let mut residual_grad = residual_grad;
-            for (index, image) in input.chunks_exact(input_len).enumerate() {
-                let start = (block * images + index) * output_len;
-                scratch.backward_image(
-                    pass,
-                    image,
-                    start,
-                    kept.map(|kept| &kept[start..][..output_len]),
-                    coefficients,
-                    ImageGradients {
-                        input: input_grad
-                            .as_deref_mut()
-                            .map(|grad| &mut grad[index * input_len..][..input_len]),
-                        input_weight,
-                        weight: wants_weight.then_some(weight_grad.as_mut_slice()),
-                        residual: residual_grad
-                            .as_deref_mut()
-                            .map(|grad| &mut grad[index * output_len..][..output_len]),
-                    },
-                );
-            }
-            weight_grad
-        })
+        .map_init(
+            Scratch::new,
+            |scratch, (block, ((input_grad, residual_grad), input))| {
+                let mut weight_grad = vec![T::ZERO; if wants_weight { weight_len } else { 0 }];
+                let mut input_grad = input_grad;
+                let mut residual_grad = residual_grad;
+                for (index, image) in input.chunks_exact(input_len).enumerate() {
+                    let start = (block * images + index) * output_len;
+                    scratch.backward_image(
+                        pass,
+                        image,
+                        start,
+                        kept.map(|kept| &kept[start..][..output_len]),
+                        coefficients,
+                        ImageGradients {
+                            input: input_grad
+                                .as_deref_mut()
+                                .map(|grad| &mut grad[index * input_len..][..input_len]),
+                            input_weight,
+                            weight: wants_weight.then_some(weight_grad.as_mut_slice()),
+                            residual: residual_grad
+                                .as_deref_mut()
+                                .map(|grad| &mut grad[index * output_len..][..output_len]),
+                        },
+                    );
+                }
+                weight_grad
+            },
+        )
         .collect();
     if let Some(grad) = gradients.weight {
         assert_eq!(grad.len(), weight_len);
@@ -378,8 +398,7 @@ impl<T: Real> Scratch<T> {
                 let first = group * group_out * positions + rows.start * width;
                 self.tile.resize(group_out * tile, T::ZERO);
                 let needs_columns = kept.is_none() || gradients.weight.is_some();
-                let columns =
-                    needs_columns.then(|| self.columns.of(geometry, image, &rows));
+                let columns = needs_columns.then(|| self.columns.of(geometry, image, &rows));
                 match (kept, columns) {
                     (Some(kept), _) => {
                         for (channel, values) in self.tile.chunks_exact_mut(tile).enumerate() {
@@ -406,7 +425,10 @@ impl<T: Real> Scratch<T> {
                             slope: coefficients.slope[channel],
                             offset: coefficients.offset[channel],
                         },
-                        gradients.residual.as_deref_mut().map(|grad| &mut grad[from..][..tile]),
+                        gradients
+                            .residual
+                            .as_deref_mut()
+                            .map(|grad| &mut grad[from..][..tile]),
                     );
                 }
                 let conv_grad = Matrix::by_rows(self.tile.as_slice(), group_out, tile, tile);

@@ -77,12 +77,21 @@ fn conv_image<T: Real>(
 ) {
     let groups = geometry.groups();
     let (positions, width) = (geometry.positions(), geometry.width());
-    for (group, output) in output.chunks_exact_mut(geometry.group_out() * positions).enumerate() {
+    for (group, output) in output
+        .chunks_exact_mut(geometry.group_out() * positions)
+        .enumerate()
+    {
         let image = group_of(image, group, groups);
         let weight = group_of(weight, group, groups);
         for rows in geometry.tiles() {
             let columns = columns.of(geometry, image, &rows);
-            conv_tile(geometry, columns, weight, &mut output[rows.start * width..], positions);
+            conv_tile(
+                geometry,
+                columns,
+                weight,
+                &mut output[rows.start * width..],
+                positions,
+            );
         }
     }
 }
@@ -156,13 +165,16 @@ pub fn normalize<T: Real>(
     assert!(residual.is_none_or(|residual| residual.len() == values.len()));
     let arch = Arch::new();
     let (len, positions) = (geometry.output_len(), geometry.positions());
-    values.par_chunks_exact_mut(len).enumerate().for_each(|(image, values)| {
-        for (channel, values) in values.chunks_exact_mut(positions).enumerate() {
-            let start = image * len + channel * positions;
-            let residual = residual.map(|residual| &residual[start..][..positions]);
-            simd::normalize(arch, values, affine.channel(channel), residual, activation);
-        }
-    });
+    values
+        .par_chunks_exact_mut(len)
+        .enumerate()
+        .for_each(|(image, values)| {
+            for (channel, values) in values.chunks_exact_mut(positions).enumerate() {
+                let start = image * len + channel * positions;
+                let residual = residual.map(|residual| &residual[start..][..positions]);
+                simd::normalize(arch, values, affine.channel(channel), residual, activation);
+            }
+        });
 }
 
 impl<T: Real> Affine<'_, T> {
@@ -176,7 +188,15 @@ impl<T: Real> Affine<'_, T> {
 }
 
 pub(crate) fn check<T>(geometry: &Geometry, input: &[T], weight: &[T], output_len: usize) {
-    assert_eq!(input.len(), geometry.batch() * geometry.input_len(), "input");
+    assert_eq!(
+        input.len(),
+        geometry.batch() * geometry.input_len(),
+        "input"
+    );
     assert_eq!(weight.len(), geometry.weight_len(), "weight");
-    assert_eq!(output_len, geometry.batch() * geometry.output_len(), "output");
+    assert_eq!(
+        output_len,
+        geometry.batch() * geometry.output_len(),
+        "output"
+    );
 }

@@ -94,7 +94,10 @@ impl Geometry {
                 return Err(GeometryError::Zero { what, got });
             }
         }
-        if channels.iter().any(|channels| !channels.is_multiple_of(groups)) {
+        if channels
+            .iter()
+            .any(|channels| !channels.is_multiple_of(groups))
+        {
             return Err(GeometryError::Groups { channels, groups });
         }
         let mut output = [0; 3];
@@ -243,8 +246,8 @@ impl Geometry {
     pub(crate) fn input_row(&self, row: usize, tap: &Tap) -> Option<usize> {
         let index = [row / self.output[1], row % self.output[1]];
         let mut start = 0;
-        for dim in 0..2 {
-            let padded = index[dim] * self.stride[dim] + tap.offset[dim] * self.dilation[dim];
+        for (dim, index) in index.into_iter().enumerate() {
+            let padded = index * self.stride[dim] + tap.offset[dim] * self.dilation[dim];
             let position = padded.checked_sub(self.padding[dim].0)?;
             if position >= self.input[dim] {
                 return None;
@@ -266,7 +269,10 @@ impl Geometry {
             .div_ceil(stride)
             .min(self.output[2]);
         let first = first.min(end);
-        ((first..end), (first * stride + shift).saturating_sub(before))
+        (
+            (first..end),
+            (first * stride + shift).saturating_sub(before),
+        )
     }
 
     pub(crate) fn row_stride(&self) -> usize {

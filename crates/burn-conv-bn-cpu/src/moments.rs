@@ -38,6 +38,8 @@ impl Moments {
 
     /// Sum of squared deviations over the number of values, `[channels]`.
     pub fn variance(&self) -> impl Iterator<Item = f64> + '_ {
-        self.squares.iter().map(|squares| squares / self.count as f64)
+        self.squares
+            .iter()
+            .map(|squares| squares / self.count as f64)
     }
 }

@@ -1,7 +1,7 @@
 use burn::config::Config;
+use burn::tensor::Tensor;
 use burn::tensor::activation::relu;
 use burn::tensor::module::batch_norm_train;
-use burn::tensor::Tensor;
 use burn_conv_bn::functional::batch_norm;
 use burn_conv_bn::{Activation, ConvBn2d, NormSpec, NormVariant, Recompute, SavedTensor};
 

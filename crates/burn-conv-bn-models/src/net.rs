@@ -153,7 +153,11 @@ impl Net {
         let [first, ..] = self.conv1.conv.weight.dims();
         let blocks = [
             ("conv1", &self.conv1, [batch, 1, image_size, image_size]),
-            ("conv2", &self.conv2, [batch, first, image_size - 2, image_size - 2]),
+            (
+                "conv2",
+                &self.conv2,
+                [batch, first, image_size - 2, image_size - 2],
+            ),
         ];
         blocks
             .into_iter()

@@ -14,7 +14,8 @@ use crate::compare::{CompareOptions, Output, WORKER, compare, work};
 use crate::data::DatasetChoice;
 use crate::fit::Resume;
 use crate::job::{Job, Norm, Precision, RecomputePolicy, RunOptions, Variant, run};
-use crate::parity::Parity;
+use crate::parity::{Parity, Reordering};
+use crate::print::say;
 
 /// How long the job without a subcommand may take.
 const DEFAULT_TIME_LIMIT: Duration = Duration::from_secs(8 * 60);
@@ -63,10 +64,10 @@ struct JobArgs {
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = positive)]
     batch_size: usize,
     /// Learning rate of the first epoch.
-    #[arg(long, value_name = "RATE", default_value_t = 1.0)]
+    #[arg(long, value_name = "RATE", default_value_t = 1.0, value_parser = positive_number)]
     lr: f64,
     /// Factor on the learning rate after every epoch.
-    #[arg(long, value_name = "FACTOR", default_value_t = 0.7)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 0.7, value_parser = positive_number)]
     gamma: f64,
     /// Batch norm: Burn's, or the tutorial's (unbiased variance, epsilon outside the root).
     #[arg(long, value_enum, default_value = "burn")]
@@ -129,7 +130,7 @@ struct Compare {
     #[arg(long, value_name = "DIR", default_value = "artifacts/compare")]
     artifacts: PathBuf,
     /// If it would take longer than this many minutes by the estimate, train on fewer digits.
-    #[arg(long, value_name = "MINUTES")]
+    #[arg(long, value_name = "MINUTES", value_parser = positive_number)]
     time_limit: Option<f64>,
 }
 
@@ -170,16 +171,20 @@ struct ParityArgs {
     /// Training steps.
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = positive)]
     steps: usize,
-    /// In single precision, unfused runs with the batches in another order, whose spread is the
-    /// allowed difference.
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = positive)]
-    reorderings: usize,
 }
 
 fn positive(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("must be at least 1".to_string()),
         Ok(number) => Ok(number),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+fn positive_number(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number > 0.0 => Ok(number),
+        Ok(_) => Err("must be a finite number above 0".to_string()),
         Err(error) => Err(format!("{error}")),
     }
 }
@@ -198,10 +203,24 @@ pub fn main(allocator: &'static CountingAllocator) -> ExitCode {
     match execute(cli, allocator) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", message(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and its causes on one line, without those that its text names already.
+fn message(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |mut text, cause| {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&cause);
+        }
+        text
+    })
 }
 
 fn execute(cli: Cli, allocator: &'static CountingAllocator) -> Result<()> {
@@ -220,7 +239,7 @@ fn execute(cli: Cli, allocator: &'static CountingAllocator) -> Result<()> {
         Some(Subcommands::Worker) => work(allocator, interrupter),
         Some(Subcommands::Compare(args)) => run_compare(args, allocator, &interrupter),
         Some(Subcommands::Train(args)) => train(args, allocator, interrupter),
-        Some(Subcommands::Parity(args)) => parity(args),
+        Some(Subcommands::Parity(args)) => parity(args, &interrupter),
         None => {
             let mut args = Compare::parse_defaults();
             args.time_limit = Some(DEFAULT_TIME_LIMIT.as_secs_f64() / 60.0);
@@ -244,19 +263,22 @@ fn run_compare(
     allocator: &'static CountingAllocator,
     interrupter: &Interrupter,
 ) -> Result<()> {
-    let time_limit = match args.time_limit {
-        Some(minutes) if !(minutes > 0.0 && minutes.is_finite()) => {
-            bail!("--time-limit must be a positive number of minutes, got {minutes}")
-        }
-        minutes => minutes.map(|minutes| Duration::from_secs_f64(60.0 * minutes)),
-    };
+    let time_limit = args.time_limit.map(|minutes| {
+        // More than fits is as good as none.
+        Duration::try_from_secs_f64(60.0 * minutes).unwrap_or(Duration::MAX)
+    });
     let options = CompareOptions {
         variants: vec![Variant::Fused, Variant::Unfused],
         json: args.json,
         artifacts: args.artifacts,
         time_limit,
     };
-    compare(args.job.into_job(args.epochs), &options, allocator, interrupter)
+    compare(
+        args.job.into_job(args.epochs),
+        &options,
+        allocator,
+        interrupter,
+    )
 }
 
 fn train(
@@ -267,7 +289,7 @@ fn train(
     let json = args.json.as_deref().map(Output::create).transpose()?;
     let job = args.job.into_job(args.epochs);
     let data = job.data()?;
-    println!("Data: {}", data.origin);
+    say!("Data: {}", data.origin);
     let dataset = data.origin.name();
     let options = RunOptions {
         directory: args.artifacts.clone(),
@@ -283,33 +305,47 @@ fn train(
     };
     let (report, outcome) = run(&job, args.variant, data, allocator, options)?;
     if let Some(epoch) = outcome.epochs.iter().rev().find_map(|epoch| epoch.test) {
-        println!("Test set ({dataset}): {epoch}");
+        say!("Test set ({dataset}): {epoch}");
     }
     if let Some(json) = json {
         json.write(&report)?;
     }
-    match outcome.interrupted {
-        Some(_) if args.early_stopping.is_some() && report.epochs.len() == outcome.epochs.len() => {
-            println!("Stopped early: the test loss no longer improves.");
-            Ok(())
-        }
-        Some(_) => bail!(
-            "interrupted: finished epochs are kept in {}, go on with --resume; the epoch that was \
-             running is not",
+    let last_epoch = outcome.epochs.last().map(|epoch| epoch.epoch);
+    match (outcome.interrupted, last_epoch) {
+        (Some(_), _) => bail!(
+            "interrupted: the epochs that have a checkpoint in {} can be gone on from with \
+             --resume; the one that was running is lost",
             args.artifacts.display()
         ),
-        None => Ok(()),
+        (None, None) => {
+            say!(
+                "Nothing to do: the run that was resumed has {} epochs already.",
+                args.epochs
+            );
+            Ok(())
+        }
+        (None, Some(epoch)) if epoch < args.epochs => {
+            say!("Stopped early after epoch {epoch}: the test loss no longer improves.");
+            Ok(())
+        }
+        (None, Some(_)) => Ok(()),
     }
 }
 
-fn parity(args: ParityArgs) -> Result<()> {
+fn parity(args: ParityArgs, interrupter: &Interrupter) -> Result<()> {
     let job = args.job.into_job(1);
     let data = job.data()?;
-    println!("Data: {}", data.origin);
+    say!("Data: {}", data.origin);
     let reorderings = match job.precision {
-        Precision::F32 => args.reorderings,
-        Precision::F64 => 0,
+        Precision::F32 => &Reordering::ALL[..],
+        Precision::F64 => &[],
     };
-    let parity = Parity::measure(&job, Arc::new(data.train), args.steps, reorderings)?;
+    let parity = Parity::measure(
+        &job,
+        Arc::new(data.train),
+        args.steps,
+        reorderings,
+        interrupter,
+    )?;
     parity.judge(job.precision)
 }

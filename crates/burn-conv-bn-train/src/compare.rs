@@ -19,6 +19,7 @@ use crate::data::{DataOrigin, DatasetChoice, MnistData};
 use crate::estimate::estimate;
 use crate::fit::Resume;
 use crate::job::{Job, RunOptions, Variant, run};
+use crate::print::say;
 use crate::report::{Report, VariantReport};
 
 /// Version of Burn that this is built with: the one that the workspace pins.
@@ -64,17 +65,28 @@ pub fn compare(
     interrupter: &Interrupter,
 ) -> Result<()> {
     let json = options.json.as_deref().map(Output::create).transpose()?;
+    for variant in &options.variants {
+        let folder = options.artifacts.join(variant.name()).join("checkpoint");
+        if folder.exists() {
+            bail!(
+                "{} holds the checkpoints of a training; choose another folder for the logs",
+                folder.display()
+            );
+        }
+    }
     fs::create_dir_all(&options.artifacts)
         .with_context(|| format!("cannot create the folder {}", options.artifacts.display()))?;
     let scratch = tempfile::tempdir_in(&options.artifacts)
         .with_context(|| format!("cannot write to the folder {}", options.artifacts.display()))?;
 
     let mut data = job.data()?;
-    println!("Data: {}", data.origin);
+    say!("Data: {}", data.origin);
     announce(&mut job, options, &mut data, allocator);
-    if matches!(data.origin, DataOrigin::Synthetic { .. }) {
-        job.dataset = DatasetChoice::Synthetic;
-    }
+    // The variants' processes look for the data again: what they find must be the same.
+    job.dataset = match data.origin {
+        DataOrigin::Synthetic { .. } => DatasetChoice::Synthetic,
+        _ => DatasetChoice::Mnist,
+    };
 
     let mut report = Report {
         dataset: data.origin.name().to_string(),
@@ -88,35 +100,51 @@ pub fn compare(
         variants: Vec::new(),
     };
     drop(data);
+    let mut failure = None;
     for &variant in &options.variants {
-        println!("\n== {} ==", variant.name());
+        if interrupter.should_stop() {
+            break;
+        }
+        say!("\n== {} ==", variant.name());
         let task = Task {
             job: job.clone(),
             variant,
             directory: options.artifacts.join(variant.name()),
             result: scratch.path().join(format!("{}.json", variant.name())),
         };
-        let result = spawn(&task)?;
+        let result = match spawn(&task) {
+            Ok(result) => result,
+            Err(error) => {
+                failure = Some(error);
+                break;
+            }
+        };
         if let Some(epoch) = result.epochs.last() {
-            println!(
+            say!(
                 "Test set ({}): Average loss: {:.4}, Accuracy: {:.2} %",
                 report.dataset,
                 epoch.test_loss,
                 100.0 * epoch.test_accuracy
             );
         }
-        let interrupted = result.interrupted || interrupter.should_stop();
+        let interrupted = result.interrupted;
         report.variants.push(result);
         if interrupted {
             break;
         }
     }
-    println!("\n{}", summary(&report));
-    if let Some(json) = json {
-        json.write(&report)?;
+    // What was finished is kept, whatever became of the rest.
+    if !report.variants.is_empty() {
+        say!("\n{}", summary(&report));
+        if let Some(json) = json {
+            json.write(&report)?;
+        }
     }
-    if interrupter.should_stop() {
-        bail!("interrupted: what was finished is above");
+    if let Some(failure) = failure {
+        return Err(failure);
+    }
+    if interrupter.should_stop() || report.variants.iter().any(|variant| variant.interrupted) {
+        bail!("interrupted");
     }
     Ok(())
 }
@@ -133,7 +161,10 @@ fn announce(
         .iter()
         .map(|&variant| (variant, estimate(job, variant, data, allocator)))
         .collect();
-    let total: Duration = estimates.iter().map(|(_, estimate)| estimate.duration).sum();
+    let total: Duration = estimates
+        .iter()
+        .map(|(_, estimate)| estimate.duration)
+        .sum();
     let each: Vec<String> = estimates
         .iter()
         .map(|(variant, estimate)| {
@@ -145,7 +176,11 @@ fn announce(
             )
         })
         .collect();
-    println!("Estimate for {} digits: {}.", data.train.len(), each.join("; "));
+    say!(
+        "Estimate for {} digits: {}.",
+        data.train.len(),
+        each.join("; ")
+    );
     if let Some(limit) = options.time_limit
         && total > limit
     {
@@ -153,7 +188,7 @@ fn announce(
         let digits = (data.train.len() as f64 * fraction) as usize;
         let batches = (digits / job.batch_size).max(1);
         let digits = (batches * job.batch_size).min(data.train.len());
-        println!(
+        say!(
             "That is {} in all; to stay under {}, both variants train on the first {digits} \
              digits only. `compare` without --time-limit trains on all of them.",
             minutes(total),
@@ -168,6 +203,10 @@ fn spawn(task: &Task) -> Result<VariantReport> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let mut child = Command::new(program)
         .arg(WORKER)
+        // glibc gives every large buffer back to the system when it is freed. Faulting the pages
+        // in again for the next one can take longer than the arithmetic, in both variants.
+        .env("MALLOC_MMAP_MAX_", "0")
+        .env("MALLOC_TRIM_THRESHOLD_", "1000000000000")
         .stdin(Stdio::piped())
         .spawn()
         .context("cannot start a process for the variant")?;
@@ -176,9 +215,14 @@ fn spawn(task: &Task) -> Result<VariantReport> {
         .write_all(serde_json::to_string(task)?.as_bytes())
         .context("cannot talk to the variant's process")?;
     drop(input);
-    let status = child.wait().context("cannot wait for the variant's process")?;
+    let status = child
+        .wait()
+        .context("cannot wait for the variant's process")?;
     let result = fs::read(&task.result).with_context(|| {
-        format!("the {} variant ended without a result ({status})", task.variant.name())
+        format!(
+            "the {} variant ended without a result ({status})",
+            task.variant.name()
+        )
     })?;
     let result: std::result::Result<VariantReport, String> = serde_json::from_slice(&result)
         .with_context(|| format!("the {} variant's result is damaged", task.variant.name()))?;
@@ -238,7 +282,12 @@ impl Output {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
-        let file = NamedTempFile::new_in(folder)
+        let mut builder = tempfile::Builder::new();
+        // A report is no secret, which temporary files are taken for.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let file = builder
+            .tempfile_in(folder)
             .with_context(|| format!("cannot write to the folder {}", folder.display()))?;
         Ok(Self {
             file,
@@ -261,7 +310,7 @@ impl Output {
         self.file
             .persist(&self.path)
             .with_context(|| format!("cannot write {}", path.display()))?;
-        println!("Report: {}", path.display());
+        say!("Report: {}", path.display());
         Ok(())
     }
 }

@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataset::Dataset;
+use burn::module::Module;
 use burn::tensor::Device;
 use burn::train::{InferenceStep, TrainStep};
-use burn::module::Module;
 use burn_conv_bn_memory::CountingAllocator;
 
 use crate::batch::{DigitItem, MnistBatch, MnistBatcher};
@@ -53,8 +53,8 @@ pub fn estimate(
 
     let measure = step.expect("two steps were made");
     let times = |count: usize| count as f64 / sample as f64;
-    let epoch = measure.duration.mul_f64(times(data.train.len()))
-        + test.mul_f64(times(data.test.len()));
+    let epoch =
+        measure.duration.mul_f64(times(data.train.len())) + test.mul_f64(times(data.test.len()));
     Estimate {
         duration: epoch.mul_f64(job.epochs as f64),
         peak_bytes: (measure.memory.peak_bytes as f64 * times(job.batch_size.min(data.train.len())))

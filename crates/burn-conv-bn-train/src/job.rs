@@ -260,7 +260,10 @@ pub fn run(
                 })
             })
             .collect(),
-        step_losses: steps.iter().map(|step| step.evaluation.average_loss()).collect(),
+        step_losses: steps
+            .iter()
+            .map(|step| step.evaluation.average_loss())
+            .collect(),
         step_seconds_median: summary.seconds_median,
         forward_end_bytes: summary.memory.forward_end_bytes,
         peak_bytes: summary.memory.peak_bytes,

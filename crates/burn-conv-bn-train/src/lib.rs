@@ -12,6 +12,7 @@ pub mod memory;
 pub mod metrics;
 pub mod optim;
 pub mod parity;
+mod print;
 pub mod renderer;
 pub mod report;
 pub mod step;

@@ -19,7 +19,7 @@ const LOSS: &str = "Loss";
 /// Prints the tutorial's lines while it trains, and one line at the end of every epoch.
 ///
 /// ```text
-/// Train Epoch: 0 [4096/60000 (7%)]	Loss: 7.435781
+/// Train Epoch: 0 [4096/60000 (7%)]    Loss: 7.435781
 /// ```
 ///
 /// As in the tutorial, epochs on these lines count from 0, the loss is that of one batch, the

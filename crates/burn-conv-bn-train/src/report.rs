@@ -85,7 +85,8 @@ impl StepSummary {
             .map(|step| step.measure.duration.as_secs_f64())
             .collect();
         seconds.sort_by(f64::total_cmp);
-        let memory = |of: fn(&StepMemory) -> usize| steps.iter().map(move |s| of(&s.measure.memory));
+        let memory =
+            |of: fn(&StepMemory) -> usize| steps.iter().map(move |s| of(&s.measure.memory));
         Self {
             seconds_median: median(&seconds),
             memory: StepMemory {
@@ -130,7 +131,12 @@ mod tests {
 
     #[test]
     fn a_smaller_last_batch_does_not_count() {
-        let steps = [step(8, 30, 100), step(8, 10, 200), step(8, 20, 300), step(3, 1, 9000)];
+        let steps = [
+            step(8, 30, 100),
+            step(8, 10, 200),
+            step(8, 20, 300),
+            step(3, 1, 9000),
+        ];
         let summary = StepSummary::of(&steps, 8);
         assert_eq!(summary.seconds_median, 0.020);
         assert_eq!(summary.memory.forward_end_bytes, 200);

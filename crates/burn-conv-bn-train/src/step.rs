@@ -63,10 +63,11 @@ struct Cast(FloatDType);
 impl ModuleMapper for Cast {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         param.map(|tensor| {
-            // Detached first, or the cast would be part of the graph and the parameter no
+            // Untracked first, or the cast would be part of the graph and the parameter no
             // longer a leaf, for which Burn keeps no gradient.
             let require_grad = tensor.is_require_grad();
-            tensor.detach().cast(self.0).set_require_grad(require_grad)
+            let leaf = tensor.detach().set_require_grad(false);
+            leaf.cast(self.0).set_require_grad(require_grad)
         })
     }
 }

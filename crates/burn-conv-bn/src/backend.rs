@@ -333,9 +333,8 @@ impl ConvBnBackend for burn_cubecl::CubeBackend {}
 
 /// Dtype of statistics, sums and per-channel coefficients for data of `dtype`.
 pub(crate) fn accumulator_dtype(dtype: DType) -> DType {
-        match dtype {
+    match dtype {
         DType::F64 => DType::F64,
         _ => DType::F32,
     }
 }
-

@@ -191,8 +191,13 @@ fn kernel_backward<T: Kernel>(
         };
         let (grad_scale, slope, offset) = match &batch_norm {
             Some(norm) => {
-                let (slope, offset) = norm.input_grad(gamma.as_deref(), &sums.grad, &sums.grad_deviation);
-                (scale.clone(), rounded(slope.into_iter()), rounded(offset.into_iter()))
+                let (slope, offset) =
+                    norm.input_grad(gamma.as_deref(), &sums.grad, &sums.grad_deviation);
+                (
+                    scale.clone(),
+                    rounded(slope.into_iter()),
+                    rounded(offset.into_iter()),
+                )
             }
             None => (vec![T::ONE; channels], zeros.clone(), zeros.clone()),
         };
@@ -221,11 +226,16 @@ fn kernel_backward<T: Kernel>(
     let per_channel = Shape::new([channels]);
     let channel_tensor = |grad: Vec<f64>| tensor(rounded::<T>(grad.into_iter()), &per_channel);
     let (bias_grad, gamma_grad) = match &batch_norm {
-        Some(norm) => (vec![0.0; channels], times(&norm.inv_std, &sums.grad_deviation)),
+        Some(norm) => (
+            vec![0.0; channels],
+            times(&norm.inv_std, &sums.grad_deviation),
+        ),
         None => {
             let norm = HostNorm::given(options.options.norm, &variance);
             let center = center(&mean, bias.as_option().map(host));
-            let dot = weight_grad.as_deref().map(|grad| row_dots(pass.weight, grad, channels));
+            let dot = weight_grad
+                .as_deref()
+                .map(|grad| row_dots(pass.weight, grad, channels));
             let gamma_grad = dot.unwrap_or_else(|| vec![0.0; channels]);
             // sum(g * (z - mean)) = <weight, wgrad(input, g)> - (mean - bias) * sum(g)
             let sums_deviation: Vec<f64> = gamma_grad
@@ -238,7 +248,10 @@ fn kernel_backward<T: Kernel>(
             if let Some(grad) = &mut weight_grad {
                 *grad = scaled_rows(grad, &rounded::<T>(scale.iter().copied()));
             }
-            (times(&scale, &sums.grad), times(&norm.inv_std, &sums_deviation))
+            (
+                times(&scale, &sums.grad),
+                times(&norm.inv_std, &sums_deviation),
+            )
         }
     };
     let residual_grad = match residual_grad {
@@ -276,13 +289,19 @@ impl HostNorm {
     fn of_batch<T: Real>(norm: NormSpec, values: usize, biased_variance: &[T]) -> Self {
         let degrees = values - norm.variant.degrees_of_freedom();
         let correction = values as f64 / degrees as f64;
-        let variance = biased_variance.iter().map(|variance| variance.to_f64() * correction);
+        let variance = biased_variance
+            .iter()
+            .map(|variance| variance.to_f64() * correction);
         Self::new(norm, values, variance.collect())
     }
 
     /// From a variance that is used as it is.
     fn given<T: Real>(norm: NormSpec, variance: &[T]) -> Self {
-        Self::new(norm, 0, variance.iter().map(|variance| variance.to_f64()).collect())
+        Self::new(
+            norm,
+            0,
+            variance.iter().map(|variance| variance.to_f64()).collect(),
+        )
     }
 
     fn new(norm: NormSpec, values: usize, variance: Vec<f64>) -> Self {
@@ -336,7 +355,10 @@ impl HostNorm {
             .collect();
         let slope = times(&self.with_gamma(gamma, &slope), grad_deviation);
         let offset = times(&self.with_gamma(gamma, &self.inv_std), grad);
-        (slope, offset.into_iter().map(|offset| -offset / values).collect())
+        (
+            slope,
+            offset.into_iter().map(|offset| -offset / values).collect(),
+        )
     }
 }
 
@@ -351,7 +373,11 @@ fn rounded<T: Real>(values: impl Iterator<Item = f64>) -> Vec<T> {
 /// `mean - bias`: the mean of the convolution's output without its bias.
 fn center<T: Real>(mean: &[T], bias: Option<Vec<T>>) -> Vec<T> {
     match bias {
-        Some(bias) => mean.iter().zip(bias).map(|(mean, bias)| *mean - bias).collect(),
+        Some(bias) => mean
+            .iter()
+            .zip(bias)
+            .map(|(mean, bias)| *mean - bias)
+            .collect(),
         None => mean.to_vec(),
     }
 }

@@ -158,12 +158,8 @@ pub fn batch_norm<const D: usize>(
     let check = Check::new(&input);
     check.norm_channels("gamma", gamma.as_ref(), shape[1])?;
     check.norm_channels("beta", beta.as_ref(), shape[1])?;
-    let result = Dispatch::batch_normalize(
-        input.into_dispatch(),
-        optional(gamma),
-        optional(beta),
-        norm,
-    );
+    let result =
+        Dispatch::batch_normalize(input.into_dispatch(), optional(gamma), optional(beta), norm);
     Ok(Normalized {
         output: Tensor::from_dispatch(result.output),
         mean: Tensor::from_dispatch(result.mean),
@@ -178,7 +174,7 @@ pub fn batch_norm<const D: usize>(
 ///
 /// - `input`: `[batch, channels_in, spatial..]`
 /// - output: `[batch, channels_out, spatial_out..]`
-/// - mean, variance: `[channels_out]`; given statistics come back as they are
+/// - mean, variance: `[channels_out]`; given statistics come back, in f32 or f64
 ///
 /// # Errors
 ///

@@ -47,9 +47,7 @@ pub(crate) fn conv_bn_backward(
         bias: optional(wanted.bias, || spec(&channels, dtype)),
         gamma: optional(wanted.gamma, || spec(&channels, options.norm_dtype)),
         beta: optional(wanted.beta, || spec(&channels, options.norm_dtype)),
-        residual: optional(wanted.residual, || {
-            spec(&saved.output_grad.shape, dtype)
-        }),
+        residual: optional(wanted.residual, || spec(&saved.output_grad.shape, dtype)),
     }
 }
 

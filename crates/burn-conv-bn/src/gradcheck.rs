@@ -300,7 +300,11 @@ impl GradCheck {
     fn upstreams(&self, elements: usize) -> Vec<Vec<f64>> {
         match self.upstream {
             Upstream::Jacobian => (0..elements)
-                .map(|hot| (0..elements).map(|i| f64::from(u8::from(i == hot))).collect())
+                .map(|hot| {
+                    (0..elements)
+                        .map(|i| f64::from(u8::from(i == hot)))
+                        .collect()
+                })
                 .collect(),
             Upstream::Random(seed) => {
                 let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -338,8 +342,7 @@ impl Worst {
         self.compared += 1;
         self.max_difference = self.max_difference.max(difference);
         let excess = difference - tolerance;
-        // Not `excess > 0`: a NaN is a mismatch.
-        if !(excess <= 0.0) {
+        if excess > 0.0 || excess.is_nan() {
             self.mismatched += 1;
             if self.derivative.is_none() || excess.is_nan() || excess > self.excess {
                 self.excess = excess;

@@ -84,9 +84,7 @@ pub struct ConvBn2dConfig {
     pub bias: bool,
     /// Distribution of the initial weight and bias. Default: Kaiming uniform with `a = sqrt(5)`,
     /// that is uniform within `1 / sqrt(fan_in)`, as in Burn and PyTorch.
-    #[config(
-        default = "Initializer::KaimingUniform{gain:1.0/f64::sqrt(3.0),fan_out_only:false}"
-    )]
+    #[config(default = "Initializer::KaimingUniform{gain:1.0/f64::sqrt(3.0),fan_out_only:false}")]
     pub initializer: Initializer,
     /// Added to the variance (or to the standard deviation, in the tutorial's variant).
     /// Default: 1e-5.

@@ -82,6 +82,25 @@ fn assert_bytes(what: &str, case: &Case, got: isize, wanted: usize) {
     );
 }
 
+/// One step of a case, unmeasured.
+fn step(case: &Case, device: &Device) {
+    let [input_tracked, weight_tracked, affine_tracked] = case.tracked;
+    let channels = || tensor([WEIGHT[0]], affine_tracked, device);
+    let mut params = ConvBnParams::new(tensor(WEIGHT, weight_tracked, device))
+        .with_affine(channels(), channels());
+    params.residual = case.residual.then(|| tensor(OUTPUT, true, device));
+    if case.statistics == StatisticsKind::Fixed {
+        let one = Tensor::ones([WEIGHT[0]], device);
+        params = params.with_statistics(one.clone(), one);
+    }
+    let input = tensor(INPUT, input_tracked, device);
+    conv_bn(input, params, case.options())
+        .unwrap()
+        .output
+        .sum()
+        .backward();
+}
+
 fn check(case: &Case, device: &Device) {
     let start = ALLOCATOR.current() as isize;
     let grown = || ALLOCATOR.current() as isize - start;
@@ -101,23 +120,29 @@ fn check(case: &Case, device: &Device) {
     let leaves = bytes(INPUT) + usize::from(case.residual) * bytes(OUTPUT);
     assert_bytes("leaves", case, grown(), leaves);
 
-    let output = conv_bn(input.clone(), params, case.options()).unwrap().output;
+    let output = conv_bn(input.clone(), params, case.options())
+        .unwrap()
+        .output;
     let own: usize = case
         .table()
         .iter()
         .filter(|tensor| !tensor.shared)
         .map(SavedTensor::bytes)
         .sum();
-    assert_bytes("end of forward", case, grown(), leaves + bytes(OUTPUT) + own);
+    assert_bytes(
+        "end of forward",
+        case,
+        grown(),
+        leaves + bytes(OUTPUT) + own,
+    );
 
     // What is shared stays only if the node keeps it. The sum keeps no tensor.
     let plan = case.plan();
     let loss = output.sum();
     drop(input);
     drop(residual);
-    let kept = own
-        + usize::from(plan.input) * bytes(INPUT)
-        + usize::from(plan.output) * bytes(OUTPUT);
+    let kept =
+        own + usize::from(plan.input) * bytes(INPUT) + usize::from(plan.output) * bytes(OUTPUT);
     assert_bytes("kept", case, grown(), kept);
 
     let listed: usize = case.table().iter().map(SavedTensor::bytes).sum();
@@ -151,14 +176,10 @@ fn a_node_keeps_what_its_table_lists() {
             }
         }
     }
-    // The first run pays for thread pools and the like, once per process.
-    let warm_up = |case: &Case| {
-        let input = tensor(INPUT, true, &device);
-        let weight = tensor(WEIGHT, true, &device);
-        let output = conv_bn(input, ConvBnParams::new(weight), case.options()).unwrap().output;
-        output.sum().backward();
-    };
-    warm_up(&cases[0]);
+    // First runs pay for thread pools and for buffers that each thread keeps.
+    for case in cases.iter().cycle().take(3 * cases.len()) {
+        step(case, &device);
+    }
     for case in &cases {
         check(case, &device);
     }
@@ -185,41 +206,58 @@ fn a_node_keeps_what_its_table_lists() {
 /// Burn's own layers, for the comparison that the README makes.
 fn unfused_keeps_three(device: &Device) {
     use burn::nn::{BatchNormConfig, conv::Conv2dConfig};
-    let conv = Conv2dConfig::new([8, 8], [3, 3]).with_bias(false).init(device);
+    let conv = Conv2dConfig::new([8, 8], [3, 3])
+        .with_bias(false)
+        .init(device);
     let norm = BatchNormConfig::new(8).init(device);
     let input = tensor(INPUT, true, device);
-    let run = |input: Tensor<4>| {
-        burn::tensor::activation::relu(norm.forward(conv.forward(input))).sum()
-    };
+    let run =
+        |input: Tensor<4>| burn::tensor::activation::relu(norm.forward(conv.forward(input))).sum();
     run(input.clone()).backward();
     let start = ALLOCATOR.current() as isize;
     let loss = run(input);
     let grown = ALLOCATOR.current() as isize - start;
     // The input was there before: two more.
     let wanted = 2 * bytes(OUTPUT) as isize;
-    assert!((grown - wanted).unsigned_abs() < OVERHEAD, "got {grown}, wanted {wanted}");
+    assert!(
+        (grown - wanted).unsigned_abs() < OVERHEAD,
+        "got {grown}, wanted {wanted}"
+    );
     drop(loss);
 }
 
-/// A bound on the workspace bounds the peak of the backward pass.
+/// A bound on the workspace keeps the recomputed output out of the backward pass's peak.
 fn workspace_is_bounded(device: &Device) {
+    const BATCH: usize = 256;
     let peak = |max_workspace| {
-        let input = tensor([32, 8, 32, 32], true, device);
+        let input = tensor([BATCH, 8, 32, 32], true, device);
         let weight = tensor(WEIGHT, true, device);
         let options = ConvBnOptions::new(ConvSpec::unit(2))
             .with_activation(Activation::Relu)
             .with_max_workspace(max_workspace);
-        let loss = conv_bn(input, ConvBnParams::new(weight), options).unwrap().output.sum();
+        let output = conv_bn(input, ConvBnParams::new(weight), options)
+            .unwrap()
+            .output;
+        let loss = output.sum();
         let start = ALLOCATOR.reset_peak();
         let grads = loss.backward();
         let peak = ALLOCATOR.peak() - start;
         drop(grads);
         peak
     };
-    let images = |count: usize| count * 4 * 8 * 30 * 30;
-    let (free, bounded) = (peak(None), peak(Some(images(12))));
-    // What is returned or handed in: the gradients of output and input.
-    let fixed = images(32) + 32 * 4 * 8 * 32 * 32;
-    assert!(bounded < fixed + images(16), "got {bounded}, of which {fixed} are no workspace");
-    assert!(bounded + images(32) < free, "got {bounded} bounded, {free} unbounded");
+    let conv_output = 4 * BATCH * 8 * 30 * 30;
+    // Handed in and returned: the gradients of output and input.
+    let fixed = conv_output + 4 * BATCH * 8 * 32 * 32;
+    // Tiles of each thread, a MiB or so.
+    let scratch = 4 << 20;
+    let (free, bounded) = (peak(None), peak(Some(conv_output - 1)));
+    assert!(
+        bounded < fixed + scratch,
+        "got {bounded}, of which {fixed} are no workspace"
+    );
+    assert!(free < fixed + conv_output + scratch, "got {free}");
+    assert!(
+        bounded + conv_output - scratch < free,
+        "got {bounded} bounded, {free} free"
+    );
 }

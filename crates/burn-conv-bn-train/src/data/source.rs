@@ -28,7 +28,15 @@ const TEST_SEED: u64 = 0x7465_7374_5f70_6172;
 
 /// Which data to train on.
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    clap::ValueEnum,
+    serde::Serialize,
+    serde::Deserialize,
 )]
 pub enum DatasetChoice {
     /// MNIST if it can be had, else drawn digits.

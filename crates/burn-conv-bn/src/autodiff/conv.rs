@@ -29,12 +29,7 @@ struct State {
 impl<B: Backend> Backward<B, 3> for ConvBackward {
     type State = State;
 
-    fn backward(
-        self,
-        ops: Ops<State, 3>,
-        grads: &mut Gradients,
-        checkpointer: &mut Checkpointer,
-    ) {
+    fn backward(self, ops: Ops<State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
         let [node_input, node_weight, node_bias] = ops.parents;
         let state = ops.state;
         let output_grad = grads.consume::<B>(&ops.node);
@@ -73,7 +68,12 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
         node_or_untracked::<B, C>(&bias, weight.primitive()),
     ];
     let forward = |input, weight, bias, spec| {
-        B::conv(input, weight, OptionalTensor::from(inner::<B, C>(bias)), spec)
+        B::conv(
+            input,
+            weight,
+            OptionalTensor::from(inner::<B, C>(bias)),
+            spec,
+        )
     };
     match ConvBackward.prepare::<C>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(mut prep) => {

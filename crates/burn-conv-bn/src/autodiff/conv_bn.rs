@@ -85,57 +85,62 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
         node_or_untracked::<B, C>(&inputs.beta, weight),
         node_or_untracked::<B, C>(&inputs.residual, weight),
     ];
-    let (output, mean, variance, shift) =
-        match ConvBnBackward.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                let tracked = Parents {
-                    input: inputs.input.is_tracked(),
-                    weight: inputs.weight.is_tracked(),
-                    bias: is_tracked::<B, C>(&inputs.bias),
-                    gamma: is_tracked::<B, C>(&inputs.gamma),
-                    beta: is_tracked::<B, C>(&inputs.beta),
-                    residual: is_tracked::<B, C>(&inputs.residual),
-                };
-                let statistics = inputs.statistics.kind();
-                let plan = SavePlan::new(&options, statistics, inputs.present(), tracked);
-                let mut checkpoint = |kept: bool, tensor: Option<&FloatTensor<Autodiff<B, C>>>| {
-                    tensor.filter(|_| kept).map(|tensor| prep.checkpoint(tensor))
-                };
-                let mut state = State {
-                    input: checkpoint(plan.input, Some(&inputs.input)),
-                    weight: checkpoint(plan.weight, Some(&inputs.weight)),
-                    bias: checkpoint(plan.bias, inputs.bias.as_option()),
-                    gamma: checkpoint(plan.gamma, inputs.gamma.as_option()),
-                    beta: checkpoint(plan.beta, inputs.beta.as_option()),
-                    mean: None,
-                    variance: None,
-                    conv_output: None,
-                    output: None,
-                    options: ConvBnBackwardOptions {
-                        options: options.clone(),
-                        statistics,
-                        input_shape: inputs.input.shape(),
-                        weight_shape: inputs.weight.shape(),
-                        norm_dtype: inputs.norm_dtype(),
-                        wanted: tracked,
-                    },
-                };
-                let (forward, shift) = forward(inputs, options, plan.conv_output);
-                if plan.statistics {
-                    state.mean = Some(forward.mean.clone());
-                    state.variance = Some(forward.variance.clone());
-                }
-                state.output = plan.output.then(|| forward.output.clone());
-                state.conv_output = forward.conv_output.into_option();
-                let output = prep.finish(state, forward.output);
-                (output, forward.mean, forward.variance, shift)
+    let (output, mean, variance, shift) = match ConvBnBackward
+        .prepare::<C>(nodes)
+        .compute_bound()
+        .stateful()
+    {
+        OpsKind::Tracked(mut prep) => {
+            let tracked = Parents {
+                input: inputs.input.is_tracked(),
+                weight: inputs.weight.is_tracked(),
+                bias: is_tracked::<B, C>(&inputs.bias),
+                gamma: is_tracked::<B, C>(&inputs.gamma),
+                beta: is_tracked::<B, C>(&inputs.beta),
+                residual: is_tracked::<B, C>(&inputs.residual),
+            };
+            let statistics = inputs.statistics.kind();
+            let plan = SavePlan::new(&options, statistics, inputs.present(), tracked);
+            let mut checkpoint = |kept: bool, tensor: Option<&FloatTensor<Autodiff<B, C>>>| {
+                tensor
+                    .filter(|_| kept)
+                    .map(|tensor| prep.checkpoint(tensor))
+            };
+            let mut state = State {
+                input: checkpoint(plan.input, Some(&inputs.input)),
+                weight: checkpoint(plan.weight, Some(&inputs.weight)),
+                bias: checkpoint(plan.bias, inputs.bias.as_option()),
+                gamma: checkpoint(plan.gamma, inputs.gamma.as_option()),
+                beta: checkpoint(plan.beta, inputs.beta.as_option()),
+                mean: None,
+                variance: None,
+                conv_output: None,
+                output: None,
+                options: ConvBnBackwardOptions {
+                    options: options.clone(),
+                    statistics,
+                    input_shape: inputs.input.shape(),
+                    weight_shape: inputs.weight.shape(),
+                    norm_dtype: inputs.norm_dtype(),
+                    wanted: tracked,
+                },
+            };
+            let (forward, shift) = forward(inputs, options, plan.conv_output);
+            if plan.statistics {
+                state.mean = Some(forward.mean.clone());
+                state.variance = Some(forward.variance.clone());
             }
-            OpsKind::UnTracked(prep) => {
-                let (forward, shift) = forward(inputs, options, false);
-                let output = prep.finish(forward.output);
-                (output, forward.mean, forward.variance, shift)
-            }
-        };
+            state.output = plan.output.then(|| forward.output.clone());
+            state.conv_output = forward.conv_output.into_option();
+            let output = prep.finish(state, forward.output);
+            (output, forward.mean, forward.variance, shift)
+        }
+        OpsKind::UnTracked(prep) => {
+            let (forward, shift) = forward(inputs, options, false);
+            let output = prep.finish(forward.output);
+            (output, forward.mean, forward.variance, shift)
+        }
+    };
     NormOutput {
         output,
         mean: untracked::<B, C>(shifted_mean::<B>(mean, shift)),

@@ -78,38 +78,54 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
         node_or_untracked::<B, C>(&gamma, input.primitive()),
         node_or_untracked::<B, C>(&beta, input.primitive()),
     ];
-    let norm_dtype = gamma.as_option().or(beta.as_option()).unwrap_or(&input).dtype();
+    let norm_dtype = gamma
+        .as_option()
+        .or(beta.as_option())
+        .unwrap_or(&input)
+        .dtype();
     let forward = |input, gamma, beta| {
         let gamma = OptionalTensor::from(inner::<B, C>(gamma));
-        B::batch_normalize(input, gamma, OptionalTensor::from(inner::<B, C>(beta)), norm)
+        B::batch_normalize(
+            input,
+            gamma,
+            OptionalTensor::from(inner::<B, C>(beta)),
+            norm,
+        )
     };
-    let (output, mean, variance) =
-        match BatchNormBackward.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                let keeps_input = input.is_tracked() || is_tracked::<B, C>(&gamma);
-                let checkpoint = keeps_input.then(|| prep.checkpoint(&input));
-                let gamma_checkpoint = match &gamma {
-                    OptionalTensor::Present(gamma) if input.is_tracked() => {
-                        Some(prep.checkpoint(gamma))
-                    }
-                    _ => None,
-                };
-                let result = forward(input.into_primitive(), gamma, beta);
-                let state = State {
-                    input: checkpoint,
-                    gamma: gamma_checkpoint,
-                    mean: result.mean.clone(),
-                    variance: result.variance.clone(),
-                    norm,
-                    norm_dtype,
-                };
-                (prep.finish(state, result.output), result.mean, result.variance)
-            }
-            OpsKind::UnTracked(prep) => {
-                let result = forward(input.into_primitive(), gamma, beta);
-                (prep.finish(result.output), result.mean, result.variance)
-            }
-        };
+    let (output, mean, variance) = match BatchNormBackward
+        .prepare::<C>(nodes)
+        .compute_bound()
+        .stateful()
+    {
+        OpsKind::Tracked(mut prep) => {
+            let keeps_input = input.is_tracked() || is_tracked::<B, C>(&gamma);
+            let checkpoint = keeps_input.then(|| prep.checkpoint(&input));
+            let gamma_checkpoint = match &gamma {
+                OptionalTensor::Present(gamma) if input.is_tracked() => {
+                    Some(prep.checkpoint(gamma))
+                }
+                _ => None,
+            };
+            let result = forward(input.into_primitive(), gamma, beta);
+            let state = State {
+                input: checkpoint,
+                gamma: gamma_checkpoint,
+                mean: result.mean.clone(),
+                variance: result.variance.clone(),
+                norm,
+                norm_dtype,
+            };
+            (
+                prep.finish(state, result.output),
+                result.mean,
+                result.variance,
+            )
+        }
+        OpsKind::UnTracked(prep) => {
+            let result = forward(input.into_primitive(), gamma, beta);
+            (prep.finish(result.output), result.mean, result.variance)
+        }
+    };
     NormOutput {
         output,
         mean: untracked::<B, C>(mean),

@@ -41,9 +41,9 @@ impl ConvSpec {
     /// or the number of groups is zero.
     pub(crate) fn to_burn<const N: usize>(&self) -> ConvOptions<N> {
         fn fixed<T: Copy, const N: usize>(values: &[T]) -> [T; N] {
-            values.try_into().unwrap_or_else(|_| {
-                panic!("expected {N} spatial dimensions, got {}", values.len())
-            })
+            values
+                .try_into()
+                .unwrap_or_else(|_| panic!("expected {N} spatial dimensions, got {}", values.len()))
         }
         ConvOptions::new_with_padding(
             fixed(&self.stride),
@@ -120,6 +120,16 @@ pub enum Activation {
     Identity,
     /// `y = max(v, 0)`, with derivative 0 at 0. NaN stays NaN.
     Relu,
+}
+
+impl Activation {
+    /// Whether the derivative depends on the value, so that backward needs to know it.
+    pub(crate) fn is_curved(self) -> bool {
+        match self {
+            Self::Identity => false,
+            Self::Relu => true,
+        }
+    }
 }
 
 /// What happens to the convolution's output between forward and backward.

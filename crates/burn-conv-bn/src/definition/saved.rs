@@ -1,6 +1,6 @@
 use burn::tensor::{DType, Shape};
 
-use super::{Activation, ConvBnOptions, ConvBnProblem, Recompute};
+use super::{ConvBnOptions, ConvBnProblem, Recompute};
 
 /// One flag for each differentiable input of the fused op: which are given, or which are tracked
 /// and so want a gradient.
@@ -71,11 +71,11 @@ impl SavePlan {
             residual,
         } = tracked;
         let any = input || weight || bias || gamma || beta || residual;
-        let relu = options.activation == Activation::Relu;
+        let curved = options.activation.is_curved();
         match statistics {
             StatisticsKind::Batch => {
                 // A bias shifts the mean by as much as the value: its gradient is zero.
-                let masked = relu && (input || weight || gamma || beta || residual);
+                let masked = curved && (input || weight || gamma || beta || residual);
                 let output = masked && present.residual;
                 let mask_from_conv = masked && !output;
                 let conv_output = input || weight || gamma || mask_from_conv;
@@ -99,7 +99,7 @@ impl SavePlan {
                 beta: false,
                 statistics: input || weight || bias || gamma,
                 conv_output: false,
-                output: relu && any,
+                output: curved && any,
             },
         }
     }
@@ -115,7 +115,13 @@ impl SavePlan {
         let channels = Shape::new([problem.weight[0]]);
         [
             (self.input, "input", &problem.input, dtype, true),
-            (self.conv_output, "conv_output", &problem.output, dtype, false),
+            (
+                self.conv_output,
+                "conv_output",
+                &problem.output,
+                dtype,
+                false,
+            ),
             (self.output, "output", &problem.output, dtype, true),
             (self.weight, "weight", &problem.weight, dtype, true),
             (self.bias, "bias", &channels, dtype, true),

@@ -42,8 +42,7 @@ pub(crate) fn forward<B: ConvBnBackend>(
         }
         Statistics::Fixed { mean, variance } => {
             let dtype = inputs.input.dtype();
-            let scales =
-                Scales::<B>::new(gamma.as_ref(), variance.clone(), options.norm, dtype);
+            let scales = Scales::<B>::new(gamma.as_ref(), variance.clone(), options.norm, dtype);
             let bias = scales.bias(inputs.bias.as_option(), beta, mean.clone());
             let normalized = conv::forward::<B>(
                 inputs.input,
@@ -198,19 +197,27 @@ pub(crate) fn backward<B: ConvBnBackend>(
             let part = kept_chunk
                 .take()
                 .unwrap_or_else(|| pass.chunk_grad(chunk, chunks.len() == 1));
-            pass.walk(chunk, part, coefficients.as_ref(), &mut grads, chunks.len() == 1);
+            pass.walk(
+                chunk,
+                part,
+                coefficients.as_ref(),
+                &mut grads,
+                chunks.len() == 1,
+            );
         }
     }
 
     let parameters = match options.statistics {
         StatisticsKind::Batch => ParameterGrads {
             weight: grads.weight,
-            bias: wanted.bias.then(|| {
-                B::float_zeros(Shape::new([output_shape[1]]), &device, pass.dtype.into())
-            }),
-            gamma: pass.channel.take().zip(deviation_sum).map(|(channel, sum)| {
-                channels::<B>(B::float_mul(channel.inv_std, sum))
-            }),
+            bias: wanted
+                .bias
+                .then(|| B::float_zeros(Shape::new([output_shape[1]]), &device, pass.dtype.into())),
+            gamma: pass
+                .channel
+                .take()
+                .zip(deviation_sum)
+                .map(|(channel, sum)| channels::<B>(B::float_mul(channel.inv_std, sum))),
         },
         StatisticsKind::Fixed => pass.unfold(grad_sum.clone(), grads.weight),
     };
@@ -295,12 +302,15 @@ impl<'a, B: ConvBnBackend> Pass<'a, B> {
         let value = match (function, take(&mut self.saved.output, last)) {
             (Activation::Identity, _) => None,
             (_, Some(output)) => Some(cast::<B>(rows::<B>(output, chunk), accumulator)),
-            (_, None) => deviation.clone().zip(self.channel.as_ref()).map(
-                |(deviation, channel)| {
-                    let beta = self.saved.beta.as_option().cloned();
-                    norm::apply::<B>(deviation, channel.scale(), beta)
-                },
-            ),
+            (_, None) => {
+                deviation
+                    .clone()
+                    .zip(self.channel.as_ref())
+                    .map(|(deviation, channel)| {
+                        let beta = self.saved.beta.as_option().cloned();
+                        norm::apply::<B>(deviation, channel.scale(), beta)
+                    })
+            }
         };
         let output_grad = self.saved.output_grad.clone();
         let output_grad = cast::<B>(rows::<B>(output_grad, chunk), accumulator);
@@ -501,10 +511,9 @@ fn workspace_per_image(
 ) -> usize {
     let output: usize = output_shape.iter().skip(1).product();
     let positions: usize = output_shape.iter().skip(2).product();
-    let columns = positions
-        * options.input_shape[1]
-        * options.weight_shape.iter().skip(2).product::<usize>();
-    let elements = (3 * output * accumulator_dtype(dtype).size())
-        .max((output + columns) * dtype.size());
+    let columns =
+        positions * options.input_shape[1] * options.weight_shape.iter().skip(2).product::<usize>();
+    let elements =
+        (3 * output * accumulator_dtype(dtype).size()).max((output + columns) * dtype.size());
     elements.max(1)
 }

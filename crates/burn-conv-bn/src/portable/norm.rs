@@ -85,9 +85,8 @@ impl<B: Backend> GradSums<B> {
     pub(crate) fn new(grad: &FloatTensor<B>, deviation: Option<&FloatTensor<B>>) -> Self {
         Self {
             grad: channel_sum::<B>(grad.clone()),
-            grad_deviation: deviation.map(|deviation| {
-                channel_sum::<B>(B::float_mul(grad.clone(), deviation.clone()))
-            }),
+            grad_deviation: deviation
+                .map(|deviation| channel_sum::<B>(B::float_mul(grad.clone(), deviation.clone()))),
         }
     }
 

@@ -32,7 +32,11 @@ pub fn distance(a: &[f64], b: &[f64]) -> f64 {
         .zip(b)
         .map(|(a, b)| {
             let difference = (a - b).abs();
-            if difference.is_nan() { f64::INFINITY } else { difference }
+            if difference.is_nan() {
+                f64::INFINITY
+            } else {
+                difference
+            }
         })
         .fold(0.0, f64::max)
 }
@@ -41,10 +45,18 @@ pub fn distance(a: &[f64], b: &[f64]) -> f64 {
 /// how many differ and where it is worst.
 pub fn assert_close(what: &str, got: &[f64], wanted: &[f64], relative: f64, absolute: f64) {
     assert_eq!(got.len(), wanted.len(), "{what}: length");
-    let scale = wanted.iter().fold(0.0f64, |max, value| max.max(value.abs()));
+    let scale = wanted
+        .iter()
+        .fold(0.0f64, |max, value| max.max(value.abs()));
     let tolerance = relative * scale + absolute;
-    let differences = got.iter().zip(wanted).map(|(got, wanted)| (got - wanted).abs());
-    let failed = differences.clone().filter(|d| !(*d <= tolerance)).count();
+    let differences = got
+        .iter()
+        .zip(wanted)
+        .map(|(got, wanted)| (got - wanted).abs());
+    let failed = differences
+        .clone()
+        .filter(|d| *d > tolerance || d.is_nan())
+        .count();
     let (worst, difference) = differences
         .enumerate()
         .max_by(|(_, a), (_, b)| a.total_cmp(b))

@@ -4,9 +4,7 @@
 use burn::tensor::{Device, TensorData};
 use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv, conv_bn};
 use burn_conv_bn::gradcheck::{GradCheck, GradCheckError, Inputs, Upstream};
-use burn_conv_bn::{
-    Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute,
-};
+use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute};
 
 use crate::common::random;
 
@@ -17,7 +15,10 @@ const TUTORIAL: NormSpec = NormSpec {
 
 /// Values in `[0, 1)`, as the tutorial's `torch.rand`.
 fn rand(shape: &[usize], seed: u64) -> TensorData {
-    let values: Vec<f64> = random(shape, seed).iter::<f64>().map(|x| x / 2.0 + 0.5).collect();
+    let values: Vec<f64> = random(shape, seed)
+        .iter::<f64>()
+        .map(|x| x / 2.0 + 0.5)
+        .collect();
     TensorData::new(values, shape.to_vec())
 }
 
@@ -31,7 +32,13 @@ fn tutorial_conv2d() {
         .input("weight", rand(&[5, 3, 3, 3], 1))
         .input("x", rand(&[10, 3, 7, 7], 2))
         .check(|inputs| {
-            conv(inputs.get::<4>("x"), inputs.get("weight"), None, ConvSpec::unit(2)).unwrap()
+            conv(
+                inputs.get::<4>("x"),
+                inputs.get("weight"),
+                None,
+                ConvSpec::unit(2),
+            )
+            .unwrap()
         })
         .unwrap();
     assert_eq!(report.compared, (5 * 3 * 9 + 10 * 3 * 49) * (10 * 5 * 25));
@@ -41,7 +48,11 @@ fn tutorial_conv2d() {
 fn tutorial_batch_norm() {
     gradcheck()
         .input("x", rand(&[1, 2, 3, 4], 3))
-        .check(|inputs| batch_norm(inputs.get::<4>("x"), None, TUTORIAL).unwrap().output)
+        .check(|inputs| {
+            batch_norm(inputs.get::<4>("x"), None, TUTORIAL)
+                .unwrap()
+                .output
+        })
         .unwrap();
 }
 
@@ -53,7 +64,9 @@ fn tutorial_fused() {
         .check(|inputs| {
             let options = ConvBnOptions::new(ConvSpec::unit(2)).with_norm(TUTORIAL);
             let params = ConvBnParams::new(inputs.get("weight"));
-            conv_bn(inputs.get::<4>("x"), params, options).unwrap().output
+            conv_bn(inputs.get::<4>("x"), params, options)
+                .unwrap()
+                .output
         })
         .unwrap();
 }
@@ -61,26 +74,70 @@ fn tutorial_fused() {
 /// Geometries that leave nothing to chance: odd strides, asymmetric padding, a rest that the last
 /// stride does not reach, dilation, groups, depthwise, 1x1.
 fn geometries() -> Vec<(&'static str, ConvSpec, [usize; 4], [usize; 4])> {
-    let spec = |stride: [usize; 2], padding: [(usize, usize); 2], dilation: [usize; 2], groups| {
-        ConvSpec {
+    let spec =
+        |stride: [usize; 2], padding: [(usize, usize); 2], dilation: [usize; 2], groups| ConvSpec {
             stride: stride.to_vec(),
             padding: padding.to_vec(),
             dilation: dilation.to_vec(),
             groups,
-        }
-    };
+        };
     let unit = [1, 1];
     let none = [(0, 0); 2];
     vec![
-        ("3x3", spec(unit, [(1, 1); 2], unit, 1), [2, 2, 4, 5], [3, 2, 3, 3]),
-        ("stride", spec([2, 3], none, unit, 1), [2, 2, 6, 7], [3, 2, 2, 3]),
-        ("asymmetric", spec([2, 1], [(0, 2), (1, 0)], unit, 1), [1, 2, 5, 4], [2, 2, 3, 2]),
-        ("dilation", spec(unit, [(2, 1), (0, 1)], [2, 1], 1), [2, 1, 5, 4], [2, 1, 3, 3]),
-        ("groups", spec(unit, [(1, 1); 2], unit, 2), [2, 4, 4, 3], [6, 2, 3, 3]),
-        ("depthwise", spec([2, 2], [(1, 1); 2], unit, 3), [2, 3, 5, 5], [3, 1, 3, 3]),
-        ("pointwise", spec(unit, none, unit, 1), [3, 3, 2, 3], [2, 3, 1, 1]),
-        ("one channel", spec(unit, none, unit, 1), [2, 1, 3, 3], [1, 1, 2, 2]),
-        ("one pixel", spec(unit, none, unit, 1), [3, 2, 3, 3], [2, 2, 3, 3]),
+        (
+            "3x3",
+            spec(unit, [(1, 1); 2], unit, 1),
+            [2, 2, 4, 5],
+            [3, 2, 3, 3],
+        ),
+        (
+            "stride",
+            spec([2, 3], none, unit, 1),
+            [2, 2, 6, 7],
+            [3, 2, 2, 3],
+        ),
+        (
+            "asymmetric",
+            spec([2, 1], [(0, 2), (1, 0)], unit, 1),
+            [1, 2, 5, 4],
+            [2, 2, 3, 2],
+        ),
+        (
+            "dilation",
+            spec(unit, [(2, 1), (0, 1)], [2, 1], 1),
+            [2, 1, 5, 4],
+            [2, 1, 3, 3],
+        ),
+        (
+            "groups",
+            spec(unit, [(1, 1); 2], unit, 2),
+            [2, 4, 4, 3],
+            [6, 2, 3, 3],
+        ),
+        (
+            "depthwise",
+            spec([2, 2], [(1, 1); 2], unit, 3),
+            [2, 3, 5, 5],
+            [3, 1, 3, 3],
+        ),
+        (
+            "pointwise",
+            spec(unit, none, unit, 1),
+            [3, 3, 2, 3],
+            [2, 3, 1, 1],
+        ),
+        (
+            "one channel",
+            spec(unit, none, unit, 1),
+            [2, 1, 3, 3],
+            [1, 1, 2, 2],
+        ),
+        (
+            "one pixel",
+            spec(unit, none, unit, 1),
+            [3, 2, 3, 3],
+            [2, 2, 3, 3],
+        ),
     ]
 }
 
@@ -95,7 +152,13 @@ fn conv_over_every_geometry() {
             .tolerance(1e-7, 1e-6)
             .check(|inputs| {
                 let bias = Some(inputs.get::<1>("bias"));
-                conv(inputs.get::<4>("x"), inputs.get("weight"), bias, spec.clone()).unwrap()
+                conv(
+                    inputs.get::<4>("x"),
+                    inputs.get("weight"),
+                    bias,
+                    spec.clone(),
+                )
+                .unwrap()
             })
             .unwrap_or_else(|error| panic!("{name}: {error}"));
     }
@@ -114,7 +177,13 @@ fn conv_over_one_and_three_dimensions() {
         .input("weight", random(&[4, 2, 3], 15))
         .upstream(Upstream::Random(16))
         .check(|inputs| {
-            conv(inputs.get::<3>("x"), inputs.get("weight"), None, spec.clone()).unwrap()
+            conv(
+                inputs.get::<3>("x"),
+                inputs.get("weight"),
+                None,
+                spec.clone(),
+            )
+            .unwrap()
         })
         .unwrap();
     gradcheck()
@@ -122,7 +191,13 @@ fn conv_over_one_and_three_dimensions() {
         .input("weight", random(&[2, 2, 2, 2, 2], 18))
         .upstream(Upstream::Random(19))
         .check(|inputs| {
-            conv(inputs.get::<5>("x"), inputs.get("weight"), None, ConvSpec::unit(3)).unwrap()
+            conv(
+                inputs.get::<5>("x"),
+                inputs.get("weight"),
+                None,
+                ConvSpec::unit(3),
+            )
+            .unwrap()
         })
         .unwrap();
 }
@@ -147,13 +222,25 @@ fn batch_norm_over_variants_and_ranks() {
                 affine.then(|| (inputs.get::<1>("gamma"), inputs.get::<1>("beta")))
             };
             with_affine(check(&[5, 3]), 3)
-                .check(|i| batch_norm(i.get::<2>("x"), affine_of(i), norm).unwrap().output)
+                .check(|i| {
+                    batch_norm(i.get::<2>("x"), affine_of(i), norm)
+                        .unwrap()
+                        .output
+                })
                 .unwrap();
             with_affine(check(&[2, 3, 4]), 3)
-                .check(|i| batch_norm(i.get::<3>("x"), affine_of(i), norm).unwrap().output)
+                .check(|i| {
+                    batch_norm(i.get::<3>("x"), affine_of(i), norm)
+                        .unwrap()
+                        .output
+                })
                 .unwrap();
             with_affine(check(&[2, 2, 2, 3, 2]), 2)
-                .check(|i| batch_norm(i.get::<5>("x"), affine_of(i), norm).unwrap().output)
+                .check(|i| {
+                    batch_norm(i.get::<5>("x"), affine_of(i), norm)
+                        .unwrap()
+                        .output
+                })
                 .unwrap();
         }
     }
@@ -236,7 +323,9 @@ fn fused(
         if frozen {
             params = params.with_statistics(inputs.get("mean"), inputs.get("variance"));
         }
-        conv_bn(inputs.get("x"), params, options.clone()).unwrap().output
+        conv_bn(inputs.get("x"), params, options.clone())
+            .unwrap()
+            .output
     })?;
     Ok(())
 }
@@ -317,5 +406,8 @@ fn a_wrong_gradient_is_caught() {
         .input("x", random(&[2], 52))
         .check(|inputs| inputs.get::<1>("x").detach() * inputs.get::<1>("x").detach())
         .unwrap_err();
-    assert!(matches!(error, GradCheckError::NoGradient { input: "x" }), "{error}");
+    assert!(
+        matches!(error, GradCheckError::NoGradient { input: "x" }),
+        "{error}"
+    );
 }

@@ -4,9 +4,7 @@ use burn::config::Config;
 use burn::module::Module;
 use burn::nn::PaddingConfig2d;
 use burn::tensor::{DType, Device, Distribution, Tensor};
-use burn_conv_bn::{
-    Activation, ConvBn2d, ConvBn2dConfig, NormVariant, Recompute, RunningVariance,
-};
+use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, NormVariant, Recompute, RunningVariance};
 
 use crate::common::{assert_close, device, distance, random, tensor, values};
 
@@ -31,7 +29,10 @@ fn evaluation_uses_and_keeps_running_statistics() {
     assert_eq!(values(evaluated.norm.running_mean.value_sync()), before);
     let unfused = burn::tensor::activation::relu(evaluated.norm.forward(evaluated.conv.forward(x)));
     assert_close("evaluation", &values(output), &values(unfused), 1e-5, 1e-6);
-    assert!(distance(&before, &[0.0; 4]) > 0.1, "the running mean has moved: {before:?}");
+    assert!(
+        distance(&before, &[0.0; 4]) > 0.1,
+        "the running mean has moved: {before:?}"
+    );
 }
 
 #[test]
@@ -71,10 +72,18 @@ fn weights_start_as_the_tutorials() {
     let block = ConvBn2dConfig::new([16, 64], [3, 3]).init(&device());
     let weight = values(block.conv.weight.val());
     let bound = 1.0 / f64::sqrt(16.0 * 9.0);
-    let largest = weight.iter().fold(0.0f64, |max, value| max.max(value.abs()));
-    assert!(largest <= bound && largest > 0.99 * bound, "{largest} of {bound}");
+    let largest = weight
+        .iter()
+        .fold(0.0f64, |max, value| max.max(value.abs()));
+    assert!(
+        largest <= bound && largest > 0.99 * bound,
+        "{largest} of {bound}"
+    );
     let variance = weight.iter().map(|w| w * w).sum::<f64>() / weight.len() as f64;
-    assert!((variance / (bound * bound / 3.0) - 1.0).abs() < 0.05, "{variance}");
+    assert!(
+        (variance / (bound * bound / 3.0) - 1.0).abs() < 0.05,
+        "{variance}"
+    );
 }
 
 #[test]
@@ -100,7 +109,13 @@ fn a_residual_is_added_before_the_activation() {
         plain.forward(x)
     };
     let wanted = burn::tensor::activation::relu(plain + shortcut.clone());
-    assert_close("residual", &values(output.clone()), &values(wanted), 1e-6, 1e-6);
+    assert_close(
+        "residual",
+        &values(output.clone()),
+        &values(wanted),
+        1e-6,
+        1e-6,
+    );
     let grads = output.clone().sum().backward();
     let mask: Vec<f64> = values(output).iter().map(|y| f64::from(*y > 0.0)).collect();
     assert_eq!(values(shortcut.grad(&grads).unwrap()), mask);
@@ -115,7 +130,10 @@ fn same_padding_keeps_the_size() {
             .init(&device());
         let x = input(&device());
         let output = block.forward(x.clone());
-        assert_eq!(output.dims()[2..], [8usize.div_ceil(stride[0]), 8usize.div_ceil(stride[1])]);
+        assert_eq!(
+            output.dims()[2..],
+            [8usize.div_ceil(stride[0]), 8usize.div_ceil(stride[1])]
+        );
         assert_eq!(output.dims(), block.conv.forward(x).dims());
     }
 }
@@ -140,8 +158,17 @@ fn configuration_survives_json() {
 
 #[test]
 fn display_says_what_it_is() {
-    let text = format!("{}", config().with_recompute(Recompute::Never).init(&device()));
-    for part in ["ConvBn2d", "conv: Conv2d", "norm: BatchNorm", "activation: Relu", "Never"] {
+    let text = format!(
+        "{}",
+        config().with_recompute(Recompute::Never).init(&device())
+    );
+    for part in [
+        "ConvBn2d",
+        "conv: Conv2d",
+        "norm: BatchNorm",
+        "activation: Relu",
+        "Never",
+    ] {
         assert!(text.contains(part), "{part} in {text}");
     }
 }
@@ -159,7 +186,11 @@ fn what_is_saved_is_listed() {
     let mut block = block;
     block.settings.recompute = Recompute::Never;
     let saved = block.saved_for_backward([2, 3, 8, 8]);
-    assert!(saved.iter().any(|t| t.name == "conv_output" && t.bytes() == 4 * 2 * 4 * 36));
+    assert!(
+        saved
+            .iter()
+            .any(|t| t.name == "conv_output" && t.bytes() == 4 * 2 * 4 * 36)
+    );
 }
 
 #[test]
@@ -225,13 +256,23 @@ fn constant_channels_give_finite_gradients() {
     ] {
         let x = Tensor::<4>::ones([2, 1, 4, 4], &device()).require_grad();
         let weight = Tensor::<4>::ones([2, 1, 1, 1], &device()).require_grad();
-        let options = burn_conv_bn::ConvBnOptions::new(burn_conv_bn::ConvSpec::unit(2))
-            .with_norm(norm);
-        let output = conv_bn(x.clone(), ConvBnParams::new(weight.clone()), options).unwrap().output;
+        let options =
+            burn_conv_bn::ConvBnOptions::new(burn_conv_bn::ConvSpec::unit(2)).with_norm(norm);
+        let output = conv_bn(x.clone(), ConvBnParams::new(weight.clone()), options)
+            .unwrap()
+            .output;
         assert_eq!(values(output.clone()), [0.0; 64]);
         let upstream = tensor::<4>(random(&[2, 2, 4, 4], 9), DType::F32);
         let grads = (output * upstream).sum().backward();
-        assert!(values(x.grad(&grads).unwrap()).iter().all(|g| g.is_finite()));
-        assert!(values(weight.grad(&grads).unwrap()).iter().all(|g| g.is_finite()));
+        assert!(
+            values(x.grad(&grads).unwrap())
+                .iter()
+                .all(|g| g.is_finite())
+        );
+        assert!(
+            values(weight.grad(&grads).unwrap())
+                .iter()
+                .all(|g| g.is_finite())
+        );
     }
 }

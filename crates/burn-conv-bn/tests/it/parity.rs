@@ -99,7 +99,10 @@ fn step(
     vec![
         ("output", values(output)),
         ("input grad", values(input.grad(&grads).unwrap())),
-        ("weight grad", values(conv.weight.val().grad(&grads).unwrap())),
+        (
+            "weight grad",
+            values(conv.weight.val().grad(&grads).unwrap()),
+        ),
         ("gamma grad", values(norm.gamma.val().grad(&grads).unwrap())),
         ("beta grad", values(norm.beta.val().grad(&grads).unwrap())),
         (
@@ -219,9 +222,14 @@ fn gradients_under_burns_checkpointing() {
         let params = burn_conv_bn::functional::ConvBnParams::new(weight.clone() * weight.clone());
         let options = burn_conv_bn::ConvBnOptions::new(burn_conv_bn::ConvSpec::unit(2))
             .with_activation(Activation::Relu);
-        let output = burn_conv_bn::functional::conv_bn(hidden, params, options).unwrap().output;
+        let output = burn_conv_bn::functional::conv_bn(hidden, params, options)
+            .unwrap()
+            .output;
         let grads = (output.clone() * output).sum().backward();
-        (values(input.grad(&grads).unwrap()), values(weight.grad(&grads).unwrap()))
+        (
+            values(input.grad(&grads).unwrap()),
+            values(weight.grad(&grads).unwrap()),
+        )
     };
     assert_eq!(run(&device()), run(&device().gradient_checkpointing()));
 }

@@ -5,9 +5,7 @@ use std::collections::HashMap;
 
 use burn::tensor::{DType, Tensor, TensorData};
 use burn_conv_bn::functional::{ConvBnParams, Normalized, conv_bn};
-use burn_conv_bn::{
-    Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute,
-};
+use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute};
 use serde::Deserialize;
 
 use crate::common::{assert_close, tensor, values};
@@ -79,7 +77,11 @@ impl Case {
     fn compare(&self, what: &str, got: Vec<f64>) {
         let wanted = &self.results[what];
         // PyTorch itself carries 1e-11 where the mean is 1e5 standard deviations away.
-        let relative = if self.name == "large_mean" { 1e-9 } else { 1e-10 };
+        let relative = if self.name == "large_mean" {
+            1e-9
+        } else {
+            1e-10
+        };
         // Under batch statistics the bias's gradient is zero here and rounding noise there.
         let absolute = if what == "grad_bias" { 1e-8 } else { 1e-12 };
         let what = format!("{}: {what}", self.name);
@@ -109,7 +111,9 @@ impl Case {
             self.compare("mean", values(mean));
             self.compare("variance_biased", values(variance));
         }
-        let grads = (output * self.tensor::<D>("upstream").unwrap()).sum().backward();
+        let grads = (output * self.tensor::<D>("upstream").unwrap())
+            .sum()
+            .backward();
         self.compare("grad_x", values(x.grad(&grads).unwrap()));
         self.compare("grad_weight", values(params.weight.grad(&grads).unwrap()));
         if let Some(bias) = &params.bias {

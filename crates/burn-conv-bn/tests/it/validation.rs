@@ -20,7 +20,8 @@ fn spec(stride: usize, padding: (usize, usize), dilation: usize, groups: usize) 
 #[test]
 fn messages_name_what_was_seen_and_wanted() {
     let unit = || ConvSpec::unit(2);
-    let conv = |input, weight, spec| conv(zeros::<4>(input), zeros(weight), None, spec).unwrap_err();
+    let conv =
+        |input, weight, spec| conv(zeros::<4>(input), zeros(weight), None, spec).unwrap_err();
     let x = [2, 3, 8, 8];
     let w = [4, 3, 3, 3];
     let fused = |params, options| conv_bn(zeros::<4>(x), params, options).unwrap_err();
@@ -28,17 +29,47 @@ fn messages_name_what_was_seen_and_wanted() {
     let options = || ConvBnOptions::new(unit());
     let epsilon = |value| options().with_norm(NormSpec::new(NormVariant::BatchNorm, value));
     let cases: Vec<(ConvBnError, &[&str])> = vec![
-        (conv(x, [4, 2, 3, 3], unit()), &["expected 2 channels", "got 3", "[4, 2, 3, 3]"]),
-        (conv([2, 4, 8, 8], [3, 2, 3, 3], spec(1, (0, 0), 1, 2)), &["3 output channels", "2 groups"]),
-        (conv(x, [4, 3, 9, 3], unit()), &["extent 9", "padded input's 8", "dimension 0"]),
+        (
+            conv(x, [4, 2, 3, 3], unit()),
+            &["expected 2 channels", "got 3", "[4, 2, 3, 3]"],
+        ),
+        (
+            conv([2, 4, 8, 8], [3, 2, 3, 3], spec(1, (0, 0), 1, 2)),
+            &["3 output channels", "2 groups"],
+        ),
+        (
+            conv(x, [4, 3, 9, 3], unit()),
+            &["extent 9", "padded input's 8", "dimension 0"],
+        ),
         (conv(x, w, spec(1, (0, 0), 4, 1)), &["extent 9"]),
-        (conv(x, w, spec(0, (0, 0), 1, 1)), &["stride must be positive", "[0, 0]"]),
-        (conv(x, w, spec(1, (0, 0), 0, 1)), &["dilation must be positive"]),
-        (conv(x, w, spec(1, (0, 0), 1, 0)), &["groups must be positive"]),
-        (conv([0, 3, 8, 8], w, unit()), &["input size must be positive", "[0, 3, 8, 8]"]),
-        (conv(x, [0, 3, 3, 3], unit()), &["weight size must be positive"]),
-        (conv(x, w, ConvSpec::unit(1)), &["stride: expected 2 dimensions", "got 1"]),
-        (fused(params().with_bias(zeros([3])), options()), &["bias: expected shape [4]", "got [3]"]),
+        (
+            conv(x, w, spec(0, (0, 0), 1, 1)),
+            &["stride must be positive", "[0, 0]"],
+        ),
+        (
+            conv(x, w, spec(1, (0, 0), 0, 1)),
+            &["dilation must be positive"],
+        ),
+        (
+            conv(x, w, spec(1, (0, 0), 1, 0)),
+            &["groups must be positive"],
+        ),
+        (
+            conv([0, 3, 8, 8], w, unit()),
+            &["input size must be positive", "[0, 3, 8, 8]"],
+        ),
+        (
+            conv(x, [0, 3, 3, 3], unit()),
+            &["weight size must be positive"],
+        ),
+        (
+            conv(x, w, ConvSpec::unit(1)),
+            &["stride: expected 2 dimensions", "got 1"],
+        ),
+        (
+            fused(params().with_bias(zeros([3])), options()),
+            &["bias: expected shape [4]", "got [3]"],
+        ),
         (
             fused(params().with_affine(zeros([4]), zeros([5])), options()),
             &["beta: expected shape [4]", "got [5]"],
@@ -51,19 +82,29 @@ fn messages_name_what_was_seen_and_wanted() {
             fused(params().with_statistics(zeros([4]), zeros([1])), options()),
             &["variance: expected shape [4]"],
         ),
-        (fused(params(), epsilon(0.0)), &["epsilon must be finite and positive, got 0"]),
+        (
+            fused(params(), epsilon(0.0)),
+            &["epsilon must be finite and positive, got 0"],
+        ),
         (fused(params(), epsilon(f64::NAN)), &["got NaN"]),
         (
             fused(ConvBnParams::new(zeros(w).cast(DType::F64)), options()),
             &["weight: expected dtype F32", "got F64"],
         ),
         (
-            fused(params().with_affine(zeros([4]).cast(DType::F64), zeros([4])), options()),
+            fused(
+                params().with_affine(zeros([4]).cast(DType::F64), zeros([4])),
+                options(),
+            ),
             &["gamma: expected dtype F32"],
         ),
         (
             conv_bn(zeros::<4>([1, 3, 3, 3]), params(), options()).unwrap_err(),
-            &["more than one value per channel", "[1, 3, 3, 3]", "[1, 4, 1, 1]"],
+            &[
+                "more than one value per channel",
+                "[1, 3, 3, 3]",
+                "[1, 4, 1, 1]",
+            ],
         ),
         (
             batch_norm(zeros([1, 3]), None, NormSpec::default()).unwrap_err(),
@@ -92,7 +133,9 @@ fn one_value_per_channel_is_fine_with_given_statistics() {
     let params = ConvBnParams::new(zeros([4, 3, 3, 3]))
         .with_statistics(zeros([4]), Tensor::ones([4], &Device::flex()));
     let options = ConvBnOptions::new(ConvSpec::unit(2));
-    let output = conv_bn(zeros::<4>([1, 3, 3, 3]), params, options).unwrap().output;
+    let output = conv_bn(zeros::<4>([1, 3, 3, 3]), params, options)
+        .unwrap()
+        .output;
     assert_eq!(output.shape(), Shape::new([1, 4, 1, 1]));
 }
 
