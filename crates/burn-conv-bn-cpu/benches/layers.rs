@@ -64,7 +64,11 @@ impl Layer {
             [1, self.size, self.size],
             [1, self.kernel, self.kernel],
             [1, self.stride, self.stride],
-            [(0, 0), (self.padding, self.padding), (self.padding, self.padding)],
+            [
+                (0, 0),
+                (self.padding, self.padding),
+                (self.padding, self.padding),
+            ],
             [1; 3],
         )
         .expect("the catalogue's layers exist")
@@ -118,7 +122,11 @@ fn layers(criterion: &mut Criterion) {
         let mut input_grad = vec![0.0; input.len()];
         let mut weight_grad = vec![0.0; weight.len()];
         for stores in [true, false] {
-            let name = if stores { "backward" } else { "backward-recomputing-twice" };
+            let name = if stores {
+                "backward"
+            } else {
+                "backward-recomputing-twice"
+            };
             group.bench_function(name, |bencher| {
                 bencher.iter(|| {
                     let sums = match stores {
@@ -136,7 +144,8 @@ fn layers(criterion: &mut Criterion) {
                         offset: &shift,
                     };
                     let gradients = Gradients {
-                        input: (!layer.first).then_some((input_grad.as_mut_slice(), weight.as_slice())),
+                        input: (!layer.first)
+                            .then_some((input_grad.as_mut_slice(), weight.as_slice())),
                         weight: Some(&mut weight_grad),
                         residual: None,
                     };

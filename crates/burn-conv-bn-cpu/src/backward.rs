@@ -436,16 +436,22 @@ impl<T: Real> Scratch<T> {
                     // Transposed, the gradient's long side is the columns', which need no
                     // packing then; the short one is the tile's.
                     let grad = &mut grad[group * depth * group_out..][..depth * group_out];
-                    multiply(
-                        Matrix::by_rows(grad, depth, group_out, group_out),
-                        columns,
-                        conv_grad.transposed(),
-                        true,
-                    );
+                    if group_out == 1 {
+                        for (tap, grad) in grad.iter_mut().enumerate() {
+                            *grad += simd::dot(arch, columns.row(tap), &self.tile);
+                        }
+                    } else {
+                        multiply(
+                            Matrix::by_rows(grad, depth, group_out, group_out),
+                            columns,
+                            conv_grad.transposed(),
+                            true,
+                        );
+                    }
                 }
                 if let (Some(grad), Some(weight)) = (&mut gradients.input, gradients.input_weight) {
-                    let weight = group_of(weight, group, groups);
-                    let weight = Matrix::by_rows(weight, group_out, depth, depth).transposed();
+                    let taps = group_of(weight, group, groups);
+                    let weight = Matrix::by_rows(taps, group_out, depth, depth).transposed();
                     let grad = &mut grad[group * group_input..][..group_input];
                     if pointwise {
                         let plane = geometry.input_plane();
@@ -455,8 +461,14 @@ impl<T: Real> Scratch<T> {
                     } else {
                         self.column_grads.resize(depth * tile, T::ZERO);
                         let columns = self.column_grads.as_mut_slice();
-                        let target = Matrix::by_rows(columns, depth, tile, tile);
-                        multiply(target, weight, conv_grad, false);
+                        if group_out == 1 {
+                            for (tap, line) in taps.iter().zip(columns.chunks_exact_mut(tile)) {
+                                simd::scale(arch, line, *tap, &self.tile);
+                            }
+                        } else {
+                            let target = Matrix::by_rows(columns, depth, tile, tile);
+                            multiply(target, weight, conv_grad, false);
+                        }
                         add_back(geometry, &self.column_grads, rows.clone(), grad);
                     }
                 }

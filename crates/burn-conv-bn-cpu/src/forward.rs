@@ -53,6 +53,11 @@ pub(crate) fn conv_tile<T: Real>(
     row_stride: usize,
 ) {
     let (depth, group_out) = (geometry.depth(), geometry.group_out());
+    if group_out == 1 {
+        let target = &mut target[..columns.columns];
+        simd::combine(Arch::new(), target, weight, |tap| columns.row(tap));
+        return;
+    }
     multiply(
         Matrix::by_rows(target, group_out, columns.columns, row_stride),
         Matrix::by_rows(weight, group_out, depth, depth),

@@ -229,41 +229,60 @@ impl Geometry {
     /// Taps in the order of the weight's values.
     pub(crate) fn taps(&self) -> impl Iterator<Item = Tap> + '_ {
         let [depth, height, width] = self.kernel;
-        (0..self.group_in()).flat_map(move |channel| {
-            (0..depth).flat_map(move |d| {
-                (0..height).flat_map(move |h| {
-                    (0..width).map(move |w| Tap {
-                        channel,
-                        offset: [d, h, w],
-                    })
-                })
-            })
+        let kernel = depth * height * width;
+        (0..self.group_in() * kernel).map(move |tap| Tap {
+            channel: tap / kernel,
+            offset: [
+                tap % kernel / (height * width),
+                tap % (height * width) / width,
+                tap % width,
+            ],
         })
     }
 
-    /// Where in its plane the input row starts that output row `row` meets at a tap, or `None` if
-    /// that row is padding.
-    pub(crate) fn input_row(&self, row: usize, tap: &Tap) -> Option<usize> {
-        let index = [row / self.output[1], row % self.output[1]];
-        let mut start = 0;
-        for (dim, index) in index.into_iter().enumerate() {
-            let padded = index * self.stride[dim] + tap.offset[dim] * self.dilation[dim];
-            let position = padded.checked_sub(self.padding[dim].0)?;
-            if position >= self.input[dim] {
-                return None;
-            }
-            start = start * self.input[dim] + position;
-        }
-        Some(start * self.input[2])
+    /// The input's position along one dimension that output position `index` meets at a tap.
+    #[inline(always)]
+    fn input_position(&self, dim: usize, index: usize, tap: Tap) -> Option<usize> {
+        let padded = index * self.stride[dim] + tap.offset[dim] * self.dilation[dim];
+        let position = padded.checked_sub(self.padding[dim].0)?;
+        (position < self.input[dim]).then_some(position)
+    }
+
+    /// For each of the output rows `rows`, where in its plane the input row starts that it meets
+    /// at a tap, or `None` if that row is padding.
+    #[inline(always)]
+    pub(crate) fn input_rows(
+        &self,
+        rows: Range<usize>,
+        tap: Tap,
+    ) -> impl Iterator<Item = Option<usize>> + '_ {
+        // One division for the tile rather than one for each row.
+        let height = self.output[1];
+        let (mut d, mut h) = (rows.start / height, rows.start % height);
+        rows.map(
+            #[inline(always)]
+            move |_| {
+                let start = self
+                    .input_position(0, d, tap)
+                    .zip(self.input_position(1, h, tap))
+                    .map(|(d, h)| (d * self.input[1] + h) * self.input[2]);
+                h += 1;
+                if h == height {
+                    (d, h) = (d + 1, 0);
+                }
+                start
+            },
+        )
     }
 
     /// Output positions of a row that meet a value of the input at a tap rather than padding, and
     /// the first such value's place in the input row.
-    pub(crate) fn row_overlap(&self, tap: &Tap) -> (Range<usize>, usize) {
+    #[inline(always)]
+    pub(crate) fn row_overlap(&self, tap: Tap) -> (Range<usize>, usize) {
         let (stride, before) = (self.stride[2], self.padding[2].0);
         let shift = tap.offset[2] * self.dilation[2];
         let first = before.saturating_sub(shift).div_ceil(stride);
-        // The last position p with p * stride + shift - before < input width.
+        // One past the last position p with p * stride + shift - before < input width.
         let end = (self.input[2] + before)
             .saturating_sub(shift)
             .div_ceil(stride)

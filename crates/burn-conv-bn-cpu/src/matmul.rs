@@ -46,6 +46,14 @@ impl<D> Matrix<D> {
     }
 }
 
+impl<'a, T> Matrix<&'a [T]> {
+    /// A row of a matrix whose rows are contiguous.
+    pub(crate) fn row(&self, row: usize) -> &'a [T] {
+        debug_assert_eq!(self.column_stride, 1);
+        &self.data[row * self.row_stride..][..self.columns]
+    }
+}
+
 /// `target = left * right`, or `target += left * right` with `accumulate`.
 ///
 /// # Panics

@@ -3,13 +3,28 @@
 //! Sums run in [`LANES`] partial sums, which is what lets the compiler use vectors: it may not
 //! reorder a sum by itself.
 
-use pulp::Arch;
+use pulp::{Arch, NullaryFnOnce};
 
 use crate::{Activation, Real};
 
 /// Partial sums of a sweep: two vectors of the widest unit in single precision, so that one
 /// addition need not wait for the last.
 const LANES: usize = 32;
+
+/// A closure that is compiled for the vector unit it is dispatched to.
+///
+/// Dispatching the closure itself calls it through a shim that need not be inlined, and what is
+/// not inlined is compiled for the oldest unit.
+pub(crate) struct Sweep<F>(pub(crate) F);
+
+impl<R, F: FnMut() -> R> NullaryFnOnce for Sweep<F> {
+    type Output = R;
+
+    #[inline(always)]
+    fn call(mut self) -> R {
+        (self.0)()
+    }
+}
 
 #[inline(always)]
 fn total<T: Real>(lanes: [T; LANES]) -> T {
@@ -26,7 +41,7 @@ fn total<T: Real>(lanes: [T; LANES]) -> T {
 
 /// Mean and sum of squared deviations.
 pub(crate) fn moments<T: Real>(arch: Arch, values: &[T]) -> (f64, f64) {
-    arch.dispatch(
+    arch.dispatch(Sweep(
         #[inline(always)]
         || {
             // Shifted by a value of the channel, a sum keeps the digits that the spread is in.
@@ -57,7 +72,7 @@ pub(crate) fn moments<T: Real>(arch: Arch, values: &[T]) -> (f64, f64) {
             }
             (mean, total(squares).to_f64())
         },
-    )
+    ))
 }
 
 /// One channel's mean, scale and shift.
@@ -83,16 +98,16 @@ pub(crate) fn normalize<T: Real>(
     residual: Option<&[T]>,
     activation: Activation,
 ) {
-    arch.dispatch(
+    arch.dispatch(Sweep(
         #[inline(always)]
         || match (residual, activation) {
             (None, Activation::Identity) => {
-                for value in values {
+                for value in values.iter_mut() {
                     *value = affine.apply(*value);
                 }
             }
             (None, Activation::Relu) => {
-                for value in values {
+                for value in values.iter_mut() {
                     *value = Activation::Relu.forward(affine.apply(*value));
                 }
             }
@@ -102,7 +117,7 @@ pub(crate) fn normalize<T: Real>(
                 }
             }
         },
-    )
+    ))
 }
 
 /// What tells where the activation passes the gradient.
@@ -150,7 +165,7 @@ pub(crate) fn grad_sums<T: Real>(
         }
         (total(grads), total(products))
     }
-    arch.dispatch(
+    arch.dispatch(Sweep(
         #[inline(always)]
         || match gate {
             Gate::Open => sweep(conv_output, output_grad, affine.mean, |_, _, dy| dy),
@@ -164,7 +179,7 @@ pub(crate) fn grad_sums<T: Real>(
                 })
             }
         },
-    )
+    ))
 }
 
 /// Per-channel coefficients of `scale * g + slope * (z - mean) + offset`.
@@ -184,7 +199,7 @@ pub(crate) fn conv_output_grad<T: Real>(
     affine: ChannelAffine<T>,
     gate: Gate<'_, T>,
     coefficients: ChannelGrad<T>,
-    residual_grad: Option<&mut [T]>,
+    mut residual_grad: Option<&mut [T]>,
 ) {
     #[inline(always)]
     fn sweep<T: Real>(
@@ -212,7 +227,7 @@ pub(crate) fn conv_output_grad<T: Real>(
         }
     }
     let mean = affine.mean;
-    arch.dispatch(
+    arch.dispatch(Sweep(
         #[inline(always)]
         || match gate {
             Gate::Open => sweep(
@@ -220,7 +235,7 @@ pub(crate) fn conv_output_grad<T: Real>(
                 output_grad,
                 mean,
                 coefficients,
-                residual_grad,
+                residual_grad.as_deref_mut(),
                 |_, _, dy| dy,
             ),
             Gate::PreActivation => sweep(
@@ -228,7 +243,7 @@ pub(crate) fn conv_output_grad<T: Real>(
                 output_grad,
                 mean,
                 coefficients,
-                residual_grad,
+                residual_grad.as_deref_mut(),
                 |_, z, dy| Activation::Relu.backward(affine.apply(z), dy),
             ),
             Gate::Output(output) => {
@@ -238,22 +253,82 @@ pub(crate) fn conv_output_grad<T: Real>(
                     output_grad,
                     mean,
                     coefficients,
-                    residual_grad,
+                    residual_grad.as_deref_mut(),
                     |index, _, dy| Activation::Relu.backward(output[index], dy),
                 )
             }
         },
-    )
+    ))
+}
+
+/// `target = sum over k of weight[k] * lines[k]`: a matrix product with a single output channel,
+/// where a product's kernels would run nearly empty.
+pub(crate) fn combine<'a, T: Real>(
+    arch: Arch,
+    target: &mut [T],
+    weight: &[T],
+    line: impl Fn(usize) -> &'a [T],
+) {
+    arch.dispatch(Sweep(
+        #[inline(always)]
+        || {
+            for (tap, weight) in weight.iter().enumerate() {
+                let line = &line(tap)[..target.len()];
+                if tap == 0 {
+                    for (target, value) in target.iter_mut().zip(line) {
+                        *target = *weight * *value;
+                    }
+                } else {
+                    for (target, value) in target.iter_mut().zip(line) {
+                        *target += *weight * *value;
+                    }
+                }
+            }
+        },
+    ));
+}
+
+/// Sum of products.
+pub(crate) fn dot<T: Real>(arch: Arch, a: &[T], b: &[T]) -> T {
+    arch.dispatch(Sweep(
+        #[inline(always)]
+        || {
+            let mut sums = [T::ZERO; LANES];
+            let (a_chunks, a_rest) = a.as_chunks::<LANES>();
+            let (b_chunks, b_rest) = b.as_chunks::<LANES>();
+            for (a, b) in a_chunks.iter().zip(b_chunks) {
+                for lane in 0..LANES {
+                    sums[lane] += a[lane] * b[lane];
+                }
+            }
+            for ((sum, a), b) in sums.iter_mut().zip(a_rest).zip(b_rest) {
+                *sum += *a * *b;
+            }
+            total(sums)
+        },
+    ))
+}
+
+/// `target = factor * source`.
+pub(crate) fn scale<T: Real>(arch: Arch, target: &mut [T], factor: T, source: &[T]) {
+    arch.dispatch(Sweep(
+        #[inline(always)]
+        || {
+            for (target, source) in target.iter_mut().zip(source) {
+                *target = factor * *source;
+            }
+        },
+    ))
 }
 
 /// `target += source`.
 pub(crate) fn add<T: Real>(arch: Arch, target: &mut [T], source: &[T]) {
-    arch.dispatch(
+    arch.dispatch(Sweep(
         #[inline(always)]
         || {
             for (target, source) in target.iter_mut().zip(source) {
                 *target += *source;
             }
         },
-    )
+    ))
 }
