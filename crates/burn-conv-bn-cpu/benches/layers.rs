@@ -8,7 +8,7 @@ use burn_conv_bn_cpu::{
     Activation, Affine, Backward, ConvOutput, Geometry, Gradients, InputGradCoefficients, backward,
     conv_moments, grad_sums, normalize,
 };
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::Criterion;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -158,5 +158,8 @@ fn layers(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, layers);
-criterion_main!(benches);
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    layers(&mut criterion);
+    criterion.final_summary();
+}

@@ -17,7 +17,7 @@ use crate::memory::MemoryProbe;
 /// Digits of the step that is measured.
 const SAMPLE: usize = 64;
 
-/// What one variant will take, by a measured step on [`SAMPLE`] digits and in proportion.
+/// What one variant will take, by a measured step on a few digits and in proportion.
 #[derive(Clone, Copy, Debug)]
 pub struct Estimate {
     /// Time for training and testing, all epochs.

@@ -183,7 +183,7 @@ impl Job {
         self.net(variant)
             .saved_for_backward(self.batch_size, crate::data::SIDE)
             .into_iter()
-            .filter(|(_, tensor)| !["weight", "gamma"].contains(&tensor.name))
+            .filter(|(_, tensor)| tensor.shape.num_dims() == 4 && tensor.name != "weight")
             // The images are data, and there in any case.
             .filter(|(block, tensor)| !(*block == "conv1" && tensor.name == "input"))
             .map(|(_, tensor)| tensor.shape.num_elements() * element)

@@ -457,3 +457,210 @@ fn host<T: Kernel>(tensor: &FlexTensor) -> Vec<T> {
 fn tensor<T: Kernel>(values: Vec<T>, shape: &Shape) -> FlexTensor {
     FlexTensor::from_data(TensorData::new(values, shape.clone()))
 }
+
+#[cfg(test)]
+mod tests {
+    //! The kernels against the portable bodies, which serve the other backends, in f64. The
+    //! kernels themselves are held against finite differences and PyTorch in `tests/it`.
+
+    use burn::backend::ops::FloatTensorOps;
+    use burn::tensor::Slice;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+    use crate::definition::{Parents, Recompute, SavePlan};
+
+    fn random(shape: &[usize], seed: u64) -> FlexTensor {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let values: Vec<f64> = (0..shape.iter().product())
+            .map(|_| rng.random_range(-1.0..1.0))
+            .collect();
+        FlexTensor::from_data(TensorData::new(values, shape.to_vec()))
+    }
+
+    #[track_caller]
+    fn assert_close(what: &str, got: &FlexTensor, wanted: &FlexTensor) {
+        assert_eq!(got.shape(), wanted.shape(), "{what}");
+        let (got, wanted) = (host::<f64>(got), host::<f64>(wanted));
+        let worst = got
+            .iter()
+            .zip(&wanted)
+            .map(|(got, wanted)| (got - wanted).abs())
+            .fold(0.0, f64::max);
+        assert!(worst < 1e-11, "{what}: {worst:e} apart");
+    }
+
+    fn assert_all_close(what: &str, got: ConvBnGrads<Flex>, wanted: ConvBnGrads<Flex>) {
+        for (name, got, wanted) in [
+            ("input", got.input, wanted.input),
+            ("weight", got.weight, wanted.weight),
+            ("bias", got.bias, wanted.bias),
+            ("gamma", got.gamma, wanted.gamma),
+            ("beta", got.beta, wanted.beta),
+            ("residual", got.residual, wanted.residual),
+        ] {
+            match (got.into_option(), wanted.into_option()) {
+                (Some(got), Some(wanted)) => {
+                    assert_close(&format!("{what}: {name}"), &got, &wanted)
+                }
+                (None, None) => {}
+                (got, _) => panic!("{what}: {name} is there: {}", got.is_some()),
+            }
+        }
+    }
+
+    /// Geometries over one to three dimensions, as spec, input and weight.
+    fn geometries() -> Vec<(ConvSpec, Vec<usize>, Vec<usize>)> {
+        let spec =
+            |stride: &[usize], padding: &[(usize, usize)], dilation: &[usize], groups| ConvSpec {
+                stride: stride.to_vec(),
+                padding: padding.to_vec(),
+                dilation: dilation.to_vec(),
+                groups,
+            };
+        vec![
+            (
+                spec(&[1, 1], &[(1, 1); 2], &[1, 1], 1),
+                vec![5, 3, 6, 5],
+                vec![4, 3, 3, 3],
+            ),
+            (
+                spec(&[2, 1], &[(0, 2), (1, 0)], &[1, 2], 1),
+                vec![3, 2, 7, 6],
+                vec![5, 2, 3, 2],
+            ),
+            (
+                spec(&[2, 2], &[(1, 1); 2], &[1, 1], 3),
+                vec![4, 6, 6, 6],
+                vec![9, 2, 3, 3],
+            ),
+            (
+                spec(&[1, 1], &[(0, 0); 2], &[1, 1], 4),
+                vec![2, 4, 5, 5],
+                vec![4, 1, 3, 3],
+            ),
+            (
+                spec(&[1, 1], &[(0, 0); 2], &[1, 1], 1),
+                vec![3, 7, 4, 4],
+                vec![2, 7, 1, 1],
+            ),
+            (spec(&[2], &[(1, 2)], &[1], 2), vec![4, 4, 9], vec![6, 2, 3]),
+            (
+                spec(&[1; 3], &[(0, 1); 3], &[1; 3], 1),
+                vec![2, 2, 3, 4, 3],
+                vec![3, 2, 2, 2, 2],
+            ),
+        ]
+    }
+
+    #[test]
+    fn kernels_and_portable_bodies_agree() {
+        for (spec, input_shape, weight_shape) in geometries() {
+            for variant in [NormVariant::BatchNorm, NormVariant::Tutorial] {
+                for activation in [Activation::Identity, Activation::Relu] {
+                    for fixed in [false, true] {
+                        for residual in [false, true] {
+                            for recompute in [Recompute::Conv, Recompute::Never] {
+                                let options = ConvBnOptions::new(spec.clone())
+                                    .with_norm(NormSpec::new(variant, 1e-3))
+                                    .with_activation(activation)
+                                    .with_recompute(recompute);
+                                compare(&options, &input_shape, &weight_shape, fixed, residual);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn compare(
+        options: &ConvBnOptions,
+        input_shape: &[usize],
+        weight_shape: &[usize],
+        fixed: bool,
+        with_residual: bool,
+    ) {
+        let what = format!("{options:?}, input {input_shape:?}, fixed {fixed}");
+        let channels = &weight_shape[..1];
+        let geometry = geometry(
+            &Shape::from(input_shape.to_vec()),
+            &Shape::from(weight_shape.to_vec()),
+            &options.conv,
+        );
+        let output_shape = output_shape(&Shape::from(input_shape.to_vec()), &geometry).to_vec();
+        // Every other image of a larger batch: a view that is not contiguous.
+        let mut larger = input_shape.to_vec();
+        larger[0] *= 2;
+        let every_other = [Slice::new(0, None, 2)];
+        let input = Flex::float_slice(random(&larger, 1), &every_other);
+        let inputs = ConvBnInputs::<Flex> {
+            input,
+            weight: random(weight_shape, 2),
+            bias: OptionalTensor::Present(random(channels, 3)),
+            gamma: OptionalTensor::Present(random(channels, 4)),
+            beta: OptionalTensor::Present(random(channels, 5)),
+            residual: with_residual.then(|| random(&output_shape, 6)).into(),
+            statistics: match fixed {
+                true => Statistics::Fixed {
+                    mean: random(channels, 7),
+                    variance: Flex::float_add_scalar(random(channels, 8), 1.5.into()),
+                },
+                false => Statistics::Batch,
+            },
+        };
+        let statistics = inputs.statistics.kind();
+        let present = inputs.present();
+        let plan = SavePlan::new(options, statistics, present, present);
+        let kernel = Flex::conv_bn_forward(inputs.clone(), options.clone(), plan.conv_output);
+        let portable =
+            portable::conv_bn::forward::<Flex>(inputs.clone(), options, plan.conv_output);
+        assert_close(&what, &kernel.output, &portable.output);
+        assert_close(&what, &kernel.mean, &portable.mean);
+        assert_close(&what, &kernel.variance, &portable.variance);
+        assert_eq!(kernel.conv_output.is_present(), plan.conv_output);
+
+        let keep = |kept: bool, tensor: &OptionalTensor<Flex>| -> OptionalTensor<Flex> {
+            tensor.as_option().filter(|_| kept).cloned().into()
+        };
+        let present_if = |kept: bool, tensor: &FlexTensor| -> OptionalTensor<Flex> {
+            kept.then(|| tensor.clone()).into()
+        };
+        let saved = ConvBnSaved::<Flex> {
+            output_grad: random(&output_shape, 9),
+            input: present_if(plan.input, &inputs.input),
+            weight: present_if(plan.weight, &inputs.weight),
+            bias: keep(plan.bias, &inputs.bias),
+            gamma: keep(plan.gamma, &inputs.gamma),
+            beta: keep(plan.beta, &inputs.beta),
+            mean: present_if(plan.statistics, &kernel.mean),
+            variance: present_if(plan.statistics, &kernel.variance),
+            conv_output: keep(plan.conv_output, &kernel.conv_output),
+            output: present_if(plan.output, &kernel.output),
+        };
+        let all = Parents {
+            residual: with_residual,
+            ..present
+        };
+        let some = Parents {
+            input: false,
+            bias: false,
+            gamma: false,
+            ..all
+        };
+        for (wanted, max_workspace) in [(all, None), (all, Some(1)), (some, Some(1 << 10))] {
+            let options = ConvBnBackwardOptions {
+                options: options.clone().with_max_workspace(max_workspace),
+                statistics,
+                input_shape: Shape::from(input_shape.to_vec()),
+                weight_shape: Shape::from(weight_shape.to_vec()),
+                norm_dtype: DType::F64,
+                wanted,
+            };
+            let kernel = Flex::conv_bn_backward(saved.clone(), options.clone());
+            let portable = portable::conv_bn::backward::<Flex>(saved.clone(), &options);
+            assert_all_close(&what, kernel, portable);
+        }
+    }
+}

@@ -5,6 +5,7 @@
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
+use burn::tensor::ops::PadMode;
 use burn::tensor::{Shape, Slice};
 
 use crate::definition::ConvSpec;
@@ -23,7 +24,10 @@ pub(crate) fn forward<B: Backend>(
             lower::<B>(forward::<B>(input, weight, bias, &lift_spec(spec)))
         }
         2 => B::conv2d(input, weight, bias, spec.to_burn()),
-        3 => B::conv3d(input, weight, bias, spec.to_burn()),
+        3 => {
+            let (input, spec) = pad_if_asymmetric::<B>(input, spec);
+            B::conv3d(input, weight, bias, spec.to_burn())
+        }
         rank => unsupported_rank(rank),
     }
 }
@@ -43,7 +47,7 @@ pub(crate) fn input_backward<B: Backend>(
     }
     // Burn's backward takes the input for its shape alone, and pads it when the padding is
     // asymmetric: hand it a stand-in without memory, padded already, and crop the result.
-    let symmetric = spec.padding.iter().all(|(before, after)| before == after);
+    let symmetric = is_symmetric(spec);
     let mut padded_shape = input_shape.to_vec();
     let mut padded_spec = spec.clone();
     if !symmetric {
@@ -93,11 +97,35 @@ pub(crate) fn weight_backward<B: Backend>(
         &output_grad.device(),
         output_grad.dtype().into(),
     );
+    let (input, spec) = pad_if_asymmetric::<B>(input, spec);
     match spec.rank() {
         2 => B::conv2d_weight_backward(input, weight, output_grad, spec.to_burn()),
         3 => B::conv3d_weight_backward(input, weight, output_grad, spec.to_burn()),
         rank => unsupported_rank(rank),
     }
+}
+
+fn is_symmetric(spec: &ConvSpec) -> bool {
+    spec.padding.iter().all(|(before, after)| before == after)
+}
+
+/// Pads the input where the padding is not symmetric, which Burn's 3-D convolutions do not take,
+/// and returns what is left of the spec.
+fn pad_if_asymmetric<B: Backend>(
+    input: FloatTensor<B>,
+    spec: &ConvSpec,
+) -> (FloatTensor<B>, ConvSpec) {
+    if is_symmetric(spec) {
+        return (input, spec.clone());
+    }
+    let padding: Vec<_> = [(0, 0); 2]
+        .into_iter()
+        .chain(spec.padding.iter().copied())
+        .collect();
+    let padded = B::float_pad(input, &padding, PadMode::Constant(0.0));
+    let mut spec = spec.clone();
+    spec.padding.fill((0, 0));
+    (padded, spec)
 }
 
 /// `[a, b, length]` viewed as `[a, b, 1, length]`.

@@ -202,6 +202,31 @@ fn conv_over_one_and_three_dimensions() {
         .unwrap();
 }
 
+/// Burn's own gradient of a 3-D convolution's weight does not take such padding.
+#[test]
+fn conv_over_three_dimensions_with_asymmetric_padding() {
+    let spec = ConvSpec {
+        stride: vec![1, 2, 1],
+        padding: vec![(0, 1), (1, 0), (2, 1)],
+        dilation: vec![1, 1, 2],
+        groups: 2,
+    };
+    gradcheck()
+        .input("x", random(&[1, 2, 3, 4, 3], 24))
+        .input("weight", random(&[4, 1, 2, 2, 2], 25))
+        .upstream(Upstream::Random(26))
+        .check(|inputs| {
+            conv(
+                inputs.get::<5>("x"),
+                inputs.get("weight"),
+                None,
+                spec.clone(),
+            )
+            .unwrap()
+        })
+        .unwrap();
+}
+
 #[test]
 fn batch_norm_over_variants_and_ranks() {
     for norm in [NormSpec::default(), TUTORIAL] {

@@ -1,0 +1,544 @@
+//! The kernels against naive loops in f64, which are themselves checked by hand.
+
+use burn_conv_bn_cpu::{
+    Activation, Affine, Backward, ConvOutput, Geometry, GeometryError, Gradients,
+    InputGradCoefficients, Real, backward, conv, conv_moments, grad_sums, normalize,
+};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// A convolution's numbers, from which both the geometry and the naive loops are made.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    batch: usize,
+    channels: [usize; 2],
+    groups: usize,
+    input: [usize; 3],
+    kernel: [usize; 3],
+    stride: [usize; 3],
+    padding: [(usize, usize); 3],
+    dilation: [usize; 3],
+}
+
+const PLAIN: Case = Case {
+    batch: 2,
+    channels: [3, 4],
+    groups: 1,
+    input: [1, 6, 7],
+    kernel: [1, 3, 3],
+    stride: [1; 3],
+    padding: [(0, 0); 3],
+    dilation: [1; 3],
+};
+
+/// Ugly on purpose: one channel, 65 of them, one pixel, odd strides, asymmetric padding, dilation,
+/// groups, depthwise, pointwise, three dimensions, more images than blocks, more than one tile.
+fn cases() -> Vec<Case> {
+    let padded = [(0, 0), (1, 1), (1, 1)];
+    vec![
+        PLAIN,
+        Case {
+            padding: padded,
+            ..PLAIN
+        },
+        Case {
+            stride: [1, 2, 3],
+            padding: [(0, 0), (0, 2), (1, 0)],
+            ..PLAIN
+        },
+        Case {
+            dilation: [1, 2, 3],
+            padding: [(0, 0), (2, 1), (0, 3)],
+            ..PLAIN
+        },
+        Case {
+            channels: [6, 9],
+            groups: 3,
+            padding: padded,
+            ..PLAIN
+        },
+        Case {
+            channels: [5, 5],
+            groups: 5,
+            padding: padded,
+            stride: [1, 2, 2],
+            ..PLAIN
+        },
+        Case {
+            channels: [4, 8],
+            groups: 4,
+            ..PLAIN
+        },
+        Case {
+            channels: [7, 65],
+            kernel: [1; 3],
+            ..PLAIN
+        },
+        Case {
+            channels: [3, 2],
+            kernel: [1; 3],
+            stride: [1, 2, 2],
+            ..PLAIN
+        },
+        Case {
+            channels: [1, 1],
+            kernel: [1, 6, 7],
+            batch: 3,
+            ..PLAIN
+        },
+        Case {
+            channels: [1, 7],
+            input: [1, 1, 40],
+            kernel: [1, 1, 5],
+            padding: [(0, 0), (0, 0), (4, 4)],
+            ..PLAIN
+        },
+        Case {
+            input: [4, 5, 3],
+            kernel: [2, 3, 2],
+            stride: [2, 1, 1],
+            padding: [(1, 0), (1, 1), (0, 1)],
+            ..PLAIN
+        },
+        Case {
+            batch: 70,
+            channels: [2, 3],
+            input: [1, 4, 4],
+            ..PLAIN
+        },
+        Case {
+            batch: 1,
+            channels: [33, 5],
+            input: [1, 30, 34],
+            padding: padded,
+            ..PLAIN
+        },
+    ]
+}
+
+impl Case {
+    fn geometry(&self) -> Geometry {
+        Geometry::new(
+            self.batch,
+            self.channels,
+            self.groups,
+            self.input,
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+        .unwrap()
+    }
+
+    /// Calls `visit` with the flat indices of each input, weight and output value that meet.
+    fn for_each_product(&self, mut visit: impl FnMut(usize, usize, usize)) {
+        let output = self.geometry().output();
+        let [group_in, group_out] = self.channels.map(|channels| channels / self.groups);
+        let flat = |index: [usize; 3], size: [usize; 3]| {
+            (index[0] * size[1] + index[1]) * size[2] + index[2]
+        };
+        let indices = |size: [usize; 3]| {
+            (0..size.iter().product())
+                .map(move |i| [i / (size[1] * size[2]), i / size[2] % size[1], i % size[2]])
+        };
+        let planes = |size: [usize; 3]| size.iter().product::<usize>();
+        for image in 0..self.batch {
+            for out in 0..self.channels[1] {
+                for within in 0..group_in {
+                    let into = out / group_out * group_in + within;
+                    for at in indices(output) {
+                        for tap in indices(self.kernel) {
+                            let position: Option<Vec<usize>> = (0..3)
+                                .map(|dim| {
+                                    (at[dim] * self.stride[dim] + tap[dim] * self.dilation[dim])
+                                        .checked_sub(self.padding[dim].0)
+                                        .filter(|position| *position < self.input[dim])
+                                })
+                                .collect();
+                            let Some(position) = position else { continue };
+                            let position = [position[0], position[1], position[2]];
+                            visit(
+                                (image * self.channels[0] + into) * planes(self.input)
+                                    + flat(position, self.input),
+                                (out * group_in + within) * planes(self.kernel)
+                                    + flat(tap, self.kernel),
+                                (image * self.channels[1] + out) * planes(output)
+                                    + flat(at, output),
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn conv(&self, input: &[f64], weight: &[f64]) -> Vec<f64> {
+        let geometry = self.geometry();
+        let mut output = vec![0.0; self.batch * geometry.output_len()];
+        self.for_each_product(|x, w, y| output[y] += input[x] * weight[w]);
+        output
+    }
+}
+
+fn random(len: usize, seed: u64) -> Vec<f64> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
+}
+
+fn rounded<T: Real>(values: &[f64]) -> Vec<T> {
+    values.iter().map(|value| T::from_f64(*value)).collect()
+}
+
+#[track_caller]
+fn assert_close<T: Real>(what: &str, got: &[T], wanted: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), wanted.len(), "{what}");
+    let scale = wanted
+        .iter()
+        .fold(1.0f64, |max, value| max.max(value.abs()));
+    let worst = got
+        .iter()
+        .zip(wanted)
+        .map(|(got, wanted)| (got.to_f64() - wanted).abs())
+        .fold(0.0, f64::max);
+    assert!(
+        worst <= tolerance * scale,
+        "{what}: {worst:e} apart of {scale:e}"
+    );
+}
+
+/// The reference itself, on numbers that can be followed.
+#[test]
+fn the_naive_loops_are_right() {
+    let case = Case {
+        batch: 1,
+        channels: [1, 1],
+        input: [1, 3, 3],
+        kernel: [1, 2, 2],
+        ..PLAIN
+    };
+    let input = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0];
+    let weight = [1.0, 10.0, 100.0, 1000.0];
+    // 1*1 + 2*10 + 4*100 + 5*1000, and so on.
+    assert_eq!(case.conv(&input, &weight), [5421.0, 6532.0, 8754.0, 9865.0]);
+
+    let strided = Case {
+        stride: [1, 2, 2],
+        padding: [(0, 0), (1, 0), (0, 1)],
+        ..case
+    };
+    // Rows -1, 1; columns 0, 2 with the fourth column padding.
+    assert_eq!(
+        strided.conv(&input, &weight),
+        [2100.0, 300.0, 8754.0, 906.0]
+    );
+}
+
+#[test]
+fn forward_and_backward_in_f64() {
+    for case in cases() {
+        compare::<f64>(&case, 1e-12);
+    }
+}
+
+#[test]
+fn forward_and_backward_in_f32() {
+    for case in cases() {
+        compare::<f32>(&case, 2e-5);
+    }
+}
+
+fn compare<T: Real>(case: &Case, tolerance: f64) {
+    let geometry = case.geometry();
+    let channels = geometry.channels_out();
+    let positions = geometry.positions();
+    let name = |what: &str| format!("{what} of {case:?}");
+    let input = random(case.batch * geometry.input_len(), 1);
+    let weight = random(geometry.weight_len(), 2);
+    let output_grad = random(case.batch * geometry.output_len(), 3);
+    let residual = random(output_grad.len(), 4);
+    let [scale, shift, slope, offset] = [5, 6, 7, 8].map(|seed| random(channels, seed));
+    let channel_of = |index: usize| index / positions % channels;
+
+    // Forward.
+    let z = case.conv(&input, &weight);
+    let count = (case.batch * positions) as f64;
+    let mut mean = vec![0.0; channels];
+    for (index, z) in z.iter().enumerate() {
+        mean[channel_of(index)] += z / count;
+    }
+    let mut squares = vec![0.0; channels];
+    for (index, z) in z.iter().enumerate() {
+        squares[channel_of(index)] += (z - mean[channel_of(index)]).powi(2);
+    }
+    let value = |index: usize| {
+        let channel = channel_of(index);
+        (z[index] - mean[channel]) * scale[channel] + shift[channel]
+    };
+    let (t_input, t_weight) = (rounded::<T>(&input), rounded::<T>(&weight));
+    let mut t_z = vec![T::ZERO; z.len()];
+    conv(&geometry, &t_input, &t_weight, &mut t_z);
+    assert_close(&name("conv"), &t_z, &z, tolerance);
+    let mut t_output = vec![T::ZERO; z.len()];
+    let moments = conv_moments(&geometry, &t_input, &t_weight, &mut t_output);
+    assert_eq!(t_output, t_z, "{}", name("the same convolution"));
+    assert_eq!(moments.count, case.batch * positions);
+    assert_close(&name("mean"), &moments.mean, &mean, tolerance);
+    assert_close(&name("squares"), &moments.squares, &squares, tolerance);
+
+    let [t_mean, t_scale, t_shift] = [&mean, &scale, &shift].map(|values| rounded::<T>(values));
+    let affine = Affine {
+        mean: &t_mean,
+        scale: &t_scale,
+        shift: &t_shift,
+    };
+    let t_residual = rounded::<T>(&residual);
+    normalize(
+        &geometry,
+        &mut t_output,
+        affine,
+        Some(&t_residual),
+        Activation::Relu,
+    );
+    let output: Vec<f64> = (0..z.len())
+        .map(|index| (value(index) + residual[index]).max(0.0))
+        .collect();
+    assert_close(&name("output"), &t_output, &output, tolerance);
+
+    // Backward, by the pre-activation and by the output.
+    for by_output in [false, true] {
+        let passes = |index: usize| match by_output {
+            true => t_output[index] > T::ZERO,
+            false => {
+                (t_z[index] - t_mean[channel_of(index)]) * t_scale[channel_of(index)]
+                    + t_shift[channel_of(index)]
+                    > T::ZERO
+            }
+        };
+        let g: Vec<f64> = (0..z.len())
+            .map(|index| {
+                if passes(index) {
+                    output_grad[index]
+                } else {
+                    0.0
+                }
+            })
+            .collect();
+        let mut sum = vec![0.0; channels];
+        let mut deviation_sum = vec![0.0; channels];
+        let mut dz = vec![0.0; z.len()];
+        for (index, g) in g.iter().enumerate() {
+            let channel = channel_of(index);
+            let deviation = z[index] - mean[channel];
+            sum[channel] += g;
+            deviation_sum[channel] += g * deviation;
+            dz[index] = scale[channel] * g + slope[channel] * deviation + offset[channel];
+        }
+        let mut input_grad = vec![0.0; input.len()];
+        let mut weight_grad = vec![0.0; weight.len()];
+        case.for_each_product(|x, w, y| {
+            input_grad[x] += dz[y] * weight[w];
+            weight_grad[w] += dz[y] * input[x];
+        });
+
+        let t_output_grad = rounded::<T>(&output_grad);
+        let [t_slope, t_offset] = [&slope, &offset].map(|values| rounded::<T>(values));
+        let pass = Backward {
+            geometry: &geometry,
+            input: &t_input,
+            weight: &t_weight,
+            output_grad: &t_output_grad,
+            affine,
+            activation: Activation::Relu,
+            output: by_output.then_some(&t_output),
+        };
+        let mut results = Vec::new();
+        for stores in [false, true] {
+            let mut stored = vec![T::ZERO; z.len()];
+            let sums = match stores {
+                true => grad_sums(&pass, ConvOutput::Store(&mut stored)),
+                false => grad_sums(&pass, ConvOutput::Recompute),
+            };
+            let kept = |stored| match stores {
+                true => ConvOutput::Kept(stored),
+                false => ConvOutput::Recompute,
+            };
+            if stores {
+                assert_eq!(stored, t_z, "{}", name("recomputed bits"));
+                // Kept, the sums run over a channel's whole row rather than over tiles of it.
+                let from_kept = grad_sums(&pass, ConvOutput::Kept(&stored));
+                assert_close(&name("sum g"), &from_kept.grad, &sum, tolerance);
+            }
+            let mut t_input_grad = vec![T::ONE; input.len()];
+            let mut t_weight_grad = vec![T::ONE; weight.len()];
+            let mut t_residual_grad = vec![T::ONE; z.len()];
+            backward(
+                &pass,
+                kept(&stored),
+                InputGradCoefficients {
+                    scale: &t_scale,
+                    slope: &t_slope,
+                    offset: &t_offset,
+                },
+                Gradients {
+                    input: Some((&mut t_input_grad, &t_weight)),
+                    weight: Some(&mut t_weight_grad),
+                    residual: Some(&mut t_residual_grad),
+                },
+            );
+            assert_close(&name("sum g"), &sums.grad, &sum, tolerance);
+            assert_close(
+                &name("sum g*d"),
+                &sums.grad_deviation,
+                &deviation_sum,
+                tolerance,
+            );
+            assert_close(&name("input grad"), &t_input_grad, &input_grad, tolerance);
+            assert_close(
+                &name("weight grad"),
+                &t_weight_grad,
+                &weight_grad,
+                tolerance,
+            );
+            assert_close(&name("residual grad"), &t_residual_grad, &g, tolerance);
+            results.push((sums, t_input_grad, t_weight_grad, t_residual_grad));
+        }
+        assert!(
+            results[0] == results[1],
+            "{}",
+            name("stored or recomputed: the same bits")
+        );
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    let case = Case {
+        batch: 37,
+        channels: [5, 6],
+        input: [1, 9, 9],
+        padding: [(0, 0), (1, 1), (1, 1)],
+        ..PLAIN
+    };
+    let run = || {
+        let geometry = case.geometry();
+        let channels = geometry.channels_out();
+        let input = rounded::<f32>(&random(case.batch * geometry.input_len(), 1));
+        let weight = rounded::<f32>(&random(geometry.weight_len(), 2));
+        let mut z = vec![0.0; case.batch * geometry.output_len()];
+        let moments = conv_moments(&geometry, &input, &weight, &mut z);
+        let output_grad = rounded::<f32>(&random(z.len(), 3));
+        let ones = vec![1.0; channels];
+        let affine = Affine {
+            mean: &ones,
+            scale: &ones,
+            shift: &ones,
+        };
+        let pass = Backward {
+            geometry: &geometry,
+            input: &input,
+            weight: &weight,
+            output_grad: &output_grad,
+            affine,
+            activation: Activation::Relu,
+            output: None,
+        };
+        let sums = grad_sums(&pass, ConvOutput::Recompute);
+        let mut input_grad = vec![0.0; input.len()];
+        let mut weight_grad = vec![0.0; weight.len()];
+        let coefficients = InputGradCoefficients {
+            scale: &ones,
+            slope: &ones,
+            offset: &ones,
+        };
+        let gradients = Gradients {
+            input: Some((&mut input_grad, &weight)),
+            weight: Some(&mut weight_grad),
+            residual: None,
+        };
+        backward(&pass, ConvOutput::Recompute, coefficients, gradients);
+        (moments, sums, z, input_grad, weight_grad)
+    };
+    let on = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(run)
+    };
+    let one = on(1);
+    for threads in [2, 3, 8] {
+        assert!(on(threads) == one, "{threads} threads");
+    }
+}
+
+#[test]
+fn a_large_mean_keeps_its_spread() {
+    // Mean 1e3, standard deviation 1e-2, in f32.
+    let case = Case {
+        batch: 8,
+        channels: [1, 1],
+        input: [1, 64, 64],
+        kernel: [1; 3],
+        ..PLAIN
+    };
+    let geometry = case.geometry();
+    let values: Vec<f32> = random(case.batch * geometry.input_len(), 1)
+        .iter()
+        .map(|value| (1e3 + 1.7e-2 * value) as f32)
+        .collect();
+    let mut output = vec![0.0; values.len()];
+    let moments = conv_moments(&geometry, &values, &[1.0], &mut output);
+    let count = values.len() as f64;
+    let mean = values.iter().map(|value| f64::from(*value)).sum::<f64>() / count;
+    let squares: f64 = values
+        .iter()
+        .map(|value| (f64::from(*value) - mean).powi(2))
+        .sum();
+    assert!(
+        (moments.mean[0] - mean).abs() < 1e-6,
+        "{} for {mean}",
+        moments.mean[0]
+    );
+    let variance = moments.variance().next().unwrap();
+    let ratio = variance / (squares / count);
+    assert!((ratio - 1.0).abs() < 1e-4, "{ratio}");
+}
+
+#[test]
+fn impossible_geometries_are_refused() {
+    let build = |change: fn(&mut Case)| {
+        let mut case = PLAIN;
+        change(&mut case);
+        Geometry::new(
+            case.batch,
+            case.channels,
+            case.groups,
+            case.input,
+            case.kernel,
+            case.stride,
+            case.padding,
+            case.dilation,
+        )
+        .unwrap_err()
+    };
+    assert!(matches!(
+        build(|case| case.batch = 0),
+        GeometryError::Zero { what: "batch", .. }
+    ));
+    assert!(matches!(
+        build(|case| case.stride[1] = 0),
+        GeometryError::Zero { what: "stride", .. }
+    ));
+    assert!(matches!(
+        build(|case| case.groups = 2),
+        GeometryError::Groups { groups: 2, .. }
+    ));
+    let error = build(|case| case.dilation[2] = 4);
+    let wanted = GeometryError::Kernel {
+        dim: 2,
+        kernel: 9,
+        padded: 7,
+    };
+    assert_eq!(error, wanted);
+}
