@@ -14,7 +14,7 @@ use crate::compare::{CompareOptions, Output, WORKER, compare, work};
 use crate::data::DatasetChoice;
 use crate::fit::Resume;
 use crate::job::{Job, Norm, Precision, RecomputePolicy, RunOptions, Variant, run};
-use crate::parity::{Parity, Reordering};
+use crate::parity::Parity;
 use crate::print::say;
 
 /// How long the job without a subcommand may take.
@@ -336,16 +336,5 @@ fn parity(args: ParityArgs, interrupter: &Interrupter) -> Result<()> {
     let job = args.job.into_job(1);
     let data = job.data()?;
     say!("Data: {}", data.origin);
-    let reorderings = match job.precision {
-        Precision::F32 => &Reordering::ALL[..],
-        Precision::F64 => &[],
-    };
-    let parity = Parity::measure(
-        &job,
-        Arc::new(data.train),
-        args.steps,
-        reorderings,
-        interrupter,
-    )?;
-    parity.judge(job.precision)
+    Parity::measure(&job, Arc::new(data.train), args.steps, interrupter)?.judge()
 }

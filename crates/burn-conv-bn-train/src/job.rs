@@ -183,7 +183,7 @@ impl Job {
         self.net(variant)
             .saved_for_backward(self.batch_size, crate::data::SIDE)
             .into_iter()
-            .filter(|(_, tensor)| tensor.shape.num_dims() == 4 && tensor.name != "weight")
+            .filter(|(_, tensor)| !["weight", "bias", "gamma", "beta"].contains(&tensor.name))
             // The images are data, and there in any case.
             .filter(|(block, tensor)| !(*block == "conv1" && tensor.name == "input"))
             .map(|(_, tensor)| tensor.shape.num_elements() * element)
