@@ -233,24 +233,15 @@ fn kernel_backward<T: Kernel>(
         None => {
             let norm = HostNorm::given(options.options.norm, &variance);
             let center = center(&mean, bias.as_option().map(host));
-            let dot = weight_grad
-                .as_deref()
-                .map(|grad| row_dots(pass.weight, grad, channels));
-            let gamma_grad = dot.unwrap_or_else(|| vec![0.0; channels]);
-            // sum(g * (z - mean)) = <weight, wgrad(input, g)> - (mean - bias) * sum(g)
-            let sums_deviation: Vec<f64> = gamma_grad
-                .iter()
-                .zip(&center)
-                .zip(&sums.grad)
-                .map(|((dot, center), grad)| dot - Real::to_f64(*center) * grad)
-                .collect();
+            let dots = match &weight_grad {
+                Some(folded_grad) => row_dots(pass.weight, folded_grad, channels),
+                None => vec![0.0; channels],
+            };
+            weight_grad = weight_grad.map(|grad| scaled_rows(&grad, &scale));
             let scale: Vec<f64> = scale.iter().map(|scale| Real::to_f64(*scale)).collect();
-            if let Some(grad) = &mut weight_grad {
-                *grad = scaled_rows(grad, &rounded::<T>(scale.iter().copied()));
-            }
             (
                 times(&scale, &sums.grad),
-                times(&norm.inv_std, &sums_deviation),
+                fixed_gamma_grad(&norm, &dots, &center, &sums.grad),
             )
         }
     };
@@ -273,6 +264,23 @@ fn kernel_backward<T: Kernel>(
         beta: optional(wanted.beta, sums.grad),
         residual: residual_grad.into(),
     }
+}
+
+/// Gamma's gradient under given statistics, from the dot products of the weight with the folded
+/// weight's gradient: `sum(g * (z - mean)) = <weight, wgrad(input, g)> - (mean - bias) * sum(g)`.
+fn fixed_gamma_grad<T: Real>(
+    norm: &HostNorm,
+    dots: &[f64],
+    center: &[T],
+    grad_sums: &[f64],
+) -> Vec<f64> {
+    let deviation_sums: Vec<f64> = dots
+        .iter()
+        .zip(center)
+        .zip(grad_sums)
+        .map(|((dot, center), grad)| dot - center.to_f64() * grad)
+        .collect();
+    times(&norm.inv_std, &deviation_sums)
 }
 
 /// The maths of the norm's variants on the host, in f64: as `portable::norm::ChannelNorm`.
