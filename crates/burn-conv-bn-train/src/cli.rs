@@ -15,7 +15,7 @@ use crate::data::DatasetChoice;
 use crate::fit::Resume;
 use crate::job::{Job, Norm, Precision, RecomputePolicy, RunOptions, Variant, run};
 use crate::parity::Parity;
-use crate::print::say;
+use crate::print::{message, say};
 
 /// How long the job without a subcommand may take.
 const DEFAULT_TIME_LIMIT: Duration = Duration::from_secs(8 * 60);
@@ -207,20 +207,6 @@ pub fn main(allocator: &'static CountingAllocator) -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// An error and its causes on one line, without those that its text names already.
-fn message(error: &anyhow::Error) -> String {
-    error.chain().fold(String::new(), |mut text, cause| {
-        let cause = cause.to_string();
-        if !text.contains(&cause) {
-            if !text.is_empty() {
-                text.push_str(": ");
-            }
-            text.push_str(&cause);
-        }
-        text
-    })
 }
 
 fn execute(cli: Cli, allocator: &'static CountingAllocator) -> Result<()> {

@@ -19,7 +19,7 @@ use crate::data::{DataOrigin, DatasetChoice, MnistData};
 use crate::estimate::estimate;
 use crate::fit::Resume;
 use crate::job::{Job, RunOptions, Variant, run};
-use crate::print::say;
+use crate::print::{message, say};
 use crate::report::{Report, VariantReport};
 
 /// Version of Burn that this is built with: the one that the workspace pins.
@@ -238,7 +238,7 @@ fn spawn(task: &Task) -> Result<VariantReport> {
 pub fn work(allocator: &'static CountingAllocator, interrupter: Interrupter) -> Result<()> {
     let task: Task = serde_json::from_reader(std::io::stdin().lock())
         .context("run-variant is started by compare, which tells it what to do")?;
-    let result = train(&task, allocator, interrupter).map_err(|error| format!("{error:#}"));
+    let result = train(&task, allocator, interrupter).map_err(|error| message(&error));
     fs::write(&task.result, serde_json::to_vec(&result)?)
         .with_context(|| format!("cannot write {}", task.result.display()))
 }

@@ -44,7 +44,7 @@ impl Reordering {
         mirror: false,
     };
 
-    /// Three orders that share no sum's order with each other or with [`NONE`](Self::NONE).
+    /// Three other orders.
     pub const ALL: [Self; 3] = [
         Self {
             batch: true,

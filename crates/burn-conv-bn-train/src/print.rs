@@ -1,4 +1,4 @@
-//! Lines on standard output.
+//! Lines for people.
 
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write, stdout};
@@ -19,3 +19,17 @@ macro_rules! say {
     };
 }
 pub(crate) use say;
+
+/// An error and its causes on one line, without those that its text names already.
+pub(crate) fn message(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |mut text, cause| {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&cause);
+        }
+        text
+    })
+}
