@@ -1,5 +1,7 @@
 //! Tasks of the workspace, run as `cargo xtask <task>`.
 
+mod bench;
+
 use std::env;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -24,6 +26,13 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Task {
+    /// Compare the fused layer with Burn's own layers and with PyTorch: time and memory.
+    ///
+    /// Every result is checked against that of Burn's own layers before it is timed; a wrong one is
+    /// marked, and makes the exit status non-zero. Tables go to standard output, progress to
+    /// standard error. All contenders inherit the environment, as it may hold settings of the
+    /// allocator.
+    Bench(bench::Bench),
     /// Check format, lints and documentation.
     ///
     /// Every step runs, also after another failed; the last line names those that failed.
@@ -70,6 +79,7 @@ struct Test {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
+        Task::Bench(args) => bench::bench(&args),
         Task::Check(args) => check(&args),
         Task::Test(args) => test(args),
     };

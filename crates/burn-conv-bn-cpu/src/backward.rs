@@ -3,11 +3,11 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
-use crate::columns::add_back;
-use crate::forward::{Columns, check, conv_tile, group_of};
-use crate::matmul::{Matrix, multiply};
+use crate::algorithm::{Algorithm, Task, choose};
+use crate::forward::check;
+use crate::pool::Pool;
 use crate::simd::{self, ChannelGrad, Gate};
-use crate::{Activation, Affine, Geometry, Real};
+use crate::{Activation, Affine, Element, Geometry, Real};
 
 /// Blocks of images that the norm's sums are taken over.
 const SUM_BLOCKS: usize = 64;
@@ -17,21 +17,21 @@ const WEIGHT_BYTES: usize = 16 << 20;
 
 /// What both steps of the backward pass read.
 #[derive(Clone, Copy, Debug)]
-pub struct Backward<'a, T> {
+pub struct Backward<'a, E: Element> {
     /// Shapes.
     pub geometry: &'a Geometry,
     /// The convolution's input.
-    pub input: &'a [T],
+    pub input: &'a [E],
     /// The convolution's weight.
-    pub weight: &'a [T],
+    pub weight: &'a [E::Real],
     /// Gradient of the output.
-    pub output_grad: &'a [T],
+    pub output_grad: &'a [E],
     /// The norm, as in forward.
-    pub affine: Affine<'a, T>,
+    pub affine: Affine<'a, E::Real>,
     /// The activation.
     pub activation: Activation,
     /// The output, if the pre-activation cannot be rebuilt from the convolution's output alone.
-    pub output: Option<&'a [T]>,
+    pub output: Option<&'a [E]>,
 }
 
 /// The convolution's output in the backward pass.
@@ -68,16 +68,16 @@ pub struct InputGradCoefficients<'a, T> {
 
 /// Where the wanted gradients go. Buffers are overwritten.
 #[derive(Debug)]
-pub struct Gradients<'a, T> {
+pub struct Gradients<'a, E: Element> {
     /// The input's, and the weight that it goes through.
-    pub input: Option<(&'a mut [T], &'a [T])>,
+    pub input: Option<(&'a mut [E], &'a [E::Real])>,
     /// The weight's.
-    pub weight: Option<&'a mut [T]>,
+    pub weight: Option<&'a mut [E::Real]>,
     /// The residual's: `g`.
-    pub residual: Option<&'a mut [T]>,
+    pub residual: Option<&'a mut [E]>,
 }
 
-impl<'a, T: Real> Backward<'a, T> {
+impl<'a, E: Element> Backward<'a, E> {
     fn check(&self) {
         check(
             self.geometry,
@@ -90,15 +90,6 @@ impl<'a, T: Real> Backward<'a, T> {
                 .is_none_or(|output| output.len() == self.output_grad.len())
         );
     }
-
-    /// What tells where the activation passes the gradient, for `len` values from `start` on.
-    fn gate(&self, start: usize, len: usize) -> Gate<'a, T> {
-        match (self.activation, self.output) {
-            (Activation::Identity, _) => Gate::Open,
-            (Activation::Relu, None) => Gate::PreActivation,
-            (Activation::Relu, Some(output)) => Gate::Output(&output[start..][..len]),
-        }
-    }
 }
 
 /// Sums of `g` and of `g * (z - mean)`, with the convolution's output `z` recomputed or at hand.
@@ -106,13 +97,32 @@ impl<'a, T: Real> Backward<'a, T> {
 /// # Panics
 ///
 /// Panics if a slice is not of the geometry's size.
-pub fn grad_sums<T: Real>(pass: &Backward<'_, T>, conv_output: ConvOutput<'_, T>) -> GradSums {
+pub fn grad_sums<E: Element>(pass: &Backward<'_, E>, conv_output: ConvOutput<'_, E>) -> GradSums {
+    struct Sums<'a, E: Element> {
+        pass: &'a Backward<'a, E>,
+        conv_output: ConvOutput<'a, E>,
+    }
+    impl<E: Element> Task<E> for Sums<'_, E> {
+        type Output = GradSums;
+
+        fn run<A: Algorithm<E>>(self, algorithm: &A) -> GradSums {
+            sum_blocks(self.pass, algorithm, self.conv_output)
+        }
+    }
     pass.check();
+    choose(pass.geometry, pass.weight, None, Sums { pass, conv_output })
+}
+
+fn sum_blocks<E: Element, A: Algorithm<E>>(
+    pass: &Backward<'_, E>,
+    algorithm: &A,
+    conv_output: ConvOutput<'_, E>,
+) -> GradSums {
     let geometry = pass.geometry;
     let images = geometry.images_per_block(SUM_BLOCKS);
     let (input_len, output_len) = (geometry.input_len(), geometry.output_len());
     let blocks = geometry.batch().div_ceil(images);
-    let conv_outputs: Vec<ConvOutput<'_, T>> = match conv_output {
+    let conv_outputs: Vec<ConvOutput<'_, E>> = match conv_output {
         ConvOutput::Recompute => (0..blocks).map(|_| ConvOutput::Recompute).collect(),
         ConvOutput::Store(all) => {
             assert_eq!(all.len(), pass.output_grad.len());
@@ -127,31 +137,35 @@ pub fn grad_sums<T: Real>(pass: &Backward<'_, T>, conv_output: ConvOutput<'_, T>
                 .collect()
         }
     };
+    let pool = Pool::<Scratch<A::Scratch, E>>::new();
     let parts: Vec<GradSums> = conv_outputs
         .into_par_iter()
         .zip(pass.input.par_chunks(images * input_len))
         .enumerate()
-        .map_init(
-            Scratch::new,
-            |scratch, (block, (mut conv_output, input))| {
+        .map(|(block, (conv_output, input))| {
+            pool.with(|scratch| {
                 let mut sums = GradSums::new(geometry.channels_out());
-                for (index, image) in input.chunks_exact(input_len).enumerate() {
-                    let start = (block * images + index) * output_len;
-                    let local = index * output_len..(index + 1) * output_len;
-                    match &mut conv_output {
-                        ConvOutput::Recompute => {
-                            scratch.sum_tiles(pass, image, start, &mut sums, None)
+                let start = block * images * output_len;
+                match conv_output {
+                    ConvOutput::Recompute => {
+                        scratch.sum_block(pass, algorithm, input, start, &mut sums, None);
+                    }
+                    ConvOutput::Store(block) => {
+                        scratch.sum_block(pass, algorithm, input, start, &mut sums, Some(block));
+                    }
+                    ConvOutput::Kept(block) => {
+                        let positions = geometry.positions();
+                        for (index, values) in block.chunks_exact(positions).enumerate() {
+                            let channel = index % geometry.channels_out();
+                            let values = E::read(values, &mut scratch.line);
+                            let at = start + index * positions;
+                            sums.add(pass, channel, at, values, &mut scratch.converted);
                         }
-                        ConvOutput::Store(block) => {
-                            let target = Some(&mut block[local]);
-                            scratch.sum_tiles(pass, image, start, &mut sums, target);
-                        }
-                        ConvOutput::Kept(block) => sums.add_image(pass, start, &block[local]),
                     }
                 }
                 sums
-            },
-        )
+            })
+        })
         .collect();
     let mut sums = GradSums::new(geometry.channels_out());
     for part in &parts {
@@ -174,28 +188,43 @@ impl GradSums {
     }
 
     /// Adds `conv_output`'s values of one channel, which stand at `start` in the whole.
-    fn add<T: Real>(
+    fn add<E: Element>(
         &mut self,
-        pass: &Backward<'_, T>,
+        pass: &Backward<'_, E>,
         channel: usize,
         start: usize,
-        conv_output: &[T],
+        conv_output: &[E::Real],
+        converted: &mut Converted<E::Real>,
     ) {
+        let len = conv_output.len();
+        let output_grad = E::read(
+            &pass.output_grad[start..][..len],
+            &mut converted.output_grad,
+        );
         let (grad, grad_deviation) = simd::grad_sums(
             Arch::new(),
             conv_output,
-            &pass.output_grad[start..][..conv_output.len()],
+            output_grad,
             pass.affine.channel(channel),
-            pass.gate(start, conv_output.len()),
+            gate(pass, start, len, &mut converted.output),
         );
         self.grad[channel] += grad.to_f64();
         self.grad_deviation[channel] += grad_deviation.to_f64();
     }
+}
 
-    fn add_image<T: Real>(&mut self, pass: &Backward<'_, T>, start: usize, conv_output: &[T]) {
-        let positions = pass.geometry.positions();
-        for (channel, values) in conv_output.chunks_exact(positions).enumerate() {
-            self.add(pass, channel, start + channel * positions, values);
+/// What tells where the activation passes the gradient, for `len` values from `start` on.
+fn gate<'a, E: Element>(
+    pass: &Backward<'a, E>,
+    start: usize,
+    len: usize,
+    converted: &'a mut Vec<E::Real>,
+) -> Gate<'a, E::Real> {
+    match (pass.activation, pass.output) {
+        (Activation::Identity, _) => Gate::Open,
+        (Activation::Relu, None) => Gate::PreActivation,
+        (Activation::Relu, Some(output)) => {
+            Gate::Output(E::read(&output[start..][..len], converted))
         }
     }
 }
@@ -209,14 +238,33 @@ impl GradSums {
 ///
 /// Panics if a slice is not of the geometry's size, or if the convolution's output is to be
 /// stored, which no step after this one would read.
-pub fn backward<T: Real>(
-    pass: &Backward<'_, T>,
-    conv_output: ConvOutput<'_, T>,
-    coefficients: InputGradCoefficients<'_, T>,
-    gradients: Gradients<'_, T>,
+pub fn backward<E: Element>(
+    pass: &Backward<'_, E>,
+    conv_output: ConvOutput<'_, E>,
+    coefficients: InputGradCoefficients<'_, E::Real>,
+    gradients: Gradients<'_, E>,
 ) {
+    struct Grads<'a, E: Element> {
+        pass: &'a Backward<'a, E>,
+        kept: Option<&'a [E]>,
+        coefficients: InputGradCoefficients<'a, E::Real>,
+        input: Option<&'a mut [E]>,
+        weight: Option<&'a mut [E::Real]>,
+        residual: Option<&'a mut [E]>,
+    }
+    impl<E: Element> Task<E> for Grads<'_, E> {
+        type Output = ();
+
+        fn run<A: Algorithm<E>>(self, algorithm: &A) {
+            let step = Step {
+                pass: self.pass,
+                algorithm,
+                coefficients: self.coefficients,
+            };
+            backward_blocks(&step, self.kept, self.input, self.weight, self.residual);
+        }
+    }
     pass.check();
-    let geometry = pass.geometry;
     let kept = match conv_output {
         ConvOutput::Recompute => None,
         ConvOutput::Kept(all) => {
@@ -225,78 +273,89 @@ pub fn backward<T: Real>(
         }
         ConvOutput::Store(_) => panic!("the last step of the backward pass stores nothing"),
     };
-    let weight_len = geometry.weight_len();
-    let wants_weight = gradients.weight.is_some();
-    // Without a weight gradient there is no sum over images, and a block for each would do.
-    let most = (WEIGHT_BYTES / (weight_len * size_of::<T>())).clamp(2, SUM_BLOCKS);
+    let (input, input_weight) = gradients.input.unzip();
+    let (weight, residual) = (gradients.weight, gradients.residual);
+    assert!(input_weight.is_none_or(|weight| weight.len() == pass.weight.len()));
+    assert!(
+        input
+            .as_ref()
+            .is_none_or(|grad| grad.len() == pass.input.len())
+    );
+    assert!(
+        weight
+            .as_ref()
+            .is_none_or(|grad| grad.len() == pass.weight.len())
+    );
+    assert!(
+        residual
+            .as_ref()
+            .is_none_or(|grad| grad.len() == pass.output_grad.len())
+    );
+    let grads = Grads {
+        pass,
+        kept,
+        coefficients,
+        input,
+        weight,
+        residual,
+    };
+    choose(pass.geometry, pass.weight, input_weight, grads);
+}
+
+fn backward_blocks<E: Element, A: Algorithm<E>>(
+    step: &Step<'_, E, A>,
+    kept: Option<&[E]>,
+    input_grad: Option<&mut [E]>,
+    weight_grad: Option<&mut [E::Real]>,
+    residual_grad: Option<&mut [E]>,
+) {
+    let (pass, algorithm) = (step.pass, step.algorithm);
+    let geometry = pass.geometry;
+    let sums_len = match &weight_grad {
+        Some(_) => algorithm.weight_grad_len(),
+        None => 0,
+    };
+    let bytes = algorithm.weight_grad_len() * size_of::<E::Real>();
+    let most = (WEIGHT_BYTES / bytes).clamp(2, SUM_BLOCKS);
     let images = geometry.images_per_block(most);
     let blocks = geometry.batch().div_ceil(images);
     let (input_len, output_len) = (geometry.input_len(), geometry.output_len());
-
-    let (input_grad, input_weight) = gradients.input.unzip();
-    if let Some(grad) = &input_grad {
-        assert_eq!(grad.len(), pass.input.len());
-    }
-    if let Some(grad) = &gradients.residual {
-        assert_eq!(grad.len(), pass.output_grad.len());
-    }
     let input_blocks = split(input_grad, images * input_len, blocks);
-    let residual_blocks = split(gradients.residual, images * output_len, blocks);
-    let parts: Vec<Vec<T>> = input_blocks
+    let residual_blocks = split(residual_grad, images * output_len, blocks);
+    let pool = Pool::<Scratch<A::Scratch, E>>::new();
+    let parts: Vec<Vec<E::Real>> = input_blocks
         .into_par_iter()
         .zip(residual_blocks)
         .zip(pass.input.par_chunks(images * input_len))
         .enumerate()
-        .map_init(
-            Scratch::new,
-            |scratch, (block, ((input_grad, residual_grad), input))| {
-                let mut weight_grad = vec![T::ZERO; if wants_weight { weight_len } else { 0 }];
-                let mut input_grad = input_grad;
-                let mut residual_grad = residual_grad;
-                for (index, image) in input.chunks_exact(input_len).enumerate() {
-                    let start = (block * images + index) * output_len;
-                    scratch.backward_image(
-                        pass,
-                        image,
+        .map(|(block, ((input_grad, residual_grad), input))| {
+            pool.with(|scratch| {
+                let mut sums = vec![E::Real::ZERO; sums_len];
+                let start = block * images * output_len;
+                let len = input.len() / input_len * output_len;
+                scratch.backward_block(
+                    step,
+                    Block {
+                        input,
                         start,
-                        kept.map(|kept| &kept[start..][..output_len]),
-                        coefficients,
-                        ImageGradients {
-                            input: input_grad
-                                .as_deref_mut()
-                                .map(|grad| &mut grad[index * input_len..][..input_len]),
-                            input_weight,
-                            weight: wants_weight.then_some(weight_grad.as_mut_slice()),
-                            residual: residual_grad
-                                .as_deref_mut()
-                                .map(|grad| &mut grad[index * output_len..][..output_len]),
-                        },
-                    );
-                }
-                weight_grad
-            },
-        )
+                        conv_output: kept.map(|kept| &kept[start..][..len]),
+                        input_grad,
+                        weight_grad: (!sums.is_empty()).then_some(sums.as_mut_slice()),
+                        residual_grad,
+                    },
+                );
+                sums
+            })
+        })
         .collect();
-    if let Some(grad) = gradients.weight {
-        assert_eq!(grad.len(), weight_len);
+    if let Some(grad) = weight_grad {
         let arch = Arch::new();
         let mut parts = parts.into_iter();
-        let mut sum = parts.next().unwrap_or_default();
+        let mut sums = parts.next().unwrap_or_default();
         for part in parts {
-            simd::add(arch, &mut sum, &part);
+            simd::add(arch, &mut sums, &part);
         }
-        // The blocks hold each group's gradient as [depth, channels].
-        let (depth, group_out) = (geometry.depth(), geometry.group_out());
-        for (sum, grad) in sum
-            .chunks_exact(depth * group_out)
-            .zip(grad.chunks_exact_mut(depth * group_out))
-        {
-            for (channel, grad) in grad.chunks_exact_mut(depth).enumerate() {
-                for (tap, grad) in grad.iter_mut().enumerate() {
-                    *grad = sum[tap * group_out + channel];
-                }
-            }
-        }
+        algorithm.weight_grad(&sums, grad);
     }
 }
 
@@ -307,172 +366,182 @@ fn split<T>(all: Option<&mut [T]>, len: usize, blocks: usize) -> Vec<Option<&mut
     }
 }
 
-/// One image's share of [`Gradients`].
-struct ImageGradients<'a, T> {
-    input: Option<&'a mut [T]>,
-    input_weight: Option<&'a [T]>,
-    /// `[groups, depth, group's channels]`, added to.
-    weight: Option<&'a mut [T]>,
-    residual: Option<&'a mut [T]>,
+/// What the backward pass of each block reads.
+struct Step<'a, E: Element, A> {
+    pass: &'a Backward<'a, E>,
+    algorithm: &'a A,
+    coefficients: InputGradCoefficients<'a, E::Real>,
 }
 
-/// Buffers of one thread, each for one tile.
-struct Scratch<T> {
-    columns: Columns<T>,
-    /// The convolution's output, then its gradient.
-    tile: Vec<T>,
-    /// Gradient of the columns.
-    column_grads: Vec<T>,
+/// A block of images and its share of [`Gradients`].
+struct Block<'a, E: Element> {
+    input: &'a [E],
+    /// Where its output starts in the whole.
+    start: usize,
+    /// The convolution's output, if it is at hand.
+    conv_output: Option<&'a [E]>,
+    input_grad: Option<&'a mut [E]>,
+    /// Added to, in the algorithm's form.
+    weight_grad: Option<&'a mut [E::Real]>,
+    residual_grad: Option<&'a mut [E]>,
 }
 
-impl<T: Real> Scratch<T> {
-    fn new() -> Self {
+/// Buffers of one thread.
+struct Scratch<S, E: Element> {
+    algorithm: S,
+    /// A piece of one channel's output.
+    line: Vec<E::Real>,
+    rounded: Vec<E>,
+    converted: Converted<E::Real>,
+}
+
+/// Lines converted to the type that is computed in.
+struct Converted<T> {
+    output: Vec<T>,
+    output_grad: Vec<T>,
+    residual_grad: Vec<T>,
+}
+
+impl<S: Default, E: Element> Default for Scratch<S, E> {
+    fn default() -> Self {
         Self {
-            columns: Columns::new(),
-            tile: Vec::new(),
-            column_grads: Vec::new(),
+            algorithm: S::default(),
+            line: Vec::new(),
+            rounded: Vec::new(),
+            converted: Converted {
+                output: Vec::new(),
+                output_grad: Vec::new(),
+                residual_grad: Vec::new(),
+            },
         }
     }
+}
 
-    /// Recomputes one image and adds to its sums. `start` is where the image's output stands in
-    /// the whole.
-    fn sum_tiles(
+impl<S: Default, E: Element> Scratch<S, E> {
+    /// Recomputes a block of images and adds to its sums. `start` is where the block's output
+    /// stands in the whole.
+    fn sum_block<A: Algorithm<E, Scratch = S>>(
         &mut self,
-        pass: &Backward<'_, T>,
-        image: &[T],
+        pass: &Backward<'_, E>,
+        algorithm: &A,
+        input: &[E],
         start: usize,
         sums: &mut GradSums,
-        mut store: Option<&mut [T]>,
+        mut store: Option<&mut [E]>,
     ) {
         let geometry = pass.geometry;
-        let (groups, group_out) = (geometry.groups(), geometry.group_out());
-        let (positions, width) = (geometry.positions(), geometry.width());
-        for group in 0..groups {
-            let image = group_of(image, group, groups);
-            let weight = group_of(pass.weight, group, groups);
-            for rows in geometry.tiles() {
-                let columns = self.columns.of(geometry, image, &rows);
-                let tile = rows.len() * width;
-                let first = group * group_out * positions + rows.start * width;
-                let (values, row_stride) = match &mut store {
-                    Some(store) => (&mut store[first..], positions),
-                    None => {
-                        self.tile.resize(group_out * tile, T::ZERO);
-                        (self.tile.as_mut_slice(), tile)
+        let (group_out, positions) = (geometry.group_out(), geometry.positions());
+        let tiles = algorithm.tiles(input.len() / geometry.input_len());
+        for group in 0..geometry.groups() {
+            for tile in &tiles {
+                algorithm.load(&mut self.algorithm, input, group, tile);
+                algorithm.convolve(&mut self.algorithm, group, tile);
+                for index in 0..group_out {
+                    let channel = group * group_out + index;
+                    for (number, piece) in algorithm.pieces(tile).iter().enumerate() {
+                        self.recomputed(algorithm, tile, number, piece.len, index);
+                        let from = channel * positions + piece.start;
+                        if let Some(store) = &mut store {
+                            E::store(&self.line, &mut store[from..][..piece.len]);
+                        }
+                        let converted = &mut self.converted;
+                        sums.add(pass, channel, start + from, &self.line, converted);
                     }
-                };
-                conv_tile(geometry, columns, weight, values, row_stride);
-                for channel in 0..group_out {
-                    let values = &values[channel * row_stride..][..tile];
-                    let start = start + first + channel * positions;
-                    sums.add(pass, group * group_out + channel, start, values);
                 }
             }
         }
     }
 
-    fn backward_image(
+    /// Takes a piece of one of the group's channels to `self.line`, rounded as it was in forward.
+    fn recomputed<A: Algorithm<E, Scratch = S>>(
         &mut self,
-        pass: &Backward<'_, T>,
-        image: &[T],
-        start: usize,
-        kept: Option<&[T]>,
-        coefficients: InputGradCoefficients<'_, T>,
-        mut gradients: ImageGradients<'_, T>,
+        algorithm: &A,
+        tile: &A::Tile,
+        piece: usize,
+        len: usize,
+        channel: usize,
     ) {
-        let geometry = pass.geometry;
-        let arch = Arch::new();
-        let (groups, group_out, depth) =
-            (geometry.groups(), geometry.group_out(), geometry.depth());
-        let (positions, width) = (geometry.positions(), geometry.width());
-        let pointwise = geometry.is_pointwise();
-        let group_input = geometry.group_in() * geometry.input_plane();
-        if let (Some(grad), false) = (&mut gradients.input, pointwise) {
-            grad.fill(T::ZERO);
-        }
-        for group in 0..groups {
-            let image = group_of(image, group, groups);
-            let weight = group_of(pass.weight, group, groups);
-            for rows in geometry.tiles() {
-                let tile = rows.len() * width;
-                let first = group * group_out * positions + rows.start * width;
-                self.tile.resize(group_out * tile, T::ZERO);
-                let needs_columns = kept.is_none() || gradients.weight.is_some();
-                let columns = needs_columns.then(|| self.columns.of(geometry, image, &rows));
-                match (kept, columns) {
-                    (Some(kept), _) => {
-                        for (channel, values) in self.tile.chunks_exact_mut(tile).enumerate() {
-                            let from = first + channel * positions;
-                            values.copy_from_slice(&kept[from..][..tile]);
-                        }
-                    }
-                    (None, Some(columns)) => {
-                        conv_tile(geometry, columns, weight, &mut self.tile, tile);
-                    }
-                    (None, None) => unreachable!("columns are laid out for the recomputation"),
+        self.line.resize(len, E::Real::ZERO);
+        algorithm.gather(&mut self.algorithm, tile, piece, channel, &mut self.line);
+        E::round(&mut self.line, &mut self.rounded);
+    }
+
+    fn backward_block<A: Algorithm<E, Scratch = S>>(
+        &mut self,
+        step: &Step<'_, E, A>,
+        mut block: Block<'_, E>,
+    ) {
+        let (algorithm, geometry) = (step.algorithm, step.pass.geometry);
+        let tiles = algorithm.tiles(block.input.len() / geometry.input_len());
+        let group_sums = algorithm.weight_grad_len() / geometry.groups();
+        for group in 0..geometry.groups() {
+            algorithm.begin(&mut self.algorithm);
+            for tile in &tiles {
+                if block.conv_output.is_none() || block.weight_grad.is_some() {
+                    algorithm.load(&mut self.algorithm, block.input, group, tile);
                 }
-                for (index, values) in self.tile.chunks_exact_mut(tile).enumerate() {
-                    let channel = group * group_out + index;
-                    let from = first + index * positions;
-                    simd::conv_output_grad(
-                        arch,
-                        values,
-                        &pass.output_grad[start + from..][..tile],
-                        pass.affine.channel(channel),
-                        pass.gate(start + from, tile),
-                        ChannelGrad {
-                            scale: coefficients.scale[channel],
-                            slope: coefficients.slope[channel],
-                            offset: coefficients.offset[channel],
-                        },
-                        gradients
-                            .residual
-                            .as_deref_mut()
-                            .map(|grad| &mut grad[from..][..tile]),
-                    );
+                if block.conv_output.is_none() {
+                    algorithm.convolve(&mut self.algorithm, group, tile);
                 }
-                let conv_grad = Matrix::by_rows(self.tile.as_slice(), group_out, tile, tile);
-                if let (Some(grad), Some(columns)) = (&mut gradients.weight, columns) {
-                    // Transposed, the gradient's long side is the columns', which need no
-                    // packing then; the short one is the tile's.
-                    let grad = &mut grad[group * depth * group_out..][..depth * group_out];
-                    if group_out == 1 {
-                        for (tap, grad) in grad.iter_mut().enumerate() {
-                            *grad += simd::dot(arch, columns.row(tap), &self.tile);
-                        }
-                    } else {
-                        multiply(
-                            Matrix::by_rows(grad, depth, group_out, group_out),
-                            columns,
-                            conv_grad.transposed(),
-                            true,
-                        );
-                    }
+                self.conv_output_grad(step, &mut block, group, tile);
+                if let Some(sums) = &mut block.weight_grad {
+                    let sums = &mut sums[group * group_sums..][..group_sums];
+                    algorithm.add_weight_grad(&mut self.algorithm, tile, sums);
                 }
-                if let (Some(grad), Some(weight)) = (&mut gradients.input, gradients.input_weight) {
-                    let taps = group_of(weight, group, groups);
-                    let weight = Matrix::by_rows(taps, group_out, depth, depth).transposed();
-                    let grad = &mut grad[group * group_input..][..group_input];
-                    if pointwise {
-                        let plane = geometry.input_plane();
-                        let grad = &mut grad[rows.start * width..];
-                        let target = Matrix::by_rows(grad, depth, tile, plane);
-                        multiply(target, weight, conv_grad, false);
-                    } else {
-                        self.column_grads.resize(depth * tile, T::ZERO);
-                        let columns = self.column_grads.as_mut_slice();
-                        if group_out == 1 {
-                            for (tap, line) in taps.iter().zip(columns.chunks_exact_mut(tile)) {
-                                simd::scale(arch, line, *tap, &self.tile);
-                            }
-                        } else {
-                            let target = Matrix::by_rows(columns, depth, tile, tile);
-                            multiply(target, weight, conv_grad, false);
-                        }
-                        add_back(geometry, &self.column_grads, rows.clone(), grad);
-                    }
+                if let Some(grad) = &mut block.input_grad {
+                    algorithm.input_grad(&mut self.algorithm, group, tile, grad);
                 }
             }
+        }
+    }
+
+    /// Makes the gradient of the convolution's output at a tile of one group, in the place of that
+    /// output if it is not at hand.
+    fn conv_output_grad<A: Algorithm<E, Scratch = S>>(
+        &mut self,
+        step: &Step<'_, E, A>,
+        block: &mut Block<'_, E>,
+        group: usize,
+        tile: &A::Tile,
+    ) {
+        let (pass, algorithm, coefficients) = (step.pass, step.algorithm, step.coefficients);
+        let (group_out, positions) = (pass.geometry.group_out(), pass.geometry.positions());
+        let arch = Arch::new();
+        for index in 0..group_out {
+            let channel = group * group_out + index;
+            for (number, piece) in algorithm.pieces(tile).iter().enumerate() {
+                let from = channel * positions + piece.start;
+                let at = block.start + from;
+                match block.conv_output {
+                    Some(kept) => {
+                        self.line.resize(piece.len, E::Real::ZERO);
+                        E::load(&kept[from..][..piece.len], &mut self.line);
+                    }
+                    None => self.recomputed(algorithm, tile, number, piece.len, index),
+                }
+                let converted = &mut self.converted;
+                let output_grad = E::read(
+                    &pass.output_grad[at..][..piece.len],
+                    &mut converted.output_grad,
+                );
+                let gate = gate(pass, at, piece.len, &mut converted.output);
+                let affine = pass.affine.channel(channel);
+                let coefficients = ChannelGrad {
+                    scale: coefficients.scale[channel],
+                    slope: coefficients.slope[channel],
+                    offset: coefficients.offset[channel],
+                };
+                let line = &mut self.line;
+                if let Some(grad) = &mut block.residual_grad {
+                    let grad = &mut grad[from..][..piece.len];
+                    E::update(grad, &mut converted.residual_grad, |grad| {
+                        simd::activation_grad(arch, line, output_grad, affine, gate, grad);
+                    });
+                }
+                simd::conv_output_grad(arch, line, output_grad, affine, gate, coefficients);
+                algorithm.scatter(&mut self.algorithm, tile, number, index, line);
+            }
+            algorithm.seal(&mut self.algorithm, tile, index);
         }
     }
 }

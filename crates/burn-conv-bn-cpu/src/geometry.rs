@@ -1,12 +1,8 @@
-use std::ops::Range;
+/// Output positions that make a block worth its overhead.
+const FILLED_POSITIONS: usize = 512;
 
-/// Bytes of columns that a tile aims at: about half of a core's second-level cache, so that the
-/// tile's output and the weight stay beside them.
-const TILE_BYTES: usize = 256 * 1024;
-
-/// Fewest output positions of a tile, if there are so many: below, the matrix product's kernels
-/// run half empty, which costs more than a tile that leaves the cache.
-const MIN_TILE_POSITIONS: usize = 96;
+/// Blocks that small images are not put together below.
+const LEAST_BLOCKS: usize = 16;
 
 /// Why a geometry is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -46,21 +42,12 @@ pub struct Geometry {
     batch: usize,
     channels: [usize; 2],
     groups: usize,
-    input: [usize; 3],
-    kernel: [usize; 3],
-    output: [usize; 3],
-    stride: [usize; 3],
-    padding: [(usize, usize); 3],
-    dilation: [usize; 3],
-}
-
-/// One line of taps: which value of the input a value of the output meets.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Tap {
-    /// Channel within the group.
-    pub(crate) channel: usize,
-    /// Position in the kernel.
-    pub(crate) offset: [usize; 3],
+    pub(crate) input: [usize; 3],
+    pub(crate) kernel: [usize; 3],
+    pub(crate) output: [usize; 3],
+    pub(crate) stride: [usize; 3],
+    pub(crate) padding: [(usize, usize); 3],
+    pub(crate) dilation: [usize; 3],
 }
 
 impl Geometry {
@@ -161,12 +148,6 @@ impl Geometry {
         self.output.iter().product()
     }
 
-    /// Most elements of scratch that one thread uses at a time.
-    pub fn scratch_len(&self) -> usize {
-        let tile = self.tile_rows() * self.output[2];
-        2 * self.column_depth() * tile + self.group_out() * tile
-    }
-
     pub(crate) fn groups(&self) -> usize {
         self.groups
     }
@@ -183,124 +164,20 @@ impl Geometry {
         self.input.iter().product()
     }
 
-    /// Taps of an output value: the depth of the matrix product.
+    /// Taps of an output value.
     pub(crate) fn depth(&self) -> usize {
         self.group_in() * self.kernel.iter().product::<usize>()
     }
 
-    /// Rows of columns that have to be laid out: none where the input already is the matrix.
-    fn column_depth(&self) -> usize {
-        match self.is_pointwise() {
-            true => 0,
-            false => self.depth(),
-        }
-    }
-
-    /// Whether the input's channels already are the columns.
-    pub(crate) fn is_pointwise(&self) -> bool {
-        self.kernel == [1; 3] && self.stride == [1; 3] && self.padding == [(0, 0); 3]
-    }
-
-    /// Output rows, of `output[2]` positions each.
-    fn rows(&self) -> usize {
-        self.output[0] * self.output[1]
-    }
-
-    fn tile_rows(&self) -> usize {
-        let width = self.output[2];
-        let bytes_per_row = self.depth() * width * size_of::<f32>();
-        let wanted = (TILE_BYTES / bytes_per_row).max(MIN_TILE_POSITIONS.div_ceil(width));
-        let tiles = self.rows().div_ceil(wanted);
-        self.rows().div_ceil(tiles)
-    }
-
-    /// Output rows of each tile of an image, all of a size but the last.
-    pub(crate) fn tiles(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (rows, step) = (self.rows(), self.tile_rows());
-        (0..rows)
-            .step_by(step)
-            .map(move |start| start..(start + step).min(rows))
-    }
-
-    pub(crate) fn width(&self) -> usize {
-        self.output[2]
-    }
-
-    /// Taps in the order of the weight's values.
-    pub(crate) fn taps(&self) -> impl Iterator<Item = Tap> + '_ {
-        let [depth, height, width] = self.kernel;
-        let kernel = depth * height * width;
-        (0..self.group_in() * kernel).map(move |tap| Tap {
-            channel: tap / kernel,
-            offset: [
-                tap % kernel / (height * width),
-                tap % (height * width) / width,
-                tap % width,
-            ],
-        })
-    }
-
-    /// The input's position along one dimension that output position `index` meets at a tap.
-    #[inline(always)]
-    fn input_position(&self, dim: usize, index: usize, tap: Tap) -> Option<usize> {
-        let padded = index * self.stride[dim] + tap.offset[dim] * self.dilation[dim];
-        let position = padded.checked_sub(self.padding[dim].0)?;
-        (position < self.input[dim]).then_some(position)
-    }
-
-    /// For each of the output rows `rows`, where in its plane the input row starts that it meets
-    /// at a tap, or `None` if that row is padding.
-    #[inline(always)]
-    pub(crate) fn input_rows(
-        &self,
-        rows: Range<usize>,
-        tap: Tap,
-    ) -> impl Iterator<Item = Option<usize>> + '_ {
-        // One division for the tile rather than one for each row.
-        let height = self.output[1];
-        let (mut d, mut h) = (rows.start / height, rows.start % height);
-        rows.map(
-            #[inline(always)]
-            move |_| {
-                let start = self
-                    .input_position(0, d, tap)
-                    .zip(self.input_position(1, h, tap))
-                    .map(|(d, h)| (d * self.input[1] + h) * self.input[2]);
-                h += 1;
-                if h == height {
-                    (d, h) = (d + 1, 0);
-                }
-                start
-            },
-        )
-    }
-
-    /// Output positions of a row that meet a value of the input at a tap rather than padding, and
-    /// the first such value's place in the input row.
-    #[inline(always)]
-    pub(crate) fn row_overlap(&self, tap: Tap) -> (Range<usize>, usize) {
-        let (stride, before) = (self.stride[2], self.padding[2].0);
-        let shift = tap.offset[2] * self.dilation[2];
-        let first = before.saturating_sub(shift).div_ceil(stride);
-        // One past the last position p with p * stride + shift - before < input width.
-        let end = (self.input[2] + before)
-            .saturating_sub(shift)
-            .div_ceil(stride)
-            .min(self.output[2]);
-        let first = first.min(end);
-        (
-            (first..end),
-            (first * stride + shift).saturating_sub(before),
-        )
-    }
-
-    pub(crate) fn row_stride(&self) -> usize {
-        self.stride[2]
-    }
-
     /// Images of each of at most `most` blocks, which sums are taken over in order. They depend on
     /// nothing but the geometry, so that results do not depend on the number of threads.
+    ///
+    /// Small images are put together so that they fill a tile, as long as enough blocks remain for
+    /// many threads.
     pub(crate) fn images_per_block(&self, most: usize) -> usize {
-        self.batch.div_ceil(most.clamp(1, self.batch))
+        let filling = FILLED_POSITIONS
+            .div_ceil(self.positions())
+            .min(self.batch.div_ceil(LEAST_BLOCKS));
+        self.batch.div_ceil(most).max(filling)
     }
 }

@@ -1,10 +1,10 @@
 //! CPU kernels for `activation(norm(conv(x)) + residual)` and its gradients, on slices.
 //!
-//! The convolution is done in tiles of output rows: the input's patches are laid out as the
-//! columns of a matrix small enough for the cache, one matrix product makes the tile, and
-//! whatever else is to be done with the tile is done while it is there. The backward pass
-//! lays out the same columns once, for the recomputed output, the weight's gradient and, through
-//! their transpose, the input's.
+//! The convolution is done in tiles small enough for the cache, without laying out patches: the
+//! images are copied with their padding into planes, in which the values that one tap of the kernel
+//! meets are the plane itself, shifted. The output is a sum of shifted planes, and whatever else is
+//! to be done with a tile is done while it is there. The backward pass copies the same planes once,
+//! for the recomputed output and the weight's gradient; the input's is a sum of shifted planes too.
 //!
 //! - [`Geometry`]: shapes of a convolution over one to three spatial dimensions.
 //! - [`conv_moments`]: the convolution, with mean and squared deviations of its channels.
@@ -12,6 +12,9 @@
 //! - [`normalize`]: norm, residual and activation, in place.
 //! - [`grad_sums`]: recomputes the convolution and sums what the norm's gradient needs.
 //! - [`backward`]: recomputes it again, or takes what [`grad_sums`] kept, and makes the gradients.
+//!
+//! Activations are stored as `f32`, `f64`, `f16` or `bf16` ([`Element`]); what is computed and all
+//! that belongs to channels is `f32` or `f64` ([`Real`]).
 //!
 //! All tensors are contiguous, `[batch, channels, depth, height, width]`. Nothing
 //! activation-sized is allocated here. Results do not depend on the number of threads: sums are
@@ -21,19 +24,25 @@
 //! coefficients of the gradient, come per channel from the caller.
 
 mod activation;
+mod algorithm;
 mod backward;
-mod columns;
+mod direct;
+mod element;
 mod forward;
 mod geometry;
-mod matmul;
+mod layout;
+mod minimal;
 mod moments;
+mod pool;
 mod real;
+mod shifted;
 mod simd;
 
 pub use activation::Activation;
 pub use backward::{
     Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, backward, grad_sums,
 };
+pub use element::Element;
 pub use forward::{conv, conv_moments, normalize};
 pub use geometry::{Geometry, GeometryError};
 pub use moments::Moments;

@@ -2,8 +2,8 @@
 /// Golub and LeVeque (1979), which never subtracts large sums.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moments {
-    /// Values per channel so far.
-    pub count: usize,
+    /// Values so far, `[channels]`.
+    pub count: Vec<usize>,
     /// `[channels]`.
     pub mean: Vec<f64>,
     /// Sum of squared deviations from the mean, `[channels]`.
@@ -13,26 +13,31 @@ pub struct Moments {
 impl Moments {
     pub(crate) fn new(channels: usize) -> Self {
         Self {
-            count: 0,
+            count: vec![0; channels],
             mean: vec![0.0; channels],
             squares: vec![0.0; channels],
         }
     }
 
-    /// Adds `count` values of one channel, which `self.count` does not count yet.
-    pub(crate) fn add_channel(&mut self, channel: usize, count: usize, mean: f64, squares: f64) {
-        let (old, new) = (self.count as f64, count as f64);
+    /// Adds `count` values of one channel.
+    pub(crate) fn add(&mut self, channel: usize, count: usize, mean: f64, squares: f64) {
+        let (old, new) = (self.count[channel] as f64, count as f64);
         let delta = mean - self.mean[channel];
         let total = old + new;
+        self.count[channel] += count;
         self.mean[channel] += delta * (new / total);
         self.squares[channel] += squares + delta * delta * (old * new / total);
     }
 
     pub(crate) fn merge(mut self, other: &Self) -> Self {
-        for (channel, (mean, squares)) in other.mean.iter().zip(&other.squares).enumerate() {
-            self.add_channel(channel, other.count, *mean, *squares);
+        for channel in 0..other.count.len() {
+            self.add(
+                channel,
+                other.count[channel],
+                other.mean[channel],
+                other.squares[channel],
+            );
         }
-        self.count += other.count;
         self
     }
 
@@ -40,6 +45,7 @@ impl Moments {
     pub fn variance(&self) -> impl Iterator<Item = f64> + '_ {
         self.squares
             .iter()
-            .map(|squares| squares / self.count as f64)
+            .zip(&self.count)
+            .map(|(squares, count)| squares / *count as f64)
     }
 }

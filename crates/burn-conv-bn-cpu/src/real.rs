@@ -1,7 +1,7 @@
 use std::fmt::Debug;
 use std::ops::{Add, AddAssign, Mul, Sub};
 
-/// The element types of the kernels: `f32` and `f64`.
+/// The types that the kernels compute in: `f32` and `f64`.
 pub trait Real:
     Copy
     + Debug
@@ -13,7 +13,7 @@ pub trait Real:
     + AddAssign
     + Mul<Output = Self>
     + Sub<Output = Self>
-    + private::Sealed
+    + vector::Lanes
     + 'static
 {
     /// 0.
@@ -24,12 +24,6 @@ pub trait Real:
     fn to_f64(self) -> f64;
     /// Rounded to nearest.
     fn from_f64(value: f64) -> Self;
-}
-
-mod private {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for f64 {}
 }
 
 impl Real for f32 {
@@ -55,5 +49,65 @@ impl Real for f64 {
 
     fn from_f64(value: f64) -> Self {
         value
+    }
+}
+
+pub(crate) mod vector {
+    use pulp::Simd;
+
+    /// Vectors of a number type, on whatever unit there is. Seals [`Real`](super::Real).
+    pub trait Lanes: Sized {
+        /// As many values as the unit's registers hold.
+        type Vector<S: Simd>: Copy;
+
+        fn splat<S: Simd>(simd: S, value: Self) -> Self::Vector<S>;
+
+        /// `a * b + c`.
+        fn mul_add<S: Simd>(
+            simd: S,
+            a: Self::Vector<S>,
+            b: Self::Vector<S>,
+            c: Self::Vector<S>,
+        ) -> Self::Vector<S>;
+
+        fn sum<S: Simd>(simd: S, vector: Self::Vector<S>) -> Self;
+    }
+
+    impl Lanes for f32 {
+        type Vector<S: Simd> = S::f32s;
+
+        #[inline(always)]
+        fn splat<S: Simd>(simd: S, value: Self) -> S::f32s {
+            simd.splat_f32s(value)
+        }
+
+        #[inline(always)]
+        fn mul_add<S: Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
+            simd.mul_add_e_f32s(a, b, c)
+        }
+
+        #[inline(always)]
+        fn sum<S: Simd>(simd: S, vector: S::f32s) -> Self {
+            simd.reduce_sum_f32s(vector)
+        }
+    }
+
+    impl Lanes for f64 {
+        type Vector<S: Simd> = S::f64s;
+
+        #[inline(always)]
+        fn splat<S: Simd>(simd: S, value: Self) -> S::f64s {
+            simd.splat_f64s(value)
+        }
+
+        #[inline(always)]
+        fn mul_add<S: Simd>(simd: S, a: S::f64s, b: S::f64s, c: S::f64s) -> S::f64s {
+            simd.mul_add_e_f64s(a, b, c)
+        }
+
+        #[inline(always)]
+        fn sum<S: Simd>(simd: S, vector: S::f64s) -> Self {
+            simd.reduce_sum_f64s(vector)
+        }
     }
 }

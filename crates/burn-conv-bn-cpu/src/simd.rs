@@ -26,6 +26,35 @@ impl<R, F: FnMut() -> R> NullaryFnOnce for Sweep<F> {
     }
 }
 
+/// `copy_from_slice` without its call, which takes longer than a row's few vectors.
+///
+/// # Panics
+///
+/// Panics if the slices differ in length.
+#[inline(always)]
+pub(crate) fn copy<T: Copy>(source: &[T], target: &mut [T]) {
+    const CHUNK: usize = 16;
+    assert_eq!(source.len(), target.len());
+    if source.len() < CHUNK {
+        for (target, source) in target.iter_mut().zip(source) {
+            *target = *source;
+        }
+        return;
+    }
+    let (targets, _) = target.as_chunks_mut::<CHUNK>();
+    let (sources, _) = source.as_chunks::<CHUNK>();
+    for (target, source) in targets.iter_mut().zip(sources) {
+        *target = *source;
+    }
+    // The rest, with the end of what is there already.
+    if let (Some(target), Some(source)) = (
+        target.last_chunk_mut::<CHUNK>(),
+        source.last_chunk::<CHUNK>(),
+    ) {
+        *target = *source;
+    }
+}
+
 #[inline(always)]
 fn total<T: Real>(lanes: [T; LANES]) -> T {
     let mut lanes = lanes;
@@ -190,8 +219,49 @@ pub(crate) struct ChannelGrad<T> {
     pub(crate) offset: T,
 }
 
-/// Turns the convolution's output `z` of one channel, in place, into its gradient; writes `g` to
-/// `residual_grad` on the way.
+/// `g` of one channel's values.
+pub(crate) fn activation_grad<T: Real>(
+    arch: Arch,
+    conv_output: &[T],
+    output_grad: &[T],
+    affine: ChannelAffine<T>,
+    gate: Gate<'_, T>,
+    target: &mut [T],
+) {
+    #[inline(always)]
+    fn sweep<T: Real>(
+        decides: &[T],
+        output_grad: &[T],
+        target: &mut [T],
+        grad: impl Fn(T, T) -> T,
+    ) {
+        for ((target, value), dy) in target.iter_mut().zip(decides).zip(output_grad) {
+            *target = grad(*value, *dy);
+        }
+    }
+    arch.dispatch(Sweep(
+        #[inline(always)]
+        || match gate {
+            Gate::Open => copy(output_grad, target),
+            Gate::PreActivation => sweep(
+                conv_output,
+                output_grad,
+                target,
+                #[inline(always)]
+                |z, dy| Activation::Relu.backward(affine.apply(z), dy),
+            ),
+            Gate::Output(output) => sweep(
+                output,
+                output_grad,
+                target,
+                #[inline(always)]
+                |y, dy| Activation::Relu.backward(y, dy),
+            ),
+        },
+    ));
+}
+
+/// Turns the convolution's output `z` of one channel, in place, into its gradient.
 pub(crate) fn conv_output_grad<T: Real>(
     arch: Arch,
     conv_output: &mut [T],
@@ -199,126 +269,35 @@ pub(crate) fn conv_output_grad<T: Real>(
     affine: ChannelAffine<T>,
     gate: Gate<'_, T>,
     coefficients: ChannelGrad<T>,
-    mut residual_grad: Option<&mut [T]>,
 ) {
-    #[inline(always)]
-    fn sweep<T: Real>(
-        conv_output: &mut [T],
-        output_grad: &[T],
-        mean: T,
-        coefficients: ChannelGrad<T>,
-        residual_grad: Option<&mut [T]>,
-        grad: impl Fn(usize, T, T) -> T,
-    ) {
-        let ChannelGrad {
-            scale,
-            slope,
-            offset,
-        } = coefficients;
-        let output_grad = &output_grad[..conv_output.len()];
-        if let Some(residual_grad) = residual_grad {
-            for (index, out) in residual_grad.iter_mut().enumerate() {
-                *out = grad(index, conv_output[index], output_grad[index]);
-            }
-        }
-        for (index, (z, dy)) in conv_output.iter_mut().zip(output_grad).enumerate() {
-            let g = grad(index, *z, *dy);
-            *z = (*z - mean) * slope + offset + g * scale;
-        }
-    }
+    let ChannelGrad {
+        scale,
+        slope,
+        offset,
+    } = coefficients;
     let mean = affine.mean;
     arch.dispatch(Sweep(
         #[inline(always)]
         || match gate {
-            Gate::Open => sweep(
-                conv_output,
-                output_grad,
-                mean,
-                coefficients,
-                residual_grad.as_deref_mut(),
-                |_, _, dy| dy,
-            ),
-            Gate::PreActivation => sweep(
-                conv_output,
-                output_grad,
-                mean,
-                coefficients,
-                residual_grad.as_deref_mut(),
-                |_, z, dy| Activation::Relu.backward(affine.apply(z), dy),
-            ),
-            Gate::Output(output) => {
-                let output = &output[..conv_output.len()];
-                sweep(
-                    conv_output,
-                    output_grad,
-                    mean,
-                    coefficients,
-                    residual_grad.as_deref_mut(),
-                    |index, _, dy| Activation::Relu.backward(output[index], dy),
-                )
+            Gate::Open => {
+                for (z, dy) in conv_output.iter_mut().zip(output_grad) {
+                    *z = (*z - mean) * slope + offset + *dy * scale;
+                }
             }
-        },
-    ))
-}
-
-/// `target = sum over k of weight[k] * lines[k]`: a matrix product with a single output channel,
-/// where a product's kernels would run nearly empty.
-pub(crate) fn combine<'a, T: Real>(
-    arch: Arch,
-    target: &mut [T],
-    weight: &[T],
-    line: impl Fn(usize) -> &'a [T],
-) {
-    arch.dispatch(Sweep(
-        #[inline(always)]
-        || {
-            for (tap, weight) in weight.iter().enumerate() {
-                let line = &line(tap)[..target.len()];
-                if tap == 0 {
-                    for (target, value) in target.iter_mut().zip(line) {
-                        *target = *weight * *value;
-                    }
-                } else {
-                    for (target, value) in target.iter_mut().zip(line) {
-                        *target += *weight * *value;
-                    }
+            Gate::PreActivation => {
+                for (z, dy) in conv_output.iter_mut().zip(output_grad) {
+                    let g = Activation::Relu.backward(affine.apply(*z), *dy);
+                    *z = (*z - mean) * slope + offset + g * scale;
+                }
+            }
+            Gate::Output(output) => {
+                for ((z, dy), y) in conv_output.iter_mut().zip(output_grad).zip(output) {
+                    let g = Activation::Relu.backward(*y, *dy);
+                    *z = (*z - mean) * slope + offset + g * scale;
                 }
             }
         },
     ));
-}
-
-/// Sum of products.
-pub(crate) fn dot<T: Real>(arch: Arch, a: &[T], b: &[T]) -> T {
-    arch.dispatch(Sweep(
-        #[inline(always)]
-        || {
-            let mut sums = [T::ZERO; LANES];
-            let (a_chunks, a_rest) = a.as_chunks::<LANES>();
-            let (b_chunks, b_rest) = b.as_chunks::<LANES>();
-            for (a, b) in a_chunks.iter().zip(b_chunks) {
-                for lane in 0..LANES {
-                    sums[lane] += a[lane] * b[lane];
-                }
-            }
-            for ((sum, a), b) in sums.iter_mut().zip(a_rest).zip(b_rest) {
-                *sum += *a * *b;
-            }
-            total(sums)
-        },
-    ))
-}
-
-/// `target = factor * source`.
-pub(crate) fn scale<T: Real>(arch: Arch, target: &mut [T], factor: T, source: &[T]) {
-    arch.dispatch(Sweep(
-        #[inline(always)]
-        || {
-            for (target, source) in target.iter_mut().zip(source) {
-                *target = factor * *source;
-            }
-        },
-    ))
 }
 
 /// `target += source`.

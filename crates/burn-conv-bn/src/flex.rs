@@ -1,14 +1,17 @@
 //! `ConvBnBackend` on Flex, by the kernels of `burn-conv-bn-cpu`.
 //!
-//! f16 and bf16 take the portable bodies, and so does what leaves the kernels without an operand,
-//! such as a frozen weight under [`Recompute::Never`](crate::Recompute::Never).
+//! What leaves the kernels without an operand, such as a frozen weight under
+//! [`Recompute::Never`](crate::Recompute::Never), takes the portable bodies.
+
+use std::borrow::Cow;
 
 use burn::backend::flex::FlexTensor;
 use burn::backend::{Flex, TensorMetadata};
-use burn::tensor::{DType, Element, Shape, TensorData};
+use burn::tensor::{DType, Element, Shape, TensorData, bf16, f16};
 use burn_conv_bn_cpu::{
-    Activation as KernelActivation, Affine, Backward, ConvOutput, Geometry, Gradients,
-    InputGradCoefficients, Real, backward, conv, conv_moments, grad_sums, normalize,
+    Activation as KernelActivation, Affine, Backward, ConvOutput, Element as KernelElement,
+    Geometry, Gradients, InputGradCoefficients, Real, backward, conv, conv_moments, grad_sums,
+    normalize,
 };
 use bytemuck::Pod;
 
@@ -19,7 +22,7 @@ use crate::backend::{
 use crate::definition::{
     Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, StatisticsKind,
 };
-use crate::portable;
+use crate::portable::{self, cast};
 
 impl ConvBnBackend for Flex {
     fn conv_bn_forward(
@@ -30,6 +33,8 @@ impl ConvBnBackend for Flex {
         match inputs.input.dtype() {
             DType::F32 => kernel_forward::<f32>(inputs, &options, keep_conv_output),
             DType::F64 => kernel_forward::<f64>(inputs, &options, keep_conv_output),
+            DType::F16 => kernel_forward::<f16>(inputs, &options, keep_conv_output),
+            DType::BF16 => kernel_forward::<bf16>(inputs, &options, keep_conv_output),
             _ => portable::conv_bn::forward::<Self>(inputs, &options, keep_conv_output),
         }
     }
@@ -41,16 +46,22 @@ impl ConvBnBackend for Flex {
         match saved.output_grad.dtype() {
             DType::F32 => kernel_backward::<f32>(saved, &options),
             DType::F64 => kernel_backward::<f64>(saved, &options),
+            DType::F16 => kernel_backward::<f16>(saved, &options),
+            DType::BF16 => kernel_backward::<bf16>(saved, &options),
             _ => portable::conv_bn::backward::<Self>(saved, &options),
         }
     }
 }
 
-/// The element types that the kernels take.
-trait Kernel: Real + Element + Pod {}
-impl<T: Real + Element + Pod> Kernel for T {}
+/// The element types of activations that the kernels take.
+trait Kernel: KernelElement<Real: Number> + Element + Pod {}
+impl<E: KernelElement<Real: Number> + Element + Pod> Kernel for E {}
 
-fn kernel_forward<T: Kernel>(
+/// What the kernels compute in.
+trait Number: Real + Element + Pod {}
+impl<T: Real + Element + Pod> Number for T {}
+
+fn kernel_forward<E: Kernel>(
     inputs: ConvBnInputs<Flex>,
     options: &ConvBnOptions,
     keep_conv_output: bool,
@@ -60,18 +71,20 @@ fn kernel_forward<T: Kernel>(
     let output_shape = output_shape(&input.shape(), &geometry);
     let channels = geometry.channels_out();
 
-    let mut values = vec![T::ZERO; geometry.batch() * geometry.output_len()];
+    let weight = numbers::<E::Real>(&weight);
+    let mut values = vec![E::default(); geometry.batch() * geometry.output_len()];
     let (center, mean, variance, norm) = match &inputs.statistics {
         Statistics::Batch => {
-            let moments = conv_moments(&geometry, slice(&input), slice(&weight), &mut values);
-            let mean = rounded::<T>(moments.mean.iter().copied());
-            let variance = rounded::<T>(moments.variance());
-            let norm = HostNorm::of_batch(options.norm, moments.count, &variance);
+            let moments = conv_moments(&geometry, slice::<E>(&input), &weight, &mut values);
+            let mean = rounded::<E::Real>(moments.mean.iter().copied());
+            let variance = rounded::<E::Real>(moments.variance());
+            let count = geometry.batch() * geometry.positions();
+            let norm = HostNorm::of_batch(options.norm, count, &variance);
             (mean.clone(), mean, variance, norm)
         }
         Statistics::Fixed { mean, variance } => {
-            conv(&geometry, slice(&input), slice(&weight), &mut values);
-            let (mean, variance) = (host::<T>(mean), host::<T>(variance));
+            conv(&geometry, slice::<E>(&input), &weight, &mut values);
+            let (mean, variance) = (host::<E::Real>(mean), host::<E::Real>(variance));
             let center = center(&mean, inputs.bias.as_option().map(host));
             let norm = HostNorm::given(options.norm, &variance);
             (center, mean, variance, norm)
@@ -79,15 +92,15 @@ fn kernel_forward<T: Kernel>(
     };
     let kept = keep_conv_output.then(|| tensor(values.clone(), &output_shape));
 
-    let scale = norm.scale::<T>(inputs.gamma.as_option().map(host));
+    let scale = norm.scale::<E::Real>(inputs.gamma.as_option().map(host));
     let shift = inputs.beta.as_option().map(host);
     let affine = Affine {
         mean: &center,
         scale: &scale,
-        shift: &shift.unwrap_or_else(|| vec![T::ZERO; channels]),
+        shift: &shift.unwrap_or_else(|| vec![E::Real::ZERO; channels]),
     };
     let residual = inputs.residual.as_option().map(contiguous);
-    let residual = residual.as_ref().map(slice);
+    let residual = residual.as_ref().map(slice::<E>);
     let activation = kernel_activation(options.activation);
     normalize(&geometry, &mut values, affine, residual, activation);
 
@@ -100,15 +113,15 @@ fn kernel_forward<T: Kernel>(
     }
 }
 
-fn kernel_backward<T: Kernel>(
+fn kernel_backward<E: Kernel>(
     saved: ConvBnSaved<Flex>,
     options: &ConvBnBackwardOptions,
 ) -> ConvBnGrads<Flex> {
     let (Some(input), Some(weight), Some(mean), Some(variance)) = (
         saved.input.as_option().map(contiguous),
         saved.weight.as_option().map(contiguous),
-        saved.mean.as_option().map(host::<T>),
-        saved.variance.as_option().map(host::<T>),
+        saved.mean.as_option().map(host::<E::Real>),
+        saved.variance.as_option().map(host::<E::Real>),
     ) else {
         return portable::conv_bn::backward::<Flex>(saved, options);
     };
@@ -126,18 +139,19 @@ fn kernel_backward<T: Kernel>(
     let channels = geometry.channels_out();
     let output_grad = contiguous(&output_grad);
     let output = output.as_option().map(contiguous);
-    let gamma = gamma.as_option().map(host::<T>);
-    let zeros = vec![T::ZERO; channels];
+    let gamma = gamma.as_option().map(host::<E::Real>);
+    let zeros = vec![E::Real::ZERO; channels];
+    let weight = numbers::<E::Real>(&weight);
     let values = geometry.batch() * geometry.positions();
     let activation = kernel_activation(options.options.activation);
 
     let batch_norm = (options.statistics == StatisticsKind::Batch)
         .then(|| HostNorm::of_batch(options.options.norm, values, &variance));
     let scale = match &batch_norm {
-        Some(norm) => norm.scale::<T>(gamma.clone()),
+        Some(norm) => norm.scale::<E::Real>(gamma.clone()),
         None => HostNorm::given(options.options.norm, &variance).scale(gamma.clone()),
     };
-    let shift = beta.as_option().map(host::<T>);
+    let shift = beta.as_option().map(host::<E::Real>);
     let affine = Affine {
         mean: &mean,
         scale: &scale,
@@ -145,8 +159,8 @@ fn kernel_backward<T: Kernel>(
     };
     let pass = Backward {
         geometry: &geometry,
-        input: slice(&input),
-        weight: slice(&weight),
+        input: slice::<E>(&input),
+        weight: &weight,
         output_grad: slice(&output_grad),
         affine,
         activation,
@@ -162,9 +176,9 @@ fn kernel_backward<T: Kernel>(
             .options
             .max_workspace
             .is_none_or(|bytes| size_of_val(pass.output_grad) <= bytes);
-    let mut stored = vec![T::ZERO; if stores { pass.output_grad.len() } else { 0 }];
+    let mut stored = vec![E::default(); if stores { pass.output_grad.len() } else { 0 }];
     let at_hand = match (&kept, &batch_norm) {
-        (Some(kept), _) => Some(slice::<T>(kept)),
+        (Some(kept), _) => Some(slice::<E>(kept)),
         (None, None) => Some(pass.output_grad),
         (None, Some(_)) => None,
     };
@@ -179,11 +193,11 @@ fn kernel_backward<T: Kernel>(
 
     let wants_fixed_gamma = wanted.gamma && batch_norm.is_none();
     let mut weight_grad =
-        (wanted.weight || wants_fixed_gamma).then(|| vec![T::ZERO; geometry.weight_len()]);
-    let mut input_grad = wanted.input.then(|| vec![T::ZERO; pass.input.len()]);
+        (wanted.weight || wants_fixed_gamma).then(|| vec![E::Real::ZERO; geometry.weight_len()]);
+    let mut input_grad = wanted.input.then(|| vec![E::default(); pass.input.len()]);
     // Without an activation the residual's gradient is the output's.
     let mut residual_grad = (wanted.residual && activation != KernelActivation::Identity)
-        .then(|| vec![T::ZERO; pass.output_grad.len()]);
+        .then(|| vec![E::default(); pass.output_grad.len()]);
     if weight_grad.is_some() || input_grad.is_some() || residual_grad.is_some() {
         let folded = match &batch_norm {
             Some(_) => None,
@@ -199,7 +213,7 @@ fn kernel_backward<T: Kernel>(
                     rounded(offset.into_iter()),
                 )
             }
-            None => (vec![T::ONE; channels], zeros.clone(), zeros.clone()),
+            None => (vec![E::Real::ONE; channels], zeros.clone(), zeros.clone()),
         };
         backward(
             &pass,
@@ -223,8 +237,6 @@ fn kernel_backward<T: Kernel>(
         );
     }
 
-    let per_channel = Shape::new([channels]);
-    let channel_tensor = |grad: Vec<f64>| tensor(rounded::<T>(grad.into_iter()), &per_channel);
     let (bias_grad, gamma_grad) = match &batch_norm {
         Some(norm) => (
             vec![0.0; channels],
@@ -250,18 +262,23 @@ fn kernel_backward<T: Kernel>(
         None => wanted.residual.then_some(output_grad),
     };
     let input_shape = input.shape();
-    let optional = |wanted: bool, grad: Vec<f64>| -> OptionalTensor<Flex> {
-        wanted.then(|| channel_tensor(grad)).into()
+    let optional = |wanted: bool, grad: Vec<f64>, dtype: DType| -> OptionalTensor<Flex> {
+        let grad = wanted.then(|| {
+            let grad = rounded::<E::Real>(grad.into_iter());
+            cast::<Flex>(tensor(grad, &Shape::new([channels])), dtype)
+        });
+        grad.into()
     };
+    let norm_dtype = options.norm_dtype;
     ConvBnGrads {
         input: input_grad.map(|grad| tensor(grad, &input_shape)).into(),
         weight: weight_grad
             .filter(|_| wanted.weight)
-            .map(|grad| tensor(grad, &options.weight_shape))
+            .map(|grad| cast::<Flex>(tensor(grad, &options.weight_shape), E::dtype()))
             .into(),
-        bias: optional(wanted.bias, bias_grad),
-        gamma: optional(wanted.gamma, gamma_grad),
-        beta: optional(wanted.beta, sums.grad),
+        bias: optional(wanted.bias, bias_grad, E::dtype()),
+        gamma: optional(wanted.gamma, gamma_grad, norm_dtype),
+        beta: optional(wanted.beta, sums.grad, norm_dtype),
         residual: residual_grad.into(),
     }
 }
@@ -451,18 +468,26 @@ fn contiguous(tensor: &FlexTensor) -> FlexTensor {
     }
 }
 
-fn slice<T: Kernel>(tensor: &FlexTensor) -> &[T] {
+fn slice<E: Element + Pod>(tensor: &FlexTensor) -> &[E] {
     tensor
-        .as_slice::<T>()
+        .as_slice::<E>()
         .expect("the op's tensors were checked to be of one dtype")
 }
 
-/// Values of a `[channels]` tensor.
-fn host<T: Kernel>(tensor: &FlexTensor) -> Vec<T> {
-    slice(&contiguous(tensor)).to_vec()
+/// The values of a contiguous tensor of parameters in the type that is computed in.
+fn numbers<T: Number>(tensor: &FlexTensor) -> Cow<'_, [T]> {
+    match tensor.dtype() == T::dtype() {
+        true => Cow::Borrowed(slice(tensor)),
+        false => Cow::Owned(slice(&cast::<Flex>(tensor.clone(), T::dtype())).to_vec()),
+    }
 }
 
-fn tensor<T: Kernel>(values: Vec<T>, shape: &Shape) -> FlexTensor {
+/// Values of a `[channels]` tensor.
+fn host<T: Number>(tensor: &FlexTensor) -> Vec<T> {
+    numbers(&contiguous(tensor)).into_owned()
+}
+
+fn tensor<T: Element + Pod>(values: Vec<T>, shape: &Shape) -> FlexTensor {
     FlexTensor::from_data(TensorData::new(values, shape.clone()))
 }
 

@@ -1,0 +1,150 @@
+//! A conv -> batch norm -> ReLU block in each of Burn's forms.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use burn::nn::conv::Conv2dConfig;
+use burn::nn::{BatchNormConfig, PaddingConfig2d};
+use burn::tensor::activation::relu;
+use burn::tensor::{Device, Distribution, Tensor};
+use burn_conv_bn::{Activation, ConvBn2d, Recompute};
+use burn_conv_bn_bench::catalogue::Layer;
+use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
+use burn_conv_bn_memory::CountingAllocator;
+
+use crate::meter::Meter;
+use crate::session::{Workload, device};
+use crate::tensors::{parameter, tensor, write_tensor};
+use crate::upstream::backward_from;
+
+/// Images and least size of the step that warms up before memory is measured.
+const SMALL: [usize; 2] = [2, 8];
+
+/// A block with its data.
+pub struct LayerWork {
+    layer: Layer,
+    fused: bool,
+    block: ConvBn2d,
+    input: Tensor<4>,
+    upstream: Tensor<4>,
+    device: Device,
+}
+
+impl LayerWork {
+    /// Reads the data that `prepare` wrote.
+    pub fn load(layer: &Layer, contender: Contender, data: &Path) -> Result<Self> {
+        let device = device(contender)?;
+        let mut block = read_block(layer, data, &device)?;
+        if contender == Contender::Never {
+            block.settings.recompute = Recompute::Never;
+        }
+        let input = tensor(data, "input", layer.input_shape(), &device)?;
+        Ok(Self {
+            fused: matches!(contender, Contender::Fused | Contender::Never),
+            block,
+            input: input.set_require_grad(layer.input_grad),
+            upstream: tensor(data, "upstream", layer.output_shape(), &device)?,
+            layer: layer.clone(),
+            device,
+        })
+    }
+
+    fn forward(&self, input: Tensor<4>) -> Tensor<4> {
+        match self.fused {
+            true => self.block.forward(input),
+            false => relu(self.block.norm.forward(self.block.conv.forward(input))),
+        }
+    }
+
+    fn warm_up(&self) {
+        let [batch, least] = SMALL;
+        let size = least.max(self.layer.kernel);
+        let shape = [batch, self.layer.channels[0], size, size];
+        let input = Tensor::<4>::random(shape, Distribution::Default, &self.device);
+        let output = self.forward(input.set_require_grad(self.layer.input_grad));
+        let upstream = Tensor::<4>::ones(output.dims(), &self.device);
+        backward_from(output, upstream);
+    }
+}
+
+/// The block with its parameters. The form that runs it is another question.
+pub fn read_block(layer: &Layer, data: &Path, device: &Device) -> Result<ConvBn2d> {
+    let padding = layer.padding;
+    let mut conv = Conv2dConfig::new(layer.channels, [layer.kernel; 2])
+        .with_stride([layer.stride; 2])
+        .with_padding(PaddingConfig2d::Explicit(
+            padding, padding, padding, padding,
+        ))
+        .with_groups(layer.groups)
+        .with_bias(false)
+        .init(device);
+    conv.weight = parameter(data, "weight", layer.weight_shape(), device)?;
+    let channels = layer.channels[1];
+    let mut norm = BatchNormConfig::new(channels).init(device);
+    norm.gamma = parameter(data, "gamma", [channels], device)?;
+    norm.beta = parameter(data, "beta", [channels], device)?;
+    Ok(ConvBn2d::from_parts(conv, norm, Activation::Relu))
+}
+
+impl Workload for LayerWork {
+    fn check(&self, folder: &Path) -> Result<Vec<String>> {
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+        let output = self.forward(self.input.clone());
+        let grads = backward_from(output.clone(), self.upstream.clone());
+        let (conv, norm) = (&self.block.conv, &self.block.norm);
+
+        let mut names = Vec::new();
+        let mut write = |name: &str, tensor: Option<Tensor<4>>| {
+            names.push(name.to_string());
+            write_tensor(folder, name, tensor.context("a gradient is missing")?)
+        };
+        write("output", Some(output))?;
+        if self.layer.input_grad {
+            write("input_grad", self.input.grad(&grads))?;
+        }
+        write("weight_grad", conv.weight.val().grad(&grads))?;
+        for (name, parameter) in [("gamma_grad", &norm.gamma), ("beta_grad", &norm.beta)] {
+            let grad = parameter.val().grad(&grads);
+            let grad = grad.context("a gradient of the norm is missing")?;
+            names.push(name.to_string());
+            write_tensor(folder, name, grad)?;
+        }
+        Ok(names)
+    }
+
+    fn step(&mut self) -> StepTime {
+        // Flex computes at once: when a call returns, its work is done.
+        let started = Instant::now();
+        let output = self.forward(self.input.clone());
+        let forward = started.elapsed();
+        // The output stays alive, as the input of the next layer would.
+        let kept = output.clone();
+        let started = Instant::now();
+        let grads = backward_from(output, self.upstream.clone());
+        let backward = started.elapsed();
+        drop((grads, kept));
+        StepTime {
+            forward_ms: milliseconds(forward),
+            backward_ms: milliseconds(backward),
+            optimizer_ms: None,
+        }
+    }
+
+    fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory {
+        self.warm_up();
+        let mut meter = Meter::start(allocator);
+        let output = self.forward(self.input.clone());
+        meter.forward_end();
+        let grads = backward_from(output.clone(), self.upstream.clone());
+        let memory = meter.finish();
+        drop((grads, output));
+        memory
+    }
+}
+
+pub fn milliseconds(duration: Duration) -> f64 {
+    1e3 * duration.as_secs_f64()
+}

@@ -1,0 +1,40 @@
+//! One of Burn's contenders of `cargo xtask bench`, driven over standard input and output by the
+//! [protocol](burn_conv_bn_bench::protocol). Not for people.
+
+mod layer;
+mod meter;
+mod network;
+mod prepare;
+mod session;
+mod tensors;
+mod upstream;
+
+use std::io::{BufRead, Write, stdin, stdout};
+
+use anyhow::{Context, Result};
+use burn_conv_bn_bench::protocol::Reply;
+use burn_conv_bn_memory::CountingAllocator;
+
+use crate::session::Session;
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator::new();
+
+fn main() -> Result<()> {
+    let mut session = Session::new(&ALLOCATOR);
+    for line in stdin().lock().lines() {
+        let request = serde_json::from_str(&line.context("cannot read requests")?)
+            .context("bench-worker is started by cargo xtask bench, which tells it what to do")?;
+        let reply = session
+            .answer(request)
+            .unwrap_or_else(|error| Reply::Failed {
+                reason: format!("{error:#}"),
+            });
+        let mut line = serde_json::to_vec(&reply)?;
+        line.push(b'\n');
+        let mut output = stdout().lock();
+        output.write_all(&line).context("nobody listens")?;
+        output.flush().context("nobody listens")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,203 @@
+//! The tutorial's network in each of Burn's forms.
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use burn::module::Param;
+use burn::nn::DropoutConfig;
+use burn::optim::{GradientsParams, ModuleOptimizer};
+use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData};
+use burn_conv_bn::Recompute;
+use burn_conv_bn_bench::catalogue::Network;
+use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
+use burn_conv_bn_memory::CountingAllocator;
+use burn_conv_bn_models::{Form, Net, NetConfig};
+use burn_conv_bn_train::optim::AdadeltaConfig;
+
+use crate::layer::milliseconds;
+use crate::meter::Meter;
+use crate::session::{Workload, device};
+use crate::tensors::{parameter, tensor, values, write_tensor};
+
+/// The tutorial's.
+const LEARNING_RATE: f64 = 1.0;
+
+/// Name of each parameter, its number of values, and the inputs of one output.
+pub const PARAMETERS: [(&str, usize, usize); 6] = [
+    ("conv1.weight", 32 * 9, 9),
+    ("conv2.weight", 64 * 32 * 9, 32 * 9),
+    ("fc1.weight", 9216 * 128, 9216),
+    ("fc1.bias", 128, 9216),
+    ("fc2.weight", 128 * Network::CLASSES, 128),
+    ("fc2.bias", Network::CLASSES, 128),
+];
+
+/// Images of the step that warms up before memory is measured.
+const SMALL_BATCH: usize = 2;
+
+/// The network with its data and its optimizer.
+pub struct NetworkWork {
+    /// Taken out while the optimizer works on it: a second handle would keep it from working in
+    /// place.
+    net: Option<Net>,
+    optimizer: ModuleOptimizer,
+    images: Tensor<4>,
+    targets: Tensor<1, Int>,
+    device: Device,
+}
+
+impl NetworkWork {
+    /// Reads the data that `prepare` wrote.
+    pub fn load(network: &Network, contender: Contender, data: &Path) -> Result<Self> {
+        let device = device(contender)?;
+        let form = match contender {
+            Contender::Fused | Contender::Never => Form::Fused,
+            _ => Form::Unfused,
+        };
+        let recompute = match contender {
+            Contender::Never => Recompute::Never,
+            _ => Recompute::Conv,
+        };
+        let mut net = NetConfig::new(form).with_recompute(recompute).init(&device);
+        read_parameters(&mut net, data, &device)?;
+        let size = Network::IMAGE_SIZE;
+        let targets = values(data, "targets", network.batch)?;
+        let targets: Vec<i64> = targets.into_iter().map(|class| class as i64).collect();
+        Ok(Self {
+            net: Some(net),
+            optimizer: AdadeltaConfig::new().init(),
+            images: tensor(data, "images", [network.batch, 1, size, size], &device)?,
+            targets: Tensor::from_data(TensorData::new(targets, [network.batch]), &device),
+            device,
+        })
+    }
+
+    fn net(&self) -> &Net {
+        self.net.as_ref().expect(PUT_BACK)
+    }
+
+    fn warm_up(&self) {
+        let size = Network::IMAGE_SIZE;
+        let shape = [SMALL_BATCH, 1, size, size];
+        let images = Tensor::<4>::random(shape, Distribution::Default, &self.device);
+        let targets = Tensor::<1, Int>::zeros([SMALL_BATCH], &self.device);
+        loss(self.net().forward(images), targets).backward();
+    }
+}
+
+const PUT_BACK: &str = "a step puts the network back";
+
+/// Mean of the images' negative log-likelihoods, as in `burn-conv-bn-train`.
+fn loss(log_probabilities: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    log_probabilities
+        .gather(1, targets.unsqueeze_dim::<2>(1))
+        .squeeze_dim::<1>(1)
+        .neg()
+        .mean()
+}
+
+fn read_parameters(net: &mut Net, data: &Path, device: &Device) -> Result<()> {
+    for (name, block) in [("conv1", &mut net.conv1), ("conv2", &mut net.conv2)] {
+        let weight = &mut block.conv.weight;
+        *weight = parameter(data, &format!("{name}.weight"), weight.dims(), device)?;
+    }
+    for (name, linear) in [("fc1", &mut net.fc1), ("fc2", &mut net.fc2)] {
+        let weight = &mut linear.weight;
+        *weight = parameter(data, &format!("{name}.weight"), weight.dims(), device)?;
+        let bias = linear
+            .bias
+            .as_mut()
+            .context("the linear layers have a bias")?;
+        *bias = parameter(data, &format!("{name}.bias"), bias.dims(), device)?;
+    }
+    Ok(())
+}
+
+/// Writes the gradient of every parameter, in Burn's layout. Returns their names.
+fn write_gradients(net: &Net, grads: &Gradients, folder: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for (name, block) in [("conv1", &net.conv1), ("conv2", &net.conv2)] {
+        let (weight, name) = (&block.conv.weight, format!("{name}.weight_grad"));
+        names.push(write_gradient(weight, grads, folder, name)?);
+    }
+    for (name, linear) in [("fc1", &net.fc1), ("fc2", &net.fc2)] {
+        let bias = linear
+            .bias
+            .as_ref()
+            .context("the linear layers have a bias")?;
+        let weight_name = format!("{name}.weight_grad");
+        names.push(write_gradient(&linear.weight, grads, folder, weight_name)?);
+        let bias_name = format!("{name}.bias_grad");
+        names.push(write_gradient(bias, grads, folder, bias_name)?);
+    }
+    Ok(names)
+}
+
+fn write_gradient<const D: usize>(
+    parameter: &Param<Tensor<D>>,
+    grads: &Gradients,
+    folder: &Path,
+    name: String,
+) -> Result<String> {
+    let grad = parameter.val().grad(grads);
+    let grad = grad.with_context(|| format!("there is no {name}"))?;
+    write_tensor(folder, &name, grad)?;
+    Ok(name)
+}
+
+impl Workload for NetworkWork {
+    fn check(&self, folder: &Path) -> Result<Vec<String>> {
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+        let mut net = self.net().clone();
+        net.dropout = DropoutConfig::new(0.0).init();
+        let log_probabilities = net.forward(self.images.clone());
+        let loss = loss(log_probabilities.clone(), self.targets.clone());
+        let grads = loss.backward();
+        write_tensor(folder, "log_probabilities", log_probabilities)?;
+        write_tensor(folder, "loss", loss)?;
+        let mut names = vec!["log_probabilities".to_string(), "loss".to_string()];
+        names.extend(write_gradients(&net, &grads, folder)?);
+        Ok(names)
+    }
+
+    fn step(&mut self) -> StepTime {
+        // Flex computes at once: when a call returns, its work is done.
+        let started = Instant::now();
+        let loss = loss(
+            self.net().forward(self.images.clone()),
+            self.targets.clone(),
+        );
+        let forward = started.elapsed();
+        let started = Instant::now();
+        let grads = loss.backward();
+        let backward = started.elapsed();
+        let started = Instant::now();
+        let net = self.net.take().expect(PUT_BACK);
+        let grads = GradientsParams::from_grads(grads, &net);
+        self.net = Some(self.optimizer.step(LEARNING_RATE, net, grads));
+        let optimizer = started.elapsed();
+        StepTime {
+            forward_ms: milliseconds(forward),
+            backward_ms: milliseconds(backward),
+            optimizer_ms: Some(milliseconds(optimizer)),
+        }
+    }
+
+    fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory {
+        self.warm_up();
+        let mut meter = Meter::start(allocator);
+        let loss = loss(
+            self.net().forward(self.images.clone()),
+            self.targets.clone(),
+        );
+        meter.forward_end();
+        let grads = loss.backward();
+        // Without the optimizer: by then the activations are gone, and its state stays.
+        let memory = meter.finish();
+        drop((grads, loss));
+        memory
+    }
+}

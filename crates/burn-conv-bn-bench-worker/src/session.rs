@@ -1,0 +1,264 @@
+//! Requests to replies.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::Device;
+use burn_conv_bn_bench::catalogue::{Entry, Work};
+use burn_conv_bn_bench::files::{read_values, relative_error, tensor_file};
+use burn_conv_bn_bench::protocol::{
+    Checked, Contender, Reply, Request, StepMemory, StepTime, TensorError,
+};
+use burn_conv_bn_memory::CountingAllocator;
+use burn_conv_bn_train::compare::BURN_VERSION;
+
+use crate::layer::LayerWork;
+use crate::network::NetworkWork;
+use crate::prepare::prepare;
+
+/// An entry in the form of one contender.
+pub trait Workload {
+    /// Runs forward and backward once, without dropout, and writes the results. Returns their
+    /// names.
+    fn check(&self, folder: &Path) -> Result<Vec<String>>;
+
+    /// Runs one timed step.
+    fn step(&mut self) -> StepTime;
+
+    /// Measures forward and backward, after a small step that starts thread pools and brings code
+    /// into memory: they are no part of what a step takes.
+    fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory;
+}
+
+/// What one process has been told so far.
+pub struct Session {
+    allocator: &'static CountingAllocator,
+    workload: Option<Box<dyn Workload>>,
+}
+
+impl Session {
+    pub fn new(allocator: &'static CountingAllocator) -> Self {
+        Self {
+            allocator,
+            workload: None,
+        }
+    }
+
+    pub fn answer(&mut self, request: Request) -> Result<Reply> {
+        match request {
+            Request::Hello {} => Ok(Reply::Hello {
+                versions: BTreeMap::from([("burn".to_string(), BURN_VERSION.to_string())]),
+            }),
+            Request::Prepare {
+                entry,
+                seed,
+                data_dir,
+            } => {
+                prepare(&entry.work, seed, &data_dir)?;
+                Ok(Reply::Done {})
+            }
+            // The threads are rayon's, whose pool the driver sizes through the environment.
+            Request::Load {
+                entry,
+                variant,
+                data_dir,
+                threads: _,
+            } => {
+                self.workload = Some(load(&entry, variant, &data_dir)?);
+                Ok(Reply::Done {})
+            }
+            Request::Check { dir } => Ok(Reply::Checked(Checked {
+                tensors: self.loaded()?.check(&dir)?,
+                own_reference: false,
+            })),
+            Request::Compare {
+                dir,
+                reference,
+                tensors,
+            } => compare(&dir, &reference, tensors),
+            Request::Run { iterations } => {
+                let workload = self.loaded()?;
+                let steps = (0..iterations).map(|_| workload.step()).collect();
+                Ok(Reply::Ran { steps })
+            }
+            Request::Memory {} => {
+                let allocator = self.allocator;
+                Ok(Reply::Measured(self.loaded()?.memory(allocator)))
+            }
+        }
+    }
+
+    fn loaded(&mut self) -> Result<&mut (dyn Workload + 'static)> {
+        let workload = self.workload.as_deref_mut();
+        workload.context("nothing was loaded")
+    }
+}
+
+/// An entry in the form of a contender, with its data.
+pub fn load(entry: &Entry, contender: Contender, data: &Path) -> Result<Box<dyn Workload>> {
+    let workload: Box<dyn Workload> = match &entry.work {
+        Work::Layer(layer) => Box::new(LayerWork::load(layer, contender, data)?),
+        Work::Network(network) => Box::new(NetworkWork::load(network, contender, data)?),
+    };
+    Ok(workload)
+}
+
+/// Where a contender runs.
+pub fn device(contender: Contender) -> Result<Device> {
+    let device = Device::flex().autodiff();
+    match contender {
+        Contender::Fused | Contender::Never | Contender::Unfused => Ok(device),
+        Contender::UnfusedCheckpointed => Ok(device.gradient_checkpointing()),
+        other => bail!("{other} is not one of Burn's contenders"),
+    }
+}
+
+fn compare(folder: &Path, reference: &Path, tensors: Vec<String>) -> Result<Reply> {
+    let read = |folder: &Path, name: &str| {
+        let path = tensor_file(folder, name);
+        read_values(&path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    let compare = |name: String| -> Result<TensorError> {
+        let error = relative_error(&read(folder, &name)?, &read(reference, &name)?);
+        Ok(TensorError { name, error })
+    };
+    let tensors = tensors.into_iter().map(compare).collect::<Result<_>>()?;
+    Ok(Reply::Compared { tensors })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn_conv_bn_bench::catalogue::{Layer, Network, TOLERANCE};
+
+    static ALLOCATOR: CountingAllocator = CountingAllocator::new();
+
+    const OURS: [Contender; 4] = [
+        Contender::Fused,
+        Contender::Never,
+        Contender::Unfused,
+        Contender::UnfusedCheckpointed,
+    ];
+
+    /// The sums of these sizes are short.
+    const LAYER_TOLERANCE: f64 = 1e-4;
+
+    fn small_layer(input_grad: bool) -> Entry {
+        Entry {
+            id: "layer".to_string(),
+            work: Work::Layer(Layer {
+                batch: 3,
+                channels: [4, 6],
+                size: 9,
+                kernel: 3,
+                stride: 2,
+                padding: 1,
+                groups: 2,
+                input_grad,
+            }),
+        }
+    }
+
+    fn small_network() -> Entry {
+        Entry {
+            id: "network".to_string(),
+            work: Work::Network(Network { batch: 4 }),
+        }
+    }
+
+    /// Checks every contender of Burn against the unfused one, by the protocol alone.
+    fn check_all(entry: &Entry, tolerance: f64) -> Vec<String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let mut session = Session::new(&ALLOCATOR);
+        let done = session.answer(Request::Prepare {
+            entry: entry.clone(),
+            seed: 1,
+            data_dir: path("data"),
+        });
+        assert_eq!(done.unwrap(), Reply::Done {});
+        let mut names = Vec::new();
+        for variant in OURS {
+            let load = Request::Load {
+                entry: entry.clone(),
+                variant,
+                data_dir: path("data"),
+                threads: 1,
+            };
+            session.answer(load).unwrap();
+            let dir = path(variant.name());
+            let Ok(Reply::Checked(checked)) = session.answer(Request::Check { dir }) else {
+                panic!("{variant} did not check");
+            };
+            assert!(!checked.own_reference);
+            names = checked.tensors;
+        }
+        for variant in OURS {
+            let compare = Request::Compare {
+                dir: path(variant.name()),
+                reference: path("unfused"),
+                tensors: names.clone(),
+            };
+            let Ok(Reply::Compared { tensors }) = session.answer(compare) else {
+                panic!("{variant} cannot be compared");
+            };
+            assert_eq!(tensors.len(), names.len());
+            for tensor in tensors {
+                let error = tensor.error.unwrap_or(f64::INFINITY);
+                assert!(error <= tolerance, "{variant}, {}: {error:e}", tensor.name);
+            }
+        }
+        names
+    }
+
+    #[test]
+    fn all_forms_of_a_layer_agree() {
+        let names = check_all(&small_layer(true), LAYER_TOLERANCE);
+        let wanted = [
+            "output",
+            "input_grad",
+            "weight_grad",
+            "gamma_grad",
+            "beta_grad",
+        ];
+        assert_eq!(names, wanted);
+        // A first layer's input has no gradient.
+        let names = check_all(&small_layer(false), LAYER_TOLERANCE);
+        assert!(!names.contains(&"input_grad".to_string()), "{names:?}");
+    }
+
+    #[test]
+    fn all_forms_of_the_network_agree() {
+        let names = check_all(&small_network(), TOLERANCE);
+        assert_eq!(names.len(), 8, "{names:?}");
+        assert_eq!(names[..2], ["log_probabilities", "loss"]);
+    }
+
+    #[test]
+    fn steps_are_timed_in_their_parts() {
+        for (entry, optimizer) in [(small_layer(true), false), (small_network(), true)] {
+            let folder = tempfile::tempdir().unwrap();
+            prepare(&entry.work, 2, folder.path()).unwrap();
+            for contender in OURS {
+                let mut workload = load(&entry, contender, folder.path()).unwrap();
+                for _ in 0..2 {
+                    let step = workload.step();
+                    assert!(step.forward_ms > 0.0 && step.backward_ms > 0.0, "{step:?}");
+                    assert_eq!(step.optimizer_ms.is_some(), optimizer, "{step:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_ours_is_refused() {
+        let mut session = Session::new(&ALLOCATOR);
+        assert!(session.answer(Request::Run { iterations: 1 }).is_err());
+        let folder = tempfile::tempdir().unwrap();
+        let entry = small_layer(true);
+        prepare(&entry.work, 3, folder.path()).unwrap();
+        let error = load(&entry, Contender::Eager, folder.path()).err().unwrap();
+        assert!(error.to_string().contains("eager"), "{error:#}");
+    }
+}

@@ -1,0 +1,90 @@
+//! A backward pass from a given gradient of the output, as PyTorch's `output.backward(gradient)`.
+//!
+//! Burn starts from a scalar. `(output * gradient).sum()` would do, at the price of two more
+//! passes over the output and a copy of it, which would be timed and measured with the layer.
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients as NodeGradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Backend, Dispatch, Flex, TensorMetadata, backend_extension};
+use burn::tensor::{FloatDType, Gradients, Shape, Tensor};
+
+/// Runs the backward pass from `gradient`, the gradient of `output`.
+pub fn backward_from(output: Tensor<4>, gradient: Tensor<4>) -> Gradients {
+    let seed = Dispatch::seed_backward(output.into_dispatch(), gradient.into_dispatch());
+    Tensor::<1>::from_dispatch(seed).backward()
+}
+
+/// Burn's [`Backend`], extended with the start of such a backward pass.
+#[backend_extension(Autodiff, Flex)]
+pub trait SeedBackend: Backend {
+    /// A scalar zero, in whose backward pass `output` gets the gradient `gradient`.
+    fn seed_backward(output: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self> {
+        assert_eq!(output.shape(), gradient.shape(), "one gradient a value");
+        Self::float_zeros(Shape::new([1]), &output.device(), FloatDType::F32)
+    }
+}
+
+impl SeedBackend for Flex {}
+
+impl<B: SeedBackend, C: CheckpointStrategy> SeedBackend for Autodiff<B, C> {
+    fn seed_backward(output: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self> {
+        let nodes = [output.node()];
+        let gradient = gradient.into_primitive();
+        let seed = B::seed_backward(output.into_primitive(), gradient.clone());
+        let prep = <SeedBackward as Backward<B, 1>>::prepare::<C>(SeedBackward, nodes);
+        match prep.compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(gradient, seed),
+            OpsKind::UnTracked(prep) => prep.finish(seed),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct SeedBackward;
+
+impl<B: Backend> Backward<B, 1> for SeedBackward {
+    /// The gradient.
+    type State = FloatTensor<B>;
+
+    fn backward(
+        self,
+        ops: Ops<FloatTensor<B>, 1>,
+        grads: &mut NodeGradients,
+        _checkpointer: &mut Checkpointer,
+    ) {
+        let [output] = ops.parents;
+        drop(grads.consume::<B>(&ops.node));
+        if let Some(node) = output {
+            grads.register::<B>(node.id, ops.state);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::{Device, Distribution};
+
+    #[test]
+    fn is_the_backward_pass_of_the_weighted_sum() {
+        for device in [
+            Device::flex().autodiff(),
+            Device::flex().autodiff().gradient_checkpointing(),
+        ] {
+            let random = || {
+                let distribution = Distribution::Uniform(-1.0, 1.0);
+                Tensor::<4>::random([2, 3, 4, 5], distribution, &device)
+            };
+            let (leaf, gradient) = (random().require_grad(), random());
+            let output = || leaf.clone().exp();
+
+            let expected = (output() * gradient.clone()).sum().backward();
+            let grads = backward_from(output(), gradient);
+            let values = |grads: &Gradients| leaf.grad(grads).unwrap().into_data();
+            values(&grads).assert_eq(&values(&expected), true);
+        }
+    }
+}

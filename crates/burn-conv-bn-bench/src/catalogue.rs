@@ -1,0 +1,391 @@
+//! What is timed.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Most that a result of a contender may be off, relative to the largest value of the same tensor
+/// from Burn's unfused layers.
+///
+/// All is in f32, and Burn takes a batch's statistics as one long sum. In the networks rounding
+/// also turns a few ReLUs and winners of the pooling over, which moves a whole value from one place
+/// to another; the gradients of the parameters are sums over very many. In the layers the upstream
+/// gradient is zero where that could happen.
+pub const TOLERANCE: f64 = 2e-3;
+
+/// How much smaller the quick variant's batches are.
+const QUICK_DIVISOR: usize = 8;
+
+/// One line of the catalogue.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Short and stable, the same for the quick variant.
+    pub id: String,
+    /// What it does.
+    pub work: Work,
+}
+
+/// What an entry does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Work {
+    /// One conv -> batch norm -> ReLU block, forward and backward.
+    Layer(Layer),
+    /// A training step of the tutorial's network.
+    Network(Network),
+}
+
+/// A block over square images with a square kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    /// Images.
+    pub batch: usize,
+    /// Input and output channels.
+    pub channels: [usize; 2],
+    /// Height and width of the images.
+    pub size: usize,
+    /// Height and width of the kernel.
+    pub kernel: usize,
+    /// Stride in both directions.
+    pub stride: usize,
+    /// Padding on every side.
+    pub padding: usize,
+    /// Groups of channels.
+    pub groups: usize,
+    /// Whether the input's gradient is wanted: not in a network's first layer.
+    pub input_grad: bool,
+}
+
+/// The tutorial's network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    /// Images.
+    pub batch: usize,
+}
+
+/// The whole catalogue; with smaller batches if `quick`.
+pub fn catalogue(quick: bool) -> Vec<Entry> {
+    let layer = |id: &str, images: [usize; 2], channels: [usize; 2], geometry: [usize; 4]| {
+        let [batch, size] = images;
+        let [kernel, stride, padding, groups] = geometry;
+        Entry {
+            id: id.to_string(),
+            work: Work::Layer(Layer {
+                batch: shrunk(batch, quick),
+                channels,
+                size,
+                kernel,
+                stride,
+                padding,
+                groups,
+                input_grad: channels[0] > 3,
+            }),
+        }
+    };
+    let network = |id: &str, batch| Entry {
+        id: id.to_string(),
+        work: Work::Network(Network {
+            batch: shrunk(batch, quick),
+        }),
+    };
+    vec![
+        layer("tutorial-k3", [256, 26], [32, 64], [3, 1, 0, 1]),
+        layer("k3", [32, 56], [64, 64], [3, 1, 1, 1]),
+        layer("k1", [32, 56], [256, 64], [1, 1, 0, 1]),
+        layer("k3-s2", [32, 28], [128, 128], [3, 2, 1, 1]),
+        layer("k7-s2", [32, 224], [3, 64], [7, 2, 3, 1]),
+        layer("dw", [32, 28], [144, 144], [3, 1, 1, 144]),
+        network("net-256", 256),
+        network("net-2048", 2048),
+    ]
+}
+
+fn shrunk(batch: usize, quick: bool) -> usize {
+    match quick {
+        true => batch / QUICK_DIVISOR,
+        false => batch,
+    }
+}
+
+/// Which entries to run.
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
+    /// Their ids; all if empty.
+    pub only: Vec<String>,
+    /// Whether layers alone were asked for.
+    pub layers: bool,
+    /// Whether networks alone were asked for. With `layers`, both.
+    pub networks: bool,
+}
+
+/// An id that no entry has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnknownEntry {
+    /// What was asked for.
+    pub id: String,
+    /// What there is.
+    pub known: Vec<String>,
+}
+
+impl fmt::Display for UnknownEntry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let known = self.known.join(", ");
+        write!(f, "there is no entry {:?}; there are {known}", self.id)
+    }
+}
+
+impl std::error::Error for UnknownEntry {}
+
+/// The selected entries, in the catalogue's order.
+///
+/// # Errors
+///
+/// The first id that no entry has.
+pub fn select(catalogue: Vec<Entry>, selection: &Selection) -> Result<Vec<Entry>, UnknownEntry> {
+    let unknown = |id: &&String| !catalogue.iter().any(|entry| entry.id == **id);
+    if let Some(id) = selection.only.iter().find(unknown) {
+        return Err(UnknownEntry {
+            id: id.clone(),
+            known: catalogue.into_iter().map(|entry| entry.id).collect(),
+        });
+    }
+    let any_kind = selection.layers == selection.networks;
+    let wanted = |entry: &Entry| {
+        let kind = match entry.work {
+            Work::Layer(_) => selection.layers,
+            Work::Network(_) => selection.networks,
+        };
+        let named = selection.only.is_empty() || selection.only.contains(&entry.id);
+        named && (kind || any_kind)
+    };
+    Ok(catalogue.into_iter().filter(wanted).collect())
+}
+
+impl Layer {
+    /// Height and width of the output.
+    pub fn output_size(&self) -> usize {
+        (self.size + 2 * self.padding - self.kernel) / self.stride + 1
+    }
+
+    /// `[batch, channels_in, size, size]`.
+    pub fn input_shape(&self) -> [usize; 4] {
+        [self.batch, self.channels[0], self.size, self.size]
+    }
+
+    /// `[channels_out, channels_in / groups, kernel, kernel]`.
+    pub fn weight_shape(&self) -> [usize; 4] {
+        let [channels_in, channels_out] = self.channels;
+        [
+            channels_out,
+            channels_in / self.groups,
+            self.kernel,
+            self.kernel,
+        ]
+    }
+
+    /// `[batch, channels_out, output_size, output_size]`.
+    pub fn output_shape(&self) -> [usize; 4] {
+        let size = self.output_size();
+        [self.batch, self.channels[1], size, size]
+    }
+
+    /// Inputs of one output value.
+    pub fn fan_in(&self) -> usize {
+        self.weight_shape()[1..].iter().product()
+    }
+}
+
+impl Network {
+    /// Height and width of the images: MNIST's.
+    pub const IMAGE_SIZE: usize = 28;
+
+    /// Classes.
+    pub const CLASSES: usize = 10;
+
+    /// The two blocks.
+    fn blocks(&self) -> [Layer; 2] {
+        let block = |channels: [usize; 2], size| Layer {
+            batch: self.batch,
+            channels,
+            size,
+            kernel: 3,
+            stride: 1,
+            padding: 0,
+            groups: 1,
+            input_grad: channels[0] > 1,
+        };
+        [
+            block([1, 32], Self::IMAGE_SIZE),
+            block([32, 64], Self::IMAGE_SIZE - 2),
+        ]
+    }
+}
+
+impl Work {
+    fn blocks(&self) -> Vec<Layer> {
+        match self {
+            Self::Layer(layer) => vec![layer.clone()],
+            Self::Network(network) => network.blocks().to_vec(),
+        }
+    }
+
+    /// Multiplications of the convolutions, forward.
+    pub fn multiply_adds(&self) -> usize {
+        let each = |layer: &Layer| layer.output_shape().iter().product::<usize>() * layer.fan_in();
+        self.blocks().iter().map(each).sum()
+    }
+
+    /// Values that the convolutions read and write, forward.
+    pub fn activations(&self) -> usize {
+        let each = |layer: &Layer| {
+            let count = |shape: [usize; 4]| shape.iter().product::<usize>();
+            count(layer.input_shape()) + count(layer.output_shape())
+        };
+        self.blocks().iter().map(each).sum()
+    }
+}
+
+impl fmt::Display for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layer(layer) => write!(f, "{layer}"),
+            Self::Network(network) => write!(f, "{network}"),
+        }
+    }
+}
+
+impl fmt::Display for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [channels_in, channels_out] = self.channels;
+        write!(f, "{}x{channels_in}x{}", self.batch, self.size)?;
+        match self.groups {
+            1 => write!(f, " -> {channels_out}")?,
+            groups if groups == channels_in => write!(f, " dw")?,
+            groups => write!(f, " -> {channels_out} g{groups}")?,
+        }
+        write!(f, " k{}", self.kernel)?;
+        if self.stride != 1 {
+            write!(f, " s{}", self.stride)?;
+        }
+        if self.padding != 0 {
+            write!(f, " p{}", self.padding)?;
+        }
+        match self.input_grad {
+            true => Ok(()),
+            false => write!(f, " (first layer)"),
+        }
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the tutorial's network, batch {}", self.batch)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ids(selection: &Selection) -> Vec<String> {
+        let entries = select(catalogue(false), selection).unwrap();
+        entries.into_iter().map(|entry| entry.id).collect()
+    }
+
+    #[test]
+    fn ids_are_unique_and_stay_under_quick() {
+        let all = ids(&Selection::default());
+        let quick: Vec<String> = catalogue(true).into_iter().map(|entry| entry.id).collect();
+        assert_eq!(all, quick);
+        let mut sorted = all.clone();
+        sorted.sort();
+        sorted.dedup();
+        assert_eq!(sorted.len(), all.len());
+    }
+
+    #[test]
+    fn selects_by_id_and_by_kind() {
+        let only = |names: &[&str]| names.iter().map(|name| name.to_string()).collect();
+        let named = Selection {
+            only: only(&["net-256", "dw"]),
+            ..Selection::default()
+        };
+        assert_eq!(ids(&named), ["dw", "net-256"]);
+        let layers = Selection {
+            layers: true,
+            ..named.clone()
+        };
+        assert_eq!(ids(&layers), ["dw"]);
+        let networks = Selection {
+            networks: true,
+            ..Selection::default()
+        };
+        assert_eq!(ids(&networks), ["net-256", "net-2048"]);
+        let both = Selection {
+            layers: true,
+            ..networks
+        };
+        assert_eq!(ids(&both).len(), 8);
+    }
+
+    #[test]
+    fn an_unknown_id_is_named_with_what_there_is() {
+        let selection = Selection {
+            only: vec!["k3".to_string(), "k33".to_string()],
+            ..Selection::default()
+        };
+        let error = select(catalogue(false), &selection).unwrap_err();
+        assert_eq!(error.id, "k33");
+        assert!(error.to_string().contains("k3-s2, k7-s2, dw"), "{error}");
+    }
+
+    #[test]
+    fn entries_are_named_as_in_the_design() {
+        let names: Vec<String> = catalogue(false)
+            .iter()
+            .map(|entry| entry.work.to_string())
+            .collect();
+        assert_eq!(
+            names,
+            [
+                "256x32x26 -> 64 k3",
+                "32x64x56 -> 64 k3 p1",
+                "32x256x56 -> 64 k1",
+                "32x128x28 -> 128 k3 s2 p1",
+                "32x3x224 -> 64 k7 s2 p3 (first layer)",
+                "32x144x28 dw k3 p1",
+                "the tutorial's network, batch 256",
+                "the tutorial's network, batch 2048",
+            ]
+        );
+        assert_eq!(catalogue(true)[0].work.to_string(), "32x32x26 -> 64 k3");
+    }
+
+    #[test]
+    fn shapes_follow_the_geometry() {
+        let entries = catalogue(false);
+        let shapes = |id: &str| match &entries.iter().find(|e| e.id == id).unwrap().work {
+            Work::Layer(layer) => (layer.weight_shape(), layer.output_shape(), layer.fan_in()),
+            Work::Network(_) => unreachable!("a layer's id"),
+        };
+        assert_eq!(shapes("k7-s2"), ([64, 3, 7, 7], [32, 64, 112, 112], 3 * 49));
+        assert_eq!(shapes("dw"), ([144, 1, 3, 3], [32, 144, 28, 28], 9));
+        assert_eq!(shapes("k3-s2").1, [32, 128, 14, 14]);
+    }
+
+    #[test]
+    fn work_is_counted() {
+        let count = |id: &str| {
+            let entries = catalogue(false);
+            let work = &entries.iter().find(|entry| entry.id == id).unwrap().work;
+            (work.multiply_adds(), work.activations())
+        };
+        let tutorial = (256 * 64 * 24 * 24 * 288, 256 * (32 * 676 + 64 * 576));
+        assert_eq!(count("tutorial-k3"), tutorial);
+        let first = (256 * 32 * 676 * 9, 256 * (784 + 32 * 676));
+        assert_eq!(
+            count("net-256"),
+            (first.0 + tutorial.0, first.1 + tutorial.1)
+        );
+    }
+}

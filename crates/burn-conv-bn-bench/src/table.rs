@@ -1,0 +1,343 @@
+//! Results for people.
+
+use std::fmt::Write as _;
+use std::iter;
+
+use crate::protocol::Contender;
+use crate::report::{Comparison, ContenderReport, EntryReport, ProblemKind, Report, Timing};
+
+/// What the numbers of [`entry`] are.
+pub const LEGEND: &str = "\
+Times are medians over the rounds, in ms; min..max are the fastest and the slowest step. x eager and
+x unfused are medians over the rounds of each round's ratio of whole steps. off is the largest
+difference from the results of Burn's unfused layers, relative to the largest value of the same
+tensor; for PyTorch's tutorial, whose norm is another, from its own formula. Memory is in MiB above
+the level just before forward, in a fresh process: rss is the resident set at the end of forward and
+at its peak up to the end of backward, heap the same counted by the allocator, and x unfused the
+ratio of the peaks of rss.";
+
+/// The tables of one entry: times, and below them memory.
+pub fn entry(report: &EntryReport) -> String {
+    let mut text = format!("{}: {}\n", report.entry.id, report.title);
+    if let Some(problem) = &report.problem {
+        let _ = writeln!(text, "  FAILED: {problem}");
+        return text;
+    }
+    let times = report.contenders.iter().map(time_row);
+    text.push_str(&table(&TIME, times.collect()));
+    let unfused_peak = report.contender(Contender::Unfused).and_then(resident_peak);
+    let measured = report.contenders.iter().filter(|c| c.memory.is_some());
+    let memory: Vec<_> = measured.map(|c| memory_row(c, unfused_peak)).collect();
+    if !memory.is_empty() {
+        text.push_str(&table(&MEMORY, memory));
+    }
+    for contender in &report.contenders {
+        if let Some(problem) = &contender.problem {
+            let _ = writeln!(text, "  {}: {problem}", contender.contender);
+        }
+    }
+    text
+}
+
+/// The line that says what a run ran on.
+pub fn setting(report: &Report) -> String {
+    let machine = &report.machine;
+    let versions = report.versions.iter();
+    let versions: Vec<String> = versions
+        .map(|(name, version)| format!("{name} {version}"))
+        .collect();
+    format!(
+        "{} ({}), {} of {} threads; {}",
+        machine.cpu,
+        machine.vector_units.join(" "),
+        machine.threads,
+        machine.cores,
+        versions.join(", ")
+    )
+}
+
+/// The closing line of one comparison.
+pub fn comparison(comparison: &Comparison) -> String {
+    let mut text = format!("fused / {}: ", comparison.base);
+    if let Some(mean) = comparison.layers_mean {
+        let plural = if comparison.layers == 1 { "" } else { "s" };
+        let _ = write!(
+            text,
+            "{mean:.3} geometric mean over {} layer{plural}; ",
+            comparison.layers
+        );
+    }
+    let _ = write!(
+        text,
+        "worst entry {} at {:.3}",
+        comparison.worst_id, comparison.worst_ratio
+    );
+    text
+}
+
+const TIME: [&str; 9] = [
+    "time",
+    "forward",
+    "backward",
+    "optimizer",
+    "step",
+    "min..max",
+    "x eager",
+    "x unfused",
+    "off",
+];
+
+fn time_row(report: &ContenderReport) -> Vec<String> {
+    let timing = report.timing.as_ref();
+    let time = |of: fn(&Timing) -> Option<f64>| cell(timing.and_then(of), milliseconds);
+    let ratio = |of: fn(&Timing) -> Option<f64>| cell(timing.and_then(of), three_decimals);
+    let spread = timing.map(|timing| {
+        let [fastest, slowest] = [timing.fastest_ms, timing.slowest_ms].map(milliseconds);
+        format!("{fastest}..{slowest}")
+    });
+    vec![
+        report.contender.to_string(),
+        time(|timing| Some(timing.forward_ms)),
+        time(|timing| Some(timing.backward_ms)),
+        time(|timing| timing.optimizer_ms),
+        time(|timing| Some(timing.step_ms)),
+        spread.unwrap_or_default(),
+        ratio(|timing| timing.to_eager),
+        ratio(|timing| timing.to_unfused),
+        off(report),
+    ]
+}
+
+const MEMORY: [&str; 6] = [
+    "memory",
+    "rss end",
+    "rss peak",
+    "x unfused",
+    "heap end",
+    "heap peak",
+];
+
+fn memory_row(report: &ContenderReport, unfused_peak: Option<u64>) -> Vec<String> {
+    let memory = report.memory.unwrap_or_default();
+    let ratio = memory
+        .resident_peak
+        .zip(unfused_peak.filter(|peak| *peak > 0))
+        .map(|(peak, unfused)| peak as f64 / unfused as f64);
+    vec![
+        report.contender.to_string(),
+        cell(memory.resident_forward_end, mebibytes),
+        cell(memory.resident_peak, mebibytes),
+        cell(ratio, three_decimals),
+        cell(memory.heap_forward_end, mebibytes),
+        cell(memory.heap_peak, mebibytes),
+    ]
+}
+
+fn resident_peak(report: &ContenderReport) -> Option<u64> {
+    report.memory.and_then(|memory| memory.resident_peak)
+}
+
+fn off(report: &ContenderReport) -> String {
+    let problem = report.problem.as_ref();
+    let wrong = problem.is_some_and(|problem| problem.kind == ProblemKind::Mismatch);
+    match (report.contender, report.largest_error()) {
+        _ if wrong => "WRONG".to_string(),
+        (Contender::Unfused, None) if report.timing.is_some() => "reference".to_string(),
+        (_, error) => cell(error, |error| format!("{error:.0e}")),
+    }
+}
+
+fn cell<T>(value: Option<T>, format: impl FnOnce(T) -> String) -> String {
+    value.map(format).unwrap_or_default()
+}
+
+/// Three digits at least, and no more decimals than mean anything.
+fn milliseconds(ms: f64) -> String {
+    let decimals = match ms {
+        _ if ms < 9.995 => 2,
+        _ if ms < 99.95 => 1,
+        _ => 0,
+    };
+    format!("{ms:.decimals$}")
+}
+
+fn three_decimals(ratio: f64) -> String {
+    format!("{ratio:.3}")
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.1}", bytes as f64 / (1u64 << 20) as f64)
+}
+
+/// A header over rows, without the columns that are empty below it.
+fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
+    let kept: Vec<usize> = (0..header.len())
+        .filter(|&column| rows.iter().any(|row| !row[column].is_empty()))
+        .collect();
+    let header: Vec<String> = header.iter().map(|title| title.to_string()).collect();
+    let keep = |row: Vec<String>| -> Vec<String> {
+        kept.iter().map(|&column| row[column].clone()).collect()
+    };
+    let rows: Vec<Vec<String>> = iter::once(header).chain(rows).map(keep).collect();
+    aligned(&rows)
+}
+
+/// The first column to the left, all others to the right; an empty cell is a dash.
+fn aligned(rows: &[Vec<String>]) -> String {
+    let columns = rows.first().map_or(0, Vec::len);
+    let width = |column: usize| {
+        let cells = rows.iter().map(|row| row[column].chars().count());
+        cells.max().unwrap_or_default().max(1)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (column, (cell, width)) in row.iter().zip(widths.iter().copied()).enumerate() {
+            let cell = if cell.is_empty() { "-" } else { cell.as_str() };
+            let _ = match column {
+                0 => write!(line, "  {cell:<width$}"),
+                _ => write!(line, "  {cell:>width$}"),
+            };
+        }
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalogue::catalogue;
+    use crate::protocol::{StepMemory, StepTime, TensorError};
+    use crate::report::Machine;
+    use std::collections::BTreeMap;
+
+    fn contender(contender: Contender, forward_ms: f64, peak: u64) -> ContenderReport {
+        ContenderReport {
+            steps: vec![StepTime {
+                forward_ms,
+                backward_ms: 2.0 * forward_ms,
+                optimizer_ms: None,
+            }],
+            memory: Some(StepMemory {
+                resident_forward_end: Some(3 << 19),
+                resident_peak: Some(peak << 20),
+                heap_forward_end: None,
+                heap_peak: None,
+            }),
+            ..ContenderReport::new(contender)
+        }
+    }
+
+    fn report(contenders: Vec<ContenderReport>) -> EntryReport {
+        let mut report = EntryReport {
+            contenders,
+            ..EntryReport::new(catalogue(false).remove(1))
+        };
+        report.summarize();
+        report
+    }
+
+    #[test]
+    fn an_entry_is_a_table_of_what_was_measured() {
+        let mut fused = contender(Contender::Fused, 10.0, 12);
+        fused.errors = vec![TensorError {
+            name: "output".to_string(),
+            error: Some(2.4e-6),
+        }];
+        let unfused = contender(Contender::Unfused, 40.0, 48);
+        let mut checkpointed = ContenderReport::new(Contender::UnfusedCheckpointed);
+        checkpointed.fail(ProblemKind::Failed, "it died");
+        let text = entry(&report(vec![fused, unfused, checkpointed]));
+        let expected = "\
+k3: 32x64x56 -> 64 k3 p1
+  time                  forward  backward  step    min..max  x unfused        off
+  fused                    10.0      20.0  30.0  30.0..30.0      0.250       2e-6
+  unfused                  40.0      80.0   120    120..120      1.000  reference
+  unfused-checkpointed        -         -     -           -          -          -
+  memory   rss end  rss peak  x unfused
+  fused        1.5      12.0      0.250
+  unfused      1.5      48.0      1.000
+  unfused-checkpointed: FAILED: it died
+";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn a_wrong_result_is_marked_in_its_row() {
+        let mut never = contender(Contender::Never, 1.0, 1);
+        never.check(
+            vec![TensorError {
+                name: "input_grad".to_string(),
+                error: Some(0.5),
+            }],
+            2e-3,
+        );
+        let text = entry(&report(vec![never]));
+        let row = text.lines().nth(2).unwrap();
+        assert!(row.ends_with("WRONG"), "{text}");
+        let line = text.lines().last().unwrap();
+        let wanted = "  never: FAILED ITS CHECK: more than 2e-3 off the reference in input_grad by \
+                      5.0e-1 of its largest value";
+        assert_eq!(line, wanted);
+    }
+
+    #[test]
+    fn a_failed_entry_says_why() {
+        let mut report = report(Vec::new());
+        report.problem = Some("no room".to_string());
+        assert_eq!(
+            entry(&report),
+            "k3: 32x64x56 -> 64 k3 p1\n  FAILED: no room\n"
+        );
+    }
+
+    #[test]
+    fn milliseconds_keep_three_digits() {
+        let texts = [0.1234, 9.99, 9.996, 99.94, 99.96, 1234.6].map(milliseconds);
+        assert_eq!(texts, ["0.12", "9.99", "10.0", "99.9", "100", "1235"]);
+    }
+
+    #[test]
+    fn comparisons_are_one_line() {
+        let mut line = Comparison {
+            base: Contender::Eager,
+            layers_mean: Some(0.61249),
+            layers: 6,
+            worst_id: "k1".to_string(),
+            worst_ratio: 1.2,
+        };
+        assert_eq!(
+            comparison(&line),
+            "fused / eager: 0.612 geometric mean over 6 layers; worst entry k1 at 1.200"
+        );
+        line.layers_mean = None;
+        assert_eq!(comparison(&line), "fused / eager: worst entry k1 at 1.200");
+    }
+
+    #[test]
+    fn the_setting_is_one_line() {
+        let version = |name: &str, version: &str| (name.to_string(), version.to_string());
+        let report = Report {
+            quick: false,
+            machine: Machine {
+                cpu: "AMD EPYC".to_string(),
+                vector_units: vec!["avx2".to_string(), "fma".to_string()],
+                cores: 8,
+                threads: 2,
+                system: "linux x86_64".to_string(),
+                environment: BTreeMap::new(),
+            },
+            versions: BTreeMap::from([version("torch", "2.15"), version("burn", "0.22.1")]),
+            commit: None,
+            tolerance: 1e-3,
+            entries: Vec::new(),
+            summary: Vec::new(),
+        };
+        assert_eq!(
+            setting(&report),
+            "AMD EPYC (avx2 fma), 2 of 8 threads; burn 0.22.1, torch 2.15"
+        );
+    }
+}

@@ -1,0 +1,406 @@
+//! Any convolution, as sums of shifted planes: see [`layout`](crate::layout).
+
+use pulp::Arch;
+
+use crate::algorithm::{Algorithm, Piece};
+use crate::layout::{Layout, Run, Tile};
+use crate::shifted::{Filter, SLACK, accumulate, correlate};
+use crate::simd::{self, Sweep};
+use crate::{Element, Geometry, Real};
+
+/// Bytes of planes, of input and output together, that a tile aims at: most of a core's
+/// second-level cache, of which there are 512 KiB or more on today's cores. The weight's factors
+/// stream through what is left.
+const TILE_BYTES: usize = 320 << 10;
+
+/// Fewest positions of a tile: below, the shifts' reach, which is laid out again for each tile,
+/// and the ends of the blocks of sums weigh too much.
+const LEAST_POSITIONS: usize = 256;
+
+/// Most positions of a tile: a block of the weight's gradient reads them from four channels of
+/// gradients again and again, which thus stay in half of the first-level cache.
+const MOST_POSITIONS: usize = 1024;
+
+/// Lines of the planes that a block of taps may meet for the first-level cache to keep them:
+/// each is some 100 bytes long.
+const BLOCK_LINES: usize = 128;
+
+/// Values that fill a cache line in single precision.
+const LINE: usize = 16;
+
+/// A convolution made ready for any number of blocks of images.
+#[derive(Debug)]
+pub(crate) struct Direct<'a, T> {
+    geometry: &'a Geometry,
+    layout: Layout,
+    /// Most wide positions of a tile.
+    tile: usize,
+    /// From one plane of the input to the next.
+    plane: usize,
+    /// From one plane of the output, or of a gradient, to the next.
+    pitch: usize,
+    /// Where each tap's plane starts, shifted, in the order of the weight.
+    offsets: Vec<usize>,
+    /// The weight of each group.
+    filters: Vec<Filter<T>>,
+    /// For each group and phase, the taps of the input's gradient and where they find the
+    /// gradient of the output, if that is wanted.
+    transposed: Vec<Vec<(Filter<T>, Vec<usize>)>>,
+}
+
+/// Buffers of one thread, each for one tile.
+#[derive(Debug)]
+pub(crate) struct Scratch<T> {
+    /// The input's planes.
+    planes: Vec<T>,
+    /// The output, or its gradient, with [`Layout::reach`] positions of the preceding tile before
+    /// it and as many zeros behind.
+    output: Vec<T>,
+    /// The input's gradient at the positions of one phase.
+    input_grad: Vec<T>,
+    converted: Vec<T>,
+}
+
+impl<T> Default for Scratch<T> {
+    fn default() -> Self {
+        Self {
+            planes: Vec::new(),
+            output: Vec::new(),
+            input_grad: Vec::new(),
+            converted: Vec::new(),
+        }
+    }
+}
+
+impl<'a, T: Real> Direct<'a, T> {
+    /// `input_weight` is the weight that the input's gradient goes through, if it is wanted.
+    pub(crate) fn new(geometry: &'a Geometry, weight: &[T], input_weight: Option<&[T]>) -> Self {
+        let layout = Layout::new(geometry);
+        let (channels, depth) = (geometry.group_in(), geometry.depth());
+        let bytes = (layout.phases() * channels + geometry.group_out()) * size_of::<T>();
+        let tile = (TILE_BYTES / bytes)
+            .clamp(LEAST_POSITIONS, MOST_POSITIONS)
+            .max(layout.reach());
+        let plane = plane_len(tile + layout.reach() + SLACK);
+        let offsets = (0..channels)
+            .flat_map(|channel| {
+                layout
+                    .taps()
+                    .iter()
+                    .map(move |(phase, shift)| (phase * channels + channel) * plane + shift)
+            })
+            .collect();
+        let lines = geometry.kernel[0] * geometry.kernel[1];
+        let block = taps_in_cache(channels, layout.taps().len(), lines);
+        let filters = weight
+            .chunks_exact(geometry.group_out() * depth)
+            .map(|weight| {
+                Filter::new(geometry.group_out(), depth, block, |channel, tap| {
+                    weight[channel * depth + tap]
+                })
+            })
+            .collect();
+        let mut this = Self {
+            geometry,
+            tile,
+            plane,
+            pitch: plane_len(tile + 2 * layout.reach() + SLACK),
+            layout,
+            offsets,
+            filters,
+            transposed: Vec::new(),
+        };
+        if let Some(weight) = input_weight {
+            this.transposed = weight
+                .chunks_exact(geometry.group_out() * depth)
+                .map(|weight| this.transposed(weight))
+                .collect();
+        }
+        this
+    }
+
+    /// The transposed convolution of one group, by phases.
+    fn transposed(&self, weight: &[T]) -> Vec<(Filter<T>, Vec<usize>)> {
+        let (group_in, group_out) = (self.geometry.group_in(), self.geometry.group_out());
+        let depth = self.geometry.depth();
+        let kernel = self.layout.taps();
+        let phase = |phase: usize| {
+            let taps: Vec<usize> = (0..kernel.len())
+                .filter(|tap| kernel[*tap].0 == phase)
+                .collect();
+            let reach = self.layout.reach();
+            let offsets = (0..group_out)
+                .flat_map(|channel| {
+                    taps.iter()
+                        .map(move |tap| channel * self.pitch + reach - kernel[*tap].1)
+                })
+                .collect();
+            let lines = self.geometry.kernel[0] * self.geometry.kernel[1];
+            let block = taps_in_cache(group_out, taps.len(), lines.min(taps.len()));
+            let filter = Filter::new(group_in, group_out * taps.len(), block, |into, index| {
+                let (channel, tap) = (index / taps.len(), taps[index % taps.len()]);
+                weight[channel * depth + into * kernel.len() + tap]
+            });
+            (filter, offsets)
+        };
+        (0..self.layout.phases()).map(phase).collect()
+    }
+}
+
+impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
+    type Tile = Tile;
+    type Scratch = Scratch<E::Real>;
+
+    fn geometry(&self) -> &Geometry {
+        self.geometry
+    }
+
+    fn tiles(&self, images: usize) -> Vec<Tile> {
+        self.layout.tiles(images, self.tile)
+    }
+
+    fn pieces<'a>(&self, tile: &'a Tile) -> &'a [Piece] {
+        &tile.pieces
+    }
+
+    fn load(&self, scratch: &mut Self::Scratch, input: &[E], group: usize, tile: &Tile) {
+        let channels = self.geometry.group_in();
+        let len = self.layout.phases() * channels * self.plane;
+        scratch.planes.resize(len, E::Real::ZERO);
+        let plane = self.geometry.input_plane();
+        let first = group * channels * plane;
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                let planes = scratch.planes.chunks_exact_mut(channels * self.plane);
+                for (runs, planes) in tile.input.iter().zip(planes) {
+                    for (channel, target) in planes.chunks_exact_mut(self.plane).enumerate() {
+                        let source = &input[first + channel * plane..];
+                        let step = self.layout.step();
+                        load_runs(source, runs, step, target, &mut scratch.converted);
+                    }
+                }
+            },
+        ));
+    }
+
+    fn convolve(&self, scratch: &mut Self::Scratch, group: usize, tile: &Tile) {
+        let len = self.geometry.group_out() * self.pitch;
+        scratch.output.resize(len, E::Real::ZERO);
+        correlate(
+            &self.filters[group],
+            &scratch.planes,
+            &self.offsets,
+            &mut scratch.output[self.layout.reach()..],
+            self.pitch,
+            tile.range.len(),
+        );
+    }
+
+    fn gather(
+        &self,
+        scratch: &mut Self::Scratch,
+        tile: &Tile,
+        piece: usize,
+        channel: usize,
+        line: &mut [E::Real],
+    ) {
+        let plane = &scratch.output[channel * self.pitch + self.layout.reach()..];
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                let mut start = 0;
+                for run in &tile.output[tile.runs[piece].clone()] {
+                    simd::copy(&plane[run.wide..][..run.len], &mut line[start..][..run.len]);
+                    start += run.len;
+                }
+            },
+        ));
+    }
+
+    fn begin(&self, scratch: &mut Self::Scratch) {
+        let len = self.geometry.group_out() * self.pitch;
+        scratch.output.resize(len, E::Real::ZERO);
+        for plane in scratch.output.chunks_exact_mut(self.pitch) {
+            plane[..self.layout.reach()].fill(E::Real::ZERO);
+        }
+    }
+
+    fn scatter(
+        &self,
+        scratch: &mut Self::Scratch,
+        tile: &Tile,
+        piece: usize,
+        channel: usize,
+        line: &[E::Real],
+    ) {
+        let plane = &mut scratch.output[channel * self.pitch + self.layout.reach()..];
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                let mut start = 0;
+                for run in &tile.output[tile.runs[piece].clone()] {
+                    simd::copy(&line[start..][..run.len], &mut plane[run.wide..][..run.len]);
+                    start += run.len;
+                }
+            },
+        ));
+    }
+
+    fn seal(&self, scratch: &mut Self::Scratch, tile: &Tile, channel: usize) {
+        let reach = self.layout.reach();
+        let plane = &mut scratch.output[channel * self.pitch + reach..];
+        zero_gaps(&tile.output, &mut plane[..tile.range.len() + reach + SLACK]);
+    }
+
+    fn weight_grad_len(&self) -> usize {
+        self.geometry.weight_len()
+    }
+
+    fn add_weight_grad(&self, scratch: &mut Self::Scratch, tile: &Tile, sums: &mut [E::Real]) {
+        accumulate(
+            sums,
+            &scratch.output[self.layout.reach()..],
+            self.pitch,
+            &scratch.planes,
+            &self.offsets,
+            tile.range.len(),
+        );
+    }
+
+    fn weight_grad(&self, sums: &[E::Real], grad: &mut [E::Real]) {
+        grad.copy_from_slice(sums);
+    }
+
+    fn input_grad(&self, scratch: &mut Self::Scratch, group: usize, tile: &Tile, grad: &mut [E]) {
+        let (channels, plane) = (self.geometry.group_in(), self.geometry.input_plane());
+        if group == 0 && tile.range.start == 0 && !self.layout.covers_input() {
+            grad.fill(E::default());
+        }
+        let len = channels * self.pitch;
+        scratch.input_grad.resize(len, E::Real::ZERO);
+        for ((filter, offsets), runs) in self.transposed[group].iter().zip(&tile.grad) {
+            correlate(
+                filter,
+                &scratch.output,
+                offsets,
+                &mut scratch.input_grad,
+                self.pitch,
+                tile.grad_range.len(),
+            );
+            for (index, values) in scratch.input_grad.chunks_exact(self.pitch).enumerate() {
+                store_runs(
+                    values,
+                    runs,
+                    self.layout.step(),
+                    &mut grad[(group * channels + index) * plane..],
+                    &mut scratch.converted,
+                );
+            }
+        }
+        // The next tile's shifts reach back into this one.
+        let (reach, end) = (self.layout.reach(), tile.range.len());
+        for plane in scratch.output.chunks_exact_mut(self.pitch) {
+            plane.copy_within(end..end + reach, 0);
+        }
+    }
+}
+
+/// A number of taps to sum at a time, of `taps` for each of `channels` that meet `lines` lines of
+/// its planes: about [`BLOCK_LINES`] in all, the same number in each block as far as they divide.
+pub(crate) fn taps_in_cache(channels: usize, taps: usize, lines: usize) -> usize {
+    let most = (BLOCK_LINES / lines).max(1);
+    channels.div_ceil(channels.div_ceil(most)) * taps
+}
+
+/// The next length that is an odd number of cache lines: planes a power of two apart would meet in
+/// the same few places of a cache.
+pub(crate) fn plane_len(len: usize) -> usize {
+    (len.div_ceil(LINE) | 1) * LINE
+}
+
+/// Fills a plane from its runs, with zeros between and behind them.
+#[inline(always)]
+fn load_runs<E: Element>(
+    source: &[E],
+    runs: &[Run],
+    step: usize,
+    target: &mut [E::Real],
+    scratch: &mut Vec<E::Real>,
+) {
+    let mut end = 0;
+    for run in runs {
+        zero(&mut target[end..run.wide]);
+        end = run.wide + run.len;
+        let target = &mut target[run.wide..end];
+        let source = &source[run.dense..][..(run.len - 1) * step + 1];
+        match step {
+            1 => E::load(source, target),
+            2 => spread(E::read(source, scratch), 2, target),
+            _ => spread(E::read(source, scratch), step, target),
+        }
+    }
+    zero(&mut target[end..]);
+}
+
+/// Every `step`-th value.
+#[inline(always)]
+fn spread<T: Real>(source: &[T], step: usize, target: &mut [T]) {
+    for (target, source) in target.iter_mut().zip(source.chunks(step)) {
+        *target = source[0];
+    }
+}
+
+/// Stores a plane's runs where they belong, each `step`-th value.
+fn store_runs<E: Element>(
+    source: &[E::Real],
+    runs: &[Run],
+    step: usize,
+    target: &mut [E],
+    scratch: &mut Vec<E::Real>,
+) {
+    Arch::new().dispatch(Sweep(
+        #[inline(always)]
+        || {
+            for run in runs {
+                let source = &source[run.wide..][..run.len];
+                let target = &mut target[run.dense..][..(run.len - 1) * step + 1];
+                match step {
+                    1 => E::store(source, target),
+                    _ => E::update(
+                        target,
+                        scratch,
+                        #[inline(always)]
+                        |target| {
+                            for (target, source) in target.chunks_mut(step).zip(source) {
+                                target[0] = *source;
+                            }
+                        },
+                    ),
+                }
+            }
+        },
+    ));
+}
+
+/// Zeroes what lies between and behind a tile's runs.
+fn zero_gaps<T: Real>(runs: &[Run], plane: &mut [T]) {
+    let mut end = 0;
+    for run in runs {
+        zero(&mut plane[end..run.wide]);
+        end = run.wide + run.len;
+    }
+    zero(&mut plane[end..]);
+}
+
+/// `fill` without its call for the few zeros of a row's end.
+#[inline(always)]
+pub(crate) fn zero<T: Real>(values: &mut [T]) {
+    if values.len() > LINE {
+        values.fill(T::ZERO);
+        return;
+    }
+    for value in values {
+        *value = T::ZERO;
+    }
+}

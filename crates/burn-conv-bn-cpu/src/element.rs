@@ -1,0 +1,126 @@
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use crate::{Real, simd};
+
+/// The types that activations are stored in: `f32` and `f64`, which are computed in as they are,
+/// and `f16` and `bf16`, which pass through tiles of `f32`.
+///
+/// The convolution's output is rounded to this type where it leaves its tile, whether it is stored
+/// or not, so that what is recomputed is what was there.
+pub trait Element: Copy + Default + Send + Sync + private::Sealed + 'static {
+    /// What the kernels compute in.
+    type Real: Real;
+
+    /// Converts each value; rounded to nearest.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the slices differ in length.
+    fn store(values: &[Self::Real], target: &mut [Self]);
+
+    /// Converts each value; exact.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the slices differ in length.
+    fn load(values: &[Self], target: &mut [Self::Real]);
+
+    /// The values to compute with: themselves, or converted into `scratch`.
+    fn read<'a>(values: &'a [Self], scratch: &'a mut Vec<Self::Real>) -> &'a [Self::Real];
+
+    /// Rounds each value to what this type can hold.
+    fn round(values: &mut [Self::Real], scratch: &mut Vec<Self>);
+
+    /// Lets `change` change the values: in place, or converted into `scratch` and back.
+    fn update(
+        values: &mut [Self],
+        scratch: &mut Vec<Self::Real>,
+        change: impl FnOnce(&mut [Self::Real]),
+    );
+}
+
+mod private {
+    pub trait Sealed {}
+}
+
+macro_rules! computed_as_stored {
+    ($($real:ty),*) => {$(
+        impl private::Sealed for $real {}
+
+        impl Element for $real {
+            type Real = $real;
+
+            #[inline(always)]
+            fn store(values: &[$real], target: &mut [Self]) {
+                simd::copy(values, target);
+            }
+
+            #[inline(always)]
+            fn load(values: &[Self], target: &mut [$real]) {
+                simd::copy(values, target);
+            }
+
+            #[inline(always)]
+            fn read<'a>(values: &'a [Self], _: &'a mut Vec<$real>) -> &'a [$real] {
+                values
+            }
+
+            #[inline(always)]
+            fn round(_: &mut [$real], _: &mut Vec<Self>) {}
+
+            #[inline(always)]
+            fn update(
+                values: &mut [Self],
+                _: &mut Vec<$real>,
+                change: impl FnOnce(&mut [$real]),
+            ) {
+                change(values);
+            }
+        }
+    )*};
+}
+
+macro_rules! computed_in_f32 {
+    ($($half:ty),*) => {$(
+        impl private::Sealed for $half {}
+
+        impl Element for $half {
+            type Real = f32;
+
+            fn store(values: &[f32], target: &mut [Self]) {
+                target.convert_from_f32_slice(values);
+            }
+
+            fn load(values: &[Self], target: &mut [f32]) {
+                values.convert_to_f32_slice(target);
+            }
+
+            fn read<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
+                scratch.resize(values.len(), 0.0);
+                Self::load(values, scratch);
+                scratch
+            }
+
+            fn round(values: &mut [f32], scratch: &mut Vec<Self>) {
+                scratch.resize(values.len(), Self::ZERO);
+                Self::store(values, scratch);
+                Self::load(scratch, values);
+            }
+
+            fn update(
+                values: &mut [Self],
+                scratch: &mut Vec<f32>,
+                change: impl FnOnce(&mut [f32]),
+            ) {
+                scratch.resize(values.len(), 0.0);
+                Self::load(values, scratch);
+                change(scratch);
+                Self::store(scratch, values);
+            }
+        }
+    )*};
+}
+
+computed_as_stored!(f32, f64);
+computed_in_f32!(f16, bf16);

@@ -1,0 +1,890 @@
+//! Kernels of 3x3 taps with fewer products.
+//!
+//! Two neighbouring outputs share most of what they meet. A bilinear algorithm (Winograd, Arithmetic
+//! Complexity of Computations, 1980; Lavin and Gray, arXiv 1509.09308) adds inputs and taps up first
+//! and needs fewer products for both: 4 instead of 6 with stride 1, 5 instead of 6 with stride 2.
+//! Nested in rows and columns that is 16 instead of 36, and 25 instead of 36, for each 2x2 of
+//! outputs. It is written here as
+//!
+//! `y = A [(G w) * (B x)]`, with `*` element by element,
+//!
+//! and since that is a sum of products of three, the gradients are the same sum read otherwise:
+//! `dw = G' [(A' dy) * (B x)]` and `dx = B' [(G w) * (A' dy)]`, at the same number of products.
+//!
+//! The matrices' elements are 0, 1, -1 and, in `G`, 1/2. With matrices like these the result is no
+//! further from the exact one than a direct sum's, since fewer terms are rounded; larger tiles of
+//! outputs would save more and lose digits.
+//!
+//! For each of the products, the sum over channels is a matrix product, which the kernels for
+//! shifted planes do, without any shift.
+
+use std::marker::PhantomData;
+use std::ops::{Add, Neg, Range, Sub};
+
+use pulp::Arch;
+
+use crate::algorithm::{Algorithm, Piece};
+use crate::direct::{plane_len, taps_in_cache, zero};
+use crate::shifted::{Filter, SLACK, WIDEST, accumulate, correlate};
+use crate::simd::Sweep;
+use crate::{Element, Geometry, Real};
+
+/// Bytes of scratch that a thread's tile aims at.
+const TILE_BYTES: usize = 5 << 20;
+
+/// Most positions of a tile: a plane of that many values of 64 channels is half of a core's
+/// second-level cache.
+const MOST_POSITIONS: usize = 1024;
+
+/// Values that are transformed at a time.
+const CHUNK: usize = 8;
+
+/// A minimal algorithm in one dimension, for pairs of outputs, with `N` inputs and `E` products.
+pub(crate) trait Bilinear<const N: usize, const E: usize>: Sync {
+    /// Inputs from one pair of outputs to the next.
+    const STEP: usize;
+
+    /// `B x`.
+    fn input<V: Linear>(x: [V; N]) -> [V; E];
+    /// `B' v`.
+    fn input_transposed<V: Linear>(v: [V; E]) -> [V; N];
+    /// `A m`.
+    fn output<V: Linear>(m: [V; E]) -> [V; 2];
+    /// `A' y`.
+    fn output_transposed<V: Linear>(y: [V; 2]) -> [V; E];
+    /// `G w`.
+    fn filter(w: [f64; 3]) -> [f64; E];
+    /// `G' u`.
+    fn filter_transposed(u: [f64; E]) -> [f64; 3];
+}
+
+/// What a transform does with values.
+pub(crate) trait Linear:
+    Copy + Add<Output = Self> + Sub<Output = Self> + Neg<Output = Self>
+{
+}
+
+/// Stride 1: F(2, 3) of the literature.
+pub(crate) struct Stride1;
+
+impl Bilinear<4, 4> for Stride1 {
+    const STEP: usize = 2;
+
+    #[inline(always)]
+    fn input<V: Linear>([x0, x1, x2, x3]: [V; 4]) -> [V; 4] {
+        [x0 - x2, x1 + x2, x2 - x1, x1 - x3]
+    }
+
+    #[inline(always)]
+    fn input_transposed<V: Linear>([v0, v1, v2, v3]: [V; 4]) -> [V; 4] {
+        [v0, v1 - v2 + v3, v1 + v2 - v0, -v3]
+    }
+
+    #[inline(always)]
+    fn output<V: Linear>([m0, m1, m2, m3]: [V; 4]) -> [V; 2] {
+        [m0 + m1 + m2, m1 - m2 - m3]
+    }
+
+    #[inline(always)]
+    fn output_transposed<V: Linear>([y0, y1]: [V; 2]) -> [V; 4] {
+        [y0, y0 + y1, y0 - y1, -y1]
+    }
+
+    fn filter([w0, w1, w2]: [f64; 3]) -> [f64; 4] {
+        [w0, (w0 + w1 + w2) / 2.0, (w0 - w1 + w2) / 2.0, w2]
+    }
+
+    fn filter_transposed([u0, u1, u2, u3]: [f64; 4]) -> [f64; 3] {
+        let (sum, difference) = ((u1 + u2) / 2.0, (u1 - u2) / 2.0);
+        [u0 + sum, difference, sum + u3]
+    }
+}
+
+/// Stride 2: the outer taps meet every other input, as F(2, 2); the middle one meets the rest.
+pub(crate) struct Stride2;
+
+impl Bilinear<5, 5> for Stride2 {
+    const STEP: usize = 4;
+
+    #[inline(always)]
+    fn input<V: Linear>([x0, x1, x2, x3, x4]: [V; 5]) -> [V; 5] {
+        [x0 - x2, x2, x4 - x2, x1, x3]
+    }
+
+    #[inline(always)]
+    fn input_transposed<V: Linear>([v0, v1, v2, v3, v4]: [V; 5]) -> [V; 5] {
+        [v0, v3, v1 - v0 - v2, v4, v2]
+    }
+
+    #[inline(always)]
+    fn output<V: Linear>([m0, m1, m2, m3, m4]: [V; 5]) -> [V; 2] {
+        [m0 + m1 + m3, m1 + m2 + m4]
+    }
+
+    #[inline(always)]
+    fn output_transposed<V: Linear>([y0, y1]: [V; 2]) -> [V; 5] {
+        [y0, y0 + y1, y1, y0, y1]
+    }
+
+    fn filter([w0, w1, w2]: [f64; 3]) -> [f64; 5] {
+        [w0, w0 + w2, w2, w1, w1]
+    }
+
+    fn filter_transposed([u0, u1, u2, u3, u4]: [f64; 5]) -> [f64; 3] {
+        [u0 + u1, u3 + u4, u1 + u2]
+    }
+}
+
+/// [`CHUNK`] neighbouring values.
+#[derive(Clone, Copy)]
+struct Chunk<T>([T; CHUNK]);
+
+impl<T: Real> Chunk<T> {
+    const ZERO: Self = Self([T::ZERO; CHUNK]);
+
+    /// The values at `start` of `K` lines, `pitch` apart.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    fn load<const K: usize>(values: &[T], start: usize, pitch: usize) -> [Self; K] {
+        assert!(start + (K - 1) * pitch + CHUNK <= values.len());
+        std::array::from_fn(
+            #[inline(always)]
+            |k| {
+                // SAFETY: the last of the chunks ends within the slice, as was just checked; an
+                // array of values is read unaligned from where such values are.
+                Self(unsafe {
+                    values
+                        .as_ptr()
+                        .add(start + k * pitch)
+                        .cast::<[T; CHUNK]>()
+                        .read()
+                })
+            },
+        )
+    }
+
+    /// Puts chunks to `start` of `K` lines, `pitch` apart.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    fn store<const K: usize>(chunks: [Self; K], values: &mut [T], start: usize, pitch: usize) {
+        assert!(start + (K - 1) * pitch + CHUNK <= values.len());
+        for (k, chunk) in chunks.into_iter().enumerate() {
+            // SAFETY: the last of the chunks ends within the slice, as was just checked.
+            unsafe {
+                let at = values.as_mut_ptr().add(start + k * pitch);
+                at.cast::<[T; CHUNK]>().write(chunk.0);
+            }
+        }
+    }
+
+    /// As [`store`](Self::store), the first `len` values of each.
+    #[inline(always)]
+    fn store_part<const K: usize>(
+        chunks: [Self; K],
+        values: &mut [T],
+        start: usize,
+        pitch: usize,
+        len: usize,
+    ) {
+        if len >= CHUNK {
+            return Self::store(chunks, values, start, pitch);
+        }
+        for (k, chunk) in chunks.into_iter().enumerate() {
+            copy_short(&chunk.0, &mut values[start + k * pitch..][..len]);
+        }
+    }
+}
+
+impl<T: Real> Linear for Chunk<T> {}
+
+impl<T: Real> Add for Chunk<T> {
+    type Output = Self;
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(std::array::from_fn(
+            #[inline(always)]
+            |lane| self.0[lane] + other.0[lane],
+        ))
+    }
+}
+
+impl<T: Real> Sub for Chunk<T> {
+    type Output = Self;
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        Self(std::array::from_fn(
+            #[inline(always)]
+            |lane| self.0[lane] - other.0[lane],
+        ))
+    }
+}
+
+impl<T: Real> Neg for Chunk<T> {
+    type Output = Self;
+
+    #[inline(always)]
+    fn neg(self) -> Self {
+        Self(std::array::from_fn(
+            #[inline(always)]
+            |lane| T::ZERO - self.0[lane],
+        ))
+    }
+}
+
+/// A convolution made ready. Its positions are pairs of rows by pairs of columns of the output.
+pub(crate) struct Minimal<'a, T, B, const N: usize, const E: usize> {
+    geometry: &'a Geometry,
+    /// Pairs of output rows.
+    rows: usize,
+    /// Pairs of output columns.
+    columns: usize,
+    /// Rows of pairs of a tile.
+    tile: usize,
+    /// From one plane to the next.
+    plane: usize,
+    /// From one product's planes to the next product's, of the input and of the output.
+    input_product: usize,
+    output_product: usize,
+    /// Where the input's, and the output's, channels start within a product's planes.
+    inputs: Vec<usize>,
+    outputs: Vec<usize>,
+    /// For each group, and each of the `E * E` products.
+    filters: Vec<Filter<T>>,
+    /// The same for the input's gradient, if that is wanted.
+    transposed: Vec<Filter<T>>,
+    algorithm: PhantomData<B>,
+}
+
+/// Rows of pairs, of one image or of several.
+#[derive(Debug)]
+pub(crate) struct Tile {
+    positions: usize,
+    parts: Vec<Part>,
+    pieces: Vec<Piece>,
+}
+
+/// Rows of pairs of one image.
+#[derive(Debug)]
+struct Part {
+    image: usize,
+    rows: Range<usize>,
+    /// Where they start in the tile.
+    position: usize,
+}
+
+pub(crate) struct Scratch<T> {
+    /// `B x B'`: a plane for each product and channel.
+    input: Vec<T>,
+    /// The products' sums, then `A' dy A`.
+    output: Vec<T>,
+    /// The products of the input's gradient; a row of the preceding tile before those of this one.
+    input_grad: Vec<T>,
+    lines: Lines<T>,
+}
+
+/// Some rows on their way.
+struct Lines<T> {
+    /// A row of the input with its padding.
+    padded: Vec<T>,
+    /// Its every [`Bilinear::STEP`]-th value, from each of the first on.
+    phases: Vec<T>,
+    /// Rows transformed along the columns.
+    rows: Vec<T>,
+}
+
+impl<T> Default for Scratch<T> {
+    fn default() -> Self {
+        Self {
+            input: Vec::new(),
+            output: Vec::new(),
+            input_grad: Vec::new(),
+            lines: Lines {
+                padded: Vec::new(),
+                phases: Vec::new(),
+                rows: Vec::new(),
+            },
+        }
+    }
+}
+
+impl<'a, T, B, const N: usize, const E: usize> Minimal<'a, T, B, N, E>
+where
+    T: Real,
+    B: Bilinear<N, E>,
+{
+    /// `input_weight` is the weight that the input's gradient goes through, if it is wanted.
+    pub(crate) fn new(geometry: &'a Geometry, weight: &[T], input_weight: Option<&[T]>) -> Self {
+        let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
+        let [_, height, width] = geometry.output();
+        let (rows, columns) = (height.div_ceil(2), width.div_ceil(2));
+        let bytes = E * E * (2 * group_in + group_out) * size_of::<T>();
+        let tile = (TILE_BYTES / bytes).min(MOST_POSITIONS) / columns;
+        let tile = tile.max(1);
+        let plane = plane_len(columns + tile * columns + SLACK);
+        let starts = |channels: usize| (0..channels).map(|channel| channel * plane).collect();
+        Self {
+            geometry,
+            rows,
+            columns,
+            tile,
+            plane,
+            input_product: product_len(group_in * plane),
+            output_product: product_len(group_out * plane),
+            inputs: starts(group_in),
+            outputs: starts(group_out),
+            filters: Self::filters(geometry, weight, false),
+            transposed: input_weight
+                .map(|weight| Self::filters(geometry, weight, true))
+                .unwrap_or_default(),
+            algorithm: PhantomData,
+        }
+    }
+
+    /// `G w G'` of each group, from input channels to output channels or, `transposed`, back.
+    fn filters(geometry: &Geometry, weight: &[T], transposed: bool) -> Vec<Filter<T>> {
+        let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
+        let mut filters = Vec::new();
+        for weight in weight.chunks_exact(group_out * group_in * 9) {
+            let (kernels, _) = weight.as_chunks::<9>();
+            let mut products = vec![T::ZERO; E * E * kernels.len()];
+            for (index, kernel) in kernels.iter().enumerate() {
+                let row = |row: usize| {
+                    B::filter(std::array::from_fn(|column| {
+                        kernel[row * 3 + column].to_f64()
+                    }))
+                };
+                let rows = [row(0), row(1), row(2)];
+                for column in 0..E {
+                    let down = B::filter(std::array::from_fn(|row| rows[row][column]));
+                    for (row, value) in down.into_iter().enumerate() {
+                        products[(row * E + column) * kernels.len() + index] = T::from_f64(value);
+                    }
+                }
+            }
+            for product in products.chunks_exact(kernels.len()) {
+                filters.push(match transposed {
+                    false => Filter::new(
+                        group_out,
+                        group_in,
+                        taps_in_cache(group_in, 1, 1),
+                        |channel, tap| product[channel * group_in + tap],
+                    ),
+                    true => Filter::new(
+                        group_in,
+                        group_out,
+                        taps_in_cache(group_out, 1, 1),
+                        |channel, tap| product[tap * group_in + channel],
+                    ),
+                });
+            }
+        }
+        filters
+    }
+
+    /// Length of rows that are dealt with in whole chunks.
+    fn padded_columns(&self) -> usize {
+        self.columns.next_multiple_of(CHUNK)
+    }
+
+    /// One row of the input, transformed along the columns: `E` lines of `rows` from `start` on.
+    #[inline(always)]
+    fn load_row<F: Element<Real = T>>(&self, source: &[F], lines: &mut Lines<T>, line: usize) {
+        let columns = self.padded_columns();
+        let before = self.geometry.padding[2].0;
+        F::load(source, &mut lines.padded[before..][..source.len()]);
+        let len = columns + CHUNK;
+        split::<T>(B::STEP, &lines.padded, &mut lines.phases, len);
+        for start in (0..columns).step_by(CHUNK) {
+            // Input n of a pair is in phase n % STEP, n / STEP further on.
+            let mut values = [Chunk::ZERO; N];
+            let (first, rest) = values.split_at_mut(B::STEP);
+            match B::STEP {
+                2 => {
+                    first.copy_from_slice(&Chunk::load::<2>(&lines.phases, start, len));
+                    rest.copy_from_slice(&Chunk::load::<2>(&lines.phases, start + 1, len));
+                }
+                _ => {
+                    first.copy_from_slice(&Chunk::load::<4>(&lines.phases, start, len));
+                    rest.copy_from_slice(&Chunk::load::<1>(&lines.phases, start + 1, len));
+                }
+            }
+            Chunk::store(B::input(values), &mut lines.rows, line + start, columns);
+        }
+    }
+
+    /// The part of [`Algorithm::load`] for one channel and one image.
+    #[inline(always)]
+    fn load_part<F: Element<Real = T>>(
+        &self,
+        source: &[F],
+        part: &Part,
+        channel: usize,
+        input: &mut [T],
+        lines: &mut Lines<T>,
+    ) {
+        let [_, height, width] = self.geometry.input;
+        let columns = self.padded_columns();
+        let pitch = E * columns;
+        for line in 0..(part.rows.len() - 1) * B::STEP + N {
+            let at = part.rows.start * B::STEP + line;
+            match at.checked_sub(self.geometry.padding[1].0) {
+                Some(at) if at < height => {
+                    self.load_row(&source[at * width..][..width], lines, line * pitch);
+                }
+                _ => lines.rows[line * pitch..][..pitch].fill(T::ZERO),
+            }
+        }
+        let first = channel * self.plane + part.position;
+        for row in 0..part.rows.len() {
+            for column in 0..E {
+                let source = row * B::STEP * pitch + column * columns;
+                let target = first + row * self.columns + column * self.input_product;
+                for start in (0..columns).step_by(CHUNK) {
+                    let values = Chunk::load::<N>(&lines.rows, source + start, pitch);
+                    // What this writes beyond the row, the next one overwrites.
+                    let products = B::input(values);
+                    Chunk::store(products, input, target + start, E * self.input_product);
+                }
+            }
+        }
+    }
+
+    /// Writes the rows of the input's gradient that begin with a row of pairs: those that `row` and
+    /// the one before it meet. `planes` has the row at `position`, less than a row after the one
+    /// before it.
+    #[inline(always)]
+    fn store_rows<F: Element<Real = T>>(
+        &self,
+        planes: &[T],
+        row: usize,
+        position: usize,
+        grad: &mut [F],
+        lines: &mut Lines<T>,
+    ) {
+        let columns = self.padded_columns();
+        // A chunk of zeros on either side of each line.
+        let pitch = columns + 2 * CHUNK;
+        let product = E * self.input_product;
+        for column in 0..E {
+            let line = column * pitch + CHUNK;
+            let from = position + column * self.input_product;
+            for start in (0..columns).step_by(CHUNK) {
+                let this = match row < self.rows {
+                    true => Chunk::load::<E>(planes, from + self.columns + start, product),
+                    false => [Chunk::ZERO; E],
+                };
+                let before = match row > 0 {
+                    true => Chunk::load::<E>(planes, from + start, product),
+                    false => [Chunk::ZERO; E],
+                };
+                let this = B::input_transposed(this);
+                let before = B::input_transposed(before);
+                Self::store_sums(this, before, &mut lines.rows, line + start, E * pitch);
+            }
+            for n in 0..B::STEP {
+                let line = line + n * E * pitch;
+                zero(&mut lines.rows[line + self.columns..line + columns + CHUNK]);
+            }
+        }
+        let [_, height, width] = self.geometry.input;
+        let [_, (above, _), (left, _)] = self.geometry.padding;
+        for n in 0..B::STEP {
+            let Some(at) = (row * B::STEP + n)
+                .checked_sub(above)
+                .filter(|at| *at < height)
+            else {
+                continue;
+            };
+            let len = columns + CHUNK;
+            let line = n * E * pitch + CHUNK;
+            for start in (0..len).step_by(CHUNK) {
+                let this = Chunk::load::<E>(&lines.rows, line + start, pitch);
+                let before = Chunk::load::<E>(&lines.rows, line + start - 1, pitch);
+                let this = B::input_transposed(this);
+                let before = B::input_transposed(before);
+                Self::store_sums(this, before, &mut lines.phases, start, len);
+            }
+            join::<T>(B::STEP, &lines.phases, &mut lines.padded, len);
+            F::store(
+                &lines.padded[left..][..width],
+                &mut grad[at * width..][..width],
+            );
+        }
+    }
+
+    /// Puts what a pair and the one before it contribute to the inputs from the pair's first one to
+    /// the next pair's first one to lines `pitch` apart.
+    #[inline(always)]
+    fn store_sums(
+        this: [Chunk<T>; N],
+        before: [Chunk<T>; N],
+        target: &mut [T],
+        start: usize,
+        pitch: usize,
+    ) {
+        let sum = |n: usize| match before.get(n + B::STEP) {
+            Some(before) => this[n] + *before,
+            None => this[n],
+        };
+        match B::STEP {
+            2 => Chunk::store([sum(0), sum(1)], target, start, pitch),
+            _ => Chunk::store([sum(0), sum(1), sum(2), sum(3)], target, start, pitch),
+        }
+    }
+
+    fn reserve(&self, lines: &mut Lines<T>) {
+        let columns = self.padded_columns();
+        let len = columns + 2 * CHUNK;
+        let most_rows = (self.tile.min(self.rows) - 1) * B::STEP + N;
+        lines.rows.resize(most_rows * E * len, T::ZERO);
+        lines.phases.resize(B::STEP * len, T::ZERO);
+        let [_, (_, _), (before, _)] = self.geometry.padding;
+        let padded = (B::STEP * len).max(before + self.geometry.input[2]);
+        lines.padded.resize(padded, T::ZERO);
+    }
+}
+
+/// A length from one product's planes to the next: the same position of each is in another place
+/// of the first-level cache.
+fn product_len(len: usize) -> usize {
+    const LINE: usize = 16;
+    const PLACES: usize = 64;
+    let lines = len.div_ceil(LINE);
+    (lines + (PLACES + 3 - lines % PLACES) % PLACES) * LINE
+}
+
+/// As many values as both hold, fewer than two chunks.
+#[inline(always)]
+fn copy_short<T: Real>(source: &[T], target: &mut [T]) {
+    match (
+        source.first_chunk::<CHUNK>(),
+        target.first_chunk_mut::<CHUNK>(),
+    ) {
+        (Some(first), Some(to)) => {
+            *to = *first;
+            for (target, source) in target.iter_mut().zip(source).skip(CHUNK) {
+                *target = *source;
+            }
+        }
+        _ => {
+            for (target, source) in target.iter_mut().zip(source) {
+                *target = *source;
+            }
+        }
+    }
+}
+
+/// Every `step`-th value, from each of the first `step` on: lines of `len`, in whole chunks.
+#[inline(always)]
+fn split<T: Real>(step: usize, source: &[T], target: &mut [T], len: usize) {
+    #[inline(always)]
+    fn into<T: Real, const STEP: usize>(source: &[T], target: &mut [T], len: usize) {
+        for start in (0..len).step_by(CHUNK) {
+            let (groups, _) = source[STEP * start..][..STEP * CHUNK].as_chunks::<STEP>();
+            for phase in 0..STEP {
+                let mut chunk = Chunk::ZERO;
+                for lane in 0..CHUNK {
+                    chunk.0[lane] = groups[lane][phase];
+                }
+                Chunk::store([chunk], target, phase * len + start, 0);
+            }
+        }
+    }
+    match step {
+        2 => into::<T, 2>(source, target, len),
+        _ => into::<T, 4>(source, target, len),
+    }
+}
+
+/// The inverse of [`split`].
+#[inline(always)]
+fn join<T: Real>(step: usize, source: &[T], target: &mut [T], len: usize) {
+    #[inline(always)]
+    fn into<T: Real, const STEP: usize>(source: &[T], target: &mut [T], len: usize) {
+        for start in (0..len).step_by(CHUNK) {
+            let chunks = Chunk::load::<STEP>(source, start, len);
+            let (groups, _) = target[STEP * start..][..STEP * CHUNK].as_chunks_mut::<STEP>();
+            for lane in 0..CHUNK {
+                for phase in 0..STEP {
+                    groups[lane][phase] = chunks[phase].0[lane];
+                }
+            }
+        }
+    }
+    match step {
+        2 => into::<T, 2>(source, target, len),
+        _ => into::<T, 4>(source, target, len),
+    }
+}
+
+impl<F, B, const N: usize, const E: usize> Algorithm<F> for Minimal<'_, F::Real, B, N, E>
+where
+    F: Element,
+    B: Bilinear<N, E>,
+{
+    type Tile = Tile;
+    type Scratch = Scratch<F::Real>;
+
+    fn geometry(&self) -> &Geometry {
+        self.geometry
+    }
+
+    fn tiles(&self, images: usize) -> Vec<Tile> {
+        let [_, height, width] = self.geometry.output();
+        let all = images * self.rows;
+        let count = all.div_ceil(self.tile);
+        let step = all.div_ceil(count);
+        let mut tiles = Vec::new();
+        for start in (0..all).step_by(step) {
+            let end = (start + step).min(all);
+            let mut tile = Tile {
+                positions: (end - start) * self.columns,
+                parts: Vec::new(),
+                pieces: Vec::new(),
+            };
+            for image in start / self.rows..end.div_ceil(self.rows) {
+                let first = image * self.rows;
+                let rows = start.max(first) - first..end.min(first + self.rows) - first;
+                let lines = 2 * rows.start..(2 * rows.end).min(height);
+                tile.pieces.push(Piece {
+                    start: image * self.geometry.output_len() + lines.start * width,
+                    len: lines.len() * width,
+                });
+                tile.parts.push(Part {
+                    image,
+                    position: (first + rows.start - start) * self.columns,
+                    rows,
+                });
+            }
+            tiles.push(tile);
+        }
+        tiles
+    }
+
+    fn pieces<'a>(&self, tile: &'a Tile) -> &'a [Piece] {
+        &tile.pieces
+    }
+
+    fn load(&self, scratch: &mut Self::Scratch, input: &[F], group: usize, tile: &Tile) {
+        let channels = self.geometry.group_in();
+        let plane = self.geometry.input_plane();
+        let zero = F::Real::ZERO;
+        scratch.input.resize(E * E * self.input_product, zero);
+        self.reserve(&mut scratch.lines);
+        scratch.lines.padded.fill(zero);
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                for part in &tile.parts {
+                    let image = &input[part.image * self.geometry.input_len()..];
+                    for channel in 0..channels {
+                        let source = &image[(group * channels + channel) * plane..][..plane];
+                        let (planes, lines) = (&mut scratch.input, &mut scratch.lines);
+                        self.load_part(source, part, channel, planes, lines);
+                    }
+                }
+            },
+        ));
+    }
+
+    fn convolve(&self, scratch: &mut Self::Scratch, group: usize, tile: &Tile) {
+        let len = E * E * self.output_product;
+        scratch.output.resize(len, F::Real::ZERO);
+        let filters = &self.filters[group * E * E..][..E * E];
+        for ((filter, source), target) in filters
+            .iter()
+            .zip(scratch.input.chunks_exact(self.input_product))
+            .zip(scratch.output.chunks_exact_mut(self.output_product))
+        {
+            let inputs = &self.inputs;
+            correlate(filter, source, inputs, target, self.plane, tile.positions);
+        }
+    }
+
+    fn gather(
+        &self,
+        scratch: &mut Self::Scratch,
+        tile: &Tile,
+        piece: usize,
+        channel: usize,
+        line: &mut [F::Real],
+    ) {
+        let width = self.geometry.output[2];
+        let part = &tile.parts[piece];
+        let planes = &scratch.output;
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                for (index, lines) in line.chunks_mut(2 * width).enumerate() {
+                    let first = channel * self.plane + part.position + index * self.columns;
+                    for start in (0..self.columns).step_by(CHUNK) {
+                        let mut rows = [[Chunk::ZERO; E]; 2];
+                        for column in 0..E {
+                            let from = first + start + column * self.output_product;
+                            let sums = Chunk::load::<E>(planes, from, E * self.output_product);
+                            [rows[0][column], rows[1][column]] = B::output(sums);
+                        }
+                        for (line, row) in lines.chunks_exact_mut(width).zip(rows) {
+                            let [even, odd] = B::output(row);
+                            let mut pairs = [F::Real::ZERO; 2 * CHUNK];
+                            for lane in 0..CHUNK {
+                                pairs[2 * lane] = even.0[lane];
+                                pairs[2 * lane + 1] = odd.0[lane];
+                            }
+                            let line = &mut line[2 * start..];
+                            match line.first_chunk_mut() {
+                                Some(line) => *line = pairs,
+                                None => copy_short(&pairs, line),
+                            }
+                        }
+                    }
+                }
+            },
+        ));
+    }
+
+    fn begin(&self, scratch: &mut Self::Scratch) {
+        let len = E * E * self.output_product;
+        scratch.output.resize(len, F::Real::ZERO);
+    }
+
+    fn scatter(
+        &self,
+        scratch: &mut Self::Scratch,
+        tile: &Tile,
+        piece: usize,
+        channel: usize,
+        line: &[F::Real],
+    ) {
+        let width = self.geometry.output[2];
+        let part = &tile.parts[piece];
+        let planes = &mut scratch.output;
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                for (index, lines) in line.chunks(2 * width).enumerate() {
+                    let first = channel * self.plane + part.position + index * self.columns;
+                    for start in (0..self.columns).step_by(CHUNK) {
+                        let mut rows = [[Chunk::ZERO; E]; 2];
+                        for (line, row) in lines.chunks_exact(width).zip(&mut rows) {
+                            let line = &line[2 * start..];
+                            let pairs = match line.first_chunk::<{ 2 * CHUNK }>() {
+                                Some(line) => *line,
+                                None => {
+                                    let mut pairs = [F::Real::ZERO; 2 * CHUNK];
+                                    copy_short(line, &mut pairs);
+                                    pairs
+                                }
+                            };
+                            let (mut even, mut odd) = (Chunk::ZERO, Chunk::ZERO);
+                            for lane in 0..CHUNK {
+                                even.0[lane] = pairs[2 * lane];
+                                odd.0[lane] = pairs[2 * lane + 1];
+                            }
+                            *row = B::output_transposed([even, odd]);
+                        }
+                        for column in 0..E {
+                            let values = B::output_transposed([rows[0][column], rows[1][column]]);
+                            let to = first + start + column * self.output_product;
+                            // Beyond the row, the next one's output may still be needed.
+                            let len = self.columns - start;
+                            Chunk::store_part(values, planes, to, E * self.output_product, len);
+                        }
+                    }
+                }
+            },
+        ));
+    }
+
+    fn seal(&self, scratch: &mut Self::Scratch, tile: &Tile, channel: usize) {
+        for product in 0..E * E {
+            let plane = product * self.output_product + channel * self.plane;
+            zero(&mut scratch.output[plane + tile.positions..][..WIDEST]);
+        }
+    }
+
+    fn weight_grad_len(&self) -> usize {
+        self.geometry.weight_len() / 9 * E * E
+    }
+
+    fn add_weight_grad(&self, scratch: &mut Self::Scratch, tile: &Tile, sums: &mut [F::Real]) {
+        let (group_in, group_out) = (self.geometry.group_in(), self.geometry.group_out());
+        for ((sums, grads), source) in sums
+            .chunks_exact_mut(group_in * group_out)
+            .zip(scratch.output.chunks_exact(self.output_product))
+            .zip(scratch.input.chunks_exact(self.input_product))
+        {
+            let inputs = &self.inputs;
+            accumulate(sums, grads, self.plane, source, inputs, tile.positions);
+        }
+    }
+
+    fn weight_grad(&self, sums: &[F::Real], grad: &mut [F::Real]) {
+        let kernels = self.geometry.group_in() * self.geometry.group_out();
+        for (sums, grad) in sums
+            .chunks_exact(E * E * kernels)
+            .zip(grad.chunks_exact_mut(9 * kernels))
+        {
+            let (grad, _) = grad.as_chunks_mut::<9>();
+            for (index, grad) in grad.iter_mut().enumerate() {
+                let row = |row: usize| {
+                    B::filter_transposed(std::array::from_fn(|column| {
+                        sums[(row * E + column) * kernels + index].to_f64()
+                    }))
+                };
+                let rows: [[f64; 3]; E] = std::array::from_fn(row);
+                for column in 0..3 {
+                    let down = B::filter_transposed(std::array::from_fn(|row| rows[row][column]));
+                    for (row, value) in down.into_iter().enumerate() {
+                        grad[row * 3 + column] = F::Real::from_f64(value);
+                    }
+                }
+            }
+        }
+    }
+
+    fn input_grad(&self, scratch: &mut Self::Scratch, group: usize, tile: &Tile, grad: &mut [F]) {
+        let group_in = self.geometry.group_in();
+        let len = E * E * self.input_product;
+        scratch.input_grad.resize(len, F::Real::ZERO);
+        self.reserve(&mut scratch.lines);
+        let filters = &self.transposed[group * E * E..][..E * E];
+        for ((filter, source), target) in filters
+            .iter()
+            .zip(scratch.output.chunks_exact(self.output_product))
+            .zip(scratch.input_grad.chunks_exact_mut(self.input_product))
+        {
+            let (outputs, target) = (&self.outputs, &mut target[self.columns..]);
+            correlate(filter, source, outputs, target, self.plane, tile.positions);
+        }
+        let plane = self.geometry.input_plane();
+        // Rows that are not there, before an image's first and after its last.
+        scratch.lines.rows.fill(F::Real::ZERO);
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                for part in &tile.parts {
+                    let image = part.image * self.geometry.input_len();
+                    let last = part.rows.end + usize::from(part.rows.end == self.rows);
+                    for channel in 0..group_in {
+                        let start = image + (group * group_in + channel) * plane;
+                        let grad = &mut grad[start..][..plane];
+                        for row in part.rows.start..last {
+                            let position = part.position + (row - part.rows.start) * self.columns;
+                            let position = position + channel * self.plane;
+                            let (planes, lines) = (&scratch.input_grad, &mut scratch.lines);
+                            self.store_rows(planes, row, position, grad, lines);
+                        }
+                    }
+                }
+            },
+        ));
+        for product in scratch.input_grad.chunks_exact_mut(self.input_product) {
+            for plane in product.chunks_exact_mut(self.plane) {
+                plane.copy_within(tile.positions..tile.positions + self.columns, 0);
+            }
+        }
+    }
+}

@@ -1,0 +1,414 @@
+//! Products with shifted planes: the arithmetic of a convolution and of its gradients.
+//!
+//! Registers hold a block of sums, a few channels by a few vectors of positions, so that each value
+//! that is loaded is used several times. The shapes of the blocks suit sixteen vector registers, with one
+//! to spare, without which the compiler moves sums to memory and back; eight sums or more keep two
+//! units busy whose additions take four cycles.
+
+use pulp::{Arch, Simd, WithSimd};
+
+use crate::Real;
+
+/// Values that a kernel may read beyond a plane's last position, and write beyond a target's: the
+/// widest block of positions but one, in vectors of the widest unit.
+pub(crate) const SLACK: usize = 128;
+
+/// Values of the widest unit's vectors.
+pub(crate) const WIDEST: usize = 16;
+
+/// Channels of a full block of sums.
+const CHANNELS: usize = 6;
+
+/// Factors of shifted planes, `[channels, taps]`, in the order in which [`correlate`] reads them.
+#[derive(Debug)]
+pub(crate) struct Filter<T> {
+    channels: usize,
+    taps: usize,
+    /// Taps that are summed at a time. The sums of each such block are added in order, and the
+    /// planes' lines that a block meets stay in the first-level cache for all channels.
+    block: usize,
+    factors: Vec<T>,
+}
+
+impl<T: Real> Filter<T> {
+    /// `factor(channel, tap)` gives the factors.
+    pub(crate) fn new(
+        channels: usize,
+        taps: usize,
+        block: usize,
+        factor: impl Fn(usize, usize) -> T,
+    ) -> Self {
+        let mut factors = Vec::with_capacity(channels * taps);
+        for start in (0..taps).step_by(block) {
+            let end = (start + block).min(taps);
+            for first in (0..channels).step_by(CHANNELS) {
+                let last = (first + CHANNELS).min(channels);
+                for tap in start..end {
+                    factors.extend((first..last).map(|channel| factor(channel, tap)));
+                }
+            }
+        }
+        Self {
+            channels,
+            taps,
+            block,
+            factors,
+        }
+    }
+}
+
+/// `target[c][p] = sum over taps t of filter[c][t] * source[offsets[t] + p]` for `positions`
+/// positions, with `target`'s channels `pitch` apart; what follows a channel's positions, up to
+/// [`SLACK`], is overwritten with numbers that mean nothing.
+///
+/// Each sum is taken over the taps in order, whatever the position.
+///
+/// # Panics
+///
+/// Panics if the slices are too short.
+pub(crate) fn correlate<T: Real>(
+    filter: &Filter<T>,
+    source: &[T],
+    offsets: &[usize],
+    target: &mut [T],
+    pitch: usize,
+    positions: usize,
+) {
+    assert_eq!(filter.factors.len(), filter.channels * filter.taps);
+    assert_eq!(offsets.len(), filter.taps);
+    let last = offsets.iter().max().copied().unwrap_or(0);
+    assert!(last + positions + SLACK <= source.len());
+    assert!((filter.channels - 1) * pitch + positions + SLACK <= target.len());
+    Arch::new().dispatch(Correlate {
+        filter,
+        source,
+        offsets,
+        target,
+        pitch,
+        positions,
+    });
+}
+
+struct Correlate<'a, T> {
+    filter: &'a Filter<T>,
+    source: &'a [T],
+    offsets: &'a [usize],
+    target: &'a mut [T],
+    pitch: usize,
+    positions: usize,
+}
+
+impl<T: Real> WithSimd for Correlate<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let channels = self.filter.channels;
+        let full = channels / CHANNELS * CHANNELS;
+        let mut start = 0;
+        let mut factors = self.filter.factors.as_slice();
+        while start < self.filter.taps {
+            let end = (start + self.filter.block).min(self.filter.taps);
+            let (block, rest) = factors.split_at((end - start) * channels);
+            let (whole, remainder) = block.split_at((end - start) * full);
+            let taps = Taps { start, end };
+            if full > 0 {
+                self.blocks::<S, CHANNELS, 2>(simd, taps, whole, 0..full);
+            }
+            match channels - full {
+                1 => self.blocks::<S, 1, 8>(simd, taps, remainder, full..channels),
+                2 => self.blocks::<S, 2, 4>(simd, taps, remainder, full..channels),
+                3 => self.blocks::<S, 3, 3>(simd, taps, remainder, full..channels),
+                4 => self.blocks::<S, 4, 2>(simd, taps, remainder, full..channels),
+                5 => self.blocks::<S, 5, 2>(simd, taps, remainder, full..channels),
+                _ => {}
+            }
+            (start, factors) = (end, rest);
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Taps {
+    start: usize,
+    end: usize,
+}
+
+impl<T: Real> Correlate<'_, T> {
+    /// All blocks of sums of `channels`, a multiple of `M`, each of `M` channels by `N` vectors.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    fn blocks<S: Simd, const M: usize, const N: usize>(
+        &mut self,
+        simd: S,
+        taps: Taps,
+        factors: &[T],
+        channels: std::ops::Range<usize>,
+    ) {
+        let step = N * size_of::<T::Vector<S>>() / size_of::<T>();
+        debug_assert!(step <= SLACK);
+        let offsets = &self.offsets[taps.start..taps.end];
+        let factors = factors.chunks_exact(M * offsets.len());
+        for position in (0..self.positions).step_by(step) {
+            for (first, factors) in channels.clone().step_by(M).zip(factors.clone()) {
+                // SAFETY: `correlate` checked that each plane holds SLACK values after its
+                // `positions` from the largest offset on, and the target after those of its last
+                // channel; `position < positions` and a block is no wider than SLACK. `factors`
+                // holds `M` values for each offset.
+                unsafe {
+                    block::<S, T, M, N>(
+                        simd,
+                        factors.as_ptr(),
+                        self.source.as_ptr().add(position),
+                        offsets,
+                        self.target.as_mut_ptr().add(first * self.pitch + position),
+                        self.pitch,
+                        taps.start > 0,
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// One block of sums: stored, or added to what is there.
+///
+/// # Safety
+///
+/// `source + offset` must be good for reading `N` vectors for each offset, `factors` for reading `M`
+/// values for each offset, and `target + m * pitch` for reading and writing `N` vectors for each
+/// `m < M`.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn block<S: Simd, T: Real, const M: usize, const N: usize>(
+    simd: S,
+    factors: *const T,
+    source: *const T,
+    offsets: &[usize],
+    target: *mut T,
+    pitch: usize,
+    add: bool,
+) {
+    let lanes = size_of::<T::Vector<S>>() / size_of::<T>();
+    let mut sums = [[T::splat(simd, T::ZERO); N]; M];
+    // SAFETY: the caller's promise; `lanes` values are a vector, read and written unaligned.
+    unsafe {
+        if add {
+            for m in 0..M {
+                for n in 0..N {
+                    sums[m][n] = load::<S, T>(target.add(m * pitch + n * lanes));
+                }
+            }
+        }
+        let mut factors = factors;
+        for offset in offsets {
+            let source = source.add(*offset);
+            if M > N {
+                let mut values = [T::splat(simd, T::ZERO); N];
+                for n in 0..N {
+                    values[n] = load::<S, T>(source.add(n * lanes));
+                }
+                for m in 0..M {
+                    let factor = T::splat(simd, *factors.add(m));
+                    for n in 0..N {
+                        sums[m][n] = T::mul_add(simd, factor, values[n], sums[m][n]);
+                    }
+                }
+            } else {
+                let mut factor = [T::splat(simd, T::ZERO); M];
+                for m in 0..M {
+                    factor[m] = T::splat(simd, *factors.add(m));
+                }
+                for n in 0..N {
+                    let values = load::<S, T>(source.add(n * lanes));
+                    for m in 0..M {
+                        sums[m][n] = T::mul_add(simd, factor[m], values, sums[m][n]);
+                    }
+                }
+            }
+            factors = factors.add(M);
+        }
+        for m in 0..M {
+            for n in 0..N {
+                let at = target.add(m * pitch + n * lanes);
+                at.cast::<T::Vector<S>>().write_unaligned(sums[m][n]);
+            }
+        }
+    }
+}
+
+/// `sums[c][t] += sum over positions p of grads[c][p] * source[offsets[t] + p]`, with `grads`'
+/// channels `pitch` apart.
+///
+/// Reads up to [`WIDEST`] positions beyond the last: `grads` must be zero there, and the source
+/// finite.
+///
+/// # Panics
+///
+/// Panics if the slices are too short.
+pub(crate) fn accumulate<T: Real>(
+    sums: &mut [T],
+    grads: &[T],
+    pitch: usize,
+    source: &[T],
+    offsets: &[usize],
+    positions: usize,
+) {
+    let channels = sums.len() / offsets.len();
+    let last = offsets.iter().max().copied().unwrap_or(0);
+    assert!(last + positions + WIDEST <= source.len());
+    assert!((channels - 1) * pitch + positions + WIDEST <= grads.len());
+    Arch::new().dispatch(Accumulate {
+        sums,
+        grads,
+        pitch,
+        source,
+        offsets,
+        positions,
+    });
+}
+
+struct Accumulate<'a, T> {
+    sums: &'a mut [T],
+    grads: &'a [T],
+    pitch: usize,
+    source: &'a [T],
+    offsets: &'a [usize],
+    positions: usize,
+}
+
+impl<T: Real> WithSimd for Accumulate<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let channels = self.sums.len() / self.offsets.len();
+        let full = channels / CHANNELS * CHANNELS;
+        for channel in (0..full).step_by(CHANNELS) {
+            self.taps::<S, CHANNELS, 2>(simd, channel);
+        }
+        match channels - full {
+            1 => self.taps::<S, 1, 9>(simd, full),
+            2 => self.taps::<S, 2, 4>(simd, full),
+            3 => self.taps::<S, 3, 3>(simd, full),
+            4 => self.taps::<S, 4, 2>(simd, full),
+            5 => self.taps::<S, 5, 2>(simd, full),
+            _ => {}
+        }
+    }
+}
+
+impl<T: Real> Accumulate<'_, T> {
+    /// All taps of `M` channels from `channel` on, `N` at a time while there are as many.
+    #[inline(always)]
+    fn taps<S: Simd, const M: usize, const N: usize>(&mut self, simd: S, channel: usize) {
+        let offsets = self.offsets;
+        let (blocks, rest) = offsets.as_chunks::<N>();
+        for (index, block) in blocks.iter().enumerate() {
+            self.block::<S, M, N>(simd, channel, index * N, block);
+        }
+        for (index, offset) in rest.iter().enumerate() {
+            self.block::<S, M, 1>(simd, channel, blocks.len() * N + index, &[*offset]);
+        }
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    fn block<S: Simd, const M: usize, const N: usize>(
+        &mut self,
+        simd: S,
+        channel: usize,
+        tap: usize,
+        offsets: &[usize; N],
+    ) {
+        let vectors = self
+            .positions
+            .div_ceil(size_of::<T::Vector<S>>() / size_of::<T>());
+        // SAFETY: `accumulate` checked that each plane and each channel holds WIDEST values, no
+        // less than a vector, after its `positions`.
+        let sums = unsafe {
+            let grads = self.grads.as_ptr().add(channel * self.pitch);
+            dots::<S, T, M, N>(
+                simd,
+                grads,
+                self.pitch,
+                self.source.as_ptr(),
+                offsets,
+                vectors,
+            )
+        };
+        let taps = self.offsets.len();
+        for (m, sums) in sums.iter().enumerate() {
+            let target = &mut self.sums[(channel + m) * taps + tap..][..N];
+            for (target, sum) in target.iter_mut().zip(sums) {
+                *target += *sum;
+            }
+        }
+    }
+}
+
+/// The dot products of `M` channels of gradients with `N` shifts of the source.
+///
+/// # Safety
+///
+/// `grads + m * pitch` must be good for reading `vectors` vectors for each `m < M`, and `source +
+/// offset` for each offset.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn dots<S: Simd, T: Real, const M: usize, const N: usize>(
+    simd: S,
+    grads: *const T,
+    pitch: usize,
+    source: *const T,
+    offsets: &[usize; N],
+    vectors: usize,
+) -> [[T; N]; M] {
+    let lanes = size_of::<T::Vector<S>>() / size_of::<T>();
+    let mut sums = [[T::splat(simd, T::ZERO); N]; M];
+    for vector in 0..vectors {
+        // SAFETY: the caller's promise; `lanes` values are a vector, read unaligned.
+        unsafe {
+            let (grads, source) = (grads.add(vector * lanes), source.add(vector * lanes));
+            if M > N {
+                let mut values = [T::splat(simd, T::ZERO); N];
+                for n in 0..N {
+                    values[n] = load::<S, T>(source.add(offsets[n]));
+                }
+                for m in 0..M {
+                    let grad = load::<S, T>(grads.add(m * pitch));
+                    for n in 0..N {
+                        sums[m][n] = T::mul_add(simd, grad, values[n], sums[m][n]);
+                    }
+                }
+            } else {
+                let mut grad = [T::splat(simd, T::ZERO); M];
+                for m in 0..M {
+                    grad[m] = load::<S, T>(grads.add(m * pitch));
+                }
+                for n in 0..N {
+                    let values = load::<S, T>(source.add(offsets[n]));
+                    for m in 0..M {
+                        sums[m][n] = T::mul_add(simd, grad[m], values, sums[m][n]);
+                    }
+                }
+            }
+        }
+    }
+    let mut totals = [[T::ZERO; N]; M];
+    for m in 0..M {
+        for n in 0..N {
+            totals[m][n] = T::sum(simd, sums[m][n]);
+        }
+    }
+    totals
+}
+
+/// # Safety
+///
+/// `from` must be good for reading a vector; it need not be aligned.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn load<S: Simd, T: Real>(from: *const T) -> T::Vector<S> {
+    // SAFETY: the caller's promise.
+    unsafe { from.cast::<T::Vector<S>>().read_unaligned() }
+}

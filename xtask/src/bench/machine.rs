@@ -1,0 +1,139 @@
+//! What a benchmark ran on.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fs;
+use std::num::NonZeroUsize;
+use std::process::Command;
+use std::thread;
+
+use burn_conv_bn_bench::report::Machine;
+
+use super::root;
+
+/// Vector instructions that kernels choose by, as Linux names them.
+const VECTOR_UNITS: [&str; 8] = [
+    "sse4_2",
+    "avx",
+    "fma",
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "asimd",
+    "sve",
+];
+
+/// Variables whose value decides how fast or how large contenders are.
+const VARIABLES: [&str; 8] = [
+    "MALLOC_",
+    "LD_PRELOAD",
+    "OMP_",
+    "GOMP_",
+    "KMP_",
+    "MKL_",
+    "RAYON_",
+    "RUSTFLAGS",
+];
+
+/// This machine, with contenders of so many threads.
+pub fn describe(threads: usize) -> Machine {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = value(&cpuinfo, "model name").unwrap_or("unknown");
+    let variables = env::vars_os().filter_map(|(name, value)| {
+        Some((
+            name.into_string().ok()?,
+            value.to_string_lossy().into_owned(),
+        ))
+    });
+    Machine {
+        cpu: model.to_string(),
+        vector_units: vector_units(&cpuinfo),
+        cores: thread::available_parallelism().map_or(1, NonZeroUsize::get),
+        threads,
+        system: format!("{} {}", env::consts::OS, env::consts::ARCH),
+        environment: telling(variables),
+    }
+}
+
+/// The commit of this repository, unless something was changed since.
+pub fn clean_commit() -> Option<String> {
+    let changes = answer("git", &["status", "--porcelain"])?;
+    let commit = answer("git", &["rev-parse", "HEAD"])?;
+    changes.is_empty().then_some(commit)
+}
+
+/// The compiler's version, by its name.
+pub fn rustc_version() -> Option<(String, String)> {
+    let version = answer("rustc", &["--version"])?;
+    let number = version.split_whitespace().nth(1)?;
+    Some(("rustc".to_string(), number.to_string()))
+}
+
+/// What a program says in the workspace's root, if it succeeds.
+fn answer(program: &str, args: &[&str]) -> Option<String> {
+    let output = Command::new(program)
+        .args(args)
+        .current_dir(root())
+        .output();
+    let output = output.ok().filter(|output| output.status.success())?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    Some(text.trim().to_string())
+}
+
+/// The value of the first line `name : value` of `/proc/cpuinfo`.
+fn value<'a>(cpuinfo: &'a str, name: &str) -> Option<&'a str> {
+    cpuinfo.lines().find_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        (key.trim() == name).then_some(value.trim())
+    })
+}
+
+fn vector_units(cpuinfo: &str) -> Vec<String> {
+    // x86 and Arm.
+    let flags = value(cpuinfo, "flags").or_else(|| value(cpuinfo, "Features"));
+    let flags: Vec<&str> = flags.unwrap_or_default().split_whitespace().collect();
+    let there = VECTOR_UNITS.into_iter().filter(|unit| flags.contains(unit));
+    there.map(str::to_string).collect()
+}
+
+/// The variables that matter.
+fn telling(variables: impl Iterator<Item = (String, String)>) -> BTreeMap<String, String> {
+    let matters = |name: &str| VARIABLES.iter().any(|start| name.starts_with(*start));
+    variables.filter(|(name, _)| matters(name)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_the_processor_of_either_kind() {
+        let x86 = "processor\t: 0\nmodel name\t: AMD EPYC 9R14\nflags\t\t: fpu avx avx2 fma xavx512f\n\
+                   processor\t: 1\nmodel name\t: other\n";
+        assert_eq!(value(x86, "model name"), Some("AMD EPYC 9R14"));
+        assert_eq!(vector_units(x86), ["avx", "fma", "avx2"]);
+        let arm = "processor\t: 0\nFeatures\t: fp asimd sve\n";
+        assert_eq!(value(arm, "model name"), None);
+        assert_eq!(vector_units(arm), ["asimd", "sve"]);
+        assert!(vector_units("").is_empty());
+    }
+
+    #[test]
+    fn keeps_the_variables_that_matter() {
+        let pairs = [
+            ("HOME", "/home"),
+            ("OMP_NUM_THREADS", "2"),
+            ("MALLOC_TOP_PAD_", "1"),
+        ];
+        let variables = pairs.map(|(name, value)| (name.to_string(), value.to_string()));
+        let kept = telling(variables.into_iter());
+        let names: Vec<_> = kept.keys().map(String::as_str).collect();
+        assert_eq!(names, ["MALLOC_TOP_PAD_", "OMP_NUM_THREADS"]);
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_answers_nothing() {
+        assert_eq!(answer("no-such-program", &[]), None);
+        assert_eq!(describe(3).threads, 3);
+    }
+}
