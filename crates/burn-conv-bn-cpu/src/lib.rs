@@ -6,6 +6,7 @@
 //! to be done with a tile is done while it is there. The backward pass copies the same planes once,
 //! for the recomputed output and the weight's gradient; the input's is a sum of shifted planes too.
 //!
+//! - [`zeros`]: a buffer for an activation.
 //! - [`Geometry`]: shapes of a convolution over one to three spatial dimensions.
 //! - [`conv_moments`]: the convolution, with mean and squared deviations of its channels.
 //! - [`conv`]: the convolution alone.
@@ -26,6 +27,7 @@
 mod activation;
 mod algorithm;
 mod backward;
+mod buffer;
 mod direct;
 mod element;
 mod forward;
@@ -42,6 +44,7 @@ pub use activation::Activation;
 pub use backward::{
     Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, backward, grad_sums,
 };
+pub use buffer::zeros;
 pub use element::Element;
 pub use forward::{conv, conv_moments, normalize};
 pub use geometry::{Geometry, GeometryError};

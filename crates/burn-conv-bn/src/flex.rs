@@ -11,7 +11,7 @@ use burn::tensor::{DType, Element, Shape, TensorData, bf16, f16};
 use burn_conv_bn_cpu::{
     Activation as KernelActivation, Affine, Backward, ConvOutput, Element as KernelElement,
     Geometry, Gradients, InputGradCoefficients, Real, backward, conv, conv_moments, grad_sums,
-    normalize,
+    normalize, zeros as buffer,
 };
 use bytemuck::Pod;
 
@@ -72,7 +72,7 @@ fn kernel_forward<E: Kernel>(
     let channels = geometry.channels_out();
 
     let weight = numbers::<E::Real>(&weight);
-    let mut values = vec![E::default(); geometry.batch() * geometry.output_len()];
+    let mut values = buffer::<E>(geometry.batch() * geometry.output_len());
     let (center, mean, variance, norm) = match &inputs.statistics {
         Statistics::Batch => {
             let moments = conv_moments(&geometry, slice::<E>(&input), &weight, &mut values);
@@ -176,7 +176,7 @@ fn kernel_backward<E: Kernel>(
             .options
             .max_workspace
             .is_none_or(|bytes| size_of_val(pass.output_grad) <= bytes);
-    let mut stored = vec![E::default(); if stores { pass.output_grad.len() } else { 0 }];
+    let mut stored = buffer::<E>(if stores { pass.output_grad.len() } else { 0 });
     let at_hand = match (&kept, &batch_norm) {
         (Some(kept), _) => Some(slice::<E>(kept)),
         (None, None) => Some(pass.output_grad),
@@ -194,10 +194,10 @@ fn kernel_backward<E: Kernel>(
     let wants_fixed_gamma = wanted.gamma && batch_norm.is_none();
     let mut weight_grad =
         (wanted.weight || wants_fixed_gamma).then(|| vec![E::Real::ZERO; geometry.weight_len()]);
-    let mut input_grad = wanted.input.then(|| vec![E::default(); pass.input.len()]);
+    let mut input_grad = wanted.input.then(|| buffer::<E>(pass.input.len()));
     // Without an activation the residual's gradient is the output's.
     let mut residual_grad = (wanted.residual && activation != KernelActivation::Identity)
-        .then(|| vec![E::default(); pass.output_grad.len()]);
+        .then(|| buffer::<E>(pass.output_grad.len()));
     if weight_grad.is_some() || input_grad.is_some() || residual_grad.is_some() {
         let folded = match &batch_norm {
             Some(_) => None,
