@@ -8,9 +8,10 @@ use burn_conv_bn_cpu::{
     Activation, Affine, Backward, ConvOutput, Geometry, Gradients, InputGradCoefficients, backward,
     conv_moments, grad_sums, normalize,
 };
-use criterion::Criterion;
+use criterion::{Criterion, Throughput};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 
 /// Square maps and kernels.
 struct Layer {
@@ -158,8 +159,73 @@ fn layers(criterion: &mut Criterion) {
     }
 }
 
+/// What the machine can do at best, on all threads: the rate of large matrix products and that of
+/// copies between main memory and itself. The floor of a layer is its operations over the one, or
+/// its bytes over the other.
+fn floor(criterion: &mut Criterion) {
+    const SIZE: usize = 768;
+    const VALUES: usize = 16 << 20;
+    let mut group = criterion.benchmark_group("floor");
+    group.sample_size(10).warm_up_time(Duration::from_secs(1));
+
+    // One product for each thread: the library's own threads wait for each other.
+    let threads = rayon::current_num_threads();
+    let (a, b) = (random(SIZE * SIZE, 1), random(SIZE * SIZE, 2));
+    let mut products = vec![vec![0.0f32; SIZE * SIZE]; threads];
+    group.throughput(Throughput::Elements(
+        threads as u64 * 2 * (SIZE as u64).pow(3),
+    ));
+    group.bench_function("matrix products of 768, in operations", |bencher| {
+        bencher.iter(|| {
+            products.par_iter_mut().for_each(|product| {
+                // SAFETY: each matrix is SIZE by SIZE, its columns SIZE apart.
+                #[allow(unsafe_code)]
+                unsafe {
+                    gemm::gemm(
+                        SIZE,
+                        SIZE,
+                        SIZE,
+                        product.as_mut_ptr(),
+                        SIZE as isize,
+                        1,
+                        false,
+                        a.as_ptr(),
+                        SIZE as isize,
+                        1,
+                        b.as_ptr(),
+                        SIZE as isize,
+                        1,
+                        0.0,
+                        1.0,
+                        false,
+                        false,
+                        false,
+                        gemm::Parallelism::None,
+                    );
+                }
+            });
+            black_box(&products);
+        });
+    });
+
+    let source = random(VALUES, 3);
+    let mut target = vec![0.0f32; VALUES];
+    group.throughput(Throughput::Bytes(2 * size_of_val(source.as_slice()) as u64));
+    group.bench_function("copy of 64 MiB, in bytes read and written", |bencher| {
+        bencher.iter(|| {
+            target
+                .par_chunks_mut(1 << 16)
+                .zip(source.par_chunks(1 << 16))
+                .for_each(|(target, source)| target.copy_from_slice(source));
+            black_box(&target);
+        });
+    });
+    group.finish();
+}
+
 fn main() {
     let mut criterion = Criterion::default().configure_from_args();
+    floor(&mut criterion);
     layers(&mut criterion);
     criterion.final_summary();
 }

@@ -122,3 +122,126 @@ pub(crate) fn choose<E: Element, R>(
         _ => task.run(&Direct::new(geometry, weight, input_weight)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+    use crate::Real;
+
+    fn random(len: usize, seed: u64) -> Vec<f64> {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        // Representable in f32, so that what is compared is the arithmetic alone.
+        (0..len)
+            .map(|_| f64::from(rng.random_range(-1.0f32..1.0)))
+            .collect()
+    }
+
+    fn rounded<E>(values: &[f64]) -> Vec<E>
+    where
+        E: Element<Real = E> + Real,
+    {
+        values.iter().map(|value| E::from_f64(*value)).collect()
+    }
+
+    /// Output, weight gradient and input gradient of one block, with the data as the gradient of
+    /// the output.
+    fn results<E, A>(algorithm: &A, input: &[f64], grad: &[f64]) -> [Vec<f64>; 3]
+    where
+        E: Element<Real = E> + Real,
+        A: Algorithm<E>,
+    {
+        let geometry = algorithm.geometry();
+        let positions = geometry.positions();
+        let input = rounded::<E>(input);
+        let grad = rounded::<E>(grad);
+        let mut scratch = A::Scratch::default();
+        let mut output = vec![E::ZERO; grad.len()];
+        let mut sums = vec![E::ZERO; algorithm.weight_grad_len()];
+        let mut input_grad = vec![E::ZERO; input.len()];
+        algorithm.begin(&mut scratch);
+        for tile in algorithm.tiles(geometry.batch()) {
+            algorithm.load(&mut scratch, &input, 0, &tile);
+            algorithm.convolve(&mut scratch, 0, &tile);
+            for channel in 0..geometry.channels_out() {
+                for (number, piece) in algorithm.pieces(&tile).iter().enumerate() {
+                    let range = channel * positions + piece.start..;
+                    let line = &mut output[range.clone()][..piece.len];
+                    algorithm.gather(&mut scratch, &tile, number, channel, line);
+                    let line = &grad[range][..piece.len];
+                    algorithm.scatter(&mut scratch, &tile, number, channel, line);
+                }
+                algorithm.seal(&mut scratch, &tile, channel);
+            }
+            algorithm.add_weight_grad(&mut scratch, &tile, &mut sums);
+            algorithm.input_grad(&mut scratch, 0, &tile, &mut input_grad);
+        }
+        let mut weight_grad = vec![E::ZERO; geometry.weight_len()];
+        algorithm.weight_grad(&sums, &mut weight_grad);
+        [output, weight_grad, input_grad]
+            .map(|values| values.iter().map(|value| value.to_f64()).collect())
+    }
+
+    /// Root mean square of the difference, relative to that of what is wanted.
+    fn error(got: &[f64], wanted: &[f64]) -> f64 {
+        let squares: f64 = got
+            .iter()
+            .zip(wanted)
+            .map(|(got, wanted)| (got - wanted).powi(2))
+            .sum();
+        (squares / wanted.iter().map(|wanted| wanted.powi(2)).sum::<f64>()).sqrt()
+    }
+
+    #[test]
+    fn fewer_products_are_no_less_exact() {
+        for stride in [1, 2] {
+            let geometry = Geometry::new(
+                2,
+                [64, 64],
+                1,
+                [1, 28, 28],
+                [1, 3, 3],
+                [1, stride, stride],
+                [(0, 0), (1, 1), (1, 1)],
+                [1; 3],
+            )
+            .unwrap();
+            let weight = random(geometry.weight_len(), 1);
+            let input = random(2 * geometry.input_len(), 2);
+            let grad = random(2 * geometry.output_len(), 3);
+            let exact = Direct::new(&geometry, &weight, Some(&weight));
+            let exact = results::<f64, _>(&exact, &input, &grad);
+            let weight = rounded::<f32>(&weight);
+            let direct = Direct::new(&geometry, &weight, Some(&weight));
+            let direct = results::<f32, _>(&direct, &input, &grad);
+            let minimal = match stride {
+                1 => {
+                    let minimal =
+                        Minimal::<_, Stride1, 4, 4>::new(&geometry, &weight, Some(&weight));
+                    results::<f32, _>(&minimal, &input, &grad)
+                }
+                _ => {
+                    let minimal =
+                        Minimal::<_, Stride2, 5, 5>::new(&geometry, &weight, Some(&weight));
+                    results::<f32, _>(&minimal, &input, &grad)
+                }
+            };
+            for (index, what) in ["output", "weight gradient", "input gradient"]
+                .into_iter()
+                .enumerate()
+            {
+                let direct = error(&direct[index], &exact[index]);
+                let minimal = error(&minimal[index], &exact[index]);
+                println!(
+                    "stride {stride}, {what}: error of the direct sum {direct:.1e}, with fewer \
+                     products {minimal:.1e}, ratio {:.2}",
+                    minimal / direct
+                );
+                assert!(direct < 1e-6, "{what}: {direct:e}");
+                assert!(minimal < 2.0 * direct, "{what}: {minimal:e} for {direct:e}");
+            }
+        }
+    }
+}

@@ -18,6 +18,9 @@
 //! For each of the products, the sum over channels is a matrix product, which the kernels for
 //! shifted planes do, without any shift.
 
+// Blocks of registers are addressed by their place in the block.
+#![allow(clippy::needless_range_loop)]
+
 use std::marker::PhantomData;
 use std::ops::{Add, Neg, Range, Sub};
 

@@ -5,6 +5,9 @@
 //! to spare, without which the compiler moves sums to memory and back; eight sums or more keep two
 //! units busy whose additions take four cycles.
 
+// Blocks of registers are addressed by their place in the block.
+#![allow(clippy::needless_range_loop)]
+
 use pulp::{Arch, Simd, WithSimd};
 
 use crate::Real;
