@@ -43,6 +43,11 @@ enum Task {
     /// with `cargo run --release`. What this machine cannot run is named, with the reason, before
     /// and after the tests.
     Test(Test),
+    /// Run the tests of the CPU kernels under AddressSanitizer, without and with AVX-512.
+    ///
+    /// The kernels are the one place with pointer arithmetic. A sanitizer is an unstable option of
+    /// the compiler, which `RUSTC_BOOTSTRAP` opens on a stable toolchain.
+    Sanitize,
 }
 
 #[derive(Args, Debug)]
@@ -82,6 +87,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::bench(&args),
         Task::Check(args) => check(&args),
         Task::Test(args) => test(args),
+        Task::Sanitize => sanitize(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -194,6 +200,37 @@ fn test(args: Test) -> Result<()> {
         false => bail!("test failed; skipped: {}", names.join(", ")),
     }
     Ok(())
+}
+
+fn sanitize() -> Result<()> {
+    let host = host()?;
+    for features in ["", "x86-v4"] {
+        let mut command = cargo(&["test", "--release", "-p", "burn-conv-bn-cpu", "--target"]);
+        // Doc tests would need the sanitizer in rustdoc too, and have no code of their own here.
+        command.args([&host, "--lib", "--tests", "--features", features]);
+        command.args(["--target-dir", "target/sanitize"]);
+        command.env("RUSTC_BOOTSTRAP", "1");
+        command.env("RUSTFLAGS", "-Zsanitizer=address");
+        if !succeeds(command)? {
+            bail!("AddressSanitizer found a fault, or the tests failed (features: {features:?})");
+        }
+    }
+    println!("sanitize: passed");
+    Ok(())
+}
+
+/// The triple that the toolchain compiles for by itself.
+fn host() -> Result<String> {
+    let output = Command::new("rustc")
+        .arg("-vV")
+        .current_dir(root())
+        .output()
+        .context("cannot run rustc")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.lines()
+        .find_map(|line| line.strip_prefix("host: "))
+        .map(str::to_string)
+        .context("rustc -vV names no host")
 }
 
 /// The folder with the real MNIST, or why there is none. Looks where the tests do.

@@ -1,5 +1,5 @@
 use crate::direct::Direct;
-use crate::minimal::{Minimal, Stride1, Stride2};
+use crate::minimal::Minimal;
 use crate::{Element, Geometry};
 
 /// Fewest channels, in and out, for which fewer products outweigh the transforms.
@@ -95,31 +95,23 @@ pub(crate) trait Task<E: Element> {
     fn run<A: Algorithm<E>>(self, algorithm: &A) -> Self::Output;
 }
 
-/// Runs `task` with the algorithm for the geometry. `input_weight` is the weight that the input's
-/// gradient goes through, if it is wanted.
+/// Runs `task` with the algorithm for the geometry. `weight` is what is convolved with, and
+/// `input_weight` what the input's gradient goes through, each if that is wanted.
 pub(crate) fn choose<E: Element, R>(
     geometry: &Geometry,
-    weight: &[E::Real],
+    weight: Option<&[E::Real]>,
     input_weight: Option<&[E::Real]>,
     task: impl Task<E, Output = R>,
 ) -> R {
     let plain = geometry.kernel == [1, 3, 3]
+        && geometry.stride == [1; 3]
         && geometry.dilation == [1; 3]
         && geometry.input[0] == 1
         && geometry.padding[0] == (0, 0)
         && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS;
-    match geometry.stride {
-        [1, 1, 1] if plain => task.run(&Minimal::<_, Stride1, 4, 4>::new(
-            geometry,
-            weight,
-            input_weight,
-        )),
-        [1, 2, 2] if plain => task.run(&Minimal::<_, Stride2, 5, 5>::new(
-            geometry,
-            weight,
-            input_weight,
-        )),
-        _ => task.run(&Direct::new(geometry, weight, input_weight)),
+    match plain {
+        true => task.run(&Minimal::new(geometry, weight, input_weight)),
+        false => task.run(&Direct::new(geometry, weight, input_weight)),
     }
 }
 
@@ -196,52 +188,40 @@ mod tests {
 
     #[test]
     fn fewer_products_are_no_less_exact() {
-        for stride in [1, 2] {
-            let geometry = Geometry::new(
-                2,
-                [64, 64],
-                1,
-                [1, 28, 28],
-                [1, 3, 3],
-                [1, stride, stride],
-                [(0, 0), (1, 1), (1, 1)],
-                [1; 3],
-            )
-            .unwrap();
-            let weight = random(geometry.weight_len(), 1);
-            let input = random(2 * geometry.input_len(), 2);
-            let grad = random(2 * geometry.output_len(), 3);
-            let exact = Direct::new(&geometry, &weight, Some(&weight));
-            let exact = results::<f64, _>(&exact, &input, &grad);
-            let weight = rounded::<f32>(&weight);
-            let direct = Direct::new(&geometry, &weight, Some(&weight));
-            let direct = results::<f32, _>(&direct, &input, &grad);
-            let minimal = match stride {
-                1 => {
-                    let minimal =
-                        Minimal::<_, Stride1, 4, 4>::new(&geometry, &weight, Some(&weight));
-                    results::<f32, _>(&minimal, &input, &grad)
-                }
-                _ => {
-                    let minimal =
-                        Minimal::<_, Stride2, 5, 5>::new(&geometry, &weight, Some(&weight));
-                    results::<f32, _>(&minimal, &input, &grad)
-                }
-            };
-            for (index, what) in ["output", "weight gradient", "input gradient"]
-                .into_iter()
-                .enumerate()
-            {
-                let direct = error(&direct[index], &exact[index]);
-                let minimal = error(&minimal[index], &exact[index]);
-                println!(
-                    "stride {stride}, {what}: error of the direct sum {direct:.1e}, with fewer \
+        let geometry = Geometry::new(
+            2,
+            [64, 64],
+            1,
+            [1, 28, 28],
+            [1, 3, 3],
+            [1; 3],
+            [(0, 0), (1, 1), (1, 1)],
+            [1; 3],
+        )
+        .unwrap();
+        let weight = random(geometry.weight_len(), 1);
+        let input = random(2 * geometry.input_len(), 2);
+        let grad = random(2 * geometry.output_len(), 3);
+        let exact = Direct::new(&geometry, Some(&weight), Some(&weight));
+        let exact = results::<f64, _>(&exact, &input, &grad);
+        let weight = rounded::<f32>(&weight);
+        let direct = Direct::new(&geometry, Some(&weight), Some(&weight));
+        let direct = results::<f32, _>(&direct, &input, &grad);
+        let minimal = Minimal::new(&geometry, Some(&weight), Some(&weight));
+        let minimal = results::<f32, _>(&minimal, &input, &grad);
+        for (index, what) in ["output", "weight gradient", "input gradient"]
+            .into_iter()
+            .enumerate()
+        {
+            let direct = error(&direct[index], &exact[index]);
+            let minimal = error(&minimal[index], &exact[index]);
+            println!(
+                "{what}: error of the direct sum {direct:.1e}, with fewer \
                      products {minimal:.1e}, ratio {:.2}",
-                    minimal / direct
-                );
-                assert!(direct < 1e-6, "{what}: {direct:e}");
-                assert!(minimal < 2.0 * direct, "{what}: {minimal:e} for {direct:e}");
-            }
+                minimal / direct
+            );
+            assert!(direct < 1e-6, "{what}: {direct:e}");
+            assert!(minimal < 2.0 * direct, "{what}: {minimal:e} for {direct:e}");
         }
     }
 }

@@ -110,7 +110,11 @@ pub fn grad_sums<E: Element>(pass: &Backward<'_, E>, conv_output: ConvOutput<'_,
         }
     }
     pass.check();
-    choose(pass.geometry, pass.weight, None, Sums { pass, conv_output })
+    let weight = match conv_output {
+        ConvOutput::Kept(_) => None,
+        ConvOutput::Recompute | ConvOutput::Store(_) => Some(pass.weight),
+    };
+    choose(pass.geometry, weight, None, Sums { pass, conv_output })
 }
 
 fn sum_blocks<E: Element, A: Algorithm<E>>(
@@ -299,7 +303,8 @@ pub fn backward<E: Element>(
         weight,
         residual,
     };
-    choose(pass.geometry, pass.weight, input_weight, grads);
+    let weight = kept.is_none().then_some(pass.weight);
+    choose(pass.geometry, weight, input_weight, grads);
 }
 
 fn backward_blocks<E: Element, A: Algorithm<E>>(

@@ -4,7 +4,7 @@ use pulp::Arch;
 
 use crate::algorithm::{Algorithm, Piece};
 use crate::layout::{Layout, Run, Tile};
-use crate::shifted::{Filter, SLACK, accumulate, correlate};
+use crate::shifted::{Filter, WIDEST, accumulate, correlate, slack};
 use crate::simd::{self, Sweep};
 use crate::{Element, Geometry, Real};
 
@@ -73,15 +73,21 @@ impl<T> Default for Scratch<T> {
 }
 
 impl<'a, T: Real> Direct<'a, T> {
-    /// `input_weight` is the weight that the input's gradient goes through, if it is wanted.
-    pub(crate) fn new(geometry: &'a Geometry, weight: &[T], input_weight: Option<&[T]>) -> Self {
+    /// `weight` is what is convolved with, and `input_weight` what the input's gradient goes
+    /// through, each if that is wanted.
+    pub(crate) fn new(
+        geometry: &'a Geometry,
+        weight: Option<&[T]>,
+        input_weight: Option<&[T]>,
+    ) -> Self {
         let layout = Layout::new(geometry);
         let (channels, depth) = (geometry.group_in(), geometry.depth());
         let bytes = (layout.phases() * channels + geometry.group_out()) * size_of::<T>();
         let tile = (TILE_BYTES / bytes)
             .clamp(LEAST_POSITIONS, MOST_POSITIONS)
             .max(layout.reach());
-        let plane = plane_len(tile + layout.reach() + SLACK);
+        let slack = slack(geometry.group_in()).max(slack(geometry.group_out()));
+        let plane = plane_len(tile + layout.reach() + slack);
         let offsets = (0..channels)
             .flat_map(|channel| {
                 layout
@@ -93,6 +99,7 @@ impl<'a, T: Real> Direct<'a, T> {
         let lines = geometry.kernel[0] * geometry.kernel[1];
         let block = taps_in_cache(channels, layout.taps().len(), lines);
         let filters = weight
+            .unwrap_or_default()
             .chunks_exact(geometry.group_out() * depth)
             .map(|weight| {
                 Filter::new(geometry.group_out(), depth, block, |channel, tap| {
@@ -104,7 +111,7 @@ impl<'a, T: Real> Direct<'a, T> {
             geometry,
             tile,
             plane,
-            pitch: plane_len(tile + 2 * layout.reach() + SLACK),
+            pitch: plane_len(tile + 2 * layout.reach() + slack),
             layout,
             offsets,
             filters,
@@ -250,7 +257,10 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
     fn seal(&self, scratch: &mut Self::Scratch, tile: &Tile, channel: usize) {
         let reach = self.layout.reach();
         let plane = &mut scratch.output[channel * self.pitch + reach..];
-        zero_gaps(&tile.output, &mut plane[..tile.range.len() + reach + SLACK]);
+        zero_gaps(
+            &tile.output,
+            &mut plane[..tile.range.len() + reach.max(WIDEST)],
+        );
     }
 
     fn weight_grad_len(&self) -> usize {

@@ -87,7 +87,7 @@ pub fn conv<E: Element>(geometry: &Geometry, input: &[E], weight: &[E::Real], ou
         }
     }
     check(geometry, input, weight, output.len());
-    choose(geometry, weight, None, Conv { input, output });
+    choose(geometry, Some(weight), None, Conv { input, output });
 }
 
 /// The convolution, and the moments of its output's channels.
@@ -132,7 +132,7 @@ pub fn conv_moments<E: Element>(
         }
     }
     check(geometry, input, weight, output.len());
-    choose(geometry, weight, None, ConvMoments { input, output })
+    choose(geometry, Some(weight), None, ConvMoments { input, output })
 }
 
 /// `values = activation(affine(values) + residual)` in place, on `[batch, channels_out, output..]`.

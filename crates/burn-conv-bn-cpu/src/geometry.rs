@@ -2,7 +2,7 @@
 const FILLED_POSITIONS: usize = 512;
 
 /// Blocks that small images are not put together below.
-const LEAST_BLOCKS: usize = 16;
+const LEAST_BLOCKS: usize = 8;
 
 /// Why a geometry is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,10 +1,9 @@
-//! Kernels of 3x3 taps with fewer products.
+//! Kernels of 3x3 taps and stride 1 with fewer products: F(2x2, 3x3) of the literature.
 //!
 //! Two neighbouring outputs share most of what they meet. A bilinear algorithm (Winograd, Arithmetic
 //! Complexity of Computations, 1980; Lavin and Gray, arXiv 1509.09308) adds inputs and taps up first
-//! and needs fewer products for both: 4 instead of 6 with stride 1, 5 instead of 6 with stride 2.
-//! Nested in rows and columns that is 16 instead of 36, and 25 instead of 36, for each 2x2 of
-//! outputs. It is written here as
+//! and needs 4 products instead of 6 for both. Nested in rows and columns that is 16 instead of 36 for
+//! each 2x2 of outputs. It is written here as
 //!
 //! `y = A [(G w) * (B x)]`, with `*` element by element,
 //!
@@ -21,19 +20,18 @@
 // Blocks of registers are addressed by their place in the block.
 #![allow(clippy::needless_range_loop)]
 
-use std::marker::PhantomData;
 use std::ops::{Add, Neg, Range, Sub};
 
 use pulp::Arch;
 
 use crate::algorithm::{Algorithm, Piece};
 use crate::direct::{plane_len, taps_in_cache, zero};
-use crate::shifted::{Filter, SLACK, WIDEST, accumulate, correlate};
+use crate::shifted::{Filter, WIDEST, accumulate, correlate, slack};
 use crate::simd::Sweep;
 use crate::{Element, Geometry, Real};
 
 /// Bytes of scratch that a thread's tile aims at.
-const TILE_BYTES: usize = 5 << 20;
+const TILE_BYTES: usize = 6 << 20;
 
 /// Most positions of a tile: a plane of that many values of 64 channels is half of a core's
 /// second-level cache.
@@ -42,100 +40,54 @@ const MOST_POSITIONS: usize = 1024;
 /// Values that are transformed at a time.
 const CHUNK: usize = 8;
 
-/// A minimal algorithm in one dimension, for pairs of outputs, with `N` inputs and `E` products.
-pub(crate) trait Bilinear<const N: usize, const E: usize>: Sync {
-    /// Inputs from one pair of outputs to the next.
-    const STEP: usize;
-
-    /// `B x`.
-    fn input<V: Linear>(x: [V; N]) -> [V; E];
-    /// `B' v`.
-    fn input_transposed<V: Linear>(v: [V; E]) -> [V; N];
-    /// `A m`.
-    fn output<V: Linear>(m: [V; E]) -> [V; 2];
-    /// `A' y`.
-    fn output_transposed<V: Linear>(y: [V; 2]) -> [V; E];
-    /// `G w`.
-    fn filter(w: [f64; 3]) -> [f64; E];
-    /// `G' u`.
-    fn filter_transposed(u: [f64; E]) -> [f64; 3];
-}
-
 /// What a transform does with values.
 pub(crate) trait Linear:
     Copy + Add<Output = Self> + Sub<Output = Self> + Neg<Output = Self>
 {
 }
 
-/// Stride 1: F(2, 3) of the literature.
-pub(crate) struct Stride1;
+/// Inputs that a pair of outputs meets.
+const N: usize = 4;
 
-impl Bilinear<4, 4> for Stride1 {
-    const STEP: usize = 2;
+/// Products for a pair of outputs.
+const E: usize = 4;
 
-    #[inline(always)]
-    fn input<V: Linear>([x0, x1, x2, x3]: [V; 4]) -> [V; 4] {
-        [x0 - x2, x1 + x2, x2 - x1, x1 - x3]
-    }
+/// Inputs from one pair of outputs to the next.
+const STEP: usize = 2;
 
-    #[inline(always)]
-    fn input_transposed<V: Linear>([v0, v1, v2, v3]: [V; 4]) -> [V; 4] {
-        [v0, v1 - v2 + v3, v1 + v2 - v0, -v3]
-    }
-
-    #[inline(always)]
-    fn output<V: Linear>([m0, m1, m2, m3]: [V; 4]) -> [V; 2] {
-        [m0 + m1 + m2, m1 - m2 - m3]
-    }
-
-    #[inline(always)]
-    fn output_transposed<V: Linear>([y0, y1]: [V; 2]) -> [V; 4] {
-        [y0, y0 + y1, y0 - y1, -y1]
-    }
-
-    fn filter([w0, w1, w2]: [f64; 3]) -> [f64; 4] {
-        [w0, (w0 + w1 + w2) / 2.0, (w0 - w1 + w2) / 2.0, w2]
-    }
-
-    fn filter_transposed([u0, u1, u2, u3]: [f64; 4]) -> [f64; 3] {
-        let (sum, difference) = ((u1 + u2) / 2.0, (u1 - u2) / 2.0);
-        [u0 + sum, difference, sum + u3]
-    }
+/// `B x`.
+#[inline(always)]
+fn input<V: Linear>([x0, x1, x2, x3]: [V; N]) -> [V; E] {
+    [x0 - x2, x1 + x2, x2 - x1, x1 - x3]
 }
 
-/// Stride 2: the outer taps meet every other input, as F(2, 2); the middle one meets the rest.
-pub(crate) struct Stride2;
+/// `B' v`.
+#[inline(always)]
+fn input_transposed<V: Linear>([v0, v1, v2, v3]: [V; E]) -> [V; N] {
+    [v0, v1 - v2 + v3, v1 + v2 - v0, -v3]
+}
 
-impl Bilinear<5, 5> for Stride2 {
-    const STEP: usize = 4;
+/// `A m`.
+#[inline(always)]
+fn output<V: Linear>([m0, m1, m2, m3]: [V; E]) -> [V; 2] {
+    [m0 + m1 + m2, m1 - m2 - m3]
+}
 
-    #[inline(always)]
-    fn input<V: Linear>([x0, x1, x2, x3, x4]: [V; 5]) -> [V; 5] {
-        [x0 - x2, x2, x4 - x2, x1, x3]
-    }
+/// `A' y`.
+#[inline(always)]
+fn output_transposed<V: Linear>([y0, y1]: [V; 2]) -> [V; E] {
+    [y0, y0 + y1, y0 - y1, -y1]
+}
 
-    #[inline(always)]
-    fn input_transposed<V: Linear>([v0, v1, v2, v3, v4]: [V; 5]) -> [V; 5] {
-        [v0, v3, v1 - v0 - v2, v4, v2]
-    }
+/// `G w`.
+fn filter([w0, w1, w2]: [f64; 3]) -> [f64; E] {
+    [w0, (w0 + w1 + w2) / 2.0, (w0 - w1 + w2) / 2.0, w2]
+}
 
-    #[inline(always)]
-    fn output<V: Linear>([m0, m1, m2, m3, m4]: [V; 5]) -> [V; 2] {
-        [m0 + m1 + m3, m1 + m2 + m4]
-    }
-
-    #[inline(always)]
-    fn output_transposed<V: Linear>([y0, y1]: [V; 2]) -> [V; 5] {
-        [y0, y0 + y1, y1, y0, y1]
-    }
-
-    fn filter([w0, w1, w2]: [f64; 3]) -> [f64; 5] {
-        [w0, w0 + w2, w2, w1, w1]
-    }
-
-    fn filter_transposed([u0, u1, u2, u3, u4]: [f64; 5]) -> [f64; 3] {
-        [u0 + u1, u3 + u4, u1 + u2]
-    }
+/// `G' u`.
+fn filter_transposed([u0, u1, u2, u3]: [f64; E]) -> [f64; 3] {
+    let (sum, difference) = ((u1 + u2) / 2.0, (u1 - u2) / 2.0);
+    [u0 + sum, difference, sum + u3]
 }
 
 /// [`CHUNK`] neighbouring values.
@@ -237,7 +189,7 @@ impl<T: Real> Neg for Chunk<T> {
 }
 
 /// A convolution made ready. Its positions are pairs of rows by pairs of columns of the output.
-pub(crate) struct Minimal<'a, T, B, const N: usize, const E: usize> {
+pub(crate) struct Minimal<'a, T> {
     geometry: &'a Geometry,
     /// Pairs of output rows.
     rows: usize,
@@ -257,7 +209,6 @@ pub(crate) struct Minimal<'a, T, B, const N: usize, const E: usize> {
     filters: Vec<Filter<T>>,
     /// The same for the input's gradient, if that is wanted.
     transposed: Vec<Filter<T>>,
-    algorithm: PhantomData<B>,
 }
 
 /// Rows of pairs, of one image or of several.
@@ -291,8 +242,6 @@ pub(crate) struct Scratch<T> {
 struct Lines<T> {
     /// A row of the input with its padding.
     padded: Vec<T>,
-    /// Its every [`Bilinear::STEP`]-th value, from each of the first on.
-    phases: Vec<T>,
     /// Rows transformed along the columns.
     rows: Vec<T>,
 }
@@ -305,27 +254,32 @@ impl<T> Default for Scratch<T> {
             input_grad: Vec::new(),
             lines: Lines {
                 padded: Vec::new(),
-                phases: Vec::new(),
                 rows: Vec::new(),
             },
         }
     }
 }
 
-impl<'a, T, B, const N: usize, const E: usize> Minimal<'a, T, B, N, E>
-where
-    T: Real,
-    B: Bilinear<N, E>,
-{
-    /// `input_weight` is the weight that the input's gradient goes through, if it is wanted.
-    pub(crate) fn new(geometry: &'a Geometry, weight: &[T], input_weight: Option<&[T]>) -> Self {
+impl<'a, T: Real> Minimal<'a, T> {
+    /// `weight` is what is convolved with, and `input_weight` what the input's gradient goes
+    /// through, each if that is wanted.
+    pub(crate) fn new(
+        geometry: &'a Geometry,
+        weight: Option<&[T]>,
+        input_weight: Option<&[T]>,
+    ) -> Self {
+        let filters = |weight: Option<&[T]>, transposed| {
+            weight.map(|weight| Self::filters(geometry, weight, transposed))
+        };
         let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
         let [_, height, width] = geometry.output();
         let (rows, columns) = (height.div_ceil(2), width.div_ceil(2));
         let bytes = E * E * (2 * group_in + group_out) * size_of::<T>();
-        let tile = (TILE_BYTES / bytes).min(MOST_POSITIONS) / columns;
-        let tile = tile.max(1);
-        let plane = plane_len(columns + tile * columns + SLACK);
+        // A row of the preceding tile, and what is written beyond the last position.
+        let margin = columns + slack(group_in).max(slack(group_out));
+        let positions = (TILE_BYTES / bytes).saturating_sub(margin);
+        let tile = (positions.min(MOST_POSITIONS) / columns).max(1);
+        let plane = plane_len(margin + tile * columns);
         let starts = |channels: usize| (0..channels).map(|channel| channel * plane).collect();
         Self {
             geometry,
@@ -337,11 +291,8 @@ where
             output_product: product_len(group_out * plane),
             inputs: starts(group_in),
             outputs: starts(group_out),
-            filters: Self::filters(geometry, weight, false),
-            transposed: input_weight
-                .map(|weight| Self::filters(geometry, weight, true))
-                .unwrap_or_default(),
-            algorithm: PhantomData,
+            filters: filters(weight, false).unwrap_or_default(),
+            transposed: filters(input_weight, true).unwrap_or_default(),
         }
     }
 
@@ -354,13 +305,13 @@ where
             let mut products = vec![T::ZERO; E * E * kernels.len()];
             for (index, kernel) in kernels.iter().enumerate() {
                 let row = |row: usize| {
-                    B::filter(std::array::from_fn(|column| {
+                    filter(std::array::from_fn(|column| {
                         kernel[row * 3 + column].to_f64()
                     }))
                 };
                 let rows = [row(0), row(1), row(2)];
                 for column in 0..E {
-                    let down = B::filter(std::array::from_fn(|row| rows[row][column]));
+                    let down = filter(std::array::from_fn(|row| rows[row][column]));
                     for (row, value) in down.into_iter().enumerate() {
                         products[(row * E + column) * kernels.len() + index] = T::from_f64(value);
                     }
@@ -397,23 +348,13 @@ where
         let columns = self.padded_columns();
         let before = self.geometry.padding[2].0;
         F::load(source, &mut lines.padded[before..][..source.len()]);
-        let len = columns + CHUNK;
-        split::<T>(B::STEP, &lines.padded, &mut lines.phases, len);
         for start in (0..columns).step_by(CHUNK) {
-            // Input n of a pair is in phase n % STEP, n / STEP further on.
+            let at = STEP * start;
             let mut values = [Chunk::ZERO; N];
-            let (first, rest) = values.split_at_mut(B::STEP);
-            match B::STEP {
-                2 => {
-                    first.copy_from_slice(&Chunk::load::<2>(&lines.phases, start, len));
-                    rest.copy_from_slice(&Chunk::load::<2>(&lines.phases, start + 1, len));
-                }
-                _ => {
-                    first.copy_from_slice(&Chunk::load::<4>(&lines.phases, start, len));
-                    rest.copy_from_slice(&Chunk::load::<1>(&lines.phases, start + 1, len));
-                }
-            }
-            Chunk::store(B::input(values), &mut lines.rows, line + start, columns);
+            let (this, next) = values.split_at_mut(STEP);
+            this.copy_from_slice(&split(&lines.padded, at));
+            next.copy_from_slice(&split(&lines.padded, at + STEP));
+            Chunk::store(input(values), &mut lines.rows, line + start, columns);
         }
     }
 
@@ -424,14 +365,14 @@ where
         source: &[F],
         part: &Part,
         channel: usize,
-        input: &mut [T],
+        planes: &mut [T],
         lines: &mut Lines<T>,
     ) {
         let [_, height, width] = self.geometry.input;
         let columns = self.padded_columns();
         let pitch = E * columns;
-        for line in 0..(part.rows.len() - 1) * B::STEP + N {
-            let at = part.rows.start * B::STEP + line;
+        for line in 0..(part.rows.len() - 1) * STEP + N {
+            let at = part.rows.start * STEP + line;
             match at.checked_sub(self.geometry.padding[1].0) {
                 Some(at) if at < height => {
                     self.load_row(&source[at * width..][..width], lines, line * pitch);
@@ -442,13 +383,13 @@ where
         let first = channel * self.plane + part.position;
         for row in 0..part.rows.len() {
             for column in 0..E {
-                let source = row * B::STEP * pitch + column * columns;
+                let source = row * STEP * pitch + column * columns;
                 let target = first + row * self.columns + column * self.input_product;
                 for start in (0..columns).step_by(CHUNK) {
                     let values = Chunk::load::<N>(&lines.rows, source + start, pitch);
                     // What this writes beyond the row, the next one overwrites.
-                    let products = B::input(values);
-                    Chunk::store(products, input, target + start, E * self.input_product);
+                    let products = input(values);
+                    Chunk::store(products, planes, target + start, E * self.input_product);
                 }
             }
         }
@@ -482,34 +423,34 @@ where
                     true => Chunk::load::<E>(planes, from + start, product),
                     false => [Chunk::ZERO; E],
                 };
-                let this = B::input_transposed(this);
-                let before = B::input_transposed(before);
-                Self::store_sums(this, before, &mut lines.rows, line + start, E * pitch);
+                let this = input_transposed(this);
+                let before = input_transposed(before);
+                let (lines, at) = (&mut lines.rows, line + start);
+                Chunk::store(sums(this, before), lines, at, E * pitch);
             }
-            for n in 0..B::STEP {
+            for n in 0..STEP {
                 let line = line + n * E * pitch;
                 zero(&mut lines.rows[line + self.columns..line + columns + CHUNK]);
             }
         }
         let [_, height, width] = self.geometry.input;
         let [_, (above, _), (left, _)] = self.geometry.padding;
-        for n in 0..B::STEP {
-            let Some(at) = (row * B::STEP + n)
+        for n in 0..STEP {
+            let Some(at) = (row * STEP + n)
                 .checked_sub(above)
                 .filter(|at| *at < height)
             else {
                 continue;
             };
-            let len = columns + CHUNK;
             let line = n * E * pitch + CHUNK;
-            for start in (0..len).step_by(CHUNK) {
+            for start in (0..columns + CHUNK).step_by(CHUNK) {
                 let this = Chunk::load::<E>(&lines.rows, line + start, pitch);
                 let before = Chunk::load::<E>(&lines.rows, line + start - 1, pitch);
-                let this = B::input_transposed(this);
-                let before = B::input_transposed(before);
-                Self::store_sums(this, before, &mut lines.phases, start, len);
+                let this = input_transposed(this);
+                let before = input_transposed(before);
+                let at = STEP * start;
+                join(sums(this, before), &mut lines.padded, at);
             }
-            join::<T>(B::STEP, &lines.phases, &mut lines.padded, len);
             F::store(
                 &lines.padded[left..][..width],
                 &mut grad[at * width..][..width],
@@ -517,34 +458,13 @@ where
         }
     }
 
-    /// Puts what a pair and the one before it contribute to the inputs from the pair's first one to
-    /// the next pair's first one to lines `pitch` apart.
-    #[inline(always)]
-    fn store_sums(
-        this: [Chunk<T>; N],
-        before: [Chunk<T>; N],
-        target: &mut [T],
-        start: usize,
-        pitch: usize,
-    ) {
-        let sum = |n: usize| match before.get(n + B::STEP) {
-            Some(before) => this[n] + *before,
-            None => this[n],
-        };
-        match B::STEP {
-            2 => Chunk::store([sum(0), sum(1)], target, start, pitch),
-            _ => Chunk::store([sum(0), sum(1), sum(2), sum(3)], target, start, pitch),
-        }
-    }
-
     fn reserve(&self, lines: &mut Lines<T>) {
         let columns = self.padded_columns();
         let len = columns + 2 * CHUNK;
-        let most_rows = (self.tile.min(self.rows) - 1) * B::STEP + N;
+        let most_rows = (self.tile.min(self.rows) - 1) * STEP + N;
         lines.rows.resize(most_rows * E * len, T::ZERO);
-        lines.phases.resize(B::STEP * len, T::ZERO);
         let [_, (_, _), (before, _)] = self.geometry.padding;
-        let padded = (B::STEP * len).max(before + self.geometry.input[2]);
+        let padded = (STEP * len).max(before + self.geometry.input[2]);
         lines.padded.resize(padded, T::ZERO);
     }
 }
@@ -579,54 +499,44 @@ fn copy_short<T: Real>(source: &[T], target: &mut [T]) {
     }
 }
 
-/// Every `step`-th value, from each of the first `step` on: lines of `len`, in whole chunks.
+/// What a pair and the one before it contribute to the inputs from the pair's first one to the next
+/// pair's first one.
 #[inline(always)]
-fn split<T: Real>(step: usize, source: &[T], target: &mut [T], len: usize) {
-    #[inline(always)]
-    fn into<T: Real, const STEP: usize>(source: &[T], target: &mut [T], len: usize) {
-        for start in (0..len).step_by(CHUNK) {
-            let (groups, _) = source[STEP * start..][..STEP * CHUNK].as_chunks::<STEP>();
-            for phase in 0..STEP {
-                let mut chunk = Chunk::ZERO;
-                for lane in 0..CHUNK {
-                    chunk.0[lane] = groups[lane][phase];
-                }
-                Chunk::store([chunk], target, phase * len + start, 0);
-            }
+fn sums<T: Real>(this: [Chunk<T>; N], before: [Chunk<T>; N]) -> [Chunk<T>; STEP] {
+    std::array::from_fn(
+        #[inline(always)]
+        |n| match n + STEP < N {
+            true => this[n] + before[n + STEP],
+            false => this[n],
+        },
+    )
+}
+
+/// Every `STEP`-th value, from each of the first `STEP` after `start` on.
+#[inline(always)]
+fn split<T: Real>(source: &[T], start: usize) -> [Chunk<T>; STEP] {
+    let (groups, _) = source[start..][..STEP * CHUNK].as_chunks::<STEP>();
+    let mut chunks = [Chunk::ZERO; STEP];
+    for phase in 0..STEP {
+        for lane in 0..CHUNK {
+            chunks[phase].0[lane] = groups[lane][phase];
         }
     }
-    match step {
-        2 => into::<T, 2>(source, target, len),
-        _ => into::<T, 4>(source, target, len),
-    }
+    chunks
 }
 
 /// The inverse of [`split`].
 #[inline(always)]
-fn join<T: Real>(step: usize, source: &[T], target: &mut [T], len: usize) {
-    #[inline(always)]
-    fn into<T: Real, const STEP: usize>(source: &[T], target: &mut [T], len: usize) {
-        for start in (0..len).step_by(CHUNK) {
-            let chunks = Chunk::load::<STEP>(source, start, len);
-            let (groups, _) = target[STEP * start..][..STEP * CHUNK].as_chunks_mut::<STEP>();
-            for lane in 0..CHUNK {
-                for phase in 0..STEP {
-                    groups[lane][phase] = chunks[phase].0[lane];
-                }
-            }
+fn join<T: Real>(chunks: [Chunk<T>; STEP], target: &mut [T], start: usize) {
+    let (groups, _) = target[start..][..STEP * CHUNK].as_chunks_mut::<STEP>();
+    for lane in 0..CHUNK {
+        for phase in 0..STEP {
+            groups[lane][phase] = chunks[phase].0[lane];
         }
-    }
-    match step {
-        2 => into::<T, 2>(source, target, len),
-        _ => into::<T, 4>(source, target, len),
     }
 }
 
-impl<F, B, const N: usize, const E: usize> Algorithm<F> for Minimal<'_, F::Real, B, N, E>
-where
-    F: Element,
-    B: Bilinear<N, E>,
-{
+impl<F: Element> Algorithm<F> for Minimal<'_, F::Real> {
     type Tile = Tile;
     type Scratch = Scratch<F::Real>;
 
@@ -727,10 +637,10 @@ where
                         for column in 0..E {
                             let from = first + start + column * self.output_product;
                             let sums = Chunk::load::<E>(planes, from, E * self.output_product);
-                            [rows[0][column], rows[1][column]] = B::output(sums);
+                            [rows[0][column], rows[1][column]] = output(sums);
                         }
                         for (line, row) in lines.chunks_exact_mut(width).zip(rows) {
-                            let [even, odd] = B::output(row);
+                            let [even, odd] = output(row);
                             let mut pairs = [F::Real::ZERO; 2 * CHUNK];
                             for lane in 0..CHUNK {
                                 pairs[2 * lane] = even.0[lane];
@@ -786,10 +696,10 @@ where
                                 even.0[lane] = pairs[2 * lane];
                                 odd.0[lane] = pairs[2 * lane + 1];
                             }
-                            *row = B::output_transposed([even, odd]);
+                            *row = output_transposed([even, odd]);
                         }
                         for column in 0..E {
-                            let values = B::output_transposed([rows[0][column], rows[1][column]]);
+                            let values = output_transposed([rows[0][column], rows[1][column]]);
                             let to = first + start + column * self.output_product;
                             // Beyond the row, the next one's output may still be needed.
                             let len = self.columns - start;
@@ -833,13 +743,13 @@ where
             let (grad, _) = grad.as_chunks_mut::<9>();
             for (index, grad) in grad.iter_mut().enumerate() {
                 let row = |row: usize| {
-                    B::filter_transposed(std::array::from_fn(|column| {
+                    filter_transposed(std::array::from_fn(|column| {
                         sums[(row * E + column) * kernels + index].to_f64()
                     }))
                 };
                 let rows: [[f64; 3]; E] = std::array::from_fn(row);
                 for column in 0..3 {
-                    let down = B::filter_transposed(std::array::from_fn(|row| rows[row][column]));
+                    let down = filter_transposed(std::array::from_fn(|row| rows[row][column]));
                     for (row, value) in down.into_iter().enumerate() {
                         grad[row * 3 + column] = F::Real::from_f64(value);
                     }

@@ -12,15 +12,21 @@ use pulp::{Arch, Simd, WithSimd};
 
 use crate::Real;
 
-/// Values that a kernel may read beyond a plane's last position, and write beyond a target's: the
-/// widest block of positions but one, in vectors of the widest unit.
-pub(crate) const SLACK: usize = 128;
+/// Values that [`correlate`] may read beyond a plane's last position, and write beyond a target's:
+/// a block of sums, in vectors of the widest unit.
+pub(crate) fn slack(channels: usize) -> usize {
+    let full = if channels < CHANNELS { 0 } else { VECTORS[0] };
+    full.max(VECTORS[channels % CHANNELS]) * WIDEST
+}
 
 /// Values of the widest unit's vectors.
 pub(crate) const WIDEST: usize = 16;
 
 /// Channels of a full block of sums.
 const CHANNELS: usize = 6;
+
+/// Vectors of positions of a block of sums with so many channels; of a full one, at 0.
+const VECTORS: [usize; CHANNELS] = [2, 8, 4, 3, 2, 2];
 
 /// Factors of shifted planes, `[channels, taps]`, in the order in which [`correlate`] reads them.
 #[derive(Debug)]
@@ -62,7 +68,7 @@ impl<T: Real> Filter<T> {
 
 /// `target[c][p] = sum over taps t of filter[c][t] * source[offsets[t] + p]` for `positions`
 /// positions, with `target`'s channels `pitch` apart; what follows a channel's positions, up to
-/// [`SLACK`], is overwritten with numbers that mean nothing.
+/// [`slack`], is overwritten with numbers that mean nothing.
 ///
 /// Each sum is taken over the taps in order, whatever the position.
 ///
@@ -80,8 +86,9 @@ pub(crate) fn correlate<T: Real>(
     assert_eq!(filter.factors.len(), filter.channels * filter.taps);
     assert_eq!(offsets.len(), filter.taps);
     let last = offsets.iter().max().copied().unwrap_or(0);
-    assert!(last + positions + SLACK <= source.len());
-    assert!((filter.channels - 1) * pitch + positions + SLACK <= target.len());
+    let slack = slack(filter.channels);
+    assert!(last + positions + slack <= source.len());
+    assert!((filter.channels - 1) * pitch + positions + slack <= target.len());
     Arch::new().dispatch(Correlate {
         filter,
         source,
@@ -116,14 +123,14 @@ impl<T: Real> WithSimd for Correlate<'_, T> {
             let (whole, remainder) = block.split_at((end - start) * full);
             let taps = Taps { start, end };
             if full > 0 {
-                self.blocks::<S, CHANNELS, 2>(simd, taps, whole, 0..full);
+                self.blocks::<S, CHANNELS, { VECTORS[0] }>(simd, taps, whole, 0..full);
             }
             match channels - full {
-                1 => self.blocks::<S, 1, 8>(simd, taps, remainder, full..channels),
-                2 => self.blocks::<S, 2, 4>(simd, taps, remainder, full..channels),
-                3 => self.blocks::<S, 3, 3>(simd, taps, remainder, full..channels),
-                4 => self.blocks::<S, 4, 2>(simd, taps, remainder, full..channels),
-                5 => self.blocks::<S, 5, 2>(simd, taps, remainder, full..channels),
+                1 => self.blocks::<S, 1, { VECTORS[1] }>(simd, taps, remainder, full..channels),
+                2 => self.blocks::<S, 2, { VECTORS[2] }>(simd, taps, remainder, full..channels),
+                3 => self.blocks::<S, 3, { VECTORS[3] }>(simd, taps, remainder, full..channels),
+                4 => self.blocks::<S, 4, { VECTORS[4] }>(simd, taps, remainder, full..channels),
+                5 => self.blocks::<S, 5, { VECTORS[5] }>(simd, taps, remainder, full..channels),
                 _ => {}
             }
             (start, factors) = (end, rest);
@@ -149,14 +156,14 @@ impl<T: Real> Correlate<'_, T> {
         channels: std::ops::Range<usize>,
     ) {
         let step = N * size_of::<T::Vector<S>>() / size_of::<T>();
-        debug_assert!(step <= SLACK);
+        debug_assert!(step <= N * WIDEST);
         let offsets = &self.offsets[taps.start..taps.end];
         let factors = factors.chunks_exact(M * offsets.len());
         for position in (0..self.positions).step_by(step) {
             for (first, factors) in channels.clone().step_by(M).zip(factors.clone()) {
-                // SAFETY: `correlate` checked that each plane holds SLACK values after its
+                // SAFETY: `correlate` checked that each plane holds `slack` values after its
                 // `positions` from the largest offset on, and the target after those of its last
-                // channel; `position < positions` and a block is no wider than SLACK. `factors`
+                // channel; `position < positions` and a block is no wider than `slack`. `factors`
                 // holds `M` values for each offset.
                 unsafe {
                     block::<S, T, M, N>(

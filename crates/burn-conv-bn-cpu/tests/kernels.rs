@@ -1,9 +1,10 @@
 //! The kernels against naive loops in f64, which are themselves checked by hand.
 
 use burn_conv_bn_cpu::{
-    Activation, Affine, Backward, ConvOutput, Element, Geometry, GeometryError, Gradients,
-    InputGradCoefficients, Real, backward, conv, conv_moments, grad_sums, normalize,
+    Activation, Affine, Backward, ConvOutput, Element, Geometry, GeometryError, GradSums,
+    Gradients, InputGradCoefficients, Real, backward, conv, conv_moments, grad_sums, normalize,
 };
+use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -472,6 +473,115 @@ fn compare<T: Element<Real = T> + Real>(case: &Case, tolerance: f64) {
             name("stored or recomputed: the same bits")
         );
     }
+}
+
+/// f16 and bf16 against the same in f32, on what the half types can hold: they differ by the
+/// rounding of the convolution's output and of the results alone.
+#[test]
+fn half_types_pass_through_f32() {
+    for case in cases() {
+        compare_half::<f16>(&case, 2e-3);
+        compare_half::<bf16>(&case, 2e-2);
+    }
+}
+
+fn compare_half<E: Element<Real = f32>>(case: &Case, tolerance: f64) {
+    let geometry = case.geometry();
+    let channels = geometry.channels_out();
+    let name = |what: &str| format!("{what} of {case:?}");
+    let rounded_pair = |len: usize, seed: u64| {
+        let mut halves = vec![E::default(); len];
+        let mut singles = rounded::<f32>(&random(len, seed));
+        E::store(&singles, &mut halves);
+        E::load(&halves, &mut singles);
+        (halves, singles)
+    };
+    let (input, input32) = rounded_pair(case.batch * geometry.input_len(), 1);
+    let (output_grad, output_grad32) = rounded_pair(case.batch * geometry.output_len(), 2);
+    let weight = rounded::<f32>(&random(geometry.weight_len(), 3));
+    let [mean, scale, shift, slope, offset] =
+        [4, 5, 6, 7, 8].map(|seed| rounded::<f32>(&random(channels, seed)));
+    let affine = Affine {
+        mean: &mean,
+        scale: &scale,
+        shift: &shift,
+    };
+    let coefficients = InputGradCoefficients {
+        scale: &scale,
+        slope: &slope,
+        offset: &offset,
+    };
+
+    /// Moments, output and gradients.
+    fn run<E: Element<Real = f32>>(
+        geometry: &Geometry,
+        input: &[E],
+        weight: &[f32],
+        output_grad: &[E],
+        affine: Affine<'_, f32>,
+        coefficients: InputGradCoefficients<'_, f32>,
+    ) -> (Vec<f64>, Vec<E>, GradSums, Vec<E>, Vec<f32>) {
+        let mut output = vec![E::default(); output_grad.len()];
+        let moments = conv_moments(geometry, input, weight, &mut output);
+        normalize(geometry, &mut output, affine, None, Activation::Relu);
+        let pass = Backward {
+            geometry,
+            input,
+            weight,
+            output_grad,
+            affine,
+            // A rounded value near zero may be on its other side.
+            activation: Activation::Identity,
+            output: None,
+        };
+        let mut stored = vec![E::default(); output_grad.len()];
+        let sums = grad_sums(&pass, ConvOutput::Store(&mut stored));
+        let recomputed = grad_sums(&pass, ConvOutput::Recompute);
+        assert_eq!(sums, recomputed, "stored or recomputed: the same bits");
+        let mut input_grad = vec![E::default(); input.len()];
+        let mut weight_grad = vec![0.0; weight.len()];
+        backward(
+            &pass,
+            ConvOutput::Recompute,
+            coefficients,
+            Gradients {
+                input: Some((&mut input_grad, weight)),
+                weight: Some(&mut weight_grad),
+                residual: None,
+            },
+        );
+        (moments.mean, output, sums, input_grad, weight_grad)
+    }
+    let singles = |values: &[E]| {
+        let mut singles = vec![0.0f32; values.len()];
+        E::load(values, &mut singles);
+        singles
+    };
+    let doubles = |values: &[f32]| -> Vec<f64> { values.iter().map(|v| f64::from(*v)).collect() };
+    let (mean, output, sums, input_grad, weight_grad) = run(
+        &geometry,
+        &input,
+        &weight,
+        &output_grad,
+        affine,
+        coefficients,
+    );
+    let wanted = run(
+        &geometry,
+        &input32,
+        &weight,
+        &output_grad32,
+        affine,
+        coefficients,
+    );
+    assert_close(&name("mean"), &mean, &wanted.0, tolerance);
+    let close = |what: &str, got: &[f32], wanted: &[f32]| {
+        assert_close(&name(what), got, &doubles(wanted), tolerance);
+    };
+    close("output", &singles(&output), &wanted.1);
+    assert_close(&name("sum g"), &sums.grad, &wanted.2.grad, tolerance);
+    close("input grad", &singles(&input_grad), &wanted.3);
+    close("weight grad", &weight_grad, &wanted.4);
 }
 
 #[test]
