@@ -7,11 +7,13 @@ use serde::{Deserialize, Serialize};
 /// Most that a result of a contender may be off, relative to the largest value of the same tensor
 /// from Burn's unfused layers.
 ///
-/// All is in f32, and Burn takes a batch's statistics as one long sum. In the networks rounding
-/// also turns a few ReLUs and winners of the pooling over, which moves a whole value from one place
-/// to another; the gradients of the parameters are sums over very many. In the layers the upstream
-/// gradient is zero where that could happen.
-pub const TOLERANCE: f64 = 2e-3;
+/// All is in f32, and Burn takes a batch's statistics as one long sum: over the 1.2 million values
+/// of a channel of the network at batch 2048 this layer and PyTorch's are both 3.4e-3 away from it in
+/// the second convolution's gradient. In the networks rounding also turns a few ReLUs
+/// and winners of the pooling over, which moves a whole value from one place to another; the
+/// gradients of the parameters are sums over very many. In the layers the upstream gradient is zero
+/// where that could happen.
+pub const TOLERANCE: f64 = 1e-2;
 
 /// How much smaller the quick variant's batches are.
 const QUICK_DIVISOR: usize = 8;
