@@ -213,17 +213,22 @@ fn unfused_keeps_three(device: &Device) {
     let input = tensor(INPUT, true, device);
     let run =
         |input: Tensor<4>| burn::tensor::activation::relu(norm.forward(conv.forward(input))).sum();
-    run(input.clone()).backward();
-    let start = ALLOCATOR.current() as isize;
-    let loss = run(input);
-    let grown = ALLOCATOR.current() as isize - start;
+    // Burn's matrix product keeps a buffer for each thread, from its first use there on. The least
+    // of several runs is without.
+    let grown = (0..10).map(|_| {
+        let start = ALLOCATOR.current() as isize;
+        let loss = run(input.clone());
+        let grown = ALLOCATOR.current() as isize - start;
+        loss.backward();
+        grown
+    });
+    let grown = grown.min().unwrap_or_default();
     // The input was there before: two more.
     let wanted = 2 * bytes(OUTPUT) as isize;
     assert!(
         (grown - wanted).unsigned_abs() < OVERHEAD,
         "got {grown}, wanted {wanted}"
     );
-    drop(loss);
 }
 
 /// A bound on the workspace keeps the recomputed output out of the backward pass's peak.
