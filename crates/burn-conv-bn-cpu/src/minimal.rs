@@ -278,7 +278,9 @@ impl<'a, T: Real> Minimal<'a, T> {
         // A row of the preceding tile, and what is written beyond the last position.
         let margin = columns + slack(group_in).max(slack(group_out));
         let positions = (TILE_BYTES / bytes).saturating_sub(margin);
-        let tile = (positions.min(MOST_POSITIONS) / columns).max(1);
+        // Small batches come in small blocks, for which large planes would stay empty.
+        let block = rows * geometry.images_per_block(geometry.batch().min(64));
+        let tile = (positions.min(MOST_POSITIONS) / columns).clamp(1, block);
         let plane = plane_len(margin + tile * columns);
         let starts = |channels: usize| (0..channels).map(|channel| channel * plane).collect();
         Self {
