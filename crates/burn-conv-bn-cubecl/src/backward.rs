@@ -1,0 +1,393 @@
+//! Backward: sums over the gradient, then the gradient of the convolution's output in place.
+
+use burn_backend::ops::FloatTensorOps;
+use burn_cubecl::CubeBackend;
+use burn_cubecl::cubecl;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::ir::ElemType;
+use cubecl::prelude::*;
+
+use crate::activation::{self, Activation};
+use crate::element::{accumulator_type, element_type};
+use crate::fold::{Fold, Partial, fold_lanes, partial_table, write_partial};
+use crate::norm::{self, Affine, AffineGrads, ChannelTable, Moments, Norm, rows};
+use crate::walk::{
+    Grid, Lanes, Steps, Unit, Walk, coordinates, empty_like, index, is_idle, is_writable, row,
+    tensor_arg, unit,
+};
+
+/// What the gradient `g` at the pre-activation is made of: `g = output_grad * activation'(v)`.
+///
+/// All tensors have the shape `[batch, channels, spatial..]` and one dtype.
+#[derive(Clone, Debug)]
+pub struct PreActivation {
+    /// Gradient of the op's output.
+    pub output_grad: CubeTensor,
+    /// The norm's input, where the norm takes its statistics from the batch.
+    pub norm_input: Option<CubeTensor>,
+    /// The op's output, which stands for `v` where the norm's input alone does not give it.
+    pub output: Option<CubeTensor>,
+    /// The activation.
+    pub activation: Activation,
+}
+
+impl PreActivation {
+    fn walk(&self, others: &[&CubeTensor]) -> Walk {
+        // The norm's input first: it was just written, in the layout of the device's convolution.
+        let tensors: Vec<&CubeTensor> = self
+            .norm_input
+            .iter()
+            .chain([&self.output_grad])
+            .chain(self.masking_output())
+            .chain(others.iter().copied())
+            .collect();
+        Walk::new(&tensors, accumulator_type(self.output_grad.dtype).size())
+    }
+
+    fn steps(&self, walk: &Walk) -> PreActivationStepsLaunch {
+        PreActivationStepsLaunch::new(
+            walk.steps(Some(&self.output_grad)),
+            walk.steps(self.norm_input.as_ref()),
+            walk.steps(self.masking_output()),
+        )
+    }
+
+    fn masking_output(&self) -> Option<&CubeTensor> {
+        self.output
+            .as_ref()
+            .filter(|_| self.activation != Activation::Identity)
+    }
+
+    fn elements(&self) -> [ElemType; 2] {
+        let dtype = self.output_grad.dtype;
+        [element_type(dtype), accumulator_type(dtype)]
+    }
+}
+
+/// Steps of the tensors of a [`PreActivation`].
+#[derive(CubeType, CubeLaunch)]
+struct PreActivationSteps {
+    output_grad: Steps,
+    norm_input: Steps,
+    output: Steps,
+}
+
+/// The rows of `scale * (value - mean) + shift` for a unit's channels; without a table, zeros.
+#[derive(CubeType)]
+struct UnitAffine<T: Float, N: Size> {
+    mean: Vector<T, N>,
+    scale: Vector<T, N>,
+    shift: Vector<T, N>,
+}
+
+#[cube]
+fn unit_affine<T: Float, N: Size>(
+    table: ComptimeOption<&Tensor<T>>,
+    grid: &Grid,
+    unit: &Unit,
+    #[comptime] lanes: Lanes,
+) -> UnitAffine<T, N> {
+    #[comptime]
+    match table {
+        ComptimeOption::Some(table) => UnitAffine::<T, N> {
+            mean: row(table, grid, unit, rows::MEAN, lanes),
+            scale: row(table, grid, unit, rows::SCALE, lanes),
+            shift: row(table, grid, unit, rows::SHIFT, lanes),
+        },
+        ComptimeOption::None => UnitAffine::<T, N> {
+            mean: Vector::zero(),
+            scale: Vector::zero(),
+            shift: Vector::zero(),
+        },
+    }
+}
+
+/// `g`, and `value - mean` where there is a norm's input.
+#[derive(CubeType)]
+struct Grad<T: Float, N: Size> {
+    grad: Vector<T, N>,
+    deviation: Vector<T, N>,
+}
+
+#[cube]
+fn grad_at<E: Float, T: Float, N: Size>(
+    output_grad: &Tensor<Vector<E, N>>,
+    norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
+    output: ComptimeOption<&Tensor<Vector<E, N>>>,
+    steps: &PreActivationSteps,
+    affine: &UnitAffine<T, N>,
+    at: &Sequence<usize>,
+    unit: &Unit,
+    #[comptime] activation: Activation,
+) -> Grad<T, N> {
+    let grad = Vector::<T, N>::cast_from(output_grad[index(&steps.output_grad, at, unit)]);
+    #[comptime]
+    let deviation = match norm_input {
+        ComptimeOption::Some(input) => {
+            Vector::<T, N>::cast_from(input[index(&steps.norm_input, at, unit)]) - affine.mean
+        }
+        ComptimeOption::None => Vector::<T, N>::zero(),
+    };
+    #[comptime]
+    let value = match output {
+        ComptimeOption::Some(output) => {
+            Vector::<T, N>::cast_from(output[index(&steps.output, at, unit)])
+        }
+        ComptimeOption::None => affine.scale * deviation + affine.shift,
+    };
+    Grad::<T, N> {
+        grad: activation::backward(value, grad, activation),
+        deviation,
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn partial_sums_kernel<E: Float, T: Float, N: Size>(
+    output_grad: &Tensor<Vector<E, N>>,
+    norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
+    output: ComptimeOption<&Tensor<Vector<E, N>>>,
+    table: ComptimeOption<&Tensor<T>>,
+    partials: &mut Tensor<T>,
+    steps: &PreActivationSteps,
+    grid: &Grid,
+    #[comptime] activation: Activation,
+    #[comptime] lanes: Lanes,
+    #[define(E, T)] _elements: [ElemType; 2],
+) {
+    if is_idle(grid) {
+        terminate!();
+    }
+    let unit = unit::<N>(grid, lanes);
+    let affine = unit_affine::<T, N>(table, grid, &unit, lanes);
+    let mut sums = Partial::<T, N>::empty();
+    for position in range_stepped(unit.start, unit.end, lanes.positions) {
+        let at = coordinates(grid, position);
+        let value = grad_at(
+            output_grad,
+            norm_input,
+            output,
+            steps,
+            &affine,
+            &at,
+            &unit,
+            activation,
+        );
+        sums.first += value.grad;
+        sums.second += value.grad * value.deviation;
+    }
+    fold_lanes(&mut sums, &unit, lanes, Fold::Sums);
+    write_partial(partials, &sums, &unit, grid.channels, lanes, Fold::Sums);
+}
+
+/// Partial results of `sum(g)` and `sum(g * (value - mean))` for each channel.
+#[derive(Debug)]
+pub struct GradSums(Vec<CubeTensor>);
+
+impl GradSums {
+    /// The sums over one chunk of the batch. `table` is needed where there is a norm's input.
+    ///
+    /// One read of each tensor.
+    pub fn new(pre_activation: &PreActivation, table: Option<&ChannelTable>) -> Self {
+        let walk = pre_activation.walk(&[]);
+        let output_grad = &pre_activation.output_grad;
+        let client = &output_grad.client;
+        let partials = partial_table(output_grad, walk.chunks, walk.channels);
+        if walk.channels > 0 {
+            // SAFETY: `unit` keeps positions and channels below the tensors' common ones.
+            unsafe {
+                partial_sums_kernel::launch_unchecked(
+                    client,
+                    walk.cube_count(client),
+                    walk.lanes.cube_dim(),
+                    walk.address_type(),
+                    walk.vector_size,
+                    output_grad.clone().into_tensor_arg(),
+                    tensor_arg(pre_activation.norm_input.as_ref()).into(),
+                    tensor_arg(pre_activation.masking_output()).into(),
+                    tensor_arg(table.map(|table| &table.0)).into(),
+                    partials.clone().into_tensor_arg(),
+                    pre_activation.steps(&walk),
+                    walk.grid(),
+                    pre_activation.activation,
+                    walk.lanes,
+                    pre_activation.elements(),
+                );
+            }
+        }
+        Self(vec![partials])
+    }
+
+    /// The sums over two chunks.
+    #[must_use]
+    pub fn add(mut self, other: Self) -> Self {
+        self.0.extend(other.0);
+        self
+    }
+
+    /// The gradients of the norm's parameters, in their dtype (the accumulator's without them),
+    /// over `values` values a channel. Also completes `table` for [`norm_input_grad`].
+    pub fn finish(
+        self,
+        table: &ChannelTable,
+        moments: &Moments,
+        affine: Affine,
+        norm: Norm,
+        values: usize,
+    ) -> AffineGrads {
+        norm::finish_sums(self.join(), table, moments, affine, norm, values)
+    }
+
+    /// `sum(g)`, `[channels]` in the accumulator's dtype.
+    pub fn grad(self) -> CubeTensor {
+        norm::finish_grad_sum(self.join())
+    }
+
+    fn join(mut self) -> CubeTensor {
+        if self.0.len() == 1 {
+            return self.0.remove(0);
+        }
+        CubeBackend::float_cat(self.0, 1)
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
+    output_grad: &Tensor<Vector<E, N>>,
+    norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
+    output: ComptimeOption<&Tensor<Vector<E, N>>>,
+    table: ComptimeOption<&Tensor<T>>,
+    target: &mut Tensor<Vector<E, N>>,
+    mut residual_grad: ComptimeOption<&mut Tensor<Vector<E, N>>>,
+    steps: &PreActivationSteps,
+    target_steps: &Steps,
+    residual_grad_steps: &Steps,
+    grid: &Grid,
+    #[comptime] activation: Activation,
+    #[comptime] lanes: Lanes,
+    #[define(E, T)] _elements: [ElemType; 2],
+) {
+    if is_idle(grid) {
+        terminate!();
+    }
+    let unit = unit::<N>(grid, lanes);
+    let affine = unit_affine::<T, N>(table, grid, &unit, lanes);
+    let mut slope = Vector::<T, N>::zero();
+    let mut offset = Vector::<T, N>::zero();
+    #[comptime]
+    if let ComptimeOption::Some(table) = table {
+        slope = row(table, grid, &unit, rows::SLOPE, lanes);
+        offset = row(table, grid, &unit, rows::OFFSET, lanes);
+    }
+    for position in range_stepped(unit.start, unit.end, lanes.positions) {
+        let at = coordinates(grid, position);
+        let value = grad_at(
+            output_grad,
+            norm_input,
+            output,
+            steps,
+            &affine,
+            &at,
+            &unit,
+            activation,
+        );
+        #[comptime]
+        if let ComptimeOption::Some(residual_grad) = &mut residual_grad {
+            let index = index(residual_grad_steps, &at, &unit);
+            residual_grad[index] = Vector::cast_from(value.grad);
+        }
+        let mut grad = value.grad;
+        if table.is_some() {
+            grad = affine.scale * value.grad + slope * value.deviation + offset;
+        }
+        let index = index(target_steps, &at, &unit);
+        target[index] = Vector::cast_from(grad);
+    }
+}
+
+/// What [`norm_input_grad`] returns.
+#[derive(Debug)]
+pub struct NormInputGrad {
+    /// Gradient of the norm's input; of the pre-activation where there is none.
+    pub grad: CubeTensor,
+    /// `g`, if it was asked for.
+    pub residual_grad: Option<CubeTensor>,
+}
+
+/// The gradient of the norm's input, `scale * g + slope * (value - mean) + offset`, with the table
+/// that [`GradSums::finish`] completed; without a norm's input, `g` itself.
+///
+/// Written over the norm's input (over the output's gradient where there is none) if nothing else
+/// holds it, otherwise into a new buffer of the same layout. One read of each tensor.
+pub fn norm_input_grad(
+    pre_activation: PreActivation,
+    table: Option<&ChannelTable>,
+    wants_residual_grad: bool,
+) -> NormInputGrad {
+    let output_grad = &pre_activation.output_grad;
+    let is_unchanged = pre_activation.activation == Activation::Identity;
+    if pre_activation.norm_input.is_none() && is_unchanged {
+        return NormInputGrad {
+            residual_grad: wants_residual_grad.then(|| output_grad.clone()),
+            grad: pre_activation.output_grad,
+        };
+    }
+    let (overwritten, position) = match &pre_activation.norm_input {
+        Some(norm_input) => (norm_input, 1),
+        None => (output_grad, 0),
+    };
+    let in_place = is_writable(overwritten);
+    let grad = match in_place {
+        true => overwritten.clone(),
+        false => empty_like(overwritten),
+    };
+    // Without an activation `g` is the output's gradient, and without a norm the result.
+    let residual_grad = wants_residual_grad.then(|| match &pre_activation.norm_input {
+        Some(_) if is_unchanged => output_grad.clone(),
+        Some(norm_input) => empty_like(norm_input),
+        None => grad.clone(),
+    });
+    let written_residual_grad = residual_grad
+        .as_ref()
+        .filter(|_| !is_unchanged && pre_activation.norm_input.is_some());
+    let others: Vec<&CubeTensor> = [&grad].into_iter().chain(written_residual_grad).collect();
+    let walk = pre_activation.walk(&others);
+    if walk.is_empty() {
+        return NormInputGrad {
+            grad,
+            residual_grad,
+        };
+    }
+    let client = output_grad.client.clone();
+    let target = match in_place {
+        true => grad.as_tensor_alias(position),
+        false => grad.clone().into_tensor_arg(),
+    };
+    // SAFETY: `unit` keeps positions and channels below the tensors' common ones, and each vector
+    // of the target is written by one unit, which has read the inputs there.
+    unsafe {
+        norm_input_grad_kernel::launch_unchecked(
+            &client,
+            walk.cube_count(&client),
+            walk.lanes.cube_dim(),
+            walk.address_type(),
+            walk.vector_size,
+            output_grad.clone().into_tensor_arg(),
+            tensor_arg(pre_activation.norm_input.as_ref()).into(),
+            tensor_arg(pre_activation.masking_output()).into(),
+            tensor_arg(table.map(|table| &table.0)).into(),
+            target,
+            tensor_arg(written_residual_grad).into(),
+            pre_activation.steps(&walk),
+            walk.steps(Some(&grad)),
+            walk.steps(written_residual_grad),
+            walk.grid(),
+            pre_activation.activation,
+            walk.lanes,
+            pre_activation.elements(),
+        );
+    }
+    NormInputGrad {
+        grad,
+        residual_grad,
+    }
+}

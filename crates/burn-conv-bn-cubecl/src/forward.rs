@@ -1,0 +1,184 @@
+//! Forward: statistics, then normalization in place.
+
+use burn_cubecl::cubecl;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::ir::ElemType;
+use cubecl::prelude::*;
+
+use crate::activation::{self, Activation};
+use crate::element::{accumulator_type, element_type};
+use crate::fold::{Fold, Partial, fold_lanes, partial_table, write_partial};
+use crate::norm::{self, Affine, ChannelTable, Moments, Norm, rows};
+use crate::values_per_channel;
+use crate::walk::{
+    Grid, Lanes, Steps, Walk, coordinates, empty_like, index, is_idle, is_writable, row,
+    tensor_arg, unit,
+};
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn partial_moments_kernel<E: Float, T: Float, N: Size>(
+    input: &Tensor<Vector<E, N>>,
+    partials: &mut Tensor<T>,
+    input_steps: &Steps,
+    grid: &Grid,
+    #[comptime] lanes: Lanes,
+    #[define(E, T)] _elements: [ElemType; 2],
+) {
+    if is_idle(grid) {
+        terminate!();
+    }
+    let unit = unit::<N>(grid, lanes);
+    let mut moments = Partial::<T, N>::empty();
+    let one = Vector::new(T::from_int(1));
+    // Welford's update: one value at a time, exact however far the mean is from zero.
+    for position in range_stepped(unit.start, unit.end, lanes.positions) {
+        let at = coordinates(grid, position);
+        let value = Vector::<T, N>::cast_from(input[index(input_steps, &at, &unit)]);
+        moments.count += one;
+        let delta = value - moments.first;
+        moments.first += delta / moments.count;
+        moments.second += delta * (value - moments.first);
+    }
+    fold_lanes(&mut moments, &unit, lanes, Fold::Moments);
+    write_partial(
+        partials,
+        &moments,
+        &unit,
+        grid.channels,
+        lanes,
+        Fold::Moments,
+    );
+}
+
+/// Mean and biased variance of each channel of `[batch, channels, spatial..]`, and the table that
+/// [`normalize`] takes.
+///
+/// One read of the input. Sums are kept in f32 (f64 for f64) as means and squared deviations from
+/// them, so that a mean far from zero costs no digits. The variance of an empty tensor is NaN.
+pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, ChannelTable) {
+    let accumulator = accumulator_type(input.dtype);
+    let walk = Walk::new(&[input], accumulator.size());
+    let partials = partial_table(input, walk.chunks, walk.channels);
+    let client = &input.client;
+    if walk.channels > 0 {
+        // SAFETY: `unit` keeps positions and channels below the input's.
+        unsafe {
+            partial_moments_kernel::launch_unchecked(
+                client,
+                walk.cube_count(client),
+                walk.lanes.cube_dim(),
+                walk.address_type(),
+                walk.vector_size,
+                input.clone().into_tensor_arg(),
+                partials.clone().into_tensor_arg(),
+                walk.steps(Some(input)),
+                walk.grid(),
+                walk.lanes,
+                [element_type(input.dtype), accumulator],
+            );
+        }
+    }
+    let values = values_per_channel(input);
+    norm::finish_moments(partials, affine, norm, values)
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn normalize_kernel<E: Float, T: Float, N: Size>(
+    input: &Tensor<Vector<E, N>>,
+    residual: ComptimeOption<&Tensor<Vector<E, N>>>,
+    table: ComptimeOption<&Tensor<T>>,
+    output: &mut Tensor<Vector<E, N>>,
+    input_steps: &Steps,
+    residual_steps: &Steps,
+    output_steps: &Steps,
+    grid: &Grid,
+    #[comptime] activation: Activation,
+    #[comptime] lanes: Lanes,
+    #[define(E, T)] _elements: [ElemType; 2],
+) {
+    if is_idle(grid) {
+        terminate!();
+    }
+    let unit = unit::<N>(grid, lanes);
+    let mut mean = Vector::<T, N>::zero();
+    let mut scale = Vector::<T, N>::zero();
+    let mut shift = Vector::<T, N>::zero();
+    #[comptime]
+    if let ComptimeOption::Some(table) = table {
+        mean = row(table, grid, &unit, rows::MEAN, lanes);
+        scale = row(table, grid, &unit, rows::SCALE, lanes);
+        shift = row(table, grid, &unit, rows::SHIFT, lanes);
+    }
+    for position in range_stepped(unit.start, unit.end, lanes.positions) {
+        let at = coordinates(grid, position);
+        let mut value = Vector::<T, N>::cast_from(input[index(input_steps, &at, &unit)]);
+        if table.is_some() {
+            value = scale * (value - mean) + shift;
+        }
+        #[comptime]
+        if let ComptimeOption::Some(residual) = residual {
+            value += Vector::cast_from(residual[index(residual_steps, &at, &unit)]);
+        }
+        let value = activation::forward(value, activation);
+        let target = index(output_steps, &at, &unit);
+        output[target] = Vector::cast_from(value);
+    }
+}
+
+/// `activation(scale * (input - mean) + shift + residual)`, or without a table
+/// `activation(input + residual)`.
+///
+/// `residual` is of the input's shape and dtype. Written over the input where nothing else holds
+/// it, otherwise into a new buffer of the same layout.
+pub fn normalize(
+    input: CubeTensor,
+    table: Option<&ChannelTable>,
+    residual: Option<&CubeTensor>,
+    activation: Activation,
+) -> CubeTensor {
+    let accumulator = accumulator_type(input.dtype);
+    let in_place = is_writable(&input);
+    let output = match in_place {
+        true => input.clone(),
+        false => empty_like(&input),
+    };
+    let tensors: Vec<&CubeTensor> = [&input, &output].into_iter().chain(residual).collect();
+    let walk = Walk::new(&tensors, accumulator.size());
+    if walk.is_empty() {
+        return output;
+    }
+    let client = input.client.clone();
+    let output_arg = match in_place {
+        true => output.as_tensor_alias(0),
+        false => output.clone().into_tensor_arg(),
+    };
+    let steps = [
+        walk.steps(Some(&input)),
+        walk.steps(residual),
+        walk.steps(Some(&output)),
+    ];
+    let [input_steps, residual_steps, output_steps] = steps;
+    // SAFETY: `unit` keeps positions and channels below the tensors' common ones, and each vector
+    // of the output is written by one unit, which has read the input there.
+    unsafe {
+        normalize_kernel::launch_unchecked(
+            &client,
+            walk.cube_count(&client),
+            walk.lanes.cube_dim(),
+            walk.address_type(),
+            walk.vector_size,
+            input.clone().into_tensor_arg(),
+            tensor_arg(residual).into(),
+            tensor_arg(table.map(|table| &table.0)).into(),
+            output_arg,
+            input_steps,
+            residual_steps,
+            output_steps,
+            walk.grid(),
+            activation,
+            walk.lanes,
+            [element_type(input.dtype), accumulator],
+        );
+    }
+    output
+}

@@ -1,0 +1,443 @@
+//! How the units of a launch go over activations.
+//!
+//! All tensors of a launch have the shape `[batch, channels, spatial..]`. A *position* is what is
+//! left of an index without its channel. Strides are whatever they are: Burn's convolutions
+//! return channels-last buffers viewed as channels-first, CUDA pads rows, and a slice of a batch
+//! starts somewhere. Position axes that are adjacent in the memory of every tensor are merged, so
+//! that a dense channels-last tensor has one of them and a dense channels-first tensor two.
+
+use burn_cubecl::cubecl;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::ops::permute;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::client::Client;
+use cubecl::ir::AddressType;
+use cubecl::prelude::*;
+use cubecl::server::CubeCountSelection;
+use cubecl::std::FastDivmod;
+use cubecl::zspace::Shape;
+
+/// Units of a cube, where the device takes that many.
+const UNITS: usize = 256;
+/// Neighbouring vectors of channels that one cube reads at once: enough for whole cache lines.
+const CHANNEL_LANES: usize = 32;
+/// As [`CHANNEL_LANES`], where the rows are many and the channels few.
+const ROW_CHANNEL_LANES: usize = 8;
+/// Positions that a unit should have before another cube is worth its partial result.
+const POSITIONS_PER_UNIT: usize = 8;
+/// Cubes of a launch over one block of channels or more: a few for each multiprocessor of a
+/// large GPU, and few enough that adding up their partial results costs nothing.
+const CUBES: usize = 512;
+
+/// The axis that the components of a vector lie along.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Axis {
+    Channels,
+    Positions,
+}
+
+/// How the units of a cube are divided: `channels` vectors of channels times `positions`, a power
+/// of two, at a time. Units with neighbouring channels are neighbours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Lanes {
+    pub(crate) axis: Axis,
+    pub(crate) channels: usize,
+    pub(crate) positions: usize,
+}
+
+impl Lanes {
+    pub(crate) fn units(self) -> usize {
+        self.channels * self.positions
+    }
+
+    pub(crate) fn cube_dim(self) -> CubeDim {
+        CubeDim::new_1d(self.units() as u32)
+    }
+}
+
+/// The extent of a launch.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct Grid {
+    /// Lengths of the position axes, outermost first. The innermost counts vectors where the
+    /// vectors lie along it.
+    axes: Sequence<FastDivmod<usize>>,
+    /// Product of `axes`.
+    positions: usize,
+    pub(crate) channels: usize,
+    /// Positions of one cube.
+    chunk: usize,
+    /// Cubes that have work: the launch may have more, where one dimension does not hold them.
+    cubes: usize,
+}
+
+/// Distances in a tensor's buffer, in vectors.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct Steps {
+    /// Along each position axis of the grid.
+    axes: Sequence<usize>,
+    /// From one channel (or vector of channels) to the next.
+    channel: usize,
+}
+
+/// Where one unit works.
+#[derive(CubeType)]
+pub(crate) struct Unit {
+    /// Index of the chunk of positions.
+    pub(crate) chunk: usize,
+    /// Index of the unit's channel, or vector of channels.
+    vector: usize,
+    /// First channel of the unit's vectors.
+    pub(crate) channel: usize,
+    /// The unit's position lane.
+    pub(crate) lane: usize,
+    /// First position of the unit, and the end of its chunk: not before `start`, and equal to it
+    /// where the unit has no channel.
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    /// Whether the unit has a channel.
+    pub(crate) has_channel: bool,
+}
+
+#[cube]
+pub(crate) fn is_idle(grid: &Grid) -> bool {
+    CUBE_POS >= grid.cubes
+}
+
+#[cube]
+pub(crate) fn unit<N: Size>(grid: &Grid, #[comptime] lanes: Lanes) -> Unit {
+    let size = N::value();
+    let width = comptime!(match lanes.axis {
+        Axis::Channels => size,
+        Axis::Positions => 1usize,
+    });
+    let vectors = grid.channels / width;
+    let blocks = (vectors + comptime!(lanes.channels - 1)) / lanes.channels;
+    let chunk = CUBE_POS / blocks;
+    let unit = UNIT_POS as usize;
+    let lane = unit / lanes.channels;
+    let vector = CUBE_POS % blocks * lanes.channels + unit % lanes.channels;
+    let has_channel = vector < vectors;
+    let start = chunk * grid.chunk + lane;
+    let limit = min(chunk * grid.chunk + grid.chunk, grid.positions);
+    Unit {
+        chunk,
+        vector,
+        channel: vector * width,
+        lane,
+        start,
+        end: select(has_channel, limit, start),
+        has_channel,
+    }
+}
+
+/// Coordinates of a position along the axes of the grid, innermost first.
+#[cube]
+pub(crate) fn coordinates(grid: &Grid, position: usize) -> Sequence<usize> {
+    let rank = comptime!(grid.axes.len());
+    let mut rest = position;
+    let mut coordinates = Sequence::<usize>::new();
+    #[unroll]
+    for i in 0..rank - 1 {
+        let (quotient, remainder) = grid.axes.index(comptime!(rank - i - 1)).div_mod(rest);
+        coordinates.push(remainder);
+        rest = quotient;
+    }
+    coordinates.push(rest);
+    coordinates
+}
+
+/// Index of a unit's vector at some [`coordinates`] in the buffer of a tensor with these steps.
+#[cube]
+pub(crate) fn index(steps: &Steps, coordinates: &Sequence<usize>, unit: &Unit) -> usize {
+    let rank = comptime!(coordinates.len());
+    let mut index = unit.vector * steps.channel;
+    #[unroll]
+    for i in 0..rank {
+        index += *coordinates.index(comptime!(rank - i - 1)) * *steps.axes.index(i);
+    }
+    index
+}
+
+/// The values of one row of `[rows, channels]` for the components of a unit's vectors.
+#[cube]
+pub(crate) fn row<T: Float, N: Size>(
+    table: &Tensor<T>,
+    grid: &Grid,
+    unit: &Unit,
+    #[comptime] row: usize,
+    #[comptime] lanes: Lanes,
+) -> Vector<T, N> {
+    let start = row * grid.channels + unit.channel;
+    let mut values = Vector::<T, N>::zero();
+    if unit.has_channel {
+        match comptime!(lanes.axis) {
+            Axis::Positions => {
+                values = Vector::new(table[start]);
+            }
+            Axis::Channels =>
+            {
+                #[unroll]
+                for component in 0..N::value() {
+                    values.insert(component, table[start + component]);
+                }
+            }
+        }
+    }
+    values
+}
+
+/// The host's side: how a launch goes over some tensors.
+pub(crate) struct Walk {
+    /// The tensors' axes that make up each position axis, outermost first.
+    groups: Vec<Vec<usize>>,
+    /// Lengths of the position axes, the innermost in vectors.
+    lengths: Vec<usize>,
+    pub(crate) lanes: Lanes,
+    pub(crate) vector_size: usize,
+    pub(crate) channels: usize,
+    /// Chunks that the positions are cut into, at least one.
+    pub(crate) chunks: usize,
+    chunk: usize,
+    channel_blocks: usize,
+    address: AddressType,
+}
+
+impl Walk {
+    /// A walk over `tensors`, which have one shape. The first decides what lies next to what.
+    pub(crate) fn new(tensors: &[&CubeTensor], accumulator_size: usize) -> Self {
+        let first = tensors[0];
+        let hardware = &first.client.properties().hardware;
+        let shape = first.meta.shape();
+        let channels = shape[1];
+        let groups = merged_positions(tensors);
+        let mut lengths: Vec<usize> = groups
+            .iter()
+            .map(|group| group.iter().map(|&axis| shape[axis]).product())
+            .collect();
+
+        let axis = match first.meta.strides()[1] == 1 && channels > 1 {
+            true => Axis::Channels,
+            false => Axis::Positions,
+        };
+        let vector_size = vector_size(tensors, &groups, axis, lengths.last().copied());
+        let mut vectors = channels;
+        match axis {
+            Axis::Channels => vectors /= vector_size,
+            Axis::Positions => {
+                if let Some(innermost) = lengths.last_mut() {
+                    *innermost /= vector_size;
+                }
+            }
+        }
+        let positions: usize = lengths.iter().product();
+
+        // Three vectors a unit meet in shared memory.
+        let unit_bytes = 3 * vector_size * accumulator_size;
+        let units = UNITS
+            .min(hardware.max_units_per_cube as usize)
+            .min(hardware.max_shared_memory_size / unit_bytes)
+            .max(1);
+        let channel_lanes = match axis {
+            Axis::Channels => vectors.clamp(1, CHANNEL_LANES.min(units)),
+            Axis::Positions => 1,
+        };
+        let position_lanes = floor_power_of_two(units / channel_lanes)
+            .min(positions.next_power_of_two())
+            .max(1);
+
+        let channel_blocks = vectors.div_ceil(channel_lanes);
+        let chunks = positions
+            .div_ceil(position_lanes * POSITIONS_PER_UNIT)
+            .clamp(1, (CUBES / channel_blocks.max(1)).max(1));
+        let chunk = positions.div_ceil(chunks).max(1);
+        Self {
+            groups,
+            lengths,
+            lanes: Lanes {
+                axis,
+                channels: channel_lanes,
+                positions: position_lanes,
+            },
+            vector_size,
+            channels,
+            chunks: positions.div_ceil(chunk).max(1),
+            chunk,
+            channel_blocks,
+            address: tensors
+                .iter()
+                .map(|tensor| tensor.required_address_type())
+                .max()
+                .unwrap_or_default(),
+        }
+    }
+
+    /// A walk over a table of partial results, `[planes, rows, channels]`, in one chunk.
+    pub(crate) fn over_rows(table: &CubeTensor) -> Self {
+        let shape = table.meta.shape();
+        let (rows, channels) = (shape[1], shape[2]);
+        let units = table.client.properties().hardware.max_units_per_cube as usize;
+        let channel_lanes = channels.clamp(1, ROW_CHANNEL_LANES.min(units));
+        let position_lanes = floor_power_of_two(UNITS.min(units) / channel_lanes);
+        Self {
+            groups: Vec::new(),
+            lengths: vec![rows],
+            lanes: Lanes {
+                axis: Axis::Channels,
+                channels: channel_lanes,
+                positions: position_lanes.min(rows.next_power_of_two()),
+            },
+            vector_size: 1,
+            channels,
+            chunks: 1,
+            chunk: rows,
+            channel_blocks: channels.div_ceil(channel_lanes),
+            address: table.required_address_type(),
+        }
+    }
+
+    /// Whether there is nothing to go over.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.channels == 0 || self.lengths.contains(&0)
+    }
+
+    pub(crate) fn cube_count(&self, client: &Client) -> CubeCount {
+        CubeCountSelection::new(client, self.cubes() as u32).cube_count()
+    }
+
+    pub(crate) fn address_type(&self) -> AddressType {
+        self.address
+    }
+
+    pub(crate) fn grid(&self) -> GridLaunch {
+        GridLaunch::new(
+            self.lengths.iter().copied().collect(),
+            self.lengths.iter().product::<usize>(),
+            self.channels,
+            self.chunk,
+            self.cubes(),
+        )
+    }
+
+    fn cubes(&self) -> usize {
+        self.channel_blocks * self.chunks
+    }
+
+    /// The steps of a tensor of this walk; of no tensor, zeros.
+    pub(crate) fn steps(&self, tensor: Option<&CubeTensor>) -> StepsLaunch {
+        let stride = |axis: usize| tensor.map_or(0, |tensor| tensor.meta.strides()[axis]);
+        let mut axes: Vec<usize> = self
+            .groups
+            .iter()
+            .map(|group| stride(group[group.len() - 1]) / self.vector_size)
+            .collect();
+        let mut channel = stride(1);
+        // A vector is one step along the axis that its components lie along.
+        match (self.lanes.axis, axes.last_mut()) {
+            (Axis::Positions, Some(innermost)) if self.vector_size > 1 => {
+                *innermost = 1;
+                channel /= self.vector_size;
+            }
+            _ => {}
+        }
+        StepsLaunch::new(axes.into_iter().collect(), channel)
+    }
+}
+
+/// The position axes, those merged that follow each other in the memory of every tensor. Axes of
+/// one element are left out, but for one if there is no other.
+fn merged_positions(tensors: &[&CubeTensor]) -> Vec<Vec<usize>> {
+    let shape = tensors[0].meta.shape();
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    for axis in (0..shape.num_dims()).filter(|&axis| axis != 1 && shape[axis] != 1) {
+        let follows = |group: &Vec<usize>| {
+            let outer = *group.last().expect("a group has axes");
+            tensors.iter().all(|tensor| {
+                let strides = tensor.meta.strides();
+                strides[outer] == shape[axis] * strides[axis]
+            })
+        };
+        match groups.last_mut() {
+            Some(group) if follows(group) => group.push(axis),
+            _ => groups.push(vec![axis]),
+        }
+    }
+    if groups.is_empty() {
+        groups.push(vec![0]);
+    }
+    groups
+}
+
+/// Components of a vector that divides what it lies along, and all strides across.
+fn vector_size(
+    tensors: &[&CubeTensor],
+    groups: &[Vec<usize>],
+    axis: Axis,
+    innermost: Option<usize>,
+) -> usize {
+    let first = tensors[0];
+    let length = match axis {
+        Axis::Channels => first.meta.shape()[1],
+        Axis::Positions => innermost.unwrap_or(1),
+    };
+    let fits = |size: usize| {
+        length.is_multiple_of(size)
+            && tensors.iter().all(|tensor| {
+                let strides = tensor.meta.strides();
+                let mut steps: Vec<usize> = groups
+                    .iter()
+                    .filter_map(|group| group.last().map(|&axis| strides[axis]))
+                    .collect();
+                let along = match axis {
+                    Axis::Channels => strides[1],
+                    Axis::Positions => {
+                        let along = steps.pop().unwrap_or(1);
+                        steps.push(strides[1]);
+                        along
+                    }
+                };
+                along == 1 && steps.iter().all(|step| step.is_multiple_of(size))
+            })
+    };
+    first
+        .client
+        .io_optimized_vector_sizes(first.dtype.size())
+        .filter(|&size| size == 1 || fits(size))
+        .max()
+        .unwrap_or(1)
+}
+
+fn floor_power_of_two(value: usize) -> usize {
+    match value {
+        0 => 0,
+        value => 1 << value.ilog2(),
+    }
+}
+
+/// A tensor of the same shape, dtype and order of axes in memory, without values.
+pub(crate) fn empty_like(tensor: &CubeTensor) -> CubeTensor {
+    let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
+    let mut order: Vec<usize> = (0..shape.num_dims()).collect();
+    order.sort_by_key(|&axis| core::cmp::Reverse(strides[axis]));
+    let mut inverse = vec![0; order.len()];
+    for (position, &axis) in order.iter().enumerate() {
+        inverse[axis] = position;
+    }
+    let sizes: Vec<usize> = order.iter().map(|&axis| shape[axis]).collect();
+    let empty = empty_device_contiguous_dtype(
+        tensor.client.clone(),
+        tensor.device.clone(),
+        Shape::from(sizes),
+        tensor.dtype,
+    );
+    permute(empty, &inverse)
+}
+
+/// The tensor's own buffer if nothing else reads it, or a new one of the same layout.
+pub(crate) fn is_writable(tensor: &CubeTensor) -> bool {
+    tensor.can_mut() && tensor.is_nonoverlapping()
+}
+
+/// The argument for a tensor that may be missing.
+pub(crate) fn tensor_arg(tensor: Option<&CubeTensor>) -> Option<TensorArg> {
+    tensor.map(|tensor| tensor.clone().into_tensor_arg())
+}

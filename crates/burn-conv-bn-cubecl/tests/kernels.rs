@@ -1,0 +1,713 @@
+//! Every kernel against sums in f64 on the host, over layouts, dtypes and shapes.
+//!
+//! Runs on the device that `CubeDevice::default()` finds. What that device lacks is skipped with
+//! a line that says so; with `BURN_CONV_BN_STRICT=1` a skip fails.
+
+use burn_backend::ops::FloatTensorOps;
+use burn_backend::{DType, TensorData, bf16, f16};
+use burn_conv_bn_cubecl::{
+    Activation, Affine, ChannelTable, GradSums, Moments, Norm, PreActivation, channel_table,
+    moments, norm_input_grad, normalize,
+};
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{CubeBackend, CubeDevice};
+use cubecl::zspace::metadata::Metadata;
+use cubecl::zspace::{Shape, Strides};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const BATCH_NORM: Norm = Norm {
+    inner_epsilon: 1e-5,
+    outer_epsilon: 0.0,
+    degrees_of_freedom: 0,
+};
+const TUTORIAL: Norm = Norm {
+    inner_epsilon: 0.0,
+    outer_epsilon: 1e-3,
+    degrees_of_freedom: 1,
+};
+
+/// How a `[batch, channels, spatial..]` tensor lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Layout {
+    ChannelsFirst,
+    ChannelsLast,
+    /// Channels first, with that many unused elements after each row.
+    Pitched(usize),
+}
+
+impl Layout {
+    fn strides(self, shape: &[usize]) -> Vec<usize> {
+        let rank = shape.len();
+        let order: Vec<usize> = match self {
+            Self::ChannelsFirst | Self::Pitched(_) => (0..rank).collect(),
+            Self::ChannelsLast => [0].into_iter().chain(2..rank).chain([1]).collect(),
+        };
+        let mut strides = vec![0; rank];
+        let mut step = 1;
+        for (position, &axis) in order.iter().enumerate().rev() {
+            strides[axis] = step;
+            step *= shape[axis];
+            if let (Self::Pitched(gap), true) = (self, position + 1 == rank) {
+                step += gap;
+            }
+        }
+        strides
+    }
+}
+
+/// A tensor in logical order on the host.
+#[derive(Clone, Debug)]
+struct Host {
+    shape: Vec<usize>,
+    values: Vec<f64>,
+}
+
+impl Host {
+    fn random(shape: &[usize], rng: &mut ChaCha8Rng, mean: f64, spread: f64) -> Self {
+        let values = (0..shape.iter().product())
+            .map(|_| mean + spread * rng.random_range(-1.0..1.0))
+            .collect();
+        Self {
+            shape: shape.to_vec(),
+            values,
+        }
+    }
+
+    fn channel_of(&self, index: usize) -> usize {
+        let inner: usize = self.shape[2..].iter().product();
+        index / inner % self.shape[1]
+    }
+
+    fn channels(&self) -> usize {
+        self.shape[1]
+    }
+
+    fn per_channel(&self) -> f64 {
+        (self.values.len() / self.channels()) as f64
+    }
+
+    fn map(&self, function: impl Fn(usize, f64) -> f64) -> Self {
+        let values = self.values.iter().enumerate();
+        Self {
+            shape: self.shape.clone(),
+            values: values
+                .map(|(index, &value)| function(index, value))
+                .collect(),
+        }
+    }
+
+    fn channel_sums(&self) -> Vec<f64> {
+        let mut sums = vec![0.0; self.channels()];
+        for (index, value) in self.values.iter().enumerate() {
+            sums[self.channel_of(index)] += value;
+        }
+        sums
+    }
+
+    /// Puts the values into a buffer of that layout, NaN wherever the layout leaves a gap.
+    fn upload(&self, layout: Layout, dtype: DType, device: &CubeDevice) -> CubeTensor {
+        let strides = layout.strides(&self.shape);
+        let end = |index: &mut Vec<usize>| -> usize {
+            index
+                .iter()
+                .zip(&strides)
+                .map(|(i, stride)| i * stride)
+                .sum()
+        };
+        let mut last: Vec<usize> = self
+            .shape
+            .iter()
+            .map(|size| size.saturating_sub(1))
+            .collect();
+        let mut buffer = vec![f64::NAN; end(&mut last) + 1];
+        for (linear, value) in self.values.iter().enumerate() {
+            let mut rest = linear;
+            let mut offset = 0;
+            for (size, stride) in self.shape.iter().zip(&strides).rev() {
+                offset += rest % size * stride;
+                rest /= size;
+            }
+            buffer[offset] = *value;
+        }
+        let data = TensorData::new(buffer, [end(&mut last) + 1]).convert_dtype(dtype);
+        let mut tensor = CubeBackend::float_from_data(data, device);
+        let shape = Shape::from(self.shape.clone());
+        *tensor.meta = Metadata::new(shape, Strides::from(strides));
+        tensor
+    }
+}
+
+/// `[channels]` on the device.
+fn upload_channels(values: &[f64], dtype: DType, device: &CubeDevice) -> CubeTensor {
+    let data = TensorData::new(values.to_vec(), [values.len()]).convert_dtype(dtype);
+    CubeBackend::float_from_data(data, device)
+}
+
+fn download(tensor: &CubeTensor) -> Vec<f64> {
+    let data = burn_cubecl::ops::into_data_sync(tensor.clone());
+    data.convert_dtype(DType::F64).to_vec().expect("f64 data")
+}
+
+/// What a value becomes in that dtype.
+fn rounded(value: f64, dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => f16::from_f64(value).to_f64(),
+        DType::BF16 => bf16::from_f64(value).to_f64(),
+        DType::F32 => f64::from(value as f32),
+        _ => value,
+    }
+}
+
+fn largest(values: &[f64]) -> f64 {
+    values
+        .iter()
+        .fold(1e-30, |max: f64, value| max.max(value.abs()))
+}
+
+/// Largest difference over `scale`.
+fn error(got: &[f64], expected: &[f64], scale: f64) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let difference = got.iter().zip(expected).map(|(got, expected)| {
+        assert!(got.is_finite(), "expected {expected}, got {got}");
+        (got - expected).abs()
+    });
+    difference.fold(0.0, f64::max) / scale
+}
+
+#[track_caller]
+fn assert_close(what: &str, got: &CubeTensor, expected: &[f64], tolerance: f64) {
+    assert_close_to(what, got, expected, largest(expected), tolerance);
+}
+
+#[track_caller]
+fn assert_close_to(what: &str, got: &CubeTensor, expected: &[f64], scale: f64, tolerance: f64) {
+    let error = error(&download(got), expected, scale);
+    assert!(
+        error <= tolerance,
+        "{what}: error {error:.1e} above {tolerance:.1e}"
+    );
+}
+
+/// Dtypes of this device, of those that the kernels take.
+fn dtypes(device: &CubeDevice) -> Vec<DType> {
+    let client = device.client();
+    let strict = std::env::var_os("BURN_CONV_BN_STRICT").is_some_and(|value| value != "0");
+    [DType::F32, DType::F16, DType::BF16, DType::F64]
+        .into_iter()
+        .filter(|&dtype| {
+            let element = burn_backend::cubecl::dtype_to_storage_type(dtype);
+            let has = client.properties().supports_type(element);
+            if !has {
+                println!("SKIPPED: {dtype:?} on {device:?}, which does not have it");
+                assert!(
+                    !strict,
+                    "{dtype:?} is skipped, and BURN_CONV_BN_STRICT is set"
+                );
+            }
+            has
+        })
+        .collect()
+}
+
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => 2e-3,
+        DType::BF16 => 2e-2,
+        DType::F64 => 1e-12,
+        _ => 3e-6,
+    }
+}
+
+/// One application of the whole op but its convolution.
+struct Case {
+    shape: Vec<usize>,
+    /// Of the norm's input.
+    layout: Layout,
+    /// Of all other activations.
+    other_layout: Layout,
+    dtype: DType,
+    norm: Norm,
+    activation: Activation,
+    affine: bool,
+    residual: bool,
+    mean: f64,
+}
+
+impl Case {
+    fn new(shape: &[usize], layout: Layout) -> Self {
+        Self {
+            shape: shape.to_vec(),
+            layout,
+            other_layout: layout,
+            dtype: DType::F32,
+            norm: BATCH_NORM,
+            activation: Activation::Relu,
+            affine: true,
+            residual: false,
+            mean: 0.5,
+        }
+    }
+
+    fn describe(&self) -> String {
+        format!(
+            "{:?} {:?} {:?}/{:?} {:?} residual {} affine {} ddof {}",
+            self.shape,
+            self.dtype,
+            self.layout,
+            self.other_layout,
+            self.activation,
+            self.residual,
+            self.affine,
+            self.norm.degrees_of_freedom
+        )
+    }
+
+    fn check(&self, device: &CubeDevice) {
+        let name = self.describe();
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        let tolerance = tolerance(self.dtype);
+        let mut draw = |mean: f64, spread: f64| {
+            Host::random(&self.shape, &mut rng, mean, spread)
+                .map(|_, value| rounded(value, self.dtype))
+        };
+        let (input, residual, output_grad) = (draw(self.mean, 1.0), draw(0.0, 1.0), draw(0.1, 1.0));
+        let channels = input.channels();
+        let m = input.per_channel();
+        // A gamma of 0 and a negative one among them.
+        let gamma: Vec<f64> = (0..channels)
+            .map(|c| {
+                if self.affine {
+                    (c % 5) as f64 * 0.5 - 0.5
+                } else {
+                    1.0
+                }
+            })
+            .collect();
+        let beta: Vec<f64> = (0..channels)
+            .map(|c| {
+                if self.affine {
+                    (c % 3) as f64 * 0.25 - 0.25
+                } else {
+                    0.0
+                }
+            })
+            .collect();
+
+        let mean: Vec<f64> = input.channel_sums().iter().map(|sum| sum / m).collect();
+        let deviation = input.map(|i, value| value - mean[input.channel_of(i)]);
+        let variance: Vec<f64> = deviation
+            .map(|_, value| value * value)
+            .channel_sums()
+            .iter()
+            .map(|sum| sum / m)
+            .collect();
+        let freedom = m - self.norm.degrees_of_freedom as f64;
+        let root: Vec<f64> = variance
+            .iter()
+            .map(|variance| (variance * m / freedom + self.norm.inner_epsilon).sqrt())
+            .collect();
+        let s: Vec<f64> = root
+            .iter()
+            .map(|root| 1.0 / (root + self.norm.outer_epsilon))
+            .collect();
+        let value = deviation.map(|i, d| {
+            let c = input.channel_of(i);
+            let residual = if self.residual {
+                residual.values[i]
+            } else {
+                0.0
+            };
+            gamma[c] * s[c] * d + beta[c] + residual
+        });
+        let relu = self.activation == Activation::Relu;
+        let output = value.map(|_, v| if relu { v.max(0.0) } else { v });
+        // Where the sign of the pre-activation hangs on rounding, no gradient comes through.
+        let kink = 64.0 * tolerance;
+        let output_grad =
+            output_grad.map(|i, g| if value.values[i].abs() < kink { 0.0 } else { g });
+        let g = output_grad.map(|i, g| {
+            if relu && value.values[i] <= 0.0 {
+                0.0
+            } else {
+                g
+            }
+        });
+        let sum_g = g.channel_sums();
+        let sum_gd = g.map(|i, g| g * deviation.values[i]).channel_sums();
+        let input_grad = g.map(|i, g| {
+            let c = input.channel_of(i);
+            let slope = match root[c] == 0.0 {
+                true => 0.0,
+                false => -s[c] * s[c] / (root[c] * freedom) * sum_gd[c],
+            };
+            gamma[c] * (s[c] * (g - sum_g[c] / m) + slope * deviation.values[i])
+        });
+
+        let up = |host: &Host, layout| host.upload(layout, self.dtype, device);
+        let norm_dtype = burn_conv_bn_cubecl::accumulator_dtype(self.dtype);
+        let terms = g.map(|i, g| {
+            let c = input.channel_of(i);
+            gamma[c] * s[c] * g
+        });
+        let (gamma, beta) = (
+            upload_channels(&gamma, norm_dtype, device),
+            upload_channels(&beta, norm_dtype, device),
+        );
+        let affine = Affine {
+            gamma: self.affine.then_some(&gamma),
+            beta: self.affine.then_some(&beta),
+        };
+        let device_residual = up(&residual, self.other_layout);
+        let given_residual = self.residual.then_some(&device_residual);
+        let device_input = up(&input, self.layout);
+        let (stats, table) = moments(&device_input, affine, self.norm);
+        let statistics = tolerance.min(3e-6);
+        assert_close(&format!("{name}: mean"), &stats.mean, &mean, statistics);
+        assert_close(
+            &format!("{name}: variance"),
+            &stats.variance,
+            &variance,
+            4.0 * statistics,
+        );
+
+        let kept = device_input.clone();
+        let fresh = normalize(device_input, Some(&table), given_residual, self.activation);
+        assert_close(
+            &format!("{name}: output"),
+            &fresh,
+            &output.values,
+            tolerance,
+        );
+        assert_eq!(
+            download(&kept),
+            input.values,
+            "{name}: a shared input was written"
+        );
+        let fresh_values = download(&fresh);
+        let in_place = normalize(
+            up(&input, self.layout),
+            Some(&table),
+            given_residual,
+            self.activation,
+        );
+        assert_eq!(download(&in_place), fresh_values, "{name}: in place");
+
+        let values = input.values.len() / channels;
+        let table = channel_table(&stats, affine, self.norm, values);
+        let pre_activation = |input: CubeTensor| PreActivation {
+            output_grad: up(&output_grad, self.other_layout),
+            norm_input: Some(input),
+            output: self.residual.then(|| fresh.clone()),
+            activation: self.activation,
+        };
+        let shared = pre_activation(kept.clone());
+        let grads =
+            GradSums::new(&shared, Some(&table)).finish(&table, &stats, affine, self.norm, values);
+        let gamma_grad: Vec<f64> = sum_gd.iter().zip(&s).map(|(sum, s)| sum * s).collect();
+        assert_close(
+            &format!("{name}: gamma's gradient"),
+            &grads.gamma,
+            &gamma_grad,
+            1e-5,
+        );
+        assert_close(
+            &format!("{name}: beta's gradient"),
+            &grads.beta,
+            &sum_g,
+            1e-5,
+        );
+
+        let result = norm_input_grad(shared, Some(&table), true);
+        // Of few values a channel, the terms nearly cancel.
+        assert_close_to(
+            &format!("{name}: input's gradient"),
+            &result.grad,
+            &input_grad.values,
+            largest(&terms.values),
+            3.0 * tolerance,
+        );
+        let residual_grad = result.residual_grad.expect("it was asked for");
+        assert_close(
+            &format!("{name}: residual's gradient"),
+            &residual_grad,
+            &g.values,
+            tolerance,
+        );
+        assert_eq!(
+            download(&kept),
+            input.values,
+            "{name}: a shared input was written"
+        );
+        let in_place =
+            norm_input_grad(pre_activation(up(&input, self.layout)), Some(&table), false);
+        assert!(in_place.residual_grad.is_none());
+        assert_eq!(
+            download(&in_place.grad),
+            download(&result.grad),
+            "{name}: in place"
+        );
+    }
+}
+
+#[test]
+fn every_layout_and_shape() {
+    let device = CubeDevice::default();
+    println!("device: {device:?}");
+    let shapes: &[&[usize]] = &[
+        &[2, 3, 5],
+        &[1, 1, 2],
+        &[4, 7, 1, 1],
+        &[3, 8, 6, 10],
+        &[2, 65, 3, 5],
+        &[2, 64, 9, 9],
+        &[5, 1, 4, 4],
+        &[2, 200, 2, 3],
+        &[2, 6, 2, 3, 4],
+    ];
+    for shape in shapes {
+        for layout in [
+            Layout::ChannelsFirst,
+            Layout::ChannelsLast,
+            Layout::Pitched(3),
+        ] {
+            Case::new(shape, layout).check(&device);
+        }
+    }
+}
+
+#[test]
+fn every_option() {
+    let device = CubeDevice::default();
+    let shape = [3, 12, 5, 8];
+    for activation in [Activation::Identity, Activation::Relu] {
+        for residual in [false, true] {
+            for (affine, norm) in [(true, BATCH_NORM), (false, BATCH_NORM), (true, TUTORIAL)] {
+                Case {
+                    activation,
+                    residual,
+                    affine,
+                    norm,
+                    ..Case::new(&shape, Layout::ChannelsLast)
+                }
+                .check(&device);
+            }
+        }
+    }
+}
+
+#[test]
+fn mixed_layouts() {
+    let device = CubeDevice::default();
+    let layouts = [
+        Layout::ChannelsFirst,
+        Layout::ChannelsLast,
+        Layout::Pitched(4),
+    ];
+    for layout in layouts {
+        for other_layout in layouts {
+            Case {
+                other_layout,
+                residual: true,
+                ..Case::new(&[2, 8, 4, 12], layout)
+            }
+            .check(&device);
+        }
+    }
+}
+
+#[test]
+fn every_dtype() {
+    let device = CubeDevice::default();
+    for dtype in dtypes(&device) {
+        for layout in [Layout::ChannelsFirst, Layout::ChannelsLast] {
+            Case {
+                dtype,
+                residual: true,
+                ..Case::new(&[4, 16, 6, 6], layout)
+            }
+            .check(&device);
+        }
+    }
+}
+
+/// More chunks than one, more channels than one block, and more cubes than fit one dimension.
+#[test]
+fn large_launches() {
+    let device = CubeDevice::default();
+    for layout in [Layout::ChannelsFirst, Layout::ChannelsLast] {
+        Case::new(&[8, 4, 64, 65], layout).check(&device);
+        Case::new(&[2, 1030, 3, 3], layout).check(&device);
+    }
+    Case::new(&[1, 70_000, 3, 3], Layout::ChannelsFirst).check(&device);
+}
+
+/// A mean of a thousand spreads: sums of squares would have no digit left.
+#[test]
+fn a_mean_far_from_zero() {
+    let device = CubeDevice::default();
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    for layout in [Layout::ChannelsFirst, Layout::ChannelsLast] {
+        let input = Host::random(&[8, 6, 40, 40], &mut rng, 1e3, 1e-2)
+            .map(|_, value| rounded(value, DType::F32));
+        let m = input.per_channel();
+        let mean: Vec<f64> = input.channel_sums().iter().map(|sum| sum / m).collect();
+        let variance: Vec<f64> = input
+            .map(|i, value| (value - mean[input.channel_of(i)]).powi(2))
+            .channel_sums()
+            .iter()
+            .map(|sum| sum / m)
+            .collect();
+        let device_input = input.upload(layout, DType::F32, &device);
+        let (stats, _) = moments(&device_input, Affine::default(), BATCH_NORM);
+        assert_close("mean", &stats.mean, &mean, 1e-7);
+        assert_close("variance", &stats.variance, &variance, 2e-3);
+    }
+}
+
+/// A constant channel: the variance is 0, and the tutorial's variant has an infinite slope there.
+#[test]
+fn a_constant_channel() {
+    let device = CubeDevice::default();
+    for norm in [BATCH_NORM, TUTORIAL] {
+        let input = Host {
+            shape: vec![2, 3, 2, 4],
+            values: vec![0.25; 48],
+        };
+        let input = input.upload(Layout::ChannelsFirst, DType::F32, &device);
+        let (stats, table) = moments(&input, Affine::default(), norm);
+        assert_eq!(download(&stats.variance), [0.0; 3]);
+        let output = normalize(input.clone(), Some(&table), None, Activation::Identity);
+        assert_eq!(download(&output), [0.0; 48]);
+        let table = channel_table(&stats, Affine::default(), norm, 16);
+        let pre_activation = PreActivation {
+            output_grad: output.clone(),
+            norm_input: Some(input),
+            output: None,
+            activation: Activation::Identity,
+        };
+        let sums = GradSums::new(&pre_activation, Some(&table));
+        sums.finish(&table, &stats, Affine::default(), norm, 16);
+        let grad = norm_input_grad(pre_activation, Some(&table), false);
+        assert_eq!(download(&grad.grad), [0.0; 48]);
+    }
+}
+
+/// What propagates: NaN stays NaN through the activation, forward and backward.
+#[test]
+fn nan_propagates() {
+    let device = CubeDevice::default();
+    let mut input = Host {
+        shape: vec![1, 2, 1, 4],
+        values: vec![1.0, 2.0, 3.0, 4.0, 1.0, f64::NAN, 3.0, 4.0],
+    };
+    let uploaded = input.upload(Layout::ChannelsFirst, DType::F32, &device);
+    let (stats, table) = moments(&uploaded, Affine::default(), BATCH_NORM);
+    assert!(download(&stats.mean)[0].is_finite());
+    assert!(download(&stats.mean)[1].is_nan());
+    let output = download(&normalize(uploaded, Some(&table), None, Activation::Relu));
+    assert!(
+        output[..4].iter().all(|value| value.is_finite()),
+        "{output:?}"
+    );
+    assert!(output[4..].iter().all(|value| value.is_nan()), "{output:?}");
+
+    input.values[5] = 0.0;
+    let uploaded = input.upload(Layout::ChannelsFirst, DType::F32, &device);
+    let sum = normalize(uploaded.clone(), None, Some(&uploaded), Activation::Relu);
+    assert_eq!(download(&sum), [2.0, 4.0, 6.0, 8.0, 2.0, 0.0, 6.0, 8.0]);
+}
+
+/// A batch in chunks sums to the same as the whole.
+#[test]
+fn chunks_of_a_batch() {
+    let device = CubeDevice::default();
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    let shape = [5, 6, 4, 4];
+    let (input, grad) = (
+        Host::random(&shape, &mut rng, 0.0, 1.0),
+        Host::random(&shape, &mut rng, 0.3, 1.0),
+    );
+    let rows = |host: &Host, range: std::ops::Range<usize>| {
+        let image = host.values.len() / shape[0];
+        let values = host.values[range.start * image..range.end * image].to_vec();
+        Host {
+            shape: vec![range.len(), shape[1], shape[2], shape[3]],
+            values,
+        }
+        .upload(Layout::ChannelsLast, DType::F32, &device)
+    };
+    let affine = Affine::default();
+    let (stats, _): (Moments, ChannelTable) = moments(&rows(&input, 0..5), affine, BATCH_NORM);
+    let grads = |chunks: &[std::ops::Range<usize>]| {
+        let table = channel_table(&stats, affine, BATCH_NORM, 80);
+        let sums = chunks.iter().map(|chunk| {
+            let pre_activation = PreActivation {
+                output_grad: rows(&grad, chunk.clone()),
+                norm_input: Some(rows(&input, chunk.clone())),
+                output: None,
+                activation: Activation::Relu,
+            };
+            GradSums::new(&pre_activation, Some(&table))
+        });
+        let sums = sums.reduce(GradSums::add).expect("there are chunks");
+        sums.finish(&table, &stats, affine, BATCH_NORM, 80)
+    };
+    let (whole, parts) = (grads(&[0..5]), grads(&[0..2, 2..4, 4..5]));
+    assert_close("gamma", &parts.gamma, &download(&whole.gamma), 1e-6);
+    assert_close("beta", &parts.beta, &download(&whole.beta), 1e-6);
+}
+
+/// Given statistics: no norm's input, the gradient alone, and its sum.
+#[test]
+fn without_a_norm() {
+    let device = CubeDevice::default();
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let shape = [3, 5, 4, 7];
+    let output =
+        Host::random(&shape, &mut rng, 0.0, 1.0).map(|_, v| rounded(v.max(0.0), DType::F32));
+    let grad = Host::random(&shape, &mut rng, 0.0, 1.0).map(|_, v| rounded(v, DType::F32));
+    let expected = grad.map(|i, g| if output.values[i] > 0.0 { g } else { 0.0 });
+    for layout in [Layout::ChannelsFirst, Layout::ChannelsLast] {
+        let pre_activation = PreActivation {
+            output_grad: grad.upload(layout, DType::F32, &device),
+            norm_input: None,
+            output: Some(output.upload(layout, DType::F32, &device)),
+            activation: Activation::Relu,
+        };
+        let sum = GradSums::new(&pre_activation, None).grad();
+        assert_close("sum", &sum, &expected.channel_sums(), 1e-6);
+        let result = norm_input_grad(pre_activation, None, true);
+        assert_eq!(download(&result.grad), expected.values);
+        let residual_grad = result.residual_grad.expect("it was asked for");
+        assert_eq!(download(&residual_grad), expected.values);
+    }
+}
+
+#[test]
+fn an_empty_batch() {
+    let device = CubeDevice::default();
+    let empty = CubeBackend::float_empty(
+        burn_backend::Shape::new([0, 3, 4, 4]),
+        &device,
+        DType::F32.into(),
+    );
+    let (stats, table) = moments(&empty, Affine::default(), BATCH_NORM);
+    assert!(
+        download(&stats.variance)
+            .iter()
+            .all(|variance| variance.is_nan())
+    );
+    let output = normalize(empty.clone(), Some(&table), None, Activation::Relu);
+    assert_eq!(download(&output), Vec::<f64>::new());
+    let pre_activation = PreActivation {
+        output_grad: empty.clone(),
+        norm_input: Some(empty),
+        output: None,
+        activation: Activation::Relu,
+    };
+    let sums = GradSums::new(&pre_activation, Some(&table));
+    assert_eq!(download(&sums.grad()), [0.0; 3]);
+    let grad = norm_input_grad(pre_activation, Some(&table), false);
+    assert_eq!(download(&grad.grad), Vec::<f64>::new());
+}
