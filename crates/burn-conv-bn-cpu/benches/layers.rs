@@ -1,9 +1,11 @@
-//! The catalogue of layers: convolution, batch norm and ReLU, forward and backward, with the
-//! convolution recomputed. In single precision, on as many threads as rayon takes.
+//! The layers of the catalogue of `cargo xtask bench`: convolution, batch norm and ReLU, forward and
+//! backward, with the convolution recomputed. In single precision, on as many threads as rayon
+//! takes.
 
 use std::hint::black_box;
 use std::time::Duration;
 
+use burn_conv_bn_bench::catalogue::{Layer, Work, catalogue};
 use burn_conv_bn_cpu::{
     Activation, Affine, Backward, ConvOutput, Geometry, Gradients, InputGradCoefficients, backward,
     conv_moments, grad_sums, normalize,
@@ -13,67 +15,19 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-/// Square maps and kernels.
-struct Layer {
-    name: &'static str,
-    batch: usize,
-    channels: [usize; 2],
-    size: usize,
-    kernel: usize,
-    stride: usize,
-    padding: usize,
-    groups: usize,
-    /// The first layer of a network, whose input wants no gradient.
-    first: bool,
-}
-
-const fn layer(
-    name: &'static str,
-    batch: usize,
-    channels: [usize; 2],
-    size: usize,
-    [kernel, stride, padding, groups]: [usize; 4],
-) -> Layer {
-    Layer {
-        name,
-        batch,
-        channels,
-        size,
-        kernel,
-        stride,
-        padding,
-        groups,
-        first: channels[0] <= 3,
-    }
-}
-
-const CATALOGUE: [Layer; 6] = [
-    layer("256x32x26-64-k3", 256, [32, 64], 26, [3, 1, 0, 1]),
-    layer("32x64x56-64-k3-p1", 32, [64, 64], 56, [3, 1, 1, 1]),
-    layer("32x256x56-64-k1", 32, [256, 64], 56, [1, 1, 0, 1]),
-    layer("32x128x28-128-k3-s2-p1", 32, [128, 128], 28, [3, 2, 1, 1]),
-    layer("32x3x224-64-k7-s2-p3", 32, [3, 64], 224, [7, 2, 3, 1]),
-    layer("32x144x28-dw-k3-p1", 32, [144, 144], 28, [3, 1, 1, 144]),
-];
-
-impl Layer {
-    fn geometry(&self) -> Geometry {
-        Geometry::new(
-            self.batch,
-            self.channels,
-            self.groups,
-            [1, self.size, self.size],
-            [1, self.kernel, self.kernel],
-            [1, self.stride, self.stride],
-            [
-                (0, 0),
-                (self.padding, self.padding),
-                (self.padding, self.padding),
-            ],
-            [1; 3],
-        )
-        .expect("the catalogue's layers exist")
-    }
+fn geometry(layer: &Layer) -> Geometry {
+    let padding = (layer.padding, layer.padding);
+    Geometry::new(
+        layer.batch,
+        layer.channels,
+        layer.groups,
+        [1, layer.size, layer.size],
+        [1, layer.kernel, layer.kernel],
+        [1, layer.stride, layer.stride],
+        [(0, 0), padding, padding],
+        [1; 3],
+    )
+    .expect("the catalogue's layers exist")
 }
 
 fn random(len: usize, seed: u64) -> Vec<f32> {
@@ -82,8 +36,11 @@ fn random(len: usize, seed: u64) -> Vec<f32> {
 }
 
 fn layers(criterion: &mut Criterion) {
-    for layer in &CATALOGUE {
-        let geometry = layer.geometry();
+    for entry in catalogue(false) {
+        let Work::Layer(layer) = &entry.work else {
+            continue;
+        };
+        let geometry = geometry(layer);
         let channels = geometry.channels_out();
         let input = random(geometry.batch() * geometry.input_len(), 1);
         let weight = random(geometry.weight_len(), 2);
@@ -92,7 +49,7 @@ fn layers(criterion: &mut Criterion) {
         let mut values = vec![0.0; output_grad.len()];
         let mut mean = vec![0.0; channels];
 
-        let mut group = criterion.benchmark_group(layer.name);
+        let mut group = criterion.benchmark_group(entry.id.as_str());
         group.sample_size(10).warm_up_time(Duration::from_secs(1));
         group.bench_function("forward", |bencher| {
             bencher.iter(|| {
@@ -109,8 +66,8 @@ fn layers(criterion: &mut Criterion) {
         });
         let pass = Backward {
             geometry: &geometry,
-            input: &input,
-            weight: &weight,
+            input: Some(&input),
+            weight: Some(&weight),
             output_grad: &output_grad,
             affine: Affine {
                 mean: &mean,
@@ -135,22 +92,20 @@ fn layers(criterion: &mut Criterion) {
                         false => grad_sums(&pass, ConvOutput::Recompute),
                     };
                     black_box(&sums);
-                    let conv_output = match stores {
-                        true => ConvOutput::Kept(&values),
-                        false => ConvOutput::Recompute,
-                    };
+                    let kept = stores.then_some(&values[..]);
                     let coefficients = InputGradCoefficients {
                         scale: &scale,
                         slope: &scale,
                         offset: &shift,
                     };
                     let gradients = Gradients {
-                        input: (!layer.first)
+                        input: layer
+                            .input_grad
                             .then_some((input_grad.as_mut_slice(), weight.as_slice())),
                         weight: Some(&mut weight_grad),
                         residual: None,
                     };
-                    backward(&pass, conv_output, coefficients, gradients);
+                    backward(&pass, kept, coefficients, gradients);
                     black_box((&input_grad, &weight_grad));
                 });
             });

@@ -1,6 +1,6 @@
 use crate::direct::Direct;
 use crate::minimal::Minimal;
-use crate::{Element, Geometry};
+use crate::{Element, Geometry, Real};
 
 /// Fewest channels, in and out, for which fewer products outweigh the transforms.
 const LEAST_CHANNELS: usize = 16;
@@ -12,7 +12,8 @@ const LEAST_CHANNELS: usize = 16;
 /// [`scatter`](Self::scatter) replaces one channel's piece at a time. From what then stands for the
 /// output's gradient come the weight's and the input's.
 ///
-/// An output value's bits depend on its patch and the weight alone, not on the tile it is in.
+/// An output value's bits depend on the inputs near it, its place in the image and the weight, not
+/// on the tile it is in.
 pub(crate) trait Algorithm<E: Element>: Sync {
     /// What is done at a time.
     type Tile;
@@ -88,21 +89,19 @@ pub(crate) struct Piece {
     pub(crate) len: usize,
 }
 
-/// What is done with whichever algorithm suits the geometry.
-pub(crate) trait Task<E: Element> {
-    type Output;
-
-    fn run<A: Algorithm<E>>(self, algorithm: &A) -> Self::Output;
+/// Whichever algorithm suits a geometry.
+pub(crate) enum Chosen<'a, T> {
+    Direct(Direct<'a, T>),
+    Minimal(Minimal<'a, T>),
 }
 
-/// Runs `task` with the algorithm for the geometry. `weight` is what is convolved with, and
+/// Makes the algorithm for the geometry ready. `weight` is what is convolved with, and
 /// `input_weight` what the input's gradient goes through, each if that is wanted.
-pub(crate) fn choose<E: Element, R>(
-    geometry: &Geometry,
-    weight: Option<&[E::Real]>,
-    input_weight: Option<&[E::Real]>,
-    task: impl Task<E, Output = R>,
-) -> R {
+pub(crate) fn choose<'a, T: Real>(
+    geometry: &'a Geometry,
+    weight: Option<&[T]>,
+    input_weight: Option<&[T]>,
+) -> Chosen<'a, T> {
     let plain = geometry.kernel == [1, 3, 3]
         && geometry.stride == [1; 3]
         && geometry.dilation == [1; 3]
@@ -110,8 +109,8 @@ pub(crate) fn choose<E: Element, R>(
         && geometry.padding[0] == (0, 0)
         && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS;
     match plain {
-        true => task.run(&Minimal::new(geometry, weight, input_weight)),
-        false => task.run(&Direct::new(geometry, weight, input_weight)),
+        true => Chosen::Minimal(Minimal::new(geometry, weight, input_weight)),
+        false => Chosen::Direct(Direct::new(geometry, weight, input_weight)),
     }
 }
 
@@ -121,7 +120,6 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
-    use crate::Real;
 
     fn random(len: usize, seed: u64) -> Vec<f64> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -187,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn fewer_products_are_no_less_exact() {
+    fn fewer_products_keep_the_two_times_rule() {
         let geometry = Geometry::new(
             2,
             [64, 64],

@@ -1,16 +1,16 @@
 //! The backward kernels, which mirror those of `forward`.
 
+use std::ops::Range;
+
 use pulp::Arch;
 use rayon::prelude::*;
 
-use crate::algorithm::{Algorithm, Task, choose};
+use crate::algorithm::{Algorithm, Chosen, choose};
 use crate::forward::check;
+use crate::geometry::BLOCKS;
 use crate::pool::Pool;
 use crate::simd::{self, ChannelGrad, Gate};
 use crate::{Activation, Affine, Element, Geometry, Real};
-
-/// Blocks of images that the norm's sums are taken over.
-const SUM_BLOCKS: usize = 64;
 
 /// Bytes that the blocks' weight gradients may take together, beyond two of them.
 const WEIGHT_BYTES: usize = 16 << 20;
@@ -20,10 +20,11 @@ const WEIGHT_BYTES: usize = 16 << 20;
 pub struct Backward<'a, E: Element> {
     /// Shapes.
     pub geometry: &'a Geometry,
-    /// The convolution's input.
-    pub input: &'a [E],
-    /// The convolution's weight.
-    pub weight: &'a [E::Real],
+    /// The convolution's input; not needed where its output is kept and no gradient of the weight
+    /// is wanted.
+    pub input: Option<&'a [E]>,
+    /// The convolution's weight; not needed where its output is kept.
+    pub weight: Option<&'a [E::Real]>,
     /// Gradient of the output.
     pub output_grad: &'a [E],
     /// The norm, as in forward.
@@ -34,12 +35,12 @@ pub struct Backward<'a, E: Element> {
     pub output: Option<&'a [E]>,
 }
 
-/// The convolution's output in the backward pass.
+/// The convolution's output in [`grad_sums`].
 #[derive(Debug)]
 pub enum ConvOutput<'a, T> {
     /// Recompute it, tile by tile, and keep none of it.
     Recompute,
-    /// Recompute it into this buffer, for the next step.
+    /// Recompute it into this buffer, for [`backward`].
     Store(&'a mut [T]),
     /// It is here.
     Kept(&'a [T]),
@@ -78,7 +79,7 @@ pub struct Gradients<'a, E: Element> {
 }
 
 impl<'a, E: Element> Backward<'a, E> {
-    fn check(&self) {
+    fn check(&self, recomputes: bool, wants_weight: bool) {
         check(
             self.geometry,
             self.input,
@@ -89,6 +90,21 @@ impl<'a, E: Element> Backward<'a, E> {
             self.output
                 .is_none_or(|output| output.len() == self.output_grad.len())
         );
+        assert!(
+            self.weight.is_some() || !recomputes,
+            "the convolution's output can only be recomputed with its weight"
+        );
+        assert!(
+            self.input.is_some() || !(recomputes || wants_weight),
+            "the convolution's output can only be recomputed, and its weight's gradient made, with \
+             its input"
+        );
+    }
+
+    /// Some images of the input, which is there as [`check`](Self::check) made sure.
+    fn input(&self, images: &Range<usize>) -> &'a [E] {
+        let len = self.geometry.input_len();
+        &self.input.unwrap_or_default()[images.start * len..images.end * len]
     }
 }
 
@@ -96,25 +112,16 @@ impl<'a, E: Element> Backward<'a, E> {
 ///
 /// # Panics
 ///
-/// Panics if a slice is not of the geometry's size.
+/// Panics if a slice is not of the geometry's size, or if `z` is to be recomputed without the input
+/// or the weight.
 pub fn grad_sums<E: Element>(pass: &Backward<'_, E>, conv_output: ConvOutput<'_, E>) -> GradSums {
-    struct Sums<'a, E: Element> {
-        pass: &'a Backward<'a, E>,
-        conv_output: ConvOutput<'a, E>,
+    let recomputes = !matches!(conv_output, ConvOutput::Kept(_));
+    pass.check(recomputes, false);
+    let weight = pass.weight.filter(|_| recomputes);
+    match choose(pass.geometry, weight, None) {
+        Chosen::Direct(algorithm) => sum_blocks(pass, &algorithm, conv_output),
+        Chosen::Minimal(algorithm) => sum_blocks(pass, &algorithm, conv_output),
     }
-    impl<E: Element> Task<E> for Sums<'_, E> {
-        type Output = GradSums;
-
-        fn run<A: Algorithm<E>>(self, algorithm: &A) -> GradSums {
-            sum_blocks(self.pass, algorithm, self.conv_output)
-        }
-    }
-    pass.check();
-    let weight = match conv_output {
-        ConvOutput::Kept(_) => None,
-        ConvOutput::Recompute | ConvOutput::Store(_) => Some(pass.weight),
-    };
-    choose(pass.geometry, weight, None, Sums { pass, conv_output })
 }
 
 fn sum_blocks<E: Element, A: Algorithm<E>>(
@@ -123,11 +130,11 @@ fn sum_blocks<E: Element, A: Algorithm<E>>(
     conv_output: ConvOutput<'_, E>,
 ) -> GradSums {
     let geometry = pass.geometry;
-    let images = geometry.images_per_block(SUM_BLOCKS);
-    let (input_len, output_len) = (geometry.input_len(), geometry.output_len());
-    let blocks = geometry.batch().div_ceil(images);
+    let images = geometry.images_per_block(BLOCKS);
+    let output_len = geometry.output_len();
+    let blocks = geometry.blocks(images);
     let conv_outputs: Vec<ConvOutput<'_, E>> = match conv_output {
-        ConvOutput::Recompute => (0..blocks).map(|_| ConvOutput::Recompute).collect(),
+        ConvOutput::Recompute => blocks.iter().map(|_| ConvOutput::Recompute).collect(),
         ConvOutput::Store(all) => {
             assert_eq!(all.len(), pass.output_grad.len());
             all.chunks_mut(images * output_len)
@@ -142,27 +149,25 @@ fn sum_blocks<E: Element, A: Algorithm<E>>(
         }
     };
     let pool = Pool::<Scratch<A::Scratch, E>>::new();
-    let parts: Vec<GradSums> = conv_outputs
+    let parts: Vec<GradSums> = blocks
         .into_par_iter()
-        .zip(pass.input.par_chunks(images * input_len))
-        .enumerate()
-        .map(|(block, (conv_output, input))| {
+        .zip(conv_outputs)
+        .map(|(images, conv_output)| {
             pool.with(|scratch| {
                 let mut sums = GradSums::new(geometry.channels_out());
-                let start = block * images * output_len;
                 match conv_output {
                     ConvOutput::Recompute => {
-                        scratch.sum_block(pass, algorithm, input, start, &mut sums, None);
+                        scratch.sum_block(pass, algorithm, &images, &mut sums, None);
                     }
                     ConvOutput::Store(block) => {
-                        scratch.sum_block(pass, algorithm, input, start, &mut sums, Some(block));
+                        scratch.sum_block(pass, algorithm, &images, &mut sums, Some(block));
                     }
                     ConvOutput::Kept(block) => {
                         let positions = geometry.positions();
                         for (index, values) in block.chunks_exact(positions).enumerate() {
                             let channel = index % geometry.channels_out();
                             let values = E::read(values, &mut scratch.line);
-                            let at = start + index * positions;
+                            let at = images.start * output_len + index * positions;
                             sums.add(pass, channel, at, values, &mut scratch.converted);
                         }
                     }
@@ -233,117 +238,89 @@ fn gate<'a, E: Element>(
     }
 }
 
-/// The gradients, from the norm's coefficients.
+/// The gradients, from the norm's coefficients. The convolution's output `z` is `kept`, or is
+/// recomputed.
 ///
-/// With given statistics and no need of `z`, pass zero slopes and `ConvOutput::Kept` of the
-/// output or the output's gradient: any finite values do.
+/// With given statistics and no need of `z`, pass zero slopes and, as kept, the output or the
+/// output's gradient: any finite values do.
 ///
 /// # Panics
 ///
-/// Panics if a slice is not of the geometry's size, or if the convolution's output is to be
-/// stored, which no step after this one would read.
+/// Panics if a slice is not of the geometry's size, if `z` is to be recomputed without the input or
+/// the weight, or if the weight's gradient is wanted without the input.
 pub fn backward<E: Element>(
     pass: &Backward<'_, E>,
-    conv_output: ConvOutput<'_, E>,
+    kept: Option<&[E]>,
     coefficients: InputGradCoefficients<'_, E::Real>,
     gradients: Gradients<'_, E>,
 ) {
-    struct Grads<'a, E: Element> {
-        pass: &'a Backward<'a, E>,
-        kept: Option<&'a [E]>,
-        coefficients: InputGradCoefficients<'a, E::Real>,
-        input: Option<&'a mut [E]>,
-        weight: Option<&'a mut [E::Real]>,
-        residual: Option<&'a mut [E]>,
+    let geometry = pass.geometry;
+    pass.check(kept.is_none(), gradients.weight.is_some());
+    let input_len = geometry.batch() * geometry.input_len();
+    let output_len = pass.output_grad.len();
+    assert!(kept.is_none_or(|kept| kept.len() == output_len));
+    if let Some((grad, weight)) = &gradients.input {
+        assert_eq!(grad.len(), input_len);
+        assert_eq!(weight.len(), geometry.weight_len());
     }
-    impl<E: Element> Task<E> for Grads<'_, E> {
-        type Output = ();
-
-        fn run<A: Algorithm<E>>(self, algorithm: &A) {
-            let step = Step {
-                pass: self.pass,
-                algorithm,
-                coefficients: self.coefficients,
-            };
-            backward_blocks(&step, self.kept, self.input, self.weight, self.residual);
+    if let Some(grad) = &gradients.weight {
+        assert_eq!(grad.len(), geometry.weight_len());
+    }
+    if let Some(grad) = &gradients.residual {
+        assert_eq!(grad.len(), output_len);
+    }
+    let weight = pass.weight.filter(|_| kept.is_none());
+    let input_weight = gradients.input.as_ref().map(|(_, weight)| *weight);
+    match choose(geometry, weight, input_weight) {
+        Chosen::Direct(algorithm) => {
+            backward_blocks(pass, &algorithm, kept, coefficients, gradients);
+        }
+        Chosen::Minimal(algorithm) => {
+            backward_blocks(pass, &algorithm, kept, coefficients, gradients);
         }
     }
-    pass.check();
-    let kept = match conv_output {
-        ConvOutput::Recompute => None,
-        ConvOutput::Kept(all) => {
-            assert_eq!(all.len(), pass.output_grad.len());
-            Some(all)
-        }
-        ConvOutput::Store(_) => panic!("the last step of the backward pass stores nothing"),
-    };
-    let (input, input_weight) = gradients.input.unzip();
-    let (weight, residual) = (gradients.weight, gradients.residual);
-    assert!(input_weight.is_none_or(|weight| weight.len() == pass.weight.len()));
-    assert!(
-        input
-            .as_ref()
-            .is_none_or(|grad| grad.len() == pass.input.len())
-    );
-    assert!(
-        weight
-            .as_ref()
-            .is_none_or(|grad| grad.len() == pass.weight.len())
-    );
-    assert!(
-        residual
-            .as_ref()
-            .is_none_or(|grad| grad.len() == pass.output_grad.len())
-    );
-    let grads = Grads {
-        pass,
-        kept,
-        coefficients,
-        input,
-        weight,
-        residual,
-    };
-    let weight = kept.is_none().then_some(pass.weight);
-    choose(pass.geometry, weight, input_weight, grads);
 }
 
 fn backward_blocks<E: Element, A: Algorithm<E>>(
-    step: &Step<'_, E, A>,
+    pass: &Backward<'_, E>,
+    algorithm: &A,
     kept: Option<&[E]>,
-    input_grad: Option<&mut [E]>,
-    weight_grad: Option<&mut [E::Real]>,
-    residual_grad: Option<&mut [E]>,
+    coefficients: InputGradCoefficients<'_, E::Real>,
+    gradients: Gradients<'_, E>,
 ) {
-    let (pass, algorithm) = (step.pass, step.algorithm);
     let geometry = pass.geometry;
-    let sums_len = match &weight_grad {
+    let step = Step {
+        pass,
+        algorithm,
+        coefficients,
+    };
+    let sums_len = match &gradients.weight {
         Some(_) => algorithm.weight_grad_len(),
         None => 0,
     };
-    let bytes = algorithm.weight_grad_len() * size_of::<E::Real>();
-    let most = (WEIGHT_BYTES / bytes).clamp(2, SUM_BLOCKS);
+    let most = WEIGHT_BYTES
+        .checked_div(sums_len * size_of::<E::Real>())
+        .map_or(BLOCKS, |most| most.clamp(2, BLOCKS));
     let images = geometry.images_per_block(most);
-    let blocks = geometry.batch().div_ceil(images);
+    let blocks = geometry.blocks(images);
     let (input_len, output_len) = (geometry.input_len(), geometry.output_len());
-    let input_blocks = split(input_grad, images * input_len, blocks);
-    let residual_blocks = split(residual_grad, images * output_len, blocks);
+    let input_grad = gradients.input.map(|(grad, _)| grad);
+    let input_blocks = split(input_grad, images * input_len, blocks.len());
+    let residual_blocks = split(gradients.residual, images * output_len, blocks.len());
     let pool = Pool::<Scratch<A::Scratch, E>>::new();
-    let parts: Vec<Vec<E::Real>> = input_blocks
+    let parts: Vec<Vec<E::Real>> = blocks
         .into_par_iter()
+        .zip(input_blocks)
         .zip(residual_blocks)
-        .zip(pass.input.par_chunks(images * input_len))
-        .enumerate()
-        .map(|(block, ((input_grad, residual_grad), input))| {
+        .map(|((images, input_grad), residual_grad)| {
             pool.with(|scratch| {
                 let mut sums = vec![E::Real::ZERO; sums_len];
-                let start = block * images * output_len;
-                let len = input.len() / input_len * output_len;
+                let outputs = images.start * output_len..images.end * output_len;
                 scratch.backward_block(
-                    step,
+                    &step,
                     Block {
-                        input,
-                        start,
-                        conv_output: kept.map(|kept| &kept[start..][..len]),
+                        images,
+                        conv_output: kept.map(|kept| &kept[outputs]),
                         input_grad,
                         weight_grad: (!sums.is_empty()).then_some(sums.as_mut_slice()),
                         residual_grad,
@@ -353,7 +330,7 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
             })
         })
         .collect();
-    if let Some(grad) = weight_grad {
+    if let Some(grad) = gradients.weight {
         let arch = Arch::new();
         let mut parts = parts.into_iter();
         let mut sums = parts.next().unwrap_or_default();
@@ -380,9 +357,7 @@ struct Step<'a, E: Element, A> {
 
 /// A block of images and its share of [`Gradients`].
 struct Block<'a, E: Element> {
-    input: &'a [E],
-    /// Where its output starts in the whole.
-    start: usize,
+    images: Range<usize>,
     /// The convolution's output, if it is at hand.
     conv_output: Option<&'a [E]>,
     input_grad: Option<&'a mut [E]>,
@@ -392,6 +367,7 @@ struct Block<'a, E: Element> {
 }
 
 /// Buffers of one thread.
+#[derive(Default)]
 struct Scratch<S, E: Element> {
     algorithm: S,
     /// A piece of one channel's output.
@@ -401,42 +377,27 @@ struct Scratch<S, E: Element> {
 }
 
 /// Lines converted to the type that is computed in.
+#[derive(Default)]
 struct Converted<T> {
     output: Vec<T>,
     output_grad: Vec<T>,
     residual_grad: Vec<T>,
 }
 
-impl<S: Default, E: Element> Default for Scratch<S, E> {
-    fn default() -> Self {
-        Self {
-            algorithm: S::default(),
-            line: Vec::new(),
-            rounded: Vec::new(),
-            converted: Converted {
-                output: Vec::new(),
-                output_grad: Vec::new(),
-                residual_grad: Vec::new(),
-            },
-        }
-    }
-}
-
 impl<S: Default, E: Element> Scratch<S, E> {
-    /// Recomputes a block of images and adds to its sums. `start` is where the block's output
-    /// stands in the whole.
+    /// Recomputes a block of images and adds to its sums.
     fn sum_block<A: Algorithm<E, Scratch = S>>(
         &mut self,
         pass: &Backward<'_, E>,
         algorithm: &A,
-        input: &[E],
-        start: usize,
+        images: &Range<usize>,
         sums: &mut GradSums,
         mut store: Option<&mut [E]>,
     ) {
         let geometry = pass.geometry;
         let (group_out, positions) = (geometry.group_out(), geometry.positions());
-        let tiles = algorithm.tiles(input.len() / geometry.input_len());
+        let (input, start) = (pass.input(images), images.start * geometry.output_len());
+        let tiles = algorithm.tiles(images.len());
         for group in 0..geometry.groups() {
             for tile in &tiles {
                 algorithm.load(&mut self.algorithm, input, group, tile);
@@ -477,13 +438,15 @@ impl<S: Default, E: Element> Scratch<S, E> {
         mut block: Block<'_, E>,
     ) {
         let (algorithm, geometry) = (step.algorithm, step.pass.geometry);
-        let tiles = algorithm.tiles(block.input.len() / geometry.input_len());
+        let tiles = algorithm.tiles(block.images.len());
+        let loads = block.conv_output.is_none() || block.weight_grad.is_some();
+        let input = loads.then(|| step.pass.input(&block.images));
         let group_sums = algorithm.weight_grad_len() / geometry.groups();
         for group in 0..geometry.groups() {
             algorithm.begin(&mut self.algorithm);
             for tile in &tiles {
-                if block.conv_output.is_none() || block.weight_grad.is_some() {
-                    algorithm.load(&mut self.algorithm, block.input, group, tile);
+                if let Some(input) = input {
+                    algorithm.load(&mut self.algorithm, input, group, tile);
                 }
                 if block.conv_output.is_none() {
                     algorithm.convolve(&mut self.algorithm, group, tile);
@@ -512,11 +475,12 @@ impl<S: Default, E: Element> Scratch<S, E> {
         let (pass, algorithm, coefficients) = (step.pass, step.algorithm, step.coefficients);
         let (group_out, positions) = (pass.geometry.group_out(), pass.geometry.positions());
         let arch = Arch::new();
+        let start = block.images.start * pass.geometry.output_len();
         for index in 0..group_out {
             let channel = group * group_out + index;
             for (number, piece) in algorithm.pieces(tile).iter().enumerate() {
                 let from = channel * positions + piece.start;
-                let at = block.start + from;
+                let at = start + from;
                 match block.conv_output {
                     Some(kept) => {
                         self.line.resize(piece.len, E::Real::ZERO);

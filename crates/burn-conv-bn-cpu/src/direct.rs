@@ -4,8 +4,8 @@ use pulp::Arch;
 
 use crate::algorithm::{Algorithm, Piece};
 use crate::layout::{Layout, Run, Tile};
-use crate::shifted::{Filter, WIDEST, accumulate, correlate, slack};
-use crate::simd::{self, Sweep};
+use crate::shifted::{Filter, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache};
+use crate::simd::{self, Sweep, zero};
 use crate::{Element, Geometry, Real};
 
 /// Bytes of planes, of input and output together, that a tile aims at: most of a core's
@@ -17,22 +17,16 @@ const TILE_BYTES: usize = 320 << 10;
 /// and the ends of the blocks of sums weigh too much.
 const LEAST_POSITIONS: usize = 256;
 
-/// Most positions of a tile: a block of the weight's gradient reads them from four channels of
-/// gradients again and again, which thus stay in half of the first-level cache.
+/// Most positions of a tile: a block of the weight's gradient reads them from six channels of
+/// gradients again and again, 24 KiB in single precision, which thus stay in three quarters of a
+/// first-level cache of 32 KiB.
 const MOST_POSITIONS: usize = 1024;
-
-/// Lines of the planes that a block of taps may meet for the first-level cache to keep them:
-/// each is some 100 bytes long.
-const BLOCK_LINES: usize = 128;
-
-/// Values that fill a cache line in single precision.
-const LINE: usize = 16;
 
 /// A convolution made ready for any number of blocks of images.
 #[derive(Debug)]
 pub(crate) struct Direct<'a, T> {
     geometry: &'a Geometry,
-    layout: Layout,
+    layout: Layout<'a>,
     /// Most wide positions of a tile.
     tile: usize,
     /// From one plane of the input to the next.
@@ -49,7 +43,7 @@ pub(crate) struct Direct<'a, T> {
 }
 
 /// Buffers of one thread, each for one tile.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Scratch<T> {
     /// The input's planes.
     planes: Vec<T>,
@@ -59,17 +53,6 @@ pub(crate) struct Scratch<T> {
     /// The input's gradient at the positions of one phase.
     input_grad: Vec<T>,
     converted: Vec<T>,
-}
-
-impl<T> Default for Scratch<T> {
-    fn default() -> Self {
-        Self {
-            planes: Vec::new(),
-            output: Vec::new(),
-            input_grad: Vec::new(),
-            converted: Vec::new(),
-        }
-    }
 }
 
 impl<'a, T: Real> Direct<'a, T> {
@@ -316,19 +299,6 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
     }
 }
 
-/// A number of taps to sum at a time, of `taps` for each of `channels` that meet `lines` lines of
-/// its planes: about [`BLOCK_LINES`] in all, the same number in each block as far as they divide.
-pub(crate) fn taps_in_cache(channels: usize, taps: usize, lines: usize) -> usize {
-    let most = (BLOCK_LINES / lines).max(1);
-    channels.div_ceil(channels.div_ceil(most)) * taps
-}
-
-/// The next length that is an odd number of cache lines: planes a power of two apart would meet in
-/// the same few places of a cache.
-pub(crate) fn plane_len(len: usize) -> usize {
-    (len.div_ceil(LINE) | 1) * LINE
-}
-
 /// Fills a plane from its runs, with zeros between and behind them.
 #[inline(always)]
 fn load_runs<E: Element>(
@@ -401,16 +371,4 @@ fn zero_gaps<T: Real>(runs: &[Run], plane: &mut [T]) {
         end = run.wide + run.len;
     }
     zero(&mut plane[end..]);
-}
-
-/// `fill` without its call for the few zeros of a row's end.
-#[inline(always)]
-pub(crate) fn zero<T: Real>(values: &mut [T]) {
-    if values.len() > LINE {
-        values.fill(T::ZERO);
-        return;
-    }
-    for value in values {
-        *value = T::ZERO;
-    }
 }

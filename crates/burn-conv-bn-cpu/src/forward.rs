@@ -3,29 +3,18 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
-use crate::algorithm::{Algorithm, Task, choose};
+use crate::algorithm::{Algorithm, Chosen, choose};
+use crate::geometry::BLOCKS;
 use crate::pool::Pool;
 use crate::simd::{self, ChannelAffine};
 use crate::{Activation, Affine, Element, Geometry, Moments, Real};
 
-/// Blocks of images that moments are taken over.
-const MOMENT_BLOCKS: usize = 64;
-
 /// Buffers of one thread.
+#[derive(Default)]
 struct Scratch<S, E: Element> {
     algorithm: S,
     line: Vec<E::Real>,
     converted: Vec<E::Real>,
-}
-
-impl<S: Default, E: Element> Default for Scratch<S, E> {
-    fn default() -> Self {
-        Self {
-            algorithm: S::default(),
-            line: Vec::new(),
-            converted: Vec::new(),
-        }
-    }
 }
 
 impl<S: Default, E: Element> Scratch<S, E> {
@@ -67,27 +56,23 @@ impl<S: Default, E: Element> Scratch<S, E> {
 ///
 /// Panics if a slice is not of the geometry's size.
 pub fn conv<E: Element>(geometry: &Geometry, input: &[E], weight: &[E::Real], output: &mut [E]) {
-    struct Conv<'a, E> {
-        input: &'a [E],
-        output: &'a mut [E],
+    check(geometry, Some(input), Some(weight), output.len());
+    match choose(geometry, Some(weight), None) {
+        Chosen::Direct(algorithm) => conv_blocks(&algorithm, input, output),
+        Chosen::Minimal(algorithm) => conv_blocks(&algorithm, input, output),
     }
-    impl<E: Element> Task<E> for Conv<'_, E> {
-        type Output = ();
+}
 
-        fn run<A: Algorithm<E>>(self, algorithm: &A) {
-            let geometry = algorithm.geometry();
-            let images = geometry.images_per_block(MOMENT_BLOCKS);
-            let pool = Pool::<Scratch<A::Scratch, E>>::new();
-            self.output
-                .par_chunks_mut(images * geometry.output_len())
-                .zip(self.input.par_chunks(images * geometry.input_len()))
-                .for_each(|(output, input)| {
-                    pool.with(|scratch| scratch.conv_block(algorithm, input, output, |_, _| {}));
-                });
-        }
-    }
-    check(geometry, input, weight, output.len());
-    choose(geometry, Some(weight), None, Conv { input, output });
+fn conv_blocks<E: Element, A: Algorithm<E>>(algorithm: &A, input: &[E], output: &mut [E]) {
+    let geometry = algorithm.geometry();
+    let images = geometry.images_per_block(BLOCKS);
+    let pool = Pool::<Scratch<A::Scratch, E>>::new();
+    output
+        .par_chunks_mut(images * geometry.output_len())
+        .zip(input.par_chunks(images * geometry.input_len()))
+        .for_each(|(output, input)| {
+            pool.with(|scratch| scratch.conv_block(algorithm, input, output, |_, _| {}));
+        });
 }
 
 /// The convolution, and the moments of its output's channels.
@@ -101,38 +86,37 @@ pub fn conv_moments<E: Element>(
     weight: &[E::Real],
     output: &mut [E],
 ) -> Moments {
-    struct ConvMoments<'a, E> {
-        input: &'a [E],
-        output: &'a mut [E],
+    check(geometry, Some(input), Some(weight), output.len());
+    match choose(geometry, Some(weight), None) {
+        Chosen::Direct(algorithm) => conv_moments_blocks(&algorithm, input, output),
+        Chosen::Minimal(algorithm) => conv_moments_blocks(&algorithm, input, output),
     }
-    impl<E: Element> Task<E> for ConvMoments<'_, E> {
-        type Output = Moments;
+}
 
-        fn run<A: Algorithm<E>>(self, algorithm: &A) -> Moments {
-            let arch = Arch::new();
-            let geometry = algorithm.geometry();
-            let channels = geometry.channels_out();
-            let images = geometry.images_per_block(MOMENT_BLOCKS);
-            let pool = Pool::<Scratch<A::Scratch, E>>::new();
-            let blocks: Vec<Moments> = self
-                .output
-                .par_chunks_mut(images * geometry.output_len())
-                .zip(self.input.par_chunks(images * geometry.input_len()))
-                .map(|(output, input)| {
-                    let mut moments = Moments::new(channels);
-                    let see = |channel: usize, values: &[E::Real]| {
-                        let (mean, squares) = simd::moments(arch, values);
-                        moments.add(channel, values.len(), mean, squares);
-                    };
-                    pool.with(|scratch| scratch.conv_block(algorithm, input, output, see));
-                    moments
-                })
-                .collect();
-            blocks.iter().fold(Moments::new(channels), Moments::merge)
-        }
-    }
-    check(geometry, input, weight, output.len());
-    choose(geometry, Some(weight), None, ConvMoments { input, output })
+fn conv_moments_blocks<E: Element, A: Algorithm<E>>(
+    algorithm: &A,
+    input: &[E],
+    output: &mut [E],
+) -> Moments {
+    let arch = Arch::new();
+    let geometry = algorithm.geometry();
+    let channels = geometry.channels_out();
+    let images = geometry.images_per_block(BLOCKS);
+    let pool = Pool::<Scratch<A::Scratch, E>>::new();
+    let blocks: Vec<Moments> = output
+        .par_chunks_mut(images * geometry.output_len())
+        .zip(input.par_chunks(images * geometry.input_len()))
+        .map(|(output, input)| {
+            let mut moments = Moments::new(channels);
+            let see = |channel: usize, values: &[E::Real]| {
+                let (mean, squares) = simd::moments(arch, values);
+                moments.add(channel, values.len(), mean, squares);
+            };
+            pool.with(|scratch| scratch.conv_block(algorithm, input, output, see));
+            moments
+        })
+        .collect();
+    blocks.iter().fold(Moments::new(channels), Moments::merge)
 }
 
 /// `values = activation(affine(values) + residual)` in place, on `[batch, channels_out, output..]`.
@@ -177,21 +161,19 @@ impl<T: Real> Affine<'_, T> {
     }
 }
 
+/// Panics if what is given is not of the geometry's size.
 pub(crate) fn check<E: Element>(
     geometry: &Geometry,
-    input: &[E],
-    weight: &[E::Real],
+    input: Option<&[E]>,
+    weight: Option<&[E::Real]>,
     output_len: usize,
 ) {
-    assert_eq!(
-        input.len(),
-        geometry.batch() * geometry.input_len(),
-        "input"
-    );
-    assert_eq!(weight.len(), geometry.weight_len(), "weight");
-    assert_eq!(
-        output_len,
-        geometry.batch() * geometry.output_len(),
-        "output"
-    );
+    let batch = geometry.batch();
+    if let Some(input) = input {
+        assert_eq!(input.len(), batch * geometry.input_len(), "input");
+    }
+    if let Some(weight) = weight {
+        assert_eq!(weight.len(), geometry.weight_len(), "weight");
+    }
+    assert_eq!(output_len, batch * geometry.output_len(), "output");
 }

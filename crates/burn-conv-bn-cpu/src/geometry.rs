@@ -1,3 +1,8 @@
+use std::ops::Range;
+
+/// Most blocks of images that sums are taken over: enough for the threads of large machines.
+pub(crate) const BLOCKS: usize = 64;
+
 /// Output positions that make a block worth its overhead.
 const FILLED_POSITIONS: usize = 512;
 
@@ -179,5 +184,13 @@ impl Geometry {
             .div_ceil(self.positions())
             .min(self.batch.div_ceil(LEAST_BLOCKS));
         self.batch.div_ceil(most).max(filling)
+    }
+
+    /// The images of each block, of `images` each but the last.
+    pub(crate) fn blocks(&self, images: usize) -> Vec<Range<usize>> {
+        (0..self.batch)
+            .step_by(images)
+            .map(|start| start..(start + images).min(self.batch))
+            .collect()
     }
 }

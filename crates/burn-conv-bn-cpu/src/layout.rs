@@ -23,12 +23,8 @@ use crate::algorithm::Piece;
 
 /// The wide layout of a geometry's images.
 #[derive(Debug)]
-pub(crate) struct Layout {
-    batch_strides: BatchStrides,
-    input: [usize; 3],
-    output: [usize; 3],
-    stride: [usize; 3],
-    padding: [usize; 3],
+pub(crate) struct Layout<'a> {
+    geometry: &'a Geometry,
     /// Slices of an image, rows of a slice, values of a row.
     wide: [usize; 3],
     /// The remainders of the taps' offsets.
@@ -38,13 +34,6 @@ pub(crate) struct Layout {
     /// The largest shift in each dimension, and of them all.
     reaches: [usize; 3],
     reach: usize,
-}
-
-/// Values from one image to the next in memory.
-#[derive(Debug)]
-struct BatchStrides {
-    input: usize,
-    output: usize,
 }
 
 /// Values that are neighbours in the wide layout and evenly spaced in memory.
@@ -75,11 +64,9 @@ pub(crate) struct Tile {
     pub(crate) grad: Vec<Vec<Run>>,
 }
 
-impl Layout {
-    pub(crate) fn new(geometry: &Geometry) -> Self {
+impl<'a> Layout<'a> {
+    pub(crate) fn new(geometry: &'a Geometry) -> Self {
         let (stride, kernel, dilation) = (geometry.stride, geometry.kernel, geometry.dilation);
-        let (input, output) = (geometry.input, geometry.output);
-        let padding = geometry.padding.map(|(before, _)| before);
         let phases_of = |dim: usize| {
             let mut phases: Vec<usize> = (0..kernel[dim])
                 .map(|tap| tap * dilation[dim] % stride[dim])
@@ -102,14 +89,11 @@ impl Layout {
             std::array::from_fn(|dim| (kernel[dim] - 1) * dilation[dim] / stride[dim]);
         let mut wide = [0; 3];
         for dim in 0..3 {
-            let extent = output[dim] + reaches[dim];
+            let extent = geometry.output[dim] + reaches[dim];
             // Zeros that the end of one row and the start of the next have in common.
             let shared = each[dim].iter().map(|phase| {
-                let lead = padding[dim].saturating_sub(*phase).div_ceil(stride[dim]);
-                let end = (input[dim] + padding[dim])
-                    .saturating_sub(*phase)
-                    .div_ceil(stride[dim]);
-                lead.min(extent.saturating_sub(end))
+                let filled = filled(geometry, dim, *phase);
+                filled.start.min(extent.saturating_sub(filled.end))
             });
             wide[dim] = extent - shared.min().unwrap_or(0).min(reaches[dim]);
         }
@@ -130,14 +114,7 @@ impl Layout {
         }
         let reach = taps.iter().map(|(_, shift)| *shift).max().unwrap_or(0);
         Self {
-            batch_strides: BatchStrides {
-                input: geometry.input_len(),
-                output: geometry.output_len(),
-            },
-            input,
-            output,
-            stride,
-            padding,
+            geometry,
             wide,
             phases,
             taps,
@@ -163,24 +140,26 @@ impl Layout {
 
     /// Memory between neighbours of the input's wide rows.
     pub(crate) fn step(&self) -> usize {
-        self.stride[2]
+        self.geometry.stride[2]
     }
 
     /// Whether each value of the input is at some wide position; the others meet no tap.
     pub(crate) fn covers_input(&self) -> bool {
-        let all_phases: usize = self.stride.iter().product();
+        let geometry = self.geometry;
+        let all_phases: usize = geometry.stride.iter().product();
         self.phases.len() == all_phases
             && (0..3).all(|dim| {
-                let extent = self.output[dim] + self.reaches[dim];
-                extent * self.stride[dim] >= self.input[dim] + self.padding[dim]
+                let extent = geometry.output[dim] + self.reaches[dim];
+                extent * geometry.stride[dim] >= geometry.input[dim] + geometry.padding[dim].0
             })
     }
 
     /// Wide positions from the first output to the last of a block.
     fn positions(&self, images: usize) -> usize {
         let [slices, rows, pitch] = self.wide;
-        let last_row = ((images - 1) * slices + self.output[0] - 1) * rows + self.output[1] - 1;
-        last_row * pitch + self.output[2]
+        let output = self.geometry.output;
+        let last_row = ((images - 1) * slices + output[0] - 1) * rows + output[1] - 1;
+        last_row * pitch + output[2]
     }
 
     /// The tiles of a block of images, of at most `len` wide positions each.
@@ -226,13 +205,13 @@ impl Layout {
     }
 
     fn output_runs(&self, images: usize, range: &Range<usize>) -> Vec<Run> {
-        let [slices, rows, width] = self.output;
+        let [slices, rows, width] = self.geometry.output;
         let mut runs = Vec::new();
         for ([image, slice, row], start, columns) in self.rows(range) {
             if image >= images || slice >= slices || row >= rows {
                 continue;
             }
-            let dense = image * self.batch_strides.output + (slice * rows + row) * width;
+            let dense = image * self.geometry.output_len() + (slice * rows + row) * width;
             let run = Run {
                 wide: (start + columns.start) - range.start,
                 dense: dense + columns.start,
@@ -252,16 +231,15 @@ impl Layout {
     }
 
     fn phase_runs(&self, phase: [usize; 3], images: usize, range: &Range<usize>) -> Vec<Run> {
+        let geometry = self.geometry;
+        let [_, height, width] = geometry.input;
         let position = |dim: usize, index: usize| {
-            (index * self.stride[dim] + phase[dim])
-                .checked_sub(self.padding[dim])
-                .filter(|position| *position < self.input[dim])
+            (index * geometry.stride[dim] + phase[dim])
+                .checked_sub(geometry.padding[dim].0)
+                .filter(|position| *position < geometry.input[dim])
         };
-        let (stride, padding) = (self.stride[2], self.padding[2]);
-        let lead = padding.saturating_sub(phase[2]).div_ceil(stride);
-        let end = (self.input[2] + padding)
-            .saturating_sub(phase[2])
-            .div_ceil(stride);
+        let (stride, padding) = (geometry.stride[2], geometry.padding[2].0);
+        let filled = filled(geometry, 2, phase[2]);
         let mut runs = Vec::new();
         for ([image, slice, row], start, columns) in self.rows(range) {
             let (Some(slice), Some(row), true) =
@@ -269,12 +247,12 @@ impl Layout {
             else {
                 continue;
             };
-            let columns = columns.start.max(lead)..columns.end.min(end);
+            let columns = columns.start.max(filled.start)..columns.end.min(filled.end);
             if columns.is_empty() {
                 continue;
             }
-            let dense = image * self.batch_strides.input
-                + (slice * self.input[1] + row) * self.input[2]
+            let dense = image * geometry.input_len()
+                + (slice * height + row) * width
                 + (columns.start * stride + phase[2] - padding);
             let run = Run {
                 wide: (start + columns.start) - range.start,
@@ -285,6 +263,13 @@ impl Layout {
         }
         runs
     }
+}
+
+/// The places of one phase, in one dimension, that hold values of the input rather than padding.
+fn filled(geometry: &Geometry, dim: usize, phase: usize) -> Range<usize> {
+    let (stride, padding) = (geometry.stride[dim], geometry.padding[dim].0);
+    let place = |position: usize| position.saturating_sub(phase).div_ceil(stride);
+    place(padding)..place(geometry.input[dim] + padding)
 }
 
 /// Adds a run, to the last one if it goes on where that ends.

@@ -17,9 +17,10 @@
 //! Activations are stored as `f32`, `f64`, `f16` or `bf16` ([`Element`]); what is computed and all
 //! that belongs to channels is `f32` or `f64` ([`Real`]).
 //!
-//! All tensors are contiguous, `[batch, channels, depth, height, width]`. Nothing
-//! activation-sized is allocated here. Results do not depend on the number of threads: sums are
-//! taken over fixed blocks of images, in order. What is recomputed has the bits that it had.
+//! All tensors are contiguous, `[batch, channels, depth, height, width]`. Beyond tiles for each
+//! thread and a few copies of the weight (16/9 of it each where fewer products are used), nothing
+//! is allocated here. Results do not depend on the number of threads: sums are taken over fixed
+//! blocks of images, in order. What is recomputed has the bits that it had.
 //!
 //! Nothing here knows which variant of batch norm it serves: mean, scale and shift, and the
 //! coefficients of the gradient, come per channel from the caller.

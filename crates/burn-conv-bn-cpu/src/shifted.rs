@@ -22,11 +22,31 @@ pub(crate) fn slack(channels: usize) -> usize {
 /// Values of the widest unit's vectors.
 pub(crate) const WIDEST: usize = 16;
 
+/// Values that fill a cache line in single precision.
+pub(crate) const LINE: usize = 16;
+
+/// Lines of the planes that a block of taps may meet for the first-level cache to keep them:
+/// each is some 100 bytes long.
+const BLOCK_LINES: usize = 128;
+
 /// Channels of a full block of sums.
 const CHANNELS: usize = 6;
 
 /// Vectors of positions of a block of sums with so many channels; of a full one, at 0.
 const VECTORS: [usize; CHANNELS] = [2, 8, 4, 3, 2, 2];
+
+/// The next length that is an odd number of cache lines: planes a power of two apart would meet in
+/// the same few places of a cache.
+pub(crate) fn plane_len(len: usize) -> usize {
+    (len.div_ceil(LINE) | 1) * LINE
+}
+
+/// A number of taps to sum at a time, of `taps` for each of `channels` that meet `lines` lines of
+/// its planes: about [`BLOCK_LINES`] in all, the same number in each block as far as they divide.
+pub(crate) fn taps_in_cache(channels: usize, taps: usize, lines: usize) -> usize {
+    let most = (BLOCK_LINES / lines).max(1);
+    channels.div_ceil(channels.div_ceil(most)) * taps
+}
 
 /// Factors of shifted planes, `[channels, taps]`, in the order in which [`correlate`] reads them.
 #[derive(Debug)]

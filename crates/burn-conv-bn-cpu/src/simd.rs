@@ -55,6 +55,19 @@ pub(crate) fn copy<T: Copy>(source: &[T], target: &mut [T]) {
     }
 }
 
+/// `fill` without its call for the few zeros of a row's end.
+#[inline(always)]
+pub(crate) fn zero<T: Real>(values: &mut [T]) {
+    const FEW: usize = 16;
+    if values.len() > FEW {
+        values.fill(T::ZERO);
+        return;
+    }
+    for value in values {
+        *value = T::ZERO;
+    }
+}
+
 #[inline(always)]
 fn total<T: Real>(lanes: [T; LANES]) -> T {
     let mut lanes = lanes;
@@ -197,15 +210,29 @@ pub(crate) fn grad_sums<T: Real>(
     arch.dispatch(Sweep(
         #[inline(always)]
         || match gate {
-            Gate::Open => sweep(conv_output, output_grad, affine.mean, |_, _, dy| dy),
-            Gate::PreActivation => sweep(conv_output, output_grad, affine.mean, |_, z, dy| {
-                Activation::Relu.backward(affine.apply(z), dy)
-            }),
+            Gate::Open => sweep(
+                conv_output,
+                output_grad,
+                affine.mean,
+                #[inline(always)]
+                |_, _, dy| dy,
+            ),
+            Gate::PreActivation => sweep(
+                conv_output,
+                output_grad,
+                affine.mean,
+                #[inline(always)]
+                |_, z, dy| Activation::Relu.backward(affine.apply(z), dy),
+            ),
             Gate::Output(output) => {
                 let output = &output[..conv_output.len()];
-                sweep(conv_output, output_grad, affine.mean, |index, _, dy| {
-                    Activation::Relu.backward(output[index], dy)
-                })
+                sweep(
+                    conv_output,
+                    output_grad,
+                    affine.mean,
+                    #[inline(always)]
+                    |index, _, dy| Activation::Relu.backward(output[index], dy),
+                )
             }
         },
     ))

@@ -114,8 +114,17 @@ fn cases() -> Vec<Case> {
             padding: padded,
             ..PLAIN
         },
-        // Channels enough for the algorithms with fewer products: every remainder of sizes, padding
-        // on one side, several images in a tile, several tiles in an image, groups.
+        // Several tiles of each of several groups.
+        Case {
+            channels: [4, 4],
+            groups: 2,
+            input: [1, 40, 40],
+            padding: padded,
+            ..PLAIN
+        },
+        // Channels enough for the algorithm with fewer products: every remainder of sizes, padding
+        // on one side, several images in a tile, groups, several tiles in an image, and of each of
+        // several groups.
         Case {
             channels: [17, 16],
             padding: padded,
@@ -145,6 +154,16 @@ fn cases() -> Vec<Case> {
             padding: padded,
             ..PLAIN
         },
+        Case {
+            batch: 1,
+            channels: [32, 32],
+            groups: 2,
+            input: [1, 70, 67],
+            padding: padded,
+            ..PLAIN
+        },
+        // As many channels with a stride, which takes sums of shifted planes: odd and even sizes,
+        // padding on one side, several tiles in an image.
         Case {
             channels: [17, 16],
             stride: [1, 2, 2],
@@ -208,18 +227,19 @@ impl Case {
                     let into = out / group_out * group_in + within;
                     for at in indices(output) {
                         for tap in indices(self.kernel) {
-                            let position: Option<Vec<usize>> = (0..3)
-                                .map(|dim| {
-                                    (at[dim] * self.stride[dim] + tap[dim] * self.dilation[dim])
-                                        .checked_sub(self.padding[dim].0)
-                                        .filter(|position| *position < self.input[dim])
-                                })
-                                .collect();
-                            let Some(position) = position else { continue };
-                            let position = [position[0], position[1], position[2]];
+                            let position = |dim: usize| {
+                                (at[dim] * self.stride[dim] + tap[dim] * self.dilation[dim])
+                                    .checked_sub(self.padding[dim].0)
+                                    .filter(|position| *position < self.input[dim])
+                            };
+                            let (Some(slice), Some(row), Some(column)) =
+                                (position(0), position(1), position(2))
+                            else {
+                                continue;
+                            };
                             visit(
                                 (image * self.channels[0] + into) * planes(self.input)
-                                    + flat(position, self.input),
+                                    + flat([slice, row, column], self.input),
                                 (out * group_in + within) * planes(self.kernel)
                                     + flat(tap, self.kernel),
                                 (image * self.channels[1] + out) * planes(output)
@@ -409,8 +429,8 @@ fn compare<T: Element<Real = T> + Real>(case: &Case, tolerance: f64) {
         let [t_slope, t_offset] = [&slope, &offset].map(|values| rounded::<T>(values));
         let pass = Backward {
             geometry: &geometry,
-            input: &t_input,
-            weight: &t_weight,
+            input: Some(&t_input),
+            weight: Some(&t_weight),
             output_grad: &t_output_grad,
             affine,
             activation: Activation::Relu,
@@ -423,22 +443,24 @@ fn compare<T: Element<Real = T> + Real>(case: &Case, tolerance: f64) {
                 true => grad_sums(&pass, ConvOutput::Store(&mut stored)),
                 false => grad_sums(&pass, ConvOutput::Recompute),
             };
-            let kept = |stored| match stores {
-                true => ConvOutput::Kept(stored),
-                false => ConvOutput::Recompute,
-            };
             if stores {
                 assert_eq!(stored, t_z, "{}", name("recomputed bits"));
                 // Kept, the sums run over a channel's whole row rather than over tiles of it.
                 let from_kept = grad_sums(&pass, ConvOutput::Kept(&stored));
                 assert_close(&name("sum g"), &from_kept.grad, &sum, tolerance);
+                assert_close(
+                    &name("sum g*d"),
+                    &from_kept.grad_deviation,
+                    &deviation_sum,
+                    tolerance,
+                );
             }
             let mut t_input_grad = vec![T::ONE; input.len()];
             let mut t_weight_grad = vec![T::ONE; weight.len()];
             let mut t_residual_grad = vec![T::ONE; z.len()];
             backward(
                 &pass,
-                kept(&stored),
+                stores.then_some(&stored[..]),
                 InputGradCoefficients {
                     scale: &t_scale,
                     slope: &t_slope,
@@ -485,10 +507,10 @@ fn half_types_pass_through_f32() {
     }
 }
 
-fn compare_half<E: Element<Real = f32>>(case: &Case, tolerance: f64) {
+fn compare_half<E: Element<Real = f32> + PartialEq>(case: &Case, tolerance: f64) {
     let geometry = case.geometry();
     let channels = geometry.channels_out();
-    let name = |what: &str| format!("{what} of {case:?}");
+    let output_len = case.batch * geometry.output_len();
     let rounded_pair = |len: usize, seed: u64| {
         let mut halves = vec![E::default(); len];
         let mut singles = rounded::<f32>(&random(len, seed));
@@ -497,10 +519,12 @@ fn compare_half<E: Element<Real = f32>>(case: &Case, tolerance: f64) {
         (halves, singles)
     };
     let (input, input32) = rounded_pair(case.batch * geometry.input_len(), 1);
-    let (output_grad, output_grad32) = rounded_pair(case.batch * geometry.output_len(), 2);
+    let (output_grad, output_grad32) = rounded_pair(output_len, 2);
     let weight = rounded::<f32>(&random(geometry.weight_len(), 3));
     let [mean, scale, shift, slope, offset] =
         [4, 5, 6, 7, 8].map(|seed| rounded::<f32>(&random(channels, seed)));
+    let (residual, residual32) = rounded_pair(output_len, 9);
+    let (gate, gate32) = rounded_pair(output_len, 10);
     let affine = Affine {
         mean: &mean,
         scale: &scale,
@@ -512,136 +536,253 @@ fn compare_half<E: Element<Real = f32>>(case: &Case, tolerance: f64) {
         offset: &offset,
     };
 
-    /// Moments, output and gradients.
-    fn run<E: Element<Real = f32>>(
-        geometry: &Geometry,
-        input: &[E],
-        weight: &[f32],
-        output_grad: &[E],
-        affine: Affine<'_, f32>,
+    /// Means; sums; output and gradients of input and residual; the weight's gradient.
+    fn run<E: Element<Real = f32> + PartialEq>(
+        pass: Backward<'_, E>,
+        residual: &[E],
         coefficients: InputGradCoefficients<'_, f32>,
-    ) -> (Vec<f64>, Vec<E>, GradSums, Vec<E>, Vec<f32>) {
-        let mut output = vec![E::default(); output_grad.len()];
-        let moments = conv_moments(geometry, input, weight, &mut output);
-        normalize(geometry, &mut output, affine, None, Activation::Relu);
-        let pass = Backward {
-            geometry,
-            input,
-            weight,
-            output_grad,
-            affine,
-            // A rounded value near zero may be on its other side.
-            activation: Activation::Identity,
-            output: None,
-        };
-        let mut stored = vec![E::default(); output_grad.len()];
+    ) -> (Vec<f64>, GradSums, [Vec<E>; 3], Vec<f32>) {
+        let (input, weight) = (pass.input.unwrap(), pass.weight.unwrap());
+        let mut z = vec![E::default(); residual.len()];
+        let moments = conv_moments(pass.geometry, input, weight, &mut z);
+        let mut output = z.clone();
+        normalize(
+            pass.geometry,
+            &mut output,
+            pass.affine,
+            Some(residual),
+            pass.activation,
+        );
+
+        let mut stored = vec![E::default(); residual.len()];
         let sums = grad_sums(&pass, ConvOutput::Store(&mut stored));
+        assert!(stored == z, "recomputed bits");
         let recomputed = grad_sums(&pass, ConvOutput::Recompute);
         assert_eq!(sums, recomputed, "stored or recomputed: the same bits");
-        let mut input_grad = vec![E::default(); input.len()];
-        let mut weight_grad = vec![0.0; weight.len()];
-        backward(
-            &pass,
-            ConvOutput::Recompute,
-            coefficients,
-            Gradients {
-                input: Some((&mut input_grad, weight)),
-                weight: Some(&mut weight_grad),
-                residual: None,
-            },
+        let kept = grad_sums(&pass, ConvOutput::Kept(&stored));
+        // Kept, the sums run over a channel's whole row rather than over tiles of it.
+        assert_close("kept sum g", &kept.grad, &sums.grad, 1e-4);
+        assert_close(
+            "kept sum g*d",
+            &kept.grad_deviation,
+            &sums.grad_deviation,
+            1e-4,
         );
-        (moments.mean, output, sums, input_grad, weight_grad)
+
+        let grads = |kept: Option<&[E]>| {
+            let mut input_grad = vec![E::default(); input.len()];
+            let mut weight_grad = vec![0.0; weight.len()];
+            let mut residual_grad = vec![E::default(); residual.len()];
+            backward(
+                &pass,
+                kept,
+                coefficients,
+                Gradients {
+                    input: Some((&mut input_grad, weight)),
+                    weight: Some(&mut weight_grad),
+                    residual: Some(&mut residual_grad),
+                },
+            );
+            (input_grad, weight_grad, residual_grad)
+        };
+        let all = grads(None);
+        assert!(
+            grads(Some(&stored[..])) == all,
+            "kept or recomputed: the same bits"
+        );
+        let (input_grad, weight_grad, residual_grad) = all;
+        let values = [output, input_grad, residual_grad];
+        (moments.mean, sums, values, weight_grad)
     }
-    let singles = |values: &[E]| {
-        let mut singles = vec![0.0f32; values.len()];
-        E::load(values, &mut singles);
-        singles
-    };
     let doubles = |values: &[f32]| -> Vec<f64> { values.iter().map(|v| f64::from(*v)).collect() };
-    let (mean, output, sums, input_grad, weight_grad) = run(
-        &geometry,
-        &input,
-        &weight,
-        &output_grad,
-        affine,
-        coefficients,
-    );
-    let wanted = run(
-        &geometry,
-        &input32,
-        &weight,
-        &output_grad32,
-        affine,
-        coefficients,
-    );
-    assert_close(&name("mean"), &mean, &wanted.0, tolerance);
-    let close = |what: &str, got: &[f32], wanted: &[f32]| {
-        assert_close(&name(what), got, &doubles(wanted), tolerance);
+    for activation in [Activation::Identity, Activation::Relu] {
+        let name = |what: &str| format!("{what} of {case:?}, {activation:?}");
+        let pass = Backward {
+            geometry: &geometry,
+            input: Some(&input),
+            weight: Some(&weight),
+            output_grad: &output_grad,
+            affine,
+            activation,
+            // The same signs for both: a rounded value near zero may be on its other side.
+            output: Some(&gate),
+        };
+        let pass32 = Backward {
+            geometry: &geometry,
+            input: Some(&input32),
+            weight: Some(&weight),
+            output_grad: &output_grad32,
+            affine,
+            activation,
+            output: Some(&gate32),
+        };
+        let (mean, sums, values, weight_grad) = run(pass, &residual, coefficients);
+        let wanted = run(pass32, &residual32, coefficients);
+        assert_close(&name("mean"), &mean, &wanted.0, tolerance);
+        assert_close(&name("sum g"), &sums.grad, &wanted.1.grad, tolerance);
+        for (index, what) in ["output", "input grad", "residual grad"]
+            .into_iter()
+            .enumerate()
+        {
+            let mut singles = vec![0.0f32; values[index].len()];
+            E::load(&values[index], &mut singles);
+            let wanted = doubles(&wanted.2[index]);
+            assert_close(&name(what), &singles, &wanted, tolerance);
+        }
+        let wanted = doubles(&wanted.3);
+        assert_close(&name("weight grad"), &weight_grad, &wanted, tolerance);
+    }
+}
+
+/// What a kept output makes superfluous may be left out, and changes nothing.
+#[test]
+fn a_kept_output_takes_neither_weight_nor_input() {
+    for channels in [[5, 6], [16, 17]] {
+        let case = Case {
+            channels,
+            padding: [(0, 0), (1, 1), (1, 1)],
+            ..PLAIN
+        };
+        let geometry = case.geometry();
+        let input = rounded::<f32>(&random(case.batch * geometry.input_len(), 1));
+        let weight = rounded::<f32>(&random(geometry.weight_len(), 2));
+        let mut z = vec![0.0; case.batch * geometry.output_len()];
+        conv(&geometry, &input, &weight, &mut z);
+        let output_grad = rounded::<f32>(&random(z.len(), 3));
+        let [mean, scale, shift] = [4, 5, 6].map(|seed| rounded::<f32>(&random(channels[1], seed)));
+        let pass = Backward {
+            geometry: &geometry,
+            input: Some(&input),
+            weight: Some(&weight),
+            output_grad: &output_grad,
+            affine: Affine {
+                mean: &mean,
+                scale: &scale,
+                shift: &shift,
+            },
+            activation: Activation::Relu,
+            output: None,
+        };
+        let grads = |pass: &Backward<'_, f32>, wants_weight: bool| {
+            let mut input_grad = vec![0.0f32; input.len()];
+            let mut weight_grad = vec![0.0f32; weight.len()];
+            let mut residual_grad = vec![0.0f32; z.len()];
+            let coefficients = InputGradCoefficients {
+                scale: &scale,
+                slope: &shift,
+                offset: &mean,
+            };
+            let gradients = Gradients {
+                input: Some((&mut input_grad, &weight)),
+                weight: wants_weight.then_some(&mut weight_grad[..]),
+                residual: Some(&mut residual_grad),
+            };
+            backward(pass, Some(&z), coefficients, gradients);
+            (input_grad, residual_grad, weight_grad)
+        };
+        let (input_grad, residual_grad, weight_grad) = grads(&pass, true);
+        let without_weight = Backward {
+            weight: None,
+            ..pass
+        };
+        let without_both = Backward {
+            input: None,
+            ..without_weight
+        };
+        assert_eq!(
+            grad_sums(&without_both, ConvOutput::Kept(&z)),
+            grad_sums(&pass, ConvOutput::Kept(&z))
+        );
+        let got = grads(&without_weight, true);
+        assert!(got.0 == input_grad && got.1 == residual_grad && got.2 == weight_grad);
+        let got = grads(&without_both, false);
+        assert!(got.0 == input_grad && got.1 == residual_grad);
+    }
+}
+
+#[test]
+#[should_panic(expected = "can only be recomputed with its weight")]
+fn nothing_is_recomputed_without_the_weight() {
+    let geometry = PLAIN.geometry();
+    let input = vec![0.0f32; PLAIN.batch * geometry.input_len()];
+    let output_grad = vec![0.0; PLAIN.batch * geometry.output_len()];
+    let ones = vec![1.0; geometry.channels_out()];
+    let pass = Backward {
+        geometry: &geometry,
+        input: Some(&input),
+        weight: None,
+        output_grad: &output_grad,
+        affine: Affine {
+            mean: &ones,
+            scale: &ones,
+            shift: &ones,
+        },
+        activation: Activation::Identity,
+        output: None,
     };
-    close("output", &singles(&output), &wanted.1);
-    assert_close(&name("sum g"), &sums.grad, &wanted.2.grad, tolerance);
-    close("input grad", &singles(&input_grad), &wanted.3);
-    close("weight grad", &weight_grad, &wanted.4);
+    grad_sums(&pass, ConvOutput::Recompute);
 }
 
 #[test]
 fn the_number_of_threads_changes_no_bit() {
-    let case = Case {
-        batch: 37,
-        channels: [5, 6],
-        input: [1, 9, 9],
-        padding: [(0, 0), (1, 1), (1, 1)],
-        ..PLAIN
-    };
-    let run = || {
-        let geometry = case.geometry();
-        let channels = geometry.channels_out();
-        let input = rounded::<f32>(&random(case.batch * geometry.input_len(), 1));
-        let weight = rounded::<f32>(&random(geometry.weight_len(), 2));
-        let mut z = vec![0.0; case.batch * geometry.output_len()];
-        let moments = conv_moments(&geometry, &input, &weight, &mut z);
-        let output_grad = rounded::<f32>(&random(z.len(), 3));
-        let ones = vec![1.0; channels];
-        let affine = Affine {
-            mean: &ones,
-            scale: &ones,
-            shift: &ones,
+    for channels in [[5, 6], [16, 17]] {
+        let case = Case {
+            batch: 37,
+            channels,
+            input: [1, 9, 9],
+            padding: [(0, 0), (1, 1), (1, 1)],
+            ..PLAIN
         };
-        let pass = Backward {
-            geometry: &geometry,
-            input: &input,
-            weight: &weight,
-            output_grad: &output_grad,
-            affine,
-            activation: Activation::Relu,
-            output: None,
+        let run = || {
+            let geometry = case.geometry();
+            let channels = geometry.channels_out();
+            let input = rounded::<f32>(&random(case.batch * geometry.input_len(), 1));
+            let weight = rounded::<f32>(&random(geometry.weight_len(), 2));
+            let mut z = vec![0.0; case.batch * geometry.output_len()];
+            let moments = conv_moments(&geometry, &input, &weight, &mut z);
+            let output_grad = rounded::<f32>(&random(z.len(), 3));
+            let ones = vec![1.0; channels];
+            let affine = Affine {
+                mean: &ones,
+                scale: &ones,
+                shift: &ones,
+            };
+            let pass = Backward {
+                geometry: &geometry,
+                input: Some(&input),
+                weight: Some(&weight),
+                output_grad: &output_grad,
+                affine,
+                activation: Activation::Relu,
+                output: None,
+            };
+            let sums = grad_sums(&pass, ConvOutput::Recompute);
+            let mut input_grad = vec![0.0; input.len()];
+            let mut weight_grad = vec![0.0; weight.len()];
+            let coefficients = InputGradCoefficients {
+                scale: &ones,
+                slope: &ones,
+                offset: &ones,
+            };
+            let gradients = Gradients {
+                input: Some((&mut input_grad, &weight)),
+                weight: Some(&mut weight_grad),
+                residual: None,
+            };
+            backward(&pass, None, coefficients, gradients);
+            (moments, sums, z, input_grad, weight_grad)
         };
-        let sums = grad_sums(&pass, ConvOutput::Recompute);
-        let mut input_grad = vec![0.0; input.len()];
-        let mut weight_grad = vec![0.0; weight.len()];
-        let coefficients = InputGradCoefficients {
-            scale: &ones,
-            slope: &ones,
-            offset: &ones,
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
+            pool.install(run)
         };
-        let gradients = Gradients {
-            input: Some((&mut input_grad, &weight)),
-            weight: Some(&mut weight_grad),
-            residual: None,
-        };
-        backward(&pass, ConvOutput::Recompute, coefficients, gradients);
-        (moments, sums, z, input_grad, weight_grad)
-    };
-    let on = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .unwrap();
-        pool.install(run)
-    };
-    let one = on(1);
-    for threads in [2, 3, 8] {
-        assert!(on(threads) == one, "{threads} threads");
+        let one = on(1);
+        for threads in [2, 3, 8] {
+            assert!(on(threads) == one, "{channels:?}: {threads} threads");
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! `ConvBnBackend` on Flex, by the kernels of `burn-conv-bn-cpu`.
 //!
-//! What leaves the kernels without an operand, such as a frozen weight under
-//! [`Recompute::Never`](crate::Recompute::Never), takes the portable bodies.
+//! Gradients that need no statistics, such as that of the norm's shift alone, take the portable
+//! bodies.
 
 use std::borrow::Cow;
 
@@ -117,9 +117,7 @@ fn kernel_backward<E: Kernel>(
     saved: ConvBnSaved<Flex>,
     options: &ConvBnBackwardOptions,
 ) -> ConvBnGrads<Flex> {
-    let (Some(input), Some(weight), Some(mean), Some(variance)) = (
-        saved.input.as_option().map(contiguous),
-        saved.weight.as_option().map(contiguous),
+    let (Some(mean), Some(variance)) = (
         saved.mean.as_option().map(host::<E::Real>),
         saved.variance.as_option().map(host::<E::Real>),
     ) else {
@@ -127,6 +125,8 @@ fn kernel_backward<E: Kernel>(
     };
     let ConvBnSaved {
         output_grad,
+        input,
+        weight,
         bias,
         gamma,
         beta,
@@ -135,13 +135,19 @@ fn kernel_backward<E: Kernel>(
         ..
     } = saved;
     let wanted = options.wanted;
-    let geometry = geometry(&input.shape(), &weight.shape(), &options.options.conv);
+    let geometry = geometry(
+        &options.input_shape,
+        &options.weight_shape,
+        &options.options.conv,
+    );
     let channels = geometry.channels_out();
     let output_grad = contiguous(&output_grad);
+    let input = input.as_option().map(contiguous);
+    let weight = weight.as_option().map(contiguous);
     let output = output.as_option().map(contiguous);
     let gamma = gamma.as_option().map(host::<E::Real>);
     let zeros = vec![E::Real::ZERO; channels];
-    let weight = numbers::<E::Real>(&weight);
+    let weight = weight.as_ref().map(numbers::<E::Real>);
     let values = geometry.batch() * geometry.positions();
     let activation = kernel_activation(options.options.activation);
 
@@ -159,8 +165,8 @@ fn kernel_backward<E: Kernel>(
     };
     let pass = Backward {
         geometry: &geometry,
-        input: slice::<E>(&input),
-        weight: &weight,
+        input: input.as_ref().map(slice::<E>),
+        weight: weight.as_deref(),
         output_grad: slice(&output_grad),
         affine,
         activation,
@@ -194,15 +200,19 @@ fn kernel_backward<E: Kernel>(
     let wants_fixed_gamma = wanted.gamma && batch_norm.is_none();
     let mut weight_grad =
         (wanted.weight || wants_fixed_gamma).then(|| vec![E::Real::ZERO; geometry.weight_len()]);
-    let mut input_grad = wanted.input.then(|| buffer::<E>(pass.input.len()));
+    let mut input_grad = wanted
+        .input
+        .then(|| buffer::<E>(geometry.batch() * geometry.input_len()));
     // Without an activation the residual's gradient is the output's.
     let mut residual_grad = (wanted.residual && activation != KernelActivation::Identity)
         .then(|| buffer::<E>(pass.output_grad.len()));
     if weight_grad.is_some() || input_grad.is_some() || residual_grad.is_some() {
+        // With given statistics the norm is folded into the weight.
         let folded = match &batch_norm {
             Some(_) => None,
-            None => Some(scaled_rows(pass.weight, &scale)),
+            None => pass.weight.map(|weight| scaled_rows(weight, &scale)),
         };
+        let input_weight = folded.as_deref().or(pass.weight);
         let (grad_scale, slope, offset) = match &batch_norm {
             Some(norm) => {
                 let (slope, offset) =
@@ -217,20 +227,17 @@ fn kernel_backward<E: Kernel>(
         };
         backward(
             &pass,
-            match at_hand {
-                Some(conv_output) => ConvOutput::Kept(conv_output),
-                None if stores => ConvOutput::Kept(&stored),
-                None => ConvOutput::Recompute,
-            },
+            at_hand.or(stores.then_some(&stored[..])),
             InputGradCoefficients {
                 scale: &grad_scale,
                 slope: &slope,
                 offset: &offset,
             },
             Gradients {
-                input: input_grad
-                    .as_deref_mut()
-                    .map(|grad| (grad, folded.as_deref().unwrap_or(pass.weight))),
+                input: input_grad.as_deref_mut().map(|grad| {
+                    let weight = input_weight.expect("the plan keeps it for this gradient");
+                    (grad, weight)
+                }),
                 weight: weight_grad.as_deref_mut(),
                 residual: residual_grad.as_deref_mut(),
             },
@@ -245,9 +252,9 @@ fn kernel_backward<E: Kernel>(
         None => {
             let norm = HostNorm::given(options.options.norm, &variance);
             let center = center(&mean, bias.as_option().map(host));
-            let dots = match &weight_grad {
-                Some(folded_grad) => row_dots(pass.weight, folded_grad, channels),
-                None => vec![0.0; channels],
+            let dots = match (pass.weight, &weight_grad) {
+                (Some(weight), Some(folded_grad)) => row_dots(weight, folded_grad, channels),
+                _ => vec![0.0; channels],
             };
             weight_grad = weight_grad.map(|grad| scaled_rows(&grad, &scale));
             let scale: Vec<f64> = scale.iter().map(|scale| Real::to_f64(*scale)).collect();
@@ -261,7 +268,6 @@ fn kernel_backward<E: Kernel>(
         Some(grad) => Some(tensor(grad, &output_grad.shape())),
         None => wanted.residual.then_some(output_grad),
     };
-    let input_shape = input.shape();
     let optional = |wanted: bool, grad: Vec<f64>, dtype: DType| -> OptionalTensor<Flex> {
         let grad = wanted.then(|| {
             let grad = rounded::<E::Real>(grad.into_iter());
@@ -271,7 +277,9 @@ fn kernel_backward<E: Kernel>(
     };
     let norm_dtype = options.norm_dtype;
     ConvBnGrads {
-        input: input_grad.map(|grad| tensor(grad, &input_shape)).into(),
+        input: input_grad
+            .map(|grad| tensor(grad, &options.input_shape))
+            .into(),
         weight: weight_grad
             .filter(|_| wanted.weight)
             .map(|grad| cast::<Flex>(tensor(grad, &options.weight_shape), E::dtype()))
@@ -660,29 +668,46 @@ mod tests {
         let present_if = |kept: bool, tensor: &FlexTensor| -> OptionalTensor<Flex> {
             kept.then(|| tensor.clone()).into()
         };
-        let saved = ConvBnSaved::<Flex> {
-            output_grad: random(&output_shape, 9),
-            input: present_if(plan.input, &inputs.input),
-            weight: present_if(plan.weight, &inputs.weight),
-            bias: keep(plan.bias, &inputs.bias),
-            gamma: keep(plan.gamma, &inputs.gamma),
-            beta: keep(plan.beta, &inputs.beta),
-            mean: present_if(plan.statistics, &kernel.mean),
-            variance: present_if(plan.statistics, &kernel.variance),
-            conv_output: keep(plan.conv_output, &kernel.conv_output),
-            output: present_if(plan.output, &kernel.output),
-        };
-        let all = Parents {
-            residual: with_residual,
+        let frozen_weight = Parents {
+            weight: false,
             ..present
+        };
+        let norm_alone = Parents {
+            input: false,
+            ..frozen_weight
+        };
+        let shift_alone = Parents {
+            gamma: false,
+            ..norm_alone
         };
         let some = Parents {
             input: false,
             bias: false,
             gamma: false,
-            ..all
+            ..present
         };
-        for (wanted, max_workspace) in [(all, None), (all, Some(1)), (some, Some(1 << 10))] {
+        for (wanted, max_workspace) in [
+            (present, None),
+            (present, Some(1)),
+            (some, Some(1 << 10)),
+            (frozen_weight, None),
+            (norm_alone, None),
+            (shift_alone, None),
+        ] {
+            let plan = SavePlan::new(options, statistics, present, wanted);
+            let saved = ConvBnSaved::<Flex> {
+                output_grad: random(&output_shape, 9),
+                input: present_if(plan.input, &inputs.input),
+                weight: present_if(plan.weight, &inputs.weight),
+                bias: keep(plan.bias, &inputs.bias),
+                gamma: keep(plan.gamma, &inputs.gamma),
+                beta: keep(plan.beta, &inputs.beta),
+                mean: present_if(plan.statistics, &kernel.mean),
+                variance: present_if(plan.statistics, &kernel.variance),
+                conv_output: keep(plan.conv_output, &kernel.conv_output),
+                output: present_if(plan.output, &kernel.output),
+            };
+            let what = format!("{what}, wanted {wanted:?}");
             let options = ConvBnBackwardOptions {
                 options: options.clone().with_max_workspace(max_workspace),
                 statistics,
@@ -691,9 +716,9 @@ mod tests {
                 norm_dtype: DType::F64,
                 wanted,
             };
-            let kernel = Flex::conv_bn_backward(saved.clone(), options.clone());
-            let portable = portable::conv_bn::backward::<Flex>(saved.clone(), &options);
-            assert_all_close(&what, kernel, portable);
+            let grads = Flex::conv_bn_backward(saved.clone(), options.clone());
+            let portable = portable::conv_bn::backward::<Flex>(saved, &options);
+            assert_all_close(&what, grads, portable);
         }
     }
 }
