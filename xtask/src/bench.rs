@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use burn_conv_bn_bench::catalogue::{Entry, Selection, TOLERANCE, Work, catalogue, select};
+use burn_conv_bn_bench::catalogue::{Entry, Selection, Work, catalogue, select};
 use burn_conv_bn_bench::protocol::{Contender, Engine, Reply, Request};
 use burn_conv_bn_bench::report::{EntryReport, ProblemKind, Report};
 use burn_conv_bn_bench::table;
@@ -113,7 +113,6 @@ pub fn bench(args: &Bench) -> Result<()> {
         machine: machine::describe(lab.threads),
         versions,
         commit: machine::clean_commit(),
-        tolerance: TOLERANCE,
         entries: Vec::new(),
         summary: Vec::new(),
     };
@@ -282,7 +281,9 @@ impl Lab {
                 tensors = Some(checked.tensors);
                 continue;
             }
-            contender.compare(helper, &folder, &reference, tensors.as_deref(), &checked);
+            let tolerance = entry.work.tolerance();
+            let tensors = tensors.as_deref();
+            contender.compare(helper, &folder, &reference, tensors, &checked, tolerance);
             // Results are as large as activations; nobody needs them any more.
             let _ = fs::remove_dir_all(&folder);
         }

@@ -1,6 +1,7 @@
 //! Tasks of the workspace, run as `cargo xtask <task>`.
 
 mod bench;
+mod gpu;
 
 use std::env;
 use std::ffi::OsString;
@@ -40,14 +41,17 @@ enum Task {
     /// Run the tests of the whole workspace in the release profile.
     ///
     /// In a debug build Burn is too slow to train with, and the release profile shares its build
-    /// with `cargo run --release`. What this machine cannot run is named, with the reason, before
-    /// and after the tests.
+    /// with `cargo run --release`. The tests of GPU kernels run where a Vulkan driver is found, a
+    /// software one included, in a build of their own. What this machine cannot run is named, with
+    /// the reason, before and after the tests.
     Test(Test),
     /// Run the tests of the CPU kernels under AddressSanitizer, without and with AVX-512.
     ///
     /// The kernels are the one place with pointer arithmetic. A sanitizer is an unstable option of
     /// the compiler, which `RUSTC_BOOTSTRAP` opens on a stable toolchain.
     Sanitize,
+    /// Build the GPU tests and benchmarks for CUDA and pack them for a machine without a toolchain.
+    GpuBundle(gpu::Bundle),
 }
 
 #[derive(Args, Debug)]
@@ -63,16 +67,21 @@ enum Step {
     Fmt,
     /// `cargo clippy`, where a warning is an error.
     Clippy,
+    /// `cargo clippy` of what a GPU runs, in the build of its tests.
+    GpuClippy,
     /// `cargo doc`, where a warning is an error.
     Docs,
 }
 
 #[derive(Args, Debug)]
 struct Test {
-    /// Fail, before the tests are built, if this machine would skip some of them. What is not
-    /// built yet on any machine does not count.
+    /// Fail if this machine skips some of the tests: before they are built where that is known, or
+    /// when a GPU turns out to lack what a test needs.
     #[arg(long)]
     strict: bool,
+    /// Leave the tests of GPU kernels out, which take a build of their own.
+    #[arg(long)]
+    skip_gpu: bool,
     /// Passed on to `cargo test`, as in `cargo xtask test --test it` or, to choose tests by name,
     /// `cargo xtask test running`.
     #[arg(value_name = "CARGO-TEST-ARGS", allow_hyphen_values = true)]
@@ -88,6 +97,7 @@ fn main() -> ExitCode {
         Task::Check(args) => check(&args),
         Task::Test(args) => test(args),
         Task::Sanitize => sanitize(),
+        Task::GpuBundle(args) => gpu::bundle(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -99,12 +109,13 @@ fn main() -> ExitCode {
 }
 
 impl Step {
-    const ALL: [Self; 3] = [Self::Fmt, Self::Clippy, Self::Docs];
+    const ALL: [Self; 4] = [Self::Fmt, Self::Clippy, Self::GpuClippy, Self::Docs];
 
     fn name(self) -> &'static str {
         match self {
             Self::Fmt => "fmt",
             Self::Clippy => "clippy",
+            Self::GpuClippy => "gpu-clippy",
             Self::Docs => "docs",
         }
     }
@@ -113,8 +124,13 @@ impl Step {
         match self {
             Self::Fmt => cargo(&["fmt", "--all", "--check"]),
             Self::Clippy => {
-                let mut command = cargo(&["clippy", "--release", "--workspace", "--all-targets"]);
-                command.args(["--", "-D", "warnings"]);
+                let mut command = cargo(&["clippy", "--release", "--all-targets"]);
+                command.args(gpu::WITHOUT).args(["--", "-D", "warnings"]);
+                command
+            }
+            Self::GpuClippy => {
+                let mut command = cargo(&["clippy", "--release", "--all-targets"]);
+                command.args(gpu::WEBGPU).args(["--", "-D", "warnings"]);
                 command
             }
             Self::Docs => {
@@ -153,13 +169,12 @@ fn check(args: &Check) -> Result<()> {
 struct Skip {
     what: &'static str,
     why: String,
-    /// Whether another machine could run them. Only those count for `--strict`.
-    avoidable: bool,
 }
 
 fn test(args: Test) -> Result<()> {
     let mut skips = Vec::new();
-    let mut command = cargo(&["test", "--release", "--workspace"]);
+    let mut command = cargo(&["test", "--release"]);
+    command.args(gpu::WITHOUT);
     match real_mnist() {
         Ok(dir) => {
             // Tests run in the folders of their packages, where a relative path is another place.
@@ -168,36 +183,47 @@ fn test(args: Test) -> Result<()> {
         Err(why) => skips.push(Skip {
             what: "tests on the real MNIST",
             why,
-            avoidable: true,
         }),
     }
-    skips.push(Skip {
-        what: "GPU kernels",
-        why: "not built yet".to_string(),
-        avoidable: false,
-    });
+    let mut gpu_command = None;
+    match gpu::vulkan() {
+        _ if args.skip_gpu => skips.push(Skip {
+            what: "GPU kernels",
+            why: "as asked".to_string(),
+        }),
+        Ok(()) => gpu_command = Some(gpu::tests(args.strict)),
+        Err(why) => skips.push(Skip {
+            what: "GPU kernels",
+            why,
+        }),
+    }
 
     for skip in &skips {
         println!("Will be skipped: {} ({})", skip.what, skip.why);
     }
-    let avoidable: Vec<_> = skips.iter().filter(|skip| skip.avoidable).collect();
-    if args.strict && !avoidable.is_empty() {
-        let names: Vec<_> = avoidable.iter().map(|skip| skip.what).collect();
-        bail!(
-            "--strict, and this machine would skip: {}",
-            names.join(", ")
-        );
+    let names = match skips.is_empty() {
+        true => "nothing".to_string(),
+        false => skips
+            .iter()
+            .map(|skip| skip.what)
+            .collect::<Vec<_>>()
+            .join(", "),
+    };
+    if args.strict && !skips.is_empty() {
+        bail!("--strict, and this machine would skip: {names}");
     }
 
-    command.args(&args.cargo_args);
-    if !args.test_args.is_empty() {
-        command.arg("--").args(&args.test_args);
+    let mut passed = true;
+    for mut command in [Some(command), gpu_command].into_iter().flatten() {
+        command.args(&args.cargo_args);
+        if !args.test_args.is_empty() {
+            command.arg("--").args(&args.test_args);
+        }
+        passed &= succeeds(command)?;
     }
-    let passed = succeeds(command)?;
-    let names: Vec<_> = skips.iter().map(|skip| skip.what).collect();
     match passed {
-        true => println!("test: passed; skipped: {}", names.join(", ")),
-        false => bail!("test failed; skipped: {}", names.join(", ")),
+        true => println!("test: passed; skipped: {names}"),
+        false => bail!("test failed; skipped: {names}"),
     }
     Ok(())
 }

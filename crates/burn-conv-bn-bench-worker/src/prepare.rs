@@ -10,9 +10,10 @@ use burn_conv_bn_bench::catalogue::{Layer, Network, Work};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::files::write;
 use crate::layer::read_block;
 use crate::network::PARAMETERS;
-use crate::tensors::{into_values, tensor, write};
+use crate::tensors::{into_values, tensor};
 
 /// Pre-activations nearer to zero than this get no upstream gradient. They have a variance of
 /// about one, and correct results differ by far less than this: on which side of ReLU's kink
@@ -96,7 +97,7 @@ fn prepare_network(network: &Network, seed: u64, folder: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn_conv_bn_bench::files::{read_values, tensor_file};
+    use crate::files::read;
 
     const LAYER: Layer = Layer {
         batch: 8,
@@ -113,7 +114,7 @@ mod tests {
     fn rounding_cannot_decide_where_a_gradient_flows() {
         let folder = tempfile::tempdir().unwrap();
         prepare(&Work::Layer(LAYER), 4, folder.path()).unwrap();
-        let upstream = read_values(&tensor_file(folder.path(), "upstream")).unwrap();
+        let upstream = read(folder.path(), "upstream").unwrap();
         let values = pre_activation(&LAYER, folder.path()).unwrap();
         assert_eq!(upstream.len(), values.len());
         let near = values.iter().filter(|value| value.abs() < KINK).count();

@@ -2,19 +2,19 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_conv_bn_bench::files::{read_values, tensor_file, write_values};
+
+use crate::files::{read, tensor_file, write};
 
 /// Reads a tensor's values, of which there must be so many.
 pub fn values(folder: &Path, name: &str, count: usize) -> Result<Vec<f32>> {
-    let path = tensor_file(folder, name);
-    let values = read_values(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let values = read(folder, name)?;
     if values.len() != count {
         bail!(
             "{} holds {} values instead of {count}",
-            path.display(),
+            tensor_file(folder, name).display(),
             values.len()
         );
     }
@@ -40,12 +40,6 @@ pub fn parameter<const D: usize>(
     device: &Device,
 ) -> Result<Param<Tensor<D>>> {
     Ok(Param::from_tensor(tensor(folder, name, shape, device)?))
-}
-
-/// Writes values.
-pub fn write(folder: &Path, name: &str, values: &[f32]) -> Result<()> {
-    let path = tensor_file(folder, name);
-    write_values(&path, values).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Reads a tensor back.

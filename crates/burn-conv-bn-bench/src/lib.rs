@@ -7,7 +7,7 @@
 //! this crate. All three speak the [`protocol`].
 
 pub mod catalogue;
-pub mod files;
+pub mod device;
 pub mod protocol;
 pub mod report;
 pub mod statistics;

@@ -1,5 +1,8 @@
 //! What the driver and a contender's process say to each other: a [`Request`] a line on the
 //! process's standard input, and a [`Reply`] a line on its standard output for each.
+//!
+//! Tensors pass between them in folders that requests name, the tensor `input` as the file
+//! `input.f32`: raw little-endian f32, without a header.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -92,8 +95,8 @@ impl fmt::Display for Contender {
 pub enum Request {
     /// Which versions of what it would run on. Answered by [`Reply::Hello`].
     Hello {},
-    /// Draw an entry's data from a seed and write them to a folder. For `bench-worker` alone;
-    /// answered by [`Reply::Done`].
+    /// Draw an entry's data from a seed and write them to a folder, by the CPU whatever the device
+    /// of the contenders. For `bench-worker` alone; answered by [`Reply::Done`].
     Prepare {
         /// The entry.
         entry: Entry,
@@ -108,6 +111,8 @@ pub enum Request {
         entry: Entry,
         /// Which contender.
         variant: Contender,
+        /// Where to compute: one of [`DEVICES`](crate::device::DEVICES).
+        device: String,
         /// Where the data are.
         data_dir: PathBuf,
         /// Threads to compute with.
@@ -129,11 +134,8 @@ pub enum Request {
         /// Names of the tensors.
         tensors: Vec<String>,
     },
-    /// Run timed iterations. Answered by [`Reply::Ran`].
-    Run {
-        /// How many.
-        iterations: usize,
-    },
+    /// Run a timed step. Answered by [`Reply::Ran`].
+    Run {},
     /// Measure the memory of one step, in a process that has done nothing but load. Answered by
     /// [`Reply::Measured`].
     Memory {},
@@ -158,10 +160,7 @@ pub enum Reply {
         tensors: Vec<TensorError>,
     },
     /// To [`Request::Run`].
-    Ran {
-        /// One for each iteration.
-        steps: Vec<StepTime>,
-    },
+    Ran(StepTime),
     /// To [`Request::Memory`].
     Measured(StepMemory),
     /// To anything: this machine lacks what that needs.
@@ -216,15 +215,19 @@ impl StepTime {
 
 /// Memory of one step, in bytes above the level just before its forward pass: data, parameters
 /// and the upstream gradient were there before. `None` is what cannot be had.
+///
+/// The heap is the memory that the contender computes in: the host's, or that of a device's pool.
+/// With a pool the resident set tells nothing, and is left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepMemory {
     /// Resident set at the end of forward, with the output alive.
     pub resident_forward_end: Option<u64>,
     /// Largest resident set from the start of forward to the end of backward.
     pub resident_peak: Option<u64>,
-    /// As [`resident_forward_end`](Self::resident_forward_end), counted by the allocator.
+    /// As [`resident_forward_end`](Self::resident_forward_end), counted by the allocator or the
+    /// pool.
     pub heap_forward_end: Option<u64>,
-    /// As [`resident_peak`](Self::resident_peak), counted by the allocator.
+    /// As [`resident_peak`](Self::resident_peak), counted by the allocator or the pool.
     pub heap_peak: Option<u64>,
 }
 
@@ -243,6 +246,7 @@ mod tests {
         let load = Request::Load {
             entry,
             variant: Contender::UnfusedCheckpointed,
+            device: "flex".to_string(),
             data_dir: "/data".into(),
             threads: 3,
         };
@@ -251,14 +255,11 @@ mod tests {
             r#"{"load":{"entry":{"id":"k7-s2","work":{"layer":{"batch":32,"channels":[3,64],"#
                 .to_string()
                 + r#""size":224,"kernel":7,"stride":2,"padding":3,"groups":1,"input_grad":false}}},"#
-                + r#""variant":"unfused-checkpointed","data_dir":"/data","threads":3}}"#
+                + r#""variant":"unfused-checkpointed","device":"flex","data_dir":"/data","threads":3}}"#
         );
         assert_eq!(json(&Request::Hello {}), r#"{"hello":{}}"#);
         assert_eq!(json(&Request::Memory {}), r#"{"memory":{}}"#);
-        assert_eq!(
-            json(&Request::Run { iterations: 2 }),
-            r#"{"run":{"iterations":2}}"#
-        );
+        assert_eq!(json(&Request::Run {}), r#"{"run":{}}"#);
         let network = catalogue(true).remove(7);
         assert_eq!(json(&network.work), r#"{"network":{"batch":256}}"#);
     }
@@ -308,12 +309,12 @@ mod tests {
 
     #[test]
     fn a_peer_may_leave_out_what_it_has_not() {
-        let ran = r#"{"ran":{"steps":[{"forward_ms":1,"backward_ms":2.5}]}}"#;
-        let Reply::Ran { steps } = serde_json::from_str(ran).unwrap() else {
+        let ran = r#"{"ran":{"forward_ms":1,"backward_ms":2.5}}"#;
+        let Reply::Ran(step) = serde_json::from_str(ran).unwrap() else {
             panic!("not the reply that it is");
         };
-        assert_eq!(steps[0].optimizer_ms, None);
-        assert_eq!(steps[0].total_ms(), 3.5);
+        assert_eq!(step.optimizer_ms, None);
+        assert_eq!(step.total_ms(), 3.5);
         let measured = r#"{"measured":{"resident_forward_end":5,"resident_peak":null}}"#;
         let memory = StepMemory {
             resident_forward_end: Some(5),

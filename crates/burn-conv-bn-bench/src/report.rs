@@ -14,14 +14,14 @@ use crate::statistics::{geometric_mean, median, median_ratio};
 pub struct Report {
     /// Whether the batches were the smaller ones.
     pub quick: bool,
+    /// Where the contenders computed: one of [`DEVICES`](crate::device::DEVICES).
+    pub device: String,
     /// What it ran on.
     pub machine: Machine,
     /// Version by name.
     pub versions: BTreeMap<String, String>,
     /// Commit of this repository, if nothing was changed since.
     pub commit: Option<String>,
-    /// Most that a result may be off, relative to its tensor's largest value.
-    pub tolerance: f64,
     /// What was run, in order.
     pub entries: Vec<EntryReport>,
     /// The fused layer against the two that matter.
@@ -33,6 +33,8 @@ pub struct Report {
 pub struct Machine {
     /// Model of the processor.
     pub cpu: String,
+    /// Model of the GPU, if one was used and its name could be had.
+    pub gpu: Option<String>,
     /// Those of its vector instructions that kernels choose by.
     pub vector_units: Vec<String>,
     /// Threads that the machine runs at once.
@@ -53,6 +55,8 @@ pub struct EntryReport {
     pub entry: Entry,
     /// It, for people.
     pub title: String,
+    /// Most that a result may be off, relative to its tensor's largest value.
+    pub tolerance: f64,
     /// Timed rounds.
     pub rounds: usize,
     /// Why there is nothing else, if the entry itself went wrong.
@@ -220,10 +224,11 @@ impl ContenderReport {
 }
 
 impl EntryReport {
-    /// An entry that nobody has run yet.
-    pub fn new(entry: Entry) -> Self {
+    /// An entry that nobody has run yet, to be run on a device.
+    pub fn new(entry: Entry, device: &str) -> Self {
         Self {
             title: entry.work.to_string(),
+            tolerance: entry.work.tolerance(device),
             rounds: 0,
             problem: None,
             contenders: Vec::new(),
@@ -302,6 +307,7 @@ impl Report {
 mod tests {
     use super::*;
     use crate::catalogue::catalogue;
+    use crate::device::FLEX;
 
     fn steps(totals: &[f64]) -> Vec<StepTime> {
         let step = |total: &f64| StepTime {
@@ -323,7 +329,7 @@ mod tests {
         EntryReport {
             rounds: 3,
             contenders,
-            ..EntryReport::new(catalogue(false).remove(index))
+            ..EntryReport::new(catalogue(false).remove(index), FLEX)
         }
     }
 
@@ -414,8 +420,10 @@ mod tests {
         wrong.contenders[0].fail(ProblemKind::Mismatch, "wrong");
         let mut report = Report {
             quick: false,
+            device: FLEX.to_string(),
             machine: Machine {
                 cpu: String::new(),
+                gpu: None,
                 vector_units: Vec::new(),
                 cores: 1,
                 threads: 1,
@@ -424,7 +432,6 @@ mod tests {
             },
             versions: BTreeMap::new(),
             commit: None,
-            tolerance: 1e-3,
             entries: vec![pair(0, 0.25), pair(1, 1.0), wrong, pair(6, 2.0)],
             summary: Vec::new(),
         };

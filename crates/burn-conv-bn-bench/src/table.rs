@@ -3,21 +3,39 @@
 use std::fmt::Write as _;
 use std::iter;
 
-use crate::protocol::Contender;
+use crate::device::FLEX;
+use crate::protocol::{Contender, StepMemory};
 use crate::report::{Comparison, ContenderReport, EntryReport, ProblemKind, Report, Timing};
 
-/// What the numbers of [`entry`] are.
-pub const LEGEND: &str = "\
+/// What the numbers of [`entry`] are, on a device.
+pub fn legend(device: &str) -> String {
+    let memory = match device {
+        FLEX => HOST_MEMORY,
+        _ => POOL_MEMORY,
+    };
+    format!("{TIMES}\n{memory}")
+}
+
+const TIMES: &str = "\
 Times are medians over the rounds, in ms; min..max are the fastest and the slowest step. x eager and
 x unfused are medians over the rounds of each round's ratio of whole steps. off is the largest
 difference from the results of Burn's unfused layers, relative to the largest value of the same
-tensor; for PyTorch's tutorial, whose norm is another, from its own formula. Memory is in MiB above
-the level just before forward, in a fresh process: rss is the resident set at the end of forward and
-at its peak up to the end of backward, heap the same counted by the allocator, and x unfused the
-ratio of the peaks of rss.";
+tensor; for PyTorch's tutorial, whose norm is another, from its own formula.";
 
-/// The tables of one entry: times, and below them memory.
-pub fn entry(report: &EntryReport) -> String {
+const HOST_MEMORY: &str = "\
+Memory is in MiB above the level just before forward, in a fresh process: rss is the resident set at
+the end of forward and at its peak up to the end of backward, heap the same counted by the
+allocator, and x unfused the ratio of the peaks of rss.";
+
+const POOL_MEMORY: &str = "\
+Memory is in MiB above the level just before forward, in a fresh process that has run one step: pool
+is what is in use of the device's memory pool at the end of forward and at its peak up to the end of
+backward, and x unfused the ratio of the peaks; rss, where PyTorch is on the CPU, is the resident set
+at the same times. Where a GPU has tensor cores, Burn may multiply f32 as TF32 on them, whatever is
+faster; PyTorch is told not to.";
+
+/// The tables of one entry that ran on a device: times, and below them memory.
+pub fn entry(report: &EntryReport, device: &str) -> String {
     let mut text = format!("{}: {}\n", report.entry.id, report.title);
     if let Some(problem) = &report.problem {
         let _ = writeln!(text, "  FAILED: {problem}");
@@ -25,11 +43,12 @@ pub fn entry(report: &EntryReport) -> String {
     }
     let times = report.contenders.iter().map(time_row);
     text.push_str(&table(&TIME, times.collect()));
-    let unfused_peak = report.contender(Contender::Unfused).and_then(resident_peak);
+    let unfused = report.contender(Contender::Unfused);
+    let unfused = unfused.and_then(|report| report.memory).unwrap_or_default();
     let measured = report.contenders.iter().filter(|c| c.memory.is_some());
-    let memory: Vec<_> = measured.map(|c| memory_row(c, unfused_peak)).collect();
+    let memory: Vec<_> = measured.map(|c| memory_row(c, unfused)).collect();
     if !memory.is_empty() {
-        text.push_str(&table(&MEMORY, memory));
+        text.push_str(&table(&memory_header(device), memory));
     }
     for contender in &report.contenders {
         if let Some(problem) = &contender.problem {
@@ -46,8 +65,12 @@ pub fn setting(report: &Report) -> String {
     let versions: Vec<String> = versions
         .map(|(name, version)| format!("{name} {version}"))
         .collect();
+    let device = match &machine.gpu {
+        Some(gpu) => format!("{} ({gpu})", report.device),
+        None => report.device.clone(),
+    };
     format!(
-        "{} ({}), {} of {} threads; {}",
+        "{device} on {} ({}), {} of {} threads; {}",
         machine.cpu,
         machine.vector_units.join(" "),
         machine.threads,
@@ -108,33 +131,34 @@ fn time_row(report: &ContenderReport) -> Vec<String> {
     ]
 }
 
-const MEMORY: [&str; 6] = [
-    "memory",
-    "rss end",
-    "rss peak",
-    "x unfused",
-    "heap end",
-    "heap peak",
-];
+fn memory_header(device: &str) -> [&'static str; 6] {
+    let [end, peak] = match device {
+        FLEX => ["heap end", "heap peak"],
+        _ => ["pool end", "pool peak"],
+    };
+    ["memory", "rss end", "rss peak", "x unfused", end, peak]
+}
 
-fn memory_row(report: &ContenderReport, unfused_peak: Option<u64>) -> Vec<String> {
+fn memory_row(report: &ContenderReport, unfused: StepMemory) -> Vec<String> {
     let memory = report.memory.unwrap_or_default();
-    let ratio = memory
-        .resident_peak
-        .zip(unfused_peak.filter(|peak| *peak > 0))
-        .map(|(peak, unfused)| peak as f64 / unfused as f64);
     vec![
         report.contender.to_string(),
         cell(memory.resident_forward_end, mebibytes),
         cell(memory.resident_peak, mebibytes),
-        cell(ratio, three_decimals),
+        cell(peak_ratio(memory, unfused), three_decimals),
         cell(memory.heap_forward_end, mebibytes),
         cell(memory.heap_peak, mebibytes),
     ]
 }
 
-fn resident_peak(report: &ContenderReport) -> Option<u64> {
-    report.memory.and_then(|memory| memory.resident_peak)
+/// The ratio of the peaks of the resident sets, or of the pools: of two of a kind.
+fn peak_ratio(memory: StepMemory, base: StepMemory) -> Option<f64> {
+    let ratio = |peak: Option<u64>, base: Option<u64>| {
+        let (peak, base) = peak.zip(base.filter(|base| *base > 0))?;
+        Some(peak as f64 / base as f64)
+    };
+    ratio(memory.resident_peak, base.resident_peak)
+        .or_else(|| ratio(memory.heap_peak, base.heap_peak))
 }
 
 fn off(report: &ContenderReport) -> String {
@@ -209,7 +233,8 @@ fn aligned(rows: &[Vec<String>]) -> String {
 mod tests {
     use super::*;
     use crate::catalogue::catalogue;
-    use crate::protocol::{StepMemory, StepTime, TensorError};
+    use crate::device::CUDA;
+    use crate::protocol::{StepTime, TensorError};
     use crate::report::Machine;
     use std::collections::BTreeMap;
 
@@ -233,7 +258,7 @@ mod tests {
     fn report(contenders: Vec<ContenderReport>) -> EntryReport {
         let mut report = EntryReport {
             contenders,
-            ..EntryReport::new(catalogue(false).remove(1))
+            ..EntryReport::new(catalogue(false).remove(1), FLEX)
         };
         report.summarize();
         report
@@ -249,7 +274,7 @@ mod tests {
         let unfused = contender(Contender::Unfused, 40.0, 48);
         let mut checkpointed = ContenderReport::new(Contender::UnfusedCheckpointed);
         checkpointed.fail(ProblemKind::Failed, "it died");
-        let text = entry(&report(vec![fused, unfused, checkpointed]));
+        let text = entry(&report(vec![fused, unfused, checkpointed]), FLEX);
         let expected = "\
 k3: 32x64x56 -> 64 k3 p1
   time                  forward  backward  step    min..max  x unfused        off
@@ -265,6 +290,44 @@ k3: 32x64x56 -> 64 k3 p1
     }
 
     #[test]
+    fn pools_are_compared_with_pools() {
+        let pooled = |kind, peak: u64| ContenderReport {
+            memory: Some(StepMemory {
+                heap_forward_end: Some(1 << 20),
+                heap_peak: Some(peak << 20),
+                ..StepMemory::default()
+            }),
+            ..ContenderReport::new(kind)
+        };
+        // PyTorch on the CPU beside CubeCL's CPU: its resident set is no pool.
+        let eager = ContenderReport {
+            steps: Vec::new(),
+            ..contender(Contender::Eager, 1.0, 9)
+        };
+        let contenders = vec![
+            pooled(Contender::Fused, 5),
+            pooled(Contender::Unfused, 20),
+            eager,
+        ];
+        let text = entry(&report(contenders), CUDA);
+        let expected = "  memory   rss end  rss peak  x unfused  pool end  pool peak
+  fused          -         -      0.250       1.0        5.0
+  unfused        -         -      1.000       1.0       20.0
+  eager        1.5       9.0          -         -          -
+";
+        assert!(text.ends_with(expected), "{text}");
+    }
+
+    #[test]
+    fn the_legend_speaks_of_the_memory_that_is_shown() {
+        assert!(legend(FLEX).contains("heap") && !legend(FLEX).contains("pool"));
+        assert!(legend(CUDA).contains("pool") && !legend(CUDA).contains("heap"));
+        for line in [FLEX, CUDA].map(legend).join("\n").lines() {
+            assert!(line.chars().count() <= 100, "{line}");
+        }
+    }
+
+    #[test]
     fn a_wrong_result_is_marked_in_its_row() {
         let mut never = contender(Contender::Never, 1.0, 1);
         never.check(
@@ -274,7 +337,7 @@ k3: 32x64x56 -> 64 k3 p1
             }],
             2e-3,
         );
-        let text = entry(&report(vec![never]));
+        let text = entry(&report(vec![never]), FLEX);
         let row = text.lines().nth(2).unwrap();
         assert!(row.ends_with("WRONG"), "{text}");
         let line = text.lines().last().unwrap();
@@ -288,7 +351,7 @@ k3: 32x64x56 -> 64 k3 p1
         let mut report = report(Vec::new());
         report.problem = Some("no room".to_string());
         assert_eq!(
-            entry(&report),
+            entry(&report, FLEX),
             "k3: 32x64x56 -> 64 k3 p1\n  FAILED: no room\n"
         );
     }
@@ -319,10 +382,12 @@ k3: 32x64x56 -> 64 k3 p1
     #[test]
     fn the_setting_is_one_line() {
         let version = |name: &str, version: &str| (name.to_string(), version.to_string());
-        let report = Report {
+        let mut report = Report {
             quick: false,
+            device: FLEX.to_string(),
             machine: Machine {
                 cpu: "AMD EPYC".to_string(),
+                gpu: None,
                 vector_units: vec!["avx2".to_string(), "fma".to_string()],
                 cores: 8,
                 threads: 2,
@@ -331,13 +396,19 @@ k3: 32x64x56 -> 64 k3 p1
             },
             versions: BTreeMap::from([version("torch", "2.15"), version("burn", "0.22.1")]),
             commit: None,
-            tolerance: 1e-3,
             entries: Vec::new(),
             summary: Vec::new(),
         };
         assert_eq!(
             setting(&report),
-            "AMD EPYC (avx2 fma), 2 of 8 threads; burn 0.22.1, torch 2.15"
+            "flex on AMD EPYC (avx2 fma), 2 of 8 threads; burn 0.22.1, torch 2.15"
+        );
+        report.device = CUDA.to_string();
+        report.machine.gpu = Some("NVIDIA H100".to_string());
+        let line = setting(&report);
+        assert!(
+            line.starts_with("cuda (NVIDIA H100) on AMD EPYC ("),
+            "{line}"
         );
     }
 }

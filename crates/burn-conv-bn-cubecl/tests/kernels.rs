@@ -146,7 +146,7 @@ fn upload_channels(values: &[f64], dtype: DType, device: &CubeDevice) -> CubeTen
 
 fn download(tensor: &CubeTensor) -> Vec<f64> {
     let data = burn_cubecl::ops::into_data_sync(tensor.clone());
-    data.convert_dtype(DType::F64).to_vec().expect("f64 data")
+    data.iter::<f64>().collect()
 }
 
 /// What a value becomes in that dtype.

@@ -1,4 +1,5 @@
-//! A global allocator that counts live bytes and their peak, exactly.
+//! A global allocator that counts live bytes and their peak, exactly; and, with the feature
+//! `cubecl`, a meter of a CubeCL device's memory pool.
 //!
 //! Memory is what this project is about, and on the CPU nothing else measures it: a resident set
 //! counts pages the allocator keeps, and sampling misses the peak. Binaries and tests that report
@@ -16,6 +17,12 @@
 //! drop(buffer);
 //! assert_eq!(ALLOCATOR.peak() - before, 1000);
 //! ```
+
+#[cfg(feature = "cubecl")]
+mod pool;
+
+#[cfg(feature = "cubecl")]
+pub use pool::PoolMeter;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};

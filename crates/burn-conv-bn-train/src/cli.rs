@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::compare::{CompareOptions, Output, WORKER, compare, work};
 use crate::data::DatasetChoice;
+use crate::device::{DeviceChoice, DeviceError};
 use crate::fit::Resume;
 use crate::job::{Job, Norm, Precision, RecomputePolicy, RunOptions, Variant, run};
 use crate::parity::Parity;
@@ -75,6 +76,9 @@ struct JobArgs {
     /// Probability of dropping a hidden value.
     #[arg(long, value_name = "P", default_value_t = 0.5, value_parser = probability)]
     dropout: f64,
+    /// Where to compute. A device needs Burn's feature of the same name in this build.
+    #[arg(long, value_enum, default_value = "flex")]
+    device: DeviceChoice,
     /// Element type of data and parameters.
     #[arg(long, value_enum, default_value = "f32")]
     precision: Precision,
@@ -94,8 +98,10 @@ struct JobArgs {
 }
 
 impl JobArgs {
-    fn into_job(self, epochs: usize) -> Job {
-        Job {
+    /// The job, on a device that is there.
+    fn into_job(self, epochs: usize) -> Result<Job, DeviceError> {
+        self.device.open()?;
+        Ok(Job {
             dataset: self.dataset,
             data_dir: self.data_dir,
             download: !self.no_download,
@@ -108,11 +114,12 @@ impl JobArgs {
             norm: self.norm,
             dropout: self.dropout,
             precision: self.precision,
+            device: self.device,
             recompute: self.recompute,
             max_workspace: self.max_workspace,
             seed: self.seed,
             log_interval: self.log_interval,
-        }
+        })
     }
 }
 
@@ -260,7 +267,7 @@ fn run_compare(
         time_limit,
     };
     compare(
-        args.job.into_job(args.epochs),
+        args.job.into_job(args.epochs)?,
         &options,
         allocator,
         interrupter,
@@ -273,7 +280,7 @@ fn train(
     interrupter: Interrupter,
 ) -> Result<()> {
     let json = args.json.as_deref().map(Output::create).transpose()?;
-    let job = args.job.into_job(args.epochs);
+    let job = args.job.into_job(args.epochs)?;
     let data = job.data()?;
     say!("Data: {}", data.origin);
     let dataset = data.origin.name();
@@ -319,7 +326,7 @@ fn train(
 }
 
 fn parity(args: ParityArgs, interrupter: &Interrupter) -> Result<()> {
-    let job = args.job.into_job(1);
+    let job = args.job.into_job(1)?;
     let data = job.data()?;
     say!("Data: {}", data.origin);
     Parity::measure(&job, Arc::new(data.train), args.steps, interrupter)?.judge()

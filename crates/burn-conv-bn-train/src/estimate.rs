@@ -40,8 +40,8 @@ pub fn estimate(
     let batcher = MnistBatcher::new(job.precision.dtype());
     let batch = |device: &Device| -> MnistBatch { batcher.batch(items.clone(), device) };
 
-    let classifier = job.classifier(variant, MemoryProbe::host(allocator));
     let device = job.device();
+    let classifier = job.classifier(variant, MemoryProbe::of(&device, allocator));
     // The first step pays for what is set up once.
     let mut step = None;
     for _ in 0..2 {

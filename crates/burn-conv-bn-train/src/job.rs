@@ -11,6 +11,7 @@ use burn_conv_bn_models::{Form, Net, NetConfig};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::device::DeviceChoice;
 use crate::data::{DataError, DataRequest, DatasetChoice, Digits, MnistData, resolve};
 use crate::fit::{FitError, FitOptions, FitOutcome, Resume, fit};
 use crate::memory::MemoryProbe;
@@ -126,6 +127,8 @@ pub struct Job {
     pub precision: Precision,
     /// What fused blocks do with the convolution's output.
     pub recompute: RecomputePolicy,
+    /// Where it is computed.
+    pub device: DeviceChoice,
     /// Bound on the fused blocks' workspace, in bytes.
     pub max_workspace: Option<usize>,
     /// Seed of weights, order, dropout and drawn digits.
@@ -135,9 +138,15 @@ pub struct Job {
 }
 
 impl Job {
-    /// The device: Burn's CPU backend, with autodiff.
+    /// The device, with autodiff.
+    ///
+    /// # Panics
+    ///
+    /// Panics if this build or this machine has no such device, which
+    /// [`DeviceChoice::open`] tells.
     pub fn device(&self) -> Device {
-        Device::flex().autodiff()
+        let device = self.device.open();
+        device.unwrap_or_else(|error| panic!("{error}")).autodiff()
     }
 
     /// Finds the data.
@@ -237,7 +246,7 @@ pub fn run(
     fit_options.label = Some(variant.name().to_string());
     fit_options.interrupter = options.interrupter;
 
-    let classifier = job.classifier(variant, MemoryProbe::host(allocator));
+    let classifier = job.classifier(variant, MemoryProbe::of(&job.device(), allocator));
     let (train, test): (Digits, Digits) = (data.train, data.test);
     let outcome = fit(&fit_options, classifier, Arc::new(train), Arc::new(test))?;
     let steps: Vec<_> = outcome

@@ -5,6 +5,7 @@ pub mod batch;
 pub mod cli;
 pub mod compare;
 pub mod data;
+pub mod device;
 pub mod estimate;
 pub mod fit;
 pub mod job;

@@ -3,7 +3,12 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+#[cfg(feature = "cubecl")]
+use burn::backend::DispatchDevice;
+use burn::tensor::Device;
 use burn_conv_bn_memory::CountingAllocator;
+#[cfg(feature = "cubecl")]
+use burn_conv_bn_memory::PoolMeter;
 
 /// Memory of one training step, in bytes above the level just before its forward pass.
 ///
@@ -19,8 +24,20 @@ pub struct StepMemory {
 /// Measures [`StepMemory`] from inside a training step. Clones share the measurement.
 #[derive(Clone, Default)]
 pub struct MemoryProbe {
-    allocator: Option<&'static CountingAllocator>,
+    meter: Meter,
     step: Arc<Mutex<Step>>,
+}
+
+/// What counts the bytes.
+#[derive(Clone, Default)]
+enum Meter {
+    #[default]
+    Off,
+    /// The process's global allocator: every byte, exactly.
+    Host(&'static CountingAllocator),
+    /// A CubeCL device's memory pool.
+    #[cfg(feature = "cubecl")]
+    Pool { meter: PoolMeter, device: Device },
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -30,10 +47,27 @@ struct Step {
 }
 
 impl MemoryProbe {
+    /// Measures the memory that `device` computes in: the host's through the process's global
+    /// allocator, or the device's through its memory pool.
+    pub fn of(device: &Device, allocator: &'static CountingAllocator) -> Self {
+        #[cfg(feature = "cubecl")]
+        if let DispatchDevice::Cube(cube) = device.clone().without_autodiff().as_dispatch() {
+            return Self {
+                meter: Meter::Pool {
+                    meter: PoolMeter::new(cube.client()),
+                    device: device.clone(),
+                },
+                step: Arc::default(),
+            };
+        }
+        let _ = device;
+        Self::host(allocator)
+    }
+
     /// Measures the host's memory through the process's global allocator.
     pub fn host(allocator: &'static CountingAllocator) -> Self {
         Self {
-            allocator: Some(allocator),
+            meter: Meter::Host(allocator),
             step: Arc::default(),
         }
     }
@@ -45,29 +79,47 @@ impl MemoryProbe {
 
     /// Call just before the forward pass.
     pub fn begin(&self) {
-        if let Some(allocator) = self.allocator {
-            self.update(|step| step.level = allocator.reset_peak());
-        }
+        let level = match &self.meter {
+            Meter::Off => return,
+            Meter::Host(allocator) => allocator.reset_peak(),
+            #[cfg(feature = "cubecl")]
+            Meter::Pool { meter, device } => {
+                finish(device);
+                meter.reset_peak()
+            }
+        };
+        self.update(|step| step.level = level);
     }
 
     /// Call just after the forward pass, with everything that it returned still alive.
     pub fn forward_end(&self) {
-        if let Some(allocator) = self.allocator {
-            self.update(|step| {
-                step.forward_end = allocator.current().saturating_sub(step.level);
-            });
-        }
+        let current = match &self.meter {
+            Meter::Off => return,
+            Meter::Host(allocator) => allocator.current(),
+            #[cfg(feature = "cubecl")]
+            Meter::Pool { meter, device } => {
+                finish(device);
+                meter.current()
+            }
+        };
+        self.update(|step| step.forward_end = current.saturating_sub(step.level));
     }
 
-    /// Call just after the backward pass.
+    /// Call just after the backward pass. A device has then done all of it.
     pub fn backward_end(&self) -> StepMemory {
-        let Some(allocator) = self.allocator else {
-            return StepMemory::default();
+        let peak = match &self.meter {
+            Meter::Off => return StepMemory::default(),
+            Meter::Host(allocator) => allocator.peak(),
+            #[cfg(feature = "cubecl")]
+            Meter::Pool { meter, device } => {
+                finish(device);
+                meter.peak()
+            }
         };
         let step = self.update(|_| ());
         StepMemory {
             forward_end_bytes: step.forward_end,
-            peak_bytes: allocator.peak().saturating_sub(step.level),
+            peak_bytes: peak.saturating_sub(step.level),
         }
     }
 
@@ -79,11 +131,20 @@ impl MemoryProbe {
     }
 }
 
+/// Waits until the device has done what was asked of it. What failed there is told by whoever
+/// reads the result.
+#[cfg(feature = "cubecl")]
+fn finish(device: &Device) {
+    let _ = device.sync();
+}
+
 impl fmt::Debug for MemoryProbe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.allocator {
-            Some(_) => "MemoryProbe(host)",
-            None => "MemoryProbe(off)",
+        f.write_str(match self.meter {
+            Meter::Off => "MemoryProbe(off)",
+            Meter::Host(_) => "MemoryProbe(host)",
+            #[cfg(feature = "cubecl")]
+            Meter::Pool { .. } => "MemoryProbe(pool)",
         })
     }
 }

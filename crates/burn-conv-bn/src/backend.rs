@@ -328,9 +328,6 @@ impl ConvBnBackend for burn::backend::NdArray {}
 #[cfg(feature = "tch")]
 impl ConvBnBackend for burn::backend::LibTorch {}
 
-#[cfg(feature = "cubecl")]
-impl ConvBnBackend for burn_cubecl::CubeBackend {}
-
 /// Dtype of statistics, sums and per-channel coefficients for data of `dtype`.
 pub(crate) fn accumulator_dtype(dtype: DType) -> DType {
     match dtype {

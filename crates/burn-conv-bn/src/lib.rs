@@ -41,6 +41,8 @@
 
 mod autodiff;
 mod backend;
+#[cfg(feature = "cubecl")]
+mod cube;
 mod definition;
 mod layer;
 mod portable;

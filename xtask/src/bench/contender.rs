@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use anyhow::Result;
-use burn_conv_bn_bench::catalogue::TOLERANCE;
 use burn_conv_bn_bench::protocol::{
     Checked, Contender, OWN_REFERENCE, Reply, Request, StepMemory, StepTime,
 };
@@ -52,7 +51,7 @@ impl Running {
     }
 
     /// Compares its results with the `tensors` in the folder of the reference, or with its own if
-    /// it computes something else.
+    /// it computes something else. They may be off by `tolerance`.
     pub fn compare(
         &mut self,
         helper: &mut Process,
@@ -60,6 +59,7 @@ impl Running {
         reference: &Path,
         tensors: Option<&[String]>,
         checked: &Checked,
+        tolerance: f64,
     ) {
         let (reference, tensors) = match (checked.own_reference, tensors) {
             (true, _) => (folder.join(OWN_REFERENCE), checked.tensors.as_slice()),
@@ -75,7 +75,7 @@ impl Running {
             tensors: tensors.to_vec(),
         };
         match helper.ask(&compare) {
-            Ok(Reply::Compared { tensors }) => self.report.check(tensors, TOLERANCE),
+            Ok(Reply::Compared { tensors }) => self.report.check(tensors, tolerance),
             Ok(other) => {
                 let (_, reason) = refusal(other);
                 self.report.fail(ProblemKind::Mismatch, reason);
@@ -89,8 +89,8 @@ impl Running {
 
     /// Runs a step, for its time alone.
     pub fn step(&mut self) -> Option<StepTime> {
-        match self.ask(&Request::Run { iterations: 1 })? {
-            Reply::Ran { steps } if steps.len() == 1 => return Some(steps[0]),
+        match self.ask(&Request::Run {})? {
+            Reply::Ran(step) => return Some(step),
             other => self.refuse(other),
         }
         None
@@ -158,7 +158,7 @@ mod tests {
     }
 
     const DONE: &str = r#"{"done":{}}"#;
-    const RAN: &str = r#"{"ran":{"steps":[{"forward_ms":1.0,"backward_ms":2.0}]}}"#;
+    const RAN: &str = r#"{"ran":{"forward_ms":1.0,"backward_ms":2.0}}"#;
 
     #[test]
     fn timed_steps_are_kept_and_others_not() {
@@ -199,7 +199,7 @@ mod tests {
             own_reference: false,
         };
         let nowhere = Path::new("nowhere");
-        running.compare(&mut helper, nowhere, nowhere, None, &checked);
+        running.compare(&mut helper, nowhere, nowhere, None, &checked, 0.0);
         let problem = running.finish().problem.unwrap();
         assert_eq!(problem.kind, ProblemKind::Unavailable);
     }

@@ -74,7 +74,6 @@ mod tests {
             machine: machine::describe(3),
             versions: BTreeMap::new(),
             commit: None,
-            tolerance: 1e-3,
             entries: Vec::new(),
             summary: Vec::new(),
         };

@@ -6,44 +6,65 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, Shape, Slice};
 
-use super::norm::{ChannelNorm, GradSums, InputGrad};
-use super::{activation, broadcast, cast, channels, conv, norm};
+use super::sweeps::{Affine, Composed, Moments, Sweeps};
+use super::{cast, channels, conv, norm};
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
     OptionalTensor, Statistics, accumulator_dtype,
 };
-use crate::definition::{Activation, ConvBnOptions, NormSpec, StatisticsKind, values_per_channel};
+use crate::definition::{ConvBnOptions, NormSpec, StatisticsKind};
 
+/// Forward with Burn's own ops.
 pub(crate) fn forward<B: ConvBnBackend>(
     inputs: ConvBnInputs<B>,
     options: &ConvBnOptions,
     keep_conv_output: bool,
 ) -> ConvBnForward<B> {
+    forward_by::<B, Composed>(inputs, options, keep_conv_output)
+}
+
+/// Backward with Burn's own ops.
+pub(crate) fn backward<B: ConvBnBackend>(
+    saved: ConvBnSaved<B>,
+    options: &ConvBnBackwardOptions,
+) -> ConvBnGrads<B> {
+    backward_by::<B, Composed>(saved, options)
+}
+
+pub(crate) fn forward_by<B: ConvBnBackend, S: Sweeps<B>>(
+    inputs: ConvBnInputs<B>,
+    options: &ConvBnOptions,
+    keep_conv_output: bool,
+) -> ConvBnForward<B> {
     let residual = inputs.residual.into_option();
-    let gamma = inputs.gamma.into_option();
-    let beta = inputs.beta.into_option();
+    let affine = Affine {
+        gamma: inputs.gamma.into_option(),
+        beta: inputs.beta.into_option(),
+    };
     match inputs.statistics {
         Statistics::Batch => {
             // The statistics absorb the bias: neither the output nor any gradient depends on it.
-            let dtype = inputs.input.dtype();
             let conv_output = conv::forward::<B>(inputs.input, inputs.weight, None, &options.conv);
             let kept = keep_conv_output.then(|| conv_output.clone());
-            let values = values_per_channel(&conv_output.shape());
-            let centered = norm::center::<B>(cast::<B>(conv_output, accumulator_dtype(dtype)));
-            let channel =
-                ChannelNorm::<B>::new(options.norm, values, gamma, centered.variance.clone());
-            let normalized = norm::apply::<B>(centered.deviation, channel.scale(), beta);
+            let normalized = S::normalize(
+                conv_output,
+                affine,
+                residual,
+                options.norm,
+                options.activation,
+            );
             ConvBnForward {
-                output: finish::<B>(normalized, residual, options.activation, dtype),
-                mean: channels::<B>(centered.mean),
-                variance: channels::<B>(centered.variance),
+                output: normalized.output,
+                mean: normalized.mean,
+                variance: normalized.variance,
                 conv_output: kept.into(),
             }
         }
         Statistics::Fixed { mean, variance } => {
             let dtype = inputs.input.dtype();
-            let scales = Scales::<B>::new(gamma.as_ref(), variance.clone(), options.norm, dtype);
-            let bias = scales.bias(inputs.bias.as_option(), beta, mean.clone());
+            let gamma = affine.gamma.as_ref();
+            let scales = Scales::<B>::new(gamma, variance.clone(), options.norm, dtype);
+            let bias = scales.bias(inputs.bias.as_option(), affine.beta, mean.clone());
             let normalized = conv::forward::<B>(
                 inputs.input,
                 scale_weight::<B>(inputs.weight, scales.scale),
@@ -51,30 +72,13 @@ pub(crate) fn forward<B: ConvBnBackend>(
                 &options.conv,
             );
             ConvBnForward {
-                output: finish::<B>(normalized, residual, options.activation, dtype),
+                output: S::activate(normalized, residual, options.activation),
                 mean: cast::<B>(mean, accumulator_dtype(dtype)),
                 variance: cast::<B>(variance, accumulator_dtype(dtype)),
                 conv_output: OptionalTensor::Absent,
             }
         }
     }
-}
-
-/// Adds the residual, applies the activation and returns to the data's dtype.
-fn finish<B: Backend>(
-    normalized: FloatTensor<B>,
-    residual: Option<FloatTensor<B>>,
-    function: Activation,
-    dtype: DType,
-) -> FloatTensor<B> {
-    let value = match residual {
-        Some(residual) => {
-            let residual = cast::<B>(residual, normalized.dtype());
-            B::float_add(normalized, residual)
-        }
-        None => normalized,
-    };
-    cast::<B>(activation::forward::<B>(function, value), dtype)
 }
 
 /// A norm with given statistics, as it is folded into the convolution: `[channels]` in the
@@ -142,49 +146,41 @@ fn shifted_bias<B: Backend>(
     }
 }
 
-/// Gradient `g` at the pre-activation of one chunk, with the deviations `z - mean` where the norm
-/// takes them from the batch.
-struct ChunkGrad<B: Backend> {
-    grad: FloatTensor<B>,
-    deviation: Option<FloatTensor<B>>,
-}
-
 /// The backward pass walks the batch in chunks. Under batch statistics it first sums over all of
 /// them and then, with the sums known, turns each chunk's `g` into the gradient of the
 /// convolution's output; a single chunk is kept from the first walk to the second, several are
 /// recomputed.
-pub(crate) fn backward<B: ConvBnBackend>(
+pub(crate) fn backward_by<B: ConvBnBackend, S: Sweeps<B>>(
     saved: ConvBnSaved<B>,
     options: &ConvBnBackwardOptions,
 ) -> ConvBnGrads<B> {
     let wanted = options.wanted;
     let output_shape = saved.output_grad.shape();
     let device = saved.output_grad.device();
-    let mut pass = Pass::new(saved, options);
-    let chunks = chunks(options, &output_shape, pass.dtype);
+    let mut pass = Pass::<B, S>::new(saved, options);
+    let chunks = chunks::<B, S>(options, &output_shape, pass.dtype);
+    let single = chunks.len() == 1;
     let mut kept_chunk = None;
 
     let mut sums = None;
     if wanted.bias || wanted.gamma || wanted.beta || wanted.input || wanted.weight {
         for chunk in &chunks {
-            let part = pass.chunk_grad(chunk, chunks.len() == 1);
-            let part_sums = GradSums::<B>::new(&part.grad, part.deviation.as_ref());
+            let part = pass.chunk(chunk, single);
+            let part_sums = S::sums(pass.norm.as_ref(), &part);
             sums = Some(match sums {
                 None => part_sums,
-                Some(sums) => GradSums::add(sums, part_sums),
+                Some(sums) => S::add(sums, part_sums),
             });
-            kept_chunk = (chunks.len() == 1).then_some(part);
+            kept_chunk = single.then_some(part);
         }
     }
-    let (grad_sum, deviation_sum) = match sums {
-        Some(sums) => (Some(sums.grad), sums.grad_deviation),
-        None => (None, None),
-    };
-    let coefficients = match (&pass.channel, &grad_sum, &deviation_sum) {
-        (Some(channel), Some(grad), Some(deviation)) if wanted.input || wanted.weight => {
-            Some(channel.input_grad(grad.clone(), deviation.clone()))
+    let (gamma_grad, grad_sum) = match (sums, &mut pass.norm) {
+        (Some(sums), Some(norm)) => {
+            let [gamma_grad, grad_sum] = S::affine_grads(norm, sums);
+            (Some(gamma_grad), Some(grad_sum))
         }
-        _ => None,
+        (Some(sums), None) => (None, Some(S::grad_sum(sums))),
+        (None, _) => (None, None),
     };
 
     let mut grads = Walk {
@@ -196,14 +192,8 @@ pub(crate) fn backward<B: ConvBnBackend>(
         for chunk in &chunks {
             let part = kept_chunk
                 .take()
-                .unwrap_or_else(|| pass.chunk_grad(chunk, chunks.len() == 1));
-            pass.walk(
-                chunk,
-                part,
-                coefficients.as_ref(),
-                &mut grads,
-                chunks.len() == 1,
-            );
+                .unwrap_or_else(|| pass.chunk(chunk, single));
+            pass.walk(chunk, part, &mut grads, single);
         }
     }
 
@@ -213,11 +203,7 @@ pub(crate) fn backward<B: ConvBnBackend>(
             bias: wanted
                 .bias
                 .then(|| B::float_zeros(Shape::new([output_shape[1]]), &device, pass.dtype.into())),
-            gamma: pass
-                .channel
-                .take()
-                .zip(deviation_sum)
-                .map(|(channel, sum)| channels::<B>(B::float_mul(channel.inv_std, sum))),
+            gamma: gamma_grad,
         },
         StatisticsKind::Fixed => pass.unfold(grad_sum.clone(), grads.weight),
     };
@@ -230,7 +216,7 @@ pub(crate) fn backward<B: ConvBnBackend>(
         weight: parameters.weight.filter(|_| wanted.weight).into(),
         bias: parameters.bias.filter(|_| wanted.bias).into(),
         gamma: norm_grad(wanted.gamma, parameters.gamma).into(),
-        beta: norm_grad(wanted.beta, grad_sum.map(channels::<B>)).into(),
+        beta: norm_grad(wanted.beta, grad_sum).into(),
         residual: grads.residual.map(Batch::finish).into(),
     }
 }
@@ -244,33 +230,38 @@ struct ParameterGrads<B: Backend> {
 }
 
 /// What both walks over the batch share.
-struct Pass<'a, B: ConvBnBackend> {
+struct Pass<'a, B: ConvBnBackend, S: Sweeps<B>> {
     options: &'a ConvBnBackwardOptions,
     saved: ConvBnSaved<B>,
     dtype: DType,
     /// The norm, where its statistics are the batch's and something is needed of them.
-    channel: Option<ChannelNorm<B>>,
+    norm: Option<S::Norm>,
     /// The weight that the gradient of the input goes through.
     input_weight: Option<FloatTensor<B>>,
 }
 
-impl<'a, B: ConvBnBackend> Pass<'a, B> {
+impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
     fn new(saved: ConvBnSaved<B>, options: &'a ConvBnBackwardOptions) -> Self {
-        let shape = saved.output_grad.shape();
+        let spec = options.options.norm;
         let gamma = saved.gamma.as_option();
         let weight = saved.weight.as_option();
-        let (channel, input_weight) = match (options.statistics, saved.variance.as_option()) {
-            (StatisticsKind::Batch, Some(variance)) => {
-                let variance = broadcast::<B>(variance.clone(), shape.num_dims());
-                let values = values_per_channel(&shape);
-                let norm = options.options.norm;
-                let channel = ChannelNorm::new(norm, values, gamma.cloned(), variance);
-                (Some(channel), weight.cloned())
+        let moments = saved.mean.as_option().zip(saved.variance.as_option());
+        let (norm, input_weight) = match (options.statistics, moments) {
+            (StatisticsKind::Batch, Some((mean, variance))) => {
+                let moments = Moments {
+                    mean: mean.clone(),
+                    variance: variance.clone(),
+                };
+                let affine = Affine {
+                    gamma: gamma.cloned(),
+                    beta: saved.beta.as_option().cloned(),
+                };
+                let norm = S::norm(moments, affine, spec, &saved.output_grad.shape());
+                (Some(norm), weight.cloned())
             }
-            (StatisticsKind::Fixed, Some(variance)) if options.wanted.input => {
+            (StatisticsKind::Fixed, Some((_, variance))) if options.wanted.input => {
                 let fold = |weight: &FloatTensor<B>| {
-                    let norm = options.options.norm;
-                    let scales = Scales::<B>::new(gamma, variance.clone(), norm, weight.dtype());
+                    let scales = Scales::<B>::new(gamma, variance.clone(), spec, weight.dtype());
                     scale_weight::<B>(weight.clone(), scales.scale)
                 };
                 (None, weight.map(fold))
@@ -281,7 +272,7 @@ impl<'a, B: ConvBnBackend> Pass<'a, B> {
             options,
             dtype: saved.output_grad.dtype(),
             saved,
-            channel,
+            norm,
             input_weight,
         }
     }
@@ -293,70 +284,38 @@ impl<'a, B: ConvBnBackend> Pass<'a, B> {
         self.options.wanted.weight || (fixed && self.options.wanted.gamma)
     }
 
-    /// `g` and `z - mean` of one chunk, in the accumulator's dtype. With `last`, what is only
-    /// needed here is freed.
-    fn chunk_grad(&mut self, chunk: &Range<usize>, last: bool) -> ChunkGrad<B> {
+    /// Takes one chunk in hand. With `last`, what is only needed here is freed.
+    fn chunk(&mut self, chunk: &Range<usize>, last: bool) -> S::Chunk {
+        let norm_input = self.norm_input(chunk, last);
+        let output = take(&mut self.saved.output, last).map(|output| rows::<B>(output, chunk));
+        let output_grad = rows::<B>(self.saved.output_grad.clone(), chunk);
         let function = self.options.options.activation;
-        let accumulator = accumulator_dtype(self.dtype);
-        let deviation = self.deviation(chunk, last);
-        let value = match (function, take(&mut self.saved.output, last)) {
-            (Activation::Identity, _) => None,
-            (_, Some(output)) => Some(cast::<B>(rows::<B>(output, chunk), accumulator)),
-            (_, None) => {
-                deviation
-                    .clone()
-                    .zip(self.channel.as_ref())
-                    .map(|(deviation, channel)| {
-                        let beta = self.saved.beta.as_option().cloned();
-                        norm::apply::<B>(deviation, channel.scale(), beta)
-                    })
-            }
-        };
-        let output_grad = self.saved.output_grad.clone();
-        let output_grad = cast::<B>(rows::<B>(output_grad, chunk), accumulator);
-        let grad = match value {
-            Some(value) => activation::backward::<B>(function, value, output_grad),
-            None => output_grad,
-        };
-        ChunkGrad { grad, deviation }
+        S::chunk(self.norm.as_ref(), output_grad, norm_input, output, function)
     }
 
-    /// `z - mean` of one chunk, recomputed or from the kept `z`, if it is needed at all.
-    fn deviation(&mut self, chunk: &Range<usize>, last: bool) -> Option<FloatTensor<B>> {
-        self.channel.as_ref()?;
-        let mean = self.saved.mean.as_option()?.clone();
-        let conv_output = match take(&mut self.saved.conv_output, last) {
-            Some(conv_output) => rows::<B>(conv_output, chunk),
-            None => {
-                let input = rows::<B>(self.saved.input.as_option()?.clone(), chunk);
-                let weight = self.saved.weight.as_option()?.clone();
-                conv::forward::<B>(input, weight, None, &self.options.options.conv)
-            }
-        };
-        let conv_output = cast::<B>(conv_output, accumulator_dtype(self.dtype));
-        let rank = conv_output.rank();
-        Some(B::float_sub(conv_output, broadcast::<B>(mean, rank)))
+    /// The convolution's output of one chunk, recomputed or kept, if the norm needs it.
+    fn norm_input(&mut self, chunk: &Range<usize>, last: bool) -> Option<FloatTensor<B>> {
+        self.norm.as_ref()?;
+        if let Some(conv_output) = take(&mut self.saved.conv_output, last) {
+            return Some(rows::<B>(conv_output, chunk));
+        }
+        let input = rows::<B>(self.saved.input.as_option()?.clone(), chunk);
+        let weight = self.saved.weight.as_option()?.clone();
+        let spec = &self.options.options.conv;
+        Some(conv::forward::<B>(input, weight, None, spec))
     }
 
     /// Carries one chunk's gradient through the norm and the convolution. With `last`, the input
     /// is freed between the weight's gradient and its own.
-    fn walk(
-        &mut self,
-        chunk: &Range<usize>,
-        part: ChunkGrad<B>,
-        coefficients: Option<&InputGrad<B>>,
-        grads: &mut Walk<B>,
-        last: bool,
-    ) {
+    fn walk(&mut self, chunk: &Range<usize>, part: S::Chunk, grads: &mut Walk<B>, last: bool) {
         let spec = &self.options.options.conv;
-        if let Some(residual) = &mut grads.residual {
-            residual.write(chunk, cast::<B>(part.grad.clone(), self.dtype));
+        let wants_conv = self.options.wanted.input || self.options.wanted.weight;
+        let norm = self.norm.as_ref().filter(|_| wants_conv);
+        let (conv_grad, residual_grad) =
+            S::norm_input_grad(norm, part, grads.residual.is_some());
+        if let (Some(residual), Some(grad)) = (&mut grads.residual, residual_grad) {
+            residual.write(chunk, grad);
         }
-        let conv_grad = match (coefficients, part.deviation) {
-            (Some(coefficients), Some(deviation)) => coefficients.apply(part.grad, deviation),
-            _ => part.grad,
-        };
-        let conv_grad = cast::<B>(conv_grad, self.dtype);
         if self.wants_weight()
             && let Some(input) = take(&mut self.saved.input, last)
         {
@@ -391,7 +350,6 @@ impl<'a, B: ConvBnBackend> Pass<'a, B> {
         let (Some(grad_sum), Some(variance)) = (grad_sum, self.saved.variance.as_option()) else {
             return grads;
         };
-        let grad_sum = channels::<B>(grad_sum);
         let gamma = self.saved.gamma.as_option();
         let norm = self.options.options.norm;
         let scales = Scales::<B>::new(gamma, variance.clone(), norm, self.dtype);
@@ -486,14 +444,16 @@ fn take<B: Backend>(tensor: &mut OptionalTensor<B>, last: bool) -> Option<FloatT
 }
 
 /// Splits the batch so that what the backward pass holds for one chunk fits `max_workspace`.
-fn chunks(
+fn chunks<B: Backend, S: Sweeps<B>>(
     options: &ConvBnBackwardOptions,
     output_shape: &Shape,
     dtype: DType,
 ) -> Vec<Range<usize>> {
     let batch = output_shape[0];
     let images = match options.options.max_workspace {
-        Some(bytes) => (bytes / workspace_per_image(options, output_shape, dtype)).clamp(1, batch),
+        Some(bytes) => {
+            (bytes / workspace_per_image::<B, S>(options, output_shape, dtype)).clamp(1, batch)
+        }
         None => batch,
     };
     (0..batch)
@@ -502,9 +462,9 @@ fn chunks(
         .collect()
 }
 
-/// Bytes held for one image at the worst moment: `z - mean`, `g` and their product, or the
-/// gradient of the convolution's output beside im2col columns of the input.
-fn workspace_per_image(
+/// Bytes held for one image at the worst moment: that of the sweeps, or the gradient of the
+/// convolution's output beside im2col columns of the input.
+fn workspace_per_image<B: Backend, S: Sweeps<B>>(
     options: &ConvBnBackwardOptions,
     output_shape: &Shape,
     dtype: DType,
@@ -513,7 +473,6 @@ fn workspace_per_image(
     let positions: usize = output_shape.iter().skip(2).product();
     let columns =
         positions * options.input_shape[1] * options.weight_shape.iter().skip(2).product::<usize>();
-    let elements =
-        (3 * output * accumulator_dtype(dtype).size()).max((output + columns) * dtype.size());
-    elements.max(1)
+    let convolution = (output + columns) * dtype.size();
+    S::workspace(output, dtype).max(convolution).max(1)
 }

@@ -5,6 +5,7 @@ pub(crate) mod activation;
 pub(crate) mod conv;
 pub(crate) mod conv_bn;
 pub(crate) mod norm;
+pub(crate) mod sweeps;
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};

@@ -1,23 +1,32 @@
-//! Tensors as files: raw little-endian f32, without a header.
+//! Tensors as the files of the [protocol](burn_conv_bn_bench::protocol).
 
 use std::fs::File;
 use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
+use anyhow::{Context, Result};
+
 /// Bytes read at once: large buffers would be in the resident set when memory is measured.
 const CHUNK: usize = 1 << 16;
+
+/// Reads a tensor's values.
+pub fn read(folder: &Path, name: &str) -> Result<Vec<f32>> {
+    let path = tensor_file(folder, name);
+    read_values(&path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// Writes a tensor's values.
+pub fn write(folder: &Path, name: &str, values: &[f32]) -> Result<()> {
+    let path = tensor_file(folder, name);
+    write_values(&path, values).with_context(|| format!("cannot write {}", path.display()))
+}
 
 /// Where the tensor `name` lies in a folder.
 pub fn tensor_file(folder: &Path, name: &str) -> PathBuf {
     folder.join(format!("{name}.f32"))
 }
 
-/// Reads a tensor's values.
-///
-/// # Errors
-///
-/// If the file cannot be read, or ends within a value.
-pub fn read_values(path: &Path) -> io::Result<Vec<f32>> {
+fn read_values(path: &Path) -> io::Result<Vec<f32>> {
     let mut file = File::open(path)?;
     let bytes = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
     if !bytes.is_multiple_of(4) {
@@ -37,12 +46,7 @@ pub fn read_values(path: &Path) -> io::Result<Vec<f32>> {
     Ok(values)
 }
 
-/// Writes a tensor's values.
-///
-/// # Errors
-///
-/// If the file cannot be written.
-pub fn write_values(path: &Path, values: &[f32]) -> io::Result<()> {
+fn write_values(path: &Path, values: &[f32]) -> io::Result<()> {
     let mut file = BufWriter::new(File::create(path)?);
     for value in values {
         file.write_all(&value.to_le_bytes())?;
@@ -75,18 +79,18 @@ mod tests {
     #[test]
     fn values_come_back_bit_for_bit() {
         let folder = tempfile::tempdir().unwrap();
-        let path = tensor_file(folder.path(), "input");
-        assert_eq!(path.file_name().unwrap(), "input.f32");
+        let folder = folder.path();
         // More than one chunk, and not a whole number of them.
         let values: Vec<f32> = (0..CHUNK / 4 + 3)
             .map(|i| (i as f32).sqrt() - 9.0)
             .collect();
-        write_values(&path, &values).unwrap();
-        assert_eq!(read_values(&path).unwrap(), values);
+        write(folder, "input", &values).unwrap();
+        assert_eq!(read(folder, "input").unwrap(), values);
+        let path = folder.join("input.f32");
         std::fs::write(&path, [0, 0, 0x80, 0x3f]).unwrap();
-        assert_eq!(read_values(&path).unwrap(), [1.0]);
+        assert_eq!(read(folder, "input").unwrap(), [1.0]);
         std::fs::write(&path, []).unwrap();
-        assert!(read_values(&path).unwrap().is_empty());
+        assert!(read(folder, "input").unwrap().is_empty());
     }
 
     #[test]
@@ -96,10 +100,8 @@ mod tests {
         std::fs::write(&path, [0; 7]).unwrap();
         let error = read_values(&path).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidData);
-        assert_eq!(
-            read_values(&folder.path().join("none")).unwrap_err().kind(),
-            ErrorKind::NotFound
-        );
+        let error = read(folder.path(), "none").unwrap_err().to_string();
+        assert!(error.contains("none.f32"), "{error}");
     }
 
     #[test]

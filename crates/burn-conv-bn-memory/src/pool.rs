@@ -1,0 +1,101 @@
+//! The memory pool of a CubeCL device.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cubecl::MemoryScope;
+use cubecl::client::Client;
+use cubecl::logging::{LaunchObservation, LaunchObserver};
+
+/// Counts the bytes in use of a CubeCL device's pool, and their peak.
+///
+/// A pool tells what is in use now, but not the most that ever was. The meter looks at every
+/// launch of a kernel, when all that the kernel reads and writes is alive: between two launches a
+/// pool only ever grows by what the next one needs. Scratch that a library's kernels allocate is
+/// part of it, and so is what autotuning takes while it tries: warm up first.
+///
+/// Looking costs a question to the device's thread for each launch. Only one meter of a process
+/// counts a peak at a time. Clones share the measurement.
+#[derive(Clone)]
+pub struct PoolMeter {
+    samples: Arc<Samples>,
+    observation: Arc<Mutex<Option<LaunchObservation>>>,
+}
+
+struct Samples {
+    client: Client,
+    peak: AtomicUsize,
+    launches: Mutex<BTreeMap<&'static str, usize>>,
+}
+
+impl PoolMeter {
+    /// A meter of the pool behind `client`.
+    pub fn new(client: Client) -> Self {
+        Self {
+            samples: Arc::new(Samples {
+                client,
+                peak: AtomicUsize::new(0),
+                launches: Mutex::default(),
+            }),
+            observation: Arc::default(),
+        }
+    }
+
+    /// Bytes in use now, padding left out. What is still queued, as by Burn's fusion, has not
+    /// happened: synchronize first.
+    pub fn current(&self) -> usize {
+        self.samples.look()
+    }
+
+    /// Starts a new peak at the bytes in use now, which it returns, and a new count of launches.
+    pub fn reset_peak(&self) -> usize {
+        let current = self.samples.look();
+        self.samples.peak.store(current, Relaxed);
+        lock(&self.samples.launches).clear();
+        *lock(&self.observation) = Some(LaunchObservation::new(self.samples.clone()));
+        current
+    }
+
+    /// Most bytes in use at any launch since [`reset_peak`](Self::reset_peak). Stops looking.
+    pub fn peak(&self) -> usize {
+        *lock(&self.observation) = None;
+        self.samples.look();
+        self.samples.peak.load(Relaxed)
+    }
+
+    /// How often each kernel was launched since [`reset_peak`](Self::reset_peak), by its own name.
+    pub fn launches(&self) -> BTreeMap<&'static str, usize> {
+        lock(&self.samples.launches).clone()
+    }
+}
+
+/// A lock poisoned by a panic elsewhere guards a sound value: each update is one step.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Samples {
+    fn look(&self) -> usize {
+        let report = self.client.memory_report(MemoryScope::Device);
+        let bytes = usize::try_from(report.usage().bytes_in_use).unwrap_or(usize::MAX);
+        self.peak.fetch_max(bytes, Relaxed);
+        bytes
+    }
+}
+
+impl LaunchObserver for Samples {
+    fn launched(&self, kernel: &'static str) {
+        *lock(&self.launches).entry(kernel).or_default() += 1;
+        self.look();
+    }
+}
+
+impl fmt::Debug for PoolMeter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PoolMeter")
+            .field("device", &self.samples.client.name())
+            .finish_non_exhaustive()
+    }
+}

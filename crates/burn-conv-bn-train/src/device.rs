@@ -1,0 +1,132 @@
+//! Where a job computes.
+
+use burn::tensor::{Device, DeviceType};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// A device, named as Burn's feature for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceChoice {
+    /// The CPU, through Burn's Flex.
+    Flex,
+    /// The CPU, through CubeCL's own runtime.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// An Apple GPU, through wgpu.
+    Metal,
+    /// An AMD GPU.
+    Rocm,
+    /// Any GPU with Vulkan, through wgpu and SPIR-V.
+    Vulkan,
+    /// Any GPU, through wgpu and its own shading language, WGSL.
+    Webgpu,
+    /// Any GPU, through whatever wgpu takes by itself.
+    Wgpu,
+}
+
+/// Why there is no such device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// The feature was not compiled in.
+    #[error(
+        "this build has no device {0:?}: build it with `--features {0},fusion,autotune` \
+         (it has {built})", built = built()
+    )]
+    NotBuilt(&'static str),
+    /// The machine has no such device, or no driver for it.
+    #[error("this machine has no device {0:?}, or no driver for one")]
+    NotFound(&'static str),
+}
+
+impl DeviceChoice {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Flex => "flex",
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+            Self::Metal => "metal",
+            Self::Rocm => "rocm",
+            Self::Vulkan => "vulkan",
+            Self::Webgpu => "webgpu",
+            Self::Wgpu => "wgpu",
+        }
+    }
+
+    /// The device, without autodiff: the best of its kind where there are several.
+    ///
+    /// # Errors
+    ///
+    /// If this build or this machine has none.
+    pub fn open(self) -> Result<Device, DeviceError> {
+        let (kind, device) = self.built().ok_or(DeviceError::NotBuilt(self.name()))?;
+        // Burn opens a device when it is first used, and panics if it is not there.
+        match Device::enumerate(kind).is_empty() {
+            true => Err(DeviceError::NotFound(self.name())),
+            false => Ok(device),
+        }
+    }
+
+    /// What lists such devices, and the one to use, if it was compiled in.
+    fn built(self) -> Option<(DeviceType, Device)> {
+        match self {
+            #[cfg(feature = "flex")]
+            Self::Flex => Some((DeviceType::Flex, Device::flex())),
+            #[cfg(feature = "cpu")]
+            Self::Cpu => Some((DeviceType::Cpu, Device::cpu())),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => Some((DeviceType::Cuda, Device::cuda(0))),
+            #[cfg(feature = "metal")]
+            Self::Metal => Some((DeviceType::Metal, Device::metal(Default::default()))),
+            #[cfg(feature = "rocm")]
+            Self::Rocm => Some((DeviceType::Rocm, Device::rocm(0))),
+            #[cfg(feature = "vulkan")]
+            Self::Vulkan => Some((DeviceType::Vulkan, Device::vulkan(Default::default()))),
+            // Burn's own `Device::webgpu` is the browser's; its feature chooses WGSL.
+            #[cfg(feature = "webgpu")]
+            Self::Webgpu => Some((DeviceType::Wgpu, Device::wgpu(Default::default()))),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => Some((DeviceType::Wgpu, Device::wgpu(Default::default()))),
+            #[allow(unreachable_patterns, reason = "a build may have them all")]
+            _ => None,
+        }
+    }
+}
+
+/// The devices of this build, by name.
+fn built() -> String {
+    let names: Vec<_> = DeviceChoice::value_variants()
+        .iter()
+        .filter(|choice| choice.built().is_some())
+        .map(|choice| choice.name())
+        .collect();
+    match names.is_empty() {
+        true => "none".to_string(),
+        false => names.join(", "),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_the_command_line() {
+        for choice in DeviceChoice::value_variants() {
+            let value = choice.to_possible_value().expect("no choice is hidden");
+            assert_eq!(value.get_name(), choice.name());
+        }
+    }
+
+    #[cfg(not(feature = "rocm"))]
+    #[test]
+    fn what_is_not_built_says_how() {
+        let error = DeviceChoice::Rocm.open().unwrap_err().to_string();
+        assert!(error.contains("no device \"rocm\""), "{error}");
+        assert!(error.contains("--features rocm,fusion,autotune"), "{error}");
+        assert!(error.contains("flex"), "{error}");
+    }
+}

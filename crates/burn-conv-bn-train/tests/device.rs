@@ -1,0 +1,63 @@
+//! The `mnist` binary on a CubeCL device, on few digits.
+//!
+//! Runs on WebGPU: a software driver will do.
+
+use std::fs;
+use std::process::{Command, Output, Stdio};
+
+use burn_conv_bn_train::data::OFFLINE;
+use burn_conv_bn_train::report::Report;
+use tempfile::{TempDir, tempdir};
+
+const JOB: &str = "--dataset synthetic --device webgpu --train-limit 24 --test-limit 16";
+
+fn mnist(folder: &TempDir, arguments: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_mnist"))
+        .args(arguments.split_whitespace())
+        .current_dir(folder)
+        .env(OFFLINE, "1")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+#[track_caller]
+fn printed(output: Output) -> String {
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stdout}\n{stderr}");
+    stdout
+}
+
+/// The fused network's losses are those of Burn's own layers, from the same weights and batches.
+#[test]
+fn fused_and_unfused_train_alike() {
+    let folder = tempdir().unwrap();
+    let text = printed(mnist(
+        &folder,
+        &format!("parity {JOB} --batch-size 8 --steps 3"),
+    ));
+    println!("{text}");
+}
+
+/// What the device's pool says: the fused network holds less at the end of forward, and at most.
+#[test]
+fn memory_is_that_of_the_device() {
+    let folder = tempdir().unwrap();
+    let text = printed(mnist(
+        &folder,
+        &format!("compare {JOB} --batch-size 8 --json report.json"),
+    ));
+    println!("{text}");
+    let report = fs::read(folder.path().join("report.json")).unwrap();
+    let report: Report = serde_json::from_slice(&report).unwrap();
+    assert!(report.device.to_lowercase().contains("gpu"), "{}", report.device);
+    let [fused, unfused] = report.variants.as_slice() else {
+        panic!("expected two variants, got {}", report.variants.len());
+    };
+    // Of 8 digits: the second block's output alone is 8 * 64 * 24 * 24 values.
+    let activation = 4 * 8 * 64 * 24 * 24;
+    assert!(fused.forward_end_bytes > activation, "{text}");
+    assert!(fused.forward_end_bytes < unfused.forward_end_bytes, "{text}");
+    assert!(fused.peak_bytes < unfused.peak_bytes, "{text}");
+}

@@ -1,0 +1,199 @@
+//! `ConvBnBackend` on CubeCL devices, by the kernels of `burn-conv-bn-cubecl` around Burn's own
+//! autotuned convolutions.
+
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::{DType, Shape};
+use burn_conv_bn_cubecl::{
+    Activation as KernelActivation, Affine as KernelAffine, ChannelTable, GradSums,
+    Moments as KernelMoments, Norm, PreActivation, channel_table, moments, norm_input_grad,
+    normalize,
+};
+use burn_cubecl::CubeBackend;
+
+use crate::backend::{
+    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
+    NormOutput, OptionalTensor,
+};
+use crate::definition::{
+    Activation, ConvBnOptions, NormSpec, NormVariant, values_per_channel,
+};
+use crate::portable::conv_bn::{backward_by, forward_by};
+use crate::portable::sweeps::{Affine, Moments, Sweeps};
+
+impl ConvBnBackend for CubeBackend {
+    fn batch_normalize(
+        input: FloatTensor<Self>,
+        gamma: OptionalTensor<Self>,
+        beta: OptionalTensor<Self>,
+        norm: NormSpec,
+    ) -> NormOutput<Self> {
+        let affine = Affine {
+            gamma: gamma.into_option(),
+            beta: beta.into_option(),
+        };
+        Kernels::normalize(input, affine, None, norm, Activation::Identity)
+    }
+
+    fn conv_bn_forward(
+        inputs: ConvBnInputs<Self>,
+        options: ConvBnOptions,
+        keep_conv_output: bool,
+    ) -> ConvBnForward<Self> {
+        forward_by::<Self, Kernels>(inputs, &options, keep_conv_output)
+    }
+
+    fn conv_bn_backward(
+        saved: ConvBnSaved<Self>,
+        options: ConvBnBackwardOptions,
+    ) -> ConvBnGrads<Self> {
+        backward_by::<Self, Kernels>(saved, &options)
+    }
+}
+
+/// The sweeps as one kernel each.
+struct Kernels;
+
+/// A norm's statistics with all that follows from them.
+struct KernelNorm {
+    table: ChannelTable,
+    moments: KernelMoments,
+    affine: Affine<CubeBackend>,
+    norm: Norm,
+    values: usize,
+}
+
+impl Sweeps<CubeBackend> for Kernels {
+    type Norm = KernelNorm;
+    type Chunk = PreActivation;
+    type Sums = GradSums;
+
+    fn normalize(
+        input: FloatTensor<CubeBackend>,
+        affine: Affine<CubeBackend>,
+        residual: Option<FloatTensor<CubeBackend>>,
+        norm: NormSpec,
+        function: Activation,
+    ) -> NormOutput<CubeBackend> {
+        let (moments, table) = moments(&input, kernel_affine(&affine), kernel_norm(norm));
+        NormOutput {
+            output: normalize(
+                input,
+                Some(&table),
+                residual.as_ref(),
+                kernel_activation(function),
+            ),
+            mean: moments.mean,
+            variance: moments.variance,
+        }
+    }
+
+    fn activate(
+        value: FloatTensor<CubeBackend>,
+        residual: Option<FloatTensor<CubeBackend>>,
+        function: Activation,
+    ) -> FloatTensor<CubeBackend> {
+        if residual.is_none() && function == Activation::Identity {
+            return value;
+        }
+        normalize(value, None, residual.as_ref(), kernel_activation(function))
+    }
+
+    fn norm(
+        moments: Moments<CubeBackend>,
+        affine: Affine<CubeBackend>,
+        norm: NormSpec,
+        shape: &Shape,
+    ) -> KernelNorm {
+        let moments = KernelMoments {
+            mean: moments.mean,
+            variance: moments.variance,
+        };
+        let (norm, values) = (kernel_norm(norm), values_per_channel(shape));
+        KernelNorm {
+            table: channel_table(&moments, kernel_affine(&affine), norm, values),
+            moments,
+            affine,
+            norm,
+            values,
+        }
+    }
+
+    fn chunk(
+        norm: Option<&KernelNorm>,
+        output_grad: FloatTensor<CubeBackend>,
+        norm_input: Option<FloatTensor<CubeBackend>>,
+        output: Option<FloatTensor<CubeBackend>>,
+        function: Activation,
+    ) -> PreActivation {
+        PreActivation {
+            output_grad,
+            norm_input: norm_input.filter(|_| norm.is_some()),
+            output,
+            activation: kernel_activation(function),
+        }
+    }
+
+    fn sums(norm: Option<&KernelNorm>, chunk: &PreActivation) -> GradSums {
+        GradSums::new(chunk, norm.map(|norm| &norm.table))
+    }
+
+    fn add(sums: GradSums, other: GradSums) -> GradSums {
+        sums.add(other)
+    }
+
+    fn affine_grads(norm: &mut KernelNorm, sums: GradSums) -> [FloatTensor<CubeBackend>; 2] {
+        let affine = kernel_affine(&norm.affine);
+        let grads = sums.finish(&norm.table, &norm.moments, affine, norm.norm, norm.values);
+        [grads.gamma, grads.beta]
+    }
+
+    fn grad_sum(sums: GradSums) -> FloatTensor<CubeBackend> {
+        sums.grad()
+    }
+
+    fn norm_input_grad(
+        norm: Option<&KernelNorm>,
+        mut chunk: PreActivation,
+        wants_residual: bool,
+    ) -> (
+        FloatTensor<CubeBackend>,
+        Option<FloatTensor<CubeBackend>>,
+    ) {
+        if norm.is_none() {
+            chunk.norm_input = None;
+        }
+        let result = norm_input_grad(chunk, norm.map(|norm| &norm.table), wants_residual);
+        (result.grad, result.residual_grad)
+    }
+
+    /// The gradient takes the place of the recomputed output.
+    fn workspace(values: usize, dtype: DType) -> usize {
+        values * dtype.size()
+    }
+}
+
+fn kernel_affine(affine: &Affine<CubeBackend>) -> KernelAffine<'_> {
+    KernelAffine {
+        gamma: affine.gamma.as_ref(),
+        beta: affine.beta.as_ref(),
+    }
+}
+
+fn kernel_norm(norm: NormSpec) -> Norm {
+    let (inner_epsilon, outer_epsilon) = match norm.variant {
+        NormVariant::BatchNorm => (norm.epsilon, 0.0),
+        NormVariant::Tutorial => (0.0, norm.epsilon),
+    };
+    Norm {
+        inner_epsilon,
+        outer_epsilon,
+        degrees_of_freedom: norm.variant.degrees_of_freedom(),
+    }
+}
+
+fn kernel_activation(activation: Activation) -> KernelActivation {
+    match activation {
+        Activation::Identity => KernelActivation::Identity,
+        Activation::Relu => KernelActivation::Relu,
+    }
+}

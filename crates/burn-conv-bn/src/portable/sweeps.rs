@@ -1,0 +1,240 @@
+//! What the op does with activations besides its convolutions.
+
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, TensorMetadata};
+use burn::tensor::{DType, Shape};
+
+use super::norm::{self, ChannelNorm, GradSums, InputGrad};
+use super::{activation, broadcast, cast, channels};
+use crate::backend::{NormOutput, accumulator_dtype};
+use crate::definition::{Activation, NormSpec, values_per_channel};
+
+/// The passes over activations that forward and backward are made of, as a backend does them.
+///
+/// Activations are `[batch, channels, spatial..]`, everything of a channel is `[channels]`.
+pub(crate) trait Sweeps<B: Backend> {
+    /// A norm whose statistics are known from the forward pass.
+    type Norm;
+    /// What the gradient of one chunk of the batch is made of.
+    type Chunk;
+    /// The sums that the gradients of the norm are made of.
+    type Sums;
+
+    /// `activation(norm(input) + residual)` with the statistics of `input`, and these.
+    fn normalize(
+        input: FloatTensor<B>,
+        affine: Affine<B>,
+        residual: Option<FloatTensor<B>>,
+        norm: NormSpec,
+        function: Activation,
+    ) -> NormOutput<B>;
+
+    /// `activation(value + residual)`.
+    fn activate(
+        value: FloatTensor<B>,
+        residual: Option<FloatTensor<B>>,
+        function: Activation,
+    ) -> FloatTensor<B>;
+
+    /// The norm of the backward pass, over inputs of that shape in all.
+    fn norm(moments: Moments<B>, affine: Affine<B>, norm: NormSpec, shape: &Shape) -> Self::Norm;
+
+    /// Takes a chunk in hand. The pre-activation is known from `output`, or from the norm and its
+    /// input; without an activation neither is needed for it.
+    fn chunk(
+        norm: Option<&Self::Norm>,
+        output_grad: FloatTensor<B>,
+        norm_input: Option<FloatTensor<B>>,
+        output: Option<FloatTensor<B>>,
+        function: Activation,
+    ) -> Self::Chunk;
+
+    /// The chunk's sums.
+    fn sums(norm: Option<&Self::Norm>, chunk: &Self::Chunk) -> Self::Sums;
+
+    /// The sums of two chunks.
+    fn add(sums: Self::Sums, other: Self::Sums) -> Self::Sums;
+
+    /// The gradients of gamma and beta from the sums over all chunks, which complete the norm for
+    /// [`norm_input_grad`](Self::norm_input_grad).
+    fn affine_grads(norm: &mut Self::Norm, sums: Self::Sums) -> [FloatTensor<B>; 2];
+
+    /// The sum of the gradient of the pre-activation, where there is no norm.
+    fn grad_sum(sums: Self::Sums) -> FloatTensor<B>;
+
+    /// The gradient of the norm's input (without a norm, of the pre-activation), and that of the
+    /// residual if it is wanted.
+    fn norm_input_grad(
+        norm: Option<&Self::Norm>,
+        chunk: Self::Chunk,
+        wants_residual: bool,
+    ) -> (FloatTensor<B>, Option<FloatTensor<B>>);
+
+    /// Bytes of `values` values of a norm's input, and of what is made of them, at the worst moment
+    /// of a backward pass.
+    fn workspace(values: usize, dtype: DType) -> usize;
+}
+
+/// The norm's parameters; 1 and 0 if absent.
+#[derive(Clone)]
+pub(crate) struct Affine<B: Backend> {
+    pub(crate) gamma: Option<FloatTensor<B>>,
+    pub(crate) beta: Option<FloatTensor<B>>,
+}
+
+/// The norm's mean and biased variance.
+pub(crate) struct Moments<B: Backend> {
+    pub(crate) mean: FloatTensor<B>,
+    pub(crate) variance: FloatTensor<B>,
+}
+
+/// The sweeps composed of Burn's own ops, in the accumulator's dtype.
+pub(crate) struct Composed;
+
+/// [`Sweeps::Norm`] of [`Composed`]: per-channel tensors are `[1, channels, 1..]` here.
+pub(crate) struct ComposedNorm<B: Backend> {
+    mean: FloatTensor<B>,
+    beta: Option<FloatTensor<B>>,
+    channel: ChannelNorm<B>,
+    input_grad: Option<InputGrad<B>>,
+}
+
+/// Gradient at the pre-activation of one chunk, with the deviations `z - mean` where the norm takes
+/// them from the batch.
+pub(crate) struct ComposedChunk<B: Backend> {
+    grad: FloatTensor<B>,
+    deviation: Option<FloatTensor<B>>,
+    dtype: DType,
+}
+
+impl<B: Backend> Sweeps<B> for Composed {
+    type Norm = ComposedNorm<B>;
+    type Chunk = ComposedChunk<B>;
+    type Sums = GradSums<B>;
+
+    fn normalize(
+        input: FloatTensor<B>,
+        affine: Affine<B>,
+        residual: Option<FloatTensor<B>>,
+        norm: NormSpec,
+        function: Activation,
+    ) -> NormOutput<B> {
+        let dtype = input.dtype();
+        let values = values_per_channel(&input.shape());
+        let centered = norm::center::<B>(cast::<B>(input, accumulator_dtype(dtype)));
+        let channel = ChannelNorm::<B>::new(norm, values, affine.gamma, centered.variance.clone());
+        let normalized = norm::apply::<B>(centered.deviation, channel.scale(), affine.beta);
+        NormOutput {
+            output: cast::<B>(
+                <Self as Sweeps<B>>::activate(normalized, residual, function),
+                dtype,
+            ),
+            mean: channels::<B>(centered.mean),
+            variance: channels::<B>(centered.variance),
+        }
+    }
+
+    fn activate(
+        value: FloatTensor<B>,
+        residual: Option<FloatTensor<B>>,
+        function: Activation,
+    ) -> FloatTensor<B> {
+        let value = match residual {
+            Some(residual) => {
+                let residual = cast::<B>(residual, value.dtype());
+                B::float_add(value, residual)
+            }
+            None => value,
+        };
+        activation::forward::<B>(function, value)
+    }
+
+    fn norm(moments: Moments<B>, affine: Affine<B>, norm: NormSpec, shape: &Shape) -> Self::Norm {
+        let rank = shape.num_dims();
+        let variance = broadcast::<B>(moments.variance, rank);
+        let values = values_per_channel(shape);
+        ComposedNorm {
+            channel: ChannelNorm::new(norm, values, affine.gamma, variance),
+            mean: broadcast::<B>(moments.mean, rank),
+            beta: affine.beta,
+            input_grad: None,
+        }
+    }
+
+    fn chunk(
+        norm: Option<&Self::Norm>,
+        output_grad: FloatTensor<B>,
+        norm_input: Option<FloatTensor<B>>,
+        output: Option<FloatTensor<B>>,
+        function: Activation,
+    ) -> Self::Chunk {
+        let dtype = output_grad.dtype();
+        let accumulator = accumulator_dtype(dtype);
+        let deviation = norm.zip(norm_input).map(|(norm, input)| {
+            B::float_sub(cast::<B>(input, accumulator), norm.mean.clone())
+        });
+        let value = match (function, output) {
+            (Activation::Identity, _) => None,
+            (_, Some(output)) => Some(cast::<B>(output, accumulator)),
+            (_, None) => deviation.clone().zip(norm).map(|(deviation, norm)| {
+                norm::apply::<B>(deviation, norm.channel.scale(), norm.beta.clone())
+            }),
+        };
+        let grad = cast::<B>(output_grad, accumulator);
+        let grad = match value {
+            Some(value) => activation::backward::<B>(function, value, grad),
+            None => grad,
+        };
+        ComposedChunk {
+            grad,
+            deviation,
+            dtype,
+        }
+    }
+
+    fn sums(_norm: Option<&Self::Norm>, chunk: &Self::Chunk) -> Self::Sums {
+        GradSums::<B>::new(&chunk.grad, chunk.deviation.as_ref())
+    }
+
+    fn add(sums: Self::Sums, other: Self::Sums) -> Self::Sums {
+        sums.add(other)
+    }
+
+    fn affine_grads(norm: &mut Self::Norm, sums: Self::Sums) -> [FloatTensor<B>; 2] {
+        let grad = sums.grad;
+        let grad_deviation = sums
+            .grad_deviation
+            .expect("where there is a norm there are deviations");
+        let coefficients = norm
+            .channel
+            .input_grad(grad.clone(), grad_deviation.clone());
+        norm.input_grad = Some(coefficients);
+        let gamma_grad = B::float_mul(norm.channel.inv_std.clone(), grad_deviation);
+        [gamma_grad, grad].map(channels::<B>)
+    }
+
+    fn grad_sum(sums: Self::Sums) -> FloatTensor<B> {
+        channels::<B>(sums.grad)
+    }
+
+    fn norm_input_grad(
+        norm: Option<&Self::Norm>,
+        chunk: Self::Chunk,
+        wants_residual: bool,
+    ) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
+        let residual = wants_residual.then(|| cast::<B>(chunk.grad.clone(), chunk.dtype));
+        let coefficients = norm.and_then(|norm| norm.input_grad.as_ref());
+        let grad = match (coefficients, chunk.deviation) {
+            (Some(coefficients), Some(deviation)) => {
+                coefficients.apply(chunk.grad, deviation)
+            }
+            _ => chunk.grad,
+        };
+        (cast::<B>(grad, chunk.dtype), residual)
+    }
+
+    /// `z - mean`, the gradient and their product.
+    fn workspace(values: usize, dtype: DType) -> usize {
+        3 * values * accumulator_dtype(dtype).size()
+    }
+}

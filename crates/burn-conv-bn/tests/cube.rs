@@ -1,0 +1,286 @@
+//! The fused op on a CubeCL device against the same on Flex: outputs, statistics and every
+//! gradient, through Burn's `Fusion` where that is on.
+
+mod gpu;
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv_bn};
+use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Uniform values in `[-1, 1)`, the same for the same seed.
+fn random(shape: &[usize], seed: u64) -> TensorData {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f32> = (0..shape.iter().product())
+        .map(|_| rng.random_range(-1.0..1.0))
+        .collect();
+    TensorData::new(values, shape.to_vec())
+}
+
+/// One application of the op.
+#[derive(Clone, Debug)]
+struct Case<const D: usize> {
+    spec: ConvSpec,
+    input: [usize; D],
+    weight: [usize; D],
+    norm: NormSpec,
+    activation: Activation,
+    recompute: Recompute,
+    max_workspace: Option<usize>,
+    bias: bool,
+    affine: bool,
+    residual: bool,
+    fixed_statistics: bool,
+    /// Whether the input, the weight, the norm's parameters and the residual are tracked.
+    tracked: [bool; 4],
+    channels_last: bool,
+}
+
+impl<const D: usize> Case<D> {
+    fn new(spec: ConvSpec, input: [usize; D], weight: [usize; D]) -> Self {
+        Self {
+            spec,
+            input,
+            weight,
+            norm: NormSpec::default(),
+            activation: Activation::Relu,
+            recompute: Recompute::Conv,
+            max_workspace: None,
+            bias: false,
+            affine: true,
+            residual: false,
+            fixed_statistics: false,
+            tracked: [true; 4],
+            channels_last: false,
+        }
+    }
+
+    fn output(&self) -> [usize; D] {
+        let mut output = self.input;
+        output[1] = self.weight[0];
+        for dim in 0..D - 2 {
+            let (before, after) = self.spec.padding[dim];
+            let kernel = self.spec.dilation[dim] * (self.weight[dim + 2] - 1) + 1;
+            let padded = self.input[dim + 2] + before + after;
+            output[dim + 2] = (padded - kernel) / self.spec.stride[dim] + 1;
+        }
+        output
+    }
+
+    /// The output, mean and variance, and the gradients that are tracked, by name.
+    fn run(&self, device: &Device) -> Vec<(&'static str, Vec<f64>)> {
+        let device = device.clone().autodiff();
+        let channels = [self.weight[0]];
+        let options = (&device, DType::F32);
+        let tensor = |shape: [usize; D], seed| Tensor::<D>::from_data(random(&shape, seed), options);
+        let vector = |seed| Tensor::<1>::from_data(random(&channels, seed), options);
+        let [input, weight, affine, residual] = self.tracked;
+        let mut x = tensor(self.input, 1);
+        if self.channels_last {
+            // The same values in a buffer whose channels are neighbours.
+            let last = (D - 1) as isize;
+            x = x.movedim(1, last).mul_scalar(1.0).movedim(last, 1);
+        }
+        let x = x.detach().set_require_grad(input);
+        let w = tensor(self.weight, 2).set_require_grad(weight);
+        let bias = self.bias.then(|| vector(3).set_require_grad(weight));
+        let parameters = self.affine.then(|| {
+            let gamma = vector(4).set_require_grad(affine);
+            (gamma, vector(5).set_require_grad(affine))
+        });
+        let shortcut = self
+            .residual
+            .then(|| tensor(self.output(), 6).set_require_grad(residual));
+        let statistics = self
+            .fixed_statistics
+            .then(|| (vector(7), vector(8).abs().add_scalar(0.5)));
+        let params = ConvBnParams {
+            weight: w.clone(),
+            bias: bias.clone(),
+            affine: parameters.clone(),
+            residual: shortcut.clone(),
+            statistics,
+        };
+        let options = ConvBnOptions::new(self.spec.clone())
+            .with_norm(self.norm)
+            .with_activation(self.activation)
+            .with_recompute(self.recompute)
+            .with_max_workspace(self.max_workspace);
+        let result = conv_bn(x.clone(), params, options).expect("the case is valid");
+        let upstream = tensor(self.output(), 9);
+        let mut values = vec![
+            ("output", host(result.output.clone())),
+            ("mean", host(result.mean)),
+            ("variance", host(result.variance)),
+        ];
+        let grads = (result.output * upstream).sum().backward();
+        let mut add = |name, grad: Option<Vec<f64>>| values.extend(grad.map(|grad| (name, grad)));
+        add("input's gradient", x.grad(&grads).map(host));
+        add("weight's gradient", w.grad(&grads).map(host));
+        add("bias's gradient", bias.and_then(|b| b.grad(&grads)).map(host));
+        if let Some((gamma, beta)) = parameters {
+            add("gamma's gradient", gamma.grad(&grads).map(host));
+            add("beta's gradient", beta.grad(&grads).map(host));
+        }
+        add("residual's gradient", shortcut.and_then(|r| r.grad(&grads)).map(host));
+        values
+    }
+
+    fn check(&self) {
+        let got = self.run(&gpu::device());
+        let wanted = self.run(&Device::flex());
+        assert_eq!(got.len(), wanted.len(), "{self:?}");
+        for ((name, got), (_, wanted)) in got.iter().zip(&wanted) {
+            assert_eq!(got.len(), wanted.len(), "{name} of {self:?}");
+            let scale = wanted.iter().fold(1e-3f64, |max, value| max.max(value.abs()));
+            for (index, (got, wanted)) in got.iter().zip(wanted).enumerate() {
+                let error = (got - wanted).abs() / scale;
+                assert!(
+                    error <= 1e-4,
+                    "{name}[{index}]: got {got}, wanted {wanted} ({error:.1e} of {scale:.1e}) \
+                     in {self:?}"
+                );
+            }
+        }
+    }
+}
+
+fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
+    tensor.into_data().iter::<f64>().collect()
+}
+
+fn padded(groups: usize) -> ConvSpec {
+    ConvSpec {
+        padding: vec![(1, 1); 2],
+        groups,
+        ..ConvSpec::unit(2)
+    }
+}
+
+fn square() -> Case<4> {
+    Case::new(padded(1), [3, 4, 6, 7], [8, 4, 3, 3])
+}
+
+#[test]
+fn every_option() {
+    for activation in [Activation::Identity, Activation::Relu] {
+        for residual in [false, true] {
+            for fixed_statistics in [false, true] {
+                for recompute in [Recompute::Conv, Recompute::Never] {
+                    for (affine, bias) in [(true, false), (false, true), (true, true)] {
+                        Case {
+                            activation,
+                            residual,
+                            fixed_statistics,
+                            recompute,
+                            affine,
+                            bias,
+                            ..square()
+                        }
+                        .check();
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn variants_of_the_norm() {
+    Case {
+        norm: NormSpec::new(NormVariant::Tutorial, 1e-3),
+        ..square()
+    }
+    .check();
+}
+
+/// One image at a time, two (which leaves a rest), and all.
+#[test]
+fn chunks_of_the_batch() {
+    let image = (8 + 9 * 4) * 6 * 7 * 4;
+    for max_workspace in [1, 2 * image, 100 * image] {
+        for (residual, fixed_statistics) in [(false, false), (true, false), (true, true)] {
+            Case {
+                max_workspace: Some(max_workspace),
+                residual,
+                fixed_statistics,
+                ..square()
+            }
+            .check();
+        }
+    }
+}
+
+#[test]
+fn what_is_not_tracked_is_not_computed() {
+    for (input, weight, affine, residual) in [
+        (false, true, true, true),
+        (true, false, false, false),
+        (false, false, true, false),
+        (false, false, false, true),
+    ] {
+        for recompute in [Recompute::Conv, Recompute::Never] {
+            for fixed_statistics in [false, true] {
+                Case {
+                    tracked: [input, weight, affine, residual],
+                    residual: true,
+                    recompute,
+                    fixed_statistics,
+                    ..square()
+                }
+                .check();
+            }
+        }
+    }
+}
+
+#[test]
+fn geometries() {
+    let strided = ConvSpec {
+        stride: vec![2, 3],
+        padding: vec![(0, 2), (1, 0)],
+        ..ConvSpec::unit(2)
+    };
+    Case::new(strided, [2, 3, 9, 8], [5, 3, 3, 2]).check();
+    let dilated = ConvSpec {
+        dilation: vec![2, 1],
+        padding: vec![(2, 2), (1, 1)],
+        ..ConvSpec::unit(2)
+    };
+    Case::new(dilated, [2, 3, 7, 5], [4, 3, 3, 3]).check();
+    Case::new(padded(2), [2, 4, 5, 5], [6, 2, 3, 3]).check();
+    Case::new(padded(7), [2, 7, 5, 4], [7, 1, 3, 3]).check();
+    Case::new(ConvSpec::unit(2), [4, 9, 5, 5], [65, 9, 1, 1]).check();
+    Case::new(ConvSpec::unit(2), [4, 3, 3, 3], [16, 3, 3, 3]).check();
+    Case::new(ConvSpec::unit(1), [3, 4, 9], [6, 4, 3]).check();
+    Case::new(ConvSpec::unit(3), [2, 2, 4, 5, 4], [4, 2, 2, 3, 2]).check();
+    Case {
+        channels_last: true,
+        residual: true,
+        ..square()
+    }
+    .check();
+}
+
+/// The norm alone, as the unfused form of the tutorial's variant takes it.
+#[test]
+fn norm_alone() {
+    let run = |device: &Device| {
+        let device = device.clone().autodiff();
+        let x = Tensor::<4>::from_data(random(&[3, 5, 4, 6], 1), (&device, DType::F32));
+        let x = x.require_grad();
+        let norm = NormSpec::new(NormVariant::Tutorial, 1e-3);
+        let result = batch_norm(x.clone(), None, norm).expect("the shapes are valid");
+        let upstream = Tensor::<4>::from_data(random(&[3, 5, 4, 6], 2), (&device, DType::F32));
+        let grads = (result.output.clone() * upstream).sum().backward();
+        let grad = x.grad(&grads).expect("x is tracked");
+        (host(result.output), host(grad))
+    };
+    let (got, wanted) = (run(&gpu::device()), run(&Device::flex()));
+    for (got, wanted) in [(got.0, wanted.0), (got.1, wanted.1)] {
+        for (got, wanted) in got.iter().zip(&wanted) {
+            assert!((got - wanted).abs() < 2e-5, "got {got}, wanted {wanted}");
+        }
+    }
+}
