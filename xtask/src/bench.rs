@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use burn_conv_bn_bench::catalogue::{Entry, Selection, Work, catalogue, select};
+use burn_conv_bn_bench::device::{DEVICES, FLEX};
 use burn_conv_bn_bench::protocol::{Contender, Engine, Reply, Request};
 use burn_conv_bn_bench::report::{EntryReport, ProblemKind, Report};
 use burn_conv_bn_bench::table;
@@ -29,6 +30,9 @@ use process::Process;
 
 /// The program that runs Burn's contenders.
 const WORKER: &str = "bench-worker";
+
+/// The package that it is in.
+const WORKER_PACKAGE: &str = "burn-conv-bn-bench-worker";
 
 /// The program that runs PyTorch's, from the workspace's root.
 const PYTORCH: &str = "crates/burn-conv-bn-bench/peer/pytorch.py";
@@ -45,6 +49,12 @@ const SLOW_ROUNDS: usize = 3;
 /// Milliseconds.
 const SLOW_STEP_MS: f64 = 5000.0;
 
+/// Steps of each contender before the timed ones. On a device other than Flex clocks have to rise,
+/// and Burn's fusion compiles and tries kernels for what belongs together in a step, which is not
+/// what belonged together in the check.
+const WARM_UPS: usize = 1;
+const DEVICE_WARM_UPS: usize = 3;
+
 /// Before every timed step. The threads of OpenMP, which PyTorch's wheels use, spin for a while
 /// after each parallel loop in case another one follows: they would take the processor from the
 /// contender that comes next. They are left their default to spin, because that is how PyTorch is
@@ -53,6 +63,10 @@ const PAUSE: Duration = Duration::from_millis(50);
 
 #[derive(Args, Debug)]
 pub struct Bench {
+    /// Where to compute, by the name of Burn's feature for it; PyTorch computes on the same kind of
+    /// device.
+    #[arg(long, value_name = "DEVICE", default_value = FLEX, value_parser = DEVICES)]
+    device: String,
     /// Smaller batches: minutes become seconds, and the ratios less telling.
     #[arg(long)]
     quick: bool,
@@ -77,6 +91,12 @@ pub struct Bench {
     /// The python that has torch [default: $PYTHON, else python3].
     #[arg(long, value_name = "PATH")]
     python: Option<PathBuf>,
+    /// Use this worker instead of building one. It must have been built for the device.
+    #[arg(long, value_name = "FILE")]
+    worker: Option<PathBuf>,
+    /// Use this program for PyTorch instead of the repository's.
+    #[arg(long, value_name = "FILE", hide = true)]
+    peer_script: Option<PathBuf>,
     /// Write everything that was measured to this file.
     #[arg(long, value_name = "PATH")]
     json: Option<PathBuf>,
@@ -87,7 +107,7 @@ pub struct Bench {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Peer {
-    /// PyTorch on the CPU.
+    /// PyTorch, on the CPU or on CUDA.
     Pytorch,
 }
 
@@ -110,7 +130,8 @@ pub fn bench(args: &Bench) -> Result<()> {
 
     let mut report = Report {
         quick: args.quick,
-        machine: machine::describe(lab.threads),
+        device: lab.device.clone(),
+        machine: machine::describe(lab.threads, &lab.device),
         versions,
         commit: machine::clean_commit(),
         entries: Vec::new(),
@@ -119,7 +140,7 @@ pub fn bench(args: &Bench) -> Result<()> {
     for entry in entries {
         let started = Instant::now();
         let entry_report = lab.run(entry, args);
-        println!("\n{}", table::entry(&entry_report).trim_end());
+        println!("\n{}", table::entry(&entry_report, &lab.device).trim_end());
         progress(
             &entry_report.entry,
             &format!("took {}", duration(started.elapsed())),
@@ -135,7 +156,8 @@ pub fn bench(args: &Bench) -> Result<()> {
 }
 
 fn conclude(report: &Report, json: Option<&JsonFile>) -> Result<()> {
-    println!("\n{}\n\n{}", table::LEGEND, table::setting(report));
+    let legend = table::legend(&report.device);
+    println!("\n{legend}\n\n{}", table::setting(report));
     for comparison in &report.summary {
         println!("{}", table::comparison(comparison));
     }
@@ -152,7 +174,10 @@ fn conclude(report: &Report, json: Option<&JsonFile>) -> Result<()> {
 
 /// What all entries share: the programs, and a place for the data.
 struct Lab {
+    /// Where the contenders compute.
+    device: String,
     worker: PathBuf,
+    peer_script: PathBuf,
     /// The python, if the peer was asked for and is there.
     python: Option<PathBuf>,
     threads: usize,
@@ -160,13 +185,23 @@ struct Lab {
 }
 
 impl Lab {
-    /// Builds the worker and looks for the peer. Returns the versions of what runs, too.
+    /// Builds the worker, unless it is there, and looks for the peer. Returns the versions of what
+    /// runs, too.
     fn set_up(args: &Bench) -> Result<(Self, BTreeMap<String, String>)> {
-        let worker = build_worker()?;
+        let worker = match &args.worker {
+            // Not by its name alone, which would be looked for among the system's programs.
+            Some(file) => file
+                .canonicalize()
+                .with_context(|| format!("cannot find the worker {}", file.display()))?,
+            None => build_worker(&args.device)?,
+        };
+        let peer_script = args.peer_script.clone();
         let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let mut lab = Self {
+            device: args.device.clone(),
             scratch: Scratch::create(&worker)?,
             worker,
+            peer_script: peer_script.unwrap_or_else(|| root().join(PYTORCH)),
             python: None,
             threads: args.threads.map_or(cores, NonZeroUsize::get),
         };
@@ -205,7 +240,7 @@ impl Lab {
             // It is told its threads when it loads.
             (Engine::PyTorch, Some(python)) => {
                 let mut command = Command::new(python);
-                command.arg(root().join(PYTORCH));
+                command.arg(&self.peer_script);
                 Process::start(command, "pytorch.py")
             }
             (Engine::PyTorch, None) => bail!("there is no python"),
@@ -214,7 +249,7 @@ impl Lab {
 
     /// Runs an entry. What goes wrong is in the report.
     fn run(&self, entry: Entry, args: &Bench) -> EntryReport {
-        let mut report = EntryReport::new(entry);
+        let mut report = EntryReport::new(entry, &self.device);
         if let Err(error) = self.fill(&mut report, args) {
             report.problem = Some(format!("{error:#}"));
         }
@@ -245,7 +280,11 @@ impl Lab {
         let mut running: Vec<Running> = started.collect();
         self.check(&entry, &mut running, &mut helper);
         drop(helper);
-        report.rounds = time(&entry, &mut running, args.rounds);
+        let warm_ups = match self.device.as_str() {
+            FLEX => WARM_UPS,
+            _ => DEVICE_WARM_UPS,
+        };
+        report.rounds = time(&entry, &mut running, args.rounds, warm_ups);
         // All processes end here: memory is measured in fresh ones.
         report.contenders = running.into_iter().map(Running::finish).collect();
         if !args.no_memory {
@@ -258,6 +297,7 @@ impl Lab {
         Request::Load {
             entry: entry.clone(),
             variant,
+            device: self.device.clone(),
             data_dir: self.scratch.data(),
             threads: self.threads,
         }
@@ -281,7 +321,7 @@ impl Lab {
                 tensors = Some(checked.tensors);
                 continue;
             }
-            let tolerance = entry.work.tolerance();
+            let tolerance = entry.work.tolerance(&self.device);
             let tensors = tensors.as_deref();
             contender.compare(helper, &folder, &reference, tensors, &checked, tolerance);
             // Results are as large as activations; nobody needs them any more.
@@ -308,17 +348,25 @@ impl Lab {
     }
 }
 
-/// Times all contenders round by round, each round one step of every contender in turn. Returns
-/// the number of rounds.
+/// Times all contenders round by round, each round one step of every contender in turn, after
+/// some that do not count. Returns the number of rounds.
 ///
 /// Steps of the same round are neighbours in time, so that what slows the machine down for a while
 /// slows down all of them. Every round starts with another contender.
-fn time(entry: &Entry, running: &mut [Running], rounds: Option<NonZeroUsize>) -> usize {
+fn time(
+    entry: &Entry,
+    running: &mut [Running],
+    rounds: Option<NonZeroUsize>,
+    warm_ups: usize,
+) -> usize {
     progress(entry, "warming up");
     let mut slowest = 0.0f64;
     for contender in running.iter_mut() {
-        thread::sleep(PAUSE);
-        let step = contender.step();
+        let mut step = None;
+        for _ in 0..warm_ups {
+            thread::sleep(PAUSE);
+            step = contender.step();
+        }
         // What is compiled before it runs tells nothing yet.
         if contender.contender() != Contender::Compile {
             slowest = slowest.max(step.map_or(0.0, |step| step.total_ms()));
@@ -358,14 +406,12 @@ fn python(args: &Bench) -> PathBuf {
     named.unwrap_or_else(|| PathBuf::from("python3"))
 }
 
-/// Builds the worker and returns its file.
-///
-/// As a default member like any other, and not by its package's name: then cargo turns on the same
-/// features as for `cargo build --release`, and builds Burn once for both.
-fn build_worker() -> Result<PathBuf> {
-    let mut command = cargo(&["build", "--release", "--locked", "--bin", WORKER]);
-    eprintln!("$ cargo build --release --locked --bin {WORKER}");
-    let output = command
+/// Builds the worker for a device and returns its file.
+fn build_worker(device: &str) -> Result<PathBuf> {
+    let args = build_args(device);
+    eprintln!("$ cargo {}", args.join(" "));
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let output = cargo(&args)
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit())
         .output()
@@ -376,6 +422,31 @@ fn build_worker() -> Result<PathBuf> {
     let messages = String::from_utf8_lossy(&output.stdout);
     let file = messages.lines().find_map(executable);
     file.with_context(|| format!("cargo built {WORKER}, but does not say where"))
+}
+
+/// What cargo is told to build the worker.
+///
+/// For Flex it is built as a default member like any other, and not by its package's name: then
+/// cargo turns on the same features as for `cargo build --release`, and builds Burn once for both.
+/// Other devices have a folder each, so that going from one to another builds nothing anew.
+fn build_args(device: &str) -> Vec<String> {
+    let mut args = ["build", "--release", "--locked", "--bin", WORKER]
+        .map(String::from)
+        .to_vec();
+    if device != FLEX {
+        let features = format!("{device},fusion,autotune");
+        let folder = format!("target/gpu-{device}");
+        let more = [
+            "-p",
+            WORKER_PACKAGE,
+            "--features",
+            features.as_str(),
+            "--target-dir",
+            folder.as_str(),
+        ];
+        args.extend(more.map(String::from));
+    }
+    args
 }
 
 /// The worker's file, if this is cargo's message that it was built.
@@ -438,7 +509,7 @@ impl Drop for Scratch {
     }
 }
 
-/// Says what will run, and about how long it takes.
+/// Says what will run, and about how long it takes where that can be guessed.
 fn announce(entries: &[Entry], lab: &Lab, args: &Bench) {
     let contenders: Vec<_> = lab.contenders().collect();
     let names: Vec<_> = contenders
@@ -446,8 +517,9 @@ fn announce(entries: &[Entry], lab: &Lab, args: &Bench) {
         .map(|contender| contender.name())
         .collect();
     eprintln!(
-        "bench: {} on {} thread{}",
+        "bench: {} on {}, {} thread{}",
         names.join(", "),
+        lab.device,
         lab.threads,
         if lab.threads == 1 { "" } else { "s" }
     );
@@ -456,6 +528,12 @@ fn announce(entries: &[Entry], lab: &Lab, args: &Bench) {
     }
     for entry in entries {
         eprintln!("bench: {:<11} {}", entry.id, entry.work);
+    }
+    if lab.device != FLEX {
+        eprintln!(
+            "bench: kernels are compiled and autotuned first, which may take minutes for each entry"
+        );
+        return;
     }
     let steps = args.rounds.map_or(ROUNDS, NonZeroUsize::get) + OTHER_STEPS;
     let each = |entry: &Entry| {
@@ -534,6 +612,33 @@ mod tests {
         let other = r#"{"target":{"name":"mnist"},"executable":"/t/release/mnist"}"#;
         assert_eq!(executable(other), None);
         assert_eq!(executable("Compiling"), None);
+    }
+
+    #[test]
+    fn the_worker_is_built_for_its_device() {
+        let flex = build_args(FLEX).join(" ");
+        assert_eq!(flex, "build --release --locked --bin bench-worker");
+        let cuda = build_args("cuda").join(" ");
+        let more = " -p burn-conv-bn-bench-worker --features cuda,fusion,autotune \
+                    --target-dir target/gpu-cuda";
+        assert_eq!(cuda, format!("{flex}{more}"));
+    }
+
+    #[test]
+    fn devices_are_checked_by_name() {
+        #[derive(clap::Parser, Debug)]
+        struct Cli {
+            #[command(flatten)]
+            bench: Bench,
+        }
+        let parse = |args: &[&str]| <Cli as clap::Parser>::try_parse_from(args);
+        assert_eq!(parse(&["bench"]).unwrap().bench.device, FLEX);
+        for device in DEVICES {
+            let cli = parse(&["bench", "--device", device]).unwrap();
+            assert_eq!(cli.bench.device, device);
+        }
+        let error = parse(&["bench", "--device", "abacus"]).unwrap_err();
+        assert!(error.to_string().contains("vulkan"), "{error}");
     }
 
     #[test]

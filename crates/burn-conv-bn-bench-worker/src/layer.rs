@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use burn::nn::conv::Conv2dConfig;
@@ -14,8 +13,9 @@ use burn_conv_bn_bench::catalogue::Layer;
 use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
 use burn_conv_bn_memory::CountingAllocator;
 
+use crate::device::{Stopwatch, is_cube};
 use crate::meter::Meter;
-use crate::session::{Workload, device};
+use crate::session::Workload;
 use crate::tensors::{parameter, tensor, write_tensor};
 use crate::upstream::backward_from;
 
@@ -34,8 +34,7 @@ pub struct LayerWork {
 
 impl LayerWork {
     /// Reads the data that `prepare` wrote.
-    pub fn load(layer: &Layer, contender: Contender, data: &Path) -> Result<Self> {
-        let device = device(contender)?;
+    pub fn load(layer: &Layer, contender: Contender, device: Device, data: &Path) -> Result<Self> {
         let mut block = read_block(layer, data, &device)?;
         if contender == Contender::Never {
             block.settings.recompute = Recompute::Never;
@@ -66,6 +65,16 @@ impl LayerWork {
         let output = self.forward(input.set_require_grad(self.layer.input_grad));
         let upstream = Tensor::<4>::ones(output.dims(), &self.device);
         backward_from(output, upstream);
+    }
+
+    fn measure(&self, allocator: &'static CountingAllocator) -> StepMemory {
+        let mut meter = Meter::start(&self.device, allocator);
+        let output = self.forward(self.input.clone());
+        meter.forward_end();
+        let grads = backward_from(output.clone(), self.upstream.clone());
+        let memory = meter.finish();
+        drop((grads, output));
+        memory
     }
 }
 
@@ -116,35 +125,27 @@ impl Workload for LayerWork {
     }
 
     fn step(&mut self) -> StepTime {
-        // Flex computes at once: when a call returns, its work is done.
-        let started = Instant::now();
+        let mut watch = Stopwatch::start(&self.device);
         let output = self.forward(self.input.clone());
-        let forward = started.elapsed();
+        let forward_ms = watch.lap();
         // The output stays alive, as the input of the next layer would.
         let kept = output.clone();
-        let started = Instant::now();
         let grads = backward_from(output, self.upstream.clone());
-        let backward = started.elapsed();
+        let backward_ms = watch.lap();
         drop((grads, kept));
         StepTime {
-            forward_ms: milliseconds(forward),
-            backward_ms: milliseconds(backward),
+            forward_ms,
+            backward_ms,
             optimizer_ms: None,
         }
     }
 
     fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory {
-        self.warm_up();
-        let mut meter = Meter::start(allocator);
-        let output = self.forward(self.input.clone());
-        meter.forward_end();
-        let grads = backward_from(output.clone(), self.upstream.clone());
-        let memory = meter.finish();
-        drop((grads, output));
-        memory
+        if is_cube(&self.device) {
+            self.measure(allocator);
+        } else {
+            self.warm_up();
+        }
+        self.measure(allocator)
     }
-}
-
-pub fn milliseconds(duration: Duration) -> f64 {
-    1e3 * duration.as_secs_f64()
 }

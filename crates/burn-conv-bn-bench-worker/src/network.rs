@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::{Context, Result};
 use burn::module::Param;
@@ -16,9 +15,9 @@ use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_models::{Form, Net, NetConfig};
 use burn_conv_bn_train::optim::AdadeltaConfig;
 
-use crate::layer::milliseconds;
+use crate::device::{Stopwatch, is_cube};
 use crate::meter::Meter;
-use crate::session::{Workload, device};
+use crate::session::Workload;
 use crate::tensors::{parameter, tensor, values, write_tensor};
 
 /// The tutorial's.
@@ -50,8 +49,12 @@ pub struct NetworkWork {
 
 impl NetworkWork {
     /// Reads the data that `prepare` wrote.
-    pub fn load(network: &Network, contender: Contender, data: &Path) -> Result<Self> {
-        let device = device(contender)?;
+    pub fn load(
+        network: &Network,
+        contender: Contender,
+        device: Device,
+        data: &Path,
+    ) -> Result<Self> {
         let form = match contender {
             Contender::Fused | Contender::Never => Form::Fused,
             _ => Form::Unfused,
@@ -84,6 +87,20 @@ impl NetworkWork {
         let images = Tensor::<4>::random(shape, Distribution::Default, &self.device);
         let targets = Tensor::<1, Int>::zeros([SMALL_BATCH], &self.device);
         loss(self.net().forward(images), targets).backward();
+    }
+
+    fn measure(&self, allocator: &'static CountingAllocator) -> StepMemory {
+        let mut meter = Meter::start(&self.device, allocator);
+        let loss = loss(
+            self.net().forward(self.images.clone()),
+            self.targets.clone(),
+        );
+        meter.forward_end();
+        let grads = loss.backward();
+        // Without the optimizer: by then the activations are gone, and its state stays.
+        let memory = meter.finish();
+        drop((grads, loss));
+        memory
     }
 }
 
@@ -164,40 +181,31 @@ impl Workload for NetworkWork {
     }
 
     fn step(&mut self) -> StepTime {
-        // Flex computes at once: when a call returns, its work is done.
-        let started = Instant::now();
+        let mut watch = Stopwatch::start(&self.device);
         let loss = loss(
             self.net().forward(self.images.clone()),
             self.targets.clone(),
         );
-        let forward = started.elapsed();
-        let started = Instant::now();
+        let forward_ms = watch.lap();
         let grads = loss.backward();
-        let backward = started.elapsed();
-        let started = Instant::now();
+        let backward_ms = watch.lap();
         let net = self.net.take().expect(PUT_BACK);
         let grads = GradientsParams::from_grads(grads, &net);
         self.net = Some(self.optimizer.step(LEARNING_RATE, net, grads));
-        let optimizer = started.elapsed();
+        let optimizer_ms = watch.lap();
         StepTime {
-            forward_ms: milliseconds(forward),
-            backward_ms: milliseconds(backward),
-            optimizer_ms: Some(milliseconds(optimizer)),
+            forward_ms,
+            backward_ms,
+            optimizer_ms: Some(optimizer_ms),
         }
     }
 
     fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory {
-        self.warm_up();
-        let mut meter = Meter::start(allocator);
-        let loss = loss(
-            self.net().forward(self.images.clone()),
-            self.targets.clone(),
-        );
-        meter.forward_end();
-        let grads = loss.backward();
-        // Without the optimizer: by then the activations are gone, and its state stays.
-        let memory = meter.finish();
-        drop((grads, loss));
-        memory
+        if is_cube(&self.device) {
+            self.measure(allocator);
+        } else {
+            self.warm_up();
+        }
+        self.measure(allocator)
     }
 }

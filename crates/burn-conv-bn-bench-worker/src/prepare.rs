@@ -16,9 +16,9 @@ use crate::network::PARAMETERS;
 use crate::tensors::{into_values, tensor};
 
 /// Pre-activations nearer to zero than this get no upstream gradient. They have a variance of
-/// about one, and correct results differ by far less than this: on which side of ReLU's kink
-/// rounding puts such a value then changes nothing.
-const KINK: f32 = 2e-3;
+/// about one, and correct results differ by less than this, on a GPU that multiplies f32 as TF32 by
+/// an estimated 3e-3: on which side of ReLU's kink rounding puts such a value then changes nothing.
+const KINK: f32 = 1e-2;
 
 /// Draws the data of an entry from a seed, and writes them to a folder.
 pub fn prepare(work: &Work, seed: u64, folder: &Path) -> Result<()> {
@@ -119,8 +119,8 @@ mod tests {
         assert_eq!(upstream.len(), values.len());
         let near = values.iter().filter(|value| value.abs() < KINK).count();
         let zeros = upstream.iter().filter(|gradient| **gradient == 0.0).count();
-        // 38,400 values, of which a fraction of about 2e-3 is that near.
-        assert!(near > 0 && near < 400, "{near}");
+        // 38,400 values, of which a fraction of about 1e-2 is that near.
+        assert!(near > 0 && near < 1000, "{near}");
         assert!(zeros >= near && zeros < near + 5, "{zeros} for {near}");
         for (gradient, value) in upstream.iter().zip(&values) {
             assert!(*gradient == 0.0 || value.abs() >= KINK);

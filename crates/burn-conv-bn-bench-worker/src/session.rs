@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
-use burn::tensor::Device;
+use anyhow::{Context, Result};
 use burn_conv_bn_bench::catalogue::{Entry, Work};
 use burn_conv_bn_bench::protocol::{
     Checked, Contender, Reply, Request, StepMemory, StepTime, TensorError,
@@ -12,6 +11,7 @@ use burn_conv_bn_bench::protocol::{
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_train::compare::BURN_VERSION;
 
+use crate::device::open;
 use crate::files::{read, relative_error};
 use crate::layer::LayerWork;
 use crate::network::NetworkWork;
@@ -26,8 +26,9 @@ pub trait Workload {
     /// Runs one timed step.
     fn step(&mut self) -> StepTime;
 
-    /// Measures forward and backward, after a small step that starts thread pools and brings code
-    /// into memory: they are no part of what a step takes.
+    /// Measures forward and backward, after a step that does once what is no part of what a step
+    /// takes. On Flex a small one starts thread pools and brings code into memory. On CubeCL's
+    /// devices kernels are compiled and tried for each shape, so it is one of the full size.
     fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory;
 }
 
@@ -62,10 +63,11 @@ impl Session {
             Request::Load {
                 entry,
                 variant,
+                device,
                 data_dir,
                 threads: _,
             } => {
-                self.workload = Some(load(&entry, variant, &data_dir)?);
+                self.workload = Some(load(&entry, variant, &device, &data_dir)?);
                 Ok(Reply::Done {})
             }
             Request::Check { dir } => Ok(Reply::Checked(Checked {
@@ -91,23 +93,19 @@ impl Session {
     }
 }
 
-/// An entry in the form of a contender, with its data.
-pub fn load(entry: &Entry, contender: Contender, data: &Path) -> Result<Box<dyn Workload>> {
+/// An entry in the form of a contender, with its data, on the device of that name.
+pub fn load(
+    entry: &Entry,
+    contender: Contender,
+    device: &str,
+    data: &Path,
+) -> Result<Box<dyn Workload>> {
+    let device = open(contender, device)?;
     let workload: Box<dyn Workload> = match &entry.work {
-        Work::Layer(layer) => Box::new(LayerWork::load(layer, contender, data)?),
-        Work::Network(network) => Box::new(NetworkWork::load(network, contender, data)?),
+        Work::Layer(layer) => Box::new(LayerWork::load(layer, contender, device, data)?),
+        Work::Network(network) => Box::new(NetworkWork::load(network, contender, device, data)?),
     };
     Ok(workload)
-}
-
-/// Where a contender runs.
-pub fn device(contender: Contender) -> Result<Device> {
-    let device = Device::flex().autodiff();
-    match contender {
-        Contender::Fused | Contender::Never | Contender::Unfused => Ok(device),
-        Contender::UnfusedCheckpointed => Ok(device.gradient_checkpointing()),
-        other => bail!("{other} is not one of Burn's contenders"),
-    }
 }
 
 fn compare(folder: &Path, reference: &Path, tensors: Vec<String>) -> Result<Reply> {
@@ -123,6 +121,7 @@ fn compare(folder: &Path, reference: &Path, tensors: Vec<String>) -> Result<Repl
 mod tests {
     use super::*;
     use burn_conv_bn_bench::catalogue::{Layer, Network};
+    use burn_conv_bn_bench::device::FLEX;
 
     static ALLOCATOR: CountingAllocator = CountingAllocator::new();
 
@@ -175,6 +174,7 @@ mod tests {
             let load = Request::Load {
                 entry: entry.clone(),
                 variant,
+                device: FLEX.to_string(),
                 data_dir: path("data"),
                 threads: 1,
             };
@@ -223,7 +223,7 @@ mod tests {
     #[test]
     fn all_forms_of_the_network_agree() {
         let network = small_network();
-        let names = check_all(&network, network.work.tolerance());
+        let names = check_all(&network, network.work.tolerance(FLEX));
         assert_eq!(names.len(), 8, "{names:?}");
         assert_eq!(names[..2], ["log_probabilities", "loss"]);
     }
@@ -234,7 +234,7 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             prepare(&entry.work, 2, folder.path()).unwrap();
             for contender in OURS {
-                let mut workload = load(&entry, contender, folder.path()).unwrap();
+                let mut workload = load(&entry, contender, FLEX, folder.path()).unwrap();
                 for _ in 0..2 {
                     let step = workload.step();
                     assert!(step.forward_ms > 0.0 && step.backward_ms > 0.0, "{step:?}");
@@ -251,7 +251,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let entry = small_layer(true);
         prepare(&entry.work, 3, folder.path()).unwrap();
-        let error = load(&entry, Contender::Eager, folder.path()).err().unwrap();
+        let error = load(&entry, Contender::Eager, FLEX, folder.path())
+            .err()
+            .unwrap();
         assert!(error.to_string().contains("eager"), "{error:#}");
     }
 }

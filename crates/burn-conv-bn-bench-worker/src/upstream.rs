@@ -18,7 +18,7 @@ pub fn backward_from(output: Tensor<4>, gradient: Tensor<4>) -> Gradients {
 }
 
 /// Burn's [`Backend`], extended with the start of such a backward pass.
-#[backend_extension(Autodiff, Flex)]
+#[backend_extension(Autodiff, Flex, Cube: cfg(feature = "cubecl"))]
 pub trait SeedBackend: Backend {
     /// A scalar zero, in whose backward pass `output` gets the gradient `gradient`.
     fn seed_backward(output: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -28,6 +28,10 @@ pub trait SeedBackend: Backend {
 }
 
 impl SeedBackend for Flex {}
+
+// With Burn's fusion or without it, whichever the build has: the default body needs no kernel.
+#[cfg(feature = "cubecl")]
+impl SeedBackend for burn::backend::Cube {}
 
 impl<B: SeedBackend, C: CheckpointStrategy> SeedBackend for Autodiff<B, C> {
     fn seed_backward(output: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self> {

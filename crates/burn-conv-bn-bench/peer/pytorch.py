@@ -237,6 +237,55 @@ class Net(nn.Module):
         return F.log_softmax(self.fc2(x), dim=1)
 
 
+# --- Devices --------------------------------------------------------------------------------
+
+
+class Unavailable(Exception):
+    """What this machine, or PyTorch, has not: nobody's fault."""
+
+
+def device_of(request):
+    """PyTorch's device of the kind that Burn's contenders compute on."""
+    name = request["device"]
+    if name in ("flex", "cpu"):
+        return torch.device("cpu")
+    if name != "cuda":
+        raise Unavailable(f"PyTorch is compared on the CPU and on CUDA alone, not on {name}")
+    if not torch.cuda.is_available():
+        raise Unavailable("this PyTorch finds no CUDA device")
+    # So that f32 is f32. Burn does not insist: some of the kernels that its autotuning chooses from
+    # multiply f32 as TF32 where there are tensor cores.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    # As Burn's autotuning: the fastest algorithm for a shape is found by trying, before anything
+    # is timed.
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda")
+
+
+def finish(device):
+    """Waits until the device has done what it was told to. The CPU has when a call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Stopwatch:
+    """Times the parts of a step, each to the end of its work on the device."""
+
+    def __init__(self, device):
+        self.device = device
+        finish(device)
+        self.started = time.perf_counter()
+
+    def lap(self):
+        """Milliseconds of the part that ends here. The next one starts."""
+        finish(self.device)
+        ended = time.perf_counter()
+        part = ended - self.started
+        self.started = ended
+        return 1e3 * part
+
+
 # --- Files ----------------------------------------------------------------------------------
 
 
@@ -247,7 +296,7 @@ def tensor_bytes(tensor):
     return (ctypes.c_char * size).from_address(tensor.data_ptr())
 
 
-def read(folder, name, shape):
+def read(folder, name, shape, device):
     path = Path(folder) / f"{name}.f32"
     tensor = torch.empty(shape)
     size = path.stat().st_size
@@ -256,13 +305,13 @@ def read(folder, name, shape):
     with open(path, "rb") as file:
         if file.readinto(tensor_bytes(tensor)) != size:
             raise OSError(f"{path} ended early")
-    return tensor
+    return tensor.to(device)
 
 
 def write(folder, tensors):
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, tensor in tensors.items():
-        tensor = tensor.detach().to(torch.float32).contiguous()
+        tensor = tensor.detach().to("cpu", torch.float32).contiguous()
         (Path(folder) / f"{name}.f32").write_bytes(tensor_bytes(tensor))
 
 
@@ -280,7 +329,32 @@ def status(name):
     return None
 
 
-class Meter:
+def meter_of(device):
+    return PoolMeter() if device.type == "cuda" else ResidentMeter()
+
+
+class PoolMeter:
+    """The tensors in PyTorch's pool of the GPU's memory from just before forward to the end of
+    backward, above the level at its start."""
+
+    def __init__(self):
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.base = torch.cuda.memory_allocated()
+        self.end = None
+
+    def forward_end(self):
+        torch.cuda.synchronize()
+        self.end = max(torch.cuda.memory_allocated() - self.base, 0)
+
+    def finish(self):
+        torch.cuda.synchronize()
+        peak = max(torch.cuda.max_memory_allocated() - self.base, 0)
+        return {"heap_forward_end": self.end, "heap_peak": peak}
+
+
+class ResidentMeter:
     """The resident set from just before forward to the end of backward, above the level at its
     start."""
 
@@ -310,29 +384,30 @@ class Meter:
 
 
 class LayerWork:
-    def __init__(self, layer, variant, data):
+    def __init__(self, layer, variant, device, data):
         self.layer = layer
         self.variant = variant
+        self.device = device
         self.block = self.new_block(variant, data)
         self.run_block = torch.compile(self.block) if variant == "compile" else self.block
         size = layer["size"]
         shape = (layer["batch"], layer["channels"][0], size, size)
-        self.input = read(data, "input", shape).requires_grad_(layer["input_grad"])
+        self.input = read(data, "input", shape, device).requires_grad_(layer["input_grad"])
         size = (size + 2 * layer["padding"] - layer["kernel"]) // layer["stride"] + 1
         shape = (layer["batch"], layer["channels"][1], size, size)
-        self.upstream = read(data, "upstream", shape)
+        self.upstream = read(data, "upstream", shape, device)
         self.formula = self.new_block("formula", data) if variant == "tutorial" else None
 
     def new_block(self, variant, data):
         layer = self.layer
         geometry = {name: layer[name] for name in ("kernel", "stride", "padding", "groups")}
-        block = block_of(variant, layer["channels"], **geometry)
+        block = block_of(variant, layer["channels"], **geometry).to(self.device)
         with torch.no_grad():
-            block.weight.copy_(read(data, "weight", block.weight.shape))
+            block.weight.copy_(read(data, "weight", block.weight.shape, self.device))
             for module in block.modules():
                 if isinstance(module, nn.BatchNorm2d):
-                    module.weight.copy_(read(data, "gamma", module.weight.shape))
-                    module.bias.copy_(read(data, "beta", module.bias.shape))
+                    module.weight.copy_(read(data, "gamma", module.weight.shape, self.device))
+                    module.bias.copy_(read(data, "beta", module.bias.shape, self.device))
         return block
 
     def forget_gradients(self):
@@ -361,29 +436,29 @@ class LayerWork:
         return list(results)
 
     def step(self):
-        started = time.perf_counter()
+        watch = Stopwatch(self.device)
         output = self.run_block(self.input)
-        forward = time.perf_counter() - started
-        started = time.perf_counter()
+        forward_ms = watch.lap()
         output.backward(self.upstream)
-        backward = time.perf_counter() - started
+        backward_ms = watch.lap()
         self.forget_gradients()
-        return {"forward_ms": 1e3 * forward, "backward_ms": 1e3 * backward}
+        return {"forward_ms": forward_ms, "backward_ms": backward_ms}
 
     def warm_up(self):
-        # What is compiled is compiled for one shape, during its first step.
-        if self.variant == "compile":
+        # What is compiled is compiled for one shape, during its first step, and cuDNN tries its
+        # algorithms for one.
+        if self.variant == "compile" or self.device.type == "cuda":
             self.step()
             return
         size = max(self.layer["kernel"], SMALL_SIZE)
-        small = torch.rand(SMALL_BATCH, self.layer["channels"][0], size, size)
+        small = torch.rand(SMALL_BATCH, self.layer["channels"][0], size, size, device=self.device)
         output = self.run_block(small.requires_grad_(self.layer["input_grad"]))
         output.backward(torch.ones_like(output))
         self.forget_gradients()
 
     def memory(self):
         self.warm_up()
-        meter = Meter()
+        meter = meter_of(self.device)
         output = self.run_block(self.input)
         meter.forward_end()
         output.backward(self.upstream)
@@ -391,22 +466,23 @@ class LayerWork:
 
 
 class NetworkWork:
-    def __init__(self, network, variant, data):
+    def __init__(self, network, variant, device, data):
         self.variant = variant
+        self.device = device
         self.data = data
         self.net = self.new_net(variant)
         self.run_net = torch.compile(self.net) if variant == "compile" else self.net
         self.optimizer = torch.optim.Adadelta(self.net.parameters(), lr=LEARNING_RATE)
         batch = network["batch"]
-        self.images = read(data, "images", (batch, 1, IMAGE_SIZE, IMAGE_SIZE))
-        self.targets = read(data, "targets", (batch,)).long()
+        self.images = read(data, "images", (batch, 1, IMAGE_SIZE, IMAGE_SIZE), device)
+        self.targets = read(data, "targets", (batch,), device).long()
 
     def new_net(self, variant):
-        net = Net(variant)
+        net = Net(variant).to(self.device)
         with torch.no_grad():
             for name, parameter, is_transposed in self.parameters(net):
                 shape = parameter.shape[::-1] if is_transposed else parameter.shape
-                value = read(self.data, name, shape)
+                value = read(self.data, name, shape, self.device)
                 parameter.copy_(value.t() if is_transposed else value)
         return net
 
@@ -444,34 +520,32 @@ class NetworkWork:
         return list(results)
 
     def step(self):
-        started = time.perf_counter()
+        watch = Stopwatch(self.device)
         loss = self.forward(self.run_net, self.images, self.targets)
-        forward = time.perf_counter() - started
-        started = time.perf_counter()
+        forward_ms = watch.lap()
         loss.backward()
-        backward = time.perf_counter() - started
-        started = time.perf_counter()
+        backward_ms = watch.lap()
         self.optimizer.step()
-        optimizer = time.perf_counter() - started
+        optimizer_ms = watch.lap()
         self.optimizer.zero_grad(set_to_none=True)
         return {
-            "forward_ms": 1e3 * forward,
-            "backward_ms": 1e3 * backward,
-            "optimizer_ms": 1e3 * optimizer,
+            "forward_ms": forward_ms,
+            "backward_ms": backward_ms,
+            "optimizer_ms": optimizer_ms,
         }
 
     def warm_up(self):
-        if self.variant == "compile":
+        if self.variant == "compile" or self.device.type == "cuda":
             images, targets = self.images, self.targets
         else:
-            images = torch.rand(SMALL_BATCH, 1, IMAGE_SIZE, IMAGE_SIZE)
-            targets = torch.zeros(SMALL_BATCH, dtype=torch.long)
+            images = torch.rand(SMALL_BATCH, 1, IMAGE_SIZE, IMAGE_SIZE, device=self.device)
+            targets = torch.zeros(SMALL_BATCH, dtype=torch.long, device=self.device)
         self.forward(self.run_net, images, targets).backward()
         self.net.zero_grad(set_to_none=True)
 
     def memory(self):
         self.warm_up()
-        meter = Meter()
+        meter = meter_of(self.device)
         loss = self.forward(self.run_net, self.images, self.targets)
         meter.forward_end()
         loss.backward()
@@ -495,7 +569,9 @@ class Session:
             torch.manual_seed(0)
             ((kind, shape),) = request["entry"]["work"].items()
             work = {"layer": LayerWork, "network": NetworkWork}[kind]
-            self.work = work(shape, variant_of(request), request["data_dir"])
+            self.work = work(
+                shape, variant_of(request), device_of(request), request["data_dir"]
+            )
             return {"done": {}}
         if name == "check":
             tensors = self.work.check(request["dir"])
@@ -509,6 +585,8 @@ class Session:
 
     def explain(self, error):
         """An error as a reply: that nothing can be compiled here is nobody's fault."""
+        if isinstance(error, Unavailable):
+            return {"unavailable": {"reason": str(error)}}
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         reason = reason.split(" Set TORCHDYNAMO_VERBOSE")[0][:400]
         compiling = self.work is not None and self.work.variant == "compile"

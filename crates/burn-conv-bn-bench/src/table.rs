@@ -30,8 +30,8 @@ allocator, and x unfused the ratio of the peaks of rss.";
 const POOL_MEMORY: &str = "\
 Memory is in MiB above the level just before forward, in a fresh process that has run one step: pool
 is what is in use of the device's memory pool at the end of forward and at its peak up to the end of
-backward, and x unfused the ratio of the peaks; rss, where PyTorch is on the CPU, is the resident set
-at the same times. Where a GPU has tensor cores, Burn may multiply f32 as TF32 on them, whatever is
+backward, and x unfused the ratio of the peaks; rss, where PyTorch is on the CPU, is the resident
+set at the same times. Where a GPU has tensor cores, Burn may multiply f32 as TF32, whichever is
 faster; PyTorch is told not to.";
 
 /// The tables of one entry that ran on a device: times, and below them memory.

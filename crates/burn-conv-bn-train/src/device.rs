@@ -56,6 +56,11 @@ impl DeviceChoice {
         }
     }
 
+    /// The CPU, where everything else can be compared with, if Flex was compiled in.
+    pub fn host() -> Option<Self> {
+        cfg!(feature = "flex").then_some(Self::Flex)
+    }
+
     /// The device, without autodiff: the best of its kind where there are several.
     ///
     /// # Errors

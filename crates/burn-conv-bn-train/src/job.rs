@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use burn::tensor::{DType, Device, FloatDType};
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn::train::Interrupter;
 use burn_conv_bn::{NormVariant, Recompute};
 use burn_conv_bn_memory::CountingAllocator;
@@ -165,11 +166,16 @@ impl Job {
         })
     }
 
-    /// A network in its initial state: the same for both variants.
+    /// A network in its initial state: the same for both variants, and, where Flex was compiled
+    /// in, on all devices.
     pub fn net(&self, variant: Variant) -> Net {
         let device = self.device();
+        let host = DeviceChoice::host().and_then(|host| host.open().ok());
+        let drawn_on = host.map_or(device.clone(), Device::autodiff);
+        drawn_on.seed(self.seed);
+        // The dropout's draws are the device's own.
         device.seed(self.seed);
-        NetConfig::new(variant.form())
+        let net = NetConfig::new(variant.form())
             .with_norm(self.norm.variant())
             .with_dropout(self.dropout)
             .with_recompute(match self.recompute {
@@ -177,7 +183,10 @@ impl Job {
                 RecomputePolicy::Never => Recompute::Never,
             })
             .with_max_workspace(self.max_workspace)
-            .init(&device)
+            .init(&drawn_on);
+        // Left alone, Burn would draw each parameter when it is first used, on its new device.
+        net.visit(&mut Draw);
+        net.fork(&device)
     }
 
     /// [`net`](Self::net), ready to be trained.
@@ -197,6 +206,15 @@ impl Job {
             .filter(|(block, tensor)| !(*block == "conv1" && tensor.name == "input"))
             .map(|(_, tensor)| tensor.shape.num_elements() * element)
             .sum()
+    }
+}
+
+/// Initializes parameters.
+struct Draw;
+
+impl ModuleVisitor for Draw {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        param.val();
     }
 }
 

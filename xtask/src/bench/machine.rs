@@ -7,6 +7,7 @@ use std::num::NonZeroUsize;
 use std::process::Command;
 use std::thread;
 
+use burn_conv_bn_bench::device::CUDA;
 use burn_conv_bn_bench::report::Machine;
 
 use super::root;
@@ -24,7 +25,7 @@ const VECTOR_UNITS: [&str; 8] = [
 ];
 
 /// Variables whose value decides how fast or how large contenders are.
-const VARIABLES: [&str; 8] = [
+const VARIABLES: [&str; 11] = [
     "MALLOC_",
     "LD_PRELOAD",
     "OMP_",
@@ -33,10 +34,13 @@ const VARIABLES: [&str; 8] = [
     "MKL_",
     "RAYON_",
     "RUSTFLAGS",
+    "CUDA_",
+    "CUBECL_",
+    "NVIDIA_TF32_OVERRIDE",
 ];
 
-/// This machine, with contenders of so many threads.
-pub fn describe(threads: usize) -> Machine {
+/// This machine, with contenders of so many threads on a device.
+pub fn describe(threads: usize, device: &str) -> Machine {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = value(&cpuinfo, "model name").unwrap_or("unknown");
     let variables = env::vars_os().filter_map(|(name, value)| {
@@ -47,6 +51,7 @@ pub fn describe(threads: usize) -> Machine {
     });
     Machine {
         cpu: model.to_string(),
+        gpu: gpu(device),
         vector_units: vector_units(&cpuinfo),
         cores: thread::available_parallelism().map_or(1, NonZeroUsize::get),
         threads,
@@ -55,26 +60,43 @@ pub fn describe(threads: usize) -> Machine {
     }
 }
 
+/// Name of the GPU that a device is, if a program tells it: of the first where there are several,
+/// because that is the one to be used.
+fn gpu(device: &str) -> Option<String> {
+    if device != CUDA {
+        return None;
+    }
+    let mut command = Command::new("nvidia-smi");
+    command.args(["--query-gpu=name", "--format=csv,noheader"]);
+    let names = answer(command)?;
+    names.lines().next().map(|name| name.trim().to_string())
+}
+
 /// The commit of this repository, unless something was changed since.
 pub fn clean_commit() -> Option<String> {
-    let changes = answer("git", &["status", "--porcelain"])?;
-    let commit = answer("git", &["rev-parse", "HEAD"])?;
+    let changes = answer(in_root("git", &["status", "--porcelain"]))?;
+    let commit = answer(in_root("git", &["rev-parse", "HEAD"]))?;
     changes.is_empty().then_some(commit)
 }
 
 /// The compiler's version, by its name.
 pub fn rustc_version() -> Option<(String, String)> {
-    let version = answer("rustc", &["--version"])?;
+    let version = answer(in_root("rustc", &["--version"]))?;
     let number = version.split_whitespace().nth(1)?;
     Some(("rustc".to_string(), number.to_string()))
 }
 
-/// What a program says in the workspace's root, if it succeeds.
-fn answer(program: &str, args: &[&str]) -> Option<String> {
-    let output = Command::new(program)
-        .args(args)
-        .current_dir(root())
-        .output();
+/// A program in the workspace's root, which need not be there where a bundle runs: then it answers
+/// nothing.
+fn in_root(program: &str, args: &[&str]) -> Command {
+    let mut command = Command::new(program);
+    command.args(args).current_dir(root());
+    command
+}
+
+/// What a program says, if it succeeds.
+fn answer(mut command: Command) -> Option<String> {
+    let output = command.output();
     let output = output.ok().filter(|output| output.status.success())?;
     let text = String::from_utf8(output.stdout).ok()?;
     Some(text.trim().to_string())
@@ -133,7 +155,8 @@ mod tests {
 
     #[test]
     fn a_program_that_is_not_there_answers_nothing() {
-        assert_eq!(answer("no-such-program", &[]), None);
-        assert_eq!(describe(3).threads, 3);
+        assert_eq!(answer(in_root("no-such-program", &[])), None);
+        let machine = describe(3, "flex");
+        assert_eq!((machine.threads, machine.gpu), (3, None));
     }
 }

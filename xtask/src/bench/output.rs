@@ -71,7 +71,8 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "old");
         let mut report = Report {
             quick: true,
-            machine: machine::describe(3),
+            device: "flex".to_string(),
+            machine: machine::describe(3, "flex"),
             versions: BTreeMap::new(),
             commit: None,
             entries: Vec::new(),

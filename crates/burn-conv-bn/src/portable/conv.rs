@@ -56,12 +56,7 @@ pub(crate) fn input_backward<B: Backend>(
             *padding = (0, 0);
         }
     }
-    let scalar = B::float_zeros(
-        Shape::from(vec![1; padded_shape.len()]),
-        &output_grad.device(),
-        output_grad.dtype().into(),
-    );
-    let stand_in = B::float_expand(scalar, Shape::from(padded_shape));
+    let stand_in = stand_in::<B>(&Shape::from(padded_shape), &output_grad);
     let grad = match spec.rank() {
         2 => B::conv2d_x_backward(stand_in, weight, output_grad, padded_spec.to_burn()),
         3 => B::conv3d_x_backward(stand_in, weight, output_grad, padded_spec.to_burn()),
@@ -92,17 +87,21 @@ pub(crate) fn weight_backward<B: Backend>(
         let grad = weight_backward::<B>(input, &shape, output_grad, &lift_spec(spec));
         return lower::<B>(grad);
     }
-    let weight = B::float_zeros(
-        weight_shape.clone(),
-        &output_grad.device(),
-        output_grad.dtype().into(),
-    );
+    let weight = stand_in::<B>(weight_shape, &output_grad);
     let (input, spec) = pad_if_asymmetric::<B>(input, spec);
     match spec.rank() {
         2 => B::conv2d_weight_backward(input, weight, output_grad, spec.to_burn()),
         3 => B::conv3d_weight_backward(input, weight, output_grad, spec.to_burn()),
         rank => unsupported_rank(rank),
     }
+}
+
+/// A tensor of that shape without values or memory: Burn's gradients take one operand for its
+/// shape alone.
+fn stand_in<B: Backend>(shape: &Shape, like: &FloatTensor<B>) -> FloatTensor<B> {
+    let one = Shape::from(vec![1; shape.num_dims()]);
+    let empty = B::float_empty(one, &like.device(), like.dtype().into());
+    B::float_expand(empty, shape.clone())
 }
 
 fn is_symmetric(spec: &ConvSpec) -> bool {

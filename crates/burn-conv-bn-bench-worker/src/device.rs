@@ -1,0 +1,110 @@
+//! Where a contender computes, and when that is done.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+#[cfg(feature = "cubecl")]
+use burn::backend::DispatchDevice;
+use burn::tensor::Device;
+use burn_conv_bn_bench::protocol::Contender;
+#[cfg(feature = "cubecl")]
+use burn_conv_bn_memory::PoolMeter;
+use burn_conv_bn_train::device::DeviceChoice;
+
+/// The device of a contender, with autodiff.
+pub fn open(contender: Contender, name: &str) -> Result<Device> {
+    let is_checkpointed = match contender {
+        Contender::Fused | Contender::Never | Contender::Unfused => false,
+        Contender::UnfusedCheckpointed => true,
+        other => bail!("{other} is not one of Burn's contenders"),
+    };
+    let choice: DeviceChoice = serde_json::from_value(name.into())
+        .with_context(|| format!("there is no device {name:?}"))?;
+    let device = choice.open()?.autodiff();
+    match is_checkpointed {
+        true => Ok(device.gradient_checkpointing()),
+        false => Ok(device),
+    }
+}
+
+/// Waits until the device has done what it was told to. On Flex there is nothing to wait for: when
+/// a call returns, its work is done.
+pub fn finish(device: &Device) {
+    // The process ends with these words, which the driver tells.
+    device
+        .sync()
+        .unwrap_or_else(|error| panic!("the device failed: {error}"));
+}
+
+/// Whether the device is one of CubeCL's, which compiles and tries kernels when a shape is new, and
+/// has its memory in a pool.
+pub fn is_cube(device: &Device) -> bool {
+    #[cfg(feature = "cubecl")]
+    if let DispatchDevice::Cube(_) = device.clone().without_autodiff().as_dispatch() {
+        return true;
+    }
+    let _ = device;
+    false
+}
+
+/// A meter of the device's memory pool, if it has one.
+#[cfg(feature = "cubecl")]
+pub fn pool(device: &Device) -> Option<PoolMeter> {
+    match device.clone().without_autodiff().as_dispatch() {
+        DispatchDevice::Cube(cube) => Some(PoolMeter::new(cube.client())),
+        _ => None,
+    }
+}
+
+/// Times the parts of a step, each to the end of its work on the device.
+pub struct Stopwatch<'a> {
+    device: &'a Device,
+    started: Instant,
+}
+
+impl<'a> Stopwatch<'a> {
+    /// Starts when the device has nothing left to do.
+    pub fn start(device: &'a Device) -> Self {
+        finish(device);
+        Self {
+            device,
+            started: Instant::now(),
+        }
+    }
+
+    /// Milliseconds of the part that ends here. The next one starts.
+    pub fn lap(&mut self) -> f64 {
+        finish(self.device);
+        let ended = Instant::now();
+        let part = ended - self.started;
+        self.started = ended;
+        1e3 * part.as_secs_f64()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn_conv_bn_bench::device::{DEVICES, FLEX};
+
+    #[test]
+    fn devices_are_those_of_the_protocol() {
+        for name in DEVICES {
+            let choice: DeviceChoice = serde_json::from_value(name.into()).unwrap();
+            assert_eq!(choice.name(), name);
+        }
+        let error = open(Contender::Fused, "abacus").err().unwrap();
+        assert!(format!("{error:#}").contains("abacus"), "{error:#}");
+    }
+
+    #[test]
+    fn parts_are_timed_one_after_the_other() {
+        let device = open(Contender::UnfusedCheckpointed, FLEX).unwrap();
+        assert!(!is_cube(&device));
+        let mut watch = Stopwatch::start(&device);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let first = watch.lap();
+        let second = watch.lap();
+        assert!(first >= 20.0 && second >= 0.0, "{first} and {second}");
+    }
+}
