@@ -16,7 +16,9 @@ use crate::{cargo, root};
 pub const WITHOUT: [&str; 3] = ["--workspace", "--exclude", "burn-conv-bn-cubecl"];
 
 /// The build of the GPU tests on WebGPU. Autotuning is left out: it takes longer than the tests.
-pub const WEBGPU: [&str; 10] = [
+pub const WEBGPU: [&str; 12] = [
+    "--profile",
+    "gpu",
     "--target-dir",
     "target/gpu",
     "-p",
@@ -69,7 +71,7 @@ pub fn vulkan() -> Result<(), String> {
 /// The GPU tests, on whatever WebGPU finds. With `strict`, they fail where the device lacks what
 /// they need.
 pub fn tests(strict: bool) -> Command {
-    let mut command = cargo(&["test", "--release"]);
+    let mut command = cargo(&["test"]);
     command.args(WEBGPU);
     for test in TESTS {
         command.args(["--test", test]);

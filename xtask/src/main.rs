@@ -129,7 +129,7 @@ impl Step {
                 command
             }
             Self::GpuClippy => {
-                let mut command = cargo(&["clippy", "--release", "--all-targets"]);
+                let mut command = cargo(&["clippy", "--all-targets"]);
                 command.args(gpu::WEBGPU).args(["--", "-D", "warnings"]);
                 command
             }

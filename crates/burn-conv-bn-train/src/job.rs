@@ -12,8 +12,8 @@ use burn_conv_bn_models::{Form, Net, NetConfig};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::device::DeviceChoice;
 use crate::data::{DataError, DataRequest, DatasetChoice, Digits, MnistData, resolve};
+use crate::device::DeviceChoice;
 use crate::fit::{FitError, FitOptions, FitOutcome, Resume, fit};
 use crate::memory::MemoryProbe;
 use crate::report::{EpochReport, StepSummary, VariantReport};

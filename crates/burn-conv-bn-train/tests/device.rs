@@ -51,13 +51,20 @@ fn memory_is_that_of_the_device() {
     println!("{text}");
     let report = fs::read(folder.path().join("report.json")).unwrap();
     let report: Report = serde_json::from_slice(&report).unwrap();
-    assert!(report.device.to_lowercase().contains("gpu"), "{}", report.device);
+    assert!(
+        report.device.to_lowercase().contains("gpu"),
+        "{}",
+        report.device
+    );
     let [fused, unfused] = report.variants.as_slice() else {
         panic!("expected two variants, got {}", report.variants.len());
     };
     // Of 8 digits: the second block's output alone is 8 * 64 * 24 * 24 values.
     let activation = 4 * 8 * 64 * 24 * 24;
     assert!(fused.forward_end_bytes > activation, "{text}");
-    assert!(fused.forward_end_bytes < unfused.forward_end_bytes, "{text}");
+    assert!(
+        fused.forward_end_bytes < unfused.forward_end_bytes,
+        "{text}"
+    );
     assert!(fused.peak_bytes < unfused.peak_bytes, "{text}");
 }

@@ -14,9 +14,7 @@ use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
     NormOutput, OptionalTensor,
 };
-use crate::definition::{
-    Activation, ConvBnOptions, NormSpec, NormVariant, values_per_channel,
-};
+use crate::definition::{Activation, ConvBnOptions, NormSpec, NormVariant, values_per_channel};
 use crate::portable::conv_bn::{backward_by, forward_by};
 use crate::portable::sweeps::{Affine, Moments, Sweeps};
 
@@ -155,10 +153,7 @@ impl Sweeps<CubeBackend> for Kernels {
         norm: Option<&KernelNorm>,
         mut chunk: PreActivation,
         wants_residual: bool,
-    ) -> (
-        FloatTensor<CubeBackend>,
-        Option<FloatTensor<CubeBackend>>,
-    ) {
+    ) -> (FloatTensor<CubeBackend>, Option<FloatTensor<CubeBackend>>) {
         if norm.is_none() {
             chunk.norm_input = None;
         }

@@ -73,7 +73,8 @@ impl<const D: usize> Case<D> {
         let device = device.clone().autodiff();
         let channels = [self.weight[0]];
         let options = (&device, DType::F32);
-        let tensor = |shape: [usize; D], seed| Tensor::<D>::from_data(random(&shape, seed), options);
+        let tensor =
+            |shape: [usize; D], seed| Tensor::<D>::from_data(random(&shape, seed), options);
         let vector = |seed| Tensor::<1>::from_data(random(&channels, seed), options);
         let [input, weight, affine, residual] = self.tracked;
         let mut x = tensor(self.input, 1);
@@ -118,12 +119,18 @@ impl<const D: usize> Case<D> {
         let mut add = |name, grad: Option<Vec<f64>>| values.extend(grad.map(|grad| (name, grad)));
         add("input's gradient", x.grad(&grads).map(host));
         add("weight's gradient", w.grad(&grads).map(host));
-        add("bias's gradient", bias.and_then(|b| b.grad(&grads)).map(host));
+        add(
+            "bias's gradient",
+            bias.and_then(|b| b.grad(&grads)).map(host),
+        );
         if let Some((gamma, beta)) = parameters {
             add("gamma's gradient", gamma.grad(&grads).map(host));
             add("beta's gradient", beta.grad(&grads).map(host));
         }
-        add("residual's gradient", shortcut.and_then(|r| r.grad(&grads)).map(host));
+        add(
+            "residual's gradient",
+            shortcut.and_then(|r| r.grad(&grads)).map(host),
+        );
         values
     }
 
@@ -133,7 +140,9 @@ impl<const D: usize> Case<D> {
         assert_eq!(got.len(), wanted.len(), "{self:?}");
         for ((name, got), (_, wanted)) in got.iter().zip(&wanted) {
             assert_eq!(got.len(), wanted.len(), "{name} of {self:?}");
-            let scale = wanted.iter().fold(1e-3f64, |max, value| max.max(value.abs()));
+            let scale = wanted
+                .iter()
+                .fold(1e-3f64, |max, value| max.max(value.abs()));
             for (index, (got, wanted)) in got.iter().zip(wanted).enumerate() {
                 let error = (got - wanted).abs() / scale;
                 assert!(

@@ -290,7 +290,13 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
         let output = take(&mut self.saved.output, last).map(|output| rows::<B>(output, chunk));
         let output_grad = rows::<B>(self.saved.output_grad.clone(), chunk);
         let function = self.options.options.activation;
-        S::chunk(self.norm.as_ref(), output_grad, norm_input, output, function)
+        S::chunk(
+            self.norm.as_ref(),
+            output_grad,
+            norm_input,
+            output,
+            function,
+        )
     }
 
     /// The convolution's output of one chunk, recomputed or kept, if the norm needs it.
@@ -311,8 +317,7 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
         let spec = &self.options.options.conv;
         let wants_conv = self.options.wanted.input || self.options.wanted.weight;
         let norm = self.norm.as_ref().filter(|_| wants_conv);
-        let (conv_grad, residual_grad) =
-            S::norm_input_grad(norm, part, grads.residual.is_some());
+        let (conv_grad, residual_grad) = S::norm_input_grad(norm, part, grads.residual.is_some());
         if let (Some(residual), Some(grad)) = (&mut grads.residual, residual_grad) {
             residual.write(chunk, grad);
         }

@@ -170,9 +170,9 @@ impl<B: Backend> Sweeps<B> for Composed {
     ) -> Self::Chunk {
         let dtype = output_grad.dtype();
         let accumulator = accumulator_dtype(dtype);
-        let deviation = norm.zip(norm_input).map(|(norm, input)| {
-            B::float_sub(cast::<B>(input, accumulator), norm.mean.clone())
-        });
+        let deviation = norm
+            .zip(norm_input)
+            .map(|(norm, input)| B::float_sub(cast::<B>(input, accumulator), norm.mean.clone()));
         let value = match (function, output) {
             (Activation::Identity, _) => None,
             (_, Some(output)) => Some(cast::<B>(output, accumulator)),
@@ -225,9 +225,7 @@ impl<B: Backend> Sweeps<B> for Composed {
         let residual = wants_residual.then(|| cast::<B>(chunk.grad.clone(), chunk.dtype));
         let coefficients = norm.and_then(|norm| norm.input_grad.as_ref());
         let grad = match (coefficients, chunk.deviation) {
-            (Some(coefficients), Some(deviation)) => {
-                coefficients.apply(chunk.grad, deviation)
-            }
+            (Some(coefficients), Some(deviation)) => coefficients.apply(chunk.grad, deviation),
             _ => chunk.grad,
         };
         (cast::<B>(grad, chunk.dtype), residual)
