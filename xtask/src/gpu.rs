@@ -51,14 +51,14 @@ pub fn vulkan() -> Result<(), String> {
     if named.iter().any(|name| env::var_os(name).is_some()) {
         return Ok(());
     }
-    let has_driver = |folder: &&str| {
+    let has_driver = |folder: &str| {
         fs::read_dir(folder)
             .into_iter()
             .flatten()
             .flatten()
             .any(|file| file.path().extension() == Some(OsStr::new("json")))
     };
-    match DRIVERS.iter().any(|folder| has_driver(&folder)) {
+    match DRIVERS.into_iter().any(has_driver) {
         true => Ok(()),
         false => Err(
             "no Vulkan driver is installed; Mesa's software driver will do, as in Debian's \

@@ -71,6 +71,8 @@ enum Step {
     GpuClippy,
     /// `cargo doc`, where a warning is an error.
     Docs,
+    /// `cargo doc` of what a GPU runs.
+    GpuDocs,
 }
 
 #[derive(Args, Debug)]
@@ -109,7 +111,13 @@ fn main() -> ExitCode {
 }
 
 impl Step {
-    const ALL: [Self; 4] = [Self::Fmt, Self::Clippy, Self::GpuClippy, Self::Docs];
+    const ALL: [Self; 5] = [
+        Self::Fmt,
+        Self::Clippy,
+        Self::GpuClippy,
+        Self::Docs,
+        Self::GpuDocs,
+    ];
 
     fn name(self) -> &'static str {
         match self {
@@ -117,6 +125,7 @@ impl Step {
             Self::Clippy => "clippy",
             Self::GpuClippy => "gpu-clippy",
             Self::Docs => "docs",
+            Self::GpuDocs => "gpu-docs",
         }
     }
 
@@ -134,7 +143,14 @@ impl Step {
                 command
             }
             Self::Docs => {
-                let mut command = cargo(&["doc", "--no-deps", "--workspace", "--release"]);
+                let mut command = cargo(&["doc", "--no-deps", "--release"]);
+                command.args(gpu::WITHOUT);
+                command.env("RUSTDOCFLAGS", "-D warnings");
+                command
+            }
+            Self::GpuDocs => {
+                let mut command = cargo(&["doc", "--no-deps"]);
+                command.args(gpu::WEBGPU);
                 command.env("RUSTDOCFLAGS", "-D warnings");
                 command
             }

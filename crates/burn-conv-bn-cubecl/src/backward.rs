@@ -219,7 +219,7 @@ impl GradSums {
 
     /// The sums over two chunks.
     #[must_use]
-    pub fn add(mut self, other: Self) -> Self {
+    pub fn merge(mut self, other: Self) -> Self {
         self.0.extend(other.0);
         self
     }

@@ -238,7 +238,7 @@ fn affine_kernel<T: Float, P: Float>(
 }
 
 /// The table for a backward pass: the rows of `scale * (value - mean) + shift` from the moments
-/// that forward returned, over `values` values a channel. [`finish_grads`] writes the others.
+/// that forward returned, over `values` values a channel. [`GradSums::finish`](crate::GradSums::finish) writes the others.
 pub fn channel_table(moments: &Moments, affine: Affine, norm: Norm, values: usize) -> ChannelTable {
     let mean = &moments.mean;
     let channels = mean.meta.num_elements();

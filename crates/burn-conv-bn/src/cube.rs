@@ -136,7 +136,7 @@ impl Sweeps<CubeBackend> for Kernels {
     }
 
     fn add(sums: GradSums, other: GradSums) -> GradSums {
-        sums.add(other)
+        sums.merge(other)
     }
 
     fn affine_grads(norm: &mut KernelNorm, sums: GradSums) -> [FloatTensor<CubeBackend>; 2] {
