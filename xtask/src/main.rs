@@ -81,9 +81,10 @@ struct Test {
     /// when a GPU turns out to lack what a test needs.
     #[arg(long)]
     strict: bool,
-    /// Leave the tests of GPU kernels out, which take a build of their own.
-    #[arg(long)]
-    skip_gpu: bool,
+    /// Run one half: the tests that need no GPU, or those of the GPU kernels, which take a build of
+    /// their own.
+    #[arg(long, value_enum, value_name = "HALF")]
+    only: Option<Half>,
     /// Passed on to `cargo test`, as in `cargo xtask test --test it` or, to choose tests by name,
     /// `cargo xtask test running`.
     #[arg(value_name = "CARGO-TEST-ARGS", allow_hyphen_values = true)]
@@ -91,6 +92,14 @@ struct Test {
     /// Passed on to the test programs, after `--`.
     #[arg(value_name = "TEST-ARGS", last = true)]
     test_args: Vec<OsString>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Half {
+    /// What needs no GPU.
+    Host,
+    /// What runs on a GPU.
+    Gpu,
 }
 
 fn main() -> ExitCode {
@@ -196,6 +205,7 @@ fn test(args: Test) -> Result<()> {
             // Tests run in the folders of their packages, where a relative path is another place.
             command.env(MNIST, dir);
         }
+        Err(_) if args.only == Some(Half::Gpu) => {}
         Err(why) => skips.push(Skip {
             what: "tests on the real MNIST",
             why,
@@ -203,16 +213,14 @@ fn test(args: Test) -> Result<()> {
     }
     let mut gpu_command = None;
     match gpu::vulkan() {
-        _ if args.skip_gpu => skips.push(Skip {
-            what: "GPU kernels",
-            why: "as asked".to_string(),
-        }),
+        _ if args.only == Some(Half::Host) => {}
         Ok(()) => gpu_command = Some(gpu::tests(args.strict)),
         Err(why) => skips.push(Skip {
             what: "GPU kernels",
             why,
         }),
     }
+    let host_command = (args.only != Some(Half::Gpu)).then_some(command);
 
     for skip in &skips {
         println!("Will be skipped: {} ({})", skip.what, skip.why);
@@ -230,7 +238,7 @@ fn test(args: Test) -> Result<()> {
     }
 
     let mut passed = true;
-    for mut command in [Some(command), gpu_command].into_iter().flatten() {
+    for mut command in [host_command, gpu_command].into_iter().flatten() {
         command.args(&args.cargo_args);
         if !args.test_args.is_empty() {
             command.arg("--").args(&args.test_args);
