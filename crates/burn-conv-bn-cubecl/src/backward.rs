@@ -10,7 +10,9 @@ use cubecl::prelude::*;
 use crate::activation::{self, Activation};
 use crate::element::{accumulator_type, element_type};
 use crate::fold::{Fold, Partial, fold_lanes, partial_table, write_partial};
-use crate::norm::{self, Affine, AffineGrads, ChannelTable, Moments, Norm, rows};
+use crate::norm::{
+    self, Affine, AffineGrads, ChannelTable, Moments, Norm, UnitAffine, rows, unit_affine,
+};
 use crate::walk::{
     Grid, Lanes, Steps, Unit, Walk, coordinates, empty_like, index, is_idle, is_writable, row,
     tensor_arg, unit,
@@ -70,36 +72,6 @@ struct PreActivationSteps {
     output_grad: Steps,
     norm_input: Steps,
     output: Steps,
-}
-
-/// The rows of `scale * (value - mean) + shift` for a unit's channels; without a table, zeros.
-#[derive(CubeType)]
-struct UnitAffine<T: Float, N: Size> {
-    mean: Vector<T, N>,
-    scale: Vector<T, N>,
-    shift: Vector<T, N>,
-}
-
-#[cube]
-fn unit_affine<T: Float, N: Size>(
-    table: ComptimeOption<&Tensor<T>>,
-    grid: &Grid,
-    unit: &Unit,
-    #[comptime] lanes: Lanes,
-) -> UnitAffine<T, N> {
-    #[comptime]
-    match table {
-        ComptimeOption::Some(table) => UnitAffine::<T, N> {
-            mean: row(table, grid, unit, rows::MEAN, lanes),
-            scale: row(table, grid, unit, rows::SCALE, lanes),
-            shift: row(table, grid, unit, rows::SHIFT, lanes),
-        },
-        ComptimeOption::None => UnitAffine::<T, N> {
-            mean: Vector::zero(),
-            scale: Vector::zero(),
-            shift: Vector::zero(),
-        },
-    }
 }
 
 /// `g`, and `value - mean` where there is a norm's input.

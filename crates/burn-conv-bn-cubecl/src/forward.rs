@@ -8,11 +8,11 @@ use cubecl::prelude::*;
 use crate::activation::{self, Activation};
 use crate::element::{accumulator_type, element_type};
 use crate::fold::{Fold, Partial, fold_lanes, partial_table, write_partial};
-use crate::norm::{self, Affine, ChannelTable, Moments, Norm, rows};
+use crate::norm::{self, Affine, ChannelTable, Moments, Norm, unit_affine};
 use crate::values_per_channel;
 use crate::walk::{
-    Grid, Lanes, Steps, Walk, coordinates, empty_like, index, is_idle, is_writable, row,
-    tensor_arg, unit,
+    Grid, Lanes, Steps, Walk, coordinates, empty_like, index, is_idle, is_writable, tensor_arg,
+    unit,
 };
 
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -100,20 +100,12 @@ fn normalize_kernel<E: Float, T: Float, N: Size>(
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
-    let mut mean = Vector::<T, N>::zero();
-    let mut scale = Vector::<T, N>::zero();
-    let mut shift = Vector::<T, N>::zero();
-    #[comptime]
-    if let ComptimeOption::Some(table) = table {
-        mean = row(table, grid, &unit, rows::MEAN, lanes);
-        scale = row(table, grid, &unit, rows::SCALE, lanes);
-        shift = row(table, grid, &unit, rows::SHIFT, lanes);
-    }
+    let affine = unit_affine::<T, N>(table, grid, &unit, lanes);
     for position in range_stepped(unit.start, unit.end, lanes.positions) {
         let at = coordinates(grid, position);
         let mut value = Vector::<T, N>::cast_from(input[index(input_steps, &at, &unit)]);
         if table.is_some() {
-            value = scale * (value - mean) + shift;
+            value = affine.scale * (value - affine.mean) + affine.shift;
         }
         #[comptime]
         if let ComptimeOption::Some(residual) = residual {

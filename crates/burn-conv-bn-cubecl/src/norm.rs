@@ -1,5 +1,6 @@
 //! What is computed for each channel, between the launches over activations.
 
+use burn_backend::DType;
 use burn_cubecl::cubecl;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
@@ -7,10 +8,9 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::zspace::Shape;
 
-use crate::accumulator_dtype;
 use crate::element::element_type;
 use crate::fold::{Fold, One, fold_rows};
-use crate::walk::{Grid, Lanes, Walk, is_idle, tensor_arg, unit};
+use crate::walk::{Grid, Lanes, Unit, Walk, is_idle, row, tensor_arg, unit};
 
 /// How the inverse standard deviation `s` follows from the variance:
 /// `s = 1 / (sqrt(M2 / (m - ddof) + inner_epsilon) + outer_epsilon)`.
@@ -64,10 +64,40 @@ pub struct Affine<'a> {
 }
 
 impl Affine<'_> {
-    fn element_type(&self, otherwise: ElemType) -> ElemType {
-        self.gamma
-            .or(self.beta)
-            .map_or(otherwise, |tensor| element_type(tensor.dtype))
+    /// The parameters' dtype, or without them the accumulator's.
+    fn dtype(&self, accumulator: DType) -> DType {
+        let parameter = self.gamma.or(self.beta);
+        parameter.map_or(accumulator, |tensor| tensor.dtype)
+    }
+}
+
+/// The rows of `scale * (value - mean) + shift` for a unit's channels; without a table, zeros.
+#[derive(CubeType)]
+pub(crate) struct UnitAffine<T: Float, N: Size> {
+    pub(crate) mean: Vector<T, N>,
+    pub(crate) scale: Vector<T, N>,
+    pub(crate) shift: Vector<T, N>,
+}
+
+#[cube]
+pub(crate) fn unit_affine<T: Float, N: Size>(
+    table: ComptimeOption<&Tensor<T>>,
+    grid: &Grid,
+    unit: &Unit,
+    #[comptime] lanes: Lanes,
+) -> UnitAffine<T, N> {
+    #[comptime]
+    match table {
+        ComptimeOption::Some(table) => UnitAffine::<T, N> {
+            mean: row(table, grid, unit, rows::MEAN, lanes),
+            scale: row(table, grid, unit, rows::SCALE, lanes),
+            shift: row(table, grid, unit, rows::SHIFT, lanes),
+        },
+        ComptimeOption::None => UnitAffine::<T, N> {
+            mean: Vector::zero(),
+            scale: Vector::zero(),
+            shift: Vector::zero(),
+        },
     }
 }
 
@@ -158,12 +188,14 @@ fn moments_kernel<T: Float, P: Float>(
     let moments = fold_rows(partials, &unit, grid.channels, lanes, Fold::Moments);
     if unit.lane == 0 && unit.has_channel {
         let channel = unit.channel;
-        mean[channel] = moments.first.extract(0usize);
-        variance[channel] = moments.second.extract(0usize) / norm.values.get::<T>();
+        let channel_mean = moments.first.extract(0usize);
+        let channel_variance = moments.second.extract(0usize) / norm.values.get::<T>();
+        mean[channel] = channel_mean;
+        variance[channel] = channel_variance;
         write_affine(
             table,
-            mean[channel],
-            variance[channel],
+            channel_mean,
+            channel_variance,
             gamma,
             beta,
             norm,
@@ -203,7 +235,7 @@ pub(crate) fn finish_moments(
                 norm.launch(values, dtype),
                 walk.grid(),
                 walk.lanes,
-                [dtype, affine.element_type(dtype)],
+                [dtype, element_type(affine.dtype(mean.dtype))],
             );
         }
     }
@@ -261,7 +293,7 @@ pub fn channel_table(moments: &Moments, affine: Affine, norm: Norm, values: usiz
                 table.clone().into_tensor_arg(),
                 norm.launch(values, dtype),
                 channels,
-                [dtype, affine.element_type(dtype)],
+                [dtype, element_type(affine.dtype(mean.dtype))],
             );
         }
     }
@@ -331,10 +363,7 @@ pub(crate) fn finish_sums(
     let walk = Walk::over_rows(&partials);
     let client = partials.client.clone();
     let dtype = element_type(partials.dtype);
-    let norm_dtype = affine
-        .gamma
-        .or(affine.beta)
-        .map_or(accumulator_dtype(partials.dtype), |tensor| tensor.dtype);
+    let norm_dtype = affine.dtype(partials.dtype);
     let grad = || {
         empty_device_contiguous_dtype(
             client.clone(),
@@ -361,7 +390,7 @@ pub(crate) fn finish_sums(
                 norm.launch(values, dtype),
                 walk.grid(),
                 walk.lanes,
-                [dtype, affine.element_type(dtype)],
+                [dtype, element_type(norm_dtype)],
             );
         }
     }

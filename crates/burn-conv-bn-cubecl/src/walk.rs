@@ -432,7 +432,7 @@ pub(crate) fn empty_like(tensor: &CubeTensor) -> CubeTensor {
     permute(empty, &inverse)
 }
 
-/// The tensor's own buffer if nothing else reads it, or a new one of the same layout.
+/// Whether nothing else holds the tensor's buffer, and no two of its elements share a place in it.
 pub(crate) fn is_writable(tensor: &CubeTensor) -> bool {
     tensor.can_mut() && tensor.is_nonoverlapping()
 }
