@@ -7,8 +7,6 @@ use anyhow::{Context, Result, bail};
 use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 use burn_conv_bn_bench::protocol::Contender;
-#[cfg(feature = "cubecl")]
-use burn_conv_bn_memory::PoolMeter;
 use burn_conv_bn_train::device::DeviceChoice;
 
 /// The device of a contender, with autodiff.
@@ -45,15 +43,6 @@ pub fn is_cube(device: &Device) -> bool {
     }
     let _ = device;
     false
-}
-
-/// A meter of the device's memory pool, if it has one.
-#[cfg(feature = "cubecl")]
-pub fn pool(device: &Device) -> Option<PoolMeter> {
-    match device.clone().without_autodiff().as_dispatch() {
-        DispatchDevice::Cube(cube) => Some(PoolMeter::new(cube.client())),
-        _ => None,
-    }
 }
 
 /// Times the parts of a step, each to the end of its work on the device.

@@ -6,133 +6,74 @@ use std::fs;
 use burn::tensor::Device;
 use burn_conv_bn_bench::protocol::StepMemory;
 use burn_conv_bn_memory::CountingAllocator;
-#[cfg(feature = "cubecl")]
-use burn_conv_bn_memory::PoolMeter;
+use burn_conv_bn_train::memory::MemoryProbe;
 
-#[cfg(feature = "cubecl")]
-use crate::device::{finish, pool};
+use crate::device::is_cube;
 
 /// Measures from just before forward to the end of backward, in the memory that the device computes
 /// in.
-pub enum Meter {
-    Host(HostMeter),
-    #[cfg(feature = "cubecl")]
-    Pool(PoolStep),
+pub struct Meter {
+    probe: MemoryProbe,
+    /// `None` where the device's memory is not the process's.
+    resident: Option<Resident>,
 }
 
 impl Meter {
     /// Call just before forward.
     pub fn start(device: &Device, allocator: &'static CountingAllocator) -> Self {
-        #[cfg(feature = "cubecl")]
-        if let Some(pool) = pool(device) {
-            return Self::Pool(PoolStep::start(device, pool));
-        }
-        let _ = device;
-        Self::Host(HostMeter::start(allocator))
+        let resident = (!is_cube(device)).then(Resident::start).flatten();
+        let probe = MemoryProbe::of(device, allocator);
+        probe.begin();
+        Self { probe, resident }
     }
 
     /// Call just after forward, with its output alive.
     pub fn forward_end(&mut self) {
-        match self {
-            Self::Host(meter) => meter.forward_end(),
-            #[cfg(feature = "cubecl")]
-            Self::Pool(meter) => meter.forward_end(),
+        self.probe.forward_end();
+        if let Some(resident) = &mut self.resident {
+            resident.forward_end = resident.above_base("VmRSS");
         }
     }
 
     /// Call just after backward, with output and gradients alive.
     pub fn finish(self) -> StepMemory {
-        match self {
-            Self::Host(meter) => meter.finish(),
-            #[cfg(feature = "cubecl")]
-            Self::Pool(meter) => meter.finish(),
+        let counted = self.probe.backward_end();
+        let resident = self.resident;
+        StepMemory {
+            heap_forward_end: Some(counted.forward_end_bytes as u64),
+            heap_peak: Some(counted.peak_bytes as u64),
+            resident_forward_end: resident.as_ref().and_then(|resident| resident.forward_end),
+            resident_peak: resident.as_ref().and_then(Resident::peak),
         }
     }
 }
 
-/// Measures a step in a device's pool. What the device has yet to do is no memory yet, so each look
-/// waits for it.
-#[cfg(feature = "cubecl")]
-pub struct PoolStep {
-    device: Device,
-    pool: PoolMeter,
-    base: usize,
+/// The process's resident set over a step.
+struct Resident {
+    base: u64,
+    /// Whether the largest resident set could be set back to the one of now.
+    peak_was_reset: bool,
     forward_end: Option<u64>,
 }
 
-#[cfg(feature = "cubecl")]
-impl PoolStep {
-    fn start(device: &Device, pool: PoolMeter) -> Self {
-        finish(device);
-        Self {
-            base: pool.reset_peak(),
-            device: device.clone(),
-            pool,
-            forward_end: None,
-        }
-    }
-
-    fn forward_end(&mut self) {
-        finish(&self.device);
-        self.forward_end = Some(self.above_base(self.pool.current()));
-    }
-
-    fn finish(self) -> StepMemory {
-        finish(&self.device);
-        StepMemory {
-            heap_forward_end: self.forward_end,
-            heap_peak: Some(self.above_base(self.pool.peak())),
-            ..StepMemory::default()
-        }
-    }
-
-    fn above_base(&self, bytes: usize) -> u64 {
-        bytes.saturating_sub(self.base) as u64
-    }
-}
-
-/// Measures a step on the host.
-pub struct HostMeter {
-    allocator: &'static CountingAllocator,
-    heap_base: usize,
-    /// Whether the largest resident set could be set back to the one of now.
-    peak_was_reset: bool,
-    resident_base: Option<u64>,
-    memory: StepMemory,
-}
-
-impl HostMeter {
-    fn start(allocator: &'static CountingAllocator) -> Self {
+impl Resident {
+    fn start() -> Option<Self> {
         let peak_was_reset = fs::write("/proc/self/clear_refs", "5").is_ok();
-        Self {
-            allocator,
-            heap_base: allocator.reset_peak(),
+        Some(Self {
+            base: status("VmRSS")?,
             peak_was_reset,
-            resident_base: status("VmRSS"),
-            memory: StepMemory::default(),
-        }
+            forward_end: None,
+        })
     }
 
-    fn forward_end(&mut self) {
-        self.memory.heap_forward_end = Some(self.heap(self.allocator.current()));
-        self.memory.resident_forward_end = self.resident("VmRSS");
+    fn peak(&self) -> Option<u64> {
+        self.peak_was_reset
+            .then(|| self.above_base("VmHWM"))
+            .flatten()
     }
 
-    fn finish(mut self) -> StepMemory {
-        self.memory.heap_peak = Some(self.heap(self.allocator.peak()));
-        if self.peak_was_reset {
-            self.memory.resident_peak = self.resident("VmHWM");
-        }
-        self.memory
-    }
-
-    fn heap(&self, bytes: usize) -> u64 {
-        bytes.saturating_sub(self.heap_base) as u64
-    }
-
-    fn resident(&self, name: &str) -> Option<u64> {
-        let base = self.resident_base?;
-        Some(status(name)?.saturating_sub(base))
+    fn above_base(&self, name: &str) -> Option<u64> {
+        Some(status(name)?.saturating_sub(self.base))
     }
 }
 
