@@ -75,6 +75,7 @@ fn layers(criterion: &mut Criterion) {
                 shift: &shift,
             },
             activation: Activation::Relu,
+            residual: None,
             output: None,
         };
         let mut input_grad = vec![0.0; input.len()];

@@ -9,7 +9,7 @@ use crate::algorithm::{Algorithm, Chosen, choose};
 use crate::forward::check;
 use crate::geometry::BLOCKS;
 use crate::pool::Pool;
-use crate::simd::{self, ChannelGrad, Gate};
+use crate::simd::{self, Argument, ChannelGrad, Gate};
 use crate::{Activation, Affine, Element, Geometry, Real};
 
 /// Bytes that the blocks' weight gradients may take together, beyond two of them.
@@ -31,7 +31,11 @@ pub struct Backward<'a, E: Element> {
     pub affine: Affine<'a, E::Real>,
     /// The activation.
     pub activation: Activation,
-    /// The output, if the pre-activation cannot be rebuilt from the convolution's output alone.
+    /// What was added before the activation, if its derivative is to be told from the
+    /// pre-activation.
+    pub residual: Option<&'a [E]>,
+    /// The output, if its derivative is to be told from that: possible for Relu, Relu6 and a
+    /// LeakyRelu whose slope is not negative.
     pub output: Option<&'a [E]>,
 }
 
@@ -86,10 +90,9 @@ impl<'a, E: Element> Backward<'a, E> {
             self.weight,
             self.output_grad.len(),
         );
-        assert!(
-            self.output
-                .is_none_or(|output| output.len() == self.output_grad.len())
-        );
+        for values in [self.output, self.residual].into_iter().flatten() {
+            assert_eq!(values.len(), self.output_grad.len());
+        }
         assert!(
             self.weight.is_some() || !recomputes,
             "the convolution's output can only be recomputed with its weight"
@@ -205,37 +208,72 @@ impl GradSums {
         conv_output: &[E::Real],
         converted: &mut Converted<E::Real>,
     ) {
-        let len = conv_output.len();
-        let output_grad = E::read(
-            &pass.output_grad[start..][..len],
-            &mut converted.output_grad,
-        );
+        let Gated { output_grad, gate } = gated(pass, channel, start, conv_output, converted);
         let (grad, grad_deviation) = simd::grad_sums(
             Arch::new(),
             conv_output,
             output_grad,
             pass.affine.channel(channel),
-            gate(pass, start, len, &mut converted.output),
+            gate,
         );
         self.grad[channel] += grad.to_f64();
         self.grad_deviation[channel] += grad_deviation.to_f64();
     }
 }
 
-/// What tells where the activation passes the gradient, for `len` values from `start` on.
-fn gate<'a, E: Element>(
+/// The output's gradient, and what is left to do to make `g` of it.
+struct Gated<'a, T> {
+    output_grad: &'a [T],
+    gate: Gate<'a, T>,
+}
+
+/// Values of one channel that stand at `start` in the whole. A ReLU's mask is left to the sweep
+/// that reads them, which hides it behind the memory; another activation's `g` is made here.
+fn gated<'a, E: Element>(
     pass: &Backward<'a, E>,
+    channel: usize,
     start: usize,
-    len: usize,
-    converted: &'a mut Vec<E::Real>,
-) -> Gate<'a, E::Real> {
-    match (pass.activation, pass.output) {
-        (Activation::Identity, _) => Gate::Open,
-        (Activation::Relu, None) => Gate::PreActivation,
-        (Activation::Relu, Some(output)) => {
-            Gate::Output(E::read(&output[start..][..len], converted))
+    conv_output: &[E::Real],
+    converted: &'a mut Converted<E::Real>,
+) -> Gated<'a, E::Real> {
+    let len = conv_output.len();
+    let output_grad = E::read(
+        &pass.output_grad[start..][..len],
+        &mut converted.output_grad,
+    );
+    let gate = match (pass.activation, pass.output, pass.residual) {
+        (Activation::Identity, ..) => Gate::Open,
+        (Activation::Relu, None, None) => Gate::PreActivation,
+        (Activation::Relu, Some(output), _) => {
+            Gate::Output(E::read(&output[start..][..len], &mut converted.output))
         }
-    }
+        (activation, output, residual) => {
+            let argument = match output {
+                Some(output) => {
+                    Argument::Output(E::read(&output[start..][..len], &mut converted.output))
+                }
+                None => Argument::PreActivation(
+                    residual
+                        .map(|residual| E::read(&residual[start..][..len], &mut converted.output)),
+                ),
+            };
+            let grad = &mut converted.grad;
+            grad.resize(len, E::Real::ZERO);
+            simd::activation_grad(
+                Arch::new(),
+                conv_output,
+                output_grad,
+                pass.affine.channel(channel),
+                (activation, argument),
+                grad,
+            );
+            return Gated {
+                output_grad: grad,
+                gate: Gate::Open,
+            };
+        }
+    };
+    Gated { output_grad, gate }
 }
 
 /// The gradients, from the norm's coefficients. The convolution's output `z` is `kept`, or is
@@ -374,14 +412,17 @@ struct Scratch<S, E: Element> {
     line: Vec<E::Real>,
     rounded: Vec<E>,
     converted: Converted<E::Real>,
+    residual_grad: Vec<E::Real>,
 }
 
 /// Lines converted to the type that is computed in.
 #[derive(Default)]
 struct Converted<T> {
+    /// The output, or the residual.
     output: Vec<T>,
     output_grad: Vec<T>,
-    residual_grad: Vec<T>,
+    /// `g`, where it is made ahead.
+    grad: Vec<T>,
 }
 
 impl<S: Default, E: Element> Scratch<S, E> {
@@ -489,11 +530,7 @@ impl<S: Default, E: Element> Scratch<S, E> {
                     None => self.recomputed(algorithm, tile, number, piece.len, index),
                 }
                 let converted = &mut self.converted;
-                let output_grad = E::read(
-                    &pass.output_grad[at..][..piece.len],
-                    &mut converted.output_grad,
-                );
-                let gate = gate(pass, at, piece.len, &mut converted.output);
+                let Gated { output_grad, gate } = gated(pass, channel, at, &self.line, converted);
                 let affine = pass.affine.channel(channel);
                 let coefficients = ChannelGrad {
                     scale: coefficients.scale[channel],
@@ -503,8 +540,14 @@ impl<S: Default, E: Element> Scratch<S, E> {
                 let line = &mut self.line;
                 if let Some(grad) = &mut block.residual_grad {
                     let grad = &mut grad[from..][..piece.len];
-                    E::update(grad, &mut converted.residual_grad, |grad| {
-                        simd::activation_grad(arch, line, output_grad, affine, gate, grad);
+                    let masked = |argument, grad: &mut [E::Real]| {
+                        let relu = (Activation::Relu, argument);
+                        simd::activation_grad(arch, line, output_grad, affine, relu, grad);
+                    };
+                    E::update(grad, &mut self.residual_grad, |grad| match gate {
+                        Gate::Open => simd::copy(output_grad, grad),
+                        Gate::PreActivation => masked(Argument::PreActivation(None), grad),
+                        Gate::Output(output) => masked(Argument::Output(output), grad),
                     });
                 }
                 simd::conv_output_grad(arch, line, output_grad, affine, gate, coefficients);

@@ -1,5 +1,5 @@
 use std::fmt::Debug;
-use std::ops::{Add, AddAssign, Mul, Sub};
+use std::ops::{Add, AddAssign, Div, Mul, Sub};
 
 /// The types that the kernels compute in: `f32` and `f64`.
 pub trait Real:
@@ -11,6 +11,7 @@ pub trait Real:
     + Sync
     + Add<Output = Self>
     + AddAssign
+    + Div<Output = Self>
     + Mul<Output = Self>
     + Sub<Output = Self>
     + vector::Lanes
@@ -24,6 +25,10 @@ pub trait Real:
     fn to_f64(self) -> f64;
     /// Rounded to nearest.
     fn from_f64(value: f64) -> Self;
+    /// `e^self`.
+    fn exp(self) -> Self;
+    /// The complementary error function, `1 - erf(self)`.
+    fn erfc(self) -> Self;
 }
 
 impl Real for f32 {
@@ -37,6 +42,14 @@ impl Real for f32 {
     fn from_f64(value: f64) -> Self {
         value as f32
     }
+
+    fn exp(self) -> Self {
+        self.exp()
+    }
+
+    fn erfc(self) -> Self {
+        libm::erfcf(self)
+    }
 }
 
 impl Real for f64 {
@@ -49,6 +62,14 @@ impl Real for f64 {
 
     fn from_f64(value: f64) -> Self {
         value
+    }
+
+    fn exp(self) -> Self {
+        self.exp()
+    }
+
+    fn erfc(self) -> Self {
+        libm::erfc(self)
     }
 }
 

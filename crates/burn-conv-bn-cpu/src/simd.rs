@@ -5,6 +5,7 @@
 
 use pulp::{Arch, NullaryFnOnce};
 
+use crate::activation::specialize;
 use crate::{Activation, Real};
 
 /// Partial sums of a sweep: two vectors of the widest unit in single precision, so that one
@@ -142,27 +143,24 @@ pub(crate) fn normalize<T: Real>(
 ) {
     arch.dispatch(Sweep(
         #[inline(always)]
-        || match (residual, activation) {
-            (None, Activation::Identity) => {
-                for value in values.iter_mut() {
-                    *value = affine.apply(*value);
+        || {
+            specialize!(activation, function => match residual {
+                None => {
+                    for value in values.iter_mut() {
+                        *value = function.forward(affine.apply(*value));
+                    }
                 }
-            }
-            (None, Activation::Relu) => {
-                for value in values.iter_mut() {
-                    *value = Activation::Relu.forward(affine.apply(*value));
+                Some(residual) => {
+                    for (value, residual) in values.iter_mut().zip(residual) {
+                        *value = function.forward(affine.apply(*value) + *residual);
+                    }
                 }
-            }
-            (Some(residual), activation) => {
-                for (value, residual) in values.iter_mut().zip(residual) {
-                    *value = activation.forward(affine.apply(*value) + *residual);
-                }
-            }
+            })
         },
     ))
 }
 
-/// What tells where the activation passes the gradient.
+/// What tells where a ReLU passes the gradient.
 #[derive(Clone, Copy)]
 pub(crate) enum Gate<'a, T> {
     /// Everywhere.
@@ -246,44 +244,45 @@ pub(crate) struct ChannelGrad<T> {
     pub(crate) offset: T,
 }
 
+/// The value that the activation was applied to.
+#[derive(Clone, Copy)]
+pub(crate) enum Argument<'a, T> {
+    /// Rebuilt from the convolution's output and what was added.
+    PreActivation(Option<&'a [T]>),
+    /// The op's output, which serves as well.
+    Output(&'a [T]),
+}
+
 /// `g` of one channel's values.
 pub(crate) fn activation_grad<T: Real>(
     arch: Arch,
     conv_output: &[T],
     output_grad: &[T],
     affine: ChannelAffine<T>,
-    gate: Gate<'_, T>,
+    (activation, argument): (Activation, Argument<'_, T>),
     target: &mut [T],
 ) {
-    #[inline(always)]
-    fn sweep<T: Real>(
-        decides: &[T],
-        output_grad: &[T],
-        target: &mut [T],
-        grad: impl Fn(T, T) -> T,
-    ) {
-        for ((target, value), dy) in target.iter_mut().zip(decides).zip(output_grad) {
-            *target = grad(*value, *dy);
-        }
-    }
     arch.dispatch(Sweep(
         #[inline(always)]
-        || match gate {
-            Gate::Open => copy(output_grad, target),
-            Gate::PreActivation => sweep(
-                conv_output,
-                output_grad,
-                target,
-                #[inline(always)]
-                |z, dy| Activation::Relu.backward(affine.apply(z), dy),
-            ),
-            Gate::Output(output) => sweep(
-                output,
-                output_grad,
-                target,
-                #[inline(always)]
-                |y, dy| Activation::Relu.backward(y, dy),
-            ),
+        || {
+            let targets = target.iter_mut().zip(output_grad);
+            specialize!(activation, function => match argument {
+                Argument::PreActivation(None) => {
+                    for ((target, dy), z) in targets.zip(conv_output) {
+                        *target = function.backward(affine.apply(*z), *dy);
+                    }
+                }
+                Argument::PreActivation(Some(residual)) => {
+                    for (((target, dy), z), residual) in targets.zip(conv_output).zip(residual) {
+                        *target = function.backward(affine.apply(*z) + *residual, *dy);
+                    }
+                }
+                Argument::Output(output) => {
+                    for ((target, dy), y) in targets.zip(output) {
+                        *target = function.backward(*y, *dy);
+                    }
+                }
+            })
         },
     ));
 }

@@ -434,6 +434,7 @@ fn compare<T: Element<Real = T> + Real>(case: &Case, tolerance: f64) {
             output_grad: &t_output_grad,
             affine,
             activation: Activation::Relu,
+            residual: None,
             output: by_output.then_some(&t_output),
         };
         let mut results = Vec::new();
@@ -605,6 +606,7 @@ fn compare_half<E: Element<Real = f32> + PartialEq>(case: &Case, tolerance: f64)
             affine,
             activation,
             // The same signs for both: a rounded value near zero may be on its other side.
+            residual: None,
             output: Some(&gate),
         };
         let pass32 = Backward {
@@ -614,6 +616,7 @@ fn compare_half<E: Element<Real = f32> + PartialEq>(case: &Case, tolerance: f64)
             output_grad: &output_grad32,
             affine,
             activation,
+            residual: None,
             output: Some(&gate32),
         };
         let (mean, sums, values, weight_grad) = run(pass, &residual, coefficients);
@@ -661,6 +664,7 @@ fn a_kept_output_takes_neither_weight_nor_input() {
                 shift: &shift,
             },
             activation: Activation::Relu,
+            residual: None,
             output: None,
         };
         let grads = |pass: &Backward<'_, f32>, wants_weight: bool| {
@@ -718,6 +722,7 @@ fn nothing_is_recomputed_without_the_weight() {
             shift: &ones,
         },
         activation: Activation::Identity,
+        residual: None,
         output: None,
     };
     grad_sums(&pass, ConvOutput::Recompute);
@@ -754,6 +759,7 @@ fn the_number_of_threads_changes_no_bit() {
                 output_grad: &output_grad,
                 affine,
                 activation: Activation::Relu,
+                residual: None,
                 output: None,
             };
             let sums = grad_sums(&pass, ConvOutput::Recompute);

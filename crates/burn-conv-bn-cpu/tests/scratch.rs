@@ -60,6 +60,7 @@ fn taken<E: Element>(geometry: &Geometry) -> usize {
         output_grad: &output_grad,
         affine,
         activation: Activation::Relu,
+        residual: None,
         output: None,
     };
     grad_sums(&pass, ConvOutput::Recompute);

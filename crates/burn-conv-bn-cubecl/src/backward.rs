@@ -27,7 +27,10 @@ pub struct PreActivation {
     pub output_grad: CubeTensor,
     /// The norm's input, where the norm takes its statistics from the batch.
     pub norm_input: Option<CubeTensor>,
-    /// The op's output, which stands for `v` where the norm's input alone does not give it.
+    /// What was added to the norm's output to give `v`.
+    pub residual: Option<CubeTensor>,
+    /// `v` where the norm's input does not give it; or the op's output, which stands for it in Relu,
+    /// Relu6 and a LeakyRelu whose slope is not negative.
     pub output: Option<CubeTensor>,
     /// The activation.
     pub activation: Activation,
@@ -40,6 +43,7 @@ impl PreActivation {
             .norm_input
             .iter()
             .chain([&self.output_grad])
+            .chain(self.added_residual())
             .chain(self.masking_output())
             .chain(others.iter().copied())
             .collect();
@@ -50,10 +54,19 @@ impl PreActivation {
         PreActivationStepsLaunch::new(
             walk.steps(Some(&self.output_grad)),
             walk.steps(self.norm_input.as_ref()),
+            walk.steps(self.added_residual()),
             walk.steps(self.masking_output()),
         )
     }
 
+    /// The residual, if the activation's derivative depends on it.
+    fn added_residual(&self) -> Option<&CubeTensor> {
+        self.residual
+            .as_ref()
+            .filter(|_| self.activation != Activation::Identity && self.output.is_none())
+    }
+
+    /// The output, if the activation's derivative depends on it.
     fn masking_output(&self) -> Option<&CubeTensor> {
         self.output
             .as_ref()
@@ -71,6 +84,7 @@ impl PreActivation {
 struct PreActivationSteps {
     output_grad: Steps,
     norm_input: Steps,
+    residual: Steps,
     output: Steps,
 }
 
@@ -85,6 +99,7 @@ struct Grad<T: Float, N: Size> {
 fn grad_at<E: Float, T: Float, N: Size>(
     output_grad: &Tensor<Vector<E, N>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
+    residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
     steps: &PreActivationSteps,
     affine: &UnitAffine<T, N>,
@@ -107,6 +122,13 @@ fn grad_at<E: Float, T: Float, N: Size>(
         }
         ComptimeOption::None => affine.scale * deviation + affine.shift,
     };
+    #[comptime]
+    let value = match residual {
+        ComptimeOption::Some(residual) => {
+            value + Vector::<T, N>::cast_from(residual[index(&steps.residual, at, unit)])
+        }
+        ComptimeOption::None => value,
+    };
     Grad::<T, N> {
         grad: activation::backward(value, grad, activation),
         deviation,
@@ -117,6 +139,7 @@ fn grad_at<E: Float, T: Float, N: Size>(
 fn partial_sums_kernel<E: Float, T: Float, N: Size>(
     output_grad: &Tensor<Vector<E, N>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
+    residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
     table: ComptimeOption<&Tensor<T>>,
     partials: &mut Tensor<T>,
@@ -137,6 +160,7 @@ fn partial_sums_kernel<E: Float, T: Float, N: Size>(
         let value = grad_at(
             output_grad,
             norm_input,
+            residual,
             output,
             steps,
             &affine,
@@ -175,6 +199,7 @@ impl GradSums {
                     walk.vector_size,
                     output_grad.clone().into_tensor_arg(),
                     tensor_arg(pre_activation.norm_input.as_ref()).into(),
+                    tensor_arg(pre_activation.added_residual()).into(),
                     tensor_arg(pre_activation.masking_output()).into(),
                     tensor_arg(table.map(|table| &table.0)).into(),
                     partials.clone().into_tensor_arg(),
@@ -226,6 +251,7 @@ impl GradSums {
 fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
     output_grad: &Tensor<Vector<E, N>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
+    residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
     table: ComptimeOption<&Tensor<T>>,
     target: &mut Tensor<Vector<E, N>>,
@@ -255,6 +281,7 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
         let value = grad_at(
             output_grad,
             norm_input,
+            residual,
             output,
             steps,
             &affine,
@@ -345,6 +372,7 @@ pub fn norm_input_grad(
             walk.vector_size,
             output_grad.clone().into_tensor_arg(),
             tensor_arg(pre_activation.norm_input.as_ref()).into(),
+            tensor_arg(pre_activation.added_residual()).into(),
             tensor_arg(pre_activation.masking_output()).into(),
             tensor_arg(table.map(|table| &table.0)).into(),
             target,

@@ -189,6 +189,9 @@ pub struct ConvBnSaved<B: Backend> {
     /// The op's output.
     #[extension_type]
     pub output: OptionalTensor<B>,
+    /// The tensor added before the activation.
+    #[extension_type]
+    pub residual: OptionalTensor<B>,
 }
 
 /// What the backward kernel must know besides tensors.

@@ -5,7 +5,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Shape};
 use burn_conv_bn_cubecl::{
     Activation as KernelActivation, Affine as KernelAffine, ChannelTable, GradSums,
-    Moments as KernelMoments, Norm, PreActivation, channel_table, moments, norm_input_grad,
+    Moments as KernelMoments, Norm, PreActivation, Slope, channel_table, moments, norm_input_grad,
     normalize,
 };
 use burn_cubecl::CubeBackend;
@@ -16,7 +16,7 @@ use crate::backend::{
 };
 use crate::definition::{Activation, ConvBnOptions, NormSpec, NormVariant, values_per_channel};
 use crate::portable::conv_bn::{backward_by, forward_by};
-use crate::portable::sweeps::{Affine, Moments, Sweeps};
+use crate::portable::sweeps::{Affine, Argument, Moments, Sweeps};
 
 impl ConvBnBackend for CubeBackend {
     fn batch_normalize(
@@ -120,12 +120,17 @@ impl Sweeps<CubeBackend> for Kernels {
         norm: Option<&KernelNorm>,
         output_grad: FloatTensor<CubeBackend>,
         norm_input: Option<FloatTensor<CubeBackend>>,
-        output: Option<FloatTensor<CubeBackend>>,
+        argument: Argument<CubeBackend>,
         function: Activation,
     ) -> PreActivation {
+        let (residual, output) = match argument {
+            Argument::Norm { residual } => (residual, None),
+            Argument::Value(value) => (None, Some(value)),
+        };
         PreActivation {
             output_grad,
             norm_input: norm_input.filter(|_| norm.is_some()),
+            residual,
             output,
             activation: kernel_activation(function),
         }
@@ -190,5 +195,12 @@ fn kernel_activation(activation: Activation) -> KernelActivation {
     match activation {
         Activation::Identity => KernelActivation::Identity,
         Activation::Relu => KernelActivation::Relu,
+        Activation::Relu6 => KernelActivation::Relu6,
+        Activation::LeakyRelu { negative_slope } => {
+            KernelActivation::LeakyRelu(Slope::new(negative_slope))
+        }
+        Activation::Silu => KernelActivation::Silu,
+        Activation::Gelu => KernelActivation::Gelu,
+        Activation::HardSwish => KernelActivation::HardSwish,
     }
 }

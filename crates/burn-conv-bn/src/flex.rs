@@ -20,7 +20,7 @@ use crate::backend::{
     OptionalTensor, Statistics,
 };
 use crate::definition::{
-    Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, StatisticsKind,
+    Activation, ConvBnOptions, ConvSpec, Derivative, NormSpec, NormVariant, StatisticsKind,
 };
 use crate::portable::{self, cast};
 
@@ -132,6 +132,7 @@ fn kernel_backward<E: Kernel>(
         beta,
         conv_output,
         output,
+        residual,
         ..
     } = saved;
     let wanted = options.wanted;
@@ -145,6 +146,7 @@ fn kernel_backward<E: Kernel>(
     let input = input.as_option().map(contiguous);
     let weight = weight.as_option().map(contiguous);
     let output = output.as_option().map(contiguous);
+    let residual = residual.as_option().map(contiguous);
     let gamma = gamma.as_option().map(host::<E::Real>);
     let zeros = vec![E::Real::ZERO; channels];
     let weight = weight.as_ref().map(numbers::<E::Real>);
@@ -158,8 +160,13 @@ fn kernel_backward<E: Kernel>(
         None => HostNorm::given(options.options.norm, &variance).scale(gamma.clone()),
     };
     let shift = beta.as_option().map(host::<E::Real>);
+    // A batch's mean is that of the convolution's output without its bias already.
+    let center = match &batch_norm {
+        Some(_) => mean,
+        None => center(&mean, bias.as_option().map(host)),
+    };
     let affine = Affine {
-        mean: &mean,
+        mean: &center,
         scale: &scale,
         shift: shift.as_deref().unwrap_or(&zeros),
     };
@@ -170,23 +177,26 @@ fn kernel_backward<E: Kernel>(
         output_grad: slice(&output_grad),
         affine,
         activation,
+        residual: residual.as_ref().map(slice),
         output: output.as_ref().map(slice),
     };
 
     // The convolution's output: kept since forward, stored between the two steps if that fits the
-    // workspace, or recomputed in each. With given statistics nothing depends on it.
+    // workspace, or recomputed in each. With given statistics only the activation may depend on it.
+    let is_needed =
+        batch_norm.is_some() || options.options.activation.derivative() == Derivative::OfValue;
     let kept = conv_output.as_option().map(contiguous);
-    let stores = batch_norm.is_some()
+    let stores = is_needed
         && kept.is_none()
         && options
             .options
             .max_workspace
             .is_none_or(|bytes| size_of_val(pass.output_grad) <= bytes);
     let mut stored = buffer::<E>(if stores { pass.output_grad.len() } else { 0 });
-    let at_hand = match (&kept, &batch_norm) {
+    let at_hand = match (&kept, is_needed) {
         (Some(kept), _) => Some(slice::<E>(kept)),
-        (None, None) => Some(pass.output_grad),
-        (None, Some(_)) => None,
+        (None, false) => Some(pass.output_grad),
+        (None, true) => None,
     };
     let sums = grad_sums(
         &pass,
@@ -251,7 +261,6 @@ fn kernel_backward<E: Kernel>(
         ),
         None => {
             let norm = HostNorm::given(options.options.norm, &variance);
-            let center = center(&mean, bias.as_option().map(host));
             let dots = match (pass.weight, &weight_grad) {
                 (Some(weight), Some(folded_grad)) => row_dots(weight, folded_grad, channels),
                 _ => vec![0.0; channels],
@@ -437,6 +446,11 @@ fn kernel_activation(activation: Activation) -> KernelActivation {
     match activation {
         Activation::Identity => KernelActivation::Identity,
         Activation::Relu => KernelActivation::Relu,
+        Activation::Relu6 => KernelActivation::Relu6,
+        Activation::LeakyRelu { negative_slope } => KernelActivation::LeakyRelu { negative_slope },
+        Activation::Silu => KernelActivation::Silu,
+        Activation::Gelu => KernelActivation::Gelu,
+        Activation::HardSwish => KernelActivation::HardSwish,
     }
 }
 
@@ -595,11 +609,26 @@ mod tests {
         ]
     }
 
+    const ACTIVATIONS: [Activation; 8] = [
+        Activation::Identity,
+        Activation::Relu,
+        Activation::Relu6,
+        Activation::LeakyRelu {
+            negative_slope: 0.1,
+        },
+        Activation::LeakyRelu {
+            negative_slope: -0.5,
+        },
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::HardSwish,
+    ];
+
     #[test]
     fn kernels_and_portable_bodies_agree() {
         for (spec, input_shape, weight_shape) in geometries() {
             for variant in [NormVariant::BatchNorm, NormVariant::Tutorial] {
-                for activation in [Activation::Identity, Activation::Relu] {
+                for activation in ACTIVATIONS {
                     for fixed in [false, true] {
                         for residual in [false, true] {
                             for recompute in [Recompute::Conv, Recompute::Never] {
@@ -706,6 +735,7 @@ mod tests {
                 variance: present_if(plan.statistics, &kernel.variance),
                 conv_output: keep(plan.conv_output, &kernel.conv_output),
                 output: present_if(plan.output, &kernel.output),
+                residual: keep(plan.residual, &inputs.residual),
             };
             let what = format!("{what}, wanted {wanted:?}");
             let options = ConvBnBackwardOptions {

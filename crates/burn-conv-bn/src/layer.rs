@@ -23,7 +23,7 @@ pub enum RunningVariance {
 
 /// What a fused layer does besides what its convolution and norm say: the part that is not in a
 /// record.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ConvBnSettings {
     /// Applied last.
     pub activation: Activation,

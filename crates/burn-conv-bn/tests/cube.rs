@@ -196,6 +196,34 @@ fn every_option() {
 }
 
 #[test]
+fn every_activation() {
+    for activation in [
+        Activation::Relu6,
+        Activation::LeakyRelu {
+            negative_slope: 0.1,
+        },
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::HardSwish,
+    ] {
+        for (residual, fixed_statistics) in [(false, false), (true, false), (true, true)] {
+            for (recompute, max_workspace) in [(Recompute::Conv, Some(1)), (Recompute::Never, None)]
+            {
+                Case {
+                    activation,
+                    residual,
+                    fixed_statistics,
+                    recompute,
+                    max_workspace,
+                    ..square()
+                }
+                .check();
+            }
+        }
+    }
+}
+
+#[test]
 fn variants_of_the_norm() {
     Case {
         norm: NormSpec::new(NormVariant::Tutorial, 1e-3),

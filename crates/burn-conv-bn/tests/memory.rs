@@ -141,8 +141,8 @@ fn check(case: &Case, device: &Device) {
     let loss = output.sum();
     drop(input);
     drop(residual);
-    let kept =
-        own + usize::from(plan.input) * bytes(INPUT) + usize::from(plan.output) * bytes(OUTPUT);
+    let outputs = usize::from(plan.output) + usize::from(plan.residual);
+    let kept = own + usize::from(plan.input) * bytes(INPUT) + outputs * bytes(OUTPUT);
     assert_bytes("kept", case, grown(), kept);
 
     let listed: usize = case.table().iter().map(SavedTensor::bytes).sum();
@@ -161,7 +161,7 @@ fn a_node_keeps_what_its_table_lists() {
     let mut cases = Vec::new();
     for statistics in [StatisticsKind::Batch, StatisticsKind::Fixed] {
         for recompute in [Recompute::Conv, Recompute::Never] {
-            for activation in [Activation::Identity, Activation::Relu] {
+            for activation in [Activation::Identity, Activation::Relu, Activation::Silu] {
                 for residual in [false, true] {
                     for mask in 1..8 {
                         cases.push(Case {
@@ -199,6 +199,7 @@ fn a_node_keeps_what_its_table_lists() {
     assert_eq!(activations(&all(Recompute::Conv, Activation::Relu)), 1);
     assert_eq!(activations(&all(Recompute::Conv, Activation::Identity)), 1);
     assert_eq!(activations(&all(Recompute::Never, Activation::Relu)), 2);
+    assert_eq!(activations(&all(Recompute::Conv, Activation::Silu)), 1);
     unfused_keeps_three(&device);
     workspace_is_bounded(&device);
 }

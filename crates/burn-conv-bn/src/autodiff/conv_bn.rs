@@ -26,6 +26,7 @@ struct State<B: ConvBnBackend> {
     bias: Option<NodeId>,
     gamma: Option<NodeId>,
     beta: Option<NodeId>,
+    residual: Option<NodeId>,
     mean: Option<FloatTensor<B>>,
     variance: Option<FloatTensor<B>>,
     conv_output: Option<FloatTensor<B>>,
@@ -54,6 +55,7 @@ impl<B: ConvBnBackend> Backward<B, 6> for ConvBnBackward {
             variance: state.variance.into(),
             conv_output: state.conv_output.into(),
             output: state.output.into(),
+            residual: retrieve::<B>(checkpointer, state.residual).into(),
         };
         let result = B::conv_bn_backward(saved, state.options);
         let results = [
@@ -112,6 +114,7 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
                 bias: checkpoint(plan.bias, inputs.bias.as_option()),
                 gamma: checkpoint(plan.gamma, inputs.gamma.as_option()),
                 beta: checkpoint(plan.beta, inputs.beta.as_option()),
+                residual: checkpoint(plan.residual, inputs.residual.as_option()),
                 mean: None,
                 variance: None,
                 conv_output: None,

@@ -6,6 +6,7 @@ mod problem;
 mod saved;
 
 pub use error::ConvBnError;
+pub(crate) use options::Derivative;
 pub use options::{Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute};
 pub use problem::ConvBnProblem;
 pub(crate) use problem::{check_epsilon, values_per_channel};

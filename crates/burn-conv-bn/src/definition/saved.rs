@@ -1,6 +1,6 @@
 use burn::tensor::{DType, Shape};
 
-use super::{ConvBnOptions, ConvBnProblem, Recompute};
+use super::{ConvBnOptions, ConvBnProblem, Derivative, Recompute};
 
 /// One flag for each differentiable input of the fused op: which are given, or which are tracked
 /// and so want a gradient.
@@ -49,9 +49,11 @@ pub struct SavePlan {
     pub statistics: bool,
     /// The convolution's output.
     pub conv_output: bool,
-    /// The op's own output, for the sign of the pre-activation. Its consumer usually keeps it
-    /// anyway: then it is the same buffer.
+    /// The op's own output, which tells the derivative of a ReLU and its kin. Its consumer usually
+    /// keeps it anyway: then it is the same buffer.
     pub output: bool,
+    /// The tensor added before the activation, where the derivative needs the sum itself.
+    pub residual: bool,
 }
 
 impl SavePlan {
@@ -71,36 +73,42 @@ impl SavePlan {
             residual,
         } = tracked;
         let any = input || weight || bias || gamma || beta || residual;
-        let curved = options.activation.is_curved();
+        let derivative = options.activation.derivative();
         match statistics {
             StatisticsKind::Batch => {
                 // A bias shifts the mean by as much as the value: its gradient is zero.
-                let masked = curved && (input || weight || gamma || beta || residual);
-                let output = masked && present.residual;
-                let mask_from_conv = masked && !output;
-                let conv_output = input || weight || gamma || mask_from_conv;
+                let wants_grad = input || weight || gamma || beta || residual;
+                let output = wants_grad && present.residual && derivative == Derivative::OfOutput;
+                let value = wants_grad && derivative != Derivative::One && !output;
+                let conv_output = input || weight || gamma || value;
                 let recompute = conv_output && options.recompute == Recompute::Conv;
                 Self {
                     input: weight || recompute,
                     weight: input || recompute,
                     bias: false,
-                    gamma: present.gamma && (input || weight || mask_from_conv),
-                    beta: present.beta && mask_from_conv,
+                    gamma: present.gamma && (input || weight || value),
+                    beta: present.beta && value,
                     statistics: conv_output,
                     conv_output: conv_output && !recompute,
                     output,
+                    residual: present.residual && value,
                 }
             }
-            StatisticsKind::Fixed => Self {
-                input: weight || gamma,
-                weight: input || gamma,
-                bias: present.bias && gamma,
-                gamma: present.gamma && (input || weight || bias),
-                beta: false,
-                statistics: input || weight || bias || gamma,
-                conv_output: false,
-                output: curved && any,
-            },
+            StatisticsKind::Fixed => {
+                let value = any && derivative == Derivative::OfValue;
+                let recompute = value && options.recompute == Recompute::Conv;
+                Self {
+                    input: weight || gamma || recompute,
+                    weight: input || gamma || recompute,
+                    bias: present.bias && (gamma || value),
+                    gamma: present.gamma && (input || weight || bias || value),
+                    beta: present.beta && value,
+                    statistics: input || weight || bias || gamma || value,
+                    conv_output: value && !recompute,
+                    output: any && derivative == Derivative::OfOutput,
+                    residual: present.residual && value,
+                }
+            }
         }
     }
 
@@ -123,6 +131,7 @@ impl SavePlan {
                 false,
             ),
             (self.output, "output", &problem.output, dtype, true),
+            (self.residual, "residual", &problem.output, dtype, true),
             (self.weight, "weight", &problem.weight, dtype, true),
             (self.bias, "bias", &channels, dtype, true),
             (self.gamma, "gamma", &channels, norm_dtype, true),

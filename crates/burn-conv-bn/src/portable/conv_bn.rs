@@ -6,13 +6,13 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, Shape, Slice};
 
-use super::sweeps::{Affine, Composed, Moments, Sweeps};
-use super::{cast, channels, conv, norm};
+use super::sweeps::{Affine, Argument, Composed, Moments, Sweeps};
+use super::{broadcast, cast, channels, conv, norm};
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
     OptionalTensor, Statistics, accumulator_dtype,
 };
-use crate::definition::{ConvBnOptions, NormSpec, StatisticsKind};
+use crate::definition::{ConvBnOptions, ConvSpec, Derivative, NormSpec, StatisticsKind};
 
 /// Forward with Burn's own ops.
 pub(crate) fn forward<B: ConvBnBackend>(
@@ -62,27 +62,36 @@ pub(crate) fn forward_by<B: ConvBnBackend, S: Sweeps<B>>(
         }
         Statistics::Fixed { mean, variance } => {
             let dtype = inputs.input.dtype();
-            let gamma = affine.gamma.as_ref();
-            let scales = Scales::<B>::new(gamma, variance.clone(), options.norm, dtype);
-            let bias = scales.bias(inputs.bias.as_option(), affine.beta, mean.clone());
-            let normalized = conv::forward::<B>(
-                inputs.input,
-                scale_weight::<B>(inputs.weight, scales.scale),
-                Some(cast::<B>(bias, dtype)),
-                &options.conv,
+            let folded = Folded::<B>::new(
+                affine.gamma.as_ref(),
+                affine.beta.as_ref(),
+                inputs.bias.as_option(),
+                (&mean, &variance),
+                options.norm,
+                dtype,
             );
+            let (normalized, kept) = match keep_conv_output {
+                true => {
+                    let conv_output =
+                        conv::forward::<B>(inputs.input, inputs.weight, None, &options.conv);
+                    (folded.apply(conv_output.clone()), Some(conv_output))
+                }
+                false => {
+                    let normalized = folded.conv(inputs.input, inputs.weight, &options.conv);
+                    (normalized, None)
+                }
+            };
             ConvBnForward {
                 output: S::activate(normalized, residual, options.activation),
                 mean: cast::<B>(mean, accumulator_dtype(dtype)),
                 variance: cast::<B>(variance, accumulator_dtype(dtype)),
-                conv_output: OptionalTensor::Absent,
+                conv_output: kept.into(),
             }
         }
     }
 }
 
-/// A norm with given statistics, as it is folded into the convolution: `[channels]` in the
-/// accumulator's dtype.
+/// What a norm with given statistics multiplies by: `[channels]` in the accumulator's dtype.
 struct Scales<B: Backend> {
     /// `s`.
     inv_std: FloatTensor<B>,
@@ -93,33 +102,73 @@ struct Scales<B: Backend> {
 impl<B: Backend> Scales<B> {
     fn new(
         gamma: Option<&FloatTensor<B>>,
-        variance: FloatTensor<B>,
+        variance: &FloatTensor<B>,
         norm: NormSpec,
         dtype: DType,
     ) -> Self {
         let accumulator = accumulator_dtype(dtype);
-        let inv_std = norm::inv_std::<B>(cast::<B>(variance, accumulator), norm);
+        let inv_std = norm::inv_std::<B>(cast::<B>(variance.clone(), accumulator), norm);
         let scale = match gamma {
             Some(gamma) => B::float_mul(cast::<B>(gamma.clone(), accumulator), inv_std.clone()),
             None => inv_std.clone(),
         };
         Self { inv_std, scale }
     }
+}
 
+/// A norm with given statistics as the affine map that it is, to be folded into the convolution.
+struct Folded<B: Backend> {
+    /// `gamma * s`.
+    scale: FloatTensor<B>,
     /// `beta + gamma * s * (bias - mean)`.
-    fn bias(
-        &self,
+    offset: FloatTensor<B>,
+    dtype: DType,
+}
+
+impl<B: ConvBnBackend> Folded<B> {
+    fn new(
+        gamma: Option<&FloatTensor<B>>,
+        beta: Option<&FloatTensor<B>>,
         bias: Option<&FloatTensor<B>>,
-        beta: Option<FloatTensor<B>>,
-        mean: FloatTensor<B>,
-    ) -> FloatTensor<B> {
-        let accumulator = self.scale.dtype();
-        let shifted = shifted_bias::<B>(bias, mean, accumulator);
-        let scaled = B::float_mul(shifted, self.scale.clone());
-        match beta {
-            Some(beta) => B::float_add(scaled, cast::<B>(beta, accumulator)),
+        (mean, variance): (&FloatTensor<B>, &FloatTensor<B>),
+        norm: NormSpec,
+        dtype: DType,
+    ) -> Self {
+        let scale = Scales::<B>::new(gamma, variance, norm, dtype).scale;
+        let accumulator = scale.dtype();
+        let shifted = shifted_bias::<B>(bias, mean.clone(), accumulator);
+        let scaled = B::float_mul(shifted, scale.clone());
+        let offset = match beta {
+            Some(beta) => B::float_add(scaled, cast::<B>(beta.clone(), accumulator)),
             None => scaled,
+        };
+        Self {
+            scale,
+            offset,
+            dtype,
         }
+    }
+
+    /// The norm of the convolution, as one convolution.
+    fn conv(
+        &self,
+        input: FloatTensor<B>,
+        weight: FloatTensor<B>,
+        spec: &ConvSpec,
+    ) -> FloatTensor<B> {
+        let weight = scale_weight::<B>(weight, self.scale.clone());
+        let offset = cast::<B>(self.offset.clone(), self.dtype);
+        conv::forward::<B>(input, weight, Some(offset), spec)
+    }
+
+    /// The norm of the convolution's output.
+    fn apply(&self, conv_output: FloatTensor<B>) -> FloatTensor<B> {
+        let rank = conv_output.rank();
+        let [scale, offset] =
+            [&self.scale, &self.offset].map(|values| broadcast::<B>(values.clone(), rank));
+        let value = cast::<B>(conv_output, accumulator_dtype(self.dtype));
+        let value = B::float_add(B::float_mul(value, scale), offset);
+        cast::<B>(value, self.dtype)
     }
 }
 
@@ -236,6 +285,8 @@ struct Pass<'a, B: ConvBnBackend, S: Sweeps<B>> {
     dtype: DType,
     /// The norm, where its statistics are the batch's and something is needed of them.
     norm: Option<S::Norm>,
+    /// The norm, where its statistics are given and the activation's derivative needs its output.
+    folded: Option<Folded<B>>,
     /// The weight that the gradient of the input goes through.
     input_weight: Option<FloatTensor<B>>,
 }
@@ -261,19 +312,27 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
             }
             (StatisticsKind::Fixed, Some((_, variance))) if options.wanted.input => {
                 let fold = |weight: &FloatTensor<B>| {
-                    let scales = Scales::<B>::new(gamma, variance.clone(), spec, weight.dtype());
+                    let scales = Scales::<B>::new(gamma, variance, spec, weight.dtype());
                     scale_weight::<B>(weight.clone(), scales.scale)
                 };
                 (None, weight.map(fold))
             }
             _ => (None, None),
         };
+        let dtype = saved.output_grad.dtype();
+        let is_fixed = options.statistics == StatisticsKind::Fixed;
+        let needs_value = options.options.activation.derivative() == Derivative::OfValue;
+        let folded = moments.filter(|_| is_fixed && needs_value).map(|moments| {
+            let (beta, bias) = (saved.beta.as_option(), saved.bias.as_option());
+            Folded::new(gamma, beta, bias, moments, spec, dtype)
+        });
         Self {
             options,
-            dtype: saved.output_grad.dtype(),
-            saved,
+            dtype,
+            folded,
             norm,
             input_weight,
+            saved,
         }
     }
 
@@ -287,16 +346,43 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
     /// Takes one chunk in hand. With `last`, what is only needed here is freed.
     fn chunk(&mut self, chunk: &Range<usize>, last: bool) -> S::Chunk {
         let norm_input = self.norm_input(chunk, last);
-        let output = take(&mut self.saved.output, last).map(|output| rows::<B>(output, chunk));
+        let argument = self.argument(chunk, last);
         let output_grad = rows::<B>(self.saved.output_grad.clone(), chunk);
         let function = self.options.options.activation;
         S::chunk(
             self.norm.as_ref(),
             output_grad,
             norm_input,
-            output,
+            argument,
             function,
         )
+    }
+
+    /// Where the activation's derivative is taken in one chunk.
+    fn argument(&mut self, chunk: &Range<usize>, last: bool) -> Argument<B> {
+        if let Some(output) = take(&mut self.saved.output, last) {
+            return Argument::Value(rows::<B>(output, chunk));
+        }
+        let residual = take(&mut self.saved.residual, last).map(|all| rows::<B>(all, chunk));
+        let Some(folded) = &self.folded else {
+            return Argument::Norm { residual };
+        };
+        let normalized = match take(&mut self.saved.conv_output, last) {
+            Some(conv_output) => folded.apply(rows::<B>(conv_output, chunk)),
+            None => {
+                let (Some(input), Some(weight)) =
+                    (self.saved.input.as_option(), self.saved.weight.as_option())
+                else {
+                    unreachable!("the plan keeps the convolution's output or what it is made of");
+                };
+                let input = rows::<B>(input.clone(), chunk);
+                folded.conv(input, weight.clone(), &self.options.options.conv)
+            }
+        };
+        Argument::Value(match residual {
+            Some(residual) => B::float_add(normalized, residual),
+            None => normalized,
+        })
     }
 
     /// The convolution's output of one chunk, recomputed or kept, if the norm needs it.
@@ -357,7 +443,7 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
         };
         let gamma = self.saved.gamma.as_option();
         let norm = self.options.options.norm;
-        let scales = Scales::<B>::new(gamma, variance.clone(), norm, self.dtype);
+        let scales = Scales::<B>::new(gamma, variance, norm, self.dtype);
         let weight = self.saved.weight.as_option();
         let mean = self.saved.mean.as_option();
         if let (true, Some(folded), Some(weight), Some(mean)) =

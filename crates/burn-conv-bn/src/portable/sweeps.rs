@@ -39,13 +39,12 @@ pub(crate) trait Sweeps<B: Backend> {
     /// The norm of the backward pass, over inputs of that shape in all.
     fn norm(moments: Moments<B>, affine: Affine<B>, norm: NormSpec, shape: &Shape) -> Self::Norm;
 
-    /// Takes a chunk in hand. The pre-activation is known from `output`, or from the norm and its
-    /// input; without an activation neither is needed for it.
+    /// Takes a chunk in hand.
     fn chunk(
         norm: Option<&Self::Norm>,
         output_grad: FloatTensor<B>,
         norm_input: Option<FloatTensor<B>>,
-        output: Option<FloatTensor<B>>,
+        argument: Argument<B>,
         function: Activation,
     ) -> Self::Chunk;
 
@@ -86,6 +85,15 @@ pub(crate) struct Affine<B: Backend> {
 pub(crate) struct Moments<B: Backend> {
     pub(crate) mean: FloatTensor<B>,
     pub(crate) variance: FloatTensor<B>,
+}
+
+/// Where the activation's derivative is taken.
+pub(crate) enum Argument<B: Backend> {
+    /// At the norm's output, rebuilt from its input, with what was added to it. Without an
+    /// activation neither is needed.
+    Norm { residual: Option<FloatTensor<B>> },
+    /// At this value: the pre-activation, or the activation's output where that serves as well.
+    Value(FloatTensor<B>),
 }
 
 /// The sweeps composed of Burn's own ops, in the accumulator's dtype.
@@ -165,7 +173,7 @@ impl<B: Backend> Sweeps<B> for Composed {
         norm: Option<&Self::Norm>,
         output_grad: FloatTensor<B>,
         norm_input: Option<FloatTensor<B>>,
-        output: Option<FloatTensor<B>>,
+        argument: Argument<B>,
         function: Activation,
     ) -> Self::Chunk {
         let dtype = output_grad.dtype();
@@ -173,12 +181,19 @@ impl<B: Backend> Sweeps<B> for Composed {
         let deviation = norm
             .zip(norm_input)
             .map(|(norm, input)| B::float_sub(cast::<B>(input, accumulator), norm.mean.clone()));
-        let value = match (function, output) {
+        let value = match (function, argument) {
             (Activation::Identity, _) => None,
-            (_, Some(output)) => Some(cast::<B>(output, accumulator)),
-            (_, None) => deviation.clone().zip(norm).map(|(deviation, norm)| {
-                norm::apply::<B>(deviation, norm.channel.scale(), norm.beta.clone())
-            }),
+            (_, Argument::Value(value)) => Some(cast::<B>(value, accumulator)),
+            (_, Argument::Norm { residual }) => {
+                deviation.clone().zip(norm).map(|(deviation, norm)| {
+                    let scale = norm.channel.scale();
+                    let value = norm::apply::<B>(deviation, scale, norm.beta.clone());
+                    match residual {
+                        Some(residual) => B::float_add(value, cast::<B>(residual, accumulator)),
+                        None => value,
+                    }
+                })
+            }
         };
         let grad = cast::<B>(output_grad, accumulator);
         let grad = match value {

@@ -311,6 +311,41 @@ fn frozen_over_every_option() {
     }
 }
 
+/// Every activation at the norm's output and at its sum with a residual, with the batch's
+/// statistics and with given ones, recomputed and kept, whole and image by image.
+#[test]
+fn fused_over_every_activation() {
+    let spec = ConvSpec {
+        padding: vec![(1, 0), (0, 1)],
+        ..ConvSpec::unit(2)
+    };
+    for activation in [
+        Activation::Relu6,
+        Activation::LeakyRelu {
+            negative_slope: 0.1,
+        },
+        Activation::LeakyRelu {
+            negative_slope: -0.5,
+        },
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::HardSwish,
+    ] {
+        for recompute in [Recompute::Conv, Recompute::Never] {
+            for (residual, frozen) in [(false, false), (false, true), (true, false), (true, true)] {
+                for max_workspace in [None, Some(1)] {
+                    let options = ConvBnOptions::new(spec.clone())
+                        .with_activation(activation)
+                        .with_recompute(recompute)
+                        .with_max_workspace(max_workspace);
+                    fused(&[3, 2, 5, 4], &[4, 2, 3, 3], &options, residual, frozen)
+                        .unwrap_or_else(|error| panic!("{options:?}, frozen {frozen}: {error}"));
+                }
+            }
+        }
+    }
+}
+
 fn fused(
     input: &[usize; 4],
     weight: &[usize; 4],
@@ -382,7 +417,7 @@ fn every_subset_of_parents() {
                         _ => check.constant(name, data),
                     },
                 );
-                for activation in [Activation::Identity, Activation::Relu] {
+                for activation in [Activation::Identity, Activation::Relu, Activation::Silu] {
                     check
                         .check(|i: &Inputs| {
                             let mut params = ConvBnParams::new(i.get::<4>("weight"))
