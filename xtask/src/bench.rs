@@ -7,7 +7,6 @@ mod output;
 mod process;
 
 use std::collections::BTreeMap;
-use std::env;
 use std::fs::{self, File, TryLockError};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -208,7 +207,7 @@ impl Lab {
         let mut versions = versions(&mut lab.start(Engine::Burn)?)?;
         versions.extend(machine::rustc_version());
         if args.peer == Some(Peer::Pytorch) {
-            lab.python = Some(python(args));
+            lab.python = Some(python(args.python.clone()));
             let peer = lab.start(Engine::PyTorch);
             match peer.and_then(|mut peer| self::versions(&mut peer)) {
                 Ok(of_peer) => versions.extend(of_peer),
@@ -398,12 +397,6 @@ fn versions(process: &mut Process) -> Result<BTreeMap<String, String>> {
         Reply::Unavailable { reason } | Reply::Failed { reason } => Err(anyhow!(reason)),
         other => bail!("{other:?} is no answer to a greeting"),
     }
-}
-
-fn python(args: &Bench) -> PathBuf {
-    let named = args.python.clone();
-    let named = named.or_else(|| env::var_os("PYTHON").map(PathBuf::from));
-    named.unwrap_or_else(|| PathBuf::from("python3"))
 }
 
 /// Builds the worker for a device and returns its file.

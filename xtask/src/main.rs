@@ -2,6 +2,7 @@
 
 mod bench;
 mod gpu;
+mod torchvision;
 
 use std::env;
 use std::ffi::OsString;
@@ -50,6 +51,12 @@ enum Task {
     /// The kernels are the one place with pointer arithmetic. A sanitizer is an unstable option of
     /// the compiler, which `RUSTC_BOOTSTRAP` opens on a stable toolchain.
     Sanitize,
+    /// Compare the networks with torchvision's: weights, logits, loss, every gradient and 30 steps.
+    ///
+    /// Needs a python with torch, torchvision and safetensors, which writes 800 MB of weights and
+    /// what PyTorch computes with them to `target/torchvision`. `cargo xtask test` finds them there
+    /// too from then on.
+    Torchvision(torchvision::Torchvision),
     /// Build the GPU tests and benchmarks for CUDA and pack them for a machine without a toolchain.
     GpuBundle(gpu::Bundle),
 }
@@ -108,6 +115,7 @@ fn main() -> ExitCode {
         Task::Check(args) => check(&args),
         Task::Test(args) => test(args),
         Task::Sanitize => sanitize(),
+        Task::Torchvision(args) => torchvision::torchvision(&args),
         Task::GpuBundle(args) => gpu::bundle(&args),
     };
     match result {
@@ -200,16 +208,23 @@ fn test(args: Test) -> Result<()> {
     let mut skips = Vec::new();
     let mut command = cargo(&["test", "--release"]);
     command.args(gpu::WITHOUT);
-    match real_mnist() {
-        Ok(dir) => {
-            // Tests run in the folders of their packages, where a relative path is another place.
-            command.env(MNIST, dir);
+    for (variable, beside, what) in [
+        (MNIST, MNIST_BESIDE, "tests on the real MNIST"),
+        (
+            torchvision::FILES,
+            torchvision::FOLDER,
+            "comparison with torchvision",
+        ),
+    ] {
+        match folder(variable, beside) {
+            Ok(dir) => {
+                // Tests run in the folders of their packages, where a relative path is another
+                // place.
+                command.env(variable, dir);
+            }
+            Err(_) if args.only == Some(Half::Gpu) => {}
+            Err(why) => skips.push(Skip { what, why }),
         }
-        Err(_) if args.only == Some(Half::Gpu) => {}
-        Err(why) => skips.push(Skip {
-            what: "tests on the real MNIST",
-            why,
-        }),
     }
     let mut gpu_command = None;
     match gpu::vulkan() {
@@ -283,20 +298,27 @@ fn host() -> Result<String> {
         .context("rustc -vV names no host")
 }
 
-/// The folder with the real MNIST, or why there is none. Looks where the tests do.
-fn real_mnist() -> Result<PathBuf, String> {
-    let (dir, why) = match env::var_os(MNIST) {
+/// The folder that a variable names, or without it the one at `beside` from the workspace's root;
+/// or why there is none.
+fn folder(variable: &str, beside: &str) -> Result<PathBuf, String> {
+    let (dir, why) = match env::var_os(variable) {
         Some(dir) => {
-            let why = format!("{MNIST} is {dir:?}, which is not a folder");
+            let why = format!("{variable} is {dir:?}, which is not a folder");
             (PathBuf::from(dir), why)
         }
         None => {
-            let why = format!("they need a folder named by {MNIST} or {MNIST_BESIDE}");
-            (root().join(MNIST_BESIDE), why)
+            let why = format!("needs a folder named by {variable}, or {beside}");
+            (root().join(beside), why)
         }
     };
     let found = dir.canonicalize().ok().filter(|dir| dir.is_dir());
     found.ok_or(why)
+}
+
+/// The python to run: the one that was named, the environment's, or the system's.
+fn python(named: Option<PathBuf>) -> PathBuf {
+    let named = named.or_else(|| env::var_os("PYTHON").map(PathBuf::from));
+    named.unwrap_or_else(|| PathBuf::from("python3"))
 }
 
 /// The workspace's root.

@@ -1,7 +1,8 @@
 use burn::config::Config;
-use burn::tensor::Tensor;
-use burn::tensor::activation::relu;
+use burn::nn::PaddingConfig2d;
+use burn::tensor::activation::{gelu, hard_swish, leaky_relu, relu, relu6, silu};
 use burn::tensor::module::batch_norm_train;
+use burn::tensor::{Shape, Tensor};
 use burn_conv_bn::functional::batch_norm;
 use burn_conv_bn::{Activation, ConvBn2d, NormSpec, NormVariant, Recompute, SavedTensor};
 
@@ -27,11 +28,27 @@ impl Form {
             Self::Fused => block.forward(input),
             Self::Unfused => {
                 let normalized = unfused_norm(block, block.conv.forward(input));
-                match block.settings.activation {
-                    Activation::Identity => normalized,
-                    Activation::Relu => relu(normalized),
-                    other => panic!("{other:?} has no unfused form yet"),
-                }
+                unfused_activation(block.settings.activation, normalized)
+            }
+        }
+    }
+
+    /// Runs a block that adds a residual, of its output's shape, before the activation.
+    ///
+    /// # Panics
+    ///
+    /// As [`ConvBn2d::forward_residual`].
+    pub(crate) fn forward_residual(
+        self,
+        block: &ConvBn2d,
+        input: Tensor<4>,
+        residual: Tensor<4>,
+    ) -> Tensor<4> {
+        match self {
+            Self::Fused => block.forward_residual(input, residual),
+            Self::Unfused => {
+                let sum = unfused_norm(block, block.conv.forward(input)) + residual;
+                unfused_activation(block.settings.activation, sum)
             }
         }
     }
@@ -39,7 +56,8 @@ impl Form {
     /// What a block keeps for the backward pass in this form, for a tracked input of that shape.
     ///
     /// The unfused form's list is Burn 0.22.1's: the convolution keeps its input and weight, batch
-    /// norm its input, gamma and its statistics, ReLU its input.
+    /// norm its input, gamma and its statistics, an activation its input. Of activations that Burn
+    /// composes of several ops only that one is listed, which they all keep.
     pub(crate) fn saved_for_backward(
         self,
         block: &ConvBn2d,
@@ -47,22 +65,152 @@ impl Form {
     ) -> Vec<SavedTensor> {
         match self {
             Self::Fused => block.saved_for_backward(input_shape),
-            Self::Unfused => {
-                // Fused without recomputation keeps all of it but ReLU's input.
-                let mut keeping = block.clone();
-                keeping.settings.recompute = Recompute::Never;
-                let mut saved = keeping.saved_for_backward(input_shape);
-                let conv_output = saved.iter().find(|tensor| tensor.name == "conv_output");
-                let norm_output = conv_output.map(|conv_output| SavedTensor {
-                    name: "norm_output",
-                    ..conv_output.clone()
-                });
-                if block.settings.activation == Activation::Relu {
-                    saved.extend(norm_output);
-                }
-                saved
-            }
+            Self::Unfused => unfused_saved(block, input_shape, "norm_output"),
         }
+    }
+
+    /// As [`saved_for_backward`](Self::saved_for_backward), for a block that adds a tracked
+    /// residual. Unfused, the activation's input is then the sum.
+    fn saved_for_backward_residual(
+        self,
+        block: &ConvBn2d,
+        input_shape: [usize; 4],
+    ) -> Vec<SavedTensor> {
+        if self == Self::Unfused {
+            return unfused_saved(block, input_shape, "sum");
+        }
+        let mut saved = block.saved_for_backward(input_shape);
+        let extra = match block.settings.activation {
+            Activation::Identity => return saved,
+            Activation::Relu | Activation::Relu6 => "output",
+            Activation::LeakyRelu { negative_slope } if negative_slope >= 0.0 => "output",
+            _ => "residual",
+        };
+        // The derivative follows from the output, so the sum is not formed again, which is what
+        // beta would be for.
+        if extra == "output" {
+            saved.retain(|tensor| tensor.name != "beta");
+        }
+        if saved.iter().all(|tensor| tensor.name != extra) {
+            let weight = saved.iter().position(|tensor| tensor.name == "weight");
+            let tensor = SavedTensor {
+                name: extra,
+                shape: Shape::from(output_shape(block, input_shape)),
+                dtype: block.conv.weight.val().dtype(),
+                shared: true,
+            };
+            saved.insert(weight.unwrap_or(saved.len()), tensor);
+        }
+        saved
+    }
+}
+
+/// Goes through a network with its input's shape and lists what its blocks keep for the backward
+/// pass.
+pub(crate) struct Walk {
+    form: Form,
+    /// Shape of what the next layer gets.
+    pub(crate) shape: [usize; 4],
+    /// What was kept so far, by the block's name.
+    pub(crate) saved: Vec<(String, SavedTensor)>,
+}
+
+impl Walk {
+    pub(crate) fn new(form: Form, input_shape: [usize; 4]) -> Self {
+        Self {
+            form,
+            shape: input_shape,
+            saved: Vec::new(),
+        }
+    }
+
+    /// Passes a block.
+    pub(crate) fn block(&mut self, name: String, block: &ConvBn2d) {
+        let saved = self.form.saved_for_backward(block, self.shape);
+        self.pass(name, block, saved);
+    }
+
+    /// Passes a block that adds a residual.
+    pub(crate) fn block_residual(&mut self, name: String, block: &ConvBn2d) {
+        let saved = self.form.saved_for_backward_residual(block, self.shape);
+        self.pass(name, block, saved);
+    }
+
+    /// Passes a pool over square windows.
+    pub(crate) fn pool(&mut self, kernel: usize, stride: usize, padding: usize) {
+        let [batch, channels, height, width] = self.shape;
+        let [height, width] =
+            [height, width].map(|size| windows(size + 2 * padding, kernel, stride));
+        self.shape = [batch, channels, height, width];
+    }
+
+    fn pass(&mut self, name: String, block: &ConvBn2d, saved: Vec<SavedTensor>) {
+        let saved = saved.into_iter().map(|tensor| (name.clone(), tensor));
+        self.saved.extend(saved);
+        self.shape = output_shape(block, self.shape);
+    }
+}
+
+/// Shape of a block's output for an input of that shape.
+fn output_shape(block: &ConvBn2d, [batch, _, height, width]: [usize; 4]) -> [usize; 4] {
+    let conv = &block.conv;
+    let [channels, ..] = conv.weight.lazy_shape().dims::<4>();
+    let size = |dim: usize, size: usize| {
+        let kernel = conv.dilation[dim] * (conv.kernel_size[dim] - 1) + 1;
+        let padding = match conv.padding {
+            PaddingConfig2d::Valid => 0,
+            PaddingConfig2d::Explicit(top, left, bottom, right) => {
+                [top + bottom, left + right][dim]
+            }
+            PaddingConfig2d::Same => return size.div_ceil(conv.stride[dim]),
+        };
+        windows(size + padding, kernel, conv.stride[dim])
+    };
+    [batch, channels, size(0, height), size(1, width)]
+}
+
+/// Number of windows of that size in a padded length.
+fn windows(padded: usize, kernel: usize, stride: usize) -> usize {
+    assert!(
+        kernel <= padded,
+        "a window of {kernel} does not fit into {padded}"
+    );
+    (padded - kernel) / stride + 1
+}
+
+/// What Burn's own layers keep, with that name for the activation's input.
+fn unfused_saved(
+    block: &ConvBn2d,
+    input_shape: [usize; 4],
+    activation_input: &'static str,
+) -> Vec<SavedTensor> {
+    // Fused without recomputation and activation keeps all of it but the activation's input.
+    let mut keeping = block.clone();
+    keeping.settings.recompute = Recompute::Never;
+    keeping.settings.activation = Activation::Identity;
+    let mut saved = keeping.saved_for_backward(input_shape);
+    if block.settings.activation != Activation::Identity {
+        saved.push(SavedTensor {
+            name: activation_input,
+            shape: Shape::from(output_shape(block, input_shape)),
+            dtype: block.conv.weight.val().dtype(),
+            shared: false,
+        });
+    }
+    saved
+}
+
+/// The activation as a user of Burn calls it.
+fn unfused_activation(activation: Activation, value: Tensor<4>) -> Tensor<4> {
+    match activation {
+        Activation::Identity => value,
+        Activation::Relu => relu(value),
+        Activation::Relu6 => relu6(value),
+        Activation::LeakyRelu { negative_slope } => leaky_relu(value, negative_slope),
+        Activation::Silu => silu(value),
+        Activation::Gelu => gelu(value),
+        Activation::HardSwish => hard_swish(value),
+        other => panic!("{other:?} has no unfused form yet"),
     }
 }
 

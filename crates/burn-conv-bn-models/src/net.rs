@@ -1,5 +1,5 @@
 use burn::config::Config;
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
 use burn::tensor::activation::{log_softmax, relu};
 use burn::tensor::module::max_pool2d;
@@ -8,6 +8,7 @@ use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, NormVariant, Recompute, SavedTensor};
 
 use crate::Form;
+use crate::init::draw;
 
 /// Configuration of [`Net`], made by [`init`](Self::init).
 #[derive(Config, Debug)]
@@ -97,25 +98,14 @@ impl NetConfig {
                 .init(device)
         };
         let pooled = (self.image_size - 4) / 2;
-        let net = Net {
+        draw(Net {
             conv1: block([1, first]),
             conv2: block([first, second]),
             fc1: LinearConfig::new(second * pooled * pooled, self.hidden).init(device),
             dropout: DropoutConfig::new(self.dropout).init(),
             fc2: LinearConfig::new(self.hidden, self.classes).init(device),
             form: self.form,
-        };
-        net.visit(&mut Draw);
-        net
-    }
-}
-
-/// Draws parameters in the order in which it meets them.
-struct Draw;
-
-impl ModuleVisitor for Draw {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        param.val();
+        })
     }
 }
 

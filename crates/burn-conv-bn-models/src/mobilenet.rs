@@ -1,0 +1,300 @@
+use burn::config::Config;
+use burn::module::Module;
+use burn::nn::{Dropout, DropoutConfig, Initializer, Linear, LinearConfig};
+use burn::tensor::module::adaptive_avg_pool2d;
+use burn::tensor::{Device, Tensor};
+use burn_conv_bn::{Activation, ConvBn2d, Recompute, SavedTensor};
+
+use crate::Form;
+use crate::form::Walk;
+use crate::init::{block, draw, zeros};
+
+/// Table 2 of the paper: expansion, output channels, number of blocks, stride of the first.
+const STAGES: [(usize, usize, usize, usize); 7] = [
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+];
+
+/// Configuration of [`MobileNetV2`], made by [`init`](Self::init).
+#[derive(Config, Debug)]
+pub struct MobileNetV2Config {
+    /// How the blocks run.
+    pub form: Form,
+    /// Factor on the numbers of channels, which are then rounded to multiples of 8. Default: 1.
+    #[config(default = 1.0)]
+    pub width: f64,
+    /// Number of classes. Default: 1000.
+    #[config(default = 1000)]
+    pub classes: usize,
+    /// Channels of the images. Default: 3.
+    #[config(default = 3)]
+    pub input_channels: usize,
+    /// Probability with which the classifier's inputs are dropped in training. Default: 0.2.
+    #[config(default = 0.2)]
+    pub dropout: f64,
+    /// Whether the fused blocks recompute their convolution. Default: they do.
+    #[config(default = "Recompute::Conv")]
+    pub recompute: Recompute,
+    /// Bound on the fused blocks' workspace in the backward pass, in bytes. Default: none.
+    #[config(default = "None")]
+    pub max_workspace: Option<usize>,
+}
+
+/// A network of inverted residuals ([Sandler et al. 2018](https://arxiv.org/abs/1801.04381)) with
+/// torchvision's layers and initial distributions.
+#[derive(Module, Debug)]
+pub struct MobileNetV2 {
+    /// A 3x3 convolution with stride 2, the inverted residuals, and a 1x1 convolution, before the
+    /// global average pool.
+    pub features: Vec<MobileNetV2Block>,
+    /// Before the linear layer.
+    pub dropout: Dropout,
+    /// Output linear layer.
+    pub classifier: Linear,
+    #[module(skip)]
+    form: Form,
+}
+
+/// A chain of convolutions: one of the two plain ones, or an inverted residual of a 1x1 convolution
+/// to more channels (unless the expansion is 1), a depthwise 3x3 one with the stride, and a 1x1 one
+/// to fewer, without activation.
+#[derive(Module, Debug)]
+pub struct MobileNetV2Block {
+    /// The convolutions.
+    pub conv: Vec<ConvBn2d>,
+    /// Whether the last convolution adds the block's input.
+    #[module(skip)]
+    residual: bool,
+}
+
+/// Multiple of 8 nearest to a number of channels, up by one step where that would take more than a
+/// tenth away: torchvision's `_make_divisible`.
+fn rounded(channels: f64) -> usize {
+    let nearest = ((channels + 4.0) as usize / 8 * 8).max(8);
+    match (nearest as f64) < 0.9 * channels {
+        true => nearest + 8,
+        false => nearest,
+    }
+}
+
+impl MobileNetV2Config {
+    /// Initializes a network, and draws its parameters at once in the order of its fields: the
+    /// same seed of the device gives the same weights whatever the form and however it is used.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the width is not positive and finite, or the dropout is not in `[0, 1)`.
+    pub fn init(&self, device: &Device) -> MobileNetV2 {
+        draw(self.init_lazy(device))
+    }
+
+    /// As [`init`](Self::init), but each parameter is drawn on first use.
+    pub(crate) fn init_lazy(&self, device: &Device) -> MobileNetV2 {
+        assert!(
+            self.width.is_finite() && self.width > 0.0,
+            "the width must be positive and finite, got {}",
+            self.width
+        );
+        let mut channels = rounded(32.0 * self.width);
+        let mut features = vec![self.plain([self.input_channels, channels], 3, 2, device)];
+        for (expansion, channels_out, count, first_stride) in STAGES {
+            let channels_out = rounded(channels_out as f64 * self.width);
+            for index in 0..count {
+                let stride = if index == 0 { first_stride } else { 1 };
+                let shape = [channels, channels_out];
+                features.push(self.inverted_residual(shape, expansion, stride, device));
+                channels = channels_out;
+            }
+        }
+        let last = rounded(1280.0 * self.width.max(1.0));
+        features.push(self.plain([channels, last], 1, 1, device));
+        let mut classifier = LinearConfig::new(last, self.classes)
+            .with_initializer(Initializer::Normal {
+                mean: 0.0,
+                std: 0.01,
+            })
+            .init(device);
+        classifier.bias = Some(zeros(self.classes, device));
+        MobileNetV2 {
+            features,
+            dropout: DropoutConfig::new(self.dropout).init(),
+            classifier,
+            form: self.form,
+        }
+    }
+
+    fn plain(
+        &self,
+        channels: [usize; 2],
+        kernel: usize,
+        stride: usize,
+        device: &Device,
+    ) -> MobileNetV2Block {
+        MobileNetV2Block {
+            conv: vec![self.conv(channels, kernel, stride, 1, Activation::Relu6, device)],
+            residual: false,
+        }
+    }
+
+    fn inverted_residual(
+        &self,
+        [channels_in, channels_out]: [usize; 2],
+        expansion: usize,
+        stride: usize,
+        device: &Device,
+    ) -> MobileNetV2Block {
+        let inner = channels_in * expansion;
+        let conv = |channels, kernel, stride, groups, activation| {
+            self.conv(channels, kernel, stride, groups, activation, device)
+        };
+        let expand =
+            (expansion != 1).then(|| conv([channels_in, inner], 1, 1, 1, Activation::Relu6));
+        let depthwise = conv([inner, inner], 3, stride, inner, Activation::Relu6);
+        let project = conv([inner, channels_out], 1, 1, 1, Activation::Identity);
+        MobileNetV2Block {
+            conv: expand.into_iter().chain([depthwise, project]).collect(),
+            residual: stride == 1 && channels_in == channels_out,
+        }
+    }
+
+    fn conv(
+        &self,
+        channels: [usize; 2],
+        kernel: usize,
+        stride: usize,
+        groups: usize,
+        activation: Activation,
+        device: &Device,
+    ) -> ConvBn2d {
+        block(channels, kernel, stride, groups, activation)
+            .with_recompute(self.recompute)
+            .with_max_workspace(self.max_workspace)
+            .init(device)
+    }
+}
+
+impl MobileNetV2 {
+    /// Patterns and replacements from the keys of torchvision's `mobilenet_v2` to the names here;
+    /// see [the crate](crate#weights-of-pytorch).
+    pub const PYTORCH_KEYS: &'static [(&'static str, &'static str)] = &[
+        // The two plain convolutions.
+        (
+            r"^features\.(0|18)\.0\.weight$",
+            "features.$1.conv.0.conv.weight",
+        ),
+        (
+            r"^features\.(0|18)\.1\.(weight|bias|running_mean|running_var)$",
+            "features.$1.conv.0.norm.$2",
+        ),
+        // Convolutions with an activation are a sequence of their own, the last one's parts are
+        // not.
+        (
+            r"^features\.(\d+)\.conv\.(\d)\.0\.",
+            "features.$1.conv.$2.conv.",
+        ),
+        (
+            r"^features\.(\d+)\.conv\.(\d)\.1\.",
+            "features.$1.conv.$2.norm.",
+        ),
+        // The first inverted residual does not expand.
+        (
+            r"^features\.1\.conv\.1\.weight$",
+            "features.1.conv.1.conv.weight",
+        ),
+        (
+            r"^features\.1\.conv\.2\.(weight|bias|running_mean|running_var)$",
+            "features.1.conv.1.norm.$1",
+        ),
+        (
+            r"^features\.(\d+)\.conv\.2\.weight$",
+            "features.$1.conv.2.conv.weight",
+        ),
+        (
+            r"^features\.(\d+)\.conv\.3\.(weight|bias|running_mean|running_var)$",
+            "features.$1.conv.2.norm.$2",
+        ),
+        (r"\.norm\.weight$", ".norm.gamma"),
+        (r"\.norm\.bias$", ".norm.beta"),
+        (r"^classifier\.1\.", "classifier."),
+    ];
+
+    /// Scores of the classes, before any softmax.
+    ///
+    /// # Shapes
+    ///
+    /// - `images`: `[batch, input_channels, height, width]`
+    /// - output: `[batch, classes]`
+    ///
+    /// # Panics
+    ///
+    /// As [`ConvBn2d::forward`]: among others if a training batch leaves a single value per
+    /// channel, as one image of up to 32x32 does.
+    pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        let features = self.features.iter();
+        let x = features.fold(images, |x, block| block.forward(x, self.form));
+        let x = adaptive_avg_pool2d(x, [1, 1]).flatten(1, 3);
+        self.classifier.forward(self.dropout.forward(x))
+    }
+
+    /// How the blocks run.
+    pub fn form(&self) -> Form {
+        self.form
+    }
+
+    /// The same network, with the same tensors, in another form.
+    #[must_use]
+    pub fn with_form(mut self, form: Form) -> Self {
+        self.form = form;
+        self
+    }
+
+    /// What each convolution's block keeps for the backward pass in this form, for images of that
+    /// shape, `[batch, input_channels, height, width]`: by name, as `features.1.conv.0`, role and
+    /// bytes.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), for the shape.
+    pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
+        let mut walk = Walk::new(self.form, input_shape);
+        for (index, block) in self.features.iter().enumerate() {
+            block.walk(&format!("features.{index}"), &mut walk);
+        }
+        walk.saved
+    }
+}
+
+impl MobileNetV2Block {
+    fn forward(&self, input: Tensor<4>, form: Form) -> Tensor<4> {
+        let residual = self.residual.then(|| input.clone());
+        let (last, first) = self.parts();
+        let x = first.iter().fold(input, |x, conv| form.forward(conv, x));
+        match residual {
+            Some(residual) => form.forward_residual(last, x, residual),
+            None => form.forward(last, x),
+        }
+    }
+
+    /// Lists what it keeps, in the order of [`forward`](Self::forward).
+    fn walk(&self, name: &str, walk: &mut Walk) {
+        let (last, first) = self.parts();
+        for (index, conv) in first.iter().enumerate() {
+            walk.block(format!("{name}.conv.{index}"), conv);
+        }
+        let name = format!("{name}.conv.{}", first.len());
+        match self.residual {
+            true => walk.block_residual(name, last),
+            false => walk.block(name, last),
+        }
+    }
+
+    /// The last convolution and those before it.
+    fn parts(&self) -> (&ConvBn2d, &[ConvBn2d]) {
+        self.conv.split_last().expect("a block has a convolution")
+    }
+}

@@ -1,0 +1,311 @@
+use burn::config::Config;
+use burn::module::Module;
+use burn::nn::{Linear, LinearConfig};
+use burn::tensor::module::{adaptive_avg_pool2d, max_pool2d};
+use burn::tensor::ops::MaxPoolOptions;
+use burn::tensor::{Device, Tensor};
+use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, Recompute, SavedTensor};
+
+use crate::Form;
+use crate::form::Walk;
+use crate::init::{block, draw, zeros};
+
+/// What the blocks of a [`ResNet`] are made of.
+#[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
+pub enum ResNetBlockKind {
+    /// Two 3x3 convolutions, the first with the stride.
+    Basic,
+    /// A 1x1 convolution, a 3x3 one with the stride, and a 1x1 one to four times as many channels:
+    /// version 1.5, as torchvision's.
+    Bottleneck,
+}
+
+impl ResNetBlockKind {
+    /// Output channels per channel of the block's width.
+    fn expansion(self) -> usize {
+        match self {
+            Self::Basic => 1,
+            Self::Bottleneck => 4,
+        }
+    }
+}
+
+/// Configuration of [`ResNet`], made by [`init`](Self::init).
+#[derive(Config, Debug)]
+pub struct ResNetConfig {
+    /// How the blocks run.
+    pub form: Form,
+    /// What the blocks are made of.
+    pub kind: ResNetBlockKind,
+    /// Numbers of blocks in the four layers.
+    pub blocks: [usize; 4],
+    /// Number of classes. Default: 1000.
+    #[config(default = 1000)]
+    pub classes: usize,
+    /// Channels of the images. Default: 3.
+    #[config(default = 3)]
+    pub input_channels: usize,
+    /// Whether each block starts as its shortcut: gamma of its last norm is zero
+    /// ([Goyal et al. 2017](https://arxiv.org/abs/1706.02677), 5.1). Default: false.
+    #[config(default = false)]
+    pub zero_init_residual: bool,
+    /// Whether the fused blocks recompute their convolution. Default: they do.
+    #[config(default = "Recompute::Conv")]
+    pub recompute: Recompute,
+    /// Bound on the fused blocks' workspace in the backward pass, in bytes. Default: none.
+    #[config(default = "None")]
+    pub max_workspace: Option<usize>,
+}
+
+/// A residual network ([He et al. 2015](https://arxiv.org/abs/1512.03385)) with torchvision's
+/// layers, names and initial distributions.
+#[derive(Module, Debug)]
+pub struct ResNet {
+    /// 7x7 convolution with stride 2, before a 3x3 max pool with stride 2.
+    pub conv1: ConvBn2d,
+    /// Blocks of width 64.
+    pub layer1: Vec<ResNetBlock>,
+    /// Blocks of width 128, the first with stride 2.
+    pub layer2: Vec<ResNetBlock>,
+    /// Blocks of width 256, the first with stride 2.
+    pub layer3: Vec<ResNetBlock>,
+    /// Blocks of width 512, the first with stride 2, before the global average pool.
+    pub layer4: Vec<ResNetBlock>,
+    /// Output linear layer.
+    pub fc: Linear,
+    #[module(skip)]
+    form: Form,
+}
+
+/// A residual block: the last of its convolutions adds the shortcut before its ReLU.
+#[derive(Module, Debug)]
+pub struct ResNetBlock {
+    /// First convolution.
+    pub conv1: ConvBn2d,
+    /// Second convolution: the last one of a basic block.
+    pub conv2: ConvBn2d,
+    /// Last convolution of a bottleneck.
+    pub conv3: Option<ConvBn2d>,
+    /// Brings the shortcut to the shape of the sum, by a 1x1 convolution without activation, where
+    /// stride or channels change.
+    pub downsample: Option<ConvBn2d>,
+}
+
+impl ResNetConfig {
+    /// ResNet-18.
+    pub fn resnet18(form: Form) -> Self {
+        Self::new(form, ResNetBlockKind::Basic, [2, 2, 2, 2])
+    }
+
+    /// ResNet-34.
+    pub fn resnet34(form: Form) -> Self {
+        Self::new(form, ResNetBlockKind::Basic, [3, 4, 6, 3])
+    }
+
+    /// ResNet-50, version 1.5.
+    pub fn resnet50(form: Form) -> Self {
+        Self::new(form, ResNetBlockKind::Bottleneck, [3, 4, 6, 3])
+    }
+
+    /// Initializes a network, and draws its parameters at once in the order of its fields: the
+    /// same seed of the device gives the same weights whatever the form and however it is used.
+    ///
+    /// # Panics
+    ///
+    /// Panics if a layer has no blocks.
+    pub fn init(&self, device: &Device) -> ResNet {
+        draw(self.init_lazy(device))
+    }
+
+    /// As [`init`](Self::init), but each parameter is drawn on first use.
+    pub(crate) fn init_lazy(&self, device: &Device) -> ResNet {
+        assert!(
+            !self.blocks.contains(&0),
+            "each layer needs a block, got {:?}",
+            self.blocks
+        );
+        let conv1 = block([self.input_channels, 64], 7, 2, 1, Activation::Relu);
+        let [layer1, layer2, layer3, layer4] = [0, 1, 2, 3].map(|layer| self.layer(layer, device));
+        ResNet {
+            conv1: self.conv(conv1, device),
+            layer1,
+            layer2,
+            layer3,
+            layer4,
+            fc: LinearConfig::new(512 * self.kind.expansion(), self.classes).init(device),
+            form: self.form,
+        }
+    }
+
+    fn layer(&self, layer: usize, device: &Device) -> Vec<ResNetBlock> {
+        let width = 64_usize << layer;
+        let channels = width * self.kind.expansion();
+        (0..self.blocks[layer])
+            .map(|index| match (layer, index) {
+                (0, 0) => self.block(64, width, 1, device),
+                (_, 0) => self.block(channels / 2, width, 2, device),
+                _ => self.block(channels, width, 1, device),
+            })
+            .collect()
+    }
+
+    fn block(
+        &self,
+        channels_in: usize,
+        width: usize,
+        stride: usize,
+        device: &Device,
+    ) -> ResNetBlock {
+        let channels_out = width * self.kind.expansion();
+        let conv = |channels, kernel, stride, activation| {
+            self.conv(block(channels, kernel, stride, 1, activation), device)
+        };
+        let relu = |channels, kernel, stride| conv(channels, kernel, stride, Activation::Relu);
+        let (conv1, mut conv2, mut conv3) = match self.kind {
+            ResNetBlockKind::Basic => (
+                relu([channels_in, width], 3, stride),
+                relu([width, width], 3, 1),
+                None,
+            ),
+            ResNetBlockKind::Bottleneck => (
+                relu([channels_in, width], 1, 1),
+                relu([width, width], 3, stride),
+                Some(relu([width, channels_out], 1, 1)),
+            ),
+        };
+        if self.zero_init_residual {
+            let last = conv3.as_mut().unwrap_or(&mut conv2);
+            last.norm.gamma = zeros(channels_out, device);
+        }
+        let changes = stride != 1 || channels_in != channels_out;
+        ResNetBlock {
+            conv1,
+            conv2,
+            conv3,
+            downsample: changes.then(|| {
+                let channels = [channels_in, channels_out];
+                conv(channels, 1, stride, Activation::Identity)
+            }),
+        }
+    }
+
+    fn conv(&self, config: ConvBn2dConfig, device: &Device) -> ConvBn2d {
+        config
+            .with_recompute(self.recompute)
+            .with_max_workspace(self.max_workspace)
+            .init(device)
+    }
+}
+
+impl ResNet {
+    /// Patterns and replacements from the keys of torchvision's `resnet*` to the names here; see
+    /// [the crate](crate#weights-of-pytorch).
+    pub const PYTORCH_KEYS: &'static [(&'static str, &'static str)] = &[
+        (r"(^|\.)conv(\d)\.weight$", "${1}conv${2}.conv.weight"),
+        (r"(^|\.)bn(\d)\.", "${1}conv${2}.norm."),
+        (r"\.downsample\.0\.", ".downsample.conv."),
+        (r"\.downsample\.1\.", ".downsample.norm."),
+        (r"\.norm\.weight$", ".norm.gamma"),
+        (r"\.norm\.bias$", ".norm.beta"),
+    ];
+
+    /// Scores of the classes, before any softmax.
+    ///
+    /// # Shapes
+    ///
+    /// - `images`: `[batch, input_channels, height, width]`
+    /// - output: `[batch, classes]`
+    ///
+    /// # Panics
+    ///
+    /// As [`ConvBn2d::forward`]: among others if a training batch leaves a single value per
+    /// channel, as one image of up to 32x32 does.
+    pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        let x = self.form.forward(&self.conv1, images);
+        let pool = MaxPoolOptions::new([3, 3])
+            .with_stride([2, 2])
+            .with_padding([1, 1]);
+        let x = max_pool2d(x, pool);
+        let x = self
+            .layers()
+            .into_iter()
+            .flat_map(|(_, layer)| layer)
+            .fold(x, |x, block| block.forward(x, self.form));
+        let x = adaptive_avg_pool2d(x, [1, 1]);
+        self.fc.forward(x.flatten(1, 3))
+    }
+
+    /// How the blocks run.
+    pub fn form(&self) -> Form {
+        self.form
+    }
+
+    /// The same network, with the same tensors, in another form.
+    #[must_use]
+    pub fn with_form(mut self, form: Form) -> Self {
+        self.form = form;
+        self
+    }
+
+    /// What each fused block keeps for the backward pass in this form, for images of that shape,
+    /// `[batch, input_channels, height, width]`: by the block's name, as `layer1.0.conv1`, its
+    /// role and bytes. A tensor that two blocks read is listed by both.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), for the shape.
+    pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
+        let mut walk = Walk::new(self.form, input_shape);
+        walk.block("conv1".into(), &self.conv1);
+        walk.pool(3, 2, 1);
+        for (name, layer) in self.layers() {
+            for (index, block) in layer.iter().enumerate() {
+                block.walk(&format!("{name}.{index}"), &mut walk);
+            }
+        }
+        walk.saved
+    }
+
+    fn layers(&self) -> [(&'static str, &Vec<ResNetBlock>); 4] {
+        [
+            ("layer1", &self.layer1),
+            ("layer2", &self.layer2),
+            ("layer3", &self.layer3),
+            ("layer4", &self.layer4),
+        ]
+    }
+}
+
+impl ResNetBlock {
+    fn forward(&self, input: Tensor<4>, form: Form) -> Tensor<4> {
+        let shortcut = match &self.downsample {
+            Some(downsample) => form.forward(downsample, input.clone()),
+            None => input.clone(),
+        };
+        let x = form.forward(&self.conv1, input);
+        match &self.conv3 {
+            None => form.forward_residual(&self.conv2, x, shortcut),
+            Some(conv3) => {
+                let x = form.forward(&self.conv2, x);
+                form.forward_residual(conv3, x, shortcut)
+            }
+        }
+    }
+
+    /// Lists what it keeps, in the order of [`forward`](Self::forward).
+    fn walk(&self, name: &str, walk: &mut Walk) {
+        let input_shape = walk.shape;
+        if let Some(downsample) = &self.downsample {
+            walk.block(format!("{name}.downsample"), downsample);
+            walk.shape = input_shape;
+        }
+        walk.block(format!("{name}.conv1"), &self.conv1);
+        match &self.conv3 {
+            None => walk.block_residual(format!("{name}.conv2"), &self.conv2),
+            Some(conv3) => {
+                walk.block(format!("{name}.conv2"), &self.conv2);
+                walk.block_residual(format!("{name}.conv3"), conv3);
+            }
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Names and numbers of parameters of torchvision's networks, without drawing any, and the two
+//! forms of a single block.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Device, Distribution, Tensor};
+use burn_conv_bn::{Activation, ConvBn2dConfig};
+
+use crate::{Form, MobileNetV2Config, ResNetConfig, VggConfig};
+
+/// Sizes of all parameters and buffers, by name.
+#[derive(Default)]
+struct Sizes {
+    path: Vec<String>,
+    sizes: BTreeMap<String, usize>,
+}
+
+impl ModuleVisitor for Sizes {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let size = param.lazy_shape().num_elements();
+        self.sizes.insert(self.path.join("."), size);
+    }
+}
+
+/// Checks a network's names, given those of its blocks and linear layers, and its number of
+/// parameters, which torchvision's documentation gives.
+fn check<M: Module>(network: &M, blocks: &[String], bias: bool, linear: &[&str], count: usize) {
+    let mut visitor = Sizes::default();
+    network.visit(&mut visitor);
+    let of_block = [
+        "norm.gamma",
+        "norm.beta",
+        "norm.running_mean",
+        "norm.running_var",
+    ];
+    let mut names: Vec<String> = Vec::new();
+    for block in blocks {
+        names.push(format!("{block}.conv.weight"));
+        if bias {
+            names.push(format!("{block}.conv.bias"));
+        }
+        names.extend(of_block.map(|name| format!("{block}.{name}")));
+    }
+    for layer in linear {
+        names.extend(["weight", "bias"].map(|name| format!("{layer}.{name}")));
+    }
+    names.sort();
+    assert!(visitor.sizes.keys().eq(&names), "{:#?}", visitor.sizes);
+
+    let buffers = ["running_mean", "running_var"];
+    let parameters = visitor
+        .sizes
+        .iter()
+        .filter(|(name, _)| !buffers.iter().any(|buffer| name.ends_with(buffer)));
+    assert_eq!(parameters.map(|(_, size)| size).sum::<usize>(), count);
+}
+
+#[test]
+fn resnets_are_those_of_torchvision() {
+    let networks = [
+        (ResNetConfig::resnet18(Form::Fused), 2, 11_689_512),
+        (ResNetConfig::resnet34(Form::Fused), 2, 21_797_672),
+        (ResNetConfig::resnet50(Form::Fused), 3, 25_557_032),
+    ];
+    for (config, convs, count) in networks {
+        let mut blocks = vec!["conv1".to_owned()];
+        for (layer, length) in (1..).zip(config.blocks) {
+            for index in 0..length {
+                let block = format!("layer{layer}.{index}");
+                blocks.extend((1..=convs).map(|conv| format!("{block}.conv{conv}")));
+                if index == 0 && (layer > 1 || convs == 3) {
+                    blocks.push(format!("{block}.downsample"));
+                }
+            }
+        }
+        let network = config.init_lazy(&Device::flex());
+        check(&network, &blocks, false, &["fc"], count);
+    }
+}
+
+#[test]
+fn vgg_is_that_of_torchvision() {
+    let blocks: Vec<_> = (0..13).map(|index| format!("features.{index}")).collect();
+    let linear = ["classifier.0", "classifier.1", "classifier.2"];
+    let network = VggConfig::vgg16_bn(Form::Fused).init_lazy(&Device::flex());
+    check(&network, &blocks, true, &linear, 138_365_992);
+}
+
+#[test]
+fn mobilenet_v2_is_that_of_torchvision() {
+    let blocks: Vec<_> = (0..19)
+        .flat_map(|index| {
+            let convs = match index {
+                0 | 18 => 1,
+                1 => 2,
+                _ => 3,
+            };
+            (0..convs).map(move |conv| format!("features.{index}.conv.{conv}"))
+        })
+        .collect();
+    let network = MobileNetV2Config::new(Form::Fused).init_lazy(&Device::flex());
+    check(&network, &blocks, false, &["classifier"], 3_504_872);
+}
+
+#[test]
+fn both_forms_of_a_block_agree_for_every_activation() {
+    let device = Device::flex().autodiff();
+    let random = |channels: usize| {
+        let distribution = Distribution::Normal(0.0, 3.0);
+        Tensor::<4>::random([2, channels, 5, 5], distribution, &device)
+    };
+    for activation in [
+        Activation::Identity,
+        Activation::Relu,
+        Activation::Relu6,
+        Activation::LeakyRelu {
+            negative_slope: 0.1,
+        },
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::HardSwish,
+    ] {
+        let block = ConvBn2dConfig::new([2, 3], [1, 1])
+            .with_activation(activation)
+            .init(&device);
+        let (input, residual) = (random(2), random(3));
+        let [fused, unfused] = [Form::Fused, Form::Unfused].map(|form| {
+            let plain = form.forward(&block, input.clone());
+            let sum = form.forward_residual(&block, input.clone(), residual.clone());
+            Tensor::cat(vec![plain, sum], 0).into_data()
+        });
+        let pairs = fused.iter::<f64>().zip(unfused.iter::<f64>());
+        for (fused, unfused) in pairs {
+            let difference = (fused - unfused).abs();
+            assert!(difference <= 1e-4, "{activation:?}: {fused} and {unfused}");
+        }
+    }
+}

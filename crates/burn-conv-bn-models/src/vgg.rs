@@ -1,0 +1,226 @@
+use burn::config::Config;
+use burn::module::Module;
+use burn::nn::{Dropout, DropoutConfig, Initializer, Linear, LinearConfig};
+use burn::tensor::activation::relu;
+use burn::tensor::module::{adaptive_avg_pool2d, max_pool2d};
+use burn::tensor::ops::MaxPoolOptions;
+use burn::tensor::{Device, Tensor};
+use burn_conv_bn::{Activation, ConvBn2d, Recompute, SavedTensor};
+
+use crate::Form;
+use crate::form::Walk;
+use crate::init::{block, draw, zeros};
+
+/// Channels of the convolutions between two pools.
+const WIDTHS: [usize; 5] = [64, 128, 256, 512, 512];
+
+/// Height and width of what the classifier sees.
+const POOLED: usize = 7;
+
+/// Configuration of [`Vgg`], made by [`init`](Self::init).
+#[derive(Config, Debug)]
+pub struct VggConfig {
+    /// How the blocks run.
+    pub form: Form,
+    /// Numbers of convolutions before each of the five pools.
+    pub blocks: [usize; 5],
+    /// Number of classes. Default: 1000.
+    #[config(default = 1000)]
+    pub classes: usize,
+    /// Channels of the images. Default: 3.
+    #[config(default = 3)]
+    pub input_channels: usize,
+    /// Width of the two hidden linear layers. Default: 4096.
+    #[config(default = 4096)]
+    pub hidden: usize,
+    /// Probability with which the hidden layers' values are dropped in training. Default: 0.5.
+    #[config(default = 0.5)]
+    pub dropout: f64,
+    /// Whether the fused blocks recompute their convolution. Default: they do.
+    #[config(default = "Recompute::Conv")]
+    pub recompute: Recompute,
+    /// Bound on the fused blocks' workspace in the backward pass, in bytes. Default: none.
+    #[config(default = "None")]
+    pub max_workspace: Option<usize>,
+}
+
+/// A network of 3x3 convolutions ([Simonyan and Zisserman 2014](https://arxiv.org/abs/1409.1556))
+/// with batch norm, and torchvision's layers and initial distributions.
+#[derive(Module, Debug)]
+pub struct Vgg {
+    /// The convolutions, with a bias as in torchvision: 64 channels, and twice as many after each
+    /// 2x2 max pool, up to 512.
+    pub features: Vec<ConvBn2d>,
+    /// Three linear layers, with ReLU and dropout after the first two.
+    pub classifier: Vec<Linear>,
+    /// After the hidden linear layers.
+    pub dropout: Dropout,
+    #[module(skip)]
+    blocks: [usize; 5],
+    #[module(skip)]
+    form: Form,
+}
+
+impl VggConfig {
+    /// VGG-16 with batch norm.
+    pub fn vgg16_bn(form: Form) -> Self {
+        Self::new(form, [2, 2, 3, 3, 3])
+    }
+
+    /// Initializes a network, and draws its parameters at once in the order of its fields: the
+    /// same seed of the device gives the same weights whatever the form and however it is used.
+    ///
+    /// # Panics
+    ///
+    /// Panics if there are no convolutions before a pool, or the dropout is not in `[0, 1)`.
+    pub fn init(&self, device: &Device) -> Vgg {
+        draw(self.init_lazy(device))
+    }
+
+    /// As [`init`](Self::init), but each parameter is drawn on first use.
+    pub(crate) fn init_lazy(&self, device: &Device) -> Vgg {
+        assert!(
+            !self.blocks.contains(&0),
+            "each pool needs a convolution before it, got {:?}",
+            self.blocks
+        );
+        let mut channels_in = self.input_channels;
+        let mut features = Vec::new();
+        for (&channels, &count) in WIDTHS.iter().zip(&self.blocks) {
+            for _ in 0..count {
+                let mut conv = block([channels_in, channels], 3, 1, 1, Activation::Relu)
+                    .with_bias(true)
+                    .with_recompute(self.recompute)
+                    .with_max_workspace(self.max_workspace)
+                    .init(device);
+                conv.conv.bias = Some(zeros(channels, device));
+                features.push(conv);
+                channels_in = channels;
+            }
+        }
+        let linear = |inputs, outputs| {
+            let mut linear = LinearConfig::new(inputs, outputs)
+                .with_initializer(Initializer::Normal {
+                    mean: 0.0,
+                    std: 0.01,
+                })
+                .init(device);
+            linear.bias = Some(zeros(outputs, device));
+            linear
+        };
+        Vgg {
+            features,
+            classifier: vec![
+                linear(channels_in * POOLED * POOLED, self.hidden),
+                linear(self.hidden, self.hidden),
+                linear(self.hidden, self.classes),
+            ],
+            dropout: DropoutConfig::new(self.dropout).init(),
+            blocks: self.blocks,
+            form: self.form,
+        }
+    }
+}
+
+/// Pairs for the convolution and the norm of each block, from their positions in torchvision's
+/// `features` to the block's here, and those for the rest.
+macro_rules! pytorch_keys {
+    ($($conv:literal, $norm:literal => $block:literal;)*) => {
+        &[
+            $(
+                (
+                    concat!(r"^features\.", $conv, r"\.(weight|bias)$"),
+                    concat!("features.", $block, ".conv.$1"),
+                ),
+                (
+                    concat!(r"^features\.", $norm, r"\.(weight|bias|running_mean|running_var)$"),
+                    concat!("features.", $block, ".norm.$1"),
+                ),
+            )*
+            (r"\.norm\.weight$", ".norm.gamma"),
+            (r"\.norm\.bias$", ".norm.beta"),
+            (r"^classifier\.3\.", "classifier.1."),
+            (r"^classifier\.6\.", "classifier.2."),
+        ]
+    };
+}
+
+impl Vgg {
+    /// Patterns and replacements from the keys of torchvision's `vgg16_bn` to the names here; see
+    /// [the crate](crate#weights-of-pytorch).
+    pub const PYTORCH_KEYS: &'static [(&'static str, &'static str)] = pytorch_keys! {
+        0, 1 => 0;
+        3, 4 => 1;
+        7, 8 => 2;
+        10, 11 => 3;
+        14, 15 => 4;
+        17, 18 => 5;
+        20, 21 => 6;
+        24, 25 => 7;
+        27, 28 => 8;
+        30, 31 => 9;
+        34, 35 => 10;
+        37, 38 => 11;
+        40, 41 => 12;
+    };
+
+    /// Scores of the classes, before any softmax.
+    ///
+    /// # Shapes
+    ///
+    /// - `images`: `[batch, input_channels, height, width]`, at least 32 high and wide
+    /// - output: `[batch, classes]`
+    ///
+    /// # Panics
+    ///
+    /// As [`ConvBn2d::forward`].
+    pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        let mut features = self.features.iter();
+        let mut x = images;
+        for count in self.blocks {
+            for block in features.by_ref().take(count) {
+                x = self.form.forward(block, x);
+            }
+            x = max_pool2d(x, MaxPoolOptions::new([2, 2]));
+        }
+        let mut x = adaptive_avg_pool2d(x, [POOLED, POOLED]).flatten(1, 3);
+        for (index, linear) in self.classifier.iter().enumerate() {
+            if index > 0 {
+                x = self.dropout.forward(relu(x));
+            }
+            x = linear.forward(x);
+        }
+        x
+    }
+
+    /// How the blocks run.
+    pub fn form(&self) -> Form {
+        self.form
+    }
+
+    /// The same network, with the same tensors, in another form.
+    #[must_use]
+    pub fn with_form(mut self, form: Form) -> Self {
+        self.form = form;
+        self
+    }
+
+    /// What each block keeps for the backward pass in this form, for images of that shape,
+    /// `[batch, input_channels, height, width]`: by the block's name, as `features.0`, its role
+    /// and bytes.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), for the shape.
+    pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
+        let mut walk = Walk::new(self.form, input_shape);
+        let mut features = self.features.iter().enumerate();
+        for count in self.blocks {
+            for (index, block) in features.by_ref().take(count) {
+                walk.block(format!("features.{index}"), block);
+            }
+            walk.pool(2, 2, 0);
+        }
+        walk.saved
+    }
+}

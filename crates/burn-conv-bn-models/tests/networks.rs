@@ -1,0 +1,320 @@
+//! Torchvision's networks: the two forms against each other in f64, and what they keep.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{DType, Device, Distribution, Gradients, Tensor};
+use burn_conv_bn::{Recompute, SavedTensor};
+use burn_conv_bn_models::{
+    Form, MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
+};
+
+const BATCH: usize = 4;
+const CLASSES: usize = 10;
+
+/// Flex has one generator for the whole process: no other test may draw between a seed and the last
+/// draw after it. Held to a test's end, so that one network at a time is in memory.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A network of torchvision's.
+trait Network: Module {
+    fn forward(&self, images: Tensor<4>) -> Tensor<2>;
+    fn with_form(self, form: Form) -> Self;
+}
+
+macro_rules! networks {
+    ($($network:ident)*) => {
+        $(
+            impl Network for $network {
+                fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+                    $network::forward(self, images)
+                }
+
+                fn with_form(self, form: Form) -> Self {
+                    $network::with_form(self, form)
+                }
+            }
+        )*
+    };
+}
+
+networks!(MobileNetV2 ResNet Vgg);
+
+/// Turns a network to f64, with biases, scales, shifts and statistics off their initial values.
+struct Prepare;
+
+impl ModuleMapper for Prepare {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let tracked = param.val().is_require_grad();
+        let device = param.val().device();
+        let mut tensor = param.val().detach().cast(DType::F64);
+        if D == 1 {
+            let noise = tensor.random_like(Distribution::Uniform(0.0, 0.2));
+            tensor = tensor + noise;
+        }
+        // A leaf: what was computed on an autodiff device cannot be tracked anew.
+        let tensor = Tensor::from_data(tensor.into_data(), (&device, DType::F64));
+        Param::initialized(param.id, tensor.set_require_grad(tracked))
+    }
+}
+
+fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
+    tensor.into_data().iter::<f64>().collect()
+}
+
+/// Values by the names of their tensors.
+type Named = Vec<(String, Vec<f64>)>;
+
+/// Collects the gradients of a network's parameters, or without gradients given its buffers.
+struct Collect<'a> {
+    gradients: Option<&'a Gradients>,
+    path: Vec<String>,
+    found: Named,
+}
+
+impl ModuleVisitor for Collect<'_> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let name = self.path.join(".");
+        let buffer = name.contains(".running_");
+        match self.gradients {
+            Some(gradients) if !buffer => {
+                let gradient = param.val().grad(gradients);
+                let gradient = gradient.unwrap_or_else(|| panic!("{name} has no gradient"));
+                self.found.push((name, values(gradient)));
+            }
+            None if buffer => self.found.push((name, values(param.val()))),
+            _ => {}
+        }
+    }
+}
+
+fn collect<N: Module>(network: &N, gradients: Option<&Gradients>) -> Named {
+    let mut visitor = Collect {
+        gradients,
+        path: Vec::new(),
+        found: Vec::new(),
+    };
+    network.visit(&mut visitor);
+    visitor.found
+}
+
+/// All that a training step and an evaluation after it yield.
+struct Step {
+    output: Vec<f64>,
+    /// Of the images, then of all parameters.
+    gradients: Named,
+    statistics: Named,
+    evaluation: Vec<f64>,
+}
+
+impl Step {
+    fn run<N: Network>(network: N, images: Tensor<4>, upstream: Tensor<2>) -> Self {
+        let tracked = images.clone().autodiff().require_grad();
+        let output = network.forward(tracked.clone());
+        assert_eq!(output.dims(), [BATCH, CLASSES]);
+        let grads = (output.clone() * upstream.autodiff()).sum().backward();
+        let mut gradients = vec![("images".to_owned(), values(tracked.grad(&grads).unwrap()))];
+        gradients.extend(collect(&network, Some(&grads)));
+        let valid = network.valid();
+        Self {
+            output: values(output),
+            gradients,
+            statistics: collect(&valid, None),
+            evaluation: values(valid.forward(images)),
+        }
+    }
+}
+
+fn largest(values: &[f64]) -> f64 {
+    values.iter().fold(0.0, |max, value| value.abs().max(max))
+}
+
+fn assert_close(what: &str, got: &[f64], wanted: &[f64], absolute: f64) {
+    assert_eq!(got.len(), wanted.len(), "{what}");
+    let tolerance = 1e-6 * largest(wanted) + absolute;
+    for (got, wanted) in got.iter().zip(wanted) {
+        let difference = (got - wanted).abs();
+        // Not the other way round, which would let NaN pass.
+        assert!(
+            difference <= tolerance,
+            "{what}: {got:e}, not {wanted:e}, {tolerance:e} allowed"
+        );
+    }
+}
+
+fn assert_named_close(got: &[(String, Vec<f64>)], wanted: &[(String, Vec<f64>)], absolute: f64) {
+    assert_eq!(got.len(), wanted.len());
+    for ((name, got), (wanted_name, wanted)) in got.iter().zip(wanted) {
+        assert_eq!(name, wanted_name);
+        assert_close(name, got, wanted, absolute);
+    }
+}
+
+/// Compares the forms of a network over images of that size.
+fn check<N: Network>(init: impl Fn(&Device) -> N, size: usize) {
+    let _alone = alone();
+    let plain = Device::flex();
+    let normal = Distribution::Normal(0.0, 1.0);
+    let images = Tensor::<4>::random([BATCH, 3, size, size], normal, &plain).cast(DType::F64);
+    let upstream = Tensor::<2>::random([BATCH, CLASSES], normal, &plain).cast(DType::F64);
+    // Clones share running statistics, so each form starts from the seed.
+    let [fused, unfused] = [Form::Fused, Form::Unfused].map(|form| {
+        let device = Device::flex().autodiff();
+        device.seed(5);
+        let network = init(&device).map(&mut Prepare).with_form(form);
+        Step::run(network, images.clone(), upstream.clone())
+    });
+
+    assert_close("output", &fused.output, &unfused.output, 0.0);
+    assert_close("evaluation", &fused.evaluation, &unfused.evaluation, 0.0);
+    assert_named_close(&fused.statistics, &unfused.statistics, 0.0);
+    // A bias before a norm has no gradient; unfused, it has the rounding errors of a sum.
+    let gradients = unfused.gradients.iter();
+    let scale = gradients.fold(0.0, |max: f64, (_, values)| max.max(largest(values)));
+    assert!(scale > 0.0);
+    assert_named_close(&fused.gradients, &unfused.gradients, 1e-10 * scale);
+}
+
+#[test]
+fn both_forms_of_resnet18_agree() {
+    for (recompute, max_workspace) in [
+        (Recompute::Conv, None),
+        (Recompute::Conv, Some(1 << 16)),
+        (Recompute::Never, None),
+    ] {
+        let config = ResNetConfig::resnet18(Form::Fused)
+            .with_classes(CLASSES)
+            .with_recompute(recompute)
+            .with_max_workspace(max_workspace);
+        check(|device| config.init(device), 32);
+    }
+}
+
+#[test]
+fn both_forms_of_resnet50_agree() {
+    let config = ResNetConfig::resnet50(Form::Fused).with_classes(CLASSES);
+    check(|device| config.init(device), 32);
+}
+
+#[test]
+fn both_forms_of_vgg16_agree() {
+    let config = VggConfig::vgg16_bn(Form::Fused)
+        .with_classes(CLASSES)
+        .with_hidden(32)
+        .with_dropout(0.0);
+    check(|device| config.init(device), 32);
+}
+
+#[test]
+fn both_forms_of_mobilenet_v2_agree() {
+    let config = MobileNetV2Config::new(Form::Fused)
+        .with_classes(CLASSES)
+        .with_dropout(0.0);
+    check(|device| config.init(device), 32);
+}
+
+#[test]
+fn a_resnet_may_start_as_its_shortcuts() {
+    let _alone = alone();
+    for config in [
+        ResNetConfig::resnet18(Form::Fused),
+        ResNetConfig::resnet50(Form::Fused),
+    ] {
+        let network = config.with_zero_init_residual(true).init(&Device::flex());
+        for block in &network.layer2 {
+            let last = block.conv3.as_ref().unwrap_or(&block.conv2);
+            assert_eq!(largest(&values(last.norm.gamma.val())), 0.0);
+            assert_eq!(largest(&values(block.conv1.norm.gamma.val())), 1.0);
+        }
+    }
+}
+
+/// Names and shapes of the activations among what a block keeps.
+fn activations(saved: &[(String, SavedTensor)], block: &str) -> Vec<(&'static str, Vec<usize>)> {
+    let small = ["weight", "bias", "gamma", "beta", "mean", "variance"];
+    saved
+        .iter()
+        .filter(|(name, tensor)| name == block && !small.contains(&tensor.name))
+        .map(|(_, tensor)| (tensor.name, tensor.shape.to_vec()))
+        .collect()
+}
+
+#[test]
+fn what_the_blocks_of_a_resnet_keep() {
+    let _alone = alone();
+    let network = ResNetConfig::resnet18(Form::Fused).init(&Device::flex().autodiff());
+    let shape = [2, 3, 64, 64];
+    let fused = network.saved_for_backward(shape);
+    let unfused = network.with_form(Form::Unfused).saved_for_backward(shape);
+
+    let images = vec![2, 3, 64, 64];
+    let (stem, wide, narrow) = (vec![2, 64, 32, 32], vec![2, 64, 16, 16], vec![2, 128, 8, 8]);
+    let input = |shape: &Vec<usize>| ("input", shape.clone());
+    for (block, fused_wanted, unfused_wanted) in [
+        (
+            "conv1",
+            vec![input(&images)],
+            vec![
+                input(&images),
+                ("conv_output", stem.clone()),
+                ("norm_output", stem.clone()),
+            ],
+        ),
+        (
+            "layer2.0.downsample",
+            vec![input(&wide)],
+            vec![input(&wide), ("conv_output", narrow.clone())],
+        ),
+        (
+            "layer2.0.conv2",
+            vec![input(&narrow), ("output", narrow.clone())],
+            vec![
+                input(&narrow),
+                ("conv_output", narrow.clone()),
+                ("sum", narrow.clone()),
+            ],
+        ),
+    ] {
+        assert_eq!(activations(&fused, block), fused_wanted, "{block}");
+        assert_eq!(activations(&unfused, block), unfused_wanted, "{block}");
+    }
+    let last = activations(&unfused, "layer4.1.conv2");
+    assert_eq!(last[2], ("sum", vec![2, 512, 2, 2]));
+}
+
+#[test]
+fn what_the_blocks_of_a_mobilenet_keep() {
+    let _alone = alone();
+    let network = MobileNetV2Config::new(Form::Fused).init(&Device::flex().autodiff());
+    let saved = network.saved_for_backward([2, 3, 64, 64]);
+    // The second block of the second stage adds its input and applies no activation: no more.
+    for (block, shape) in [
+        ("features.0.conv.0", vec![2, 3, 64, 64]),
+        ("features.3.conv.0", vec![2, 24, 16, 16]),
+        ("features.3.conv.2", vec![2, 144, 16, 16]),
+        ("features.18.conv.0", vec![2, 320, 2, 2]),
+    ] {
+        assert_eq!(activations(&saved, block), [("input", shape)], "{block}");
+    }
+}
+
+#[test]
+fn what_the_blocks_of_vgg_keep() {
+    let _alone = alone();
+    let config = VggConfig::vgg16_bn(Form::Fused).with_hidden(8);
+    let network = config.init(&Device::flex().autodiff());
+    let saved = network.saved_for_backward([2, 3, 64, 64]);
+    let last = activations(&saved, "features.12");
+    assert_eq!(last, [("input", vec![2, 512, 4, 4])]);
+}
