@@ -22,7 +22,7 @@ use burn_conv_bn_bench::report::{EntryReport, ProblemKind, Report};
 use burn_conv_bn_bench::table;
 use clap::{Args, ValueEnum};
 
-use super::{cargo, root};
+use super::{cargo, python, root};
 use contender::Running;
 use output::JsonFile;
 use process::Process;

@@ -104,9 +104,9 @@ impl Activation {
                 true => grad,
                 false => T::ZERO,
             },
-            Self::Relu6 => match is_above(value, T::ZERO) && !(value >= T::from_f64(6.0)) {
-                true => grad,
-                false => T::ZERO,
+            Self::Relu6 => match (is_above(value, T::ZERO), value >= T::from_f64(6.0)) {
+                (true, false) => grad,
+                _ => T::ZERO,
             },
             Self::LeakyRelu { negative_slope } => match is_above(value, T::ZERO) {
                 true => grad,

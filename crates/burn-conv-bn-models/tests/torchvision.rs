@@ -292,8 +292,8 @@ fn resnet18_trains_as_in_pytorch() {
     let mut worst = 0.0f64;
     for (step, wanted) in wanted.iter().enumerate() {
         let index = step % batches.dims()[0];
-        let images = batches.clone().slice([index..index + 1]).squeeze_dim(0);
-        let targets = labels.clone().slice([index..index + 1]).squeeze_dim(0);
+        let images = batches.clone().narrow(0, index, 1).squeeze_dim(0);
+        let targets = labels.clone().narrow(0, index, 1).squeeze_dim(0);
         let loss = cross_entropy.forward(network.forward(images), targets);
         let got = loss.clone().into_scalar::<f64>();
         let difference = (got - wanted).abs() / wanted.abs();
