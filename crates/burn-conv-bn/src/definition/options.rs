@@ -149,8 +149,7 @@ pub(crate) enum Derivative {
 }
 
 impl Activation {
-    /// `activation(value)` with Burn's own ops, as for a convolution that was
-    /// [folded](crate::ConvBn2d::fold).
+    /// `activation(value)` with Burn's own ops, as after a convolution that the norm was folded into.
     pub fn forward<const D: usize>(self, value: Tensor<D>) -> Tensor<D> {
         match self {
             Self::Identity => value,
