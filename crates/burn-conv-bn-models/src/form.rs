@@ -76,32 +76,10 @@ impl Form {
         block: &ConvBn2d,
         input_shape: [usize; 4],
     ) -> Vec<SavedTensor> {
-        if self == Self::Unfused {
-            return unfused_saved(block, input_shape, "sum");
+        match self {
+            Self::Fused => block.saved_for_backward_residual(input_shape),
+            Self::Unfused => unfused_saved(block, input_shape, "sum"),
         }
-        let mut saved = block.saved_for_backward(input_shape);
-        let extra = match block.settings.activation {
-            Activation::Identity => return saved,
-            Activation::Relu | Activation::Relu6 => "output",
-            Activation::LeakyRelu { negative_slope } if negative_slope >= 0.0 => "output",
-            _ => "residual",
-        };
-        // The derivative follows from the output, so the sum is not formed again, which is what
-        // beta would be for.
-        if extra == "output" {
-            saved.retain(|tensor| tensor.name != "beta");
-        }
-        if saved.iter().all(|tensor| tensor.name != extra) {
-            let weight = saved.iter().position(|tensor| tensor.name == "weight");
-            let tensor = SavedTensor {
-                name: extra,
-                shape: Shape::from(output_shape(block, input_shape)),
-                dtype: block.conv.weight.val().dtype(),
-                shared: true,
-            };
-            saved.insert(weight.unwrap_or(saved.len()), tensor);
-        }
-        saved
     }
 }
 

@@ -4,7 +4,9 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, ExtensionType, TensorMetadata, backend_extension};
 use burn::tensor::{DType, Shape};
 
-use crate::definition::{ConvBnOptions, ConvSpec, NormSpec, Parents, StatisticsKind};
+use crate::definition::{
+    ConvBnOptions, ConvSpec, NormSpec, Parents, StatisticsKind, accumulator_dtype,
+};
 use crate::portable;
 
 /// A tensor that may be missing.
@@ -330,11 +332,3 @@ impl ConvBnBackend for burn::backend::NdArray {}
 
 #[cfg(feature = "tch")]
 impl ConvBnBackend for burn::backend::LibTorch {}
-
-/// Dtype of statistics, sums and per-channel coefficients for data of `dtype`.
-pub(crate) fn accumulator_dtype(dtype: DType) -> DType {
-    match dtype {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
-    }
-}

@@ -5,9 +5,9 @@ use burn::tensor::{DType, Shape};
 
 use crate::backend::{
     ConvBnBackwardOptions, ConvBnForwardMetadata, ConvBnGradsMetadata, ConvBnInputsMetadata,
-    ConvBnSavedMetadata, OptionalTensorMetadata, accumulator_dtype,
+    ConvBnSavedMetadata, OptionalTensorMetadata,
 };
-use crate::definition::{ConvBnOptions, ConvBnProblem};
+use crate::definition::{ConvBnOptions, ConvBnProblem, accumulator_dtype};
 
 pub(crate) fn conv_bn_forward(
     inputs: &ConvBnInputsMetadata,

@@ -21,7 +21,8 @@
 //! # }
 //! ```
 //!
-//! - [`ConvBn2d`] and [`ConvBn2dConfig`]: the layer.
+//! - [`ConvBn1d`], [`ConvBn2d`], [`ConvBn3d`] and their configurations: the layer.
+//! - [`ConvBnModule`]: settings and precision of every such layer of a model, in one call.
 //! - [`functional`]: the same on plain tensors, and its two halves on their own, convolution and
 //!   batch norm with an explicit backward pass each.
 //! - [`ConvBnBackend`]: the backend trait; what a new backend or kernel implements.
@@ -63,4 +64,7 @@ pub use definition::{
     Activation, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, NormSpec, NormVariant,
     Parents, Recompute, SavePlan, SavedTensor, StatisticsKind,
 };
-pub use layer::{ConvBn2d, ConvBn2dConfig, ConvBnSettings, RunningVariance};
+pub use layer::{
+    ConvBn1d, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3d, ConvBn3dConfig, ConvBnModule,
+    ConvBnSettings, FoldError, RunningVariance,
+};

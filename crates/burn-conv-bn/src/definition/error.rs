@@ -57,6 +57,18 @@ pub enum ConvBnError {
         /// Number of groups.
         groups: usize,
     },
+    /// A configuration's channels do not divide into its groups.
+    #[error(
+        "{channels_in} input and {channels_out} output channels do not divide into {groups} groups"
+    )]
+    Channels {
+        /// Number of input channels.
+        channels_in: usize,
+        /// Number of output channels.
+        channels_out: usize,
+        /// Number of groups.
+        groups: usize,
+    },
     /// The kernel does not fit into the padded input.
     #[error(
         "spatial dimension {dim}: a kernel of extent {kernel} does not fit into the padded input's \
@@ -109,6 +121,12 @@ pub enum ConvBnError {
     /// Epsilon is not a finite positive number.
     #[error("epsilon must be finite and positive, got {got}")]
     Epsilon {
+        /// The value seen.
+        got: f64,
+    },
+    /// The momentum is not between 0 and 1.
+    #[error("momentum must be between 0 and 1, got {got}")]
+    Momentum {
         /// The value seen.
         got: f64,
     },

@@ -130,6 +130,42 @@ pub(crate) fn values_per_channel(shape: &Shape) -> usize {
         .product()
 }
 
+/// Checks what a convolution's configuration says before there is an input.
+pub(crate) fn check_geometry(
+    [channels_in, channels_out]: [usize; 2],
+    kernel_size: Vec<usize>,
+    stride: Vec<usize>,
+    dilation: Vec<usize>,
+    groups: usize,
+) -> Result<(), ConvBnError> {
+    for (what, got) in [
+        ("channels", vec![channels_in, channels_out]),
+        ("kernel size", kernel_size),
+        ("stride", stride),
+        ("dilation", dilation),
+        ("groups", vec![groups]),
+    ] {
+        if got.contains(&0) {
+            return Err(ConvBnError::Zero { what, got });
+        }
+    }
+    match channels_in.is_multiple_of(groups) && channels_out.is_multiple_of(groups) {
+        true => Ok(()),
+        false => Err(ConvBnError::Channels {
+            channels_in,
+            channels_out,
+            groups,
+        }),
+    }
+}
+
+pub(crate) fn check_momentum(momentum: f64) -> Result<(), ConvBnError> {
+    match (0.0..=1.0).contains(&momentum) {
+        true => Ok(()),
+        false => Err(ConvBnError::Momentum { got: momentum }),
+    }
+}
+
 pub(crate) fn check_epsilon(epsilon: f64) -> Result<(), ConvBnError> {
     match epsilon.is_finite() && epsilon > 0.0 {
         true => Ok(()),

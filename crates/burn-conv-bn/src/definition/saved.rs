@@ -112,8 +112,8 @@ impl SavePlan {
         }
     }
 
-    /// The kept tensors by name, largest kinds first, with the norm's tensors and the statistics
-    /// in `norm_dtype` and all others in `dtype`.
+    /// The kept tensors by name, largest kinds first, for data of `dtype` with gamma and beta in
+    /// `norm_dtype`. The statistics are f32, or f64 with data of f64.
     pub fn tensors(
         &self,
         problem: &ConvBnProblem,
@@ -121,6 +121,7 @@ impl SavePlan {
         norm_dtype: DType,
     ) -> Vec<SavedTensor> {
         let channels = Shape::new([problem.weight[0]]);
+        let statistics_dtype = accumulator_dtype(dtype);
         [
             (self.input, "input", &problem.input, dtype, true),
             (
@@ -136,8 +137,14 @@ impl SavePlan {
             (self.bias, "bias", &channels, dtype, true),
             (self.gamma, "gamma", &channels, norm_dtype, true),
             (self.beta, "beta", &channels, norm_dtype, true),
-            (self.statistics, "mean", &channels, norm_dtype, false),
-            (self.statistics, "variance", &channels, norm_dtype, false),
+            (self.statistics, "mean", &channels, statistics_dtype, false),
+            (
+                self.statistics,
+                "variance",
+                &channels,
+                statistics_dtype,
+                false,
+            ),
         ]
         .into_iter()
         .filter(|(kept, ..)| *kept)
@@ -169,5 +176,13 @@ impl SavedTensor {
     /// Size of the buffer in bytes.
     pub fn bytes(&self) -> usize {
         self.shape.num_elements() * self.dtype.size()
+    }
+}
+
+/// Dtype of statistics, sums and per-channel coefficients for data of `dtype`.
+pub(crate) fn accumulator_dtype(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
     }
 }

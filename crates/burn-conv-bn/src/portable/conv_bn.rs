@@ -10,9 +10,11 @@ use super::sweeps::{Affine, Argument, Composed, Moments, Sweeps};
 use super::{broadcast, cast, channels, conv, norm};
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
-    OptionalTensor, Statistics, accumulator_dtype,
+    OptionalTensor, Statistics,
 };
-use crate::definition::{ConvBnOptions, ConvSpec, Derivative, NormSpec, StatisticsKind};
+use crate::definition::{
+    ConvBnOptions, ConvSpec, Derivative, NormSpec, StatisticsKind, accumulator_dtype,
+};
 
 /// Forward with Burn's own ops.
 pub(crate) fn forward<B: ConvBnBackend>(

@@ -11,7 +11,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, Shape};
 
-use crate::backend::{ConvBnInputs, Statistics, accumulator_dtype};
+use crate::backend::{ConvBnInputs, Statistics};
+use crate::definition::accumulator_dtype;
 
 /// Casts unless the tensor is of that dtype already.
 pub(crate) fn cast<B: Backend>(tensor: FloatTensor<B>, dtype: DType) -> FloatTensor<B> {

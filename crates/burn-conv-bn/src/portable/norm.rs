@@ -7,8 +7,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 
 use super::{broadcast, cast, channel_sum, channels};
-use crate::backend::{NormOutput, accumulator_dtype};
-use crate::definition::{NormSpec, NormVariant, values_per_channel};
+use crate::backend::NormOutput;
+use crate::definition::{NormSpec, NormVariant, accumulator_dtype, values_per_channel};
 
 /// The input less its mean, the mean, and the biased variance.
 pub(crate) struct Centered<B: Backend> {

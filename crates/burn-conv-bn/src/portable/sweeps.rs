@@ -6,8 +6,8 @@ use burn::tensor::{DType, Shape};
 
 use super::norm::{self, ChannelNorm, GradSums, InputGrad};
 use super::{activation, broadcast, cast, channels};
-use crate::backend::{NormOutput, accumulator_dtype};
-use crate::definition::{Activation, NormSpec, values_per_channel};
+use crate::backend::NormOutput;
+use crate::definition::{Activation, NormSpec, accumulator_dtype, values_per_channel};
 
 /// The passes over activations that forward and backward are made of, as a backend does them.
 ///

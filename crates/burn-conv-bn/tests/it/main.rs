@@ -2,8 +2,11 @@
 
 mod common;
 
+mod fold;
 mod gradients;
 mod layer;
+mod module;
 mod parity;
 mod pytorch;
+mod ranks;
 mod validation;

@@ -1,8 +1,15 @@
 //! Arguments that do not fit, and the messages that say so.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use burn::module::Module;
+use burn::nn::{BatchNormConfig, PaddingConfig2d};
 use burn::tensor::{DType, Device, Shape, Tensor};
 use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv, conv_bn};
-use burn_conv_bn::{ConvBn2dConfig, ConvBnError, ConvBnOptions, ConvSpec, NormSpec, NormVariant};
+use burn_conv_bn::{
+    ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig, ConvBnError, ConvBnOptions, ConvSpec,
+    NormSpec, NormVariant,
+};
 
 fn zeros<const D: usize>(shape: [usize; D]) -> Tensor<D> {
     Tensor::zeros(shape, &Device::flex())
@@ -139,9 +146,149 @@ fn one_value_per_channel_is_fine_with_given_statistics() {
     assert_eq!(output.shape(), Shape::new([1, 4, 1, 1]));
 }
 
+/// The message that something panics with.
+fn panic_message<T>(run: impl FnOnce() -> T) -> String {
+    let payload = catch_unwind(AssertUnwindSafe(run)).err().expect("a panic");
+    match payload.downcast::<String>() {
+        Ok(message) => *message,
+        Err(payload) => payload.downcast::<&str>().expect("a message").to_string(),
+    }
+}
+
 #[test]
-#[should_panic(expected = "expected 3 channels for weight")]
-fn the_layer_panics_with_the_same_message() {
-    let block = ConvBn2dConfig::new([3, 4], [3, 3]).init(&Device::flex());
-    block.forward(zeros([2, 4, 8, 8]));
+fn layers_refuse_what_they_cannot_be() {
+    let device = Device::flex();
+    let plane = |channels| ConvBn2dConfig::new(channels, [3, 3]);
+    let cases: Vec<(ConvBn2dConfig, &[&str])> = vec![
+        (plane([0, 4]), &["channels must be positive", "[0, 4]"]),
+        (plane([4, 0]), &["channels must be positive", "[4, 0]"]),
+        (
+            ConvBn2dConfig::new([3, 4], [3, 0]),
+            &["kernel size must be positive", "[3, 0]"],
+        ),
+        (
+            plane([3, 4]).with_stride([0, 1]),
+            &["stride must be positive", "[0, 1]"],
+        ),
+        (
+            plane([3, 4]).with_dilation([1, 0]),
+            &["dilation must be positive", "[1, 0]"],
+        ),
+        (
+            plane([3, 4]).with_groups(0),
+            &["groups must be positive", "[0]"],
+        ),
+        (
+            plane([4, 3]).with_groups(2),
+            &["4 input and 3 output channels", "2 groups"],
+        ),
+        (
+            plane([3, 4]).with_groups(2),
+            &["3 input and 4 output channels", "2 groups"],
+        ),
+        (
+            plane([3, 4]).with_epsilon(-1e-5),
+            &["epsilon must be finite and positive", "-0.00001"],
+        ),
+        (plane([3, 4]).with_epsilon(f64::NAN), &["epsilon", "NaN"]),
+        (
+            plane([3, 4]).with_momentum(1.5),
+            &["momentum must be between 0 and 1", "1.5"],
+        ),
+        (plane([3, 4]).with_momentum(f64::NAN), &["momentum", "NaN"]),
+    ];
+    for (config, parts) in cases {
+        let message = panic_message(|| config.init(&device));
+        for part in parts {
+            assert!(message.contains(part), "{part:?} in {message:?}");
+        }
+    }
+    let line = panic_message(|| ConvBn1dConfig::new(3, 4, 0).init(&device));
+    assert!(
+        line.contains("kernel size must be positive, got 0 in [0]"),
+        "{line}"
+    );
+    let volume = ConvBn3dConfig::new([3, 4], [1, 1, 1]).with_stride([1, 1, 0]);
+    let volume = panic_message(|| volume.init(&device));
+    assert!(
+        volume.contains("stride must be positive, got 0 in [1, 1, 0]"),
+        "{volume}"
+    );
+}
+
+#[test]
+fn layers_refuse_what_does_not_fit_them() {
+    let device = Device::flex();
+    let block = ConvBn2dConfig::new([3, 4], [3, 3]).init(&device);
+    let with = |change: fn(&mut ConvBn2d)| {
+        let mut block = block.clone();
+        change(&mut block);
+        block
+    };
+    let forward = |block: ConvBn2d, input| panic_message(move || block.forward(input));
+    let x = || zeros([2, 3, 8, 8]);
+    let training = block.clone().train();
+    let cases: Vec<(String, &[&str])> = vec![
+        (
+            forward(block.clone(), zeros([2, 4, 8, 8])),
+            &["expected 3 channels for weight [4, 3, 3, 3]", "got 4"],
+        ),
+        (
+            forward(block.clone(), zeros([2, 3, 8, 2])),
+            &["spatial dimension 1", "extent 3", "padded input's 2"],
+        ),
+        (
+            forward(block.clone(), zeros([0, 3, 8, 8])),
+            &["input size must be positive", "[0, 3, 8, 8]"],
+        ),
+        (
+            forward(block.clone(), x().cast(DType::F64)),
+            &["weight: expected dtype F64", "got F32"],
+        ),
+        (
+            forward(
+                with(|block| block.norm = BatchNormConfig::new(5).init(&Device::flex())),
+                x(),
+            ),
+            &["gamma: expected shape [4]", "got [5]"],
+        ),
+        (
+            forward(with(|block| block.norm.epsilon = 0.0), x()),
+            &["epsilon must be finite and positive, got 0"],
+        ),
+        (
+            forward(
+                with(|block| {
+                    block.conv.stride = [0, 1];
+                    block.conv.padding = PaddingConfig2d::Same;
+                }),
+                x(),
+            ),
+            &["stride must be positive", "[0, 1]"],
+        ),
+        (
+            panic_message(|| block.forward_residual(x(), zeros([2, 4, 6, 7]))),
+            &["residual: expected shape [2, 4, 6, 6]", "got [2, 4, 6, 7]"],
+        ),
+        (
+            panic_message(|| block.forward_residual(x(), zeros([2, 4, 6, 6]).cast(DType::F16))),
+            &["residual: expected dtype F32", "got F16"],
+        ),
+        (
+            forward(
+                training,
+                Tensor::zeros([1, 3, 3, 3], &device.clone().autodiff()),
+            ),
+            &["more than one value per channel", "[1, 4, 1, 1]"],
+        ),
+        (
+            panic_message(|| block.saved_for_backward([1, 2, 8, 8])),
+            &["expected 3 channels", "got 2"],
+        ),
+    ];
+    for (message, parts) in cases {
+        for part in parts {
+            assert!(message.contains(part), "{part:?} in {message:?}");
+        }
+    }
 }

@@ -1,0 +1,208 @@
+//! What the layers of every rank do, written once.
+
+use burn::module::Param;
+use burn::nn::BatchNorm;
+use burn::tensor::{DType, Shape, Tensor, TensorData};
+
+use super::convolution::Convolution;
+use super::{ConvBnSettings, FoldError, RunningVariance};
+use crate::definition::accumulator_dtype;
+use crate::definition::{
+    ConvBnOptions, ConvBnProblem, NormSpec, NormVariant, Parents, SavePlan, SavedTensor,
+    StatisticsKind, values_per_channel,
+};
+use crate::functional::{ConvBnParams, Normalized, conv_bn};
+
+/// The parts of a layer.
+pub(super) struct Block<'a, C> {
+    pub(super) conv: &'a C,
+    pub(super) norm: &'a BatchNorm,
+    pub(super) settings: &'a ConvBnSettings,
+}
+
+impl<C> Block<'_, C> {
+    pub(super) fn forward<const D: usize>(
+        &self,
+        input: Tensor<D>,
+        residual: Option<Tensor<D>>,
+    ) -> Tensor<D>
+    where
+        C: Convolution<D>,
+    {
+        let training = input.device().is_autodiff() && self.norm.training.is_enabled();
+        let affine = self.settings.affine;
+        let params = ConvBnParams {
+            weight: self.conv.weight().val(),
+            bias: self.conv.bias().map(|bias| bias.val()),
+            affine: affine.then(|| (self.norm.gamma.val(), self.norm.beta.val())),
+            residual,
+            statistics: (self.statistics(training) == StatisticsKind::Fixed).then(|| {
+                let device = input.device();
+                (
+                    self.norm.running_mean.value_sync().to_device(&device),
+                    self.norm.running_var.value_sync().to_device(&device),
+                )
+            }),
+        };
+        let options = self.options(&input.shape());
+        let result = conv_bn(input, params, options).unwrap_or_else(|error| panic!("{error}"));
+        if training && self.settings.track_running_stats {
+            self.update_running_statistics(&result);
+        }
+        result.output
+    }
+
+    fn statistics(&self, training: bool) -> StatisticsKind {
+        match training || !self.settings.track_running_stats {
+            true => StatisticsKind::Batch,
+            false => StatisticsKind::Fixed,
+        }
+    }
+
+    /// The op's options for an input of that shape, on which `Same` padding depends.
+    fn options<const D: usize>(&self, input: &Shape) -> ConvBnOptions
+    where
+        C: Convolution<D>,
+    {
+        ConvBnOptions {
+            conv: self.conv.spec(input),
+            norm: NormSpec::new(self.settings.norm_variant, self.norm.epsilon),
+            activation: self.settings.activation,
+            recompute: self.settings.recompute,
+            max_workspace: self.settings.max_workspace,
+        }
+    }
+
+    /// The one place where running statistics are written.
+    fn update_running_statistics<const D: usize>(&self, result: &Normalized<D>) {
+        let values = values_per_channel(&result.output.shape()) as f64;
+        let variance = match self.settings.running_variance {
+            RunningVariance::Biased => result.variance.clone(),
+            RunningVariance::Unbiased => result.variance.clone() * (values / (values - 1.0)),
+        };
+        for (running, new) in [
+            (&self.norm.running_mean, result.mean.clone()),
+            (&self.norm.running_var, variance),
+        ] {
+            let old = running.value_sync().to_device(&new.device());
+            let new = new.cast(old.dtype()).detach();
+            let momentum = self.norm.momentum;
+            running.update((old * (1.0 - momentum) + new * momentum).detach());
+        }
+    }
+
+    pub(super) fn saved_for_backward<const D: usize>(
+        &self,
+        input_shape: [usize; D],
+        residual: bool,
+    ) -> Vec<SavedTensor>
+    where
+        C: Convolution<D>,
+    {
+        let input_shape = Shape::from(input_shape);
+        let options = self.options(&input_shape);
+        let weight = self.conv.weight().val();
+        let statistics = self.statistics(self.norm.training.is_enabled());
+        let problem = ConvBnProblem::conv_bn(
+            input_shape,
+            weight.shape(),
+            &options,
+            statistics == StatisticsKind::Batch,
+        )
+        .unwrap_or_else(|error| panic!("{error}"));
+        let affine = self.settings.affine;
+        let bias = self.conv.bias();
+        let gamma = self.norm.gamma.val();
+        let present = Parents {
+            input: true,
+            weight: true,
+            bias: bias.is_some(),
+            gamma: affine,
+            beta: affine,
+            residual,
+        };
+        let tracked = Parents {
+            input: true,
+            weight: weight.is_require_grad(),
+            bias: bias.is_some_and(|bias| bias.val().is_require_grad()),
+            gamma: affine && gamma.is_require_grad(),
+            beta: affine && self.norm.beta.val().is_require_grad(),
+            residual,
+        };
+        SavePlan::new(&options, statistics, present, tracked).tensors(
+            &problem,
+            weight.dtype(),
+            gamma.dtype(),
+        )
+    }
+
+    pub(super) fn fold<const D: usize>(&self) -> Result<C, FoldError>
+    where
+        C: Convolution<D>,
+    {
+        if !self.settings.track_running_stats {
+            return Err(FoldError::NoRunningStatistics);
+        }
+        let weight = self.conv.weight().val().detach();
+        let (dtype, device) = (weight.dtype(), weight.device());
+        let channels = weight.dims()[0];
+        let row = |what, tensor: Tensor<1>| {
+            let values: Vec<f64> = tensor.into_data().iter::<f64>().collect();
+            match values.len() == channels {
+                true => Ok(values),
+                false => Err(FoldError::Channels {
+                    what,
+                    expected: channels,
+                    got: values.len(),
+                }),
+            }
+        };
+        let mean = row("running_mean", self.norm.running_mean.value_sync())?;
+        let variance = row("running_var", self.norm.running_var.value_sync())?;
+        let (gamma, beta) = match self.settings.affine {
+            true => (
+                row("gamma", self.norm.gamma.val())?,
+                row("beta", self.norm.beta.val())?,
+            ),
+            false => (vec![1.0; channels], vec![0.0; channels]),
+        };
+        let bias = match self.conv.bias() {
+            Some(bias) => row("bias", bias.val())?,
+            None => vec![0.0; channels],
+        };
+        let epsilon = self.norm.epsilon;
+        let (mut scales, mut shifts) = (Vec::new(), Vec::new());
+        for channel in 0..channels {
+            let variance = variance[channel];
+            let deviation = match self.settings.norm_variant {
+                NormVariant::BatchNorm => (variance + epsilon).sqrt(),
+                NormVariant::Tutorial => variance.sqrt() + epsilon,
+            };
+            let scale = gamma[channel] / deviation;
+            let shift = scale * (bias[channel] - mean[channel]) + beta[channel];
+            if !(scale.is_finite() && shift.is_finite()) {
+                return Err(FoldError::NotFinite {
+                    channel,
+                    mean: mean[channel],
+                    variance,
+                    gamma: gamma[channel],
+                    beta: beta[channel],
+                });
+            }
+            scales.push(scale);
+            shifts.push(shift);
+        }
+        let accumulator = accumulator_dtype(dtype);
+        let upload = |values: Vec<f64>, dtype: DType| {
+            Tensor::<1>::from_data(TensorData::new(values, [channels]), (&device, dtype))
+        };
+        let mut columns = [1; D];
+        columns[0] = channels;
+        let scale = upload(scales, accumulator).reshape(columns);
+        let weight = (weight.cast(accumulator) * scale).cast(dtype);
+        Ok(self.conv.clone().with_parameters(
+            Param::from_tensor(weight),
+            Param::from_tensor(upload(shifts, dtype)),
+        ))
+    }
+}

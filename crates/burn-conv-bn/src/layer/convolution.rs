@@ -1,0 +1,102 @@
+use burn::module::Param;
+use burn::nn::conv::{Conv1d, Conv2d, Conv3d};
+use burn::nn::{PaddingConfig1d, PaddingConfig2d, PaddingConfig3d};
+use burn::tensor::{Shape, Tensor};
+
+use crate::definition::ConvSpec;
+
+/// What the layers take from Burn's convolutions, over tensors of rank `D`.
+pub(super) trait Convolution<const D: usize>: Clone {
+    /// `[channels_out, channels_in / groups, kernel..]`.
+    fn weight(&self) -> &Param<Tensor<D>>;
+
+    /// `[channels_out]`.
+    fn bias(&self) -> Option<&Param<Tensor<1>>>;
+
+    /// The same geometry with other parameters.
+    fn with_parameters(self, weight: Param<Tensor<D>>, bias: Param<Tensor<1>>) -> Self;
+
+    /// The geometry for an input of that shape, on which `Same` padding depends.
+    fn spec(&self, input: &Shape) -> ConvSpec;
+}
+
+macro_rules! convolution {
+    ($conv:ty, $rank:literal, |$this:ident, $same:ident| $padding:expr) => {
+        impl Convolution<$rank> for $conv {
+            fn weight(&self) -> &Param<Tensor<$rank>> {
+                &self.weight
+            }
+
+            fn bias(&self) -> Option<&Param<Tensor<1>>> {
+                self.bias.as_ref()
+            }
+
+            fn with_parameters(
+                mut self,
+                weight: Param<Tensor<$rank>>,
+                bias: Param<Tensor<1>>,
+            ) -> Self {
+                self.weight = weight;
+                self.bias = Some(bias);
+                self
+            }
+
+            fn spec(&self, input: &Shape) -> ConvSpec {
+                let (kernel, stride) = (self.kernel_size.sizes(), self.stride.sizes());
+                let $this = self;
+                let $same = |dim: usize| same_padding(input[dim + 2], kernel[dim], stride[dim]);
+                let padding = $padding;
+                ConvSpec {
+                    padding,
+                    dilation: self.dilation.sizes(),
+                    groups: self.groups,
+                    stride,
+                }
+            }
+        }
+    };
+}
+
+convolution!(Conv1d, 3, |conv, same| match conv.padding {
+    PaddingConfig1d::Valid => vec![(0, 0)],
+    PaddingConfig1d::Same => vec![same(0)],
+    PaddingConfig1d::Explicit(left, right) => vec![(left, right)],
+});
+convolution!(Conv2d, 4, |conv, same| match conv.padding {
+    PaddingConfig2d::Valid => vec![(0, 0); 2],
+    PaddingConfig2d::Same => (0..2).map(same).collect(),
+    PaddingConfig2d::Explicit(top, left, bottom, right) => vec![(top, bottom), (left, right)],
+});
+convolution!(Conv3d, 5, |conv, same| match conv.padding {
+    PaddingConfig3d::Valid => vec![(0, 0); 3],
+    PaddingConfig3d::Same => (0..3).map(same).collect(),
+    PaddingConfig3d::Explicit(depth, height, width) =>
+        [depth, height, width].map(|size| (size, size)).to_vec(),
+});
+
+/// Sizes of the spatial dimensions, of which Burn's one-dimensional modules give a bare one.
+pub(super) trait Sizes {
+    fn sizes(&self) -> Vec<usize>;
+}
+
+impl Sizes for usize {
+    fn sizes(&self) -> Vec<usize> {
+        vec![*self]
+    }
+}
+
+impl<const N: usize> Sizes for [usize; N] {
+    fn sizes(&self) -> Vec<usize> {
+        self.to_vec()
+    }
+}
+
+/// Burn computes `Same` in a private function of its own; this is the same rule: as much as keeps
+/// `ceil(size / stride)` outputs, the odd one after.
+fn same_padding(size: usize, kernel: usize, stride: usize) -> (usize, usize) {
+    // A stride of zero is refused later, with a message.
+    let outputs = size.div_ceil(stride.max(1));
+    let covered = outputs.saturating_sub(1) * stride + kernel;
+    let total = covered.saturating_sub(size);
+    (total / 2, total - total / 2)
+}

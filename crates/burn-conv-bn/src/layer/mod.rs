@@ -1,0 +1,348 @@
+//! The layers, for one, two and three spatial dimensions.
+
+mod block;
+mod convolution;
+mod error;
+mod module;
+mod settings;
+
+use burn::config::Config;
+use burn::module::{Content, DisplaySettings, Module, ModuleDisplay};
+use burn::nn::conv::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, Conv3d, Conv3dConfig};
+use burn::nn::{
+    BatchNorm, BatchNormConfig, Initializer, PaddingConfig1d, PaddingConfig2d, PaddingConfig3d,
+};
+use burn::tensor::{Device, Tensor};
+
+use crate::definition::{
+    Activation, NormVariant, Recompute, SavedTensor, check_epsilon, check_geometry, check_momentum,
+};
+use block::Block;
+use convolution::Sizes;
+
+pub use error::FoldError;
+pub use module::ConvBnModule;
+pub use settings::{ConvBnSettings, RunningVariance};
+
+/// A layer and its configuration over one of Burn's convolutions.
+macro_rules! conv_bn_layer {
+    (
+        $layer:ident, $config:ident: $rank:literal,
+        $conv:ident, $conv_config:ident,
+        $input:literal, $output:literal,
+        {
+            $($(#[$doc:meta])* $required:ident: $required_type:ty,)*
+        }
+        channels: |$this:ident| $channels:expr,
+        sizes: $sizes:ty = $one:tt,
+        padding: $padding:ty = $valid:tt,
+    ) => {
+        #[doc = concat!("Configuration of [`", stringify!($layer), "`], made by [`init`](Self::init).")]
+        ///
+        #[doc = concat!(
+            "Fields and defaults are those of [`", stringify!($conv_config),
+            "`] and [`BatchNormConfig`],"
+        )]
+        /// but for the bias, which is off: the norm subtracts it again.
+        #[derive(Config, Debug)]
+        pub struct $config {
+            $($(#[$doc])* pub $required: $required_type,)*
+            /// Stride of the convolution. Default: 1.
+            #[config(default = $one)]
+            pub stride: $sizes,
+            /// Distance between two taps of the kernel. Default: 1.
+            #[config(default = $one)]
+            pub dilation: $sizes,
+            /// Number of groups that the channels are split into. Default: 1.
+            #[config(default = "1")]
+            pub groups: usize,
+            /// Padding of the input. Default: none.
+            #[config(default = $valid)]
+            pub padding: $padding,
+            /// Whether the convolution has a bias. Default: false.
+            #[config(default = false)]
+            pub bias: bool,
+            /// Distribution of the initial weight and bias. Default: Kaiming uniform with
+            /// `a = sqrt(5)`, that is uniform within `1 / sqrt(fan_in)`, as in Burn and PyTorch.
+            #[config(
+                default = "Initializer::KaimingUniform{gain:1.0/f64::sqrt(3.0),fan_out_only:false}"
+            )]
+            pub initializer: Initializer,
+            /// Added to the variance (or to the standard deviation, in the tutorial's variant).
+            /// Default: 1e-5.
+            #[config(default = 1e-5)]
+            pub epsilon: f64,
+            /// Weight of the newest batch in the running statistics. Default: 0.1.
+            #[config(default = 0.1)]
+            pub momentum: f64,
+            /// How the norm is formed. Default: as Burn does.
+            #[config(default = "NormVariant::BatchNorm")]
+            pub norm_variant: NormVariant,
+            /// Whether the norm has a learnable scale and shift. Default: true.
+            #[config(default = true)]
+            pub affine: bool,
+            /// Whether running statistics are kept and used in evaluation. Without, evaluation
+            /// and a frozen norm use the batch's. Default: true.
+            #[config(default = true)]
+            pub track_running_stats: bool,
+            /// Which variance goes into the running variance. Default: biased, as in Burn.
+            #[config(default = "RunningVariance::Biased")]
+            pub running_variance: RunningVariance,
+            /// Applied last. Default: identity.
+            #[config(default = "Activation::Identity")]
+            pub activation: Activation,
+            /// Whether the convolution's output is kept or recomputed. Default: recomputed.
+            #[config(default = "Recompute::Conv")]
+            pub recompute: Recompute,
+            /// Bound on the backward pass's workspace in bytes; see
+            /// [`ConvBnOptions::max_workspace`](crate::ConvBnOptions::max_workspace).
+            /// Default: none.
+            #[config(default = "None")]
+            pub max_workspace: Option<usize>,
+        }
+
+        impl $config {
+            /// Initializes a layer. As everywhere in Burn, parameters are drawn on first use.
+            ///
+            /// # Panics
+            ///
+            /// Panics with a [`ConvBnError`](crate::ConvBnError) if a number of channels or
+            /// groups, a size, a stride or a dilation is zero, the channels do not divide into
+            /// the groups, or epsilon or the momentum is out of range.
+            pub fn init(&self, device: &Device) -> $layer {
+                let $this = self;
+                let [channels_in, channels_out] = $channels;
+                check_geometry(
+                    [channels_in, channels_out],
+                    self.kernel_size.sizes(),
+                    self.stride.sizes(),
+                    self.dilation.sizes(),
+                    self.groups,
+                )
+                .and_then(|()| check_epsilon(self.epsilon))
+                .and_then(|()| check_momentum(self.momentum))
+                .unwrap_or_else(|error| panic!("{error}"));
+                let conv = $conv_config::new($(self.$required),*)
+                    .with_stride(self.stride)
+                    .with_dilation(self.dilation)
+                    .with_groups(self.groups)
+                    .with_padding(self.padding.clone())
+                    .with_bias(self.bias)
+                    .with_initializer(self.initializer.clone())
+                    .init(device);
+                let norm = BatchNormConfig::new(channels_out)
+                    .with_epsilon(self.epsilon)
+                    .with_momentum(self.momentum)
+                    .init(device);
+                let settings = ConvBnSettings {
+                    activation: self.activation,
+                    norm_variant: self.norm_variant,
+                    affine: self.affine,
+                    track_running_stats: self.track_running_stats,
+                    running_variance: self.running_variance,
+                    recompute: self.recompute,
+                    max_workspace: self.max_workspace,
+                };
+                $layer::with_settings(conv, norm, settings)
+            }
+        }
+
+        #[doc = concat!("Convolution, batch norm and activation over `", $input, "`, fused: one")]
+        /// activation is kept for the backward pass.
+        ///
+        /// It holds Burn's own modules, so that records, optimizers, freezing and renamed PyTorch
+        /// weights work as for the two layers that it replaces. Made by
+        #[doc = concat!("[`", stringify!($config), "`], or [`from_parts`](Self::from_parts).")]
+        ///
+        /// # Statistics
+        ///
+        /// On an autodiff device, unless the norm's `training` flag is off, the layer normalizes
+        /// with the batch's statistics and updates the running ones, once, in the forward pass.
+        /// Otherwise (evaluation, or a norm that was frozen) it normalizes with the running
+        /// statistics and leaves them alone.
+        #[derive(Module, Debug)]
+        #[module(custom_display)]
+        pub struct $layer {
+            /// The convolution's parameters and geometry.
+            pub conv: $conv,
+            /// The norm's parameters and running statistics.
+            pub norm: BatchNorm,
+            /// Everything else.
+            pub settings: ConvBnSettings,
+        }
+
+        impl $layer {
+            /// Fuses a convolution and the norm after it.
+            pub fn from_parts(conv: $conv, norm: BatchNorm, activation: Activation) -> Self {
+                Self::with_settings(conv, norm, ConvBnSettings::new(activation))
+            }
+
+            /// Fuses a convolution and the norm after it, with every setting. A norm that is not
+            /// affine loses the gradients of its gamma and beta, which it does not use.
+            pub fn with_settings(
+                conv: $conv,
+                mut norm: BatchNorm,
+                settings: ConvBnSettings,
+            ) -> Self {
+                if !settings.affine {
+                    norm.gamma = norm.gamma.set_require_grad(false);
+                    norm.beta = norm.beta.set_require_grad(false);
+                }
+                Self {
+                    conv,
+                    norm,
+                    settings,
+                }
+            }
+
+            /// The convolution and the norm. What follows them is in
+            /// [`settings`](Self::settings).
+            pub fn into_parts(self) -> ($conv, BatchNorm) {
+                (self.conv, self.norm)
+            }
+
+            /// `activation(norm(conv(input)))`.
+            ///
+            /// # Shapes
+            ///
+            #[doc = concat!("- `input`: `", $input, "`")]
+            #[doc = concat!("- output: `", $output, "`")]
+            ///
+            /// # Panics
+            ///
+            /// Panics with a [`ConvBnError`](crate::ConvBnError) if shapes, dtypes or devices do
+            /// not fit, or if there is a single value per channel to take statistics of.
+            pub fn forward(&self, input: Tensor<$rank>) -> Tensor<$rank> {
+                self.block().forward(input, None)
+            }
+
+            /// `activation(norm(conv(input)) + residual)`.
+            ///
+            /// # Shapes
+            ///
+            #[doc = concat!("- `input`: `", $input, "`")]
+            #[doc = concat!("- `residual`, output: `", $output, "`")]
+            ///
+            /// # Panics
+            ///
+            /// As [`forward`](Self::forward).
+            pub fn forward_residual(
+                &self,
+                input: Tensor<$rank>,
+                residual: Tensor<$rank>,
+            ) -> Tensor<$rank> {
+                self.block().forward(input, Some(residual))
+            }
+
+            /// What a training step keeps for the backward pass of this layer's
+            /// [`forward`](Self::forward), for an input of that shape that is itself tracked, by
+            /// name and bytes.
+            ///
+            /// # Panics
+            ///
+            /// As [`forward`](Self::forward), for the shape.
+            pub fn saved_for_backward(&self, input_shape: [usize; $rank]) -> Vec<SavedTensor> {
+                self.block().saved_for_backward(input_shape, false)
+            }
+
+            /// As [`saved_for_backward`](Self::saved_for_backward), for
+            /// [`forward_residual`](Self::forward_residual) with a residual that is tracked too.
+            ///
+            /// # Panics
+            ///
+            /// As [`forward`](Self::forward), for the shape.
+            pub fn saved_for_backward_residual(
+                &self,
+                input_shape: [usize; $rank],
+            ) -> Vec<SavedTensor> {
+                self.block().saved_for_backward(input_shape, true)
+            }
+
+            /// For inference: one convolution, with a bias, that computes `norm(conv(input))` of
+            /// the evaluation mode. The activation is not part of it; apply
+            /// `settings.activation.forward(..)`, after adding a residual if there is one.
+            ///
+            /// The new weight `gamma * s * weight` and bias `gamma * s * (bias - running_mean) +
+            /// beta` are formed in f64 and f32 (f64 for f64 data) and have the dtype of the old
+            /// weight.
+            ///
+            /// # Errors
+            ///
+            /// [`FoldError::NoRunningStatistics`] if the layer evaluates on the batch's
+            /// statistics, which no fixed weight reproduces; [`FoldError::NotFinite`] if a
+            /// channel's scale or shift is not finite, as from a negative running variance.
+            pub fn fold(&self) -> Result<$conv, FoldError> {
+                self.block().fold()
+            }
+
+            fn block(&self) -> Block<'_, $conv> {
+                Block {
+                    conv: &self.conv,
+                    norm: &self.norm,
+                    settings: &self.settings,
+                }
+            }
+        }
+
+        impl ModuleDisplay for $layer {
+            fn custom_settings(&self) -> Option<DisplaySettings> {
+                DisplaySettings::new()
+                    .with_new_line_after_attribute(true)
+                    .optional()
+            }
+
+            fn custom_content(&self, content: Content) -> Option<Content> {
+                let content = content.add("conv", &self.conv).add("norm", &self.norm);
+                self.settings.describe(content).optional()
+            }
+        }
+    };
+}
+
+conv_bn_layer! {
+    ConvBn1d, ConvBn1dConfig: 3,
+    Conv1d, Conv1dConfig,
+    "[batch, channels_in, length]", "[batch, channels_out, length_out]",
+    {
+        /// Number of input channels.
+        channels_in: usize,
+        /// Number of output channels.
+        channels_out: usize,
+        /// Length of the kernel.
+        kernel_size: usize,
+    }
+    channels: |config| [config.channels_in, config.channels_out],
+    sizes: usize = "1",
+    padding: PaddingConfig1d = "PaddingConfig1d::Valid",
+}
+
+conv_bn_layer! {
+    ConvBn2d, ConvBn2dConfig: 4,
+    Conv2d, Conv2dConfig,
+    "[batch, channels_in, height, width]", "[batch, channels_out, height_out, width_out]",
+    {
+        /// Numbers of input and output channels.
+        channels: [usize; 2],
+        /// Height and width of the kernel.
+        kernel_size: [usize; 2],
+    }
+    channels: |config| config.channels,
+    sizes: [usize; 2] = "[1, 1]",
+    padding: PaddingConfig2d = "PaddingConfig2d::Valid",
+}
+
+conv_bn_layer! {
+    ConvBn3d, ConvBn3dConfig: 5,
+    Conv3d, Conv3dConfig,
+    "[batch, channels_in, depth, height, width]",
+    "[batch, channels_out, depth_out, height_out, width_out]",
+    {
+        /// Numbers of input and output channels.
+        channels: [usize; 2],
+        /// Depth, height and width of the kernel.
+        kernel_size: [usize; 3],
+    }
+    channels: |config| config.channels,
+    sizes: [usize; 3] = "[1, 1, 1]",
+    padding: PaddingConfig3d = "PaddingConfig3d::Valid",
+}

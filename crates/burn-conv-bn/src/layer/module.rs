@@ -1,0 +1,135 @@
+//! Changes to every layer of a model at once.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{FloatDType, Tensor};
+
+use super::{ConvBnSettings, RunningVariance};
+use crate::definition::Recompute;
+
+/// Changes to every fused layer of a module, which may be a whole model or a layer itself.
+pub trait ConvBnModule: Module {
+    /// Changes the settings of every fused layer.
+    ///
+    /// ```
+    /// # #[cfg(feature = "flex")] {
+    /// use burn::tensor::Device;
+    /// use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, ConvBnModule};
+    ///
+    /// let device = Device::flex();
+    /// let blocks = vec![ConvBn2dConfig::new([3, 8], [3, 3]).init(&device)];
+    /// let blocks = blocks.map_settings(|settings| settings.activation = Activation::Silu);
+    /// assert_eq!(blocks[0].settings.activation, Activation::Silu);
+    /// # }
+    /// ```
+    #[must_use]
+    fn map_settings(self, change: impl Fn(&mut ConvBnSettings) + 'static) -> Self {
+        let _restored = Edit::begin(Rc::new(change));
+        self.map(&mut KeepParameters)
+    }
+
+    /// Sets whether every fused layer keeps or recomputes its convolution's output.
+    #[must_use]
+    fn with_recompute(self, recompute: Recompute) -> Self {
+        self.map_settings(move |settings| settings.recompute = recompute)
+    }
+
+    /// Bounds the backward workspace of every fused layer, in bytes; see
+    /// [`ConvBnOptions::max_workspace`](crate::ConvBnOptions::max_workspace).
+    #[must_use]
+    fn with_max_workspace(self, max_workspace: Option<usize>) -> Self {
+        self.map_settings(move |settings| settings.max_workspace = max_workspace)
+    }
+
+    /// Sets which variance of a batch goes into the running variances.
+    #[must_use]
+    fn with_running_variance(self, running_variance: RunningVariance) -> Self {
+        self.map_settings(move |settings| settings.running_variance = running_variance)
+    }
+
+    /// Mixed precision: casts every float parameter to `dtype`, but for those of batch norms,
+    /// which stay as they are and whose running statistics would underflow in f16.
+    ///
+    /// With f16 or bf16 a fused layer then takes its input in that dtype, and keeps statistics,
+    /// sums and the norm's parameters and gradients in f32. Cast the model's input with
+    /// [`Tensor::cast`]; each gradient has its parameter's dtype.
+    #[must_use]
+    fn with_precision(self, dtype: FloatDType) -> Self {
+        self.map(&mut Precision {
+            dtype,
+            batch_norms: 0,
+        })
+    }
+}
+
+impl<M: Module> ConvBnModule for M {}
+
+type Change = Rc<dyn Fn(&mut ConvBnSettings)>;
+
+thread_local! {
+    // Burn's mappers reach parameters only. What is to happen to the settings travels beside
+    // them, for as long as the map of one model runs.
+    static CURRENT: RefCell<Option<Change>> = const { RefCell::new(None) };
+}
+
+/// The current change, until dropped.
+struct Edit {
+    outer: Option<Change>,
+}
+
+impl Edit {
+    fn begin(change: Change) -> Self {
+        Self {
+            outer: CURRENT.replace(Some(change)),
+        }
+    }
+}
+
+impl Drop for Edit {
+    fn drop(&mut self) {
+        CURRENT.set(self.outer.take());
+    }
+}
+
+/// Applies the current change, if a model is being changed.
+pub(super) fn edit(settings: &mut ConvBnSettings) {
+    let change = CURRENT.with_borrow(Clone::clone);
+    if let Some(change) = change {
+        change(settings);
+    }
+}
+
+struct KeepParameters;
+
+impl ModuleMapper for KeepParameters {}
+
+struct Precision {
+    dtype: FloatDType,
+    /// How many batch norms are being mapped: 0 or 1.
+    batch_norms: usize,
+}
+
+impl ModuleMapper for Precision {
+    fn enter_module(&mut self, _name: &str, container_type: &str) {
+        self.batch_norms += usize::from(container_type == BATCH_NORM);
+    }
+
+    fn exit_module(&mut self, _name: &str, container_type: &str) {
+        self.batch_norms -= usize::from(container_type == BATCH_NORM);
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if self.batch_norms > 0 {
+            return param;
+        }
+        let dtype = self.dtype;
+        param.map(|tensor| {
+            let tracked = tensor.is_require_grad();
+            tensor.cast(dtype).detach().set_require_grad(tracked)
+        })
+    }
+}
+
+const BATCH_NORM: &str = "Struct:BatchNorm";

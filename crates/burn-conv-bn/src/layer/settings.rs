@@ -1,0 +1,121 @@
+use burn::config::Config;
+use burn::module::{
+    Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor,
+};
+use burn::tensor::Device;
+
+use super::module::edit;
+use crate::definition::{Activation, NormVariant, Recompute};
+
+/// Which variance of a batch goes into the running variance.
+#[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
+pub enum RunningVariance {
+    /// Over the number of values, as Burn does.
+    Biased,
+    /// Over one less, as PyTorch does.
+    Unbiased,
+}
+
+/// What a fused layer does besides what its convolution and norm say: the part that is not in a
+/// record.
+///
+/// [`ConvBnModule`](crate::ConvBnModule) changes it in every layer of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConvBnSettings {
+    /// Applied last.
+    pub activation: Activation,
+    /// How the norm is formed.
+    pub norm_variant: NormVariant,
+    /// Whether gamma and beta take part.
+    pub affine: bool,
+    /// Whether running statistics are kept and used in evaluation. Without, evaluation and a
+    /// frozen norm use the batch's.
+    pub track_running_stats: bool,
+    /// Which variance goes into the running variance.
+    pub running_variance: RunningVariance,
+    /// Whether the convolution's output is kept or recomputed.
+    pub recompute: Recompute,
+    /// As [`ConvBnOptions::max_workspace`](crate::ConvBnOptions::max_workspace).
+    pub max_workspace: Option<usize>,
+}
+
+impl ConvBnSettings {
+    /// An affine Burn batch norm with tracked statistics, recomputed without a bound.
+    pub fn new(activation: Activation) -> Self {
+        Self {
+            activation,
+            norm_variant: NormVariant::BatchNorm,
+            affine: true,
+            track_running_stats: true,
+            running_variance: RunningVariance::Biased,
+            recompute: Recompute::Conv,
+            max_workspace: None,
+        }
+    }
+
+    /// Adds what differs from the defaults, and what a reader looks for first.
+    pub(super) fn describe(&self, content: Content) -> Content {
+        let mut content = content
+            .add_debug_attribute("activation", &self.activation)
+            .add_debug_attribute("recompute", &self.recompute);
+        if self.norm_variant != NormVariant::BatchNorm {
+            content = content.add_debug_attribute("norm_variant", &self.norm_variant);
+        }
+        if !self.affine {
+            content = content.add("affine", &self.affine);
+        }
+        if !self.track_running_stats {
+            content = content.add("track_running_stats", &self.track_running_stats);
+        }
+        if self.running_variance != RunningVariance::Biased {
+            content = content.add_debug_attribute("running_variance", &self.running_variance);
+        }
+        if let Some(bytes) = self.max_workspace {
+            content = content.add("max_workspace", &bytes);
+        }
+        content
+    }
+}
+
+/// A module without parameters, which no record holds: being one lets an edit of a whole model
+/// reach it.
+impl Module for ConvBnSettings {
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        devices
+    }
+
+    fn fork(self, _device: &Device) -> Self {
+        self
+    }
+
+    fn to_device(self, _device: &Device) -> Self {
+        self
+    }
+
+    fn train(self) -> Self {
+        self
+    }
+
+    fn valid(&self) -> Self {
+        self.clone()
+    }
+
+    fn materialize(self) -> Self {
+        self
+    }
+
+    fn visit<Visitor: ModuleVisitor>(&self, _visitor: &mut Visitor) {}
+
+    fn map<Mapper: ModuleMapper>(mut self, _mapper: &mut Mapper) -> Self {
+        edit(&mut self);
+        self
+    }
+}
+
+impl ModuleDisplayDefault for ConvBnSettings {
+    fn content(&self, content: Content) -> Option<Content> {
+        self.describe(content).optional()
+    }
+}
+
+impl ModuleDisplay for ConvBnSettings {}
