@@ -107,7 +107,7 @@ impl NetworkWork {
 const PUT_BACK: &str = "a step puts the network back";
 
 /// Mean of the images' negative log-likelihoods, as in `burn-conv-bn-train`.
-fn loss(log_probabilities: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+pub fn loss(log_probabilities: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     log_probabilities
         .gather(1, targets.unsqueeze_dim::<2>(1))
         .squeeze_dim::<1>(1)

@@ -10,6 +10,7 @@ use burn_conv_bn_bench::catalogue::{Layer, Network, Work};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::classifier;
 use crate::files::write;
 use crate::layer::read_block;
 use crate::network::PARAMETERS;
@@ -26,6 +27,7 @@ pub fn prepare(work: &Work, seed: u64, folder: &Path) -> Result<()> {
     match work {
         Work::Layer(layer) => prepare_layer(layer, seed, folder),
         Work::Network(network) => prepare_network(network, seed, folder),
+        Work::Classifier(classifier) => classifier::prepare(classifier, seed, folder),
     }
 }
 

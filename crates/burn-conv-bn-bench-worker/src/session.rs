@@ -11,6 +11,7 @@ use burn_conv_bn_bench::protocol::{
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_train::compare::BURN_VERSION;
 
+use crate::classifier::ClassifierWork;
 use crate::device::open;
 use crate::files::{read, relative_error};
 use crate::layer::LayerWork;
@@ -104,6 +105,9 @@ pub fn load(
     let workload: Box<dyn Workload> = match &entry.work {
         Work::Layer(layer) => Box::new(LayerWork::load(layer, contender, device, data)?),
         Work::Network(network) => Box::new(NetworkWork::load(network, contender, device, data)?),
+        Work::Classifier(classifier) => {
+            Box::new(ClassifierWork::load(classifier, contender, device, data)?)
+        }
     };
     Ok(workload)
 }
@@ -120,7 +124,7 @@ fn compare(folder: &Path, reference: &Path, tensors: Vec<String>) -> Result<Repl
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn_conv_bn_bench::catalogue::{Layer, Network};
+    use burn_conv_bn_bench::catalogue::{Architecture, Classifier, Layer, Network};
     use burn_conv_bn_bench::device::FLEX;
 
     static ALLOCATOR: CountingAllocator = CountingAllocator::new();
@@ -155,6 +159,17 @@ mod tests {
         Entry {
             id: "network".to_string(),
             work: Work::Network(Network { batch: 4 }),
+        }
+    }
+
+    fn small_classifier(architecture: Architecture) -> Entry {
+        Entry {
+            id: "classifier".to_string(),
+            work: Work::Classifier(Classifier {
+                architecture,
+                batch: 4,
+                size: 64,
+            }),
         }
     }
 
@@ -229,8 +244,25 @@ mod tests {
     }
 
     #[test]
+    fn all_forms_of_a_classifier_agree() {
+        for (architecture, weights) in [
+            (Architecture::ResNet18, 21),
+            (Architecture::MobileNetV2, 53),
+        ] {
+            let classifier = small_classifier(architecture);
+            let names = check_all(&classifier, classifier.work.tolerance(FLEX));
+            assert_eq!(names.len(), 3 + weights, "{names:?}");
+            assert_eq!(names[..2], ["logits", "loss"]);
+        }
+    }
+
+    #[test]
     fn steps_are_timed_in_their_parts() {
-        for (entry, optimizer) in [(small_layer(true), false), (small_network(), true)] {
+        for (entry, optimizer) in [
+            (small_layer(true), false),
+            (small_network(), true),
+            (small_classifier(Architecture::ResNet18), true),
+        ] {
             let folder = tempfile::tempdir().unwrap();
             prepare(&entry.work, 2, folder.path()).unwrap();
             for contender in OURS {

@@ -568,7 +568,10 @@ class Session:
             torch.set_num_threads(request["threads"])
             torch.manual_seed(0)
             ((kind, shape),) = request["entry"]["work"].items()
-            work = {"layer": LayerWork, "network": NetworkWork}[kind]
+            works = {"layer": LayerWork, "network": NetworkWork}
+            if kind not in works:
+                raise Unavailable("torchvision's networks are not compared with PyTorch yet")
+            work = works[kind]
             self.work = work(
                 shape, variant_of(request), device_of(request), request["data_dir"]
             )

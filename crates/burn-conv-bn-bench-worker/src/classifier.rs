@@ -1,0 +1,347 @@
+//! Torchvision's networks in each of Burn's forms.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::optim::momentum::MomentumConfig;
+use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
+use burn::tensor::activation::log_softmax;
+use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData};
+use burn_conv_bn::{ConvBnModule, Recompute};
+use burn_conv_bn_bench::catalogue::{Architecture, Classifier};
+use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
+use burn_conv_bn_memory::CountingAllocator;
+use burn_conv_bn_models::{
+    Form, MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
+};
+
+use crate::device::{Stopwatch, is_cube};
+use crate::files::{read, write};
+use crate::meter::Meter;
+use crate::network::loss;
+use crate::session::Workload;
+use crate::tensors::{into_values, tensor, values, write_tensor};
+
+/// Small enough that random images do not throw the weights far off.
+const LEARNING_RATE: f64 = 1e-3;
+
+/// Images, and their height and width, of the step that warms up before memory is measured.
+const SMALL: [usize; 2] = [2, 64];
+
+/// File of all parameters and running statistics, in the order in which a network is visited.
+const PARAMETERS: &str = "parameters";
+
+/// One of torchvision's networks.
+#[derive(Module, Debug)]
+enum Model {
+    ResNet(ResNet),
+    Vgg(Vgg),
+    MobileNetV2(MobileNetV2),
+}
+
+impl Model {
+    fn new(architecture: Architecture, form: Form, device: &Device) -> Self {
+        match architecture {
+            Architecture::ResNet18 => Self::ResNet(ResNetConfig::resnet18(form).init(device)),
+            Architecture::ResNet50 => Self::ResNet(ResNetConfig::resnet50(form).init(device)),
+            Architecture::Vgg16Bn => {
+                let config = VggConfig::vgg16_bn(form).with_dropout(0.0);
+                Self::Vgg(config.init(device))
+            }
+            Architecture::MobileNetV2 => {
+                let config = MobileNetV2Config::new(form).with_dropout(0.0);
+                Self::MobileNetV2(config.init(device))
+            }
+        }
+    }
+
+    fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        match self {
+            Self::ResNet(network) => network.forward(images),
+            Self::Vgg(network) => network.forward(images),
+            Self::MobileNetV2(network) => network.forward(images),
+        }
+    }
+}
+
+/// Draws parameters, images and classes from a seed.
+pub fn prepare(classifier: &Classifier, seed: u64, folder: &Path) -> Result<()> {
+    let device = Device::flex();
+    device.seed(seed);
+    let mut parameters = Parameters { values: Ok(vec![]) };
+    Model::new(classifier.architecture, Form::Fused, &device).visit(&mut parameters);
+    write(folder, PARAMETERS, &parameters.values?)?;
+    let images = Tensor::<4>::random(
+        classifier.input_shape(),
+        Distribution::Normal(0.0, 1.0),
+        &device,
+    );
+    write_tensor(folder, "images", images)?;
+    let classes = Distribution::Uniform(0.0, Classifier::CLASSES as f64);
+    let targets = Tensor::<1>::random([classifier.batch], classes, &device);
+    write_tensor(folder, "targets", targets.floor())
+}
+
+/// The network with its data and its optimizer.
+pub struct ClassifierWork {
+    /// Taken out while the optimizer works on it: a second handle would keep it from working in
+    /// place.
+    model: Option<Model>,
+    optimizer: ModuleOptimizer,
+    images: Tensor<4>,
+    targets: Tensor<1, Int>,
+    device: Device,
+}
+
+const PUT_BACK: &str = "a step puts the network back";
+
+impl ClassifierWork {
+    /// Reads the data that `prepare` wrote.
+    pub fn load(
+        classifier: &Classifier,
+        contender: Contender,
+        device: Device,
+        data: &Path,
+    ) -> Result<Self> {
+        let form = match contender {
+            Contender::Fused | Contender::Never => Form::Fused,
+            _ => Form::Unfused,
+        };
+        let recompute = match contender {
+            Contender::Never => Recompute::Never,
+            _ => Recompute::Conv,
+        };
+        let mut fill = Fill {
+            values: read(data, PARAMETERS)?,
+            taken: 0,
+        };
+        let model = Model::new(classifier.architecture, form, &device)
+            .with_recompute(recompute)
+            .map(&mut fill);
+        ensure!(
+            fill.taken == fill.values.len(),
+            "{} values for a network that has {}",
+            fill.values.len(),
+            fill.taken
+        );
+        let targets = values(data, "targets", classifier.batch)?;
+        let targets: Vec<i64> = targets.into_iter().map(|class| class as i64).collect();
+        let momentum = MomentumConfig::new();
+        Ok(Self {
+            model: Some(model),
+            optimizer: SgdConfig::new().with_momentum(Some(momentum)).init(),
+            images: tensor(data, "images", classifier.input_shape(), &device)?,
+            targets: Tensor::from_data(TensorData::new(targets, [classifier.batch]), &device),
+            device,
+        })
+    }
+
+    fn model(&self) -> &Model {
+        self.model.as_ref().expect(PUT_BACK)
+    }
+
+    fn forward(&self, images: Tensor<4>, targets: Tensor<1, Int>) -> Tensor<1> {
+        loss(log_softmax(self.model().forward(images), 1), targets)
+    }
+
+    fn warm_up(&self) {
+        let [batch, size] = SMALL;
+        let images = Tensor::random([batch, 3, size, size], Distribution::Default, &self.device);
+        let targets = Tensor::zeros([batch], &self.device);
+        self.forward(images, targets).backward();
+    }
+
+    fn measure(&self, allocator: &'static CountingAllocator) -> StepMemory {
+        let mut meter = Meter::start(&self.device, allocator);
+        let loss = self.forward(self.images.clone(), self.targets.clone());
+        meter.forward_end();
+        let grads = loss.backward();
+        // Without the optimizer: by then the activations are gone, and its state stays.
+        let memory = meter.finish();
+        drop((grads, loss));
+        memory
+    }
+}
+
+impl Workload for ClassifierWork {
+    fn check(&self, folder: &Path) -> Result<Vec<String>> {
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+        let logits = self.model().forward(self.images.clone());
+        let loss = loss(log_softmax(logits.clone(), 1), self.targets.clone());
+        let grads = loss.backward();
+        write_tensor(folder, "logits", logits)?;
+        write_tensor(folder, "loss", loss)?;
+        let mut gradients = WriteGradients {
+            grads: &grads,
+            folder,
+            path: Vec::new(),
+            names: vec!["logits".to_string(), "loss".to_string()],
+            vectors: Vec::new(),
+            result: Ok(()),
+        };
+        self.model().visit(&mut gradients);
+        gradients.finish()
+    }
+
+    fn step(&mut self) -> StepTime {
+        let mut watch = Stopwatch::start(&self.device);
+        let loss = self.forward(self.images.clone(), self.targets.clone());
+        let forward_ms = watch.lap();
+        let grads = loss.backward();
+        let backward_ms = watch.lap();
+        let model = self.model.take().expect(PUT_BACK);
+        let grads = GradientsParams::from_grads(grads, &model);
+        self.model = Some(self.optimizer.step(LEARNING_RATE, model, grads));
+        let optimizer_ms = watch.lap();
+        StepTime {
+            forward_ms,
+            backward_ms,
+            optimizer_ms: Some(optimizer_ms),
+        }
+    }
+
+    fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory {
+        if is_cube(&self.device) {
+            self.measure(allocator);
+        } else {
+            self.warm_up();
+        }
+        self.measure(allocator)
+    }
+}
+
+/// Collects the values of a network.
+struct Parameters {
+    values: Result<Vec<f32>>,
+}
+
+impl ModuleVisitor for Parameters {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Ok(values) = &mut self.values {
+            match into_values(param.val()) {
+                Ok(new) => values.extend(new),
+                Err(error) => self.values = Err(error),
+            }
+        }
+    }
+}
+
+/// Gives a network the values that [`Parameters`] collected.
+struct Fill {
+    values: Vec<f32>,
+    /// May be more than there are values: then the parameters keep their own.
+    taken: usize,
+}
+
+impl ModuleMapper for Fill {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let shape = param.dims();
+        let start = self.taken;
+        self.taken += shape.iter().product::<usize>();
+        let Some(values) = self.values.get(start..self.taken) else {
+            return param;
+        };
+        param.map(|old| {
+            let data = TensorData::new(values.to_vec(), shape);
+            Tensor::from_data(data, &old.device()).set_require_grad(old.is_require_grad())
+        })
+    }
+}
+
+/// Writes the gradient of every weight under its name, and those of all norms and biases as one
+/// tensor: a shift that the next norm takes away again has rounding noise for a gradient, which is
+/// to be judged beside the others.
+struct WriteGradients<'a> {
+    grads: &'a Gradients,
+    folder: &'a Path,
+    path: Vec<String>,
+    names: Vec<String>,
+    vectors: Vec<f32>,
+    result: Result<()>,
+}
+
+const VECTORS: &str = "norms_and_biases_grad";
+
+impl WriteGradients<'_> {
+    fn write<const D: usize>(&mut self, param: &Param<Tensor<D>>) -> Result<()> {
+        let name = format!("{}_grad", self.path.join("."));
+        let grad = param.val().grad(self.grads);
+        let grad = grad.with_context(|| format!("there is no {name}"))?;
+        if D == 1 {
+            self.vectors.extend(into_values(grad)?);
+        } else {
+            write_tensor(self.folder, &name, grad)?;
+            self.names.push(name);
+        }
+        Ok(())
+    }
+
+    /// The names of what was written.
+    fn finish(mut self) -> Result<Vec<String>> {
+        self.result?;
+        write(self.folder, VECTORS, &self.vectors)?;
+        self.names.push(VECTORS.to_string());
+        Ok(self.names)
+    }
+}
+
+impl ModuleVisitor for WriteGradients<'_> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_string());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        // Running statistics have none.
+        if self.result.is_ok() && param.val().is_require_grad() {
+            self.result = self.write(param);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The driver counts operations and activations without building a network.
+    #[test]
+    fn the_catalogue_counts_what_the_networks_do() {
+        let counted = Architecture::ALL.map(|architecture| {
+            let classifier = Classifier {
+                architecture,
+                batch: 1,
+                size: 224,
+            };
+            let device = Device::flex().autodiff();
+            let shape = classifier.input_shape();
+            let saved = match Model::new(architecture, Form::Unfused, &device) {
+                Model::ResNet(network) => network.saved_for_backward(shape),
+                Model::Vgg(network) => network.saved_for_backward(shape),
+                Model::MobileNetV2(network) => network.saved_for_backward(shape),
+            };
+            // Unfused, each block lists its convolution's input, output and weight.
+            let (mut operations, mut activations, mut output) = (0, 0, 0);
+            for (_, tensor) in &saved {
+                let count = tensor.shape.num_elements();
+                match tensor.name {
+                    "input" => activations += count,
+                    "conv_output" => {
+                        activations += count;
+                        output = count;
+                    }
+                    "weight" => operations += output * count / tensor.shape[0],
+                    _ => {}
+                }
+            }
+            ([operations, activations], classifier.per_image())
+        });
+        let (counted, listed): (Vec<_>, Vec<_>) = counted.into_iter().unzip();
+        assert_eq!(counted, listed);
+    }
+}
