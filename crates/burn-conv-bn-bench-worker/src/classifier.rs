@@ -34,6 +34,7 @@ const SMALL: [usize; 2] = [2, 64];
 const PARAMETERS: &str = "parameters";
 
 /// One of torchvision's networks.
+#[allow(clippy::large_enum_variant, reason = "there is one of it")]
 #[derive(Module, Debug)]
 enum Model {
     ResNet(ResNet),

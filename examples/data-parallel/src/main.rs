@@ -24,6 +24,7 @@ use burn::train::{
     SupervisedTraining, TrainOutput, TrainStep,
 };
 use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig};
+use burn_conv_bn_train::renderer::LineRenderer;
 use clap::{Parser, ValueEnum};
 use stripes::CLASSES;
 
@@ -165,6 +166,7 @@ fn train(args: &Args, folder: &Path) -> Result<f64> {
     let training = SupervisedTraining::new(folder, loader(4096, 1), loader(256, 2))
         .with_training_strategy(execution(args.strategy, devices)?.into())
         .metrics((LossMetric::new(),))
+        .renderer(Box::new(LineRenderer::new(16)))
         .num_epochs(1);
     let learner = Learner::new(
         Network::new(&first),
