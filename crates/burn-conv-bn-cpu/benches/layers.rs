@@ -35,12 +35,53 @@ fn random(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
 }
 
-fn layers(criterion: &mut Criterion) {
+/// The layers of the catalogue, and those of ResNet-50 at batch 8: small images of many channels.
+fn all_layers() -> Vec<(String, Layer)> {
+    let mut layers = Vec::new();
     for entry in catalogue(false) {
-        let Work::Layer(layer) = &entry.work else {
-            continue;
-        };
-        let geometry = geometry(layer);
+        if let Work::Layer(layer) = entry.work {
+            layers.push((entry.id, layer));
+        }
+    }
+    for (channels, size, kernel, stride) in [
+        ([64, 256], 56, 1, 1),
+        ([128, 128], 28, 3, 1),
+        ([128, 512], 28, 1, 1),
+        ([256, 256], 28, 3, 2),
+        ([256, 256], 14, 3, 1),
+        ([256, 1024], 14, 1, 1),
+        ([1024, 256], 14, 1, 1),
+        ([512, 512], 14, 3, 2),
+        ([512, 512], 7, 3, 1),
+        ([512, 2048], 7, 1, 1),
+        ([2048, 512], 7, 1, 1),
+    ] {
+        let id = format!(
+            "resnet50-{}x{size}-{}-k{kernel}-s{stride}",
+            channels[0], channels[1]
+        );
+        layers.push((
+            id,
+            Layer {
+                batch: 8,
+                channels,
+                size,
+                kernel,
+                stride,
+                padding: kernel / 2,
+                groups: 1,
+                input_grad: true,
+            },
+        ));
+    }
+    layers
+}
+
+fn layers(criterion: &mut Criterion) {
+    for (id, layer) in all_layers() {
+        let geometry = geometry(&layer);
+        let operations = 2 * layer.batch * geometry.positions() * geometry.weight_len();
+        let convolutions = |count: usize| Throughput::Elements((count * operations) as u64);
         let channels = geometry.channels_out();
         let input = random(geometry.batch() * geometry.input_len(), 1);
         let weight = random(geometry.weight_len(), 2);
@@ -49,8 +90,9 @@ fn layers(criterion: &mut Criterion) {
         let mut values = vec![0.0; output_grad.len()];
         let mut mean = vec![0.0; channels];
 
-        let mut group = criterion.benchmark_group(entry.id.as_str());
+        let mut group = criterion.benchmark_group(id);
         group.sample_size(10).warm_up_time(Duration::from_secs(1));
+        group.throughput(convolutions(1));
         group.bench_function("forward", |bencher| {
             bencher.iter(|| {
                 let moments = conv_moments(&geometry, &input, &weight, &mut values);
@@ -80,6 +122,7 @@ fn layers(criterion: &mut Criterion) {
         };
         let mut input_grad = vec![0.0; input.len()];
         let mut weight_grad = vec![0.0; weight.len()];
+        group.throughput(convolutions(2 + usize::from(layer.input_grad)));
         for stores in [true, false] {
             let name = if stores {
                 "backward"

@@ -7,7 +7,7 @@ pub(crate) const BLOCKS: usize = 64;
 const FILLED_POSITIONS: usize = 512;
 
 /// Blocks that small images are not put together below.
-const LEAST_BLOCKS: usize = 8;
+const LEAST_BLOCKS: usize = 2;
 
 /// Why a geometry is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -183,7 +183,9 @@ impl Geometry {
         let filling = FILLED_POSITIONS
             .div_ceil(self.positions())
             .min(self.batch.div_ceil(LEAST_BLOCKS));
-        self.batch.div_ceil(most).max(filling)
+        // A power of two of blocks, so that two threads, or four, have the same to do.
+        let blocks = self.batch.div_ceil(filling).next_power_of_two().min(most);
+        self.batch.div_ceil(blocks)
     }
 
     /// The images of each block, of `images` each but the last.

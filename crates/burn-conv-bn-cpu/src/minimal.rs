@@ -24,7 +24,6 @@
 use std::ops::{Add, Neg, Range, Sub};
 
 use pulp::Arch;
-use rayon::prelude::*;
 
 use crate::algorithm::{Algorithm, Piece};
 use crate::geometry::BLOCKS;
@@ -36,6 +35,10 @@ use crate::{Element, Geometry, Real};
 
 /// Bytes of scratch that a thread's tile aims at.
 const TILE_BYTES: usize = 6 << 20;
+
+/// Positions that a tile has room for in any case: the filters of 512 channels are 16 MiB, which come
+/// from main memory for each tile, and have to meet enough there to be worth the way.
+const LEAST_POSITIONS: usize = 128;
 
 /// Most positions of a tile: a plane of that many values of 64 channels is half of a core's
 /// second-level cache.
@@ -77,18 +80,31 @@ fn output_transposed<T: Real>([y0, y1]: [Chunk<T>; STEP]) -> [Chunk<T>; E] {
     [y0, y0 + y1, y0 - y1, -y1]
 }
 
-/// `G`.
-const G: [[f64; 3]; E] = [
-    [1.0, 0.0, 0.0],
-    [0.5, 0.5, 0.5],
-    [0.5, -0.5, 0.5],
-    [0.0, 0.0, 1.0],
-];
+/// `G w`.
+fn filter([w0, w1, w2]: [f64; 3]) -> [f64; E] {
+    let (sum, middle) = ((w0 + w2) / 2.0, w1 / 2.0);
+    [w0, sum + middle, sum - middle, w2]
+}
 
 /// `G' u`.
 fn filter_transposed([u0, u1, u2, u3]: [f64; E]) -> [f64; 3] {
     let (sum, difference) = ((u1 + u2) / 2.0, (u1 - u2) / 2.0);
     [u0 + sum, difference, sum + u3]
+}
+
+/// `G w G'`.
+fn transformed<T: Real>(kernel: &[T; 9]) -> [T; E * E] {
+    let columns: [[f64; E]; 3] = std::array::from_fn(|column| {
+        filter(std::array::from_fn(|row| kernel[3 * row + column].to_f64()))
+    });
+    let mut products = [T::ZERO; E * E];
+    for (row, products) in products.chunks_exact_mut(E).enumerate() {
+        let values = filter(columns.map(|column| column[row]));
+        for (product, value) in products.iter_mut().zip(values) {
+            *product = T::from_f64(value);
+        }
+    }
+    products
 }
 
 /// [`CHUNK`] neighbouring values.
@@ -265,7 +281,9 @@ impl<'a, T: Real> Minimal<'a, T> {
         let bytes = E * E * (2 * group_in + group_out) * size_of::<T>();
         // A row of the preceding tile, and what is written beyond the last position.
         let margin = columns + slack(group_in).max(slack(group_out));
-        let positions = (TILE_BYTES / bytes).saturating_sub(margin);
+        let positions = (TILE_BYTES / bytes)
+            .saturating_sub(margin)
+            .max(LEAST_POSITIONS);
         // Small batches come in small blocks, for which large planes would stay empty.
         let block = rows * geometry.images_per_block(BLOCKS);
         let tile = (positions.min(MOST_POSITIONS) / columns).clamp(1, block);
@@ -290,31 +308,21 @@ impl<'a, T: Real> Minimal<'a, T> {
     fn filters(geometry: &Geometry, weight: &[T], transposed: bool) -> Vec<Filter<T>> {
         let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
         let (kernels, _) = weight.as_chunks::<9>();
-        (0..geometry.groups() * E * E)
-            .into_par_iter()
-            .map(|index| {
-                let (group, product) = (index / (E * E), index % (E * E));
-                let kernels = &kernels[group * group_out * group_in..][..group_out * group_in];
-                let factors: [f64; 9] =
-                    std::array::from_fn(|tap| G[product / E][tap / 3] * G[product % E][tap % 3]);
-                let dot = |kernel: &[T; 9]| {
-                    let terms = kernel.iter().zip(factors);
-                    T::from_f64(terms.map(|(tap, factor)| tap.to_f64() * factor).sum())
-                };
-                match transposed {
-                    false => Filter::new(
-                        group_out,
-                        group_in,
-                        taps_in_cache(group_in, 1, 1),
-                        |channel, tap| dot(&kernels[channel * group_in + tap]),
-                    ),
-                    true => Filter::new(
-                        group_in,
-                        group_out,
-                        taps_in_cache(group_out, 1, 1),
-                        |channel, tap| dot(&kernels[tap * group_in + channel]),
-                    ),
-                }
+        kernels
+            .chunks_exact(group_out * group_in)
+            .flat_map(|kernels| match transposed {
+                false => Filter::several(
+                    group_out,
+                    group_in,
+                    taps_in_cache(group_in, 1, 1),
+                    |channel, tap| transformed(&kernels[channel * group_in + tap]),
+                ),
+                true => Filter::several(
+                    group_in,
+                    group_out,
+                    taps_in_cache(group_out, 1, 1),
+                    |channel, tap| transformed(&kernels[tap * group_in + channel]),
+                ),
             })
             .collect()
     }

@@ -9,6 +9,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
 
 use crate::Real;
 
@@ -65,24 +66,55 @@ impl<T: Real> Filter<T> {
         channels: usize,
         taps: usize,
         block: usize,
-        factor: impl Fn(usize, usize) -> T,
+        factor: impl Fn(usize, usize) -> T + Sync,
     ) -> Self {
-        let mut factors = Vec::with_capacity(channels * taps);
-        for start in (0..taps).step_by(block) {
-            let end = (start + block).min(taps);
-            for first in (0..channels).step_by(CHANNELS) {
-                let last = (first + CHANNELS).min(channels);
-                for tap in start..end {
-                    factors.extend((first..last).map(|channel| factor(channel, tap)));
-                }
-            }
-        }
-        Self {
+        let [filter] = Self::several(channels, taps, block, |channel, tap| [factor(channel, tap)]);
+        filter
+    }
+
+    /// Filters of one shape, whose factors come together.
+    pub(crate) fn several<const K: usize>(
+        channels: usize,
+        taps: usize,
+        block: usize,
+        factors: impl Fn(usize, usize) -> [T; K] + Sync,
+    ) -> [Self; K] {
+        let mut filters = std::array::from_fn(|_| Self {
             channels,
             taps,
             block,
-            factors,
-        }
+            factors: vec![T::ZERO; channels * taps],
+        });
+        let mut lists = filters
+            .each_mut()
+            .map(|filter| filter.factors.chunks_mut(block * channels));
+        let blocks: Vec<[&mut [T]; K]> = (0..taps.div_ceil(block))
+            .map(|_| {
+                lists
+                    .each_mut()
+                    .map(|list| list.next().expect("each filter has as many blocks"))
+            })
+            .collect();
+        blocks
+            .into_par_iter()
+            .enumerate()
+            .for_each(|(index, mut targets)| {
+                let start = index * block;
+                let end = (start + block).min(taps);
+                let mut at = 0;
+                for first in (0..channels).step_by(CHANNELS) {
+                    let last = (first + CHANNELS).min(channels);
+                    for tap in start..end {
+                        for channel in first..last {
+                            for (target, factor) in targets.iter_mut().zip(factors(channel, tap)) {
+                                target[at] = factor;
+                            }
+                            at += 1;
+                        }
+                    }
+                }
+            });
+        filters
     }
 }
 
