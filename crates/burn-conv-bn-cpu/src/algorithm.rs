@@ -25,7 +25,7 @@ pub(crate) trait Algorithm<E: Element>: Sync {
     /// The tiles of a block of images, in the order in which they have to come.
     fn tiles(&self, images: usize) -> Vec<Self::Tile>;
 
-    /// A tile's share of each image.
+    /// A tile's share of its images.
     fn pieces<'a>(&self, tile: &'a Self::Tile) -> &'a [Piece];
 
     /// Takes a tile of one group from `input`, a block of images.
@@ -81,7 +81,8 @@ pub(crate) trait Algorithm<E: Element>: Sync {
     );
 }
 
-/// One image's share of a tile: contiguous in memory, in each channel.
+/// A share of a tile that is contiguous in memory, in each channel: of one image or, with one
+/// channel, of several.
 #[derive(Clone, Debug)]
 pub(crate) struct Piece {
     /// Where it starts in memory, for channel 0, from the block's first image on.

@@ -158,23 +158,7 @@ fn sum_blocks<E: Element, A: Algorithm<E>>(
         .map(|(images, conv_output)| {
             pool.with(|scratch| {
                 let mut sums = GradSums::new(geometry.channels_out());
-                match conv_output {
-                    ConvOutput::Recompute => {
-                        scratch.sum_block(pass, algorithm, &images, &mut sums, None);
-                    }
-                    ConvOutput::Store(block) => {
-                        scratch.sum_block(pass, algorithm, &images, &mut sums, Some(block));
-                    }
-                    ConvOutput::Kept(block) => {
-                        let positions = geometry.positions();
-                        for (index, values) in block.chunks_exact(positions).enumerate() {
-                            let channel = index % geometry.channels_out();
-                            let values = E::read(values, &mut scratch.line);
-                            let at = images.start * output_len + index * positions;
-                            sums.add(pass, channel, at, values, &mut scratch.converted);
-                        }
-                    }
-                }
+                scratch.sum_block(pass, algorithm, &images, conv_output, &mut sums);
                 sums
             })
         })
@@ -426,33 +410,47 @@ struct Converted<T> {
 }
 
 impl<S: Default, E: Element> Scratch<S, E> {
-    /// Recomputes a block of images and adds to its sums.
+    /// Adds to a block's sums. What is kept is summed piece by piece too, as if it were recomputed,
+    /// so that the sums have the same bits.
     fn sum_block<A: Algorithm<E, Scratch = S>>(
         &mut self,
         pass: &Backward<'_, E>,
         algorithm: &A,
         images: &Range<usize>,
+        mut conv_output: ConvOutput<'_, E>,
         sums: &mut GradSums,
-        mut store: Option<&mut [E]>,
     ) {
         let geometry = pass.geometry;
         let (group_out, positions) = (geometry.group_out(), geometry.positions());
-        let (input, start) = (pass.input(images), images.start * geometry.output_len());
+        let start = images.start * geometry.output_len();
+        let recomputes = !matches!(conv_output, ConvOutput::Kept(_));
+        let input = recomputes.then(|| pass.input(images));
         let tiles = algorithm.tiles(images.len());
         for group in 0..geometry.groups() {
             for tile in &tiles {
-                algorithm.load(&mut self.algorithm, input, group, tile);
-                algorithm.convolve(&mut self.algorithm, group, tile);
+                if let Some(input) = input {
+                    algorithm.load(&mut self.algorithm, input, group, tile);
+                    algorithm.convolve(&mut self.algorithm, group, tile);
+                }
                 for index in 0..group_out {
                     let channel = group * group_out + index;
                     for (number, piece) in algorithm.pieces(tile).iter().enumerate() {
-                        self.recomputed(algorithm, tile, number, piece.len, index);
                         let from = channel * positions + piece.start;
-                        if let Some(store) = &mut store {
-                            E::store(&self.line, &mut store[from..][..piece.len]);
-                        }
-                        let converted = &mut self.converted;
-                        sums.add(pass, channel, start + from, &self.line, converted);
+                        let values = match &mut conv_output {
+                            ConvOutput::Kept(block) => {
+                                E::read(&block[from..][..piece.len], &mut self.line)
+                            }
+                            ConvOutput::Recompute => {
+                                self.recomputed(algorithm, tile, number, piece.len, index);
+                                &self.line
+                            }
+                            ConvOutput::Store(block) => {
+                                self.recomputed(algorithm, tile, number, piece.len, index);
+                                E::store(&self.line, &mut block[from..][..piece.len]);
+                                &self.line
+                            }
+                        };
+                        sums.add(pass, channel, start + from, values, &mut self.converted);
                     }
                 }
             }

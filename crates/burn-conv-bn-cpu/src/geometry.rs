@@ -6,7 +6,8 @@ pub(crate) const BLOCKS: usize = 64;
 /// Output positions that make a block worth its overhead.
 const FILLED_POSITIONS: usize = 512;
 
-/// Blocks that small images are not put together below.
+/// Blocks that small images are not put together below: more would keep more threads busy, but read
+/// large weights once for each.
 const LEAST_BLOCKS: usize = 2;
 
 /// Why a geometry is refused.
@@ -177,8 +178,7 @@ impl Geometry {
     /// Images of each of at most `most` blocks, which sums are taken over in order. They depend on
     /// nothing but the geometry, so that results do not depend on the number of threads.
     ///
-    /// Small images are put together so that they fill a tile, as long as enough blocks remain for
-    /// many threads.
+    /// Small images are put together so that they fill a tile, as long as [`LEAST_BLOCKS`] remain.
     pub(crate) fn images_per_block(&self, most: usize) -> usize {
         let filling = FILLED_POSITIONS
             .div_ceil(self.positions())

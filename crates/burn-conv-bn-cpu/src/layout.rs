@@ -175,7 +175,7 @@ impl<'a> Layout<'a> {
                 let last = range.end == positions;
                 let grad_range = range.start..if last { reached.end } else { range.end };
                 let output = self.output_runs(images, &range);
-                let (pieces, runs) = pieces(&output, self.geometry.output_len());
+                let (pieces, runs) = pieces(&output);
                 Tile {
                     input: self.input_runs(images, &reached),
                     pieces,
@@ -217,12 +217,7 @@ impl<'a> Layout<'a> {
                 dense: dense + columns.start,
                 len: columns.end.min(width).saturating_sub(columns.start),
             };
-            // A piece is of one image, so that sums over it are those over a kept output: images of
-            // one channel follow one another in memory.
-            match run.dense % self.geometry.output_len() {
-                0 if run.len > 0 => runs.push(run),
-                _ => push(&mut runs, run, 1),
-            }
+            push(&mut runs, run, 1);
         }
         runs
     }
@@ -292,15 +287,13 @@ fn push(runs: &mut Vec<Run>, run: Run, step: usize) {
     }
 }
 
-/// Runs of one image that follow one another in memory, together, and which runs these are.
-fn pieces(runs: &[Run], image: usize) -> (Vec<Piece>, Vec<Range<usize>>) {
+/// Runs that follow one another in memory, together, and which runs these are.
+fn pieces(runs: &[Run]) -> (Vec<Piece>, Vec<Range<usize>>) {
     let mut pieces: Vec<Piece> = Vec::new();
     let mut ranges: Vec<Range<usize>> = Vec::new();
     for (index, run) in runs.iter().enumerate() {
         match (pieces.last_mut(), ranges.last_mut()) {
-            (Some(piece), Some(range))
-                if piece.start + piece.len == run.dense && run.dense % image != 0 =>
-            {
+            (Some(piece), Some(range)) if piece.start + piece.len == run.dense => {
                 piece.len += run.len;
                 range.end += 1;
             }

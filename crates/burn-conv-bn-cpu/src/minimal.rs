@@ -283,10 +283,10 @@ impl<'a, T: Real> Minimal<'a, T> {
         let margin = columns + slack(group_in).max(slack(group_out));
         let positions = (TILE_BYTES / bytes)
             .saturating_sub(margin)
-            .max(LEAST_POSITIONS);
+            .clamp(LEAST_POSITIONS, MOST_POSITIONS);
         // Small batches come in small blocks, for which large planes would stay empty.
         let block = rows * geometry.images_per_block(BLOCKS);
-        let tile = (positions.min(MOST_POSITIONS) / columns).clamp(1, block);
+        let tile = (positions / columns).clamp(1, block);
         let plane = plane_len(margin + tile * columns);
         let starts = |channels: usize| (0..channels).map(|channel| channel * plane).collect();
         Self {
@@ -307,22 +307,18 @@ impl<'a, T: Real> Minimal<'a, T> {
     /// `G w G'` of each group, from input channels to output channels or, `transposed`, back.
     fn filters(geometry: &Geometry, weight: &[T], transposed: bool) -> Vec<Filter<T>> {
         let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
+        let (channels, taps, channel_step, tap_step) = match transposed {
+            false => (group_out, group_in, group_in, 1),
+            true => (group_in, group_out, 1, group_in),
+        };
         let (kernels, _) = weight.as_chunks::<9>();
         kernels
             .chunks_exact(group_out * group_in)
-            .flat_map(|kernels| match transposed {
-                false => Filter::several(
-                    group_out,
-                    group_in,
-                    taps_in_cache(group_in, 1, 1),
-                    |channel, tap| transformed(&kernels[channel * group_in + tap]),
-                ),
-                true => Filter::several(
-                    group_in,
-                    group_out,
-                    taps_in_cache(group_out, 1, 1),
-                    |channel, tap| transformed(&kernels[tap * group_in + channel]),
-                ),
+            .flat_map(|kernels| {
+                let block = taps_in_cache(taps, 1, 1);
+                Filter::several(channels, taps, block, |channel, tap| {
+                    transformed(&kernels[channel * channel_step + tap * tap_step])
+                })
             })
             .collect()
     }
