@@ -64,6 +64,14 @@ impl CountingAllocator {
         current
     }
 
+    /// As [`reset_peak`](Self::reset_peak), but returns the peak that ends.
+    ///
+    /// Called again and again, it gives the curve of what is alive, without a peak missed in
+    /// between.
+    pub fn take_peak(&self) -> usize {
+        self.peak.swap(self.current(), Relaxed)
+    }
+
     fn grow(&self, bytes: usize) {
         let current = self.current.fetch_add(bytes, Relaxed) + bytes;
         self.peak.fetch_max(current, Relaxed);
@@ -134,7 +142,8 @@ mod tests {
             assert_eq!((allocator.current(), allocator.peak()), (350, 350));
             let a = allocator.realloc(a, layout(300), 10);
             assert_eq!((allocator.current(), allocator.peak()), (60, 350));
-            assert_eq!(allocator.reset_peak(), 60);
+            assert_eq!(allocator.take_peak(), 350);
+            assert_eq!((allocator.peak(), allocator.reset_peak()), (60, 60));
             allocator.dealloc(b, layout(50));
             allocator.dealloc(a, layout(10));
             assert_eq!((allocator.current(), allocator.peak()), (0, 60));

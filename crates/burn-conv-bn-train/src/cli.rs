@@ -133,6 +133,9 @@ struct Compare {
     /// Write the results to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Draw memory over one training step, and the losses, to this SVG file.
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
     /// Folder for the logs of the metrics.
     #[arg(long, value_name = "DIR", default_value = "artifacts/compare")]
     artifacts: PathBuf,
@@ -263,6 +266,7 @@ fn run_compare(
     let options = CompareOptions {
         variants: vec![Variant::Fused, Variant::Unfused],
         json: args.json,
+        plot: args.plot,
         artifacts: args.artifacts,
         time_limit,
     };
@@ -301,7 +305,7 @@ fn train(
         say!("Test set ({dataset}): {epoch}");
     }
     if let Some(json) = json {
-        json.write(&report)?;
+        json.write_json("Report", &report)?;
     }
     let last_epoch = outcome.epochs.last().map(|epoch| epoch.epoch);
     match (outcome.interrupted, last_epoch) {

@@ -18,12 +18,16 @@ use tempfile::NamedTempFile;
 use crate::data::{DataOrigin, DatasetChoice, MnistData};
 use crate::estimate::estimate;
 use crate::fit::Resume;
-use crate::job::{Job, RunOptions, Variant, run};
+use crate::job::{Job, RunOptions, Variant, record, run};
+use crate::plot::picture;
 use crate::print::{message, say};
 use crate::report::{Report, VariantReport};
 
 /// Version of Burn that this is built with: the one that the workspace pins.
 pub const BURN_VERSION: &str = "0.22.1";
+
+/// Points of the curve of a step's memory.
+const CURVE: usize = 500;
 
 /// Name of the subcommand that runs one variant; not for people.
 pub const WORKER: &str = "run-variant";
@@ -35,6 +39,8 @@ pub struct CompareOptions {
     pub variants: Vec<Variant>,
     /// Where the report goes.
     pub json: Option<PathBuf>,
+    /// Where the picture of memory over a step and of the losses goes, as SVG.
+    pub plot: Option<PathBuf>,
     /// Where the metrics' logs go, a folder for each variant.
     pub artifacts: PathBuf,
     /// If the estimate is longer, train on fewer digits, the same for all variants.
@@ -47,6 +53,8 @@ struct Task {
     job: Job,
     variant: Variant,
     directory: PathBuf,
+    /// Whether to record the memory of a step.
+    record: bool,
     result: PathBuf,
 }
 
@@ -65,6 +73,7 @@ pub fn compare(
     interrupter: &Interrupter,
 ) -> Result<()> {
     let json = options.json.as_deref().map(Output::create).transpose()?;
+    let plot = options.plot.as_deref().map(Output::create).transpose()?;
     for variant in &options.variants {
         let folder = options.artifacts.join(variant.name()).join("checkpoint");
         if folder.exists() {
@@ -92,7 +101,7 @@ pub fn compare(
         dataset: data.origin.name().to_string(),
         train_digits: data.train.len(),
         test_digits: data.test.len(),
-        device: format!("{:?}", job.device().without_autodiff()),
+        device: job.device.name().to_string(),
         dtype: format!("{:?}", DType::from(job.precision.dtype())),
         batch_size: job.batch_size,
         norm: job.norm.name().to_string(),
@@ -110,6 +119,7 @@ pub fn compare(
             job: job.clone(),
             variant,
             directory: options.artifacts.join(variant.name()),
+            record: plot.is_some(),
             result: scratch.path().join(format!("{}.json", variant.name())),
         };
         let result = match spawn(&task) {
@@ -137,7 +147,11 @@ pub fn compare(
     if !report.variants.is_empty() {
         say!("\n{}", summary(&report));
         if let Some(json) = json {
-            json.write(&report)?;
+            json.write_json("Report", &report)?;
+        }
+        if let Some(plot) = plot {
+            let picture = picture(&report).context("cannot draw the picture")?;
+            plot.write("Picture", picture.as_bytes())?;
         }
     }
     if let Some(failure) = failure {
@@ -249,6 +263,12 @@ fn train(
     interrupter: Interrupter,
 ) -> Result<VariantReport> {
     let data = task.job.data()?;
+    // Before the training, which takes the data; in what is left of this process's life nothing of
+    // it remains but pages that the allocator keeps.
+    let timeline = match task.record {
+        true => Some(record(&task.job, task.variant, &data, allocator)?.thinned(CURVE)),
+        false => None,
+    };
     let options = RunOptions {
         directory: task.directory.clone(),
         overwrite: true,
@@ -259,7 +279,7 @@ fn train(
         interrupter,
     };
     let (report, _) = run(&task.job, task.variant, data, allocator, options)?;
-    Ok(report)
+    Ok(VariantReport { timeline, ..report })
 }
 
 /// A file that appears whole or not at all.
@@ -295,22 +315,31 @@ impl Output {
         })
     }
 
-    /// Writes `value` as JSON and puts the file in its place.
+    /// Writes `value` as JSON; see [`write`](Self::write).
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    pub fn write_json(self, what: &str, value: &impl Serialize) -> Result<()> {
+        let mut json = serde_json::to_vec_pretty(value)?;
+        json.push(b'\n');
+        self.write(what, &json)
+    }
+
+    /// Writes the file, puts it in its place, and says where it is.
     ///
     /// # Errors
     ///
     /// If it cannot be written, as on a full disk; what was at the path before is still there.
-    pub fn write(mut self, value: &impl Serialize) -> Result<()> {
+    pub fn write(mut self, what: &str, bytes: &[u8]) -> Result<()> {
         let failed = || format!("cannot write {}", self.path.display());
-        let mut json = serde_json::to_vec_pretty(value)?;
-        json.push(b'\n');
-        self.file.write_all(&json).with_context(failed)?;
+        self.file.write_all(bytes).with_context(failed)?;
         self.file.as_file().sync_all().with_context(failed)?;
         let path = self.path.clone();
         self.file
             .persist(&self.path)
             .with_context(|| format!("cannot write {}", path.display()))?;
-        say!("Report: {}", path.display());
+        say!("{what}: {}", path.display());
         Ok(())
     }
 }

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use burn::data::dataloader::batcher::Batcher;
+use burn::data::dataset::{Dataset, DatasetError};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn::train::Interrupter;
@@ -12,12 +14,15 @@ use burn_conv_bn_models::{Form, Net, NetConfig};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::batch::{DigitItem, MnistBatcher};
 use crate::data::{DataError, DataRequest, DatasetChoice, Digits, MnistData, resolve};
 use crate::device::DeviceChoice;
 use crate::fit::{FitError, FitOptions, FitOutcome, Resume, fit};
 use crate::memory::MemoryProbe;
+use crate::optim::AdadeltaConfig;
 use crate::report::{EpochReport, StepSummary, VariantReport};
 use crate::step::Classifier;
+use crate::timeline::Timeline;
 
 /// Which form of the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -209,6 +214,31 @@ impl Job {
     }
 }
 
+/// Records the memory of a training step on the first digits of `data`, of the size of a batch.
+///
+/// # Errors
+///
+/// If the data cannot be read.
+pub fn record(
+    job: &Job,
+    variant: Variant,
+    data: &MnistData,
+    allocator: &'static CountingAllocator,
+) -> Result<Timeline, DatasetError> {
+    let device = job.device();
+    let count = job.batch_size.min(data.train.len());
+    let items: Vec<DigitItem> = data.train.get_many((0..count).collect())?;
+    let batcher = MnistBatcher::new(job.precision.dtype());
+    let probe = MemoryProbe::of(&device, allocator);
+    Ok(Timeline::record(
+        job.classifier(variant, MemoryProbe::off()),
+        AdadeltaConfig::new().init(),
+        job.learning_rate,
+        &probe,
+        || batcher.batch(items.clone(), &device),
+    ))
+}
+
 /// Initializes parameters.
 struct Draw;
 
@@ -296,6 +326,7 @@ pub fn run(
         peak_bytes: summary.memory.peak_bytes,
         saved_bytes: job.saved_bytes(variant),
         interrupted: outcome.interrupted.is_some(),
+        timeline: None,
     };
     Ok((report, outcome))
 }

@@ -13,10 +13,12 @@ pub mod memory;
 pub mod metrics;
 pub mod optim;
 pub mod parity;
+pub mod plot;
 mod print;
 pub mod renderer;
 pub mod report;
 pub mod step;
+pub mod timeline;
 
 // `#[derive(RecordState)]` names these through the crate's root.
 use burn::optim::{RecordState, StateSink, StateSource};

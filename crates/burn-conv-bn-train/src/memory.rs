@@ -72,6 +72,30 @@ impl MemoryProbe {
         }
     }
 
+    /// Waits until the device has done what was asked of it, and returns the bytes alive then.
+    pub fn level(&self) -> usize {
+        match &self.meter {
+            Meter::Off => 0,
+            Meter::Host(allocator) => allocator.current(),
+            #[cfg(feature = "cubecl")]
+            Meter::Pool { meter, device } => {
+                finish(device);
+                meter.current()
+            }
+        }
+    }
+
+    /// The most bytes alive since the last call on the host; on a device those in use now, of what
+    /// it has begun with.
+    pub fn take_peak(&self) -> usize {
+        match &self.meter {
+            Meter::Off => 0,
+            Meter::Host(allocator) => allocator.take_peak(),
+            #[cfg(feature = "cubecl")]
+            Meter::Pool { meter, .. } => meter.current(),
+        }
+    }
+
     /// Measures nothing; every figure is zero.
     pub fn off() -> Self {
         Self::default()

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::memory::StepMemory;
 use crate::metrics::StepRecord;
+use crate::timeline::Timeline;
 
 /// A comparison of variants on the same data.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
@@ -14,7 +15,7 @@ pub struct Report {
     pub train_digits: usize,
     /// Test digits.
     pub test_digits: usize,
-    /// Burn's name of the device.
+    /// The device, by the name of Burn's feature for it.
     pub device: String,
     /// Element type of data and parameters.
     pub dtype: String,
@@ -48,6 +49,9 @@ pub struct VariantReport {
     pub saved_bytes: usize,
     /// Whether the run was stopped before its end.
     pub interrupted: bool,
+    /// Memory over one training step, if that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeline: Option<Timeline>,
 }
 
 /// One finished epoch.
@@ -170,6 +174,7 @@ mod tests {
                 peak_bytes: 9,
                 saved_bytes: 3,
                 interrupted: false,
+                timeline: None,
             }],
         };
         let json = serde_json::to_string(&report).unwrap();

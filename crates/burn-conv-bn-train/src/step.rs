@@ -43,7 +43,7 @@ impl Classifier {
         first.0.expect("a network has parameters")
     }
 
-    fn classify(&self, batch: MnistBatch) -> ClassificationOutput {
+    pub(crate) fn classify(&self, batch: MnistBatch) -> ClassificationOutput {
         let MnistBatch { images, targets } = batch;
         let log_probabilities = self.net.forward(images);
         let loss = log_probabilities

@@ -89,6 +89,33 @@ fn test_line(stdout: &str) -> &str {
 }
 
 #[test]
+fn compare_draws_the_memory_that_it_reports() {
+    let folder = tempdir().unwrap();
+    let arguments = format!("compare {SMALL} --json report.json --plot memory.svg");
+    let stdout = mnist(&folder, &arguments).printed();
+    assert!(stdout.contains("Picture: memory.svg"), "{stdout}");
+    let svg = fs::read_to_string(folder.path().join("memory.svg")).unwrap();
+
+    let json = fs::read_to_string(folder.path().join("report.json")).unwrap();
+    let report: Report = serde_json::from_str(&json).unwrap();
+    for variant in &report.variants {
+        let timeline = variant.timeline.as_ref().unwrap();
+        let ends = [
+            0.0,
+            timeline.forward_end,
+            timeline.backward_end,
+            timeline.optimizer_end,
+        ];
+        assert!(ends.is_sorted_by(|a, b| a < b), "{ends:?}");
+        // The step that trains keeps the loss of each digit for the metrics besides.
+        let ratio = timeline.peak() as f64 / variant.peak_bytes as f64;
+        assert!((ratio - 1.0).abs() < 0.05, "{}: {ratio}", variant.name);
+        let label = format!("{}: peak", variant.name);
+        assert!(svg.contains(&label), "no {label:?} in {svg}");
+    }
+}
+
+#[test]
 fn compare_tells_and_reports() {
     let folder = tempdir().unwrap();
     let arguments = format!("compare {SMALL} --json report.json --artifacts logs");
