@@ -15,6 +15,9 @@ use crate::{Activation, Affine, Element, Geometry, Real};
 /// Bytes that the blocks' weight gradients may take together, beyond two of them.
 const WEIGHT_BYTES: usize = 16 << 20;
 
+/// Sums of the weight's gradient that a thread adds up at a time: 64 KiB in single precision.
+const SUMS: usize = 16 << 10;
+
 /// What both steps of the backward pass read.
 #[derive(Clone, Copy, Debug)]
 pub struct Backward<'a, E: Element> {
@@ -112,6 +115,7 @@ impl<'a, E: Element> Backward<'a, E> {
 }
 
 /// Sums of `g` and of `g * (z - mean)`, with the convolution's output `z` recomputed or at hand.
+/// The first step of the backward pass, which [the crate's example](crate) shows.
 ///
 /// # Panics
 ///
@@ -261,7 +265,7 @@ fn gated<'a, E: Element>(
 }
 
 /// The gradients, from the norm's coefficients. The convolution's output `z` is `kept`, or is
-/// recomputed.
+/// recomputed. The second step of the backward pass, which [the crate's example](crate) shows.
 ///
 /// With given statistics and no need of `z`, pass zero slopes and, as kept, the output or the
 /// output's gradient: any finite values do.
@@ -353,12 +357,16 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
         })
         .collect();
     if let Some(grad) = gradients.weight {
-        let arch = Arch::new();
         let mut parts = parts.into_iter();
         let mut sums = parts.next().unwrap_or_default();
-        for part in parts {
-            simd::add(arch, &mut sums, &part);
-        }
+        let parts: Vec<_> = parts.collect();
+        sums.par_chunks_mut(SUMS)
+            .enumerate()
+            .for_each(|(index, sums)| {
+                for part in &parts {
+                    simd::add(Arch::new(), sums, &part[index * SUMS..][..sums.len()]);
+                }
+            });
         algorithm.weight_grad(&sums, grad);
     }
 }
@@ -445,9 +453,12 @@ impl<S: Default, E: Element> Scratch<S, E> {
                                 &self.line
                             }
                             ConvOutput::Store(block) => {
-                                self.recomputed(algorithm, tile, number, piece.len, index);
-                                E::store(&self.line, &mut block[from..][..piece.len]);
-                                &self.line
+                                let values = &mut block[from..][..piece.len];
+                                E::fill(values, &mut self.line, |line| {
+                                    let scratch = &mut self.algorithm;
+                                    algorithm.gather(scratch, tile, number, index, line);
+                                });
+                                E::read(values, &mut self.line)
                             }
                         };
                         sums.add(pass, channel, start + from, values, &mut self.converted);

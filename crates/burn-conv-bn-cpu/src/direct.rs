@@ -85,8 +85,8 @@ impl<'a, T: Real> Direct<'a, T> {
             .unwrap_or_default()
             .chunks_exact(geometry.group_out() * depth)
             .map(|weight| {
-                Filter::new(geometry.group_out(), depth, block, |channel, tap| {
-                    weight[channel * depth + tap]
+                Filter::new(geometry.group_out(), depth, block, |tap| {
+                    move |channel| weight[channel * depth + tap]
                 })
             })
             .collect();
@@ -127,9 +127,10 @@ impl<'a, T: Real> Direct<'a, T> {
                 .collect();
             let lines = self.geometry.kernel[0] * self.geometry.kernel[1];
             let block = taps_in_cache(group_out, taps.len(), lines.min(taps.len()));
-            let filter = Filter::new(group_in, group_out * taps.len(), block, |into, index| {
+            let filter = Filter::new(group_in, group_out * taps.len(), block, |index| {
                 let (channel, tap) = (index / taps.len(), taps[index % taps.len()]);
-                weight[channel * depth + into * kernel.len() + tap]
+                let weight = &weight[channel * depth + tap..];
+                move |into| weight[into * kernel.len()]
             });
             (filter, offsets)
         };

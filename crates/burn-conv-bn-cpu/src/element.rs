@@ -8,6 +8,17 @@ use crate::{Real, simd};
 ///
 /// The convolution's output is rounded to this type where it leaves its tile, whether it is stored
 /// or not, so that what is recomputed is what was there.
+///
+/// ```
+/// use burn_conv_bn_cpu::Element;
+/// use half::bf16;
+///
+/// let mut stored = [bf16::ZERO; 2];
+/// bf16::store(&[1.0, 1.001], &mut stored);
+/// let mut loaded = [0.0; 2];
+/// bf16::load(&stored, &mut loaded);
+/// assert_eq!(loaded, [1.0, 1.0]);
+/// ```
 pub trait Element: Copy + Default + Send + Sync + private::Sealed + 'static {
     /// What the kernels compute in.
     type Real: Real;
@@ -31,6 +42,14 @@ pub trait Element: Copy + Default + Send + Sync + private::Sealed + 'static {
 
     /// Rounds each value to what this type can hold.
     fn round(values: &mut [Self::Real], scratch: &mut Vec<Self>);
+
+    /// Lets `make` write all of the values: in place, or into `scratch`, from where they are
+    /// converted; rounded to nearest.
+    fn fill(
+        values: &mut [Self],
+        scratch: &mut Vec<Self::Real>,
+        make: impl FnOnce(&mut [Self::Real]),
+    );
 
     /// Lets `change` change the values: in place, or converted into `scratch` and back.
     fn update(
@@ -70,6 +89,11 @@ macro_rules! computed_as_stored {
             fn round(_: &mut [$real], _: &mut Vec<Self>) {}
 
             #[inline(always)]
+            fn fill(values: &mut [Self], _: &mut Vec<$real>, make: impl FnOnce(&mut [$real])) {
+                make(values);
+            }
+
+            #[inline(always)]
             fn update(
                 values: &mut [Self],
                 _: &mut Vec<$real>,
@@ -106,6 +130,16 @@ macro_rules! computed_in_f32 {
                 scratch.resize(values.len(), Self::ZERO);
                 Self::store(values, scratch);
                 Self::load(scratch, values);
+            }
+
+            fn fill(
+                values: &mut [Self],
+                scratch: &mut Vec<f32>,
+                make: impl FnOnce(&mut [f32]),
+            ) {
+                scratch.resize(values.len(), 0.0);
+                make(scratch);
+                Self::store(scratch, values);
             }
 
             fn update(

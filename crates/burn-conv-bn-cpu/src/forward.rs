@@ -13,7 +13,6 @@ use crate::{Activation, Affine, Element, Geometry, Moments, Real};
 #[derive(Default)]
 struct Scratch<S, E: Element> {
     algorithm: S,
-    line: Vec<E::Real>,
     converted: Vec<E::Real>,
 }
 
@@ -38,10 +37,10 @@ impl<S: Default, E: Element> Scratch<S, E> {
                 for index in 0..group_out {
                     let channel = group * group_out + index;
                     for (number, piece) in algorithm.pieces(tile).iter().enumerate() {
-                        self.line.resize(piece.len, E::Real::ZERO);
-                        algorithm.gather(scratch, tile, number, index, &mut self.line);
                         let target = &mut output[channel * positions + piece.start..][..piece.len];
-                        E::store(&self.line, target);
+                        E::fill(target, &mut self.converted, |line| {
+                            algorithm.gather(scratch, tile, number, index, line);
+                        });
                         see(channel, E::read(target, &mut self.converted));
                     }
                 }
@@ -55,6 +54,20 @@ impl<S: Default, E: Element> Scratch<S, E> {
 /// # Panics
 ///
 /// Panics if a slice is not of the geometry's size.
+///
+/// # Examples
+///
+/// ```
+/// use burn_conv_bn_cpu::{Geometry, conv};
+///
+/// // A sum over neighbours in a line of four values.
+/// let one = [1; 3];
+/// let geometry = Geometry::new(1, [1, 1], 1, [1, 1, 4], [1, 1, 2], one, [(0, 0); 3], one)?;
+/// let mut output = [0.0f32; 3];
+/// conv(&geometry, &[1.0, 2.0, 4.0, 8.0], &[1.0, 1.0], &mut output);
+/// assert_eq!(output, [3.0, 6.0, 12.0]);
+/// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
+/// ```
 pub fn conv<E: Element>(geometry: &Geometry, input: &[E], weight: &[E::Real], output: &mut [E]) {
     check(geometry, Some(input), Some(weight), output.len());
     match choose(geometry, Some(weight), None) {
@@ -75,7 +88,7 @@ fn conv_blocks<E: Element, A: Algorithm<E>>(algorithm: &A, input: &[E], output: 
         });
 }
 
-/// The convolution, and the moments of its output's channels.
+/// The convolution, and the moments of its output's channels; see [`Moments`] for an example.
 ///
 /// # Panics
 ///
@@ -124,6 +137,20 @@ fn conv_moments_blocks<E: Element, A: Algorithm<E>>(
 /// # Panics
 ///
 /// Panics if a slice is not of the geometry's size.
+///
+/// # Examples
+///
+/// ```
+/// use burn_conv_bn_cpu::{Activation, Affine, Geometry, normalize};
+///
+/// let one = [1; 3];
+/// let geometry = Geometry::new(1, [1, 1], 1, [1, 1, 3], one, one, [(0, 0); 3], one)?;
+/// let affine = Affine { mean: &[2.0], scale: &[10.0], shift: &[1.0] };
+/// let mut values = [1.0f32, 2.0, 3.0];
+/// normalize(&geometry, &mut values, affine, Some(&[0.0, 0.0, 0.5]), Activation::Relu);
+/// assert_eq!(values, [0.0, 1.0, 11.5]);
+/// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
+/// ```
 pub fn normalize<E: Element>(
     geometry: &Geometry,
     values: &mut [E],

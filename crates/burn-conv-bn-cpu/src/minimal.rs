@@ -24,11 +24,12 @@
 use std::ops::{Add, Neg, Range, Sub};
 
 use pulp::Arch;
+use rayon::prelude::*;
 
 use crate::algorithm::{Algorithm, Piece};
 use crate::geometry::BLOCKS;
 use crate::shifted::{
-    Filter, LINE, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache,
+    CHANNELS, Filter, LINE, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache,
 };
 use crate::simd::{Sweep, zero};
 use crate::{Element, Geometry, Real};
@@ -43,6 +44,9 @@ const LEAST_POSITIONS: usize = 128;
 /// Most positions of a tile: a plane of that many values of 64 channels is half of a core's
 /// second-level cache.
 const MOST_POSITIONS: usize = 1024;
+
+/// Kernels whose gradients a thread makes at a time.
+const KERNELS: usize = 1024;
 
 /// Values that are transformed at a time.
 const CHUNK: usize = 8;
@@ -80,10 +84,22 @@ fn output_transposed<T: Real>([y0, y1]: [Chunk<T>; STEP]) -> [Chunk<T>; E] {
     [y0, y0 + y1, y0 - y1, -y1]
 }
 
+/// One value of each of a block's channels.
+type Lanes = [f64; CHANNELS];
+
+#[inline(always)]
+fn lanes(value: impl Fn(usize) -> f64) -> Lanes {
+    std::array::from_fn(
+        #[inline(always)]
+        |lane| value(lane),
+    )
+}
+
 /// `G w`.
-fn filter([w0, w1, w2]: [f64; 3]) -> [f64; E] {
-    let (sum, middle) = ((w0 + w2) / 2.0, w1 / 2.0);
-    [w0, sum + middle, sum - middle, w2]
+#[inline(always)]
+fn filter([w0, w1, w2]: [Lanes; 3]) -> [Lanes; E] {
+    let sum = |sign: f64| lanes(|lane| (w0[lane] + w2[lane]) / 2.0 + sign * (w1[lane] / 2.0));
+    [w0, sum(1.0), sum(-1.0), w2]
 }
 
 /// `G' u`.
@@ -92,16 +108,25 @@ fn filter_transposed([u0, u1, u2, u3]: [f64; E]) -> [f64; 3] {
     [u0 + sum, difference, sum + u3]
 }
 
-/// `G w G'`.
-fn transformed<T: Real>(kernel: &[T; 9]) -> [T; E * E] {
-    let columns: [[f64; E]; 3] = std::array::from_fn(|column| {
-        filter(std::array::from_fn(|row| kernel[3 * row + column].to_f64()))
-    });
-    let mut products = [T::ZERO; E * E];
-    for (row, products) in products.chunks_exact_mut(E).enumerate() {
-        let values = filter(columns.map(|column| column[row]));
-        for (product, value) in products.iter_mut().zip(values) {
-            *product = T::from_f64(value);
+/// `G w G'` of some kernels.
+#[inline(always)]
+fn transformed<T: Real>(kernels: &[&[T; 9]; CHANNELS]) -> [[T; CHANNELS]; E * E] {
+    let columns: [[Lanes; E]; 3] = std::array::from_fn(
+        #[inline(always)]
+        |column| {
+            filter(std::array::from_fn(
+                #[inline(always)]
+                |row| lanes(|lane| kernels[lane][3 * row + column].to_f64()),
+            ))
+        },
+    );
+    let mut products = [[T::ZERO; CHANNELS]; E * E];
+    for row in 0..E {
+        let values = filter([columns[0][row], columns[1][row], columns[2][row]]);
+        for column in 0..E {
+            for lane in 0..CHANNELS {
+                products[row * E + column][lane] = T::from_f64(values[column][lane]);
+            }
         }
     }
     products
@@ -316,8 +341,17 @@ impl<'a, T: Real> Minimal<'a, T> {
             .chunks_exact(group_out * group_in)
             .flat_map(|kernels| {
                 let block = taps_in_cache(taps, 1, 1);
-                Filter::several(channels, taps, block, |channel, tap| {
-                    transformed(&kernels[channel * channel_step + tap * tap_step])
+                let arch = Arch::new();
+                Filter::several(channels, taps, block, |tap, channels| {
+                    let last = channels.end - 1;
+                    let kernels: [&[T; 9]; CHANNELS] = std::array::from_fn(|lane| {
+                        let channel = (channels.start + lane).min(last);
+                        &kernels[channel * channel_step + tap * tap_step]
+                    });
+                    arch.dispatch(Sweep(
+                        #[inline(always)]
+                        || transformed(&kernels),
+                    ))
                 })
             })
             .collect()
@@ -565,10 +599,11 @@ impl<F: Element> Algorithm<F> for Minimal<'_, F::Real> {
     fn load(&self, scratch: &mut Self::Scratch, input: &[F], group: usize, tile: &Tile) {
         let channels = self.geometry.group_in();
         let plane = self.geometry.input_plane();
-        let zero = F::Real::ZERO;
-        scratch.input.resize(E * E * self.input_product, zero);
+        scratch
+            .input
+            .resize(E * E * self.input_product, F::Real::ZERO);
         self.reserve(&mut scratch.lines);
-        scratch.lines.padded.fill(zero);
+        scratch.lines.padded.fill(F::Real::ZERO);
         Arch::new().dispatch(Sweep(
             #[inline(always)]
             || {
@@ -578,6 +613,13 @@ impl<F: Element> Algorithm<F> for Minimal<'_, F::Real> {
                         let source = &image[(group * channels + channel) * plane..][..plane];
                         let (planes, lines) = (&mut scratch.input, &mut scratch.lines);
                         self.load_part(source, part, channel, planes, lines);
+                    }
+                }
+                // The weight's gradient multiplies what follows the last position by zeros, and what
+                // another tile left there need not be finite.
+                for product in scratch.input.chunks_exact_mut(self.input_product) {
+                    for start in &self.inputs {
+                        zero(&mut product[start + tile.positions..][..WIDEST]);
                     }
                 }
             },
@@ -714,20 +756,27 @@ impl<F: Element> Algorithm<F> for Minimal<'_, F::Real> {
             .zip(grad.chunks_exact_mut(9 * kernels))
         {
             let (grad, _) = grad.as_chunks_mut::<9>();
-            for (index, grad) in grad.iter_mut().enumerate() {
-                let row = |row: usize| {
-                    filter_transposed(std::array::from_fn(|column| {
-                        sums[(row * E + column) * kernels + index].to_f64()
-                    }))
-                };
-                let rows: [[f64; 3]; E] = std::array::from_fn(row);
-                for column in 0..3 {
-                    let down = filter_transposed(std::array::from_fn(|row| rows[row][column]));
-                    for (row, value) in down.into_iter().enumerate() {
-                        grad[row * 3 + column] = F::Real::from_f64(value);
+            grad.par_chunks_mut(KERNELS)
+                .enumerate()
+                .for_each(|(index, grad)| {
+                    let sums = |product: usize| &sums[product * kernels + index * KERNELS..];
+                    let sums: [_; E * E] = std::array::from_fn(sums);
+                    for (index, grad) in grad.iter_mut().enumerate() {
+                        let row = |row: usize| {
+                            filter_transposed(std::array::from_fn(|column| {
+                                sums[row * E + column][index].to_f64()
+                            }))
+                        };
+                        let rows: [[f64; 3]; E] = std::array::from_fn(row);
+                        for column in 0..3 {
+                            let down =
+                                filter_transposed(std::array::from_fn(|row| rows[row][column]));
+                            for (row, value) in down.into_iter().enumerate() {
+                                grad[row * 3 + column] = F::Real::from_f64(value);
+                            }
+                        }
                     }
-                }
-            }
+                });
         }
     }
 

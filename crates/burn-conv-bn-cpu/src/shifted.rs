@@ -8,6 +8,9 @@
 // Blocks of registers are addressed by their place in the block.
 #![allow(clippy::needless_range_loop)]
 
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -31,7 +34,7 @@ pub(crate) const LINE: usize = 16;
 const BLOCK_LINES: usize = 128;
 
 /// Channels of a full block of sums.
-const CHANNELS: usize = 6;
+pub(crate) const CHANNELS: usize = 6;
 
 /// Vectors of positions of a block of sums with so many channels; of a full one, at 0.
 const VECTORS: [usize; CHANNELS] = [2, 8, 4, 3, 2, 2];
@@ -61,36 +64,41 @@ pub(crate) struct Filter<T> {
 }
 
 impl<T: Real> Filter<T> {
-    /// `factor(channel, tap)` gives the factors.
-    pub(crate) fn new(
+    /// `factors(tap)` gives, for one tap, the factor of each channel.
+    pub(crate) fn new<F: Fn(usize) -> T>(
         channels: usize,
         taps: usize,
         block: usize,
-        factor: impl Fn(usize, usize) -> T + Sync,
+        factors: impl Fn(usize) -> F + Sync,
     ) -> Self {
-        let [filter] = Self::several(channels, taps, block, |channel, tap| [factor(channel, tap)]);
+        let [filter] = Self::several(channels, taps, block, |tap, channels| {
+            let factor = factors(tap);
+            let last = channels.end - 1;
+            [std::array::from_fn(
+                #[inline(always)]
+                |lane| factor((channels.start + lane).min(last)),
+            )]
+        });
         filter
     }
 
-    /// Filters of one shape, whose factors come together.
+    /// Filters of one shape, whose factors come together: for one tap and some neighbouring
+    /// channels, [`CHANNELS`] or the few that are left over, `factors` gives those of each filter.
+    #[allow(unsafe_code)]
     pub(crate) fn several<const K: usize>(
         channels: usize,
         taps: usize,
         block: usize,
-        factors: impl Fn(usize, usize) -> [T; K] + Sync,
+        factors: impl Fn(usize, Range<usize>) -> [[T; CHANNELS]; K] + Sync,
     ) -> [Self; K] {
-        let mut filters = std::array::from_fn(|_| Self {
-            channels,
-            taps,
-            block,
-            factors: vec![T::ZERO; channels * taps],
-        });
-        let mut lists = filters
+        let len = channels * taps;
+        let mut lists: [Vec<T>; K] = std::array::from_fn(|_| Vec::with_capacity(len));
+        let mut rests = lists
             .each_mut()
-            .map(|filter| filter.factors.chunks_mut(block * channels));
-        let blocks: Vec<[&mut [T]; K]> = (0..taps.div_ceil(block))
+            .map(|list| list.spare_capacity_mut()[..len].chunks_mut(block * channels));
+        let blocks: Vec<[&mut [MaybeUninit<T>]; K]> = (0..taps.div_ceil(block))
             .map(|_| {
-                lists
+                rests
                     .each_mut()
                     .map(|list| list.next().expect("each filter has as many blocks"))
             })
@@ -105,16 +113,37 @@ impl<T: Real> Filter<T> {
                 for first in (0..channels).step_by(CHANNELS) {
                     let last = (first + CHANNELS).min(channels);
                     for tap in start..end {
-                        for channel in first..last {
-                            for (target, factor) in targets.iter_mut().zip(factors(channel, tap)) {
-                                target[at] = factor;
-                            }
-                            at += 1;
+                        let to = at + last - first;
+                        for (target, values) in targets.iter_mut().zip(factors(tap, first..last)) {
+                            write(&mut target[at..to], values);
                         }
+                        at = to;
                     }
                 }
             });
-        filters
+        lists.map(|mut factors| {
+            // SAFETY: the blocks are all of the first `len` values, and each of a block's values, a
+            // channel's factor of a tap, was written.
+            unsafe { factors.set_len(len) };
+            Self {
+                channels,
+                taps,
+                block,
+                factors,
+            }
+        })
+    }
+}
+
+/// Fills a target with as many of the values as it holds.
+#[inline(always)]
+fn write<T: Real>(target: &mut [MaybeUninit<T>], values: [T; CHANNELS]) {
+    if let Ok(target) = <&mut [_; CHANNELS]>::try_from(&mut *target) {
+        *target = values.map(MaybeUninit::new);
+        return;
+    }
+    for (target, value) in target.iter_mut().zip(values) {
+        target.write(value);
     }
 }
 
@@ -205,7 +234,7 @@ impl<T: Real> Correlate<'_, T> {
         simd: S,
         taps: Taps,
         factors: &[T],
-        channels: std::ops::Range<usize>,
+        channels: Range<usize>,
     ) {
         let step = N * size_of::<T::Vector<S>>() / size_of::<T>();
         debug_assert!(step <= N * WIDEST);
