@@ -2,9 +2,13 @@
 //! side, measures their memory, and prints tables.
 
 mod contender;
-mod machine;
+pub mod machine;
 mod output;
+mod plot;
 mod process;
+mod progress;
+#[cfg(test)]
+mod testing;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -14,8 +18,8 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
-use burn_conv_bn_bench::catalogue::{Entry, Selection, Work, catalogue, select};
+use anyhow::{Context, Result, bail};
+use burn_conv_bn_bench::catalogue::{Entry, Selection, catalogue, select};
 use burn_conv_bn_bench::device::{DEVICES, FLEX};
 use burn_conv_bn_bench::protocol::{Contender, Engine, Reply, Request};
 use burn_conv_bn_bench::report::{EntryReport, ProblemKind, Report};
@@ -24,8 +28,9 @@ use clap::{Args, ValueEnum};
 
 use super::{cargo, python, root};
 use contender::Running;
-use output::JsonFile;
+use output::OutputFile;
 use process::Process;
+use progress::{Plan, Progress, Rounds, duration, prepare};
 
 /// The program that runs Burn's contenders.
 const WORKER: &str = "bench-worker";
@@ -39,20 +44,17 @@ const PYTORCH: &str = "crates/burn-conv-bn-bench/peer/pytorch.py";
 /// Seed of all data.
 const SEED: u64 = 20_240_229;
 
-/// Timed rounds, unless `--rounds` says otherwise.
-const ROUNDS: usize = 7;
-
-/// The same where a step takes longer than [`SLOW_STEP_MS`].
-const SLOW_ROUNDS: usize = 3;
-
-/// Milliseconds.
-const SLOW_STEP_MS: f64 = 5000.0;
-
 /// Steps of each contender before the timed ones. On a device other than Flex clocks have to rise,
 /// and Burn's fusion compiles and tries kernels for what belongs together in a step, which is not
 /// what belonged together in the check.
 const WARM_UPS: usize = 1;
 const DEVICE_WARM_UPS: usize = 3;
+
+/// The entry that is run to see how fast the machine is, its quick variant.
+const CALIBRATION: &str = "k3";
+
+/// Steps of each of its contenders, after one that starts threads.
+const CALIBRATION_STEPS: usize = 2;
 
 /// Before every timed step. The threads of OpenMP, which PyTorch's wheels use, spin for a while
 /// after each parallel loop in case another one follows: they would take the processor from the
@@ -66,7 +68,8 @@ pub struct Bench {
     /// device.
     #[arg(long, value_name = "DEVICE", default_value = FLEX, value_parser = DEVICES)]
     device: String,
-    /// Smaller batches: minutes become seconds, and the ratios less telling.
+    /// Smaller batches and images: without a peer it ends within five minutes on two cores, and the
+    /// ratios are less telling.
     #[arg(long)]
     quick: bool,
     /// Run this entry alone; may be given several times.
@@ -78,7 +81,8 @@ pub struct Bench {
     /// Run the networks alone.
     #[arg(long)]
     networks: bool,
-    /// Timed steps of each contender [default: 7, and 3 where a step takes longer than 5 s].
+    /// Timed steps of each contender [default: 3 to 7, as many as fit two minutes, or 8 s with
+    /// --quick].
     #[arg(long, value_name = "N")]
     rounds: Option<NonZeroUsize>,
     /// Threads of each contender [default: as many as the machine runs at once].
@@ -99,6 +103,12 @@ pub struct Bench {
     /// Write everything that was measured to this file.
     #[arg(long, value_name = "PATH")]
     json: Option<PathBuf>,
+    /// Write the tables to this file, a line for each contender of each entry.
+    #[arg(long, value_name = "PATH")]
+    csv: Option<PathBuf>,
+    /// Draw the ratios of times and peaks to this SVG file.
+    #[arg(long, value_name = "PATH")]
+    plot: Option<PathBuf>,
     /// Do not measure memory.
     #[arg(long)]
     no_memory: bool,
@@ -123,51 +133,105 @@ pub fn bench(args: &Bench) -> Result<()> {
     if entries.is_empty() {
         bail!("no entry is both in --only and of the kind that was asked for");
     }
-    let json = args.json.as_deref().map(JsonFile::create).transpose()?;
-    let (lab, versions) = Lab::set_up(args)?;
-    announce(&entries, &lab, args);
-
+    let files = args.files()?;
+    let (lab, software) = Lab::set_up(args)?;
     let mut report = Report {
+        date: machine::date()?,
         quick: args.quick,
         device: lab.device.clone(),
-        machine: machine::describe(lab.threads, &lab.device),
-        versions,
+        machine: machine::describe(lab.plan.threads, &lab.device, software.vectors),
+        versions: software.versions,
         commit: machine::clean_commit(),
         entries: Vec::new(),
         summary: Vec::new(),
     };
-    for entry in entries {
-        let started = Instant::now();
-        let entry_report = lab.run(entry, args);
+
+    let started = Instant::now();
+    let guesses = entries.iter().map(|entry| lab.plan.entry(&entry.work));
+    let guesses: Vec<f64> = guesses.collect();
+    let mut progress = Progress::new(&guesses);
+    if lab.device == FLEX {
+        lab.calibrate(&mut progress);
+    }
+    announce(&entries, &guesses, &lab, args, &progress);
+    for (entry, guess) in entries.into_iter().zip(guesses) {
+        progress.begin(&entry, guess);
+        let mut entry_report = lab.run(entry, &mut progress);
         println!("\n{}", table::entry(&entry_report, &lab.device).trim_end());
-        progress(
-            &entry_report.entry,
-            &format!("took {}", duration(started.elapsed())),
-        );
+        entry_report.seconds = progress.end().as_secs_f64();
         report.entries.push(entry_report);
         report.summarize();
         // After every entry: what was interrupted keeps what is finished.
-        if let Some(json) = &json {
-            json.write(&report)?;
+        for file in &files {
+            file.write(&report)?;
         }
     }
-    conclude(&report, json.as_ref())
+    eprintln!("bench: all of it took {}", duration(started.elapsed()));
+    conclude(&report, &files)
 }
 
-fn conclude(report: &Report, json: Option<&JsonFile>) -> Result<()> {
+impl Bench {
+    /// The files that were asked for.
+    fn files(&self) -> Result<Vec<OutputFile>> {
+        let forms: [(&Option<PathBuf>, output::Form); 3] = [
+            (&self.json, output::json),
+            (&self.csv, output::csv),
+            (&self.plot, plot::svg),
+        ];
+        let asked = forms.into_iter();
+        let asked = asked.filter_map(|(path, form)| Some((path.as_deref()?, form)));
+        asked
+            .map(|(path, form)| OutputFile::create(path, form))
+            .collect()
+    }
+}
+
+fn conclude(report: &Report, files: &[OutputFile]) -> Result<()> {
+    let overview = table::overview(report);
+    if !overview.is_empty() {
+        println!("\n{}", overview.trim_end());
+    }
     let legend = table::legend(&report.device);
     println!("\n{legend}\n\n{}", table::setting(report));
     for comparison in &report.summary {
         println!("{}", table::comparison(comparison));
     }
-    if let Some(json) = json {
-        println!("Report: {}", json.path().display());
+    for file in files {
+        println!("Written: {}", file.path().display());
     }
     let failed = report.entries.iter().filter(|entry| entry.is_failure());
     let failed: Vec<_> = failed.map(|entry| entry.entry.id.as_str()).collect();
     match failed.is_empty() {
         true => Ok(()),
         false => bail!("something failed in: {}", failed.join(", ")),
+    }
+}
+
+/// What the contenders say about themselves.
+#[derive(Debug, Default)]
+struct Software {
+    /// Version by name.
+    versions: BTreeMap<String, String>,
+    /// The widest vectors that are used, by who uses them.
+    vectors: BTreeMap<String, String>,
+}
+
+impl Software {
+    /// Takes in what a process answers to a greeting.
+    fn greet(&mut self, process: &mut Process, engine: Engine) -> Result<()> {
+        let (versions, vectors) = match process.ask(&Request::Hello {})? {
+            Reply::Hello { versions, vectors } => (versions, vectors),
+            Reply::Unavailable { reason } | Reply::Failed { reason } => bail!(reason),
+            other => bail!("{other:?} is no answer to a greeting"),
+        };
+        self.versions.extend(versions);
+        let name = match engine {
+            Engine::Burn => "burn-conv-bn",
+            Engine::PyTorch => "torch",
+        };
+        let vectors = vectors.map(|vectors| (name.to_string(), vectors));
+        self.vectors.extend(vectors);
+        Ok(())
     }
 }
 
@@ -179,14 +243,13 @@ struct Lab {
     peer_script: PathBuf,
     /// The python, if the peer was asked for and is there.
     python: Option<PathBuf>,
-    threads: usize,
+    plan: Plan,
     scratch: Scratch,
 }
 
 impl Lab {
-    /// Builds the worker, unless it is there, and looks for the peer. Returns the versions of what
-    /// runs, too.
-    fn set_up(args: &Bench) -> Result<(Self, BTreeMap<String, String>)> {
+    /// Builds the worker, unless it is there, and looks for the peer. Returns what runs, too.
+    fn set_up(args: &Bench) -> Result<(Self, Software)> {
         let worker = match &args.worker {
             // Not by its name alone, which would be looked for among the system's programs.
             Some(file) => file
@@ -202,30 +265,39 @@ impl Lab {
             worker,
             peer_script: peer_script.unwrap_or_else(|| root().join(PYTORCH)),
             python: None,
-            threads: args.threads.map_or(cores, NonZeroUsize::get),
+            plan: Plan {
+                contenders: contenders(Engine::Burn),
+                threads: args.threads.map_or(cores, NonZeroUsize::get),
+                warm_ups: match args.device.as_str() {
+                    FLEX => WARM_UPS,
+                    _ => DEVICE_WARM_UPS,
+                },
+                rounds: Rounds {
+                    asked: args.rounds,
+                    quick: args.quick,
+                },
+                memory: !args.no_memory,
+            },
         };
-        let mut versions = versions(&mut lab.start(Engine::Burn)?)?;
-        versions.extend(machine::rustc_version());
+        let mut software = Software::default();
+        software.greet(&mut lab.start(Engine::Burn)?, Engine::Burn)?;
+        software.versions.extend(machine::rustc_version());
         if args.peer == Some(Peer::Pytorch) {
             lab.python = Some(python(args.python.clone()));
             let peer = lab.start(Engine::PyTorch);
-            match peer.and_then(|mut peer| self::versions(&mut peer)) {
-                Ok(of_peer) => versions.extend(of_peer),
+            match peer.and_then(|mut peer| software.greet(&mut peer, Engine::PyTorch)) {
+                Ok(()) => lab.plan.contenders.extend(contenders(Engine::PyTorch)),
                 Err(error) => {
                     eprintln!("bench: PyTorch is left out, it is not available: {error:#}");
                     lab.python = None;
                 }
             }
         }
-        Ok((lab, versions))
-    }
-
-    fn contenders(&self) -> impl Iterator<Item = Contender> {
-        let there = move |contender: &Contender| match contender.engine() {
-            Engine::Burn => true,
-            Engine::PyTorch => self.python.is_some(),
-        };
-        Contender::ALL.into_iter().filter(there)
+        if lab.device != FLEX {
+            // Other devices do not compute with the processor's vectors, or not in these programs.
+            software.vectors.clear();
+        }
+        Ok((lab, software))
     }
 
     /// A fresh process for a contender.
@@ -233,7 +305,7 @@ impl Lab {
         match (engine, &self.python) {
             (Engine::Burn, _) => {
                 let mut command = Command::new(&self.worker);
-                command.env("RAYON_NUM_THREADS", self.threads.to_string());
+                command.env("RAYON_NUM_THREADS", self.plan.threads.to_string());
                 Process::start(command, WORKER)
             }
             // It is told its threads when it loads.
@@ -246,19 +318,66 @@ impl Lab {
         }
     }
 
+    /// Runs a small entry, to see how fast the machine is. What goes wrong there will be told when
+    /// it goes wrong again.
+    fn calibrate(&self, progress: &mut Progress) {
+        let mut entries = catalogue(true).into_iter();
+        let Some(entry) = entries.find(|entry| entry.id == CALIBRATION) else {
+            return;
+        };
+        if self.draw(&entry).is_err() {
+            return;
+        }
+        for contender in [Contender::Fused, Contender::Unfused] {
+            let mut running = self.load(&entry, contender);
+            running.step();
+            let cost = self.plan.cost(&entry.work, contender);
+            for _ in 0..CALIBRATION_STEPS {
+                // Nothing else runs yet that a pause would keep out.
+                progress.restart();
+                if running.step().is_some() {
+                    progress.passed(cost.step - PAUSE.as_secs_f64());
+                    progress.calibrated();
+                }
+            }
+        }
+    }
+
     /// Runs an entry. What goes wrong is in the report.
-    fn run(&self, entry: Entry, args: &Bench) -> EntryReport {
+    fn run(&self, entry: Entry, progress: &mut Progress) -> EntryReport {
         let mut report = EntryReport::new(entry, &self.device);
-        if let Err(error) = self.fill(&mut report, args) {
+        if let Err(error) = self.fill(&mut report, progress) {
             report.problem = Some(format!("{error:#}"));
         }
         report.summarize();
         report
     }
 
-    fn fill(&self, report: &mut EntryReport, args: &Bench) -> Result<()> {
+    fn fill(&self, report: &mut EntryReport, progress: &mut Progress) -> Result<()> {
         let entry = report.entry.clone();
-        progress(&entry, "drawing the data");
+        progress.say("drawing the data");
+        let mut helper = self.draw(&entry)?;
+        progress.passed(prepare(&entry.work));
+
+        progress.say("loading");
+        let mut running = Vec::new();
+        for &contender in &self.plan.contenders {
+            running.push(self.load(&entry, contender));
+            progress.passed(self.plan.cost(&entry.work, contender).load);
+        }
+        self.check(&entry, &mut running, &mut helper, progress);
+        drop(helper);
+        report.rounds = self.time(&entry, &mut running, progress);
+        // All processes end here: memory is measured in fresh ones.
+        report.contenders = running.into_iter().map(Running::finish).collect();
+        if self.plan.memory {
+            self.measure(&entry, report, progress);
+        }
+        Ok(())
+    }
+
+    /// Draws the data of an entry. Returns the process that did, which can compare results too.
+    fn draw(&self, entry: &Entry) -> Result<Process> {
         self.scratch.clear()?;
         let mut helper = self.start(Engine::Burn)?;
         let prepare = Request::Prepare {
@@ -267,29 +386,15 @@ impl Lab {
             data_dir: self.scratch.data(),
         };
         match helper.ask(&prepare)? {
-            Reply::Done {} => {}
+            Reply::Done {} => Ok(helper),
             other => bail!("cannot draw the data: {other:?}"),
         }
+    }
 
-        progress(&entry, "loading");
-        let started = self.contenders().map(|contender| {
-            let process = self.start(contender.engine());
-            Running::load(contender, process, self.load_request(&entry, contender))
-        });
-        let mut running: Vec<Running> = started.collect();
-        self.check(&entry, &mut running, &mut helper);
-        drop(helper);
-        let warm_ups = match self.device.as_str() {
-            FLEX => WARM_UPS,
-            _ => DEVICE_WARM_UPS,
-        };
-        report.rounds = time(&entry, &mut running, args.rounds, warm_ups);
-        // All processes end here: memory is measured in fresh ones.
-        report.contenders = running.into_iter().map(Running::finish).collect();
-        if !args.no_memory {
-            self.measure(&entry, report);
-        }
-        Ok(())
+    /// A contender in a fresh process.
+    fn load(&self, entry: &Entry, contender: Contender) -> Running {
+        let process = self.start(contender.engine());
+        Running::load(contender, process, self.load_request(entry, contender))
     }
 
     fn load_request(&self, entry: &Entry, variant: Contender) -> Request {
@@ -298,12 +403,18 @@ impl Lab {
             variant,
             device: self.device.clone(),
             data_dir: self.scratch.data(),
-            threads: self.threads,
+            threads: self.plan.threads,
         }
     }
 
     /// Compares every contender's results with those of the unfused one.
-    fn check(&self, entry: &Entry, running: &mut [Running], helper: &mut Process) {
+    fn check(
+        &self,
+        entry: &Entry,
+        running: &mut [Running],
+        helper: &mut Process,
+        progress: &mut Progress,
+    ) {
         let reference = self.scratch.results(Contender::Unfused);
         // The unfused one first: the others are compared with what it wrote.
         let mut order: Vec<&mut Running> = running.iter_mut().collect();
@@ -311,11 +422,16 @@ impl Lab {
         let mut tensors: Option<Vec<String>> = None;
         for contender in order {
             let name = contender.contender();
-            progress(entry, &format!("checking {name}"));
+            if !contender.is_alive() {
+                continue;
+            }
+            progress.say(&format!("checking {name}"));
+            progress.restart();
             let folder = self.scratch.results(name);
             let Some(checked) = contender.check(&folder) else {
                 continue;
             };
+            progress.passed(self.plan.cost(&entry.work, name).step);
             if name == Contender::Unfused {
                 tensors = Some(checked.tensors);
                 continue;
@@ -328,17 +444,71 @@ impl Lab {
         }
     }
 
+    /// Times all contenders round by round, each round one step of every contender in turn, after
+    /// some that do not count. Returns the number of rounds.
+    ///
+    /// Steps of the same round are neighbours in time, so that what slows the machine down for a
+    /// while slows down all of them. Every round starts with another contender.
+    fn time(&self, entry: &Entry, running: &mut [Running], progress: &mut Progress) -> usize {
+        let cost = |contender: Contender| self.plan.cost(&entry.work, contender);
+        progress.say("warming up");
+        let mut round = Duration::ZERO;
+        for contender in running.iter_mut() {
+            let name = contender.contender();
+            let mut step = None;
+            for _ in 0..self.plan.warm_ups {
+                progress.restart();
+                thread::sleep(PAUSE);
+                step = contender.step();
+                if step.is_some() {
+                    progress.passed(cost(name).step);
+                }
+            }
+            // What is compiled before it runs tells nothing yet.
+            let seconds = match name {
+                Contender::Compile => 0.0,
+                _ => step.map_or(0.0, |step| 1e-3 * step.total_ms()),
+            };
+            round += Duration::from_secs_f64(seconds);
+        }
+        let rounds = self.plan.rounds.count(round);
+        let alive = running.iter().filter(|contender| contender.is_alive());
+        let costs: Vec<_> = alive.map(|running| cost(running.contender())).collect();
+        let load: f64 = costs.iter().map(|cost| cost.load).sum();
+        let step: f64 = costs.iter().map(|cost| cost.step).sum();
+        progress.replan(rounds as f64 * step + self.plan.measurement(load, step));
+        for index in 0..rounds {
+            progress.say(&format!(
+                "round {} of {rounds}, of {} each",
+                index + 1,
+                duration(round)
+            ));
+            for turn in rotation(running.len(), index) {
+                progress.restart();
+                thread::sleep(PAUSE);
+                let contender = &mut running[turn];
+                contender.timed_step();
+                if contender.is_alive() {
+                    progress.passed(cost(contender.contender()).step);
+                }
+            }
+        }
+        rounds
+    }
+
     /// One step of every contender that was timed, each in a fresh process.
-    fn measure(&self, entry: &Entry, report: &mut EntryReport) {
+    fn measure(&self, entry: &Entry, report: &mut EntryReport, progress: &mut Progress) {
         for contender in &mut report.contenders {
             if contender.steps.is_empty() {
                 continue;
             }
             let name = contender.contender;
-            progress(entry, &format!("measuring the memory of {name}"));
-            let process = self.start(name.engine());
-            let mut fresh = Running::load(name, process, self.load_request(entry, name));
+            progress.say(&format!("measuring the memory of {name}"));
+            progress.restart();
+            let mut fresh = self.load(entry, name);
             contender.memory = fresh.memory();
+            let cost = self.plan.cost(&entry.work, name);
+            progress.passed(cost.load + cost.step);
             if let Some(problem) = fresh.finish().problem {
                 let reason = format!("while memory was measured: {}", problem.reason);
                 contender.fail(problem.kind, reason);
@@ -347,56 +517,16 @@ impl Lab {
     }
 }
 
-/// Times all contenders round by round, each round one step of every contender in turn, after
-/// some that do not count. Returns the number of rounds.
-///
-/// Steps of the same round are neighbours in time, so that what slows the machine down for a while
-/// slows down all of them. Every round starts with another contender.
-fn time(
-    entry: &Entry,
-    running: &mut [Running],
-    rounds: Option<NonZeroUsize>,
-    warm_ups: usize,
-) -> usize {
-    progress(entry, "warming up");
-    let mut slowest = 0.0f64;
-    for contender in running.iter_mut() {
-        let mut step = None;
-        for _ in 0..warm_ups {
-            thread::sleep(PAUSE);
-            step = contender.step();
-        }
-        // What is compiled before it runs tells nothing yet.
-        if contender.contender() != Contender::Compile {
-            slowest = slowest.max(step.map_or(0.0, |step| step.total_ms()));
-        }
-    }
-    let rounds = match rounds {
-        Some(rounds) => rounds.get(),
-        None if slowest > SLOW_STEP_MS => SLOW_ROUNDS,
-        None => ROUNDS,
-    };
-    for round in 0..rounds {
-        progress(entry, &format!("round {} of {rounds}", round + 1));
-        for turn in rotation(running.len(), round) {
-            thread::sleep(PAUSE);
-            running[turn].timed_step();
-        }
-    }
-    rounds
-}
-
 /// The order of a round.
 fn rotation(count: usize, round: usize) -> impl Iterator<Item = usize> {
     (0..count).map(move |turn| (turn + round) % count)
 }
 
-fn versions(process: &mut Process) -> Result<BTreeMap<String, String>> {
-    match process.ask(&Request::Hello {})? {
-        Reply::Hello { versions } => Ok(versions),
-        Reply::Unavailable { reason } | Reply::Failed { reason } => Err(anyhow!(reason)),
-        other => bail!("{other:?} is no answer to a greeting"),
-    }
+/// Those of an engine.
+fn contenders(engine: Engine) -> Vec<Contender> {
+    let all = Contender::ALL.into_iter();
+    all.filter(|contender| contender.engine() == engine)
+        .collect()
 }
 
 /// Builds the worker for a device and returns its file.
@@ -503,74 +633,37 @@ impl Drop for Scratch {
 }
 
 /// Says what will run, and about how long it takes where that can be guessed.
-fn announce(entries: &[Entry], lab: &Lab, args: &Bench) {
-    let contenders: Vec<_> = lab.contenders().collect();
-    let names: Vec<_> = contenders
-        .iter()
-        .map(|contender| contender.name())
-        .collect();
+fn announce(entries: &[Entry], guesses: &[f64], lab: &Lab, args: &Bench, progress: &Progress) {
+    let names = lab.plan.contenders.iter();
+    let names: Vec<_> = names.map(|contender| contender.name()).collect();
+    let threads = lab.plan.threads;
     eprintln!(
-        "bench: {} on {}, {} thread{}",
+        "bench: {} on {}, {threads} thread{}",
         names.join(", "),
         lab.device,
-        lab.threads,
-        if lab.threads == 1 { "" } else { "s" }
+        if threads == 1 { "" } else { "s" }
     );
     if args.peer.is_none() {
         eprintln!("bench: PyTorch is left out; --peer pytorch compares with it");
     }
-    for entry in entries {
-        eprintln!("bench: {:<11} {}", entry.id, entry.work);
+    for (entry, guess) in entries.iter().zip(guesses) {
+        let guess = progress.scaled(*guess);
+        let guess = guess.map(|guess| format!(": about {}", duration(guess)));
+        let guess = guess.unwrap_or_default();
+        eprintln!("bench: {:<12} {}{guess}", entry.id, entry.work);
     }
-    if lab.device != FLEX {
-        eprintln!(
-            "bench: kernels are compiled and autotuned first, which may take minutes for each entry"
-        );
-        return;
-    }
-    let steps = args.rounds.map_or(ROUNDS, NonZeroUsize::get) + OTHER_STEPS;
-    let each = |entry: &Entry| {
-        let step = step_estimate(&entry.work, lab.threads).mul_f64(steps as f64);
-        let contenders = contenders.iter().map(|contender| match contender.engine() {
-            Engine::Burn => step + BURN_START,
-            Engine::PyTorch => step + PYTORCH_START,
-        });
-        contenders.sum::<Duration>()
-    };
-    let estimate: Duration = entries.iter().map(each).sum();
-    eprintln!(
-        "bench: about {} in all, by a rough guess",
-        duration(estimate)
-    );
-}
-
-/// Steps of a contender besides the timed ones: check, warm-up, memory.
-const OTHER_STEPS: usize = 4;
-
-/// Starting a contender twice, and handling its data.
-const BURN_START: Duration = Duration::from_secs(2);
-/// The same for PyTorch, where one of four is compiled first.
-const PYTORCH_START: Duration = Duration::from_secs(15);
-
-/// A guess at a step of an average contender: so much for a million multiplications, and so much
-/// for a million values that are written and read a few times.
-fn step_estimate(work: &Work, threads: usize) -> Duration {
-    let millions = |count: usize| count as f64 / 1e6;
-    let microseconds =
-        160.0 * millions(work.multiply_adds()) + 14_000.0 * millions(work.activations());
-    Duration::from_secs_f64(1e-6 * microseconds / threads as f64)
-}
-
-fn progress(entry: &Entry, what: &str) {
-    eprintln!("bench: {}: {what}", entry.id);
-}
-
-fn duration(duration: Duration) -> String {
-    let seconds = duration.as_secs_f64();
-    match seconds {
-        _ if seconds < 9.5 => format!("{seconds:.1} s"),
-        _ if seconds < 99.5 => format!("{seconds:.0} s"),
-        _ => format!("{:.0} min", seconds / 60.0),
+    match progress.left() {
+        Some(left) => eprintln!(
+            "bench: about {} in all: an estimate, from the operations and a layer that was timed",
+            duration(left)
+        ),
+        None if lab.device == FLEX => {
+            eprintln!("bench: there is no estimate, the layer that was timed for it failed");
+        }
+        None => eprintln!(
+            "bench: kernels are compiled and autotuned first, which may take minutes for each \
+             entry; the first one tells how long the others take"
+        ),
     }
 }
 
@@ -632,25 +725,6 @@ mod tests {
         }
         let error = parse(&["bench", "--device", "abacus"]).unwrap_err();
         assert!(error.to_string().contains("vulkan"), "{error}");
-    }
-
-    #[test]
-    fn larger_work_is_expected_to_take_longer() {
-        let entries = catalogue(false);
-        let work = |id: &str| &entries.iter().find(|entry| entry.id == id).unwrap().work;
-        let small = step_estimate(work("net-256"), 2);
-        let large = step_estimate(work("net-2048"), 2);
-        assert!((large.as_secs_f64() / small.as_secs_f64() - 8.0).abs() < 1e-3);
-        assert!(
-            (step_estimate(work("net-256"), 4).as_secs_f64() * 2.0 - small.as_secs_f64()).abs()
-                < 1e-6
-        );
-    }
-
-    #[test]
-    fn durations_are_short() {
-        let texts = [0.04, 9.4, 42.3, 240.0].map(|s| duration(Duration::from_secs_f64(s)));
-        assert_eq!(texts, ["0.0 s", "9.4 s", "42 s", "4 min"]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use burn::optim::momentum::MomentumConfig;
 use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData};
-use burn_conv_bn::{ConvBnModule, Recompute};
+use burn_conv_bn::{ConvBnModule, Recompute, SavedTensor};
 use burn_conv_bn_bench::catalogue::{Architecture, Classifier};
 use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
 use burn_conv_bn_memory::CountingAllocator;
@@ -21,6 +21,7 @@ use crate::device::{Stopwatch, is_cube};
 use crate::files::{read, write};
 use crate::meter::Meter;
 use crate::network::loss;
+use crate::saved::{self, Kept};
 use crate::session::Workload;
 use crate::tensors::{into_values, tensor, values, write_tensor};
 
@@ -63,6 +64,14 @@ impl Model {
             Self::ResNet(network) => network.forward(images),
             Self::Vgg(network) => network.forward(images),
             Self::MobileNetV2(network) => network.forward(images),
+        }
+    }
+
+    fn saved_for_backward(&self, shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
+        match self {
+            Self::ResNet(network) => network.saved_for_backward(shape),
+            Self::Vgg(network) => network.saved_for_backward(shape),
+            Self::MobileNetV2(network) => network.saved_for_backward(shape),
         }
     }
 }
@@ -213,6 +222,12 @@ impl Workload for ClassifierWork {
         }
         self.measure(allocator)
     }
+
+    fn saved(&self) -> u64 {
+        let listed = self.model().saved_for_backward(self.images.dims());
+        let kept = listed.iter().map(|(block, kept)| Kept::new(block, kept));
+        saved::bytes(&kept.collect::<Vec<_>>(), true)
+    }
 }
 
 /// Collects the values of a network.
@@ -314,7 +329,16 @@ impl ModuleVisitor for WriteGradients<'_> {
 mod tests {
     use super::*;
 
-    /// The driver counts operations and activations without building a network.
+    /// Counts the values that [`Parameters`] collects.
+    struct Count(usize);
+
+    impl ModuleVisitor for Count {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0 += param.dims().iter().product::<usize>();
+        }
+    }
+
+    /// The driver counts operations, activations and parameters without building a network.
     #[test]
     fn the_catalogue_counts_what_the_networks_do() {
         let counted = Architecture::ALL.map(|architecture| {
@@ -324,12 +348,10 @@ mod tests {
                 size: 224,
             };
             let device = Device::flex().autodiff();
-            let shape = classifier.input_shape();
-            let saved = match Model::new(architecture, Form::Unfused, &device) {
-                Model::ResNet(network) => network.saved_for_backward(shape),
-                Model::Vgg(network) => network.saved_for_backward(shape),
-                Model::MobileNetV2(network) => network.saved_for_backward(shape),
-            };
+            let model = Model::new(architecture, Form::Unfused, &device);
+            let saved = model.saved_for_backward(classifier.input_shape());
+            let mut values = Count(0);
+            model.visit(&mut values);
             // Unfused, each block lists its convolution's input, output and weight.
             let (mut operations, mut activations, mut output) = (0, 0, 0);
             for (_, tensor) in &saved {
@@ -344,7 +366,8 @@ mod tests {
                     _ => {}
                 }
             }
-            ([operations, activations], classifier.per_image())
+            let listed = (classifier.per_image(), classifier.values());
+            (([operations, activations], values.0), listed)
         });
         let (counted, listed): (Vec<_>, Vec<_>) = counted.into_iter().unzip();
         assert_eq!(counted, listed);

@@ -8,6 +8,7 @@ use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 use burn_conv_bn_bench::protocol::Contender;
 use burn_conv_bn_train::device::DeviceChoice;
+use pulp::{Arch, Simd, WithSimd};
 
 /// The device of a contender, with autodiff.
 pub fn open(contender: Contender, name: &str) -> Result<Device> {
@@ -43,6 +44,21 @@ pub fn is_cube(device: &Device) -> bool {
     }
     let _ = device;
     false
+}
+
+/// The vectors of our CPU kernels in this build on this processor, for people.
+pub fn vectors() -> String {
+    struct Width;
+
+    impl WithSimd for Width {
+        type Output = usize;
+
+        fn with_simd<S: Simd>(self, _: S) -> usize {
+            8 * size_of::<S::f32s>()
+        }
+    }
+
+    format!("{}-bit vectors", Arch::new().dispatch(Width))
 }
 
 /// Times the parts of a step, each to the end of its work on the device.
@@ -84,6 +100,14 @@ mod tests {
         }
         let error = open(Contender::Fused, "abacus").err().unwrap();
         assert!(format!("{error:#}").contains("abacus"), "{error:#}");
+    }
+
+    #[test]
+    fn vectors_hold_whole_values() {
+        let vectors = vectors();
+        let bits = vectors.strip_suffix("-bit vectors").unwrap();
+        let bits: usize = bits.parse().unwrap();
+        assert!(bits >= 32 && bits.is_power_of_two(), "{bits}");
     }
 
     #[test]

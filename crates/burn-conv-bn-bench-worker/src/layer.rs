@@ -15,6 +15,7 @@ use burn_conv_bn_memory::CountingAllocator;
 
 use crate::device::{Stopwatch, is_cube};
 use crate::meter::Meter;
+use crate::saved::{self, Kept};
 use crate::session::Workload;
 use crate::tensors::{parameter, tensor, write_tensor};
 use crate::upstream::backward_from;
@@ -147,5 +148,23 @@ impl Workload for LayerWork {
             self.warm_up();
         }
         self.measure(allocator)
+    }
+
+    fn saved(&self) -> u64 {
+        let mut block = self.block.clone();
+        if !self.fused {
+            block.settings.recompute = Recompute::Never;
+        }
+        let listed = block.saved_for_backward(self.layer.input_shape());
+        let mut kept: Vec<Kept<'_>> = listed.iter().map(|kept| Kept::new("", kept)).collect();
+        if !self.fused {
+            // Burn's ReLU keeps its input, the norm's output, on top.
+            kept.push(Kept {
+                block: "",
+                role: "norm_output",
+                bytes: size_of::<f32>() * self.layer.output_shape().iter().product::<usize>(),
+            });
+        }
+        saved::bytes(&kept, !self.layer.input_grad)
     }
 }

@@ -8,6 +8,7 @@ mod layer;
 mod meter;
 mod network;
 mod prepare;
+mod saved;
 mod session;
 mod tensors;
 mod upstream;

@@ -17,6 +17,7 @@ use burn_conv_bn_train::optim::AdadeltaConfig;
 
 use crate::device::{Stopwatch, is_cube};
 use crate::meter::Meter;
+use crate::saved::{self, Kept};
 use crate::session::Workload;
 use crate::tensors::{parameter, tensor, values, write_tensor};
 
@@ -207,5 +208,12 @@ impl Workload for NetworkWork {
             self.warm_up();
         }
         self.measure(allocator)
+    }
+
+    fn saved(&self) -> u64 {
+        let [batch, ..] = self.images.dims();
+        let listed = self.net().saved_for_backward(batch, Network::IMAGE_SIZE);
+        let kept = listed.iter().map(|(block, kept)| Kept::new(block, kept));
+        saved::bytes(&kept.collect::<Vec<_>>(), true)
     }
 }

@@ -12,7 +12,7 @@ use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_train::compare::BURN_VERSION;
 
 use crate::classifier::ClassifierWork;
-use crate::device::open;
+use crate::device::{open, vectors};
 use crate::files::{read, relative_error};
 use crate::layer::LayerWork;
 use crate::network::NetworkWork;
@@ -31,11 +31,15 @@ pub trait Workload {
     /// takes. On Flex a small one starts thread pools and brings code into memory. On CubeCL's
     /// devices kernels are compiled and tried for each shape, so it is one of the full size.
     fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory;
+
+    /// Bytes that its blocks list as kept for the backward pass, as [`StepMemory::saved`].
+    fn saved(&self) -> u64;
 }
 
 /// What one process has been told so far.
 pub struct Session {
     allocator: &'static CountingAllocator,
+    contender: Option<Contender>,
     workload: Option<Box<dyn Workload>>,
 }
 
@@ -43,6 +47,7 @@ impl Session {
     pub fn new(allocator: &'static CountingAllocator) -> Self {
         Self {
             allocator,
+            contender: None,
             workload: None,
         }
     }
@@ -51,6 +56,7 @@ impl Session {
         match request {
             Request::Hello {} => Ok(Reply::Hello {
                 versions: BTreeMap::from([("burn".to_string(), BURN_VERSION.to_string())]),
+                vectors: Some(vectors()),
             }),
             Request::Prepare {
                 entry,
@@ -69,6 +75,7 @@ impl Session {
                 threads: _,
             } => {
                 self.workload = Some(load(&entry, variant, &device, &data_dir)?);
+                self.contender = Some(variant);
                 Ok(Reply::Done {})
             }
             Request::Check { dir } => Ok(Reply::Checked(Checked {
@@ -83,7 +90,14 @@ impl Session {
             Request::Run {} => Ok(Reply::Ran(self.loaded()?.step())),
             Request::Memory {} => {
                 let allocator = self.allocator;
-                Ok(Reply::Measured(self.loaded()?.memory(allocator)))
+                // What Burn's gradient checkpointing leaves out is in no list.
+                let is_listed = self.contender != Some(Contender::UnfusedCheckpointed);
+                let workload = self.loaded()?;
+                let memory = workload.memory(allocator);
+                Ok(Reply::Measured(StepMemory {
+                    saved: is_listed.then(|| workload.saved()),
+                    ..memory
+                }))
             }
         }
     }
@@ -251,6 +265,61 @@ mod tests {
             assert_eq!(names[..2], ["logits", "loss"]);
             assert_eq!(names[2..], ["norms_and_biases_grad", "weight_grad_norms"]);
         }
+    }
+
+    /// What each contender says that it keeps.
+    fn saved(entry: &Entry) -> [Option<u64>; 4] {
+        let folder = tempfile::tempdir().unwrap();
+        prepare(&entry.work, 5, folder.path()).unwrap();
+        OURS.map(|variant| {
+            let mut session = Session::new(&ALLOCATOR);
+            let load = Request::Load {
+                entry: entry.clone(),
+                variant,
+                device: FLEX.to_string(),
+                data_dir: folder.path().to_path_buf(),
+                threads: 1,
+            };
+            session.answer(load).unwrap();
+            let Ok(Reply::Measured(memory)) = session.answer(Request::Memory {}) else {
+                panic!("{variant} did not measure");
+            };
+            memory.saved
+        })
+    }
+
+    #[test]
+    fn memory_has_what_a_layer_lists_as_kept() {
+        // Mean and variance; the input; the output, of the convolution and of the norm.
+        let (statistics, input, output) = (2 * 6 * 4, 3 * 4 * 9 * 9 * 4, 3 * 6 * 5 * 5 * 4);
+        let never = statistics + input + output;
+        let wanted = [
+            Some(statistics + input),
+            Some(never),
+            Some(never + output),
+            None,
+        ];
+        assert_eq!(saved(&small_layer(true)), wanted);
+        // Images are no activation.
+        let wanted = wanted.map(|bytes| bytes.map(|bytes| bytes - input));
+        assert_eq!(saved(&small_layer(false)), wanted);
+    }
+
+    #[test]
+    fn memory_has_what_a_network_lists_as_kept() {
+        // Inputs of the second block, outputs of both convolutions; statistics.
+        let (first, second) = (4 * 32 * 26 * 26 * 4, 4 * 64 * 24 * 24 * 4);
+        let statistics = 2 * (32 + 64) * 4;
+        let fused = first + statistics;
+        let never = fused + first + second;
+        let unfused = never + first + second;
+        let wanted = [Some(fused), Some(never), Some(unfused), None];
+        assert_eq!(saved(&small_network()), wanted);
+
+        let [fused, never, unfused, checkpointed] =
+            saved(&small_classifier(Architecture::ResNet18));
+        assert!(fused < never && never < unfused, "{fused:?} {never:?}");
+        assert_eq!(checkpointed, None);
     }
 
     #[test]

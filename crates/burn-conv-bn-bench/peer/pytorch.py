@@ -6,14 +6,17 @@ standard input, and reads a reply a line from its standard output. Requests and 
 of `src/protocol.rs` beside this folder; tensors are files of raw little-endian f32. Nothing but
 torch is needed.
 
-Contenders of a layer (conv -> batch norm -> ReLU) and of the tutorial's network:
+Contenders of a layer (conv -> batch norm -> ReLU), of the tutorial's network and of torchvision's:
 
 eager       PyTorch's own layers.
 compile     The same through torch.compile.
 tutorial    The custom function of the tutorial "Fusing Convolution and Batch Norm using Custom
             Function", with stride, padding and groups added. Its norm is another than everybody
-            else's and has no scale and shift, so it is checked against its own formula.
-checkpoint  PyTorch's own layers, each block under torch.utils.checkpoint.
+            else's and has no scale and shift, so it is checked against its own formula, and is not
+            there for torchvision's networks.
+checkpoint  PyTorch's own layers, each block under torch.utils.checkpoint. In ResNets and
+            MobileNetV2 that is a residual block, which keeps its input alone, as one does there;
+            elsewhere one convolution with its norm and activation.
 """
 
 import ctypes
@@ -23,6 +26,7 @@ import os
 import platform
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 # Standard output carries replies alone. Whatever else is printed goes to standard error.
@@ -51,10 +55,10 @@ except ImportError as error:
 
 OWN_REFERENCE = "own"
 EPSILON = 1e-5
-LEARNING_RATE = 1.0
-IMAGE_SIZE = 28
 # Images, and least height and width, of the step that warms up before memory is measured.
 SMALL_BATCH, SMALL_SIZE = 2, 8
+# The same of torchvision's networks.
+SMALL_CLASSIFIER_SIZE = 64
 
 
 # --- The tutorial's functions ---------------------------------------------------------------
@@ -150,23 +154,38 @@ class FusedConvBN2DFunction(torch.autograd.Function):
 
 
 class Block(nn.Module):
-    """PyTorch's own conv -> batch norm -> ReLU."""
+    """PyTorch's own conv -> batch norm -> (+ residual) -> activation, in place where torchvision's
+    networks are."""
 
-    def __init__(self, channels, kernel, stride=1, padding=0, groups=1, affine=True):
+    def __init__(
+        self,
+        channels,
+        kernel,
+        stride=1,
+        padding=0,
+        groups=1,
+        affine=True,
+        bias=False,
+        activation=F.relu_,
+    ):
         super().__init__()
         self.conv = nn.Conv2d(
-            *channels, kernel, stride=stride, padding=padding, groups=groups, bias=False
+            *channels, kernel, stride=stride, padding=padding, groups=groups, bias=bias
         )
         self.norm = nn.BatchNorm2d(
             channels[1], eps=EPSILON, affine=affine, track_running_stats=affine
         )
+        self.activation = activation
 
     @property
     def weight(self):
         return self.conv.weight
 
-    def forward(self, x):
-        return F.relu_(self.norm(self.conv(x)))
+    def forward(self, x, residual=None):
+        x = self.norm(self.conv(x))
+        if residual is not None:
+            x += residual
+        return x if self.activation is None else self.activation(x)
 
 
 class TutorialBlock(nn.Module):
@@ -209,13 +228,17 @@ class Checkpointed(nn.Module):
         return checkpoint(self.block, x, use_reentrant=False)
 
 
+def keeper_of(variant):
+    """What decides what a block keeps for the backward pass."""
+    return Checkpointed if variant == "checkpoint" else (lambda block: block)
+
+
 def block_of(variant, *args, **kwargs):
     if variant == "tutorial":
         return TutorialBlock(*args, **kwargs)
     if variant == "formula":
         return TutorialFormula(*args, **kwargs)
-    block = Block(*args, **kwargs)
-    return Checkpointed(block) if variant == "checkpoint" else block
+    return keeper_of(variant)(Block(*args, **kwargs))
 
 
 class Net(nn.Module):
@@ -235,6 +258,142 @@ class Net(nn.Module):
         x = F.max_pool2d(x, 2).flatten(1)
         x = F.relu_(self.dropout(self.fc1(x)))
         return F.log_softmax(self.fc2(x), dim=1)
+
+
+# --- Torchvision's networks -----------------------------------------------------------------
+#
+# ResNet (version 1.5), VGG with batch norm and MobileNetV2, without dropout. Modules are in the
+# order in which Burn's networks are visited, which is that of the file of their parameters.
+
+CLASSES = 1000
+RELU6 = partial(F.relu6, inplace=True)
+
+
+def conv(channels, kernel, stride=1, **options):
+    return Block(channels, kernel, stride, kernel // 2, **options)
+
+
+class Chain(nn.Module):
+    """Blocks one after the other, the last of which adds what the shortcut makes of the input."""
+
+    def __init__(self, blocks, shortcut=None):
+        super().__init__()
+        self.first = nn.Sequential(*blocks[:-1])
+        self.last = blocks[-1]
+        self.shortcut = shortcut
+
+    def forward(self, x):
+        residual = None if self.shortcut is None else self.shortcut(x)
+        return self.last(self.first(x), residual)
+
+
+class Classifier(nn.Module):
+    """Convolutions, a pool to a fixed size, and linear layers with ReLU between them."""
+
+    def __init__(self, features, pooled, widths):
+        super().__init__()
+        self.features = nn.Sequential(*features)
+        self.pooled = pooled
+        pairs = zip(widths, widths[1:])
+        self.classifier = nn.ModuleList(nn.Linear(*pair) for pair in pairs)
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(self.features(x), self.pooled).flatten(1)
+        for index, linear in enumerate(self.classifier):
+            x = linear(F.relu_(x) if index > 0 else x)
+        return x
+
+
+def resnet(keep, expansion, counts):
+    def residual(channels_in, width, stride):
+        channels = width * expansion
+        if expansion == 1:
+            blocks = [conv([channels_in, width], 3, stride), conv([width, width], 3)]
+        else:
+            blocks = [
+                conv([channels_in, width], 1),
+                conv([width, width], 3, stride),
+                conv([width, channels], 1),
+            ]
+        changes = stride != 1 or channels_in != channels
+        shortcut = conv([channels_in, channels], 1, stride, activation=None)
+        return keep(Chain(blocks, shortcut if changes else nn.Identity()))
+
+    features = [keep(conv([3, 64], 7, 2)), nn.MaxPool2d(3, 2, 1)]
+    channels = 64
+    for layer, count in enumerate(counts):
+        width = 64 << layer
+        for index in range(count):
+            stride = 2 if layer > 0 and index == 0 else 1
+            features.append(residual(channels, width, stride))
+            channels = width * expansion
+    return Classifier(features, 1, [channels, CLASSES])
+
+
+def vgg(keep, counts):
+    features = []
+    channels = 3
+    for width, count in zip((64, 128, 256, 512, 512), counts):
+        for _ in range(count):
+            features.append(keep(conv([channels, width], 3, bias=True)))
+            channels = width
+        features.append(nn.MaxPool2d(2))
+    return Classifier(features, 7, [channels * 7 * 7, 4096, 4096, CLASSES])
+
+
+def mobilenet_v2(keep):
+    def inverted_residual(channels_in, channels, expansion, stride):
+        inner = channels_in * expansion
+        expand = [conv([channels_in, inner], 1, activation=RELU6)] if expansion != 1 else []
+        depthwise = conv([inner, inner], 3, stride, groups=inner, activation=RELU6)
+        project = conv([inner, channels], 1, activation=None)
+        adds = stride == 1 and channels_in == channels
+        return keep(Chain([*expand, depthwise, project], nn.Identity() if adds else None))
+
+    features = [keep(conv([3, 32], 3, 2, activation=RELU6))]
+    channels_in = 32
+    # Expansion, output channels, number of blocks, stride of the first.
+    for expansion, channels, count, first_stride in (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    ):
+        for index in range(count):
+            stride = first_stride if index == 0 else 1
+            features.append(inverted_residual(channels_in, channels, expansion, stride))
+            channels_in = channels
+    features.append(keep(conv([channels_in, 1280], 1, activation=RELU6)))
+    return Classifier(features, 1, [1280, CLASSES])
+
+
+ARCHITECTURES = {
+    "resnet18": lambda keep: resnet(keep, 1, (2, 2, 2, 2)),
+    "resnet50": lambda keep: resnet(keep, 4, (3, 4, 6, 3)),
+    "vgg16_bn": lambda keep: vgg(keep, (2, 2, 3, 3, 3)),
+    "mobilenet_v2": mobilenet_v2,
+}
+
+
+def values_of(net):
+    """Parameters and running statistics in the order in which Burn visits them, and whether Burn's
+    layout is the transpose."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            yield module.weight, False
+        elif isinstance(module, nn.Linear):
+            yield module.weight, True
+        elif isinstance(module, nn.BatchNorm2d):
+            for value in (module.weight, module.bias, module.running_mean, module.running_var):
+                yield value, False
+            continue
+        else:
+            continue
+        if module.bias is not None:
+            yield module.bias, False
 
 
 # --- Devices --------------------------------------------------------------------------------
@@ -308,6 +467,19 @@ def read(folder, name, shape, device):
     return tensor.to(device)
 
 
+def fill(path, values):
+    """Reads pairs as those of `values_of` from a file that holds one after the other."""
+    size = 4 * sum(value.numel() for value, _ in values)
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} holds {path.stat().st_size} bytes instead of {size}")
+    with open(path, "rb") as file, torch.no_grad():
+        for value, is_transposed in values:
+            tensor = torch.empty(value.shape[::-1] if is_transposed else value.shape)
+            if file.readinto(tensor_bytes(tensor)) != 4 * tensor.numel():
+                raise OSError(f"{path} ended early")
+            value.copy_(tensor.t() if is_transposed else tensor)
+
+
 def write(folder, tensors):
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, tensor in tensors.items():
@@ -327,6 +499,14 @@ def status(name):
     except OSError:
         pass
     return None
+
+
+def return_freed_memory():
+    """Gives the system what the warm-up freed and the C library kept: gradients as large as the
+    parameters. Else a step would fill that first, and seem to take so much less."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def meter_of(device):
@@ -360,6 +540,7 @@ class ResidentMeter:
 
     def __init__(self):
         gc.collect()
+        return_freed_memory()
         try:
             Path("/proc/self/clear_refs").write_text("5")
             self.peak_was_reset = True
@@ -465,16 +646,69 @@ class LayerWork:
         return meter.finish()
 
 
-class NetworkWork:
+class TrainingWork:
+    """A network's training step. Subclasses set `device`, `variant`, `net`, `run_net`, `optimizer`,
+    `images`, `targets` and what follows."""
+
+    # Mean over the images, of what the network makes of them and of their classes.
+    loss = None
+    # Height and width of the images of the step that warms up before memory is measured.
+    small_size = None
+
+    def forward(self, images, targets):
+        return self.loss(self.run_net(images), targets)
+
+    def step(self):
+        watch = Stopwatch(self.device)
+        loss = self.forward(self.images, self.targets)
+        forward_ms = watch.lap()
+        loss.backward()
+        backward_ms = watch.lap()
+        self.optimizer.step()
+        optimizer_ms = watch.lap()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            "forward_ms": forward_ms,
+            "backward_ms": backward_ms,
+            "optimizer_ms": optimizer_ms,
+        }
+
+    def warm_up(self):
+        if self.variant == "compile" or self.device.type == "cuda":
+            images, targets = self.images, self.targets
+        else:
+            size = self.small_size
+            shape = (SMALL_BATCH, self.images.size(1), size, size)
+            images = torch.rand(shape, device=self.device)
+            targets = torch.zeros(SMALL_BATCH, dtype=torch.long, device=self.device)
+        self.forward(images, targets).backward()
+        self.net.zero_grad(set_to_none=True)
+
+    def memory(self):
+        self.warm_up()
+        meter = meter_of(self.device)
+        loss = self.forward(self.images, self.targets)
+        meter.forward_end()
+        loss.backward()
+        # Without the optimizer: by then the activations are gone, and its state stays.
+        return meter.finish()
+
+
+class NetworkWork(TrainingWork):
+    """The tutorial's network, with its optimizer."""
+
+    loss = staticmethod(F.nll_loss)
+    small_size = 28
+
     def __init__(self, network, variant, device, data):
         self.variant = variant
         self.device = device
         self.data = data
         self.net = self.new_net(variant)
         self.run_net = torch.compile(self.net) if variant == "compile" else self.net
-        self.optimizer = torch.optim.Adadelta(self.net.parameters(), lr=LEARNING_RATE)
+        self.optimizer = torch.optim.Adadelta(self.net.parameters(), lr=1.0)
         batch = network["batch"]
-        self.images = read(data, "images", (batch, 1, IMAGE_SIZE, IMAGE_SIZE), device)
+        self.images = read(data, "images", (batch, 1, 28, 28), device)
         self.targets = read(data, "targets", (batch,), device).long()
 
     def new_net(self, variant):
@@ -495,13 +729,10 @@ class NetworkWork:
             yield f"{name}.weight", linear.weight, True
             yield f"{name}.bias", linear.bias, False
 
-    def forward(self, run_net, images, targets):
-        return F.nll_loss(run_net(images), targets)
-
     def results(self, net, run_net):
         net.dropout.eval()
         log_probabilities = run_net(self.images)
-        loss = F.nll_loss(log_probabilities, self.targets)
+        loss = self.loss(log_probabilities, self.targets)
         loss.backward()
         net.dropout.train()
         results = {"log_probabilities": log_probabilities, "loss": loss}
@@ -519,38 +750,52 @@ class NetworkWork:
             write(Path(folder) / OWN_REFERENCE, self.results(formula, formula))
         return list(results)
 
-    def step(self):
-        watch = Stopwatch(self.device)
-        loss = self.forward(self.run_net, self.images, self.targets)
-        forward_ms = watch.lap()
+
+class ClassifierWork(TrainingWork):
+    """One of torchvision's networks, with momentum as in Burn's contenders."""
+
+    loss = staticmethod(F.cross_entropy)
+    small_size = SMALL_CLASSIFIER_SIZE
+
+    def __init__(self, classifier, variant, device, data):
+        if variant == "tutorial":
+            raise Unavailable(
+                "the tutorial's function has no scale and shift, no running statistics and no "
+                "residual, which torchvision's networks have"
+            )
+        self.variant = variant
+        self.device = device
+        # Without drawing what the file holds.
+        with torch.device("meta"):
+            net = ARCHITECTURES[classifier["architecture"]](keeper_of(variant))
+        self.net = net.to_empty(device=device)
+        fill(Path(data) / "parameters.f32", list(values_of(self.net)))
+        for module in self.net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.num_batches_tracked.zero_()
+        self.run_net = torch.compile(self.net) if variant == "compile" else self.net
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), lr=1e-3, momentum=0.9, dampening=0.1
+        )
+        batch, size = classifier["batch"], classifier["size"]
+        self.images = read(data, "images", (batch, 3, size, size), device)
+        self.targets = read(data, "targets", (batch,), device).long()
+
+    def check(self, folder):
+        logits = self.run_net(self.images)
+        loss = self.loss(logits, self.targets)
         loss.backward()
-        backward_ms = watch.lap()
-        self.optimizer.step()
-        optimizer_ms = watch.lap()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {
-            "forward_ms": forward_ms,
-            "backward_ms": backward_ms,
-            "optimizer_ms": optimizer_ms,
+        grads = [value.grad for value, _ in values_of(self.net) if value.requires_grad]
+        results = {
+            "logits": logits,
+            "loss": loss,
+            # As Burn's contenders: why is said there.
+            "norms_and_biases_grad": torch.cat([grad for grad in grads if grad.ndim == 1]),
+            "weight_grad_norms": torch.stack([grad.norm() for grad in grads if grad.ndim > 1]),
         }
-
-    def warm_up(self):
-        if self.variant == "compile" or self.device.type == "cuda":
-            images, targets = self.images, self.targets
-        else:
-            images = torch.rand(SMALL_BATCH, 1, IMAGE_SIZE, IMAGE_SIZE, device=self.device)
-            targets = torch.zeros(SMALL_BATCH, dtype=torch.long, device=self.device)
-        self.forward(self.run_net, images, targets).backward()
         self.net.zero_grad(set_to_none=True)
-
-    def memory(self):
-        self.warm_up()
-        meter = meter_of(self.device)
-        loss = self.forward(self.run_net, self.images, self.targets)
-        meter.forward_end()
-        loss.backward()
-        # Without the optimizer: by then the activations are gone, and its state stays.
-        return meter.finish()
+        write(folder, results)
+        return list(results)
 
 
 # --- Requests -------------------------------------------------------------------------------
@@ -563,14 +808,17 @@ class Session:
     def answer(self, name, request):
         if name == "hello":
             versions = {"torch": torch.__version__, "python": platform.python_version()}
-            return {"hello": {"versions": versions}}
+            vectors = torch.backends.cpu.get_cpu_capability()
+            return {"hello": {"versions": versions, "vectors": vectors}}
         if name == "load":
             torch.set_num_threads(request["threads"])
             torch.manual_seed(0)
             ((kind, shape),) = request["entry"]["work"].items()
-            works = {"layer": LayerWork, "network": NetworkWork}
-            if kind not in works:
-                raise Unavailable("torchvision's networks are not compared with PyTorch yet")
+            works = {
+                "layer": LayerWork,
+                "network": NetworkWork,
+                "classifier": ClassifierWork,
+            }
             work = works[kind]
             self.work = work(
                 shape, variant_of(request), device_of(request), request["data_dir"]

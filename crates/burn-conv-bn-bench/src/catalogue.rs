@@ -9,6 +9,9 @@ use crate::device::FLEX;
 /// How much smaller the quick variant's batches are.
 const QUICK_DIVISOR: usize = 8;
 
+/// Height and width of the images of the quick variant's classifiers: a quarter of the pixels.
+const QUICK_IMAGE_SIZE: usize = 112;
+
 /// One line of the catalogue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
@@ -69,21 +72,24 @@ pub struct Classifier {
     pub size: usize,
 }
 
-/// A network of `burn-conv-bn-models`.
+/// A network of `burn-conv-bn-models`, in the protocol by torchvision's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
 pub enum Architecture {
     /// ResNet-18.
+    #[serde(rename = "resnet18")]
     ResNet18,
     /// ResNet-50, version 1.5.
+    #[serde(rename = "resnet50")]
     ResNet50,
     /// VGG-16 with batch norm.
+    #[serde(rename = "vgg16_bn")]
     Vgg16Bn,
     /// MobileNetV2.
+    #[serde(rename = "mobilenet_v2")]
     MobileNetV2,
 }
 
-/// The whole catalogue; with smaller batches if `quick`.
+/// The whole catalogue; with smaller batches, and smaller images of the classifiers, if `quick`.
 pub fn catalogue(quick: bool) -> Vec<Entry> {
     let layer = |id: &str, images: [usize; 2], channels: [usize; 2], geometry: [usize; 4]| {
         let [batch, size] = images;
@@ -114,7 +120,10 @@ pub fn catalogue(quick: bool) -> Vec<Entry> {
             architecture,
             // Two images at least: the last maps of small batches have few values.
             batch: shrunk(batch, quick).max(2),
-            size: Classifier::IMAGE_SIZE,
+            size: match quick {
+                true => QUICK_IMAGE_SIZE,
+                false => Classifier::IMAGE_SIZE,
+            },
         }),
     };
     vec![
@@ -235,6 +244,10 @@ impl Network {
     /// Classes.
     pub const CLASSES: usize = 10;
 
+    /// Parameters.
+    const VALUES: usize =
+        32 * 9 + 64 * 32 * 9 + 9216 * 128 + 128 + 128 * Self::CLASSES + Self::CLASSES;
+
     /// The two blocks.
     fn blocks(&self) -> [Layer; 2] {
         let block = |channels: [usize; 2], size| Layer {
@@ -284,6 +297,16 @@ impl Classifier {
             Architecture::ResNet50 => [4_087_136_256, 21_776_384],
             Architecture::Vgg16Bn => [15_346_630_656, 22_629_376],
             Architecture::MobileNetV2 => [299_494_272, 13_444_032],
+        }
+    }
+
+    /// Parameters and running statistics. A test of the worker counts them in the networks.
+    pub fn values(&self) -> usize {
+        match self.architecture {
+            Architecture::ResNet18 => 11_699_112,
+            Architecture::ResNet50 => 25_610_152,
+            Architecture::Vgg16Bn => 138_374_440,
+            Architecture::MobileNetV2 => 3_538_984,
         }
     }
 
@@ -341,6 +364,18 @@ impl Work {
             Self::Layer(layer) => each(layer),
             Self::Network(network) => network.blocks().iter().map(each).sum(),
             Self::Classifier(classifier) => classifier.counts()[1],
+        }
+    }
+
+    /// Parameters and running statistics.
+    pub fn values(&self) -> usize {
+        match self {
+            Self::Layer(layer) => {
+                let [_, channels] = layer.channels;
+                layer.weight_shape().iter().product::<usize>() + 4 * channels
+            }
+            Self::Network(_) => Network::VALUES,
+            Self::Classifier(classifier) => classifier.values(),
         }
     }
 }
@@ -477,7 +512,16 @@ mod tests {
                 "MobileNetV2, batch 16 at 224",
             ]
         );
-        assert_eq!(catalogue(true)[0].work.to_string(), "32x32x26 -> 64 k3");
+        let quick = catalogue(true);
+        assert_eq!(quick[0].work.to_string(), "32x32x26 -> 64 k3");
+        assert_eq!(quick[9].work.to_string(), "ResNet-50, batch 2 at 112");
+    }
+
+    #[test]
+    fn the_quick_variant_is_a_small_part_of_the_whole() {
+        for (quick, whole) in catalogue(true).iter().zip(catalogue(false)) {
+            assert!(8 * quick.work.multiply_adds() <= whole.work.multiply_adds());
+        }
     }
 
     #[test]
@@ -510,6 +554,8 @@ mod tests {
         };
         let tutorial = (256 * 64 * 24 * 24 * 288, 256 * (32 * 676 + 64 * 576));
         assert_eq!(count("tutorial-k3"), tutorial);
+        let values = |index: usize| catalogue(false)[index].work.values();
+        assert_eq!([values(0), values(6)], [64 * 288 + 4 * 64, 1_199_786]);
         let first = (256 * 32 * 676 * 9, 256 * (784 + 32 * 676));
         assert_eq!(
             count("net-256"),

@@ -149,6 +149,9 @@ pub enum Reply {
     Hello {
         /// Version by name.
         versions: BTreeMap<String, String>,
+        /// The widest vectors that it computes with on this processor, if it can tell.
+        #[serde(default)]
+        vectors: Option<String>,
     },
     /// It was done, and there is nothing to say about it.
     Done {},
@@ -229,6 +232,9 @@ pub struct StepMemory {
     pub heap_forward_end: Option<u64>,
     /// As [`resident_peak`](Self::resident_peak), counted by the allocator or the pool.
     pub heap_peak: Option<u64>,
+    /// What the blocks list as kept for the backward pass, each buffer once, without parameters and
+    /// images. It follows from shapes, and leaves out what a network's other layers keep.
+    pub saved: Option<u64>,
 }
 
 #[cfg(test)]
@@ -262,6 +268,11 @@ mod tests {
         assert_eq!(json(&Request::Run {}), r#"{"run":{}}"#);
         let network = catalogue(true).remove(7);
         assert_eq!(json(&network.work), r#"{"network":{"batch":256}}"#);
+        let classifier = catalogue(false).remove(11);
+        assert_eq!(
+            json(&classifier.work),
+            r#"{"classifier":{"architecture":"mobilenet_v2","batch":16,"size":224}}"#
+        );
     }
 
     #[test]
@@ -324,6 +335,12 @@ mod tests {
             serde_json::from_str::<Reply>(measured).unwrap(),
             Reply::Measured(memory)
         );
+        let hello = Reply::Hello {
+            versions: BTreeMap::new(),
+            vectors: None,
+        };
+        let line = r#"{"hello":{"versions":{}}}"#;
+        assert_eq!(serde_json::from_str::<Reply>(line).unwrap(), hello);
     }
 
     #[test]
@@ -343,6 +360,19 @@ mod tests {
         }
         for request in ["hello", "load", "check", "run", "memory"] {
             assert!(peer.contains(&format!("\"{request}\"")), "{request}");
+        }
+    }
+
+    #[test]
+    fn the_peer_knows_the_catalogue() {
+        let peer = include_str!("../peer/pytorch.py");
+        for entry in catalogue(false) {
+            let work = serde_json::to_value(&entry.work).unwrap();
+            let (kind, shape) = work.as_object().unwrap().iter().next().unwrap();
+            assert!(peer.contains(&format!("\"{kind}\"")), "{kind}");
+            if let Some(architecture) = shape.get("architecture") {
+                assert!(peer.contains(&architecture.to_string()), "{architecture}");
+            }
         }
     }
 }

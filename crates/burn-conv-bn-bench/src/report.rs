@@ -7,12 +7,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::catalogue::{Entry, Work};
 use crate::protocol::{Contender, StepMemory, StepTime, TensorError};
-use crate::statistics::{geometric_mean, median, median_ratio};
+use crate::statistics::{Spread, geometric_mean, median, ratios};
 
 /// A whole run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Whether the batches were the smaller ones.
+    /// When it started: date and time in UTC, as RFC 3339 writes them.
+    pub date: String,
+    /// Whether batches and images were the smaller ones.
     pub quick: bool,
     /// Where the contenders computed: one of [`DEVICES`](crate::device::DEVICES).
     pub device: String,
@@ -29,14 +31,18 @@ pub struct Report {
 }
 
 /// What a run ran on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
-    /// Model of the processor.
+    /// Model of the processor: its name, and the numbers that tell models of one name apart.
     pub cpu: String,
     /// Model of the GPU, if one was used and its name could be had.
     pub gpu: Option<String>,
     /// Those of its vector instructions that kernels choose by.
     pub vector_units: Vec<String>,
+    /// The widest vectors that are used, by who uses them.
+    pub vectors: BTreeMap<String, String>,
+    /// Size of each cache of the first core, as `L2 512K`.
+    pub caches: Vec<String>,
     /// Threads that the machine runs at once.
     pub cores: usize,
     /// Threads that each contender was given.
@@ -59,6 +65,8 @@ pub struct EntryReport {
     pub tolerance: f64,
     /// Timed rounds.
     pub rounds: usize,
+    /// How long all of it took, in seconds.
+    pub seconds: f64,
     /// Why there is nothing else, if the entry itself went wrong.
     pub problem: Option<String>,
     /// Who ran it.
@@ -121,25 +129,21 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Medians of a contender's steps.
+/// A contender's steps over the rounds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Timing {
     /// Milliseconds of the forward pass.
-    pub forward_ms: f64,
+    pub forward_ms: Spread,
     /// Milliseconds of the backward pass.
-    pub backward_ms: f64,
+    pub backward_ms: Spread,
     /// Milliseconds of the optimizer.
-    pub optimizer_ms: Option<f64>,
+    pub optimizer_ms: Option<Spread>,
     /// Milliseconds of the step.
-    pub step_ms: f64,
-    /// The fastest step.
-    pub fastest_ms: f64,
-    /// The slowest step.
-    pub slowest_ms: f64,
-    /// Median over the rounds of its step over PyTorch's eager one.
-    pub to_eager: Option<f64>,
-    /// Median over the rounds of its step over Burn's unfused one.
-    pub to_unfused: Option<f64>,
+    pub step_ms: Spread,
+    /// Each round's ratio of its step to PyTorch's eager one.
+    pub to_eager: Option<Spread>,
+    /// Each round's ratio of its step to Burn's unfused one.
+    pub to_unfused: Option<Spread>,
 }
 
 /// The fused form against another.
@@ -151,6 +155,10 @@ pub struct Comparison {
     pub layers_mean: Option<f64>,
     /// How many layers.
     pub layers: usize,
+    /// Geometric mean of the networks' ratios, where there are networks.
+    pub networks_mean: Option<f64>,
+    /// How many networks.
+    pub networks: usize,
     /// Id of the entry with the largest ratio, networks included.
     pub worst_id: String,
     /// Its ratio.
@@ -206,19 +214,17 @@ impl ContenderReport {
     fn timing(&self, eager: Option<&[f64]>, unfused: Option<&[f64]>) -> Option<Timing> {
         let of = |part: fn(&StepTime) -> f64| {
             let values: Vec<f64> = self.steps.iter().map(part).collect();
-            median(&values)
+            Spread::of(&values)
         };
         let totals = self.totals();
         let optimizer: Option<Vec<f64>> = self.steps.iter().map(|step| step.optimizer_ms).collect();
         Some(Timing {
             forward_ms: of(|step| step.forward_ms)?,
             backward_ms: of(|step| step.backward_ms)?,
-            optimizer_ms: optimizer.and_then(|values| median(&values)),
-            step_ms: median(&totals)?,
-            fastest_ms: totals.iter().copied().min_by(f64::total_cmp)?,
-            slowest_ms: totals.iter().copied().max_by(f64::total_cmp)?,
-            to_eager: eager.and_then(|base| median_ratio(&totals, base)),
-            to_unfused: unfused.and_then(|base| median_ratio(&totals, base)),
+            optimizer_ms: optimizer.and_then(|values| Spread::of(&values)),
+            step_ms: Spread::of(&totals)?,
+            to_eager: eager.and_then(|base| Spread::of(&ratios(&totals, base))),
+            to_unfused: unfused.and_then(|base| Spread::of(&ratios(&totals, base))),
         })
     }
 }
@@ -230,6 +236,7 @@ impl EntryReport {
             title: entry.work.to_string(),
             tolerance: entry.work.tolerance(device),
             rounds: 0,
+            seconds: 0.0,
             problem: None,
             contenders: Vec::new(),
             entry,
@@ -267,7 +274,7 @@ impl EntryReport {
             report.problem.is_none().then_some(report)
         };
         let (fused, base) = (sound(Contender::Fused)?, sound(base)?);
-        median_ratio(&fused.totals(), &base.totals())
+        median(&ratios(&fused.totals(), &base.totals()))
     }
 }
 
@@ -287,16 +294,21 @@ impl Report {
             .iter()
             .filter_map(|report| Some((&report.entry, report.fused_to(base)?)))
             .collect();
-        let of_layers: Vec<f64> = ratios
-            .iter()
-            .filter(|(entry, _)| matches!(entry.work, Work::Layer(_)))
-            .map(|(_, ratio)| *ratio)
-            .collect();
+        let of = |is_layer: bool| -> Vec<f64> {
+            ratios
+                .iter()
+                .filter(|(entry, _)| matches!(entry.work, Work::Layer(_)) == is_layer)
+                .map(|(_, ratio)| *ratio)
+                .collect()
+        };
+        let (layers, networks) = (of(true), of(false));
         let (worst, worst_ratio) = ratios.iter().max_by(|a, b| a.1.total_cmp(&b.1))?;
         Some(Comparison {
             base,
-            layers_mean: geometric_mean(&of_layers),
-            layers: of_layers.len(),
+            layers_mean: geometric_mean(&layers),
+            layers: layers.len(),
+            networks_mean: geometric_mean(&networks),
+            networks: networks.len(),
             worst_id: worst.id.clone(),
             worst_ratio: *worst_ratio,
         })
@@ -351,12 +363,14 @@ mod tests {
         );
         report.summarize();
         let timing = report.contenders[0].timing.unwrap();
-        assert_eq!((timing.forward_ms, timing.backward_ms), (1.0, 3.0));
-        assert_eq!((timing.fastest_ms, timing.slowest_ms), (1.0, 40.0));
-        assert_eq!(timing.step_ms, 4.0);
+        assert_eq!(timing.forward_ms.median, 1.0);
+        assert_eq!(timing.backward_ms.median, 3.0);
+        assert_eq!(timing.step_ms.median, 4.0);
+        assert_eq!(timing.step_ms.range, [1.0, 40.0]);
         assert_eq!(timing.optimizer_ms, None);
         // The ratio of the medians would be 0.5.
-        assert_eq!(timing.to_unfused, Some(0.25));
+        let ratio = timing.to_unfused.unwrap();
+        assert_eq!((ratio.median, ratio.range), (0.25, [0.25, 0.5]));
         assert_eq!(timing.to_eager, None);
     }
 
@@ -419,17 +433,10 @@ mod tests {
         let mut wrong = pair(2, 100.0);
         wrong.contenders[0].fail(ProblemKind::Mismatch, "wrong");
         let mut report = Report {
+            date: "2026-01-02T03:04:05Z".to_string(),
             quick: false,
             device: FLEX.to_string(),
-            machine: Machine {
-                cpu: String::new(),
-                gpu: None,
-                vector_units: Vec::new(),
-                cores: 1,
-                threads: 1,
-                system: String::new(),
-                environment: BTreeMap::new(),
-            },
+            machine: Machine::default(),
             versions: BTreeMap::new(),
             commit: None,
             entries: vec![pair(0, 0.25), pair(1, 1.0), wrong, pair(6, 2.0)],
@@ -440,8 +447,9 @@ mod tests {
             panic!("there is no eager contender: {:?}", report.summary);
         };
         assert_eq!(comparison.base, Contender::Unfused);
-        assert_eq!(comparison.layers, 2);
+        assert_eq!((comparison.layers, comparison.networks), (2, 1));
         assert!((comparison.layers_mean.unwrap() - 0.5).abs() < 1e-12);
+        assert!((comparison.networks_mean.unwrap() - 2.0).abs() < 1e-12);
         assert_eq!(comparison.worst_id, "net-256");
         assert_eq!(comparison.worst_ratio, 2.0);
 

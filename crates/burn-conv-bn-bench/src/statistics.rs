@@ -1,5 +1,42 @@
 //! Statistics of timed rounds.
 
+use serde::{Deserialize, Serialize};
+
+/// A median, and how far the rounds lie from it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Spread {
+    /// The middle value, or the mean of the two middle ones.
+    pub median: f64,
+    /// The lower and the upper quartile, in between where they fall between two values.
+    pub quartiles: [f64; 2],
+    /// The smallest and the largest value.
+    pub range: [f64; 2],
+}
+
+impl Spread {
+    /// Of values in any order. `None` if there are none.
+    pub fn of(values: &[f64]) -> Option<Self> {
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let (first, last) = (*sorted.first()?, *sorted.last()?);
+        Some(Self {
+            median: median(values)?,
+            quartiles: [0.25, 0.75].map(|share| quantile(&sorted, share)),
+            range: [first, last],
+        })
+    }
+}
+
+/// The value that a share of the others lies below. There must be one.
+fn quantile(sorted: &[f64], share: f64) -> f64 {
+    let place = share * (sorted.len() - 1) as f64;
+    let (below, above) = (
+        sorted[place.floor() as usize],
+        sorted[place.ceil() as usize],
+    );
+    below + place.fract() * (above - below)
+}
+
 /// The middle value, or the mean of the two middle ones.
 pub fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
@@ -12,14 +49,13 @@ pub fn median(values: &[f64]) -> Option<f64> {
     }
 }
 
-/// Median over the rounds of each round's ratio, which slow drift of the machine does not reach.
-/// `None` unless both have the same rounds.
-pub fn median_ratio(values: &[f64], base: &[f64]) -> Option<f64> {
-    if values.len() != base.len() {
-        return None;
+/// Each round's ratio, which slow drift of the machine does not reach. Empty unless both have the
+/// same rounds.
+pub fn ratios(values: &[f64], base: &[f64]) -> Vec<f64> {
+    match values.len() == base.len() {
+        true => values.iter().zip(base).map(|(a, b)| a / b).collect(),
+        false => Vec::new(),
     }
-    let ratios: Vec<f64> = values.iter().zip(base).map(|(a, b)| a / b).collect();
-    median(&ratios)
 }
 
 /// The geometric mean: that of ratios does not depend on which side is the base.
@@ -44,13 +80,26 @@ mod tests {
     fn ratios_are_taken_round_by_round() {
         // The machine slows down tenfold; each round's ratio stays.
         let (values, base) = ([1.0, 10.0, 20.0], [2.0, 20.0, 40.0]);
-        assert_eq!(median_ratio(&values, &base), Some(0.5));
-        assert_eq!(
-            median_ratio(&[1.0, 30.0, 4.0], &[1.0, 10.0, 2.0]),
-            Some(2.0)
-        );
-        assert_eq!(median_ratio(&values, &base[..2]), None);
-        assert_eq!(median_ratio(&[], &[]), None);
+        assert_eq!(ratios(&values, &base), [0.5; 3]);
+        assert!(ratios(&values, &base[..2]).is_empty());
+        assert!(ratios(&[], &[]).is_empty());
+    }
+
+    #[test]
+    fn spreads_reach_from_the_smallest_to_the_largest() {
+        let spread = Spread::of(&[5.0, 1.0, 3.0, 2.0, 4.0]).unwrap();
+        let wanted = Spread {
+            median: 3.0,
+            quartiles: [2.0, 4.0],
+            range: [1.0, 5.0],
+        };
+        assert_eq!(spread, wanted);
+        // Of two values a quartile is a quarter of the way from one to the other.
+        let spread = Spread::of(&[8.0, 4.0]).unwrap();
+        assert_eq!((spread.median, spread.quartiles), (6.0, [5.0, 7.0]));
+        let one = Spread::of(&[7.0]).unwrap();
+        assert_eq!((one.quartiles, one.range), ([7.0; 2], [7.0; 2]));
+        assert_eq!(Spread::of(&[]), None);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::iter;
 use crate::device::FLEX;
 use crate::protocol::{Contender, StepMemory};
 use crate::report::{Comparison, ContenderReport, EntryReport, ProblemKind, Report, Timing};
+use crate::statistics::Spread;
 
 /// What the numbers of [`entry`] are, on a device.
 pub fn legend(device: &str) -> String {
@@ -25,14 +26,18 @@ tensor; for PyTorch's tutorial, whose norm is another, from its own formula.";
 const HOST_MEMORY: &str = "\
 Memory is in MiB above the level just before forward, in a fresh process: rss is the resident set at
 the end of forward and at its peak up to the end of backward, heap the same counted by the
-allocator, and x unfused the ratio of the peaks of rss.";
+allocator, and x unfused the ratio of the peaks of rss. saved is what the blocks list as kept for
+the backward pass, each buffer once, without parameters and images; there is no such list of what
+Burn's gradient checkpointing keeps, and none of PyTorch's.";
 
 const POOL_MEMORY: &str = "\
 Memory is in MiB above the level just before forward, in a fresh process that has run one step: pool
 is what is in use of the device's memory pool at the end of forward and at its peak up to the end of
 backward, and x unfused the ratio of the peaks; rss, where PyTorch is on the CPU, is the resident
-set at the same times. Where a GPU has tensor cores, Burn may multiply f32 as TF32, whichever is
-faster; PyTorch is told not to.";
+set at the same times. saved is what the blocks list as kept for the backward pass, each buffer
+once, without parameters and images; there is no such list of what Burn's gradient checkpointing
+keeps, and none of PyTorch's. Where a GPU has tensor cores, Burn may multiply f32 as TF32, whichever
+is faster; PyTorch is told not to.";
 
 /// The tables of one entry that ran on a device: times, and below them memory.
 pub fn entry(report: &EntryReport, device: &str) -> String {
@@ -69,14 +74,97 @@ pub fn setting(report: &Report) -> String {
         Some(gpu) => format!("{} ({gpu})", report.device),
         None => report.device.clone(),
     };
+    let vectors = machine.vectors.iter();
+    let mut hardware: Vec<String> = vectors
+        .map(|(name, vectors)| format!("{name} {vectors}"))
+        .collect();
+    hardware.extend(machine.caches.iter().cloned());
     format!(
-        "{device} on {} ({}), {} of {} threads; {}",
+        "{device} on {} ({}), {} of {} threads; {}; {}",
         machine.cpu,
-        machine.vector_units.join(" "),
+        hardware.join(", "),
         machine.threads,
         machine.cores,
-        versions.join(", ")
+        versions.join(", "),
+        report.date
     )
+}
+
+/// All entries side by side, where there are several: a table of Markdown for each quantity.
+pub fn overview(report: &Report) -> String {
+    if report.entries.len() < 2 {
+        return String::new();
+    }
+    let step = |report: &ContenderReport| report.timing.map(|timing| timing.step_ms.median);
+    let step_ratio = |fused: &ContenderReport, base: &ContenderReport| {
+        let timing = fused.timing?;
+        let ratio = match base.contender {
+            Contender::Eager => timing.to_eager,
+            _ => timing.to_unfused,
+        };
+        Some(ratio?.median)
+    };
+    let mut tables = vec![quantity(
+        report,
+        "step, ms",
+        |report| cell(step(report), milliseconds),
+        step_ratio,
+    )];
+    for (title, of) in [
+        ("end of forward, MiB", FORWARD_END),
+        ("saved, MiB", SAVED),
+        ("peak, MiB", PEAK),
+    ] {
+        let bytes = |report: &ContenderReport| {
+            let memory = report.memory?;
+            of.iter().find_map(|of| of(memory))
+        };
+        tables.push(quantity(
+            report,
+            title,
+            |report| cell(bytes(report), mebibytes),
+            |fused, base| memory_ratio(&of, fused.memory?, base.memory?),
+        ));
+    }
+    let tables: Vec<String> = tables.into_iter().flatten().collect();
+    tables.join("\n")
+}
+
+/// One quantity of all entries: of each contender, and the ratios of the fused one. `None` if
+/// nobody has it.
+fn quantity(
+    report: &Report,
+    title: &str,
+    value: impl Fn(&ContenderReport) -> String,
+    ratio: impl Fn(&ContenderReport, &ContenderReport) -> Option<f64>,
+) -> Option<String> {
+    const BASES: [Contender; 2] = [Contender::Unfused, Contender::Eager];
+    let contenders = Contender::ALL.iter().map(|contender| contender.to_string());
+    let bases = BASES.iter().map(|base| format!("fused / {base}"));
+    let header: Vec<String> = iter::once(title.to_string())
+        .chain(contenders)
+        .chain(bases)
+        .collect();
+    let row = |entry: &EntryReport| -> Vec<String> {
+        let sound = |contender| {
+            let report = entry.contender(contender);
+            report.filter(|report| report.problem.is_none())
+        };
+        let values =
+            Contender::ALL.map(|contender| sound(contender).map(&value).unwrap_or_default());
+        let ratios = BASES.map(|base| {
+            let both = sound(Contender::Fused).zip(sound(base));
+            let ratio = both.and_then(|(fused, base)| ratio(fused, base));
+            cell(ratio, three_decimals)
+        });
+        iter::once(entry.entry.id.clone())
+            .chain(values)
+            .chain(ratios)
+            .collect()
+    };
+    let rows = without_empty(header, report.entries.iter().map(row).collect());
+    let is_there = rows.first().is_some_and(|header| header.len() > 1);
+    is_there.then(|| markdown(&rows))
 }
 
 /// The closing line of one comparison.
@@ -88,6 +176,14 @@ pub fn comparison(comparison: &Comparison) -> String {
             text,
             "{mean:.3} geometric mean over {} layer{plural}; ",
             comparison.layers
+        );
+    }
+    if let Some(mean) = comparison.networks_mean {
+        let plural = if comparison.networks == 1 { "" } else { "s" };
+        let _ = write!(
+            text,
+            "{mean:.3} over {} network{plural}; ",
+            comparison.networks
         );
     }
     let _ = write!(
@@ -112,10 +208,11 @@ const TIME: [&str; 9] = [
 
 fn time_row(report: &ContenderReport) -> Vec<String> {
     let timing = report.timing.as_ref();
-    let time = |of: fn(&Timing) -> Option<f64>| cell(timing.and_then(of), milliseconds);
-    let ratio = |of: fn(&Timing) -> Option<f64>| cell(timing.and_then(of), three_decimals);
+    let median = |of: fn(&Timing) -> Option<Spread>| timing.and_then(of).map(|of| of.median);
+    let time = |of: fn(&Timing) -> Option<Spread>| cell(median(of), milliseconds);
+    let ratio = |of: fn(&Timing) -> Option<Spread>| cell(median(of), three_decimals);
     let spread = timing.map(|timing| {
-        let [fastest, slowest] = [timing.fastest_ms, timing.slowest_ms].map(milliseconds);
+        let [fastest, slowest] = timing.step_ms.range.map(milliseconds);
         format!("{fastest}..{slowest}")
     });
     vec![
@@ -131,12 +228,20 @@ fn time_row(report: &ContenderReport) -> Vec<String> {
     ]
 }
 
-fn memory_header(device: &str) -> [&'static str; 6] {
+fn memory_header(device: &str) -> [&'static str; 7] {
     let [end, peak] = match device {
         FLEX => ["heap end", "heap peak"],
         _ => ["pool end", "pool peak"],
     };
-    ["memory", "rss end", "rss peak", "x unfused", end, peak]
+    [
+        "memory",
+        "rss end",
+        "rss peak",
+        "x unfused",
+        end,
+        peak,
+        "saved",
+    ]
 }
 
 fn memory_row(report: &ContenderReport, unfused: StepMemory) -> Vec<String> {
@@ -148,17 +253,31 @@ fn memory_row(report: &ContenderReport, unfused: StepMemory) -> Vec<String> {
         cell(peak_ratio(memory, unfused), three_decimals),
         cell(memory.heap_forward_end, mebibytes),
         cell(memory.heap_peak, mebibytes),
+        cell(memory.saved, mebibytes),
     ]
 }
 
+/// A figure of memory, in the ways in which it may be known, the most telling first.
+type Figure = [fn(StepMemory) -> Option<u64>; 2];
+
+const FORWARD_END: Figure = [
+    |memory| memory.resident_forward_end,
+    |memory| memory.heap_forward_end,
+];
+const SAVED: Figure = [|memory| memory.saved, |_| None];
+const PEAK: Figure = [|memory| memory.resident_peak, |memory| memory.heap_peak];
+
 /// The ratio of the peaks of the resident sets, or of the pools: of two of a kind.
-fn peak_ratio(memory: StepMemory, base: StepMemory) -> Option<f64> {
-    let ratio = |peak: Option<u64>, base: Option<u64>| {
-        let (peak, base) = peak.zip(base.filter(|base| *base > 0))?;
-        Some(peak as f64 / base as f64)
-    };
-    ratio(memory.resident_peak, base.resident_peak)
-        .or_else(|| ratio(memory.heap_peak, base.heap_peak))
+pub fn peak_ratio(memory: StepMemory, base: StepMemory) -> Option<f64> {
+    memory_ratio(&PEAK, memory, base)
+}
+
+/// The ratio of a figure that both have in the same way.
+fn memory_ratio(figure: &Figure, memory: StepMemory, base: StepMemory) -> Option<f64> {
+    figure.iter().find_map(|of| {
+        let (value, base) = of(memory).zip(of(base).filter(|base| *base > 0))?;
+        Some(value as f64 / base as f64)
+    })
 }
 
 fn off(report: &ContenderReport) -> String {
@@ -195,38 +314,63 @@ fn mebibytes(bytes: u64) -> String {
 
 /// A header over rows, without the columns that are empty below it.
 fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
+    let header = header.iter().map(|title| title.to_string()).collect();
+    let mut text = String::new();
+    for row in padded(&without_empty(header, rows)) {
+        let line = format!("  {}", row.join("  "));
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+    text
+}
+
+/// The same in Markdown. The first row is the header.
+fn markdown(rows: &[Vec<String>]) -> String {
+    let mut text = String::new();
+    for (index, row) in padded(rows).iter().enumerate() {
+        let _ = writeln!(text, "| {} |", row.join(" | "));
+        if index == 0 {
+            let widths = row.iter().map(|cell| cell.chars().count());
+            let rules = widths.enumerate().map(|(column, width)| match column {
+                0 => "-".repeat(width + 2),
+                _ => "-".repeat(width + 1) + ":",
+            });
+            let _ = writeln!(text, "|{}|", rules.collect::<Vec<_>>().join("|"));
+        }
+    }
+    text
+}
+
+/// A header and rows, without the columns that are empty in all rows.
+fn without_empty(header: Vec<String>, rows: Vec<Vec<String>>) -> Vec<Vec<String>> {
     let kept: Vec<usize> = (0..header.len())
         .filter(|&column| rows.iter().any(|row| !row[column].is_empty()))
         .collect();
-    let header: Vec<String> = header.iter().map(|title| title.to_string()).collect();
     let keep = |row: Vec<String>| -> Vec<String> {
         kept.iter().map(|&column| row[column].clone()).collect()
     };
-    let rows: Vec<Vec<String>> = iter::once(header).chain(rows).map(keep).collect();
-    aligned(&rows)
+    iter::once(header).chain(rows).map(keep).collect()
 }
 
-/// The first column to the left, all others to the right; an empty cell is a dash.
-fn aligned(rows: &[Vec<String>]) -> String {
+/// Rows of columns of one width: the first filled up to the right, all others to the left; an empty
+/// cell is a dash.
+fn padded(rows: &[Vec<String>]) -> Vec<Vec<String>> {
     let columns = rows.first().map_or(0, Vec::len);
     let width = |column: usize| {
         let cells = rows.iter().map(|row| row[column].chars().count());
         cells.max().unwrap_or_default().max(1)
     };
     let widths: Vec<usize> = (0..columns).map(width).collect();
-    let mut text = String::new();
-    for row in rows {
-        let mut line = String::new();
-        for (column, (cell, width)) in row.iter().zip(widths.iter().copied()).enumerate() {
-            let cell = if cell.is_empty() { "-" } else { cell.as_str() };
-            let _ = match column {
-                0 => write!(line, "  {cell:<width$}"),
-                _ => write!(line, "  {cell:>width$}"),
-            };
+    let pad = |(column, cell): (usize, &String)| {
+        let cell = if cell.is_empty() { "-" } else { cell.as_str() };
+        let width = widths[column];
+        match column {
+            0 => format!("{cell:<width$}"),
+            _ => format!("{cell:>width$}"),
         }
-        let _ = writeln!(text, "{}", line.trim_end());
-    }
-    text
+    };
+    let rows = rows.iter();
+    rows.map(|row| row.iter().enumerate().map(pad).collect())
+        .collect()
 }
 
 #[cfg(test)]
@@ -248,8 +392,7 @@ mod tests {
             memory: Some(StepMemory {
                 resident_forward_end: Some(3 << 19),
                 resident_peak: Some(peak << 20),
-                heap_forward_end: None,
-                heap_peak: None,
+                ..StepMemory::default()
             }),
             ..ContenderReport::new(contender)
         }
@@ -271,6 +414,7 @@ mod tests {
             name: "output".to_string(),
             error: Some(2.4e-6),
         }];
+        fused.memory.as_mut().unwrap().saved = Some(3 << 19);
         let unfused = contender(Contender::Unfused, 40.0, 48);
         let mut checkpointed = ContenderReport::new(Contender::UnfusedCheckpointed);
         checkpointed.fail(ProblemKind::Failed, "it died");
@@ -281,12 +425,46 @@ k3: 32x64x56 -> 64 k3 p1
   fused                    10.0      20.0  30.0  30.0..30.0      0.250       2e-6
   unfused                  40.0      80.0   120    120..120      1.000  reference
   unfused-checkpointed        -         -     -           -          -          -
-  memory   rss end  rss peak  x unfused
-  fused        1.5      12.0      0.250
-  unfused      1.5      48.0      1.000
+  memory   rss end  rss peak  x unfused  saved
+  fused        1.5      12.0      0.250    1.5
+  unfused      1.5      48.0      1.000      -
   unfused-checkpointed: FAILED: it died
 ";
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn several_entries_stand_side_by_side() {
+        let first = report(vec![
+            contender(Contender::Fused, 10.0, 12),
+            contender(Contender::Unfused, 40.0, 48),
+        ]);
+        let mut second = first.clone();
+        second.entry = catalogue(false).remove(9);
+        second.contenders[1].fail(ProblemKind::Failed, "it died");
+        let mut report = Report {
+            entries: vec![first],
+            ..run()
+        };
+        assert_eq!(overview(&report), "");
+        report.entries.push(second);
+        let expected = "\
+| step, ms | fused | unfused | fused / unfused |
+|----------|------:|--------:|----------------:|
+| k3       |  30.0 |     120 |           0.250 |
+| resnet50 |  30.0 |       - |               - |
+
+| end of forward, MiB | fused | unfused | fused / unfused |
+|---------------------|------:|--------:|----------------:|
+| k3                  |   1.5 |     1.5 |           1.000 |
+| resnet50            |   1.5 |       - |               - |
+
+| peak, MiB | fused | unfused | fused / unfused |
+|-----------|------:|--------:|----------------:|
+| k3        |  12.0 |    48.0 |           0.250 |
+| resnet50  |  12.0 |       - |               - |
+";
+        assert_eq!(overview(&report), expected);
     }
 
     #[test]
@@ -368,6 +546,8 @@ k3: 32x64x56 -> 64 k3 p1
             base: Contender::Eager,
             layers_mean: Some(0.61249),
             layers: 6,
+            networks_mean: None,
+            networks: 0,
             worst_id: "k1".to_string(),
             worst_ratio: 1.2,
         };
@@ -375,33 +555,51 @@ k3: 32x64x56 -> 64 k3 p1
             comparison(&line),
             "fused / eager: 0.612 geometric mean over 6 layers; worst entry k1 at 1.200"
         );
+        line.networks_mean = Some(0.7);
+        line.networks = 1;
+        assert_eq!(
+            comparison(&line),
+            "fused / eager: 0.612 geometric mean over 6 layers; 0.700 over 1 network; worst entry \
+             k1 at 1.200"
+        );
+        line.networks_mean = None;
         line.layers_mean = None;
         assert_eq!(comparison(&line), "fused / eager: worst entry k1 at 1.200");
     }
 
-    #[test]
-    fn the_setting_is_one_line() {
-        let version = |name: &str, version: &str| (name.to_string(), version.to_string());
-        let mut report = Report {
+    /// A run of nothing.
+    fn run() -> Report {
+        Report {
+            date: "2026-01-02T03:04:05Z".to_string(),
             quick: false,
             device: FLEX.to_string(),
-            machine: Machine {
-                cpu: "AMD EPYC".to_string(),
-                gpu: None,
-                vector_units: vec!["avx2".to_string(), "fma".to_string()],
-                cores: 8,
-                threads: 2,
-                system: "linux x86_64".to_string(),
-                environment: BTreeMap::new(),
-            },
-            versions: BTreeMap::from([version("torch", "2.15"), version("burn", "0.22.1")]),
+            machine: Machine::default(),
+            versions: BTreeMap::new(),
             commit: None,
             entries: Vec::new(),
             summary: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_setting_is_one_line() {
+        let pair = |name: &str, value: &str| (name.to_string(), value.to_string());
+        let mut report = Report {
+            machine: Machine {
+                cpu: "AMD EPYC".to_string(),
+                vectors: BTreeMap::from([pair("ours", "256-bit vectors"), pair("torch", "AVX512")]),
+                caches: vec!["L2 512K".to_string()],
+                cores: 8,
+                threads: 2,
+                ..Machine::default()
+            },
+            versions: BTreeMap::from([pair("torch", "2.15"), pair("burn", "0.22.1")]),
+            ..run()
         };
         assert_eq!(
             setting(&report),
-            "flex on AMD EPYC (avx2 fma), 2 of 8 threads; burn 0.22.1, torch 2.15"
+            "flex on AMD EPYC (ours 256-bit vectors, torch AVX512, L2 512K), \
+             2 of 8 threads; burn 0.22.1, torch 2.15; 2026-01-02T03:04:05Z"
         );
         report.device = CUDA.to_string();
         report.machine.gpu = Some("NVIDIA H100".to_string());

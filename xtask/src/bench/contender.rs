@@ -103,6 +103,11 @@ impl Running {
         }
     }
 
+    /// Whether nothing has gone wrong that ended it.
+    pub fn is_alive(&self) -> bool {
+        self.process.is_some()
+    }
+
     /// Measures the memory of a step. Its process must be fresh.
     pub fn memory(&mut self) -> Option<StepMemory> {
         match self.ask(&Request::Memory {})? {
@@ -163,6 +168,7 @@ mod tests {
     #[test]
     fn timed_steps_are_kept_and_others_not() {
         let mut running = running(&[DONE, RAN, RAN]);
+        assert!(running.is_alive());
         assert_eq!(running.step().unwrap().total_ms(), 3.0);
         running.timed_step();
         let report = running.finish();
@@ -185,6 +191,7 @@ mod tests {
     fn one_that_cannot_run_here_says_so() {
         let mut running = running(&[r#"{"unavailable":{"reason":"no compiler"}}"#, RAN]);
         assert_eq!(running.step(), None);
+        assert!(!running.is_alive());
         let problem = running.finish().problem.unwrap();
         assert_eq!(problem.kind, ProblemKind::Unavailable);
         assert_eq!(problem.reason, "no compiler");

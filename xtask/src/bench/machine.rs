@@ -4,11 +4,15 @@ use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 
+use anyhow::Result;
 use burn_conv_bn_bench::device::CUDA;
 use burn_conv_bn_bench::report::Machine;
+use time::UtcDateTime;
+use time::format_description::well_known::Rfc3339;
 
 use super::root;
 
@@ -39,10 +43,24 @@ const VARIABLES: [&str; 11] = [
     "NVIDIA_TF32_OVERRIDE",
 ];
 
-/// This machine, with contenders of so many threads on a device.
-pub fn describe(threads: usize, device: &str) -> Machine {
+/// Where Linux describes the caches of the first core.
+const CACHES: &str = "/sys/devices/system/cpu/cpu0/cache";
+
+/// Numbers that tell processors of one name apart, as `/proc/cpuinfo` and as people call them: first
+/// those of x86, then those of Arm.
+const NUMBERS: [(&str, &str); 6] = [
+    ("cpu family", "family"),
+    ("model", "model"),
+    ("stepping", "stepping"),
+    ("CPU implementer", "implementer"),
+    ("CPU part", "part"),
+    ("CPU variant", "variant"),
+];
+
+/// This machine, with contenders of so many threads on a device, and the vectors that they use, by
+/// who uses them.
+pub fn describe(threads: usize, device: &str, vectors: BTreeMap<String, String>) -> Machine {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = value(&cpuinfo, "model name").unwrap_or("unknown");
     let variables = env::vars_os().filter_map(|(name, value)| {
         Some((
             name.into_string().ok()?,
@@ -50,14 +68,61 @@ pub fn describe(threads: usize, device: &str) -> Machine {
         ))
     });
     Machine {
-        cpu: model.to_string(),
+        cpu: processor(&cpuinfo),
         gpu: gpu(device),
         vector_units: vector_units(&cpuinfo),
+        vectors,
+        caches: caches(Path::new(CACHES)),
         cores: thread::available_parallelism().map_or(1, NonZeroUsize::get),
         threads,
         system: format!("{} {}", env::consts::OS, env::consts::ARCH),
         environment: telling(variables),
     }
+}
+
+/// Date and time in UTC.
+pub fn date() -> Result<String> {
+    Ok(UtcDateTime::now().truncate_to_second().format(&Rfc3339)?)
+}
+
+/// Name and numbers of the processor: those who virtualize one often leave no more of its name than
+/// its maker's.
+fn processor(cpuinfo: &str) -> String {
+    let name = value(cpuinfo, "model name").map(str::to_string);
+    let name = name.or_else(|| {
+        let mut command = Command::new("sysctl");
+        command.args(["-n", "machdep.cpu.brand_string"]);
+        answer(command)
+    });
+    let numbers = NUMBERS.iter();
+    let numbers =
+        numbers.filter_map(|(key, name)| Some(format!("{name} {}", value(cpuinfo, key)?)));
+    let numbers: Vec<String> = numbers.collect();
+    let parts = [name, Some(numbers.join(" "))].into_iter().flatten();
+    let parts: Vec<String> = parts.filter(|part| !part.is_empty()).collect();
+    match parts.is_empty() {
+        true => "unknown".to_string(),
+        false => parts.join(", "),
+    }
+}
+
+/// The caches that a folder of Linux's describes, but for those of instructions.
+fn caches(folder: &Path) -> Vec<String> {
+    let cache = |index: usize| {
+        let folder = folder.join(format!("index{index}"));
+        let read = |name: &str| {
+            let text = fs::read_to_string(folder.join(name)).ok()?;
+            Some(text.trim().to_string())
+        };
+        let level = read("level")?;
+        let kind = match read("type")?.as_str() {
+            "Data" => "d",
+            "Unified" => "",
+            _ => return Some(None),
+        };
+        Some(Some(format!("L{level}{kind} {}", read("size")?)))
+    };
+    (0..).map_while(cache).flatten().collect()
 }
 
 /// Name of the GPU that a device is, if a program tells it: of the first where there are several,
@@ -141,6 +206,40 @@ mod tests {
     }
 
     #[test]
+    fn names_processors_by_their_numbers_too() {
+        let x86 = "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\n";
+        assert_eq!(processor(x86), "AMD EPYC, family 25 model 17 stepping 1");
+        let arm = "model name\t: \nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n";
+        assert_eq!(processor(arm), "implementer 0x41 part 0xd40");
+    }
+
+    #[test]
+    fn caches_are_those_of_data() {
+        let folder = tempfile::tempdir().unwrap();
+        let caches_of = [
+            ("1", "Data", "32K"),
+            ("1", "Instruction", "32K"),
+            ("2", "Unified", "512K"),
+        ];
+        for (index, (level, kind, size)) in caches_of.into_iter().enumerate() {
+            let folder = folder.path().join(format!("index{index}"));
+            fs::create_dir(&folder).unwrap();
+            for (name, text) in [("level", level), ("type", kind), ("size", size)] {
+                fs::write(folder.join(name), format!("{text}\n")).unwrap();
+            }
+        }
+        assert_eq!(caches(folder.path()), ["L1d 32K", "L2 512K"]);
+        assert!(caches(&folder.path().join("none")).is_empty());
+    }
+
+    #[test]
+    fn dates_are_in_utc() {
+        let date = date().unwrap();
+        assert_eq!((date.len(), date.find('T')), (20, Some(10)), "{date}");
+        assert!(date.ends_with('Z'), "{date}");
+    }
+
+    #[test]
     fn keeps_the_variables_that_matter() {
         let pairs = [
             ("HOME", "/home"),
@@ -156,7 +255,7 @@ mod tests {
     #[test]
     fn a_program_that_is_not_there_answers_nothing() {
         assert_eq!(answer(in_root("no-such-program", &[])), None);
-        let machine = describe(3, "flex");
+        let machine = describe(3, "flex", BTreeMap::new());
         assert_eq!((machine.threads, machine.gpu), (3, None));
     }
 }
