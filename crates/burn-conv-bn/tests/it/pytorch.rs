@@ -105,6 +105,7 @@ impl Case {
             output,
             mean,
             variance,
+            ..
         } = conv_bn(x.clone(), params.clone(), options).unwrap();
         self.compare("output", values(output.clone()));
         if self.mode == "train" {

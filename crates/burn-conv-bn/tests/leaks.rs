@@ -1,0 +1,202 @@
+//! Bytes in use over hundreds of training steps, and after graphs that no backward pass goes through,
+//! counted by the allocator.
+//!
+//! One test, so that no other allocates at the same time.
+
+use std::env;
+
+use burn::module::{Module, Param};
+use burn::nn::{Linear, LinearConfig, PaddingConfig2d};
+use burn::optim::momentum::MomentumConfig;
+use burn::optim::{GradientsParams, SgdConfig};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, Recompute};
+use burn_conv_bn_memory::CountingAllocator;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator::new();
+
+const STEPS: usize = 200;
+
+/// Steps until all threads have the buffers that they keep, and the optimizer its state.
+const WARM_UP: usize = 20;
+
+/// Bytes that several threads may hold more or less of at a step's end, as Burn's matrix product does,
+/// which keeps a buffer for each thread from its first use there on. Far below one activation a step.
+const SLACK: usize = 64 << 10;
+
+/// Graph nodes and the tables that find them.
+const OVERHEAD: usize = 16 << 10;
+
+const BATCH: usize = 8;
+const CHANNELS: usize = 16;
+const SIZE: usize = 20;
+
+/// An activation in bytes.
+const ACTIVATION: usize = 4 * BATCH * CHANNELS * SIZE * SIZE;
+
+fn device() -> Device {
+    Device::flex().autodiff()
+}
+
+/// Uniform values in `[-1, 1)`, the same for the same seed. `BURN_CONV_BN_SEED` chooses others.
+fn random<const D: usize>(shape: [usize; D], seed: u64) -> Tensor<D> {
+    let chosen = env::var("BURN_CONV_BN_SEED").unwrap_or_else(|_| "0".to_string());
+    let chosen: u64 = chosen.parse().expect("BURN_CONV_BN_SEED is a number");
+    let mut rng = ChaCha8Rng::seed_from_u64(chosen.wrapping_mul(1 << 20).wrapping_add(seed));
+    let values: Vec<f32> = (0..shape.iter().product())
+        .map(|_| rng.random_range(-1.0..1.0))
+        .collect();
+    Tensor::from_data(TensorData::new(values, shape), (&device(), DType::F32))
+}
+
+/// Blocks that recompute, that do so piece by piece, and that keep their convolution's output.
+#[derive(Module, Debug)]
+struct Model {
+    stem: ConvBn2d,
+    body: ConvBn2d,
+    last: ConvBn2d,
+    head: Linear,
+}
+
+impl Model {
+    fn new() -> Self {
+        let block = |channels, change: fn(ConvBn2dConfig) -> ConvBn2dConfig| {
+            let config = ConvBn2dConfig::new(channels, [3, 3])
+                .with_padding(PaddingConfig2d::Same)
+                .with_activation(Activation::Relu);
+            change(config).init(&device())
+        };
+        Self {
+            stem: block([3, CHANNELS], |config| config),
+            body: block([CHANNELS; 2], |config| config.with_max_workspace(Some(1))),
+            last: block([CHANNELS; 2], |config| {
+                config.with_recompute(Recompute::Never)
+            }),
+            head: LinearConfig::new(CHANNELS, 5).init(&device()),
+        }
+    }
+
+    fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        let x = self.stem.forward(images);
+        let x = self.body.forward_residual(x.clone(), x);
+        let x = self.last.forward(x);
+        let x: Tensor<2> = x.flatten::<3>(2, 3).mean_dim(2).squeeze_dim(2);
+        self.head.forward(x)
+    }
+}
+
+/// What is in use.
+#[derive(Clone, Copy, Debug)]
+struct Level {
+    /// At a step's end.
+    end: usize,
+    /// At most within it, above the end before it.
+    peak: usize,
+}
+
+/// Trains, and looks at each step's end.
+fn train() -> Vec<Level> {
+    let mut model = Model::new();
+    let momentum = Some(MomentumConfig::new());
+    let mut optimizer = SgdConfig::new().with_momentum(momentum).init();
+    let images = random([BATCH, 3, SIZE, SIZE], 1);
+    let targets = random([BATCH, 5], 2);
+    // Nothing grows here while it is looked at.
+    let mut levels = Vec::with_capacity(STEPS);
+    for _ in 0..STEPS {
+        let before = ALLOCATOR.reset_peak();
+        let error = model.forward(images.clone()) - targets.clone();
+        let grads = (error.clone() * error).mean().backward();
+        let grads = GradientsParams::from_grads(grads, &model);
+        model = optimizer.step(0.01, model, grads);
+        levels.push(Level {
+            end: ALLOCATOR.current(),
+            peak: ALLOCATOR.peak() - before,
+        });
+    }
+    levels
+}
+
+/// Asserts that the second half of the steps reaches no higher than the first: a byte lost at each
+/// step would show.
+fn assert_flat(context: &str, levels: &[Level], slack: usize) {
+    let (first, second) = levels[WARM_UP..].split_at((STEPS - WARM_UP) / 2);
+    type Value = fn(&Level) -> usize;
+    // Between steps there are parameters, and within one activations.
+    let values: [(&str, Value, usize); 2] = [
+        ("in use", |level| level.end, 0),
+        ("peak", |level| level.peak, ACTIVATION),
+    ];
+    for (what, value, least) in values {
+        let most = |levels: &[Level]| levels.iter().map(value).max().unwrap_or_default();
+        let (before, after) = (most(first), most(second));
+        println!("{context}, {what}: {before} bytes at most, then {after}");
+        assert!(after <= before + slack, "{context}, {what}: {levels:?}");
+        assert!(before > least, "{context}, {what}: something is counted");
+    }
+}
+
+#[test]
+fn bytes_in_use_stay_flat() {
+    for (threads, slack) in [(1, 0), (3, SLACK)] {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .expect("threads can be had");
+        assert_flat(&format!("{threads} threads"), &pool.install(train), slack);
+    }
+    graphs_without_a_backward_pass_return_their_memory();
+}
+
+/// Burn gives such a graph's memory back in the backward passes that follow, of whatever graph: with
+/// each of them, another of its nodes that have nothing before them.
+fn graphs_without_a_backward_pass_return_their_memory() {
+    const NODES: usize = 8;
+    let mut layer = ConvBn2dConfig::new([CHANNELS; 2], [3, 3])
+        .with_padding(PaddingConfig2d::Same)
+        .with_activation(Activation::Relu)
+        .init(&device());
+    layer.conv.weight = Param::from_tensor(random([CHANNELS, CHANNELS, 3, 3], 3));
+    let input = random([BATCH, CHANNELS, SIZE, SIZE], 4);
+    let loss = || {
+        // A copy, which nothing but the graph keeps.
+        let input = (input.clone() * 1.0).detach().require_grad();
+        (layer.forward(input) * 2.0).sum()
+    };
+    let sweep = || {
+        for _ in 0..NODES {
+            let one = Tensor::<1>::ones([1], &device()).require_grad();
+            one.sum().backward();
+        }
+    };
+    for _ in 0..3 {
+        loss().backward();
+    }
+    sweep();
+    let level = ALLOCATOR.current();
+    // The last one is held on to for a while, and must not be swept away under its owner.
+    for _ in 0..4 {
+        drop(loss());
+    }
+    let held = loss();
+    sweep();
+    let kept = ALLOCATOR.current().saturating_sub(level);
+    let weight = layer.conv.weight.val();
+    assert!(
+        kept >= ACTIVATION,
+        "a graph that is held keeps what its backward pass needs: {kept} bytes"
+    );
+    assert!(
+        kept < 3 * ACTIVATION,
+        "five graphs, of which one is held, keep {kept} bytes"
+    );
+    assert!(weight.grad(&held.backward()).is_some());
+    drop(held);
+    sweep();
+    let left = ALLOCATOR.current().saturating_sub(level);
+    println!("{left} bytes left of five graphs without a backward pass");
+    assert!(left < OVERHEAD, "{left} bytes are left");
+}
