@@ -32,7 +32,15 @@ pub const WEBGPU: [&str; 12] = [
 ];
 
 /// The test programs that run on a GPU.
-const TESTS: [&str; 4] = ["kernels", "cube", "cube_memory", "device"];
+const TESTS: [&str; 7] = [
+    "kernels",
+    "cube",
+    "cube_memory",
+    "cube_leaks",
+    "cube_convergence",
+    "cube_property",
+    "device",
+];
 
 /// Where Vulkan's loader looks for drivers, on Linux.
 const DRIVERS: [&str; 3] = [

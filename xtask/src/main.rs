@@ -2,6 +2,9 @@
 
 mod bench;
 mod gpu;
+mod programs;
+mod sanitize;
+mod soak;
 mod torchvision;
 
 use std::env;
@@ -46,11 +49,18 @@ enum Task {
     /// software one included, in a build of their own. What this machine cannot run is named, with
     /// the reason, before and after the tests.
     Test(Test),
-    /// Run the tests of the CPU kernels under AddressSanitizer, without and with AVX-512.
+    /// Run the CPU kernels under AddressSanitizer and under Helgrind.
     ///
-    /// The kernels are the one place with pointer arithmetic. A sanitizer is an unstable option of
-    /// the compiler, which `RUSTC_BOOTSTRAP` opens on a stable toolchain.
-    Sanitize,
+    /// AddressSanitizer runs their tests, without and with AVX-512. Helgrind, which is part of
+    /// Valgrind, looks for data races in the same kernels on plain threads, because it does not
+    /// understand rayon. The last lines say what each covered.
+    Sanitize(sanitize::Sanitize),
+    /// Run the tests that draw their cases, again and again with fresh seeds, until the time is over.
+    ///
+    /// Property tests, numerical stress, training that is killed, damaged data files, threads,
+    /// leaks and convergence, all without a GPU. A report in Markdown says what ran, how often, with
+    /// which seeds, and what failed.
+    Soak(soak::Soak),
     /// Compare the networks with torchvision's: weights, logits, loss, every gradient and 30 steps.
     ///
     /// Needs a python with torch, torchvision and safetensors, which writes 800 MB of weights and
@@ -114,7 +124,8 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::bench(&args),
         Task::Check(args) => check(&args),
         Task::Test(args) => test(args),
-        Task::Sanitize => sanitize(),
+        Task::Sanitize(args) => sanitize::sanitize(&args),
+        Task::Soak(args) => soak::soak(&args),
         Task::Torchvision(args) => torchvision::torchvision(&args),
         Task::GpuBundle(args) => gpu::bundle(&args),
     };
@@ -267,37 +278,6 @@ fn test(args: Test) -> Result<()> {
     Ok(())
 }
 
-fn sanitize() -> Result<()> {
-    let host = host()?;
-    for features in ["", "x86-v4"] {
-        let mut command = cargo(&["test", "--release", "-p", "burn-conv-bn-cpu", "--target"]);
-        // Doc tests would need the sanitizer in rustdoc too, and have no code of their own here.
-        command.args([&host, "--lib", "--tests", "--features", features]);
-        command.args(["--target-dir", "target/sanitize"]);
-        command.env("RUSTC_BOOTSTRAP", "1");
-        command.env("RUSTFLAGS", "-Zsanitizer=address");
-        if !succeeds(command)? {
-            bail!("AddressSanitizer found a fault, or the tests failed (features: {features:?})");
-        }
-    }
-    println!("sanitize: passed");
-    Ok(())
-}
-
-/// The triple that the toolchain compiles for by itself.
-fn host() -> Result<String> {
-    let output = Command::new("rustc")
-        .arg("-vV")
-        .current_dir(root())
-        .output()
-        .context("cannot run rustc")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    text.lines()
-        .find_map(|line| line.strip_prefix("host: "))
-        .map(str::to_string)
-        .context("rustc -vV names no host")
-}
-
 /// The folder that a variable names, or without it the one at `beside` from the workspace's root;
 /// or why there is none.
 fn folder(variable: &str, beside: &str) -> Result<PathBuf, String> {
@@ -334,13 +314,20 @@ fn cargo(args: &[&str]) -> Command {
     command
 }
 
-/// Shows the command, runs it, and says whether it succeeded.
-fn succeeds(mut command: Command) -> Result<bool> {
+/// Prints the command as one types it.
+fn show(command: &Command) {
+    let program = Path::new(command.get_program());
+    let program = program.file_name().unwrap_or(program.as_os_str());
     let args: Vec<_> = command
         .get_args()
         .map(|arg| arg.to_string_lossy())
         .collect();
-    println!("$ cargo {}", args.join(" "));
+    println!("$ {} {}", program.to_string_lossy(), args.join(" "));
+}
+
+/// Shows the command, runs it, and says whether it succeeded.
+fn succeeds(mut command: Command) -> Result<bool> {
+    show(&command);
     let status = command
         .status()
         .with_context(|| format!("cannot start {:?}", command.get_program()))?;
