@@ -45,6 +45,9 @@ pub struct CompareOptions {
     pub artifacts: PathBuf,
     /// If the estimate is longer, train on fewer digits, the same for all variants.
     pub time_limit: Option<Duration>,
+    /// Threads of the CPU in the variants' processes; as many as the machine runs at once if not
+    /// given.
+    pub threads: Option<usize>,
 }
 
 /// What a worker is told, on its standard input.
@@ -88,8 +91,10 @@ pub fn compare(
     let scratch = tempfile::tempdir_in(&options.artifacts)
         .with_context(|| format!("cannot write to the folder {}", options.artifacts.display()))?;
 
+    job.check()?;
     let mut data = job.data()?;
     say!("Data: {}", data.origin);
+    job.check_digits(data.train.len())?;
     announce(&mut job, options, &mut data, allocator);
     // The variants' processes look for the data again: what they find must be the same.
     job.dataset = match data.origin {
@@ -104,7 +109,10 @@ pub fn compare(
         device: job.device.name().to_string(),
         dtype: format!("{:?}", DType::from(job.precision.dtype())),
         batch_size: job.batch_size,
+        model: job.model.name().to_string(),
+        optimizer: job.optimizer.name().to_string(),
         norm: job.norm.name().to_string(),
+        threads: rayon::current_num_threads(),
         burn_version: BURN_VERSION.to_string(),
         variants: Vec::new(),
     };
@@ -122,7 +130,7 @@ pub fn compare(
             record: plot.is_some(),
             result: scratch.path().join(format!("{}.json", variant.name())),
         };
-        let result = match spawn(&task) {
+        let result = match spawn(&task, options.threads) {
             Ok(result) => result,
             Err(error) => {
                 failure = Some(error);
@@ -158,9 +166,43 @@ pub fn compare(
         return Err(failure);
     }
     if interrupter.should_stop() || report.variants.iter().any(|variant| variant.interrupted) {
-        bail!("interrupted");
+        bail!("{}", interruption(&job, options, &report));
     }
     Ok(())
+}
+
+/// What became of each variant of a comparison that was interrupted, and what is left of it.
+fn interruption(job: &Job, options: &CompareOptions, report: &Report) -> String {
+    let steps = job.steps(report.train_digits);
+    let each = options.variants.iter().enumerate().map(|(place, variant)| {
+        let state = match report.variants.get(place) {
+            None => "was not begun".to_string(),
+            Some(run) if !run.interrupted => "is finished".to_string(),
+            Some(run) => {
+                let finished = run.epochs.len();
+                let begun = run.step_losses.len() - (steps * finished).min(run.step_losses.len());
+                let epoch = (finished + 1).min(job.epochs);
+                format!("was stopped in epoch {epoch} after {begun} of its {steps} training steps")
+            }
+        };
+        format!("{} {state}", variant.name())
+    });
+    let each: Vec<String> = each.collect();
+    let files: Vec<String> = [&options.json, &options.plot]
+        .into_iter()
+        .flatten()
+        .filter(|_| !report.variants.is_empty())
+        .map(|path| path.display().to_string())
+        .collect();
+    let kept = match (report.variants.is_empty(), files.is_empty()) {
+        (true, _) => "nothing was measured".to_string(),
+        (false, true) => "the table above has what was measured".to_string(),
+        (false, false) => format!("{} has what was measured", files.join(", and ")),
+    };
+    format!(
+        "interrupted: {}; {kept}; no weights are kept, so that a comparison cannot be resumed",
+        each.join(", ")
+    )
 }
 
 /// Says what the job will take, and cuts it down if there is a limit.
@@ -213,9 +255,13 @@ fn announce(
     }
 }
 
-fn spawn(task: &Task) -> Result<VariantReport> {
+fn spawn(task: &Task, threads: Option<usize>) -> Result<VariantReport> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
-    let mut child = Command::new(program)
+    let mut command = Command::new(program);
+    if let Some(threads) = threads {
+        command.env("RAYON_NUM_THREADS", threads.to_string());
+    }
+    let mut child = command
         .arg(WORKER)
         // glibc gives every large buffer back to the system when it is freed. Faulting the pages
         // in again for the next one can take longer than the arithmetic, in both variants.
@@ -276,6 +322,7 @@ fn train(
         resume: Resume::No,
         patience: None,
         dashboard: false,
+        run_file: None,
         interrupter,
     };
     let (report, _) = run(&task.job, task.variant, data, allocator, options)?;
@@ -398,14 +445,17 @@ fn summary(report: &Report) -> String {
     }
     let _ = write!(
         text,
-        "{} of {}, norm {}, batch {}, {} on {}, Burn {}; bytes above the level before forward, \
-         step = forward + backward.",
+        "{} of {}, model {}, norm {}, optimizer {}, batch {}, {} on {}, {}, Burn {}; bytes above \
+         the level before forward, step = forward + backward.",
         plural(report.train_digits, "digit"),
         report.dataset,
+        report.model,
         report.norm,
+        report.optimizer,
         report.batch_size,
         report.dtype,
         report.device,
+        plural(report.threads, "thread"),
         report.burn_version
     );
     text
@@ -431,5 +481,89 @@ fn minutes(duration: Duration) -> String {
     match seconds < 90.0 {
         true => format!("about {seconds:.0} s"),
         false => format!("about {:.1} min", seconds / 60.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::EpochReport;
+
+    fn run(name: &str, epochs: usize, steps: usize, interrupted: bool) -> VariantReport {
+        VariantReport {
+            name: name.to_string(),
+            epochs: vec![
+                EpochReport {
+                    train_loss: 1.0,
+                    test_loss: 1.0,
+                    test_accuracy: 0.5,
+                };
+                epochs
+            ],
+            step_losses: vec![1.0; steps],
+            step_seconds_median: 0.1,
+            forward_end_bytes: 1,
+            peak_bytes: 2,
+            saved_bytes: 1,
+            interrupted,
+            timeline: None,
+        }
+    }
+
+    #[test]
+    fn an_interruption_says_what_became_of_each_variant() {
+        let job = crate::job::tests::job(3, 32);
+        let mut options = CompareOptions {
+            variants: vec![Variant::Fused, Variant::Unfused],
+            json: None,
+            plot: None,
+            artifacts: PathBuf::from("logs"),
+            time_limit: None,
+            threads: None,
+        };
+        let mut report = Report {
+            dataset: "synthetic".to_string(),
+            train_digits: 100,
+            test_digits: 10,
+            device: "flex".to_string(),
+            dtype: "F32".to_string(),
+            batch_size: 32,
+            model: "tutorial".to_string(),
+            optimizer: "adadelta".to_string(),
+            norm: "burn".to_string(),
+            threads: 2,
+            burn_version: BURN_VERSION.to_string(),
+            variants: Vec::new(),
+        };
+        let text = interruption(&job, &options, &report);
+        for part in [
+            "fused was not begun, unfused was not begun",
+            "nothing was measured",
+        ] {
+            assert!(text.contains(part), "no {part:?} in {text}");
+        }
+
+        report.variants.push(run("fused", 3, 12, false));
+        report.variants.push(run("unfused", 1, 7, true));
+        let text = interruption(&job, &options, &report);
+        for part in [
+            "fused is finished",
+            "unfused was stopped in epoch 2 after 3 of its 4 training steps",
+            "the table above",
+            "no weights are kept",
+        ] {
+            assert!(text.contains(part), "no {part:?} in {text}");
+        }
+
+        // In the test after the last epoch.
+        report.variants[1] = run("unfused", 2, 12, true);
+        options.json = Some(PathBuf::from("out.json"));
+        let text = interruption(&job, &options, &report);
+        for part in [
+            "stopped in epoch 3 after 4 of its 4 training steps",
+            "out.json has what was measured",
+        ] {
+            assert!(text.contains(part), "no {part:?} in {text}");
+        }
     }
 }

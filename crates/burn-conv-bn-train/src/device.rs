@@ -5,6 +5,16 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 /// A device, named as Burn's feature for it.
+///
+/// ```
+/// use burn_conv_bn_train::device::{DeviceChoice, DeviceError};
+///
+/// match DeviceChoice::Cuda.open() {
+///     Ok(device) => println!("computing on {device:?}"),
+///     Err(error @ DeviceError::NotBuilt(_)) => println!("{error}"),
+///     Err(error) => println!("not on this machine: {error}"),
+/// }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceChoice {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataset::Dataset;
 use burn::module::Module;
-use burn::tensor::Device;
+use burn::tensor::{DType, Device};
 use burn::train::{InferenceStep, TrainStep};
 use burn_conv_bn_memory::CountingAllocator;
 
@@ -29,6 +29,10 @@ pub struct Estimate {
 /// Estimates one variant of a job.
 ///
 /// Costs two small steps and a test of as many digits.
+///
+/// # Panics
+///
+/// If the network cannot be trained on so few digits; see [`Job::check_digits`].
 pub fn estimate(
     job: &Job,
     variant: Variant,
@@ -55,9 +59,13 @@ pub fn estimate(
     let times = |count: usize| count as f64 / sample as f64;
     let epoch =
         measure.duration.mul_f64(times(data.train.len())) + test.mul_f64(times(data.test.len()));
+    // Gradients of parameters take the same whatever the batch.
+    let element = DType::from(job.precision.dtype()).size();
+    let fixed = (classifier.num_params() * element).min(measure.memory.peak_bytes);
+    let growing = (measure.memory.peak_bytes - fixed) as f64;
+    let batch = job.batch_size.min(data.train.len());
     Estimate {
         duration: epoch.mul_f64(job.epochs as f64),
-        peak_bytes: (measure.memory.peak_bytes as f64 * times(job.batch_size.min(data.train.len())))
-            as usize,
+        peak_bytes: fixed + (growing * times(batch)) as usize,
     }
 }

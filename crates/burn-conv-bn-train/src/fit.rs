@@ -1,40 +1,41 @@
-//! Training and evaluation through Burn's `SupervisedTraining` and `Evaluator`.
+//! Training through Burn's `SupervisedTraining`, and evaluation.
 
 use std::any::Any;
-use std::fs::{self, File};
-use std::io::{self, IsTerminal, Write};
+use std::fs;
+use std::io::{self, IsTerminal};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::data::dataset::DatasetError;
-use burn::lr_scheduler::LrSchedulerRecord;
 use burn::lr_scheduler::step::StepLrSchedulerConfig;
 use burn::module::Module;
-use burn::optim::OptimizerRecord;
-use burn::store::{ModuleRecord, RecordError};
+use burn::store::RecordError;
 use burn::tensor::{DType, Device, FloatDType, TensorReadError};
 use burn::train::logger::TrainingProgressLogger;
-use burn::train::metric::store::{Aggregate, Direction, Split};
-use burn::train::metric::{AccuracyMetric, LossMetric};
+use burn::train::metric::{
+    AccuracyMetric, Adaptor, LossMetric, Metric, MetricMetadata, SerializedEntry,
+};
 use burn::train::{
-    EvaluatorBuilder, EvaluatorComponentTypesMarker, ExecutionStrategy, InferenceStep, Interrupter,
-    Interruption, Learner, MetricEarlyStoppingStrategy, StoppingCondition, SupervisedTraining,
+    ExecutionStrategy, InferenceStep, Interrupter, Interruption, Learner, SupervisedTraining,
     TrainingError,
 };
 
 use crate::batch::{BatchLoader, EpochLoader, test_loader};
+use crate::checkpoint::{self, Damaged, KeepLatestAndBest, Set, SetFile, Store, checkpointers};
+use crate::config::RUN_FILE;
 use crate::data::Digits;
+use crate::durable::{self, FirstFailure, Lock, Survives, WriteFailure, sweep};
+use crate::history::{EpochEnd, EpochTotals, History, is_exhausted};
+use crate::metric_log::{self, MetricLog};
 use crate::metrics::{
     Evaluation, ForwardMemoryMetric, PeakMemoryMetric, SplitRecord, StepTimeMetric, Tally,
     TallyMetric,
 };
-use crate::optim::AdadeltaConfig;
+use crate::optim::OptimizerChoice;
+use crate::print::say;
 use crate::renderer::LineRenderer;
 use crate::step::Classifier;
-
-/// What Burn calls the files of a checkpoint.
-const CHECKPOINT_PARTS: [&str; 3] = ["model", "optim", "scheduler"];
 
 /// Which run to go on with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,7 +43,8 @@ pub enum Resume {
     /// None: start anew.
     #[default]
     No,
-    /// That of the directory's latest checkpoint.
+    /// That of the directory's newest checkpoint that is complete and can be read. What is there
+    /// of later epochs stays until the run has come to them again.
     Latest,
     /// That of the checkpoint of one epoch, counted from 1. What is there of later epochs is
     /// removed: it belongs to a future that will be another one.
@@ -67,7 +69,7 @@ pub struct FitOptions {
     /// Factor on the learning rate after every epoch.
     pub learning_rate_decay: f64,
     /// The optimizer.
-    pub optimizer: AdadeltaConfig,
+    pub optimizer: OptimizerChoice,
     /// Seed of the order of the digits and of dropout.
     pub seed: u64,
     /// Whether to write a checkpoint after every epoch. A resumed run does in any case.
@@ -84,6 +86,9 @@ pub struct FitOptions {
     pub summary: bool,
     /// What to call the run.
     pub label: Option<String>,
+    /// What to put into [`RUN_FILE`] in the directory before anything is trained. A run that can be
+    /// resumed has it.
+    pub run_file: Option<Vec<u8>>,
     /// Stops the training after the batch that is running.
     pub interrupter: Interrupter,
 }
@@ -99,7 +104,7 @@ impl FitOptions {
             batch_size: 2048,
             learning_rate: 1.0,
             learning_rate_decay: 0.7,
-            optimizer: AdadeltaConfig::new(),
+            optimizer: OptimizerChoice::Adadelta,
             seed: 123_456,
             checkpoints: false,
             resume: Resume::No,
@@ -108,6 +113,7 @@ impl FitOptions {
             log_interval: 2,
             summary: false,
             label: None,
+            run_file: None,
             interrupter: Interrupter::new(),
         }
     }
@@ -131,6 +137,11 @@ pub struct FitOutcome {
     pub model: Classifier,
     /// The epochs that were begun, in order; without those of the run that was resumed.
     pub epochs: Vec<EpochRecord>,
+    /// The totals of the epochs that were finished, the first one first; with those of the run
+    /// that was resumed.
+    pub history: Vec<EpochTotals>,
+    /// Whether the training ended before its last epoch because it no longer improved.
+    pub stopped_early: bool,
     /// Set if the training was asked to stop before its last epoch was over.
     pub interrupted: Option<Interruption>,
 }
@@ -161,13 +172,23 @@ pub enum FitError {
         /// The directory.
         path: PathBuf,
     },
+    /// Another process trains there.
+    #[error("another process is training in the directory {}", .path.display())]
+    Busy {
+        /// The directory.
+        path: PathBuf,
+    },
     /// There is no complete checkpoint to resume from.
-    #[error("there is no complete checkpoint to resume from in {}", .path.display())]
+    #[error(
+        "there is no complete checkpoint to resume from in {}{}", .path.display(), listed(.damaged)
+    )]
     NoCheckpoint {
         /// Where it should be.
         path: PathBuf,
+        /// Those that are there and cannot be read, the newest first. They are left alone.
+        damaged: Vec<Damaged>,
     },
-    /// A checkpoint is damaged or belongs to another model.
+    /// A checkpoint belongs to another model.
     #[error("cannot resume from {}: {source}", .path.display())]
     Checkpoint {
         /// The file.
@@ -183,6 +204,24 @@ pub enum FitError {
         /// The checkpoint's type.
         found: FloatDType,
     },
+    /// Burn restores the state of its own optimizers in single precision.
+    #[error(
+        "cannot resume a training in double precision with {0}: Burn restores the optimizer's \
+         state in single precision"
+    )]
+    OptimizerPrecision(&'static str),
+    /// A checkpoint or a log could not be written, as on a full disk. The training was stopped;
+    /// every checkpoint that was complete is as it was.
+    #[error(
+        "cannot write {}: {source} (the training has stopped; complete checkpoints are kept)",
+        .path.display()
+    )]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// The learning rate's schedule is not valid.
     #[error("invalid learning rate: {0}")]
     Schedule(String),
@@ -195,9 +234,19 @@ pub enum FitError {
     /// Burn stopped with an error.
     #[error("training failed: {0}")]
     Training(Arc<TrainingError>),
-    /// Burn panicked, as it does where it cannot write a log.
+    /// Burn panicked.
     #[error("training panicked: {0}")]
     Panicked(String),
+}
+
+impl From<WriteFailure> for FitError {
+    fn from(WriteFailure { path, source }: WriteFailure) -> Self {
+        Self::Write { path, source }
+    }
+}
+
+fn listed(damaged: &[Damaged]) -> String {
+    damaged.iter().map(|set| format!("; {set}")).collect()
 }
 
 /// Trains `classifier` on `train` and tests it on `test` after every epoch.
@@ -207,15 +256,15 @@ pub enum FitError {
 /// Burn's `experiment.log` is not written: it would take over the process's logger and panic
 /// hook.
 ///
+/// A run with checkpoints that is killed at any moment and resumed with the same options, model and
+/// data ends as if it had not been, bit for bit where the device computes the same bits each time:
+/// weights, state of the optimizer, schedule, early stopping, checkpoints that are kept, and logs.
+/// See [`checkpoint`]. Two runs in one process at the same time may share the device's random
+/// numbers, and then have other dropout masks.
+///
 /// # Errors
 ///
-/// [`FitError`]. What can be checked is checked before anything is trained or written.
-///
-/// # Limits
-///
-/// Burn's metric logs panic when the disk is full, one of them while it is unwinding, which
-/// aborts the process. There is a check that the disk has room for what is to be written, but
-/// others may fill it meanwhile.
+/// [`FitError`]. What can be checked is checked before anything is trained, written or removed.
 pub fn fit(
     options: &FitOptions,
     classifier: Classifier,
@@ -225,6 +274,7 @@ pub fn fit(
     for (name, value) in [
         ("the number of epochs", options.epochs),
         ("the batch size", options.batch_size),
+        ("the patience", options.patience.unwrap_or(1)),
     ] {
         if value == 0 {
             return Err(FitError::Zero(name));
@@ -240,20 +290,6 @@ pub fn fit(
         return Err(FitError::NoAutodiff(device));
     }
 
-    let resumed = resumed_epoch(options)?;
-    let classifier = match resumed {
-        Some(epoch) => check_checkpoint(&options.directory, epoch, classifier)?,
-        None => classifier,
-    };
-    let finished = resumed.unwrap_or(0);
-    let checkpoints = options.checkpoints || resumed.is_some();
-    prepare_directory(
-        &options.directory,
-        finished,
-        options.overwrite || resumed.is_some(),
-        checkpoints.then_some(&classifier),
-    )?;
-
     let dtype = classifier.dtype();
     let (train_items, test_items) = (train.len(), test.len());
     let steps = train_items.div_ceil(options.batch_size);
@@ -262,6 +298,55 @@ pub fn fit(
         .with_gamma(options.learning_rate_decay)
         .init()
         .map_err(FitError::Schedule)?;
+
+    let _lock = lock(options)?;
+    let resumed = resumed_set(options)?;
+    let checkpoints = options.checkpoints || resumed.is_some();
+    let (resumed, past, classifier, records) = match resumed {
+        Some(set) => {
+            if set.records.is_some() && !options.optimizer.restores(dtype) {
+                return Err(FitError::OptimizerPrecision(options.optimizer.name()));
+            }
+            match set.epoch {
+                0 => say!("Resuming a run that has not finished its first epoch."),
+                epoch => say!("Resuming after epoch {epoch}."),
+            }
+            let classifier = load_model(&options.directory, &set, classifier)?;
+            (Some(set.epoch), set.history, classifier, set.records)
+        }
+        None => (None, Vec::new(), classifier, None),
+    };
+    let finished = resumed.unwrap_or(0);
+    let stopped_early = |history: &[EpochTotals]| {
+        let exhausted = |patience| is_exhausted(history, patience);
+        history.len() < options.epochs && options.patience.is_some_and(exhausted)
+    };
+    if resumed.is_some() && (finished >= options.epochs || stopped_early(&past)) {
+        // A kill may have come between the last checkpoint and the removal of those before it.
+        // There is nothing to write, so that what cannot be removed does no harm.
+        let _ = checkpoint::prune(&options.directory, finished, &past);
+        return Ok(FitOutcome {
+            model: classifier.valid(),
+            epochs: Vec::new(),
+            stopped_early: stopped_early(&past),
+            history: past,
+            interrupted: None,
+        });
+    }
+    prepare_directory(options, resumed, checkpoints.then_some(&classifier))?;
+    if let Some(json) = &options.run_file {
+        let path = options.directory.join(RUN_FILE);
+        durable::write_whole(&path, json, Survives::PowerLoss)
+            .map_err(|error| WriteFailure::new(path, error))?;
+    }
+
+    let failure = FirstFailure::default();
+    let store = Arc::new(Store::new(&options.directory, failure.clone()));
+    match resumed {
+        Some(_) => checkpoint::prune(&options.directory, finished, &past)?,
+        None if checkpoints => store.begin()?,
+        None => {}
+    }
     let learner = Learner::new(classifier, options.optimizer.init(), schedule);
 
     let train: BatchLoader = Arc::new(EpochLoader::new(
@@ -275,6 +360,17 @@ pub fn fit(
     let test = test_loader(test, options.batch_size, dtype);
 
     let (train_tally, test_tally) = (Tally::new(), Tally::new());
+    let history = History::new(past, train_tally.clone(), test_tally.clone());
+    let logs = MetricLog::new(
+        &options.directory,
+        failure.clone(),
+        options.interrupter.clone(),
+    );
+    let epoch_end = EpochEnd {
+        history: history.clone(),
+        patience: options.patience,
+        failure: failure.clone(),
+    };
     let witness = Witness::new(options.interrupter.clone());
     let stop = witness.stop.clone();
     let launched = guarded(|| {
@@ -283,6 +379,8 @@ pub fn fit(
             .with_application_logger(None)
             .with_interrupter(options.interrupter.clone())
             .with_progress_logger(witness)
+            .with_metric_logger(logs)
+            .early_stopping(epoch_end)
             .metrics((LossMetric::new(), AccuracyMetric::new()))
             .metric_train_numeric(ForwardMemoryMetric::new())
             .metric_train_numeric(PeakMemoryMetric::new())
@@ -291,19 +389,16 @@ pub fn fit(
             .metric_valid(TallyMetric::new(test_tally.clone()))
             .num_epochs(options.epochs);
         if checkpoints {
-            training = training.with_default_checkpointers();
+            let (model, optimizer, scheduler) = checkpointers(&store, records);
+            training = training
+                .with_custom_checkpointers(model, optimizer, scheduler)
+                .with_checkpointing_strategy(KeepLatestAndBest {
+                    store: store.clone(),
+                    history: history.clone(),
+                });
         }
-        if let Some(epoch) = resumed {
-            training = training.checkpoint(epoch);
-        }
-        if let Some(epochs) = options.patience {
-            training = training.early_stopping(MetricEarlyStoppingStrategy::new(
-                &LossMetric::new(),
-                Aggregate::Mean,
-                Direction::Lowest,
-                Split::Valid,
-                StoppingCondition::NoImprovementSince { n_epochs: epochs },
-            ));
+        if finished > 0 {
+            training = training.checkpoint(finished);
         }
         if !(options.dashboard && io::stdout().is_terminal()) {
             training = training.renderer(Box::new(LineRenderer::new(options.log_interval)));
@@ -318,12 +413,20 @@ pub fn fit(
         let result = training.launch(learner);
         (result.model, result.interrupted, result.error)
     });
+    if let Some(failure) = failure.take() {
+        return Err(failure.into());
+    }
     let (model, interrupted, error) = launched?;
     let stop = std::mem::take(&mut *stop.lock().unwrap_or_else(PoisonError::into_inner));
     if let Some(error) = stop.error.or(error) {
         return Err(FitError::Training(error));
     }
 
+    let mut history = history.finished();
+    if history.len() > finished {
+        // The last test may have been interrupted.
+        history.pop_if(|last| last.test.total < test_items);
+    }
     let mut tests = test_tally.take_finished().into_iter();
     let epochs = train_tally
         .take_finished()
@@ -339,10 +442,13 @@ pub fn fit(
         })
         .collect();
 
+    let interrupted = stop.interruption.or(interrupted);
     Ok(FitOutcome {
         model,
         epochs,
-        interrupted: stop.interruption.or(interrupted),
+        stopped_early: interrupted.is_none() && stopped_early(&history),
+        history,
+        interrupted,
     })
 }
 
@@ -363,53 +469,68 @@ pub fn evaluate(model: &Classifier, loader: &BatchLoader) -> Result<Evaluation, 
     Ok(evaluation)
 }
 
-/// As [`evaluate`], through Burn's `Evaluator`, which logs loss and accuracy of every batch to
-/// `test/<name>` in `directory`.
+/// As [`evaluate`], and logs loss and accuracy of every batch to `test/<name>` in `directory`.
+///
+/// The logs are those of Burn's `Evaluator`, which itself panics when the disk is full, one time
+/// while it is unwinding.
 ///
 /// # Errors
 ///
-/// [`FitError`].
+/// [`FitError::Directory`] before anything is evaluated, [`FitError::Write`] after it, and the
+/// errors of [`evaluate`].
 pub fn evaluate_logged(
     model: &Classifier,
     loader: &BatchLoader,
     directory: &Path,
     name: &str,
 ) -> Result<Evaluation, FitError> {
-    check_room(directory, MIB)?;
-    let tally = Tally::new();
-    let error = guarded(|| {
-        EvaluatorBuilder::<EvaluatorComponentTypesMarker<Classifier>>::new(directory)
-            .with_application_logger(None)
-            .renderer(Box::new(LineRenderer::new(0)))
-            .metrics((LossMetric::new(), AccuracyMetric::new()))
-            .metric(TallyMetric::new(tally.clone()))
-            .build(model.valid())
-            .eval(name, loader.clone())
-            .error
-    })?;
-    match error {
-        Some(error) => Err(FitError::Training(error)),
-        // Burn's evaluator has no final values: its metrics see batches only.
-        None => Ok(tally.running()),
+    fs::create_dir_all(directory)
+        .and_then(|()| durable::check_room(directory, MIB))
+        .map_err(|source| not_writable(directory, source))?;
+    let model = model.valid();
+    let loader = loader.to_device(&device_of(&model));
+
+    let (mut loss, mut accuracy) = (LossMetric::new(), AccuracyMetric::new());
+    let (mut losses, mut accuracies) = (String::new(), String::new());
+    let mut evaluation = Evaluation::default();
+    let mut batches = loader.iter();
+    while let Some(batch) = batches.next() {
+        let output = InferenceStep::step(&model, batch?);
+        let metadata = MetricMetadata {
+            progress: batches.progress(),
+            iteration: None,
+            lr: None,
+        };
+        evaluation += Evaluation::of(&output)?;
+        add_line(&mut losses, &loss.update(&output.adapt(), &metadata)?);
+        add_line(
+            &mut accuracies,
+            &accuracy.update(&output.adapt(), &metadata)?,
+        );
     }
+
+    let tag = name.trim().replace(' ', "-").to_lowercase();
+    let folder = directory.join("test").join(tag);
+    for (name, lines) in [(loss.name(), losses), (accuracy.name(), accuracies)] {
+        metric_log::write(&folder.join(metric_log::file_name(&name)), &lines)?;
+    }
+    Ok(evaluation)
 }
 
-/// The epoch of the latest checkpoint all of whose files are in `directory`.
+fn add_line(lines: &mut String, entry: &SerializedEntry) {
+    lines.push_str(&entry.serialized);
+    lines.push('\n');
+}
+
+/// The last finished epoch of which `directory` has a checkpoint that is complete and can be read.
 ///
 /// # Errors
 ///
 /// [`FitError::Directory`] if the directory cannot be read.
 pub fn latest_checkpoint(directory: &Path) -> Result<Option<usize>, FitError> {
-    let mut epochs = Vec::new();
-    for (path, epoch) in numbered(&directory.join("checkpoint"))? {
-        if path == checkpoint_file(directory, CHECKPOINT_PARTS[0], epoch) {
-            epochs.push(epoch);
-        }
-    }
-    Ok(epochs
-        .into_iter()
-        .filter(|&epoch| has_checkpoint(directory, epoch))
-        .max())
+    let (set, _) = checkpoint::newest(directory)
+        .map_err(|source| not_writable(&checkpoint::folder(directory), source))?;
+    Ok(set.map(|set| set.epoch).filter(|&epoch| epoch > 0))
 }
 
 /// Where a model is; its parameters are all in one place.
@@ -418,59 +539,57 @@ fn device_of(model: &Classifier) -> Device {
     device.expect("a network has parameters")
 }
 
-fn resumed_epoch(options: &FitOptions) -> Result<Option<usize>, FitError> {
+/// Keeps other trainings out of the directory, which is made if this one is new.
+fn lock(options: &FitOptions) -> Result<Lock, FitError> {
     let directory = &options.directory;
-    let epoch = match options.resume {
-        Resume::No => return Ok(None),
-        Resume::Latest => latest_checkpoint(directory)?,
-        Resume::Epoch(epoch) => Some(epoch).filter(|&epoch| has_checkpoint(directory, epoch)),
-    };
-    match epoch {
-        Some(epoch) => Ok(Some(epoch)),
-        None => Err(FitError::NoCheckpoint {
-            path: directory.join("checkpoint"),
-        }),
+    if options.resume == Resume::No {
+        fs::create_dir_all(directory).map_err(|source| not_writable(directory, source))?;
     }
+    Lock::of(directory).ok_or_else(|| FitError::Busy {
+        path: directory.clone(),
+    })
 }
 
-fn has_checkpoint(directory: &Path, epoch: usize) -> bool {
-    CHECKPOINT_PARTS
-        .iter()
-        .all(|part| checkpoint_file(directory, part, epoch).is_file())
+/// The checkpoint to go on from, if one is asked for. Says which newer ones are damaged.
+fn resumed_set(options: &FitOptions) -> Result<Option<Set>, FitError> {
+    let directory = &options.directory;
+    let (set, damaged) = match options.resume {
+        Resume::No => return Ok(None),
+        Resume::Latest => checkpoint::newest(directory)
+            .map_err(|source| not_writable(&checkpoint::folder(directory), source))?,
+        Resume::Epoch(epoch) => match checkpoint::read(directory, epoch) {
+            Ok(set) => (Some(set), Vec::new()),
+            Err(damaged) => (None, vec![damaged]),
+        },
+    };
+    if set.is_none() {
+        return Err(FitError::NoCheckpoint {
+            path: checkpoint::folder(directory),
+            damaged,
+        });
+    }
+    for damaged in damaged {
+        say!(
+            "Passed over the checkpoint of epoch {}: {damaged}",
+            damaged.epoch
+        );
+    }
+    Ok(set)
 }
 
-fn checkpoint_file(directory: &Path, part: &str, epoch: usize) -> PathBuf {
-    directory
-        .join("checkpoint")
-        .join(format!("{part}-{epoch}.bpk"))
-}
-
-/// Loads a checkpoint, as Burn does again when it launches: there, a file that is damaged or
-/// does not fit is a panic.
-fn check_checkpoint(
-    directory: &Path,
-    epoch: usize,
-    classifier: Classifier,
-) -> Result<Classifier, FitError> {
+/// Loads the model of a checkpoint, as Burn does again when it launches: there, one that does not
+/// fit is a panic.
+fn load_model(directory: &Path, set: &Set, classifier: Classifier) -> Result<Classifier, FitError> {
+    let Some(records) = &set.records else {
+        return Ok(classifier);
+    };
     let expected = classifier.dtype();
-    let [model, optimizer, scheduler] =
-        CHECKPOINT_PARTS.map(|part| checkpoint_file(directory, part, epoch));
-
-    let classifier = ModuleRecord::load(&model)
-        .and_then(|record| classifier.try_load_record(record))
+    let classifier = classifier
+        .try_load_record(records.model.clone())
         .map_err(|source| FitError::Checkpoint {
-            path: model,
+            path: checkpoint::model_file(directory, set.epoch),
             source,
         })?;
-    OptimizerRecord::load(&optimizer).map_err(|source| FitError::Checkpoint {
-        path: optimizer,
-        source,
-    })?;
-    LrSchedulerRecord::load(&scheduler).map_err(|source| FitError::Checkpoint {
-        path: scheduler,
-        source,
-    })?;
-
     let found = classifier.dtype();
     if found != expected {
         return Err(FitError::CheckpointType { expected, found });
@@ -480,102 +599,95 @@ fn check_checkpoint(
 
 const MIB: usize = 1 << 20;
 
-/// Makes sure that a training that has `finished` epochs behind it can write to `directory`, and
-/// that nothing is there of later ones: Burn would take their logs for this training's when it
-/// looks for the best epoch.
+/// Most bytes of a checkpoint that are written to see whether there is room, so that this takes no
+/// more than a moment.
+const MOST_ROOM: usize = 64 * MIB;
+
+/// Makes sure that a training can write to the directory, and removes from it what must not be
+/// there: an earlier run, or what a run that goes on from an earlier checkpoint has of later
+/// epochs.
 fn prepare_directory(
-    directory: &Path,
-    finished: usize,
-    remove: bool,
+    options: &FitOptions,
+    resumed: Option<usize>,
     saved: Option<&Classifier>,
 ) -> Result<(), FitError> {
-    let mut leftovers = Vec::new();
-    for part in ["train", "valid", "checkpoint"] {
-        for (path, epoch) in numbered(&directory.join(part))? {
-            if epoch > finished {
-                leftovers.push(path);
-            }
-        }
-    }
-    if !leftovers.is_empty() && !remove {
+    let directory = &options.directory;
+    let unwanted = |epoch: usize| match (resumed, options.resume) {
+        (None, _) => true,
+        (Some(resumed), Resume::Epoch(_)) => epoch > resumed,
+        (Some(_), _) => false,
+    };
+    let sets = checkpoint::files(directory)
+        .map_err(|source| not_writable(&checkpoint::folder(directory), source))?;
+    let old_sets: Vec<SetFile> = sets
+        .into_iter()
+        .filter(|file| unwanted(file.epoch))
+        .collect();
+    let (old_logs, logs): (Vec<_>, Vec<_>) = logs(directory)?
+        .into_iter()
+        .partition(|(_, epoch)| unwanted(*epoch));
+    let empty = old_sets.is_empty() && old_logs.is_empty();
+    if resumed.is_none() && !empty && !options.overwrite {
         return Err(FitError::DirectoryInUse {
-            path: directory.to_path_buf(),
+            path: directory.clone(),
         });
     }
-    for path in leftovers {
-        let removed = if path.is_dir() {
-            fs::remove_dir_all(&path)
-        } else {
-            fs::remove_file(&path)
-        };
-        removed.map_err(|source| FitError::Directory { path, source })?;
-    }
 
-    // Burn keeps up to three checkpoints, each of the parameters and of Adadelta's two tensors
-    // of their size, and writes a new one before it removes an old one.
-    let checkpoints = saved.map_or(0, |model| {
-        4 * 3 * model.num_params() * DType::from(model.dtype()).size()
+    // Before anything is removed: whoever has no room for a new run keeps the old one. Logs, and a
+    // checkpoint of the parameters and of an optimizer's two tensors of their size, are what will
+    // be written first. A disk that is full only later costs an epoch.
+    let checkpoint = saved.map_or(0, |model| {
+        3 * model.num_params() * DType::from(model.dtype()).size()
     });
-    check_room(directory, MIB + checkpoints)
+    durable::check_room(directory, MIB + checkpoint.min(MOST_ROOM))
+        .map_err(|source| not_writable(directory, source))?;
+
+    checkpoint::remove(old_sets)?;
+    for (path, _) in old_logs {
+        let removed = match path.is_dir() {
+            true => fs::remove_dir_all(&path),
+            false => fs::remove_file(&path),
+        };
+        removed.map_err(|source| not_writable(&path, source))?;
+    }
+    let folders = logs.into_iter().map(|(path, _)| path);
+    let folders = folders.filter(|path| path.is_dir());
+    for folder in folders.chain([directory.clone(), checkpoint::folder(directory)]) {
+        sweep(&folder).map_err(|source| not_writable(&folder, source))?;
+    }
+    Ok(())
 }
 
-/// What Burn has put into `directory` for an epoch, such as `epoch-3` or `model-3.bpk`, with the
-/// number of the epoch.
-fn numbered(directory: &Path) -> Result<Vec<(PathBuf, usize)>, FitError> {
-    let failed = |source| FitError::Directory {
-        path: directory.to_path_buf(),
-        source,
-    };
-    let entries = match fs::read_dir(directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(failed(error)),
-    };
+/// The folders of the logs in `directory`, with the numbers of their epochs.
+fn logs(directory: &Path) -> Result<Vec<(PathBuf, usize)>, FitError> {
     let mut found = Vec::new();
-    for entry in entries {
-        let path = entry.map_err(failed)?.path();
-        let epoch = path
-            .file_stem()
-            .and_then(|stem| stem.to_str())
-            .and_then(|stem| stem.split_once('-'))
-            .filter(|(name, _)| *name == "epoch" || CHECKPOINT_PARTS.contains(name))
-            .and_then(|(_, epoch)| epoch.parse().ok());
-        found.extend(epoch.map(|epoch| (path, epoch)));
+    for split in ["train", "valid"] {
+        let folder = directory.join(split);
+        let entries = match fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(not_writable(&folder, error)),
+        };
+        for entry in entries {
+            let path = entry
+                .map_err(|source| not_writable(&folder, source))?
+                .path();
+            let epoch = path
+                .file_name()
+                .and_then(|name| name.to_str())
+                .and_then(|name| name.strip_prefix("epoch-"))
+                .and_then(|epoch| epoch.parse().ok());
+            found.extend(epoch.map(|epoch| (path, epoch)));
+        }
     }
     Ok(found)
 }
 
-/// Creates `directory` and writes `bytes` to it for a moment.
-fn check_room(directory: &Path, bytes: usize) -> Result<(), FitError> {
-    let failed = |path: &Path, source| FitError::Directory {
+fn not_writable(path: &Path, source: io::Error) -> FitError {
+    FitError::Directory {
         path: path.to_path_buf(),
         source,
-    };
-    fs::create_dir_all(directory).map_err(|error| failed(directory, error))?;
-
-    let path = directory.join(format!(".room-{}", std::process::id()));
-    let written = write_zeros(&path, bytes);
-    let removed = match fs::remove_file(&path) {
-        // It could not be created, which `written` tells.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed,
-    };
-    written
-        .and(removed)
-        .map_err(|error| failed(directory, error))
-}
-
-fn write_zeros(path: &Path, bytes: usize) -> io::Result<()> {
-    let mut file = File::create(path)?;
-    let zeros = vec![0; MIB];
-    let mut left = bytes;
-    while left > 0 {
-        let some = left.min(zeros.len());
-        file.write_all(&zeros[..some])?;
-        left -= some;
     }
-    // Some file systems find out no earlier that they are full.
-    file.sync_all()
 }
 
 /// Runs what may panic in Burn, and makes that an error.
@@ -675,35 +787,52 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_latest_checkpoint_is_complete() {
-        let scratch = Scratch::new("latest");
-        assert_eq!(latest_checkpoint(&scratch.0).expect("readable"), None);
-
-        for part in CHECKPOINT_PARTS {
-            scratch.file(&format!("checkpoint/{part}-2.bpk"));
-            scratch.file(&format!("checkpoint/{part}-10.bpk"));
-        }
-        scratch.file("checkpoint/model-11.bpk");
-        scratch.file("checkpoint/notes.txt");
-        assert_eq!(latest_checkpoint(&scratch.0).expect("readable"), Some(10));
+    fn options(scratch: &Scratch, resume: Resume) -> FitOptions {
+        let mut options = FitOptions::new(&scratch.0);
+        options.resume = resume;
+        options
     }
 
     #[test]
     fn a_run_is_not_overwritten_unasked() {
-        let scratch = Scratch::new("overwrite");
-        let log = scratch.file("train/epoch-1/Loss.log");
+        for name in ["train/epoch-1/Loss.log", "checkpoint/epoch-0.json"] {
+            let scratch = Scratch::new("overwrite");
+            let file = scratch.file(name);
+            let other = scratch.file("checkpoint/notes.txt");
+            let mut options = options(&scratch, Resume::No);
 
-        let refused = prepare_directory(&scratch.0, 0, false, None);
-        assert!(matches!(refused, Err(FitError::DirectoryInUse { .. })));
-        assert!(log.exists());
+            let refused = prepare_directory(&options, None, None);
+            assert!(matches!(refused, Err(FitError::DirectoryInUse { .. })));
+            assert!(file.exists());
 
-        prepare_directory(&scratch.0, 0, true, None).expect("asked to");
-        assert!(!log.exists());
+            options.overwrite = true;
+            prepare_directory(&options, None, None).expect("asked to");
+            assert!(!file.exists());
+            assert!(other.exists());
+        }
     }
 
     #[test]
-    fn a_resumed_run_keeps_its_past_and_loses_its_future() {
+    fn a_resumed_run_keeps_what_it_has() {
+        let scratch = Scratch::new("latest");
+        let files = [
+            scratch.file("valid/epoch-2/Loss.log"),
+            scratch.file("valid/epoch-3/Loss.log"),
+            scratch.file("checkpoint/optim-2.bpk"),
+            scratch.file("checkpoint/optim-3.bpk"),
+        ];
+        let unfinished = [
+            scratch.file(".partial-0"),
+            scratch.file("valid/epoch-2/.partial-0"),
+            scratch.file("checkpoint/.partial-0"),
+        ];
+        prepare_directory(&options(&scratch, Resume::Latest), Some(2), None).expect("writable");
+        assert!(files.iter().all(|path| path.exists()));
+        assert!(!unfinished.iter().any(|path| path.exists()));
+    }
+
+    #[test]
+    fn a_run_from_an_earlier_epoch_keeps_its_past_and_loses_its_future() {
         let scratch = Scratch::new("resume");
         let past = [
             scratch.file("valid/epoch-2/Loss.log"),
@@ -715,7 +844,7 @@ mod tests {
             scratch.file("checkpoint/optim-3.bpk"),
         ];
 
-        prepare_directory(&scratch.0, 2, true, None).expect("writable");
+        prepare_directory(&options(&scratch, Resume::Epoch(2)), Some(2), None).expect("writable");
 
         assert!(past.iter().all(|path| path.exists()));
         assert!(!future.iter().any(|path| path.exists()));
@@ -727,8 +856,19 @@ mod tests {
     fn a_directory_that_cannot_be_made_is_an_error() {
         let scratch = Scratch::new("file");
         let file = scratch.file("file");
-        let error = check_room(&file.join("run"), 1).expect_err("a file has no entries");
-        assert!(matches!(error, FitError::Directory { .. }), "{error}");
+        let mut options = options(&scratch, Resume::No);
+        options.directory = file.join("run");
+        assert!(matches!(lock(&options), Err(FitError::Directory { .. })));
+    }
+
+    #[test]
+    fn a_folder_without_checkpoints_cannot_be_resumed() {
+        let scratch = Scratch::new("absent");
+        for resume in [Resume::Latest, Resume::Epoch(3)] {
+            let refused = resumed_set(&options(&scratch, resume));
+            assert!(matches!(refused, Err(FitError::NoCheckpoint { .. })));
+        }
+        assert_eq!(latest_checkpoint(&scratch.0).expect("readable"), None);
     }
 
     #[test]

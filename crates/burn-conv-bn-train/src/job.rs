@@ -10,16 +10,18 @@ use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn::train::Interrupter;
 use burn_conv_bn::{NormVariant, Recompute};
 use burn_conv_bn_memory::CountingAllocator;
-use burn_conv_bn_models::{Form, Net, NetConfig};
+use burn_conv_bn_models::Form;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{DigitItem, MnistBatcher};
+use crate::config::RunFile;
 use crate::data::{DataError, DataRequest, DatasetChoice, Digits, MnistData, resolve};
 use crate::device::DeviceChoice;
 use crate::fit::{FitError, FitOptions, FitOutcome, Resume, fit};
 use crate::memory::MemoryProbe;
-use crate::optim::AdadeltaConfig;
+use crate::model::{ModelChoice, ModelError, Network, NetworkOptions};
+use crate::optim::OptimizerChoice;
 use crate::report::{EpochReport, StepSummary, VariantReport};
 use crate::step::Classifier;
 use crate::timeline::Timeline;
@@ -42,7 +44,7 @@ impl Variant {
         }
     }
 
-    fn form(self) -> Form {
+    pub(crate) fn form(self) -> Form {
         match self {
             Self::Fused => Form::Fused,
             Self::Unfused => Form::Unfused,
@@ -68,7 +70,7 @@ impl Norm {
         }
     }
 
-    fn variant(self) -> NormVariant {
+    pub(crate) fn variant(self) -> NormVariant {
         match self {
             Self::Burn => NormVariant::BatchNorm,
             Self::Tutorial => NormVariant::Tutorial,
@@ -86,6 +88,14 @@ pub enum Precision {
 }
 
 impl Precision {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F64 => "f64",
+        }
+    }
+
     /// Burn's name of it.
     pub fn dtype(self) -> FloatDType {
         match self {
@@ -121,6 +131,10 @@ pub struct Job {
     pub epochs: usize,
     /// Digits a step.
     pub batch_size: usize,
+    /// Which network.
+    pub model: ModelChoice,
+    /// Which optimizer.
+    pub optimizer: OptimizerChoice,
     /// Learning rate of the first epoch.
     pub learning_rate: f64,
     /// Factor on it after every epoch.
@@ -155,60 +169,88 @@ impl Job {
         device.unwrap_or_else(|error| panic!("{error}")).autodiff()
     }
 
+    /// Checks that there is such a network.
+    ///
+    /// # Errors
+    ///
+    /// As [`ModelChoice::check`].
+    pub fn check(&self) -> Result<(), ModelError> {
+        self.model.check(self.norm.variant(), self.dropout)
+    }
+
+    /// Checks that the network can be trained on that many digits.
+    ///
+    /// # Errors
+    ///
+    /// As [`ModelChoice::check_batches`].
+    pub fn check_digits(&self, digits: usize) -> Result<(), ModelError> {
+        self.model.check_batches(digits, self.batch_size)
+    }
+
+    /// Training steps an epoch, on that many digits.
+    pub fn steps(&self, digits: usize) -> usize {
+        digits.div_ceil(self.batch_size)
+    }
+
     /// Finds the data.
     ///
     /// # Errors
     ///
     /// As [`resolve`].
     pub fn data(&self) -> Result<MnistData, DataError> {
-        resolve(&DataRequest {
+        resolve(&self.data_request())
+    }
+
+    /// What [`data`](Self::data) looks for.
+    pub fn data_request(&self) -> DataRequest {
+        DataRequest {
             choice: self.dataset,
             data_dir: self.data_dir.clone(),
             allow_download: self.download,
             seed: self.seed,
             train_limit: self.train_limit,
             test_limit: self.test_limit,
-        })
+        }
     }
 
     /// A network in its initial state: the same for both variants, and, where Flex was compiled
     /// in, on all devices.
-    pub fn net(&self, variant: Variant) -> Net {
+    pub fn network(&self, form: Form) -> Network {
         let device = self.device();
         let host = DeviceChoice::host().and_then(|host| host.open().ok());
         let drawn_on = host.map_or(device.clone(), Device::autodiff);
         drawn_on.seed(self.seed);
         // The dropout's draws are the device's own.
         device.seed(self.seed);
-        let net = NetConfig::new(variant.form())
-            .with_norm(self.norm.variant())
-            .with_dropout(self.dropout)
-            .with_recompute(match self.recompute {
+        let options = NetworkOptions {
+            form,
+            norm: self.norm.variant(),
+            dropout: self.dropout,
+            recompute: match self.recompute {
                 RecomputePolicy::Conv => Recompute::Conv,
                 RecomputePolicy::Never => Recompute::Never,
-            })
-            .with_max_workspace(self.max_workspace)
-            .init(&drawn_on);
+            },
+            max_workspace: self.max_workspace,
+        };
+        let network = self.model.init(&options, &drawn_on);
         // Left alone, Burn would draw each parameter when it is first used, on its new device.
-        net.visit(&mut Draw);
-        net.fork(&device)
+        network.visit(&mut Draw);
+        network.fork(&device)
     }
 
-    /// [`net`](Self::net), ready to be trained.
+    /// [`network`](Self::network), ready to be trained.
     pub fn classifier(&self, variant: Variant, probe: MemoryProbe) -> Classifier {
-        Classifier::new(self.net(variant), probe, self.precision.dtype())
+        Classifier::new(self.network(variant.form()), probe, self.precision.dtype())
     }
 
     /// Bytes that the blocks' nodes list as saved for backward in a step of `batch_size` digits,
     /// parameters left out.
     pub fn saved_bytes(&self, variant: Variant) -> usize {
         let element = DType::from(self.precision.dtype()).size();
-        self.net(variant)
-            .saved_for_backward(self.batch_size, crate::data::SIDE)
+        self.network(variant.form())
+            .saved_for_backward(self.batch_size)
             .into_iter()
             .filter(|(_, tensor)| !["weight", "bias", "gamma", "beta"].contains(&tensor.name))
-            // The images are data, and there in any case.
-            .filter(|(block, tensor)| !(*block == "conv1" && tensor.name == "input"))
             .map(|(_, tensor)| tensor.shape.num_elements() * element)
             .sum()
     }
@@ -232,7 +274,7 @@ pub fn record(
     let probe = MemoryProbe::of(&device, allocator);
     Ok(Timeline::record(
         job.classifier(variant, MemoryProbe::off()),
-        AdadeltaConfig::new().init(),
+        job.optimizer.init(),
         job.learning_rate,
         &probe,
         || batcher.batch(items.clone(), &device),
@@ -263,6 +305,9 @@ pub struct RunOptions {
     pub patience: Option<usize>,
     /// Show Burn's dashboard on a terminal.
     pub dashboard: bool,
+    /// What to put into `job.json` in the directory, when nothing stands against the training any
+    /// more.
+    pub run_file: Option<RunFile>,
     /// Stops the run after the batch that is running.
     pub interrupter: Interrupter,
 }
@@ -285,11 +330,13 @@ pub fn run(
     fit_options.batch_size = job.batch_size;
     fit_options.learning_rate = job.learning_rate;
     fit_options.learning_rate_decay = job.decay;
+    fit_options.optimizer = job.optimizer;
     fit_options.seed = job.seed;
     fit_options.checkpoints = options.checkpoints;
     fit_options.resume = options.resume;
     fit_options.patience = options.patience;
     fit_options.dashboard = options.dashboard;
+    fit_options.run_file = options.run_file.map(|file| file.to_json());
     fit_options.log_interval = job.log_interval;
     fit_options.label = Some(variant.name().to_string());
     fit_options.interrupter = options.interrupter;
@@ -306,15 +353,12 @@ pub fn run(
     let report = VariantReport {
         name: variant.name().to_string(),
         epochs: outcome
-            .epochs
+            .history
             .iter()
-            .filter_map(|epoch| {
-                let test = epoch.test?;
-                Some(EpochReport {
-                    train_loss: epoch.train.evaluation.average_loss(),
-                    test_loss: test.average_loss(),
-                    test_accuracy: test.accuracy(),
-                })
+            .map(|epoch| EpochReport {
+                train_loss: epoch.train.average_loss(),
+                test_loss: epoch.test.average_loss(),
+                test_accuracy: epoch.test.accuracy(),
             })
             .collect(),
         step_losses: steps
@@ -329,4 +373,77 @@ pub fn run(
         timeline: None,
     };
     Ok((report, outcome))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A job on drawn digits.
+    pub(crate) fn job(epochs: usize, batch_size: usize) -> Job {
+        Job {
+            dataset: DatasetChoice::Synthetic,
+            data_dir: None,
+            download: false,
+            train_limit: Some(64),
+            test_limit: Some(32),
+            epochs,
+            batch_size,
+            model: ModelChoice::Tutorial,
+            optimizer: OptimizerChoice::Adadelta,
+            learning_rate: 1.0,
+            decay: 0.7,
+            norm: Norm::Burn,
+            dropout: 0.5,
+            precision: Precision::F32,
+            recompute: RecomputePolicy::Conv,
+            device: DeviceChoice::Flex,
+            max_workspace: None,
+            seed: 1,
+            log_interval: 0,
+        }
+    }
+
+    #[test]
+    fn names_are_those_of_the_command_line() {
+        fn check<T: ValueEnum + Copy>(name: impl Fn(T) -> &'static str) {
+            for choice in T::value_variants() {
+                let value = choice.to_possible_value().expect("no choice is hidden");
+                assert_eq!(value.get_name(), name(*choice));
+            }
+        }
+        check(Variant::name);
+        check(Norm::name);
+        check(Precision::name);
+    }
+
+    #[test]
+    fn what_the_images_of_a_padded_network_take_is_counted() {
+        let saved = |model| {
+            let job = Job {
+                model,
+                batch_size: 2,
+                dropout: 0.0,
+                ..job(1, 2)
+            };
+            job.check().expect("there is such a network");
+            [Variant::Fused, Variant::Unfused].map(|variant| job.saved_bytes(variant))
+        };
+        let [fused, unfused] = saved(ModelChoice::Tutorial);
+        let [first, second] = [2 * 32 * 26 * 26 * 4, 2 * 64 * 24 * 24 * 4];
+        let statistics = 2 * (32 + 64) * 4;
+        assert_eq!(fused, first + statistics);
+        assert_eq!(unfused, 3 * first + 2 * second + statistics);
+        let [fused, unfused] = saved(ModelChoice::Resnet18);
+        assert!(
+            2 * 32 * 32 * 4 < fused && fused < unfused,
+            "{fused}, {unfused}"
+        );
+    }
+
+    #[test]
+    fn an_epoch_has_the_last_steps_too() {
+        let job = job(1, 32);
+        assert_eq!([64, 65, 1].map(|digits| job.steps(digits)), [2, 3, 1]);
+    }
 }

@@ -2,23 +2,27 @@
 //! optimizer, metrics, and the comparison of the fused with the unfused form.
 
 pub mod batch;
+pub mod checkpoint;
 pub mod cli;
 pub mod compare;
+pub mod config;
 pub mod data;
 pub mod device;
+mod durable;
 pub mod estimate;
 pub mod fit;
+pub mod history;
 pub mod job;
 pub mod memory;
+mod metric_log;
 pub mod metrics;
+pub mod model;
 pub mod optim;
 pub mod parity;
 pub mod plot;
+pub mod predict;
 mod print;
 pub mod renderer;
 pub mod report;
 pub mod step;
 pub mod timeline;
-
-// `#[derive(RecordState)]` names these through the crate's root.
-use burn::optim::{RecordState, StateSink, StateSource};

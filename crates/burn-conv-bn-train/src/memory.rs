@@ -22,6 +22,33 @@ pub struct StepMemory {
 }
 
 /// Measures [`StepMemory`] from inside a training step. Clones share the measurement.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Tensor};
+/// use burn_conv_bn_memory::CountingAllocator;
+/// use burn_conv_bn_train::memory::MemoryProbe;
+///
+/// #[global_allocator]
+/// static ALLOCATOR: CountingAllocator = CountingAllocator::new();
+///
+/// let device = Device::flex();
+/// let probe = MemoryProbe::of(&device, &ALLOCATOR);
+/// let weight = Tensor::<2>::ones([64, 64], &device.autodiff()).require_grad();
+///
+/// probe.begin();
+/// let product = weight.clone().matmul(weight.clone());
+/// let loss = product.clone().exp().sum();
+/// probe.forward_end();
+/// let grads = loss.backward();
+/// let memory = probe.backward_end();
+///
+/// // The product, which the graph holds too.
+/// assert!(memory.forward_end_bytes >= 4 * 64 * 64);
+/// assert!(memory.peak_bytes >= memory.forward_end_bytes);
+/// # drop((product, grads));
+/// # }
+/// ```
 #[derive(Clone, Default)]
 pub struct MemoryProbe {
     meter: Meter,

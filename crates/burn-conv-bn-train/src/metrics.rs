@@ -18,6 +18,28 @@ use crate::step::StepMeasure;
 const MIB: f64 = (1 << 20) as f64;
 
 /// Something a [`StepMetric`] takes from a [`StepMeasure`].
+///
+/// ```
+/// use burn::train::metric::Metric;
+/// use burn_conv_bn_train::metrics::{Quantity, StepMetric};
+/// use burn_conv_bn_train::step::StepMeasure;
+///
+/// /// How many steps a second would have.
+/// #[derive(Clone)]
+/// struct Rate;
+///
+/// impl Quantity for Rate {
+///     const NAME: &'static str = "Rate";
+///     const UNIT: &'static str = "1/s";
+///     const PRECISION: usize = 2;
+///
+///     fn of(measure: &StepMeasure) -> f64 {
+///         1.0 / measure.duration.as_secs_f64()
+///     }
+/// }
+///
+/// assert_eq!(StepMetric::<Rate>::new().name().as_str(), "Rate");
+/// ```
 pub trait Quantity: Clone + Send + Sync + 'static {
     /// Name of the metric.
     const NAME: &'static str;
@@ -162,6 +184,25 @@ impl<Q: Quantity> Numeric for StepMetric<Q> {
 /// How well a network does on a set of digits.
 ///
 /// Shown as in the tutorial: `Average loss: 0.4197, Accuracy: 8681/10000 (87%)`.
+///
+/// ```
+/// use burn_conv_bn_train::metrics::Evaluation;
+///
+/// let mut evaluation = Evaluation {
+///     loss_sum: 90.0,
+///     correct: 80,
+///     total: 100,
+/// };
+/// evaluation += Evaluation {
+///     loss_sum: 10.0,
+///     correct: 10,
+///     total: 100,
+/// };
+/// assert_eq!(
+///     evaluation.to_string(),
+///     "Average loss: 0.5000, Accuracy: 90/200 (45%)"
+/// );
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Evaluation {
     /// Sum of the digits' losses.
@@ -256,6 +297,17 @@ pub struct SplitRecord {
 ///
 /// Burn hands metrics over to a thread of its own and drops them there; what they have seen
 /// comes back through this.
+///
+/// ```
+/// use burn_conv_bn_train::metrics::{Tally, TallyMetric};
+///
+/// let tally = Tally::new();
+/// // For the metrics of a `SupervisedTraining`.
+/// let metric = TallyMetric::new(tally.clone());
+/// assert_eq!(tally.running().total, 0);
+/// assert!(tally.take_finished().is_empty());
+/// # drop(metric);
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     passes: Arc<Mutex<Passes>>,
@@ -276,6 +328,12 @@ impl Tally {
     /// The totals of the pass that is running; Burn's evaluator never ends one.
     pub fn running(&self) -> Evaluation {
         self.lock().running.evaluation
+    }
+
+    /// The totals of the passes that have ended and are still here, oldest first.
+    pub fn finished(&self) -> Vec<Evaluation> {
+        let passes = self.lock();
+        passes.finished.iter().map(|pass| pass.evaluation).collect()
     }
 
     /// Takes out the passes that have ended, oldest first.
@@ -456,6 +514,7 @@ mod tests {
 
         metric.compute().expect("nothing is read");
         metric.clear();
+        assert_eq!(tally.finished(), [expected]);
         let finished = tally.take_finished();
         assert_eq!(finished.len(), 1);
         assert_eq!(finished[0].evaluation, expected);

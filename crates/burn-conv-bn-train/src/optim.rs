@@ -1,14 +1,96 @@
-//! Adadelta, which Burn 0.22 does not have.
+//! The optimizers to choose from, and Adadelta, which Burn 0.22 does not have.
 
 use burn::config::Config;
 use burn::grad_clipping::GradientClippingConfig;
 use burn::optim::decay::{WeightDecay, WeightDecayConfig};
-use burn::optim::{LearningRate, ModuleOptimizer, Optimizer, RecordState};
-use burn::tensor::{Device, Tensor};
+use burn::optim::momentum::MomentumConfig;
+use burn::optim::{
+    AdamConfig, AdamWConfig, LearningRate, ModuleOptimizer, Optimizer, RecordState, SgdConfig,
+    StateSink, StateSource,
+};
+use burn::tensor::{Device, FloatDType, Tensor};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// An optimizer with its settings but for the learning rate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerChoice {
+    /// Adadelta, the tutorial's, with PyTorch's settings.
+    Adadelta,
+    /// Adam, with Burn's settings.
+    Adam,
+    /// Adam with a weight decay apart from the gradient, with Burn's settings.
+    Adamw,
+    /// Stochastic gradient descent with a momentum of 0.9, as PyTorch does it.
+    Sgd,
+}
+
+impl OptimizerChoice {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Adadelta => "adadelta",
+            Self::Adam => "adam",
+            Self::Adamw => "adamw",
+            Self::Sgd => "sgd",
+        }
+    }
+
+    /// The learning rate to start with where none is given.
+    pub fn default_learning_rate(self) -> LearningRate {
+        match self {
+            Self::Adadelta => 1.0,
+            Self::Adam | Self::Adamw => 1e-3,
+            Self::Sgd => 0.05,
+        }
+    }
+
+    /// Whether its recorded state, restored, is what it was, for parameters of this type.
+    ///
+    /// Burn restores the state of its own optimizers in the default type of the default device,
+    /// which is single precision.
+    pub fn restores(self, dtype: FloatDType) -> bool {
+        self == Self::Adadelta || dtype != FloatDType::F64
+    }
+
+    /// The optimizer, in its initial state.
+    pub fn init(self) -> ModuleOptimizer {
+        match self {
+            Self::Adadelta => AdadeltaConfig::new().init(),
+            Self::Adam => AdamConfig::new().init(),
+            Self::Adamw => AdamWConfig::new().init(),
+            Self::Sgd => {
+                // Burn dampens the gradient by a tenth where PyTorch does not.
+                let momentum = MomentumConfig::new().with_momentum(0.9).with_dampening(0.0);
+                SgdConfig::new().with_momentum(Some(momentum)).init()
+            }
+        }
+    }
+}
 
 /// Configuration of [`Adadelta`].
 ///
 /// The defaults are PyTorch's.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::nn::LinearConfig;
+/// use burn::optim::GradientsParams;
+/// use burn::tensor::{Device, Tensor};
+/// use burn_conv_bn_train::optim::AdadeltaConfig;
+///
+/// let device = Device::flex().autodiff();
+/// let layer = LinearConfig::new(2, 1).init(&device);
+/// let mut optimizer = AdadeltaConfig::new().with_rho(0.95).init();
+///
+/// let loss = |layer: &burn::nn::Linear| layer.forward(Tensor::<2>::ones([4, 2], &device)).mean();
+/// let before = loss(&layer);
+/// let grads = GradientsParams::from_grads(before.clone().backward(), &layer);
+/// let layer = optimizer.step(1.0, layer, grads);
+/// assert!(loss(&layer).into_scalar::<f32>() < before.into_scalar::<f32>());
+/// # }
+/// ```
 #[derive(Config, Debug)]
 pub struct AdadeltaConfig {
     /// Decay of the two running averages.
@@ -34,6 +116,8 @@ pub struct AdadeltaConfig {
 /// - [ADADELTA: An Adaptive Learning Rate Method](https://arxiv.org/abs/1212.5701).
 /// - [`torch.optim.Adadelta`](https://docs.pytorch.org/docs/stable/generated/torch.optim.Adadelta.html),
 ///   whose formulae these are.
+///
+/// Made by [`AdadeltaConfig`], which has an example.
 #[derive(Clone)]
 pub struct Adadelta {
     rho: f64,
@@ -42,7 +126,7 @@ pub struct Adadelta {
 }
 
 /// Adadelta state.
-#[derive(RecordState, Clone)]
+#[derive(Clone)]
 pub struct AdadeltaState<const D: usize> {
     /// Running average of the squared gradients.
     pub square_avg: Tensor<D>,
@@ -68,7 +152,7 @@ impl Optimizer for Adadelta {
             square_avg,
             acc_delta,
         } = match state {
-            // Burn restores recorded states in the default float type of the default device.
+            // A record may be of another type.
             Some(state) => state.cast_like(&grad),
             None => AdadeltaState {
                 square_avg: grad.zeros_like(),
@@ -103,6 +187,31 @@ impl Optimizer for Adadelta {
         state.to_device(device)
     }
 }
+
+/// As derived, but for the type: the derived state comes back in the default type of the device,
+/// and loses half of its digits if it was in double precision.
+impl<const D: usize> RecordState for AdadeltaState<D> {
+    fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
+        out.push_tensor(prefix, SQUARE_AVG, self.square_avg.clone().into_data());
+        out.push_tensor(prefix, ACC_DELTA, self.acc_delta.clone().into_data());
+    }
+
+    fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
+        let mut take = |leaf| {
+            let data = src.take_tensor(prefix, leaf)?;
+            let dtype = data.dtype();
+            Some(Tensor::from_data(data, (device, dtype)))
+        };
+        Some(Self {
+            square_avg: take(SQUARE_AVG)?,
+            acc_delta: take(ACC_DELTA)?,
+        })
+    }
+}
+
+/// Names of the state's tensors in a record.
+const SQUARE_AVG: &str = "square_avg";
+const ACC_DELTA: &str = "acc_delta";
 
 impl AdadeltaConfig {
     /// Build an [`Adadelta`] from the config.
@@ -164,7 +273,7 @@ mod tests {
     use burn::module::Param;
     use burn::nn::Linear;
     use burn::optim::GradientsParams;
-    use burn::tensor::{DType, FloatDType, TensorData, Tolerance};
+    use burn::tensor::{DType, TensorData, Tolerance};
 
     /// One element, straight from Zeiler's Algorithm 1 with PyTorch's learning rate.
     #[derive(Default)]
@@ -241,25 +350,100 @@ mod tests {
     #[test]
     fn resumes_from_its_record() {
         let device = Device::flex().autodiff();
-        let mut original = AdadeltaConfig::new().init();
-        let mut layer = layer([0.75, -1.5], FloatDType::F32, &device);
-        for grad in GRADS {
-            layer = step(&mut original, layer, 1.0, grad);
+        for dtype in [FloatDType::F32, FloatDType::F64] {
+            let mut original = AdadeltaConfig::new().init();
+            let mut layer = layer([0.75, -1.5], dtype, &device);
+            for grad in GRADS {
+                layer = step(&mut original, layer, 1.0, grad);
+            }
+            let bytes = original.into_bytes().expect("the state is serializable");
+            let mut restored = AdadeltaConfig::new()
+                .init()
+                .from_bytes(bytes)
+                .expect("the record was just written");
+
+            let expected = step(&mut original, layer.clone(), 1.0, [-0.5, 0.5]);
+            let actual = step(&mut restored, layer, 1.0, [-0.5, 0.5]);
+
+            actual
+                .weight
+                .val()
+                .into_data()
+                .assert_eq(&expected.weight.val().into_data(), true);
         }
-        let bytes = original.into_bytes().expect("the state is serializable");
-        let mut restored = AdadeltaConfig::new()
-            .init()
-            .from_bytes(bytes)
-            .expect("the record was just written");
+    }
 
-        let expected = step(&mut original, layer.clone(), 1.0, [-0.5, 0.5]);
-        let actual = step(&mut restored, layer, 1.0, [-0.5, 0.5]);
+    /// Whether a record of the state after one step, restored, gives the same record again.
+    fn comes_back(choice: OptimizerChoice, dtype: FloatDType) -> bool {
+        let device = Device::flex().autodiff();
+        let mut original = choice.init();
+        let layer = layer([0.75, -1.5], dtype, &device);
+        step(&mut original, layer, 0.125, [1.0 / 3.0, -3.0]);
+        let record = || original.into_bytes().expect("the state is serializable");
+        let restored = choice.init().from_bytes(record());
+        let restored = restored.expect("the record was just written");
+        restored.into_bytes().expect("the state is serializable") == record()
+    }
 
-        actual
-            .weight
-            .val()
-            .into_data()
-            .assert_eq(&expected.weight.val().into_data(), true);
+    #[test]
+    fn what_restores_comes_back() {
+        for &choice in OptimizerChoice::value_variants() {
+            for dtype in [FloatDType::F32, FloatDType::F64] {
+                assert_eq!(
+                    comes_back(choice, dtype),
+                    choice.restores(dtype),
+                    "{choice:?}, {dtype:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn names_are_those_of_the_command_line() {
+        for choice in OptimizerChoice::value_variants() {
+            let value = choice.to_possible_value().expect("no choice is hidden");
+            assert_eq!(value.get_name(), choice.name());
+            let json = serde_json::to_string(choice).expect("a name is JSON");
+            assert_eq!(json, format!("{:?}", choice.name()));
+        }
+    }
+
+    /// Each takes the loss of a linear layer down, at the rate that it has by default.
+    #[test]
+    fn every_choice_descends() {
+        let device = Device::flex().autodiff();
+        for choice in OptimizerChoice::value_variants() {
+            let mut optimizer = choice.init();
+            let mut layer = layer([0.75, -1.5], FloatDType::F32, &device);
+            for _ in 0..3 {
+                layer = step(
+                    &mut optimizer,
+                    layer,
+                    choice.default_learning_rate(),
+                    [2.0, -1.0],
+                );
+            }
+            let weight = layer.weight.val().into_data();
+            let weight: Vec<f64> = weight.iter::<f64>().collect();
+            assert!(
+                weight[0] < 0.75 && weight[1] > -1.5,
+                "{choice:?}: {weight:?}"
+            );
+        }
+    }
+
+    /// PyTorch's: the velocity is 0.9 of the last one and all of the gradient.
+    #[test]
+    fn sgd_has_an_undampened_momentum() {
+        let device = Device::flex().autodiff();
+        let mut optimizer = OptimizerChoice::Sgd.init();
+        let mut layer = layer([0.0, 0.0], FloatDType::F64, &device);
+        for _ in 0..2 {
+            layer = step(&mut optimizer, layer, 0.5, [1.0, -2.0]);
+        }
+        let wanted = TensorData::new(vec![-0.5 * (1.0 + 1.9), 0.5 * (2.0 + 3.8)], [2, 1]);
+        let weight = layer.weight.val().into_data();
+        weight.assert_approx_eq::<f64>(&wanted, Tolerance::absolute(1e-6));
     }
 
     #[test]

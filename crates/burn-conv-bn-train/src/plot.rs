@@ -84,8 +84,8 @@ fn draw_memory(
     timelines: &[(usize, &VariantReport, &Timeline)],
 ) -> DrawResult {
     let title = format!(
-        "Memory over one training step of {} digits, {} on {}",
-        report.batch_size, report.dtype, report.device
+        "Memory over one training step of {} digits ({}, {} on {})",
+        report.batch_size, report.model, report.dtype, report.device
     );
     let end = timelines.iter().map(|(_, _, t)| t.optimizer_end);
     let end = end.fold(f64::MIN_POSITIVE, f64::max);
@@ -190,7 +190,10 @@ fn draw_losses(area: &Area<'_>, report: &Report) -> DrawResult {
     let steps = losses().map(<[f64]>::len).max().unwrap_or_default();
     let finite = losses().flatten().copied().filter(|loss| loss.is_finite());
     let highest = finite.fold(f64::MIN_POSITIVE, f64::max);
-    let title = format!("Loss of every training step ({})", report.dataset);
+    let title = format!(
+        "Loss of every training step ({}, {})",
+        report.dataset, report.optimizer
+    );
     let mut chart = chart(area, &title, 0.0..steps.max(1) as f64, 0.0..1.05 * highest)?;
     chart
         .configure_mesh()
@@ -284,7 +287,10 @@ mod tests {
             device: "Flex".to_string(),
             dtype: "F32".to_string(),
             batch_size: 7,
+            model: "tutorial".to_string(),
+            optimizer: "adadelta".to_string(),
             norm: "burn".to_string(),
+            threads: 2,
             burn_version: "0".to_string(),
             variants,
         }

@@ -27,6 +27,15 @@ const LOSS: &str = "Loss";
 ///
 /// Nothing is printed about an evaluation: whoever evaluates has the result. A failure to print
 /// is ignored; it is no reason to end a training.
+///
+/// ```
+/// use burn::train::renderer::MetricsRenderer;
+/// use burn_conv_bn_train::renderer::LineRenderer;
+///
+/// // For `SupervisedTraining::renderer`: a line for every 16th batch.
+/// let renderer: Box<dyn MetricsRenderer> = Box::new(LineRenderer::new(16));
+/// # drop(renderer);
+/// ```
 pub struct LineRenderer<W = Stdout> {
     out: W,
     log_interval: usize,

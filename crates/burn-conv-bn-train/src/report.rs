@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::CLASSES;
 use crate::memory::StepMemory;
 use crate::metrics::StepRecord;
 use crate::timeline::Timeline;
@@ -21,8 +22,14 @@ pub struct Report {
     pub dtype: String,
     /// Digits a step.
     pub batch_size: usize,
+    /// The network, by its name on the command line.
+    pub model: String,
+    /// The optimizer, by its name on the command line.
+    pub optimizer: String,
     /// Variant of the norm, `burn` or `tutorial`.
     pub norm: String,
+    /// Threads of the CPU.
+    pub threads: usize,
     /// Version of Burn.
     pub burn_version: String,
     /// What was compared, in the order of the runs.
@@ -34,9 +41,9 @@ pub struct Report {
 pub struct VariantReport {
     /// `fused` or `unfused`.
     pub name: String,
-    /// The epochs that were finished, in order.
+    /// The epochs that were finished, in order; with those of a run that was resumed.
     pub epochs: Vec<EpochReport>,
-    /// Loss of every training step.
+    /// Loss of every training step; without those of a run that was resumed.
     pub step_losses: Vec<f64>,
     /// Median over full batches of the seconds that forward and backward took.
     pub step_seconds_median: f64,
@@ -63,6 +70,81 @@ pub struct EpochReport {
     pub test_loss: f64,
     /// Fraction of the test digits classified correctly after the epoch.
     pub test_accuracy: f64,
+}
+
+/// What a trained network made of digits: what `mnist predict --json` writes.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct PredictionReport {
+    /// The network, by its name on the command line.
+    pub model: String,
+    /// `fused`, `folded` or `unfused`.
+    pub form: String,
+    /// Element type of data and parameters.
+    pub dtype: String,
+    /// Epochs that it was trained for.
+    pub epoch: usize,
+    /// The test digits: `mnist`, `synthetic` or `custom`. Those that were classified, or those
+    /// whose statistics the pictures were normalized with; none where there were neither.
+    pub dataset: Option<String>,
+    /// What it made of the test set, if that was asked for.
+    pub test: Option<TestReport>,
+    /// What it made of each picture, in the order of their names.
+    pub images: Vec<ImageReport>,
+    /// Pictures that could not be read.
+    pub skipped: Vec<SkippedReport>,
+}
+
+/// Predictions for labelled digits.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct TestReport {
+    /// Digits.
+    pub digits: usize,
+    /// Those classified correctly.
+    pub correct: usize,
+    /// Their fraction.
+    pub accuracy: f64,
+    /// Mean loss of a digit.
+    pub average_loss: f64,
+    /// Numbers of digits, by what they are and then by what they were taken for.
+    pub confusion: [[usize; CLASSES]; CLASSES],
+    /// The digits that were taken for others, the worst first: those whose own class got the least
+    /// probability.
+    pub mistakes: Vec<MistakeReport>,
+}
+
+/// A digit that was taken for another one.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq)]
+pub struct MistakeReport {
+    /// Position in the test set, from 0.
+    pub index: usize,
+    /// What it is.
+    pub label: u8,
+    /// What it was taken for.
+    pub prediction: u8,
+    /// Probability of that, from 0 to 1.
+    pub probability: f64,
+}
+
+/// Prediction for a picture.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct ImageReport {
+    /// Name of its file.
+    pub file: String,
+    /// What it was taken for.
+    pub prediction: u8,
+    /// Probability of that, from 0 to 1.
+    pub probability: f64,
+    /// Probabilities of all classes.
+    pub probabilities: [f64; CLASSES],
+}
+
+/// A picture that could not be read.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct SkippedReport {
+    /// Name of its file.
+    pub file: String,
+    /// Why.
+    pub reason: String,
 }
 
 /// Medians and means of steps.
@@ -159,7 +241,10 @@ mod tests {
             device: "Flex".into(),
             dtype: "F32".into(),
             batch_size: 2,
+            model: "tutorial".into(),
+            optimizer: "adadelta".into(),
             norm: "burn".into(),
+            threads: 2,
             burn_version: "0".into(),
             variants: vec![VariantReport {
                 name: "fused".into(),

@@ -8,17 +8,16 @@ use burn::tensor::{FloatDType, Tensor};
 use burn::train::metric::{AccuracyInput, Adaptor, ItemLazy, LossInput};
 use burn::train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep};
 
-use burn_conv_bn_models::Net;
-
 use crate::batch::MnistBatch;
 use crate::memory::{MemoryProbe, StepMemory};
 use crate::metrics::TallyInput;
+use crate::model::Network;
 
 /// A network that classifies digits, as Burn trains it.
 #[derive(Module, Debug)]
 pub struct Classifier {
     /// The network; its outputs are log-probabilities.
-    pub net: Net,
+    pub net: Network,
     #[module(skip)]
     probe: MemoryProbe,
 }
@@ -29,7 +28,7 @@ impl Classifier {
     /// All parameters are initialized here, in the order of the module's fields. Left alone,
     /// Burn initializes each when it is first used, and two forms of a network that use theirs
     /// in a different order would start from different weights. Seed the device just before.
-    pub fn new(net: Net, probe: MemoryProbe, dtype: FloatDType) -> Self {
+    pub fn new(net: Network, probe: MemoryProbe, dtype: FloatDType) -> Self {
         Self {
             net: net.map(&mut Cast(dtype)),
             probe,

@@ -5,10 +5,12 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use burn_conv_bn_train::data::{OFFLINE, PIXELS};
-use burn_conv_bn_train::report::Report;
+use burn_conv_bn_train::data::{OFFLINE, PIXELS, SIDE, generate};
+use burn_conv_bn_train::report::{PredictionReport, Report};
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use image::{GrayImage, ImageFormat, Luma};
+use serde::de::DeserializeOwned;
 use tempfile::{TempDir, tempdir};
 
 const SMALL: &str = "--dataset synthetic --train-limit 64 --test-limit 32 --batch-size 32";
@@ -228,6 +230,12 @@ fn options_that_make_no_sense() {
         ("train --dropout 1.5", "--dropout"),
         ("parity --steps 0", "--steps"),
         ("train --resume --overwrite", "--overwrite"),
+        ("train --threads 0", "--threads"),
+        ("train --optimizer lbfgs", "--optimizer"),
+        ("compare --model lenet", "--model"),
+        ("compare --lr 0", "--lr"),
+        ("predict --images a --test-set", "--test-set"),
+        ("predict --test-set --form melted", "--form"),
     ] {
         let outcome = mnist(&folder, arguments);
         outcome.assert_exit(2);
@@ -304,6 +312,606 @@ fn outputs_that_cannot_be_written() {
     assert_eq!(fs::read_to_string(path("old.json")).unwrap(), "old");
     assert_eq!(entries(folder.path()), ["file", "folder", "old.json"]);
     assert!(entries(&path("folder")).is_empty());
+}
+
+/// The help of every command, which is what a stranger sees first.
+#[test]
+fn help_is_printed() {
+    let folder = tempdir().unwrap();
+    for (arguments, parts) in [
+        (
+            "--help",
+            vec!["compare", "train", "parity", "predict", "Examples:"],
+        ),
+        (
+            "train --help",
+            vec![
+                "Run:",
+                "Network:",
+                "Training:",
+                "Data:",
+                "Computation:",
+                "--optimizer <OPTIMIZER>",
+                "mobilenet-v2",
+                "0.05",
+                "--resume",
+                "Examples:",
+            ],
+        ),
+        (
+            "predict --help",
+            vec!["What to classify:", "--form <FORM>", "folded", "20 pixels"],
+        ),
+    ] {
+        let help = mnist(&folder, arguments).printed();
+        for part in parts {
+            assert!(help.contains(part), "{arguments}: no {part:?} in {help}");
+        }
+        assert!(!help.contains("run-variant"), "{help}");
+    }
+}
+
+#[test]
+fn other_networks_are_compared() {
+    let folder = tempdir().unwrap();
+    for model in ["resnet18", "mobilenet-v2"] {
+        let arguments = format!(
+            "compare --dataset synthetic --train-limit 8 --test-limit 4 --batch-size 4 --threads 1 \
+             --model {model} --optimizer sgd --json report.json --plot memory.svg"
+        );
+        let stdout = mnist(&folder, &arguments).printed();
+        assert!(stdout.contains("optimizer sgd"), "{stdout}");
+        let report: Report = json(&folder, "report.json");
+        assert_eq!(
+            (report.model.as_str(), report.optimizer.as_str()),
+            (model, "sgd")
+        );
+        assert_eq!(report.threads, 1);
+        let [fused, unfused] = report.variants.as_slice() else {
+            panic!("two variants in {report:?}");
+        };
+        assert_eq!((fused.step_losses.len(), unfused.step_losses.len()), (2, 2));
+        // The first step is from the same weights, whatever becomes of rounding later.
+        let difference = (fused.step_losses[0] - unfused.step_losses[0]).abs();
+        assert!(difference < 1e-2, "{fused:?}, {unfused:?}");
+        assert!(fused.saved_bytes < unfused.saved_bytes, "{report:?}");
+        let svg = fs::read_to_string(folder.path().join("memory.svg")).unwrap();
+        assert!(svg.contains(model), "no {model} in {svg}");
+    }
+}
+
+#[test]
+fn other_networks_and_optimizers_have_parity() {
+    let folder = tempdir().unwrap();
+    for (model, optimizer) in [("resnet18", "sgd"), ("mobilenet-v2", "adamw")] {
+        let arguments = format!(
+            "parity --dataset synthetic --train-limit 16 --batch-size 8 --steps 2 --precision f64 \
+             --model {model} --optimizer {optimizer}"
+        );
+        let stdout = mnist(&folder, &arguments).printed();
+        assert!(stdout.contains("largest difference"), "{stdout}");
+    }
+}
+
+#[test]
+fn networks_that_there_are_not() {
+    let folder = tempdir().unwrap();
+    for (options, parts) in [
+        (
+            "--model resnet18 --norm tutorial",
+            ["resnet18", "--norm burn"],
+        ),
+        ("--model resnet50 --dropout 0.1", ["resnet50", "0.1"]),
+        (
+            "--model mobilenet-v2 --batch-size 63",
+            ["64 digits in batches of 63", "mobilenet-v2"],
+        ),
+    ] {
+        for job in ["train --plain", "compare", "parity"] {
+            let arguments =
+                format!("{job} --dataset synthetic --train-limit 64 --test-limit 8 {options}");
+            mnist(&folder, &arguments).assert_refused(&parts);
+        }
+    }
+}
+
+#[test]
+fn a_configuration_goes_round() {
+    let folder = tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    let job = format!("train {SMALL} --optimizer adam --lr 2e-3 --norm tutorial --no-download");
+    let printed = mnist(&folder, &format!("{job} --print-config")).printed();
+    assert!(entries(folder.path()).is_empty(), "it only prints");
+    let options: toml::Table = printed.parse().unwrap();
+    for (option, value) in [
+        ("optimizer", "\"adam\""),
+        ("lr", "0.002"),
+        ("norm", "\"tutorial\""),
+        ("batch-size", "32"),
+        ("no-download", "true"),
+        ("resume", "false"),
+        // What was not asked for has the value that it would have.
+        ("model", "\"tutorial\""),
+        ("dropout", "0.5"),
+        ("gamma", "0.7"),
+    ] {
+        assert_eq!(options[option].to_string(), value, "{option} in {printed}");
+    }
+    assert!(!options.contains_key("config"), "{printed}");
+
+    write("job.toml", &printed);
+    write("job.json", &serde_json::to_string(&options).unwrap());
+    for config in ["job.toml", "job.json"] {
+        let again = mnist(&folder, &format!("train --config {config} --print-config"));
+        assert_eq!(again.printed(), printed, "{config}");
+    }
+    // The command line wins.
+    let changed = "train --config job.toml --lr 0.5 --seed 9 --print-config";
+    let changed: toml::Table = mnist(&folder, changed).printed().parse().unwrap();
+    assert_eq!(changed["lr"].as_float(), Some(0.5));
+    assert_eq!(changed["seed"].as_integer(), Some(9));
+    assert_eq!(changed["optimizer"], options["optimizer"]);
+
+    let run = "--plain --epochs 1 --artifacts";
+    let by_line = mnist(&folder, &format!("{job} {run} line")).printed();
+    let by_file = mnist(&folder, &format!("train --config job.toml {run} file")).printed();
+    assert_eq!(test_line(&by_file), test_line(&by_line));
+}
+
+#[test]
+fn configurations_that_make_no_sense() {
+    let folder = tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    write("unknown.toml", "learning-rate = 1\nlr = 1\n");
+    write("variant.toml", "variant = \"fused\"\n");
+    write("value.toml", "batch-size = 0\n");
+    write("kind.toml", "lr = [1, 2]\n");
+    write("syntax.toml", "lr = = 1\n");
+    write("syntax.json", "{\"lr\": }");
+    for (arguments, parts) in [
+        (
+            "train --config unknown.toml",
+            ["learning-rate;", "artifacts, batch-size"],
+        ),
+        (
+            "compare --config variant.toml",
+            ["variant;", "mnist compare"],
+        ),
+        ("parity --config value.toml", ["value.toml", "at least 1"]),
+        ("train --config kind.toml", ["lr", "a text or a number"]),
+        ("train --config syntax.toml", ["syntax.toml", "TOML"]),
+        ("train --config syntax.json", ["syntax.json", "line 1"]),
+        (
+            "train --config absent.toml",
+            ["absent.toml", "No such file"],
+        ),
+    ] {
+        mnist(&folder, arguments).assert_refused(&parts);
+    }
+}
+
+#[test]
+fn a_run_is_resumed_with_its_own_options() {
+    let folder = tempdir().unwrap();
+    let job = format!("train {SMALL} --plain --optimizer sgd --lr 0.02 --seed 5");
+    let whole = mnist(&folder, &format!("{job} --epochs 2 --artifacts whole")).printed();
+    mnist(&folder, &format!("{job} --epochs 1 --artifacts parts")).printed();
+    let resume = |options: &str| {
+        let arguments = format!("train --plain --artifacts parts --resume {options}");
+        mnist(&folder, &arguments)
+    };
+
+    write_mnist(folder.path());
+    for (options, parts) in [
+        ("--optimizer adam", ["parts", "--optimizer sgd, not adam"]),
+        ("--lr 0.03", ["parts", "--lr 0.02, not 0.03"]),
+        (
+            "--seed 6 --gamma 1",
+            ["--gamma 0.7, not 1.0", "--seed 5, not 6"],
+        ),
+        (
+            "--variant unfused",
+            ["parts", "--variant fused, not unfused"],
+        ),
+        (
+            "--model resnet18",
+            ["parts", "--model tutorial, not resnet18"],
+        ),
+        ("--norm tutorial", ["parts", "--norm burn, not tutorial"]),
+        ("--precision f64", ["parts", "--precision f32, not f64"]),
+        ("--batch-size 16", ["parts", "--batch-size 32, not 16"]),
+        ("--train-limit 32", ["parts", "--train-limit 64, not 32"]),
+        (
+            "--dataset mnist --data-dir .",
+            ["synthetic (64 training", "custom (20 training"],
+        ),
+    ] {
+        resume(&format!("--epochs 2 {options}")).assert_refused(&parts);
+    }
+
+    // With what is the same, and what may be another.
+    let resumed = resume("--epochs 2 --lr 2e-2 --optimizer sgd --log-interval 1");
+    assert_eq!(test_line(&resumed.printed()), test_line(&whole));
+
+    let stored = folder.path().join("parts/job.json");
+    let text = fs::read_to_string(&stored).unwrap();
+    assert!(text.contains("\"epochs\": 2"), "{text}");
+    fs::write(&stored, &text[..text.len() / 2]).unwrap();
+    resume("--epochs 3").assert_refused(&["job.json is damaged"]);
+    fs::remove_file(&stored).unwrap();
+    resume("--epochs 3").assert_refused(&["parts has no job.json"]);
+}
+
+/// What training said of the test set, prediction says, too; and what it says adds up.
+#[test]
+fn the_test_set_is_predicted() {
+    let folder = tempdir().unwrap();
+    let trained = mnist(
+        &folder,
+        "train --dataset synthetic --train-limit 128 --test-limit 96 --batch-size 64 --plain \
+         --epochs 2 --artifacts run",
+    )
+    .printed();
+    let predict = |options: &str| {
+        let arguments = format!("predict --artifacts run --test-set {options}");
+        mnist(&folder, &arguments)
+    };
+    let stdout = predict("--json out.json --mistakes worst.svg").printed();
+    assert_eq!(test_line(&stdout), test_line(&trained));
+    let report: PredictionReport = json(&folder, "out.json");
+    assert_eq!(
+        (report.model.as_str(), report.form.as_str(), report.epoch),
+        ("tutorial", "fused", 2)
+    );
+    assert_eq!(report.dataset.as_deref(), Some("synthetic"));
+    let test = report.test.unwrap();
+    let counted: usize = test.confusion.as_flattened().iter().sum();
+    assert_eq!((test.digits, counted), (96, 96));
+    let right: usize = (0..10).map(|digit| test.confusion[digit][digit]).sum();
+    assert_eq!(right, test.correct);
+    assert_eq!(test.mistakes.len(), 96 - test.correct);
+    assert!(
+        !test.mistakes.is_empty(),
+        "two epochs of two steps are not enough"
+    );
+    for mistake in &test.mistakes {
+        assert_ne!(mistake.label, mistake.prediction);
+        assert!((0.099..1.001).contains(&mistake.probability), "{mistake:?}");
+    }
+
+    let svg = fs::read_to_string(folder.path().join("worst.svg")).unwrap();
+    let worst = test.mistakes[0];
+    let label = format!(">{} read as {}</text>", worst.label, worst.prediction);
+    assert!(svg.contains(&label), "no {label} in {svg}");
+    assert_eq!(svg.matches("<g ").count(), test.mistakes.len().min(40));
+    assert!(svg.contains("96 digits of synthetic"), "{svg}");
+    predict("--mistakes worst.png").printed();
+    let png = image::open(folder.path().join("worst.png")).unwrap();
+    let rows = test.mistakes.len().min(40).div_ceil(8) as u32;
+    assert!(
+        png.width() > 8 * 112 && png.height() > rows * 112,
+        "{png:?}"
+    );
+
+    // The other form computes the same, and the epoch before something else.
+    predict("--form unfused --json unfused.json").printed();
+    let unfused: PredictionReport = json(&folder, "unfused.json");
+    let unfused = unfused.test.unwrap();
+    assert!((unfused.average_loss - test.average_loss).abs() < 1e-3);
+    let before = predict("--epoch 1 --json before.json").printed();
+    assert!(before.contains("after epoch 1"), "{before}");
+    let before: PredictionReport = json(&folder, "before.json");
+    assert_eq!(before.epoch, 1);
+    assert_ne!(before.test.unwrap().average_loss, test.average_loss);
+    // Fewer digits, and others.
+    predict("--test-limit 10 --json ten.json").printed();
+    let ten: PredictionReport = json(&folder, "ten.json");
+    assert_eq!(ten.test.unwrap().digits, 10);
+    write_mnist(folder.path());
+    let other = predict("--dataset mnist --data-dir .").printed();
+    assert!(
+        other.contains("Note: the model was trained on synthetic"),
+        "{other}"
+    );
+
+    for (options, parts) in [
+        (
+            "--form folded",
+            ["tutorial cannot be folded", "running statistics"],
+        ),
+        ("--epoch 7", ["no complete checkpoint", "epoch-7.json"]),
+        ("--mistakes worst.jpg", [".svg or .png", "worst.jpg"]),
+        ("--mistakes absent/worst.svg", ["cannot write", "absent"]),
+    ] {
+        predict(options).assert_refused(&parts);
+    }
+    mnist(&folder, "predict --test-set --artifacts absent").assert_refused(&["absent", "job.json"]);
+    mnist(&folder, "predict --artifacts run").assert_refused(&["--images DIR or --test-set"]);
+}
+
+/// A drawn digit, enlarged, on paper of another colour.
+fn drawing(index: usize, paper: u8, pen: u8) -> GrayImage {
+    let digits = generate(index + 1, 77);
+    let image = digits.image(index);
+    GrayImage::from_fn(180, 150, |x, y| {
+        let pixel = |at: u32, margin: u32| {
+            let at = at.checked_sub(margin)? as usize / 4;
+            (at < SIDE).then_some(at)
+        };
+        let ink = match (pixel(x, 50), pixel(y, 20)) {
+            (Some(x), Some(y)) => image[y * SIDE + x] > 127,
+            _ => false,
+        };
+        Luma([if ink { pen } else { paper }])
+    })
+}
+
+#[test]
+fn pictures_in_a_folder_are_predicted() {
+    let folder = tempdir().unwrap();
+    mnist(
+        &folder,
+        &format!("train {SMALL} --plain --epochs 1 --artifacts run"),
+    )
+    .printed();
+    let (scans, one) = (folder.path().join("scans"), folder.path().join("one"));
+    fs::create_dir(&scans).unwrap();
+    fs::create_dir(&one).unwrap();
+    for index in 0..4 {
+        let black = drawing(index, 255, 0);
+        let white = drawing(index, 0, 255);
+        let name = |ink: &str| scans.join(format!("{ink}-{index}"));
+        black
+            .save_with_format(name("black").with_extension("png"), ImageFormat::Png)
+            .unwrap();
+        white
+            .save_with_format(name("white").with_extension("pgm"), ImageFormat::Pnm)
+            .unwrap();
+    }
+    fs::copy(scans.join("black-2.png"), one.join("alone.png")).unwrap();
+    fs::write(scans.join("notes.txt"), "no picture").unwrap();
+
+    let predict = |options: &str| mnist(&folder, &format!("predict --artifacts run {options}"));
+    let stdout = predict("--images scans --json all.json").printed();
+    assert!(stdout.contains("the first 32 test digits"), "{stdout}");
+    let all: PredictionReport = json(&folder, "all.json");
+    assert_eq!((all.images.len(), all.skipped.len()), (8, 0));
+    assert_eq!(all.images[0].file, "black-0.png");
+    for image in &all.images {
+        assert!(
+            stdout.contains(&image.file),
+            "no {} in {stdout}",
+            image.file
+        );
+        let sum: f64 = image.probabilities.iter().sum();
+        assert!((sum - 1.0).abs() < 1e-5, "{image:?}");
+        assert_eq!(
+            image.probabilities[usize::from(image.prediction)],
+            image.probability
+        );
+    }
+    // The colours make no difference, nor does what else is there.
+    let alike = |a: &[f64; 10], b: &[f64; 10]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
+    for (black, white) in all.images[..4].iter().zip(&all.images[4..]) {
+        assert!(
+            alike(&black.probabilities, &white.probabilities),
+            "{black:?}, {white:?}"
+        );
+    }
+    predict("--images one --json one.json").printed();
+    let alone: PredictionReport = json(&folder, "one.json");
+    let (alone, among) = (&alone.images[0], &all.images[2]);
+    assert!(
+        alike(&alone.probabilities, &among.probabilities),
+        "{alone:?}, {among:?}"
+    );
+    // Burn's own layers take the same statistics.
+    predict("--images one --form unfused --json unfused.json").printed();
+    let unfused: PredictionReport = json(&folder, "unfused.json");
+    let differences = alone
+        .probabilities
+        .iter()
+        .zip(&unfused.images[0].probabilities);
+    for (fused, unfused) in differences {
+        assert!((fused - unfused).abs() < 1e-3, "{fused}, {unfused}");
+    }
+
+    // What cannot be read is named, and the rest is there all the same.
+    fs::write(scans.join("broken.png"), "no picture").unwrap();
+    GrayImage::from_pixel(30, 30, Luma([200]))
+        .save_with_format(scans.join("empty.png"), ImageFormat::Png)
+        .unwrap();
+    let outcome = predict("--images scans --json rest.json");
+    outcome.assert_exit(1);
+    for part in [
+        "skipped: broken.png cannot be decoded",
+        "skipped: empty.png is empty",
+        "error: 2 of 10 pictures could not be classified",
+    ] {
+        let error = &outcome.stderr;
+        assert!(error.contains(part), "no {part:?} in {error}");
+    }
+    let rest: PredictionReport = json(&folder, "rest.json");
+    let predictions = |report: &PredictionReport| -> Vec<(String, u8)> {
+        let images = report.images.iter();
+        images.map(|i| (i.file.clone(), i.prediction)).collect()
+    };
+    assert_eq!(predictions(&rest), predictions(&all));
+    let skipped: Vec<&str> = rest.skipped.iter().map(|s| s.file.as_str()).collect();
+    assert_eq!(skipped, ["broken.png", "empty.png"]);
+
+    fs::create_dir(folder.path().join("none")).unwrap();
+    for (options, parts) in [
+        ("--images none", ["none", "no pictures"]),
+        ("--images absent", ["absent", "No such file"]),
+        (
+            "--images scans --mistakes a.svg",
+            ["--mistakes", "--test-set"],
+        ),
+        (
+            "--images scans --form folded",
+            ["tutorial", "cannot be folded"],
+        ),
+    ] {
+        predict(options).assert_refused(&parts);
+    }
+}
+
+/// A network that keeps running statistics predicts the same in every form.
+#[test]
+fn a_network_with_statistics_is_folded() {
+    let folder = tempdir().unwrap();
+    mnist(
+        &folder,
+        "train --model mobilenet-v2 --optimizer sgd --dataset synthetic --train-limit 32 \
+         --test-limit 16 --batch-size 16 --epochs 1 --plain --artifacts run",
+    )
+    .printed();
+    let scans = folder.path().join("scans");
+    fs::create_dir(&scans).unwrap();
+    for index in 0..3 {
+        drawing(index, 255, 0)
+            .save_with_format(scans.join(format!("{index}.png")), ImageFormat::Png)
+            .unwrap();
+    }
+    let reports = ["fused", "folded", "unfused"].map(|form| {
+        let arguments =
+            format!("predict --artifacts run --images scans --form {form} --json {form}.json");
+        let stdout = mnist(&folder, &arguments).printed();
+        assert!(
+            stdout.contains(form) && !stdout.contains("Data:"),
+            "{stdout}"
+        );
+        let report: PredictionReport = json(&folder, &format!("{form}.json"));
+        assert_eq!((report.form.as_str(), report.dataset), (form, None));
+        report.images
+    });
+    let [fused, folded, unfused] = reports;
+    for other in [folded, unfused] {
+        for (fused, other) in fused.iter().zip(&other) {
+            let pairs = fused.probabilities.iter().zip(&other.probabilities);
+            for (a, b) in pairs {
+                assert!((a - b).abs() < 1e-3, "{fused:?}, {other:?}");
+            }
+        }
+    }
+    mnist(&folder, "predict --artifacts run --test-set --form folded").printed();
+}
+
+/// Runs the binary in a process group of its own, as a terminal does, waits for a line that starts
+/// so, and interrupts the group.
+#[cfg(unix)]
+fn interrupted(folder: &TempDir, arguments: &str, line: &str) -> Outcome {
+    use std::io::{BufRead, BufReader, Read};
+    use std::os::unix::process::CommandExt;
+
+    let mut child = Command::new(env!("CARGO_BIN_EXE_mnist"))
+        .args(arguments.split_whitespace())
+        .current_dir(folder)
+        .env(OFFLINE, "1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    let mut reader = BufReader::new(child.stdout.take().unwrap());
+    let mut stdout = String::new();
+    loop {
+        let start = stdout.len();
+        let read = reader.read_line(&mut stdout).unwrap();
+        assert!(read > 0, "{arguments}: no {line:?} in {stdout}");
+        if stdout[start..].starts_with(line) {
+            break;
+        }
+    }
+    let kill = format!("kill -INT -{}", child.id());
+    let killed = Command::new("sh").args(["-c", &kill]).status().unwrap();
+    assert!(killed.success(), "{kill}");
+    reader.read_to_string(&mut stdout).unwrap();
+    let output = child.wait_with_output().unwrap();
+    Outcome {
+        arguments: arguments.to_string(),
+        code: output.status.code(),
+        stdout,
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_training_says_what_it_keeps() {
+    let folder = tempdir().unwrap();
+    let options = "--plain --artifacts run --json out.json";
+    let outcome = interrupted(
+        &folder,
+        &format!("train {SMALL} {options} --epochs 9999"),
+        "Epoch 3/9999",
+    );
+    outcome.assert_exit(1);
+    let error = &outcome.stderr;
+    assert_eq!(error.lines().count(), 1, "{error}");
+    for part in [
+        "error: interrupted in ",
+        "kept in run: the checkpoints of epochs ",
+        "out.json has the epochs that were finished",
+    ] {
+        assert!(error.contains(part), "no {part:?} in {error}");
+    }
+    let (_, next) = error.split_once("--resume goes on with epoch ").unwrap();
+    let next: usize = next.split(';').next().unwrap().trim().parse().unwrap();
+    let checkpoint = |epoch: usize| {
+        let name = format!("run/checkpoint/epoch-{epoch}.json");
+        folder.path().join(name).exists()
+    };
+    assert!(
+        next > 2 && checkpoint(next - 1) && !checkpoint(next),
+        "{error}"
+    );
+
+    let resumed = mnist(
+        &folder,
+        &format!("train --plain --artifacts run --resume --epochs {next}"),
+    );
+    let resumed = resumed.printed();
+    let after = format!("Resuming after epoch {}.", next - 1);
+    assert!(resumed.contains(&after), "no {after:?} in {resumed}");
+    assert!(
+        resumed.contains(&format!("Epoch {next}/{next}")),
+        "{resumed}"
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_comparison_says_what_it_has() {
+    let folder = tempdir().unwrap();
+    let outcome = interrupted(
+        &folder,
+        &format!("compare {SMALL} --epochs 9999 --json out.json"),
+        "Epoch 1/9999",
+    );
+    outcome.assert_exit(1);
+    let error = &outcome.stderr;
+    for part in [
+        "error: interrupted: fused was stopped in epoch ",
+        "unfused was not begun",
+        "out.json has what was measured",
+        "no weights are kept",
+    ] {
+        assert!(error.contains(part), "no {part:?} in {error}");
+    }
+    let report: Report = json(&folder, "out.json");
+    let [fused] = report.variants.as_slice() else {
+        panic!("one variant in {report:?}");
+    };
+    assert!(fused.interrupted && !fused.epochs.is_empty());
+}
+
+/// Reads a file that the binary wrote.
+fn json<T: DeserializeOwned>(folder: &TempDir, name: &str) -> T {
+    let text = fs::read_to_string(folder.path().join(name)).unwrap();
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{name}: {error} in {text}"))
 }
 
 /// The names in a folder, sorted.

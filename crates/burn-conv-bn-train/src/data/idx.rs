@@ -19,6 +19,9 @@ pub const CLASSES: usize = 10;
 /// Most payload bytes (256 MiB) that a header may announce.
 pub const MAX_BYTES: u64 = 256 << 20;
 
+/// Most bytes that are allocated before any of them is there.
+const FIRST_BYTES: usize = 64 << 10;
+
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
 /// Why an IDX file was refused.
@@ -129,6 +132,9 @@ pub struct Digits {
 impl Digits {
     /// Reads an images file and its labels file, each plain or gzip-compressed.
     ///
+    /// Whatever a file announces or unpacks to, it takes no more memory than twice the bytes that
+    /// were read from it and 64 KiB, and no more than [`MAX_BYTES`], besides the decoder's own.
+    ///
     /// # Errors
     ///
     /// [`IdxError`] if a file cannot be read or is not sound, if the images
@@ -233,9 +239,20 @@ pub(super) struct IdxFile {
     pub(super) md5: u128,
 }
 
-/// Reads one file to its end; it allocates what the header announces and no more.
+/// Reads one file to its end.
 pub(super) fn read(path: &Path, kind: Kind) -> Result<IdxFile, IdxError> {
-    let mut content = Content::open(path)?;
+    match File::open(path) {
+        Ok(file) => parse(path, BufReader::new(file), kind),
+        Err(source) => Err(IdxError::Io {
+            path: path.into(),
+            source,
+        }),
+    }
+}
+
+/// Reads what a file holds; `path` names it in errors.
+fn parse(path: &Path, source: impl BufRead, kind: Kind) -> Result<IdxFile, IdxError> {
+    let mut content = Content::open(path, source)?;
     let magic = content.read_u32()?;
     if magic != kind.magic() {
         return Err(IdxError::Magic {
@@ -293,24 +310,23 @@ pub(super) fn read(path: &Path, kind: Kind) -> Result<IdxFile, IdxError> {
 /// The decompressed bytes of a file, hashed on the way.
 struct Content<'a> {
     path: &'a Path,
-    reader: Box<dyn Read>,
+    reader: Box<dyn Read + 'a>,
     gzip: bool,
     offset: u64,
     md5: md5::Context,
 }
 
 impl<'a> Content<'a> {
-    fn open(path: &'a Path) -> Result<Self, IdxError> {
-        let io = |source| IdxError::Io {
+    fn open(path: &'a Path, mut source: impl BufRead + 'a) -> Result<Self, IdxError> {
+        let first = source.fill_buf().map_err(|source| IdxError::Io {
             path: path.into(),
             source,
-        };
-        let mut file = BufReader::new(File::open(path).map_err(io)?);
-        let gzip = file.fill_buf().map_err(io)?.starts_with(&GZIP_MAGIC);
-        let reader: Box<dyn Read> = if gzip {
-            Box::new(MultiGzDecoder::new(file))
+        })?;
+        let gzip = first.starts_with(&GZIP_MAGIC);
+        let reader: Box<dyn Read + 'a> = if gzip {
+            Box::new(MultiGzDecoder::new(source))
         } else {
-            Box::new(file)
+            Box::new(source)
         };
         Ok(Self {
             path,
@@ -323,20 +339,26 @@ impl<'a> Content<'a> {
 
     /// The next `wanted` bytes, at most [`MAX_BYTES`].
     fn read(&mut self, wanted: u64) -> Result<Vec<u8>, IdxError> {
-        let mut bytes = Vec::with_capacity(wanted as usize);
-        let mut part = (&mut self.reader).take(wanted);
-        if let Err(source) = part.read_to_end(&mut bytes) {
-            return Err(self.failed(source));
+        let mut bytes = Vec::new();
+        while (bytes.len() as u64) < wanted {
+            // A header is no reason to allocate: only bytes that are there are, for as many again.
+            let more = bytes.len().max(FIRST_BYTES);
+            let more = (wanted - bytes.len() as u64).min(more as u64);
+            bytes.reserve_exact(more as usize);
+            let read = (&mut self.reader).take(more).read_to_end(&mut bytes);
+            match read {
+                Ok(read) if read as u64 == more => {}
+                Ok(_) => {
+                    return Err(IdxError::Truncated {
+                        path: self.path.into(),
+                        found: self.offset + bytes.len() as u64,
+                        wanted: self.offset + wanted,
+                    });
+                }
+                Err(source) => return Err(self.failed(source)),
+            }
         }
-        let found = bytes.len() as u64;
-        if found < wanted {
-            return Err(IdxError::Truncated {
-                path: self.path.into(),
-                found: self.offset + found,
-                wanted: self.offset + wanted,
-            });
-        }
-        self.offset += found;
+        self.offset += wanted;
         self.md5.consume(&bytes);
         Ok(bytes)
     }
@@ -370,6 +392,48 @@ impl<'a> Content<'a> {
             IdxError::Io { path, source }
         }
     }
+}
+
+/// Reads `bytes` as a file of images and as one of labels, and checks what holds of any bytes. For
+/// the fuzz target, and for the tests that do its work where there is no fuzzer.
+///
+/// Returns the number of items that each has, or why it was refused.
+///
+/// # Panics
+///
+/// If what should hold does not.
+#[doc(hidden)]
+pub fn exercise(bytes: &[u8]) -> [Result<usize, IdxError>; 2] {
+    let path = Path::new("input");
+    let read = [Kind::Images, Kind::Labels].map(|kind| -> Result<usize, IdxError> {
+        let file = parse(path, bytes, kind)?;
+        let (header, item_bytes) = match kind {
+            Kind::Images => (16, PIXELS),
+            Kind::Labels => (8, 1),
+        };
+        let items = file.data.len() / item_bytes;
+        assert!(items > 0, "no items");
+        assert_eq!(file.data.len() % item_bytes, 0, "a piece of an item");
+        assert_eq!(file.data.capacity(), file.data.len(), "memory to spare");
+        if kind == Kind::Labels {
+            let digits = file.data.iter().all(|&label| usize::from(label) < CLASSES);
+            assert!(digits, "a label that is no digit");
+        }
+        if !bytes.starts_with(&GZIP_MAGIC) {
+            assert_eq!(bytes[header..], file.data, "other bytes than the file's");
+            let count = u32::from_be_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
+            assert_eq!(count as usize, items, "another number of items");
+            let md5 = u128::from_be_bytes(md5::compute(bytes).into());
+            assert_eq!(file.md5, md5, "another checksum");
+        }
+        Ok(items)
+    });
+    assert!(read.iter().any(Result::is_err), "two kinds at once");
+    for error in read.iter().filter_map(|read| read.as_ref().err()) {
+        let text = error.to_string();
+        assert!(text.contains("input"), "the file is not named: {text}");
+    }
+    read
 }
 
 #[cfg(test)]

@@ -16,5 +16,7 @@ mod source;
 mod testing;
 
 pub use digits::generate;
+#[doc(hidden)]
+pub use idx::exercise as exercise_idx;
 pub use idx::{CLASSES, Digits, IdxError, MAX_BYTES, PIXELS, SIDE};
 pub use source::{DataError, DataOrigin, DataRequest, DatasetChoice, MnistData, OFFLINE, resolve};

@@ -1,0 +1,445 @@
+//! The networks that a job can train, as one.
+
+use burn::module::Module;
+use burn::tensor::activation::log_softmax;
+use burn::tensor::ops::PadMode;
+use burn::tensor::{Device, Tensor};
+use burn_conv_bn::{NormVariant, Recompute, SavedTensor};
+use burn_conv_bn_models::{
+    Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::batch::{MEAN, STD};
+use crate::data::{CLASSES, SIDE};
+
+/// Pixels added on each side for torchvision's networks, which halve their images five times:
+/// 28 becomes 32.
+const PADDING: usize = 2;
+
+/// Width of VGG's hidden linear layers. Its 4096, for 1000 classes, would be 120 million parameters
+/// for ten.
+const VGG_HIDDEN: usize = 512;
+
+/// Which network.
+///
+/// Torchvision's take images of one channel, padded with black to 32x32: their first convolution
+/// has one input channel, and all else is as it is there. They keep running statistics, for
+/// evaluation; the tutorial's has none, and normalizes with each batch's own.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Tensor};
+/// use burn_conv_bn::{NormVariant, Recompute};
+/// use burn_conv_bn_models::Form;
+/// use burn_conv_bn_train::model::{ModelChoice, NetworkOptions};
+///
+/// let options = NetworkOptions {
+///     form: Form::Fused,
+///     norm: NormVariant::BatchNorm,
+///     dropout: 0.0,
+///     recompute: Recompute::Conv,
+///     max_workspace: None,
+/// };
+/// let device = Device::flex().autodiff();
+/// let network = ModelChoice::MobilenetV2.init(&options, &device);
+/// let digits = Tensor::<4>::zeros([2, 1, 28, 28], &device);
+/// assert_eq!(network.forward(digits).dims(), [2, 10]);
+/// # }
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ModelChoice {
+    /// The tutorial's: two convolutions, without running statistics.
+    Tutorial,
+    /// ResNet-18.
+    Resnet18,
+    /// ResNet-34.
+    Resnet34,
+    /// ResNet-50, version 1.5.
+    Resnet50,
+    /// VGG-16 with batch norm, and hidden linear layers of 512.
+    Vgg16Bn,
+    /// MobileNetV2.
+    MobilenetV2,
+}
+
+/// Why there is no such network, or none for such batches.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// A norm that the network does not have.
+    #[error(
+        "{model} keeps running statistics, with which the tutorial's norm has no unfused form to \
+         compare with; use --norm burn"
+    )]
+    Norm {
+        /// The network.
+        model: &'static str,
+    },
+    /// A dropout that the network does not have.
+    #[error("{model} has no dropout, but a probability of {probability} was given")]
+    Dropout {
+        /// The network.
+        model: &'static str,
+        /// The probability that was given.
+        probability: f64,
+    },
+    /// A training batch of one digit, which the network cannot take statistics of.
+    #[error(
+        "{digits} digits in batches of {batch_size} leave one digit alone in a batch, which \
+         {model} cannot take statistics of: its last images are of one pixel; use another \
+         --batch-size or --train-limit"
+    )]
+    Alone {
+        /// The network.
+        model: &'static str,
+        /// Training digits.
+        digits: usize,
+        /// Digits a step.
+        batch_size: usize,
+    },
+}
+
+/// What a network is made of, besides the choice which.
+#[derive(Clone, Copy, Debug)]
+pub struct NetworkOptions {
+    /// How the blocks run.
+    pub form: Form,
+    /// The norm of all blocks.
+    pub norm: NormVariant,
+    /// Probability of dropping a hidden value.
+    pub dropout: f64,
+    /// What fused blocks do with the convolution's output.
+    pub recompute: Recompute,
+    /// Bound on the fused blocks' workspace, in bytes.
+    pub max_workspace: Option<usize>,
+}
+
+impl ModelChoice {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tutorial => "tutorial",
+            Self::Resnet18 => "resnet18",
+            Self::Resnet34 => "resnet34",
+            Self::Resnet50 => "resnet50",
+            Self::Vgg16Bn => "vgg16-bn",
+            Self::MobilenetV2 => "mobilenet-v2",
+        }
+    }
+
+    /// The dropout of its authors; 0 for the residual networks, which have none.
+    pub fn default_dropout(self) -> f64 {
+        match self {
+            Self::Tutorial | Self::Vgg16Bn => 0.5,
+            Self::MobilenetV2 => 0.2,
+            Self::Resnet18 | Self::Resnet34 | Self::Resnet50 => 0.0,
+        }
+    }
+
+    /// Whether it evaluates on running statistics.
+    pub fn tracks_statistics(self) -> bool {
+        self != Self::Tutorial
+    }
+
+    fn has_dropout(self) -> bool {
+        self.default_dropout() > 0.0
+    }
+
+    /// Checks that the network exists with that norm and that dropout.
+    ///
+    /// # Errors
+    ///
+    /// [`ModelError::Norm`] or [`ModelError::Dropout`].
+    pub fn check(self, norm: NormVariant, dropout: f64) -> Result<(), ModelError> {
+        let model = self.name();
+        if self.tracks_statistics() && norm == NormVariant::Tutorial {
+            return Err(ModelError::Norm { model });
+        }
+        if dropout > 0.0 && !self.has_dropout() {
+            return Err(ModelError::Dropout {
+                model,
+                probability: dropout,
+            });
+        }
+        Ok(())
+    }
+
+    /// Checks that no batch of a training is too small.
+    ///
+    /// # Errors
+    ///
+    /// [`ModelError::Alone`].
+    pub fn check_batches(self, digits: usize, batch_size: usize) -> Result<(), ModelError> {
+        // VGG's last convolutions see four pixels, and the tutorial's hundreds.
+        let takes_one = matches!(self, Self::Tutorial | Self::Vgg16Bn);
+        let alone = batch_size == 1 || digits.checked_rem(batch_size) == Some(1);
+        if alone && !takes_one {
+            return Err(ModelError::Alone {
+                model: self.name(),
+                digits,
+                batch_size,
+            });
+        }
+        Ok(())
+    }
+
+    /// A network in its initial state, drawn from the device's generator at once: the same seed
+    /// gives the same weights in both forms.
+    pub fn init(self, options: &NetworkOptions, device: &Device) -> Network {
+        let NetworkOptions {
+            form,
+            norm,
+            dropout,
+            recompute,
+            max_workspace,
+        } = *options;
+        let resnet = |config: ResNetConfig| {
+            let config = config
+                .with_classes(CLASSES)
+                .with_input_channels(1)
+                .with_recompute(recompute)
+                .with_max_workspace(max_workspace);
+            Network::ResNet(config.init(device))
+        };
+        match self {
+            Self::Tutorial => Network::Tutorial(
+                NetConfig::new(form)
+                    .with_norm(norm)
+                    .with_dropout(dropout)
+                    .with_recompute(recompute)
+                    .with_max_workspace(max_workspace)
+                    .init(device),
+            ),
+            Self::Resnet18 => resnet(ResNetConfig::resnet18(form)),
+            Self::Resnet34 => resnet(ResNetConfig::resnet34(form)),
+            Self::Resnet50 => resnet(ResNetConfig::resnet50(form)),
+            Self::Vgg16Bn => Network::Vgg(
+                VggConfig::vgg16_bn(form)
+                    .with_classes(CLASSES)
+                    .with_input_channels(1)
+                    .with_hidden(VGG_HIDDEN)
+                    .with_dropout(dropout)
+                    .with_recompute(recompute)
+                    .with_max_workspace(max_workspace)
+                    .init(device),
+            ),
+            Self::MobilenetV2 => Network::MobileNetV2(
+                MobileNetV2Config::new(form)
+                    .with_classes(CLASSES)
+                    .with_input_channels(1)
+                    .with_dropout(dropout)
+                    .with_recompute(recompute)
+                    .with_max_workspace(max_workspace)
+                    .init(device),
+            ),
+        }
+    }
+}
+
+/// A network for digits.
+#[allow(clippy::large_enum_variant, reason = "there are few at a time")]
+#[derive(Module, Debug)]
+pub enum Network {
+    /// The tutorial's.
+    Tutorial(Net),
+    /// A residual network.
+    ResNet(ResNet),
+    /// VGG with batch norm.
+    Vgg(Vgg),
+    /// MobileNetV2.
+    MobileNetV2(MobileNetV2),
+}
+
+impl Network {
+    /// Log-probabilities of the classes.
+    ///
+    /// # Shapes
+    ///
+    /// - `images`: `[batch, 1, 28, 28]`, normalized as
+    ///   [`MnistBatcher`](crate::batch::MnistBatcher) does
+    /// - output: `[batch, 10]`
+    ///
+    /// # Panics
+    ///
+    /// If a training batch is too small; see [`ModelChoice::check_batches`].
+    pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        let scores = match self {
+            Self::Tutorial(net) => return net.forward(images),
+            Self::ResNet(net) => net.forward(padded(images)),
+            Self::Vgg(net) => net.forward(padded(images)),
+            Self::MobileNetV2(net) => net.forward(padded(images)),
+        };
+        log_softmax(scores, 1)
+    }
+
+    /// How the blocks run.
+    pub fn form(&self) -> Form {
+        match self {
+            Self::Tutorial(net) => net.form(),
+            Self::ResNet(net) => net.form(),
+            Self::Vgg(net) => net.form(),
+            Self::MobileNetV2(net) => net.form(),
+        }
+    }
+
+    /// The same network, with the same tensors, in another form.
+    #[must_use]
+    pub fn with_form(self, form: Form) -> Self {
+        match self {
+            Self::Tutorial(net) => Self::Tutorial(net.with_form(form)),
+            Self::ResNet(net) => Self::ResNet(net.with_form(form)),
+            Self::Vgg(net) => Self::Vgg(net.with_form(form)),
+            Self::MobileNetV2(net) => Self::MobileNetV2(net.with_form(form)),
+        }
+    }
+
+    /// What each block keeps for the backward pass in this form, for a batch of that many digits:
+    /// by block, name and bytes.
+    ///
+    /// Without the digits themselves, which are data and there in any case. Padded ones are made in
+    /// the forward pass and stay because the first block keeps them, so they are listed.
+    pub fn saved_for_backward(&self, batch: usize) -> Vec<(String, SavedTensor)> {
+        let side = SIDE + 2 * PADDING;
+        let shape = [batch, 1, side, side];
+        match self {
+            Self::Tutorial(net) => net
+                .saved_for_backward(batch, SIDE)
+                .into_iter()
+                .filter(|(block, tensor)| !(*block == "conv1" && tensor.name == "input"))
+                .map(|(block, tensor)| (block.to_string(), tensor))
+                .collect(),
+            Self::ResNet(net) => net.saved_for_backward(shape),
+            Self::Vgg(net) => net.saved_for_backward(shape),
+            Self::MobileNetV2(net) => net.saved_for_backward(shape),
+        }
+    }
+}
+
+/// Normalized images, with black around them.
+pub(crate) fn padded(images: Tensor<4>) -> Tensor<4> {
+    let black = (-MEAN / STD) as f32;
+    images.pad(
+        (PADDING, PADDING, PADDING, PADDING),
+        PadMode::Constant(black),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use burn::tensor::{Distribution, FloatDType, TensorData, Tolerance};
+
+    #[test]
+    fn names_are_those_of_the_command_line() {
+        for choice in ModelChoice::value_variants() {
+            let value = choice.to_possible_value().expect("no choice is hidden");
+            assert_eq!(value.get_name(), choice.name());
+            let json = serde_json::to_string(choice).expect("a name is JSON");
+            assert_eq!(json, format!("{:?}", choice.name()));
+        }
+    }
+
+    fn options(choice: ModelChoice, form: Form) -> NetworkOptions {
+        NetworkOptions {
+            form,
+            norm: NormVariant::BatchNorm,
+            dropout: choice.default_dropout(),
+            recompute: Recompute::Conv,
+            max_workspace: None,
+        }
+    }
+
+    /// In evaluation, where only the tutorial's network depends on the rest of the batch.
+    #[test]
+    fn every_network_gives_log_probabilities_of_digits() {
+        let device = Device::flex();
+        let images = Tensor::<4>::random([2, 1, SIDE, SIDE], Distribution::Default, &device);
+        for &choice in ModelChoice::value_variants() {
+            let fused = choice.init(&options(choice, Form::Fused), &device).valid();
+            assert_eq!(fused.form(), Form::Fused);
+            let output = fused.forward(images.clone());
+            assert_eq!(output.dims(), [2, CLASSES], "{choice:?}");
+            let sums = output.clone().exp().sum_dim(1).into_data();
+            let ones = TensorData::new(vec![1.0f32; 2], [2, 1]);
+            sums.assert_approx_eq::<f32>(&ones, Tolerance::absolute(1e-4));
+
+            let unfused = fused.with_form(Form::Unfused);
+            assert_eq!(unfused.form(), Form::Unfused);
+            // Untrained, the deeper ones have scores in the thousands.
+            let tolerance = Tolerance::rel_abs(1e-3, 1e-2);
+            let unfused = unfused.forward(images.clone()).into_data();
+            output
+                .into_data()
+                .assert_approx_eq::<f32>(&unfused, tolerance);
+        }
+    }
+
+    #[test]
+    fn padding_is_black() {
+        let device = Device::flex();
+        let white = Tensor::<4>::ones([1, 1, SIDE, SIDE], &device).cast(FloatDType::F64);
+        let padded = padded(white);
+        assert_eq!(padded.dims(), [1, 1, 32, 32]);
+        let values: Vec<f64> = padded.into_data().iter::<f64>().collect();
+        for (at, value) in values.into_iter().enumerate() {
+            let inside = [at / 32, at % 32].iter().all(|i| (2..30).contains(i));
+            let wanted = if inside { 1.0 } else { -MEAN / STD };
+            assert!((value - wanted).abs() < 1e-6, "{value} at {at}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_refused() {
+        let (burn, tutorial) = (NormVariant::BatchNorm, NormVariant::Tutorial);
+        let (net, resnet) = (ModelChoice::Tutorial, ModelChoice::Resnet18);
+        assert_eq!(net.check(tutorial, 0.5), Ok(()));
+        assert_eq!(resnet.check(burn, 0.0), Ok(()));
+        assert_eq!(ModelChoice::MobilenetV2.check(burn, 0.2), Ok(()));
+        let model = "resnet18";
+        assert_eq!(resnet.check(tutorial, 0.0), Err(ModelError::Norm { model }));
+        let probability = 0.5;
+        let refused = Err(ModelError::Dropout { model, probability });
+        assert_eq!(resnet.check(burn, probability), refused);
+    }
+
+    #[test]
+    fn one_digit_alone_is_refused() {
+        for (model, digits, batch_size, fine) in [
+            (ModelChoice::Resnet18, 64, 32, true),
+            (ModelChoice::Resnet18, 65, 32, false),
+            (ModelChoice::Resnet18, 66, 32, true),
+            (ModelChoice::MobilenetV2, 64, 1, false),
+            (ModelChoice::Resnet50, 1, 32, false),
+            (ModelChoice::Tutorial, 65, 32, true),
+            (ModelChoice::Vgg16Bn, 65, 32, true),
+        ] {
+            let checked = model.check_batches(digits, batch_size);
+            assert_eq!(checked.is_ok(), fine, "{model:?}, {digits}, {batch_size}");
+        }
+    }
+
+    /// One channel and padding change nothing but the first block's input.
+    #[test]
+    fn networks_list_what_they_keep() {
+        let device = Device::flex().autodiff();
+        let saved = |choice: ModelChoice, form| {
+            let network = choice.init(&options(choice, form), &device);
+            network.saved_for_backward(3)
+        };
+        let first = saved(ModelChoice::Resnet18, Form::Fused);
+        let (block, tensor) = &first[0];
+        assert_eq!((block.as_str(), tensor.name), ("conv1", "input"));
+        assert_eq!(tensor.shape.to_vec(), [3, 1, 32, 32]);
+        let tutorial = saved(ModelChoice::Tutorial, Form::Fused);
+        let inputs: Vec<_> = tutorial
+            .iter()
+            .filter(|(_, tensor)| tensor.name == "input")
+            .map(|(block, _)| block.as_str())
+            .collect();
+        assert_eq!(inputs, ["conv2"]);
+    }
+}

@@ -1,0 +1,391 @@
+//! The picture of what a network got wrong.
+
+use std::fmt::Write as _;
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+
+use image::{GrayImage, ImageFormat, Luma};
+
+use super::font;
+use crate::data::{PIXELS, SIDE};
+
+/// Digits that a picture shows at most.
+pub const SHOWN: usize = COLUMNS * 5;
+
+/// Digits in a row.
+const COLUMNS: usize = 8;
+
+/// Points in the picture for a pixel of a digit, and for a dot of a letter.
+const ZOOM: u32 = 4;
+const DOT: u32 = 2;
+
+/// From one letter to the next.
+const ADVANCE: u32 = (font::WIDTH + 1) * DOT;
+
+/// From one line to the next.
+const LINE: u32 = 22;
+
+/// Height and width of a digit.
+const DIGIT: u32 = SIDE as u32 * ZOOM;
+
+/// From one digit to the next, right and down, with room for its two lines.
+const RIGHT: u32 = 12 * ADVANCE + 4;
+const DOWN: u32 = DIGIT + GAP + 2 * LINE + 12;
+
+/// Between a digit and the line below it.
+const GAP: u32 = 6;
+
+/// Around everything.
+const MARGIN: u32 = 20;
+
+/// Width of a picture.
+const WIDTH: u32 = 2 * MARGIN + COLUMNS as u32 * RIGHT;
+
+/// Letters that fit a line across the picture.
+pub(super) const LETTERS: usize = ((WIDTH - 2 * MARGIN) / ADVANCE) as usize;
+
+/// How a picture is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PictureFormat {
+    /// Scalable Vector Graphics.
+    Svg,
+    /// Portable Network Graphics.
+    Png,
+}
+
+/// The name of a picture's file does not say how to store it.
+#[derive(Debug, thiserror::Error)]
+#[error("a picture is written to a file that ends in .svg or .png, which {} does not", .0.display())]
+pub struct PictureFormatError(PathBuf);
+
+impl PictureFormat {
+    /// That of a file with such a name.
+    ///
+    /// # Errors
+    ///
+    /// [`PictureFormatError`] if it ends neither in `.svg` nor in `.png`.
+    pub fn of(path: &Path) -> Result<Self, PictureFormatError> {
+        let ends_in = |wanted: &str| {
+            path.extension()
+                .is_some_and(|extension| extension.eq_ignore_ascii_case(wanted))
+        };
+        match (ends_in("svg"), ends_in("png")) {
+            (true, _) => Ok(Self::Svg),
+            (_, true) => Ok(Self::Png),
+            _ => Err(PictureFormatError(path.to_path_buf())),
+        }
+    }
+}
+
+/// A digit that was taken for another one.
+#[derive(Clone, Debug)]
+pub struct Tile {
+    /// The digit, white on black.
+    pub image: [u8; PIXELS],
+    /// What it is.
+    pub label: u8,
+    /// What it was taken for.
+    pub prediction: u8,
+    /// With which probability, from 0 to 1.
+    pub probability: f64,
+}
+
+impl Tile {
+    /// What stands below the digit.
+    fn lines(&self) -> [String; 2] {
+        [
+            format!("{} read as {}", self.label, self.prediction),
+            format!("{:.2} %", 100.0 * self.probability),
+        ]
+    }
+}
+
+/// What a picture consists of. Coordinates are of the upper left corner.
+enum Mark<'a> {
+    Digit {
+        x: u32,
+        y: u32,
+        image: &'a [u8; PIXELS],
+    },
+    Text {
+        x: u32,
+        y: u32,
+        text: String,
+    },
+}
+
+/// Draws the first [`SHOWN`] of `tiles`, below lines of text that are cut off where the picture
+/// ends.
+///
+/// # Errors
+///
+/// If the PNG encoder fails.
+pub fn draw(format: PictureFormat, heading: &[String], tiles: &[Tile]) -> anyhow::Result<Vec<u8>> {
+    let tiles = &tiles[..tiles.len().min(SHOWN)];
+    let top = MARGIN + heading.len() as u32 * LINE + 12;
+    let rows = tiles.len().div_ceil(COLUMNS) as u32;
+    let height = top + rows * DOWN + MARGIN;
+
+    let mut marks = Vec::new();
+    for (line, y) in heading.iter().zip((MARGIN..).step_by(LINE as usize)) {
+        marks.push(Mark::Text {
+            x: MARGIN,
+            y,
+            text: line.to_lowercase().chars().take(LETTERS).collect(),
+        });
+    }
+    for (index, tile) in tiles.iter().enumerate() {
+        let left = MARGIN + (index % COLUMNS) as u32 * RIGHT;
+        let y = top + (index / COLUMNS) as u32 * DOWN;
+        marks.push(Mark::Digit {
+            x: left + (RIGHT - DIGIT) / 2,
+            y,
+            image: &tile.image,
+        });
+        for (line, text) in (0..).zip(tile.lines()) {
+            marks.push(Mark::Text {
+                x: left + (RIGHT - width(&text)) / 2,
+                y: y + DIGIT + GAP + line * LINE,
+                text,
+            });
+        }
+    }
+    match format {
+        PictureFormat::Svg => Ok(svg(height, &marks).into_bytes()),
+        PictureFormat::Png => png(height, &marks),
+    }
+}
+
+/// Width of a text, in letters that are all of the same width.
+fn width(text: &str) -> u32 {
+    text.chars().count() as u32 * ADVANCE - DOT
+}
+
+fn svg(height: u32, marks: &[Mark]) -> String {
+    // A letter of such a font is 0.6 of its size wide, a little less than a letter of dots.
+    let size = f64::from(ADVANCE) / 0.63;
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
+         viewBox=\"0 0 {WIDTH} {height}\" font-family=\"monospace\" font-size=\"{size:.1}\">\n\
+         <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#fff\"/>\n"
+    );
+    for mark in marks {
+        match mark {
+            Mark::Digit { x, y, image } => {
+                let _ = writeln!(
+                    svg,
+                    "<g transform=\"translate({x} {y}) scale({ZOOM})\" \
+                     shape-rendering=\"crispEdges\">\
+                     <rect width=\"{SIDE}\" height=\"{SIDE}\"/>{}</g>",
+                    paths(image)
+                );
+            }
+            Mark::Text { x, y, text } => {
+                let baseline = y + font::HEIGHT * DOT;
+                let text = text.replace('&', "&amp;").replace('<', "&lt;");
+                let _ = writeln!(svg, "<text x=\"{x}\" y=\"{baseline}\">{text}</text>");
+            }
+        }
+    }
+    svg.push_str("</svg>\n");
+    svg
+}
+
+/// A digit on black as one path for each of 15 shades, of bars as long as a shade goes on.
+fn paths(image: &[u8; PIXELS]) -> String {
+    const STEP: u8 = 17;
+
+    let shade = |pixel: u8| (u32::from(pixel) + u32::from(STEP) / 2) / u32::from(STEP);
+    let mut svg = String::new();
+    for wanted in 1..=u32::from(u8::MAX / STEP) {
+        let mut path = String::new();
+        for (y, row) in image.chunks_exact(SIDE).enumerate() {
+            let mut x = 0;
+            for bar in row.chunk_by(|a, b| shade(*a) == shade(*b)) {
+                let length = bar.len();
+                if shade(bar[0]) == wanted {
+                    let _ = write!(path, "M{x} {y}h{length}v1h-{length}z");
+                }
+                x += length;
+            }
+        }
+        if !path.is_empty() {
+            let grey = wanted * u32::from(STEP);
+            let _ = write!(
+                svg,
+                "<path fill=\"rgb({grey},{grey},{grey})\" d=\"{path}\"/>"
+            );
+        }
+    }
+    svg
+}
+
+fn png(height: u32, marks: &[Mark]) -> anyhow::Result<Vec<u8>> {
+    let mut picture = GrayImage::from_pixel(WIDTH, height, Luma([255]));
+    for mark in marks {
+        match mark {
+            Mark::Digit { x, y, image } => {
+                for (at, &pixel) in image.iter().enumerate() {
+                    let (row, column) = ((at / SIDE) as u32, (at % SIDE) as u32);
+                    fill(
+                        &mut picture,
+                        [x + column * ZOOM, y + row * ZOOM],
+                        ZOOM,
+                        pixel,
+                    );
+                }
+            }
+            Mark::Text { x, y, text } => {
+                for (letter, left) in text.chars().zip((*x..).step_by(ADVANCE as usize)) {
+                    for (column, row) in (0..font::HEIGHT)
+                        .flat_map(|row| (0..font::WIDTH).map(move |column| (column, row)))
+                        .filter(|&(column, row)| font::has_dot(letter, column, row))
+                    {
+                        fill(&mut picture, [left + column * DOT, y + row * DOT], DOT, 0);
+                    }
+                }
+            }
+        }
+    }
+    let mut bytes = Cursor::new(Vec::new());
+    picture.write_to(&mut bytes, ImageFormat::Png)?;
+    Ok(bytes.into_inner())
+}
+
+/// Fills a square.
+fn fill(picture: &mut GrayImage, [left, top]: [u32; 2], side: u32, shade: u8) {
+    for y in top..top + side {
+        for x in left..left + side {
+            picture.put_pixel(x, y, Luma([shade]));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use crate::data::generate;
+
+    fn tiles(count: usize) -> Vec<Tile> {
+        let digits = generate(count, 5);
+        (0..count)
+            .map(|index| Tile {
+                image: *digits.image(index),
+                label: digits.label(index),
+                prediction: 9 - digits.label(index),
+                probability: 1.0 - index as f64 / 1000.0,
+            })
+            .collect()
+    }
+
+    fn heading() -> Vec<String> {
+        vec![
+            "The 40 worst of 132 mistakes on 10000 digits of mnist".to_string(),
+            "mobilenet-v2, unfused, epoch 12 (f64)".to_string(),
+        ]
+    }
+
+    fn decoded(heading: &[String], tiles: &[Tile]) -> GrayImage {
+        let png = draw(PictureFormat::Png, heading, tiles).unwrap();
+        image::load_from_memory(&png).unwrap().to_luma8()
+    }
+
+    #[test]
+    fn every_text_fits_and_has_its_letters() {
+        for tile in tiles(60) {
+            for line in tile.lines() {
+                assert!(width(&line) < RIGHT, "{line}");
+                assert!(line.chars().all(font::knows), "{line}");
+            }
+        }
+        for line in heading() {
+            assert!(width(&line) <= WIDTH - 2 * MARGIN, "{line}");
+            assert!(line.to_lowercase().chars().all(font::knows), "{line}");
+        }
+    }
+
+    #[test]
+    fn nothing_reaches_into_the_margin() {
+        for count in [0, 1, 9, 60] {
+            let picture = decoded(&heading(), &tiles(count));
+            let (width, height) = picture.dimensions();
+            assert_eq!(width, WIDTH);
+            let rows = count.min(SHOWN).div_ceil(COLUMNS) as u32;
+            assert_eq!(height, 2 * MARGIN + 2 * LINE + 12 + rows * DOWN, "{count}");
+            for (x, y, pixel) in picture.enumerate_pixels() {
+                let inside = |at: u32, length: u32| (MARGIN..length - MARGIN).contains(&at);
+                let margin = !inside(x, width) || !inside(y, height);
+                assert!(!margin || pixel.0[0] == 255, "{count}: ink at {x}, {y}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_digit_is_shown_as_it_is() {
+        let tile = &tiles(1)[0];
+        let picture = decoded(&[], std::slice::from_ref(tile));
+        let (left, top) = (MARGIN + (RIGHT - DIGIT) / 2, MARGIN + 12);
+        for (at, &pixel) in tile.image.iter().enumerate() {
+            let x = left + (at % SIDE) as u32 * ZOOM + ZOOM / 2;
+            let y = top + (at / SIDE) as u32 * ZOOM + ZOOM / 2;
+            assert_eq!(picture.get_pixel(x, y).0[0], pixel, "pixel {at}");
+        }
+    }
+
+    #[test]
+    fn the_drawing_says_the_same() {
+        let tiles = tiles(60);
+        let svg = draw(PictureFormat::Svg, &heading(), &tiles).unwrap();
+        let svg = String::from_utf8(svg).unwrap();
+        assert!(svg.contains("the 40 worst of 132 mistakes"), "{svg}");
+        assert!(svg.ends_with("</svg>\n"));
+        assert_eq!(svg.matches("<g ").count(), SHOWN);
+        for (index, tile) in tiles.iter().enumerate() {
+            let [what, probability] = tile.lines();
+            let shown = index < SHOWN;
+            assert!(!shown || svg.contains(&format!(">{what}</text>")), "{what}");
+            let shows = svg.contains(&format!(">{probability}</text>"));
+            assert_eq!(shows, shown, "{probability}");
+        }
+    }
+
+    /// Every pixel that is not black is under one bar, of nearly its shade.
+    #[test]
+    fn bars_cover_the_digit() {
+        let digit = *generate(1, 8).image(0);
+        let mut drawn = [0u8; PIXELS];
+        for path in paths(&digit).split("<path ").skip(1) {
+            let (_, shade) = path.split_once("rgb(").unwrap();
+            let shade: u8 = shade.split(',').next().unwrap().parse().unwrap();
+            let (_, bars) = path.split_once("d=\"M").unwrap();
+            for bar in bars.split('"').next().unwrap().split('M') {
+                let numbers: Vec<usize> = bar
+                    .split(|c: char| !c.is_ascii_digit())
+                    .filter_map(|number| number.parse().ok())
+                    .collect();
+                let [x, y, length, ..] = numbers[..] else {
+                    panic!("{bar}");
+                };
+                for pixel in &mut drawn[y * SIDE + x..y * SIDE + x + length] {
+                    assert_eq!(*pixel, 0, "two bars at {x}, {y}");
+                    *pixel = shade;
+                }
+            }
+        }
+        for (drawn, pixel) in drawn.iter().zip(digit) {
+            assert!(drawn.abs_diff(pixel) <= 8, "{drawn} for {pixel}");
+        }
+    }
+
+    #[test]
+    fn the_name_says_the_format() {
+        let of = |name: &str| PictureFormat::of(Path::new(name));
+        assert_eq!(of("a/b.svg").unwrap(), PictureFormat::Svg);
+        assert_eq!(of("b.PNG").unwrap(), PictureFormat::Png);
+        for name in ["b", "b.jpg", "svg"] {
+            let error = of(name).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains(".svg"), "{error}");
+        }
+    }
+}
