@@ -1,6 +1,20 @@
 use crate::Real;
 
 /// Element-wise function at the end.
+///
+/// ```
+/// use burn_conv_bn_cpu::{Activation, Affine, Geometry, normalize};
+///
+/// // One value of each of two channels.
+/// let one = [1; 3];
+/// let geometry = Geometry::new(1, [1, 2], 1, one, one, one, [(0, 0); 3], one)?;
+/// let affine = Affine { mean: &[0.0, 0.0], scale: &[1.0, 1.0], shift: &[0.0, 0.0] };
+/// let leaky = Activation::LeakyRelu { negative_slope: 0.25 };
+/// let mut values = [-2.0f32, 3.0];
+/// normalize(&geometry, &mut values, affine, None, leaky);
+/// assert_eq!(values, [-0.5, 3.0]);
+/// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// `y = v`.

@@ -11,6 +11,17 @@ const FILLED_POSITIONS: usize = 512;
 const LEAST_BLOCKS: usize = 2;
 
 /// Why a geometry is refused.
+///
+/// ```
+/// use burn_conv_bn_cpu::{Geometry, GeometryError};
+///
+/// let one = [1; 3];
+/// let error = Geometry::new(1, [3, 4], 2, one, one, one, [(0, 0); 3], one).unwrap_err();
+/// assert!(matches!(
+///     error,
+///     GeometryError::Groups { channels: [3, 4], groups: 2 }
+/// ));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GeometryError {
@@ -43,6 +54,19 @@ pub enum GeometryError {
 }
 
 /// Shapes of a convolution over depth, height and width; missing dimensions have size 1.
+///
+/// ```
+/// use burn_conv_bn_cpu::Geometry;
+///
+/// // 32 images of 64 channels and 28x28 pixels, 3x3 with stride 2 and padding 1.
+/// let padding = [(0, 0), (1, 1), (1, 1)];
+/// let geometry = Geometry::new(
+///     32, [64, 128], 1, [1, 28, 28], [1, 3, 3], [1, 2, 2], padding, [1; 3],
+/// )?;
+/// assert_eq!(geometry.output(), [1, 14, 14]);
+/// assert_eq!(geometry.output_len(), 128 * 14 * 14);
+/// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Geometry {
     batch: usize,

@@ -24,6 +24,67 @@
 //!
 //! Nothing here knows which variant of batch norm it serves: mean, scale and shift, and the
 //! coefficients of the gradient, come per channel from the caller.
+//!
+//! A training step of `relu(norm(conv(x)))`, of which nothing but `x` has to be kept between its two
+//! halves:
+//!
+//! ```
+//! use burn_conv_bn_cpu::{
+//!     Activation, Affine, Backward, ConvOutput, Geometry, Gradients, InputGradCoefficients,
+//!     backward, conv_moments, grad_sums, normalize, zeros,
+//! };
+//!
+//! // 3x3 over 8 images of 2 channels and 10x10 pixels, to 4 channels.
+//! let one = [1; 3];
+//! let geometry = Geometry::new(
+//!     8, [2, 4], 1, [1, 10, 10], [1, 3, 3], one, [(0, 0); 3], one,
+//! )?;
+//! let x: Vec<f32> = (0..8 * geometry.input_len()).map(|i| (i as f32).sin()).collect();
+//! let weight: Vec<f32> = (0..geometry.weight_len()).map(|i| (i as f32).cos()).collect();
+//!
+//! let mut y = zeros::<f32>(8 * geometry.output_len());
+//! let moments = conv_moments(&geometry, &x, &weight, &mut y);
+//! let mean: Vec<f32> = moments.mean.iter().map(|mean| *mean as f32).collect();
+//! let inv_std = |variance: f64| 1.0 / (variance + 1e-5).sqrt();
+//! let inv_std: Vec<f64> = moments.variance().map(inv_std).collect();
+//! let scale: Vec<f32> = inv_std.iter().map(|inv_std| *inv_std as f32).collect();
+//! let affine = Affine { mean: &mean, scale: &scale, shift: &[0.0; 4] };
+//! normalize(&geometry, &mut y, affine, None, Activation::Relu);
+//!
+//! // The gradient of the sum of the outputs: the convolution is recomputed, tile by tile, twice.
+//! let pass = Backward {
+//!     geometry: &geometry,
+//!     input: Some(&x),
+//!     weight: Some(&weight),
+//!     output_grad: &vec![1.0; y.len()],
+//!     affine,
+//!     activation: Activation::Relu,
+//!     residual: None,
+//!     output: None,
+//! };
+//! let sums = grad_sums(&pass, ConvOutput::Recompute);
+//! let values = (8 * geometry.positions()) as f64;
+//! let channel = |of: &dyn Fn(usize) -> f64| -> Vec<f32> { (0..4).map(|c| of(c) as f32).collect() };
+//! let slope = channel(&|c| -inv_std[c].powi(3) / values * sums.grad_deviation[c]);
+//! let offset = channel(&|c| -inv_std[c] * sums.grad[c] / values);
+//! let coefficients = InputGradCoefficients { scale: &scale, slope: &slope, offset: &offset };
+//! let mut input_grad = zeros::<f32>(x.len());
+//! let mut weight_grad = vec![0.0f32; weight.len()];
+//! let gradients = Gradients {
+//!     input: Some((input_grad.as_mut_slice(), weight.as_slice())),
+//!     weight: Some(&mut weight_grad),
+//!     residual: None,
+//! };
+//! backward(&pass, None, coefficients, gradients);
+//! assert!(weight_grad.iter().any(|grad| *grad != 0.0));
+//! # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
+//! ```
+//!
+//! # Features
+//!
+//! - `x86-v4`: kernels for AVX-512 too, chosen at run time where the processor has it. Off by default.
+
+#![deny(missing_docs)]
 
 mod activation;
 mod algorithm;
@@ -52,7 +113,19 @@ pub use geometry::{Geometry, GeometryError};
 pub use moments::Moments;
 pub use real::Real;
 
+/// The code of the package's Markdown page.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}
+
 /// Per-channel affine map with the mean kept apart: `scale * (z - mean) + shift`.
+///
+/// ```
+/// use burn_conv_bn_cpu::Affine;
+///
+/// let identity = Affine { mean: &[0.0, 0.0], scale: &[1.0, 1.0], shift: &[0.0, 0.0] };
+/// assert_eq!(identity.scale.len(), 2);
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Affine<'a, T> {
     /// `[channels_out]`.

@@ -27,6 +27,13 @@ pub enum Activation {
 }
 
 /// A slope, by the bits of an f64: kernels are told apart by it.
+///
+/// ```
+/// use burn_conv_bn_cubecl::{Activation, Slope};
+///
+/// let leaky = |slope| Activation::LeakyRelu(Slope::new(slope));
+/// assert_ne!(leaky(0.01), leaky(0.2));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Slope(u64);
 

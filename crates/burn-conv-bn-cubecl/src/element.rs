@@ -4,6 +4,13 @@ use burn_cubecl::cubecl::ir::ElemType;
 
 /// Dtype of statistics, sums and per-channel coefficients for data of `dtype`: f64 for f64, f32
 /// otherwise.
+///
+/// ```
+/// use burn_backend::DType;
+/// use burn_conv_bn_cubecl::accumulator_dtype;
+///
+/// assert_eq!(accumulator_dtype(DType::BF16), DType::F32);
+/// ```
 pub fn accumulator_dtype(dtype: DType) -> DType {
     match dtype {
         DType::F64 => DType::F64,

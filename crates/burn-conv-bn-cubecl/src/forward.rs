@@ -55,6 +55,7 @@ fn partial_moments_kernel<E: Float, T: Float, N: Size>(
 ///
 /// One read of the input. Sums are kept in f32 (f64 for f64) as means and squared deviations from
 /// them, so that a mean far from zero costs no digits. The variance of an empty tensor is NaN.
+/// [The crate](crate) has an example.
 pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, ChannelTable) {
     let accumulator = accumulator_type(input.dtype);
     let walk = Walk::new(&[input], accumulator.size());
@@ -121,7 +122,7 @@ fn normalize_kernel<E: Float, T: Float, N: Size>(
 /// `activation(input + residual)`.
 ///
 /// `residual` is of the input's shape and dtype. Written over the input where nothing else holds
-/// it, otherwise into a new buffer of the same layout.
+/// it, otherwise into a new buffer of the same layout. [The crate](crate) has an example.
 pub fn normalize(
     input: CubeTensor,
     table: Option<&ChannelTable>,

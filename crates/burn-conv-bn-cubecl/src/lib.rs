@@ -14,7 +14,68 @@
 //! Burn's convolutions return, padded rows, slices of a batch. Arithmetic is in f32 for f16, bf16
 //! and f32, and in f64 for f64. The variants of the norm differ in [`Norm`], which only the
 //! launches over `channels` values see.
+//!
+//! # Examples
+//!
+//! Tensors are Burn's on a CubeCL device. Forward, `z` being the convolution's output:
+//!
+//! ```no_run
+//! use burn_conv_bn_cubecl::{Activation, Affine, Moments, Norm, moments, normalize};
+//! use burn_cubecl::tensor::CubeTensor;
+//!
+//! /// Batch norm as Burn's.
+//! const NORM: Norm = Norm {
+//!     inner_epsilon: 1e-5,
+//!     outer_epsilon: 0.0,
+//!     degrees_of_freedom: 0,
+//! };
+//!
+//! /// `relu(norm(z))`, over `z` where nothing else holds it, and the statistics for the backward pass.
+//! fn norm_relu(z: CubeTensor, affine: Affine) -> (CubeTensor, Moments) {
+//!     let (statistics, table) = moments(&z, affine, NORM);
+//!     (normalize(z, Some(&table), None, Activation::Relu), statistics)
+//! }
+//! ```
+//!
+//! Backward, `z` being recomputed:
+//!
+//! ```no_run
+//! use burn_conv_bn_cubecl::{
+//!     Activation, Affine, AffineGrads, GradSums, Moments, Norm, PreActivation, channel_table,
+//!     norm_input_grad,
+//! };
+//! use burn_cubecl::tensor::CubeTensor;
+//!
+//! /// The gradients of `z`, over `z`, and of the norm's parameters, over `values` values a channel.
+//! fn norm_relu_backward(
+//!     z: CubeTensor,
+//!     output_grad: CubeTensor,
+//!     statistics: &Moments,
+//!     affine: Affine,
+//!     norm: Norm,
+//!     values: usize,
+//! ) -> (CubeTensor, AffineGrads) {
+//!     let table = channel_table(statistics, affine, norm, values);
+//!     let value = PreActivation {
+//!         output_grad,
+//!         norm_input: Some(z),
+//!         residual: None,
+//!         output: None,
+//!         activation: Activation::Relu,
+//!     };
+//!     let sums = GradSums::new(&value, Some(&table));
+//!     let grads = sums.finish(&table, statistics, affine, norm, values);
+//!     (norm_input_grad(value, Some(&table), false).grad, grads)
+//! }
+//! ```
+//!
+//! # Features
+//!
+//! `cpu`, `cuda`, `metal`, `rocm`, `vulkan`, `webgpu` and `wgpu` build CubeCL's runtimes of those
+//! names, and turn `runtime` on, which the tests need. None is on by default; a program that depends
+//! on Burn with a runtime of its own needs none of them.
 
+#![deny(missing_docs)]
 #![expect(
     unsafe_code,
     reason = "kernels are launched without bounds checks, which they make themselves"
@@ -33,6 +94,11 @@ pub use backward::{GradSums, NormInputGrad, PreActivation, norm_input_grad};
 pub use element::accumulator_dtype;
 pub use forward::{moments, normalize};
 pub use norm::{Affine, AffineGrads, ChannelTable, Moments, Norm, channel_table};
+
+/// The code of the package's Markdown page.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}
 
 use burn_cubecl::tensor::CubeTensor;
 

@@ -17,6 +17,18 @@ use crate::walk::{Grid, Lanes, Unit, Walk, is_idle, row, tensor_arg, unit};
 ///
 /// Batch normalization has `inner_epsilon` alone, and no `ddof`. For all of them
 /// `ds/dvar = -s^2 / (2 sqrt(var + inner_epsilon))`, which is taken as 0 where the root is 0.
+///
+/// ```
+/// use burn_conv_bn_cubecl::Norm;
+///
+/// // That of the PyTorch tutorial: unbiased variance, epsilon outside the root.
+/// let tutorial = Norm {
+///     inner_epsilon: 0.0,
+///     outer_epsilon: 1e-3,
+///     degrees_of_freedom: 1,
+/// };
+/// assert_ne!(tutorial.inner_epsilon, tutorial.outer_epsilon);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Norm {
     /// Added to the variance.
@@ -55,6 +67,14 @@ pub struct Moments {
 }
 
 /// The norm's learned parameters, `[channels]` each; 1 and 0 if absent. Both of one dtype.
+///
+/// ```
+/// use burn_conv_bn_cubecl::Affine;
+///
+/// // A norm without parameters.
+/// let affine = Affine::default();
+/// assert!(affine.gamma.is_none() && affine.beta.is_none());
+/// ```
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Affine<'a> {
     /// Scale.

@@ -1,22 +1,5 @@
-//! A global allocator that counts live bytes and their peak, exactly; and, with the feature
-//! `cubecl`, a meter of a CubeCL device's memory pool.
-//!
-//! Memory is what this project is about, and on the CPU nothing else measures it: a resident set
-//! counts pages the allocator keeps, and sampling misses the peak. Binaries and tests that report
-//! memory declare the allocator; libraries never do.
-//!
-//! ```
-//! use burn_conv_bn_memory::CountingAllocator;
-//!
-//! #[global_allocator]
-//! static ALLOCATOR: CountingAllocator = CountingAllocator::new();
-//!
-//! let before = ALLOCATOR.reset_peak();
-//! let buffer = vec![0u8; 1000];
-//! assert_eq!(ALLOCATOR.current() - before, 1000);
-//! drop(buffer);
-//! assert_eq!(ALLOCATOR.peak() - before, 1000);
-//! ```
+#![doc = include_str!("../README.md")]
+#![deny(missing_docs)]
 
 #[cfg(feature = "cubecl")]
 mod pool;
@@ -32,6 +15,24 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 /// Bytes are those that were asked for, without the allocator's own overhead. Each allocation
 /// costs two relaxed atomic operations. A snapshot taken while other threads allocate is a moment
 /// of theirs; nothing is lost.
+///
+/// A program declares it with `#[global_allocator]`, as in [the crate's example](crate). Here it is
+/// asked by hand:
+///
+/// ```
+/// use std::alloc::{GlobalAlloc, Layout};
+///
+/// use burn_conv_bn_memory::CountingAllocator;
+///
+/// let allocator = CountingAllocator::new();
+/// let layout = Layout::from_size_align(100, 8).unwrap();
+/// // SAFETY: the size is not zero, and the memory is given back once, with its layout.
+/// unsafe { allocator.dealloc(allocator.alloc(layout), layout) };
+/// assert_eq!(allocator.current(), 0);
+/// assert_eq!(allocator.take_peak(), 100);
+/// // That peak has ended.
+/// assert_eq!(allocator.peak(), 0);
+/// ```
 #[derive(Debug, Default)]
 pub struct CountingAllocator {
     current: AtomicUsize,

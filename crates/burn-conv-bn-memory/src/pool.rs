@@ -18,6 +18,20 @@ use cubecl::logging::{LaunchObservation, LaunchObserver};
 ///
 /// Looking costs a question to the device's thread for each launch. Only one meter of a process
 /// counts a peak at a time. Clones share the measurement.
+///
+/// ```no_run
+/// use burn_conv_bn_memory::PoolMeter;
+/// use cubecl::client::Client;
+///
+/// /// The most bytes that a step has in use above the level before it. The step must wait until the
+/// /// device is done.
+/// fn measure(client: Client, step: impl FnOnce()) -> usize {
+///     let meter = PoolMeter::new(client);
+///     let level = meter.reset_peak();
+///     step();
+///     meter.peak() - level
+/// }
+/// ```
 #[derive(Clone)]
 pub struct PoolMeter {
     samples: Arc<Samples>,

@@ -7,6 +7,22 @@ use burn_conv_bn::functional::batch_norm;
 use burn_conv_bn::{Activation, ConvBn2d, NormSpec, NormVariant, Recompute, SavedTensor};
 
 /// How a network runs its blocks.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::module::Module;
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_conv_bn_models::{Form, NetConfig};
+///
+/// let device = Device::flex();
+/// let fused = NetConfig::new(Form::Fused).with_hidden(16).init(&device).valid();
+/// let unfused = fused.clone().with_form(Form::Unfused);
+///
+/// let images = Tensor::<4>::random([4, 1, 28, 28], Distribution::Default, &device);
+/// let difference = fused.forward(images.clone()) - unfused.forward(images);
+/// assert!(difference.abs().max().into_scalar::<f32>() < 1e-3);
+/// # }
+/// ```
 #[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
 pub enum Form {
     /// As one fused op each.

@@ -14,16 +14,31 @@
 //! expressions that turn the keys of torchvision's `state_dict` into the names of our parameters.
 //! They are meant for `burn-store`, one after the other and in this order:
 //!
-//! ```text
+//! ```no_run
+//! # #[cfg(feature = "flex")] {
+//! use burn::tensor::Device;
+//! use burn_conv_bn_models::{Form, ResNet, ResNetConfig};
+//! use burn_store::{ModuleSnapshot, PytorchStore};
+//!
+//! let mut network = ResNetConfig::resnet18(Form::Fused).init(&Device::flex());
 //! let mut store = PytorchStore::from_file("resnet18.pth");
 //! for (pattern, replacement) in ResNet::PYTORCH_KEYS {
 //!     store = store.with_key_remapping(pattern, *replacement);
 //! }
 //! network.load_from(&mut store)?;
+//! # }
+//! # Ok::<(), burn_store::PytorchStoreError>(())
 //! ```
 //!
 //! Its PyTorch adapter transposes the weights of linear layers. The keys `num_batches_tracked`
 //! have no counterpart in Burn and stay unused.
+//!
+//! # Features
+//!
+//! None is on by default. `flex` and `cubecl` are those of [`burn_conv_bn`]; its other backends are
+//! chosen by a dependency on it, or on Burn, of your own.
+
+#![deny(missing_docs)]
 
 mod form;
 mod init;
@@ -40,3 +55,16 @@ pub use mobilenet::{MobileNetV2, MobileNetV2Block, MobileNetV2Config};
 pub use net::{Net, NetConfig};
 pub use resnet::{ResNet, ResNetBlock, ResNetBlockKind, ResNetConfig};
 pub use vgg::{Vgg, VggConfig};
+
+/// The code of the repository's Markdown pages, whose dependencies this package has all of.
+#[cfg(all(doctest, feature = "flex"))]
+mod documents {
+    #[doc = include_str!("../README.md")]
+    mod package {}
+
+    #[doc = include_str!("../../../README.md")]
+    mod repository {}
+
+    #[doc = include_str!("../../../docs/migration.md")]
+    mod migration {}
+}

@@ -21,7 +21,15 @@ const STAGES: [(usize, usize, usize, usize); 7] = [
 ];
 
 /// Configuration of [`MobileNetV2`], made by [`init`](Self::init).
+///
+/// ```
+/// use burn_conv_bn_models::{Form, MobileNetV2Config};
+///
+/// let config = MobileNetV2Config::new(Form::Fused).with_width(0.5);
+/// assert_eq!(config.classes, 1000);
+/// ```
 #[derive(Config, Debug)]
+#[non_exhaustive]
 pub struct MobileNetV2Config {
     /// How the blocks run.
     pub form: Form,
@@ -47,6 +55,21 @@ pub struct MobileNetV2Config {
 
 /// A network of inverted residuals ([Sandler et al. 2018](https://arxiv.org/abs/1801.04381)) with
 /// torchvision's layers and initial distributions.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_conv_bn_models::{Form, MobileNetV2Config};
+///
+/// let device = Device::flex().autodiff();
+/// let network = MobileNetV2Config::new(Form::Fused)
+///     .with_width(0.25)
+///     .with_classes(10)
+///     .init(&device);
+/// let images = Tensor::<4>::random([2, 3, 64, 64], Distribution::Default, &device);
+/// assert_eq!(network.forward(images).dims(), [2, 10]);
+/// # }
+/// ```
 #[derive(Module, Debug)]
 pub struct MobileNetV2 {
     /// A 3x3 convolution with stride 2, the inverted residuals, and a 1x1 convolution, before the

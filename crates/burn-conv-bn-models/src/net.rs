@@ -11,7 +11,15 @@ use crate::Form;
 use crate::init::draw;
 
 /// Configuration of [`Net`], made by [`init`](Self::init).
+///
+/// ```
+/// use burn_conv_bn_models::{Form, NetConfig};
+///
+/// let config = NetConfig::new(Form::Fused).with_channels([8, 16]);
+/// assert_eq!(config.classes, 10);
+/// ```
 #[derive(Config, Debug)]
+#[non_exhaustive]
 pub struct NetConfig {
     /// How the blocks run.
     pub form: Form,
@@ -48,6 +56,27 @@ pub struct NetConfig {
 /// It evaluates on the batch's statistics, as the tutorial's does. The tutorial applies ReLU once
 /// more after the pool, in place: a maximum of values that are not negative is not negative, so
 /// that is left out here, in both forms.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_conv_bn_models::{Form, NetConfig};
+///
+/// let device = Device::flex().autodiff();
+/// let net = NetConfig::new(Form::Fused).with_hidden(16).init(&device);
+/// let images = Tensor::<4>::random([4, 1, 28, 28], Distribution::Default, &device);
+/// assert_eq!(net.forward(images).dims(), [4, 10]);
+///
+/// // What the second block keeps, and would keep as Burn's own layers.
+/// let bytes = |form| -> usize {
+///     let saved = net.clone().with_form(form);
+///     let saved = saved.saved_for_backward(4, 28);
+///     let second = saved.iter().filter(|(block, _)| *block == "conv2");
+///     second.map(|(_, tensor)| tensor.bytes()).sum()
+/// };
+/// assert!(bytes(Form::Fused) < bytes(Form::Unfused) / 3);
+/// # }
+/// ```
 #[derive(Module, Debug)]
 pub struct Net {
     /// First block, from 1 channel.

@@ -11,6 +11,13 @@ use crate::form::Walk;
 use crate::init::{block, draw, zeros};
 
 /// What the blocks of a [`ResNet`] are made of.
+///
+/// ```
+/// use burn_conv_bn_models::{Form, ResNetBlockKind, ResNetConfig};
+///
+/// assert_eq!(ResNetConfig::resnet34(Form::Fused).kind, ResNetBlockKind::Basic);
+/// assert_eq!(ResNetConfig::resnet50(Form::Fused).kind, ResNetBlockKind::Bottleneck);
+/// ```
 #[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
 pub enum ResNetBlockKind {
     /// Two 3x3 convolutions, the first with the stride.
@@ -31,7 +38,17 @@ impl ResNetBlockKind {
 }
 
 /// Configuration of [`ResNet`], made by [`init`](Self::init).
+///
+/// ```
+/// use burn_conv_bn_models::{Form, ResNetConfig};
+///
+/// let config = ResNetConfig::resnet50(Form::Fused)
+///     .with_classes(10)
+///     .with_zero_init_residual(true);
+/// assert_eq!(config.blocks, [3, 4, 6, 3]);
+/// ```
 #[derive(Config, Debug)]
+#[non_exhaustive]
 pub struct ResNetConfig {
     /// How the blocks run.
     pub form: Form,
@@ -59,6 +76,23 @@ pub struct ResNetConfig {
 
 /// A residual network ([He et al. 2015](https://arxiv.org/abs/1512.03385)) with torchvision's
 /// layers, names and initial distributions.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_conv_bn_models::{Form, ResNetBlockKind, ResNetConfig};
+///
+/// let device = Device::flex().autodiff();
+/// let network = ResNetConfig::new(Form::Fused, ResNetBlockKind::Basic, [1, 1, 1, 1])
+///     .with_classes(10)
+///     .init(&device);
+/// let images = Tensor::<4>::random([2, 3, 64, 64], Distribution::Default, &device);
+/// assert_eq!(network.forward(images).dims(), [2, 10]);
+///
+/// let saved = network.saved_for_backward([2, 3, 64, 64]);
+/// assert!(saved.iter().any(|(block, _)| block == "layer2.0.downsample"));
+/// # }
+/// ```
 #[derive(Module, Debug)]
 pub struct ResNet {
     /// 7x7 convolution with stride 2, before a 3x3 max pool with stride 2.

@@ -18,7 +18,15 @@ const WIDTHS: [usize; 5] = [64, 128, 256, 512, 512];
 const POOLED: usize = 7;
 
 /// Configuration of [`Vgg`], made by [`init`](Self::init).
+///
+/// ```
+/// use burn_conv_bn_models::{Form, VggConfig};
+///
+/// let config = VggConfig::vgg16_bn(Form::Fused).with_classes(10);
+/// assert_eq!(config.blocks.iter().sum::<usize>() + 3, 16);
+/// ```
 #[derive(Config, Debug)]
+#[non_exhaustive]
 pub struct VggConfig {
     /// How the blocks run.
     pub form: Form,
@@ -46,6 +54,22 @@ pub struct VggConfig {
 
 /// A network of 3x3 convolutions ([Simonyan and Zisserman 2014](https://arxiv.org/abs/1409.1556))
 /// with batch norm, and torchvision's layers and initial distributions.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_conv_bn_models::{Form, VggConfig};
+///
+/// let device = Device::flex().autodiff();
+/// // A small one: one convolution before each pool, and a narrow classifier.
+/// let network = VggConfig::new(Form::Fused, [1, 1, 1, 1, 1])
+///     .with_hidden(16)
+///     .with_classes(10)
+///     .init(&device);
+/// let images = Tensor::<4>::random([2, 3, 32, 32], Distribution::Default, &device);
+/// assert_eq!(network.forward(images).dims(), [2, 10]);
+/// # }
+/// ```
 #[derive(Module, Debug)]
 pub struct Vgg {
     /// The convolutions, with a bias as in torchvision: 64 channels, and twice as many after each

@@ -11,7 +11,21 @@ use crate::portable;
 
 /// A tensor that may be missing.
 ///
-/// Burn's extension macro passes enums of tensors across backends but not `Option`s of them.
+/// Burn's extension macro passes enums of tensors across backends but not `Option`s of them. This
+/// one converts from an `Option` and [into](Self::into_option) one:
+///
+/// ```
+/// use burn::backend::Backend;
+/// use burn::backend::tensor::FloatTensor;
+/// use burn_conv_bn::OptionalTensor;
+///
+/// fn or_zeros<B: Backend>(
+///     tensor: OptionalTensor<B>,
+///     zeros: impl FnOnce() -> FloatTensor<B>,
+/// ) -> FloatTensor<B> {
+///     tensor.into_option().unwrap_or_else(zeros)
+/// }
+/// ```
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
 pub enum OptionalTensor<B: Backend> {
@@ -245,6 +259,37 @@ pub struct ConvBnGrads<B: Backend> {
 /// bodies made of Burn's own ops.
 ///
 /// The methods trust their arguments; [`functional`](crate::functional) is the checked front.
+///
+/// # Examples
+///
+/// The op on whatever backend a tensor is on, by Burn's `Dispatch`:
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::backend::Dispatch;
+/// use burn::tensor::{Device, Tensor};
+/// use burn_conv_bn::{
+///     ConvBnBackend, ConvBnInputs, ConvBnOptions, ConvSpec, OptionalTensor, Statistics,
+/// };
+///
+/// let device = Device::flex();
+/// let inputs = ConvBnInputs::<Dispatch> {
+///     input: Tensor::<4>::ones([2, 3, 8, 8], &device).into_dispatch(),
+///     weight: Tensor::<4>::ones([4, 3, 3, 3], &device).into_dispatch(),
+///     bias: OptionalTensor::Absent,
+///     gamma: OptionalTensor::Absent,
+///     beta: OptionalTensor::Absent,
+///     residual: OptionalTensor::Absent,
+///     statistics: Statistics::Batch,
+/// };
+/// let result = Dispatch::conv_bn(inputs, ConvBnOptions::new(ConvSpec::unit(2)));
+/// assert_eq!(Tensor::<4>::from_dispatch(result.output).dims(), [2, 4, 6, 6]);
+/// # }
+/// ```
+///
+/// A backend of your own takes the default bodies with `impl ConvBnBackend for MyBackend {}`, and
+/// overrides `conv_bn_forward` and `conv_bn_backward` where it has kernels for them. For tensors of
+/// Burn's `Tensor` to reach it, it has to be one of the backends that Burn dispatches to.
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),

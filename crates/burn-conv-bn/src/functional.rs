@@ -4,6 +4,26 @@
 //! Norm using Custom Function", over one to three spatial dimensions and with every option. Each
 //! has a backward pass of its own rather than one derived from its parts, and is differentiable
 //! once.
+//!
+//! ```
+//! # #[cfg(feature = "flex")] {
+//! use burn::tensor::{Device, Distribution, Tensor};
+//! use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv, conv_bn};
+//! use burn_conv_bn::{ConvBnOptions, ConvSpec, NormSpec};
+//!
+//! let device = Device::flex().autodiff();
+//! let x = Tensor::<4>::random([4, 3, 8, 8], Distribution::Default, &device);
+//! let weight = Tensor::<4>::random([5, 3, 3, 3], Distribution::Default, &device).require_grad();
+//! let spec = ConvSpec::unit(2);
+//!
+//! let z = conv(x.clone(), weight.clone(), None, spec.clone())?;
+//! let halves = batch_norm(z, None, NormSpec::default())?;
+//! let fused = conv_bn(x, ConvBnParams::new(weight), ConvBnOptions::new(spec))?;
+//! let difference = (halves.output - fused.output).abs().max().into_scalar::<f32>();
+//! assert!(difference < 1e-3, "{difference}");
+//! # }
+//! # Ok::<(), burn_conv_bn::ConvBnError>(())
+//! ```
 
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Shape, Tensor};
@@ -14,8 +34,10 @@ use crate::definition::{
     values_per_channel,
 };
 
-/// A normalized output and the statistics that it was normalized with.
+/// A normalized output and the statistics that it was normalized with: what [`batch_norm`] and
+/// [`conv_bn`] return.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Normalized<const D: usize> {
     /// `[batch, channels, spatial..]`.
     pub output: Tensor<D>,
@@ -27,6 +49,19 @@ pub struct Normalized<const D: usize> {
 }
 
 /// The tensors of the fused op besides its input; `None` where there is none.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Tensor};
+/// use burn_conv_bn::functional::ConvBnParams;
+///
+/// let device = Device::flex();
+/// let params = ConvBnParams::new(Tensor::<4>::ones([8, 3, 3, 3], &device))
+///     .with_affine(Tensor::ones([8], &device), Tensor::zeros([8], &device))
+///     .with_statistics(Tensor::zeros([8], &device), Tensor::ones([8], &device));
+/// assert!(params.bias.is_none() && params.residual.is_none());
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct ConvBnParams<const D: usize> {
     /// `[channels_out, channels_in / groups, kernel..]`.
@@ -99,6 +134,24 @@ impl<const D: usize> ConvBnParams<D> {
 /// # Errors
 ///
 /// Shapes, dtypes or devices that do not fit each other.
+///
+/// # Examples
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::ops::ConvOptions;
+/// use burn::tensor::{Device, Tensor};
+/// use burn_conv_bn::functional::conv;
+///
+/// let device = Device::flex();
+/// let input = Tensor::<4>::ones([2, 3, 8, 8], &device);
+/// let weight = Tensor::<4>::ones([5, 3, 3, 3], &device);
+/// let same = ConvOptions::new([1, 1], [1, 1], [1, 1], 1);
+/// let output = conv(input, weight, None, same)?;
+/// assert_eq!(output.dims(), [2, 5, 8, 8]);
+/// # }
+/// # Ok::<(), burn_conv_bn::ConvBnError>(())
+/// ```
 pub fn conv<const D: usize>(
     input: Tensor<D>,
     weight: Tensor<D>,
@@ -127,6 +180,24 @@ pub fn conv<const D: usize>(
 ///
 /// Shapes, dtypes or devices that do not fit each other, an epsilon that is not positive, or a
 /// single value per channel.
+///
+/// # Examples
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_conv_bn::NormSpec;
+/// use burn_conv_bn::functional::batch_norm;
+///
+/// let device = Device::flex();
+/// let input = Tensor::<4>::random([4, 3, 8, 8], Distribution::Normal(7.0, 2.0), &device);
+/// let normalized = batch_norm(input, None, NormSpec::default())?;
+/// assert_eq!(normalized.mean.dims(), [3]);
+/// let mean = normalized.output.mean().into_scalar::<f32>();
+/// assert!(mean.abs() < 1e-4, "{mean}");
+/// # }
+/// # Ok::<(), burn_conv_bn::ConvBnError>(())
+/// ```
 pub fn batch_norm<const D: usize>(
     input: Tensor<D>,
     affine: Option<(Tensor<1>, Tensor<1>)>,
@@ -180,6 +251,29 @@ pub fn batch_norm<const D: usize>(
 ///
 /// Shapes, dtypes or devices that do not fit each other, an epsilon that is not positive, or
 /// batch statistics over a single value per channel.
+///
+/// # Examples
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_conv_bn::functional::{ConvBnParams, conv_bn};
+/// use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec};
+///
+/// let device = Device::flex().autodiff();
+/// let x = Tensor::<4>::random([4, 3, 8, 8], Distribution::Default, &device);
+/// let weight = Tensor::<4>::random([5, 3, 3, 3], Distribution::Default, &device).require_grad();
+/// let params = ConvBnParams::new(weight.clone())
+///     .with_affine(Tensor::ones([5], &device), Tensor::zeros([5], &device));
+/// let options = ConvBnOptions::new(ConvSpec::unit(2)).with_activation(Activation::Relu);
+///
+/// let result = conv_bn(x, params, options)?;
+/// assert_eq!(result.output.dims(), [4, 5, 6, 6]);
+/// let grads = result.output.sum().backward();
+/// assert_eq!(weight.grad(&grads).unwrap().dims(), [5, 3, 3, 3]);
+/// # }
+/// # Ok::<(), burn_conv_bn::ConvBnError>(())
+/// ```
 pub fn conv_bn<const D: usize>(
     input: Tensor<D>,
     params: ConvBnParams<D>,

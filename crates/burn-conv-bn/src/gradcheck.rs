@@ -26,6 +26,7 @@ use rand_chacha::ChaCha8Rng;
 
 /// What multiplies the output on its way back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Upstream {
     /// Each unit vector in turn: the whole Jacobian is compared.
     Jacobian,
@@ -34,6 +35,27 @@ pub enum Upstream {
 }
 
 /// A gradient check: inputs, step, tolerances.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, TensorData};
+/// use burn_conv_bn::ConvSpec;
+/// use burn_conv_bn::functional::conv;
+/// use burn_conv_bn::gradcheck::{GradCheck, Upstream};
+///
+/// let values = |count: usize| (0..count).map(|i| (i as f64).sin()).collect::<Vec<_>>();
+/// let report = GradCheck::new(&Device::flex())
+///     .input("x", TensorData::new(values(100), [2, 2, 5, 5]))
+///     .input("weight", TensorData::new(values(54), [3, 2, 3, 3]))
+///     .upstream(Upstream::Random(1))
+///     .check(|inputs| {
+///         let (x, weight) = (inputs.get::<4>("x"), inputs.get("weight"));
+///         conv(x, weight, None, ConvSpec::unit(2)).unwrap()
+///     })
+///     .unwrap();
+/// assert_eq!(report.compared, 100 + 54);
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct GradCheck {
     device: Device,
@@ -54,6 +76,7 @@ struct Input {
 
 /// A check that passed.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct GradCheckReport {
     /// Number of derivatives compared.
     pub compared: usize,
@@ -62,6 +85,23 @@ pub struct GradCheckReport {
 }
 
 /// A check that failed.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, TensorData};
+/// use burn_conv_bn::gradcheck::{GradCheck, GradCheckError};
+///
+/// // The gradient of x * x, of which one factor was forgotten.
+/// let error = GradCheck::new(&Device::flex())
+///     .input("x", TensorData::from([1.0, 2.0]))
+///     .check(|inputs| {
+///         let x = inputs.get::<1>("x");
+///         x.clone() * x.detach()
+///     })
+///     .unwrap_err();
+/// assert!(matches!(error, GradCheckError::Mismatch { mismatched: 2, .. }));
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GradCheckError {

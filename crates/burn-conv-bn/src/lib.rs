@@ -33,10 +33,27 @@
 //!
 //! # Features
 //!
-//! No backend is on by default. `flex`, `ndarray`, `tch`, `cpu`, `cuda`, `metal`, `rocm`,
-//! `vulkan`, `webgpu` and `wgpu` forward to Burn's features of the same names. `fusion` is needed
-//! with the CubeCL runtimes wherever Burn's own `fusion` is on, as it is by default.
+//! No backend is on by default. Each of the following forwards to Burn's feature of the same name:
+//!
+//! - `flex`: Burn's own CPU backend, with the kernels of `burn-conv-bn-cpu`.
+//! - `cpu`, `cuda`, `metal`, `rocm`, `vulkan`, `webgpu`, `wgpu`: CubeCL's runtimes, with the kernels
+//!   of `burn-conv-bn-cubecl` around Burn's convolutions. Each turns `cubecl` on, which alone
+//!   chooses no runtime.
+//! - `ndarray`, `tch`: the op composed of Burn's own.
+//! - `fusion`: needed with a CubeCL runtime wherever Burn's own `fusion` is on, as it is by default.
+//!
+//! # Versions
+//!
+//! One version of Burn is supported at a time, to the patch: backend extensions reach into what Burn
+//! does not keep stable. The oldest supported Rust is this package's `rust-version`, which is also the
+//! one that it is tested with.
+//!
+//! Errors, configurations, settings and results may get more variants and fields; they are
+//! `#[non_exhaustive]`, and so are [`Activation`] and [`Recompute`]. The tensors that pass through
+//! [`ConvBnBackend`] and the variants of the norm are not: what computes with them must not overlook
+//! one.
 
+#![deny(missing_docs)]
 // Burn deprecates its NdArray backend; it stays selectable here for as long as Burn has it.
 #![cfg_attr(feature = "ndarray", allow(deprecated))]
 
@@ -68,3 +85,8 @@ pub use layer::{
     ConvBn1d, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3d, ConvBn3dConfig, ConvBnModule,
     ConvBnSettings, FoldError, RunningVariance,
 };
+
+/// The code of the package's Markdown page.
+#[cfg(all(doctest, feature = "flex"))]
+#[doc = include_str!("../README.md")]
+mod readme {}

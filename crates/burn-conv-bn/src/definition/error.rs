@@ -1,6 +1,19 @@
 use burn::tensor::{DType, Shape};
 
 /// Why an op or a layer refuses its arguments. Every message names what was seen and wanted.
+///
+/// ```
+/// use burn::tensor::Shape;
+/// use burn_conv_bn::{ConvBnError, ConvBnProblem, ConvSpec};
+///
+/// let (input, weight) = (Shape::new([8, 3, 32, 32]), Shape::new([16, 4, 3, 3]));
+/// let error = ConvBnProblem::conv(input, weight, &ConvSpec::unit(2)).unwrap_err();
+/// assert!(matches!(
+///     error,
+///     ConvBnError::InputChannels { expected: 4, got: 3, .. }
+/// ));
+/// assert!(error.to_string().contains("expected 4 channels"));
+/// ```
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConvBnError {

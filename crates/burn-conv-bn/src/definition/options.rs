@@ -6,6 +6,20 @@ use burn::tensor::{Tensor, activation};
 ///
 /// The rank is a run-time value, unlike in Burn's [`ConvOptions`], because the op's backend
 /// methods serve every rank. Spatial dimensions are in the order of the tensor's own axes.
+///
+/// ```
+/// use burn::tensor::ops::ConvOptions;
+/// use burn_conv_bn::ConvSpec;
+///
+/// // Burn's options are taken wherever a geometry is: here with stride 2 and padding 1.
+/// let spec = ConvSpec::from(ConvOptions::new([2, 2], [1, 1], [1, 1], 1));
+/// assert_eq!(spec.padding, vec![(1, 1), (1, 1)]);
+///
+/// // What Burn's layers for volumes do not take: more padding before than after.
+/// let mut spec = ConvSpec::unit(3);
+/// spec.padding[0] = (2, 0);
+/// assert_eq!(spec.rank(), 3);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ConvSpec {
     /// Step between two applications of the kernel, per spatial dimension.
@@ -68,6 +82,13 @@ impl<const N: usize> From<ConvOptions<N>> for ConvSpec {
 
 /// How the inverse standard deviation `s` follows from the sum of squared deviations `M2` over
 /// the `m` values of a channel.
+///
+/// ```
+/// use burn_conv_bn::NormVariant;
+///
+/// assert_eq!(NormVariant::BatchNorm.degrees_of_freedom(), 0);
+/// assert_eq!(NormVariant::Tutorial.degrees_of_freedom(), 1);
+/// ```
 #[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
 pub enum NormVariant {
     /// `s = 1 / sqrt(M2 / m + epsilon)`: batch normalization as in Burn, PyTorch and the paper
@@ -91,6 +112,13 @@ impl NormVariant {
 }
 
 /// The norm's variant and its epsilon.
+///
+/// ```
+/// use burn_conv_bn::{NormSpec, NormVariant};
+///
+/// let burns = NormSpec::new(NormVariant::BatchNorm, 1e-5);
+/// assert_eq!(burns, NormSpec::default());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NormSpec {
     /// How the inverse standard deviation is formed.
@@ -114,6 +142,17 @@ impl Default for NormSpec {
 }
 
 /// Element-wise function applied to the normalized (and residual-added) value.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Tensor};
+/// use burn_conv_bn::Activation;
+///
+/// let value = Tensor::<1>::from_floats([-2.0, 0.5, 8.0], &Device::flex());
+/// let output = Activation::Relu6.forward(value).into_data();
+/// assert_eq!(output.iter::<f32>().collect::<Vec<_>>(), [0.0, 0.5, 6.0]);
+/// # }
+/// ```
 #[derive(Config, Debug, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Activation {
@@ -181,7 +220,26 @@ impl Activation {
 }
 
 /// What happens to the convolution's output between forward and backward.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::Device;
+/// use burn_conv_bn::{ConvBn2dConfig, Recompute};
+///
+/// let device = Device::flex().autodiff();
+/// let keeps_conv_output = |recompute| {
+///     let block = ConvBn2dConfig::new([3, 8], [3, 3])
+///         .with_recompute(recompute)
+///         .init(&device);
+///     let saved = block.saved_for_backward([2, 3, 16, 16]);
+///     saved.iter().any(|tensor| tensor.name == "conv_output")
+/// };
+/// assert!(!keeps_conv_output(Recompute::Conv));
+/// assert!(keeps_conv_output(Recompute::Never));
+/// # }
+/// ```
 #[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Recompute {
     /// Drop it and run the convolution again in the backward pass: the block keeps its input
     /// only.
@@ -191,7 +249,17 @@ pub enum Recompute {
 }
 
 /// Everything about the fused op that is not a tensor.
+///
+/// ```
+/// use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, Recompute};
+///
+/// let options = ConvBnOptions::new(ConvSpec::unit(2))
+///     .with_activation(Activation::Relu)
+///     .with_max_workspace(Some(64 << 20));
+/// assert_eq!(options.recompute, Recompute::Conv);
+/// ```
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct ConvBnOptions {
     /// Geometry of the convolution.
     pub conv: ConvSpec,
@@ -202,9 +270,12 @@ pub struct ConvBnOptions {
     /// Whether the convolution's output is kept or recomputed.
     pub recompute: Recompute,
     /// Most bytes that the backward pass may hold beyond what was saved and what it returns
-    /// (recomputed output, im2col columns, temporaries), or `None` for no bound. The backward
-    /// pass then works over the largest number of images that fits, but at least one, and
-    /// recomputes twice.
+    /// (recomputed output, im2col columns, temporaries), or `None` for no bound.
+    ///
+    /// On Flex, a recomputed output that does not fit is never stored: each tile of it is
+    /// recomputed twice. Elsewhere the backward pass works over the largest number of images that
+    /// fits, but at least one, and recomputes twice unless all of them fit. A few tiles for each
+    /// thread and copies of the weight are not bounded.
     pub max_workspace: Option<usize>,
 }
 

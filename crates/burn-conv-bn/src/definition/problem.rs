@@ -3,7 +3,20 @@ use burn::tensor::Shape;
 use super::{ConvBnError, ConvBnOptions, ConvSpec};
 
 /// The shapes of one application of the op, checked against each other.
+///
+/// ```
+/// use burn::tensor::Shape;
+/// use burn_conv_bn::{ConvBnOptions, ConvBnProblem, ConvSpec};
+///
+/// let (input, weight) = (Shape::new([8, 3, 32, 32]), Shape::new([16, 3, 3, 3]));
+/// let options = ConvBnOptions::new(ConvSpec::unit(2));
+/// let problem = ConvBnProblem::conv_bn(input, weight, &options, true)?;
+/// assert_eq!(problem.output, Shape::new([8, 16, 30, 30]));
+/// assert_eq!(problem.values_per_channel(), 8 * 30 * 30);
+/// # Ok::<(), burn_conv_bn::ConvBnError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ConvBnProblem {
     /// `[batch, channels_in, spatial..]`.
     pub input: Shape,

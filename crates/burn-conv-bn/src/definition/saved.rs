@@ -4,6 +4,16 @@ use super::{ConvBnOptions, ConvBnProblem, Derivative, Recompute};
 
 /// One flag for each differentiable input of the fused op: which are given, or which are tracked
 /// and so want a gradient.
+///
+/// ```
+/// use burn_conv_bn::Parents;
+///
+/// let input_alone = Parents {
+///     input: true,
+///     ..Parents::default()
+/// };
+/// assert!(!input_alone.weight);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Parents {
     /// The convolution's input.
@@ -33,7 +43,33 @@ pub enum StatisticsKind {
 ///
 /// This is the one place that decides it: the autodiff node saves what is set here, and
 /// [`tensors`](Self::tensors) lists the same with shapes and bytes.
+///
+/// ```
+/// use burn_conv_bn::{
+///     Activation, ConvBnOptions, ConvSpec, Parents, SavePlan, StatisticsKind,
+/// };
+///
+/// let options = ConvBnOptions::new(ConvSpec::unit(2)).with_activation(Activation::Relu);
+/// let given = Parents {
+///     input: true,
+///     weight: true,
+///     gamma: true,
+///     beta: true,
+///     ..Parents::default()
+/// };
+/// let plan = SavePlan::new(&options, StatisticsKind::Batch, given, given);
+/// assert!(plan.input && !plan.conv_output && !plan.output);
+///
+/// // Where the input alone is tracked and the norm is frozen, the sign of the output is enough.
+/// let tracked = Parents {
+///     input: true,
+///     ..Parents::default()
+/// };
+/// let plan = SavePlan::new(&options, StatisticsKind::Fixed, given, tracked);
+/// assert!(!plan.input && plan.output);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SavePlan {
     /// The convolution's input.
     pub input: bool,
@@ -159,6 +195,21 @@ impl SavePlan {
 }
 
 /// A tensor that a node keeps for its backward pass.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::Device;
+/// use burn_conv_bn::ConvBn2dConfig;
+///
+/// let block = ConvBn2dConfig::new([3, 8], [3, 3]).init(&Device::flex().autodiff());
+/// let saved = block.saved_for_backward([2, 3, 16, 16]);
+/// assert_eq!(saved[0].name, "input");
+/// assert_eq!(saved[0].bytes(), 4 * 2 * 3 * 16 * 16);
+/// // The input exists anyway; the statistics are kept for this block alone.
+/// let own = saved.iter().filter(|tensor| !tensor.shared);
+/// assert_eq!(own.map(|tensor| tensor.name).collect::<Vec<_>>(), ["mean", "variance"]);
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SavedTensor {
     /// Its role in the op.

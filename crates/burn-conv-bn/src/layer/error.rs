@@ -1,4 +1,16 @@
 /// Why a layer cannot be folded into one convolution.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::Device;
+/// use burn_conv_bn::{ConvBn2dConfig, FoldError};
+///
+/// let block = ConvBn2dConfig::new([3, 8], [3, 3])
+///     .with_track_running_stats(false)
+///     .init(&Device::flex());
+/// assert_eq!(block.fold().unwrap_err(), FoldError::NoRunningStatistics);
+/// # }
+/// ```
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FoldError {

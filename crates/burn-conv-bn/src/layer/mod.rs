@@ -27,7 +27,10 @@ pub use settings::{ConvBnSettings, RunningVariance};
 /// A layer and its configuration over one of Burn's convolutions.
 macro_rules! conv_bn_layer {
     (
-        $layer:ident, $config:ident: $rank:literal,
+        $(#[$layer_doc:meta])*
+        $layer:ident,
+        $(#[$config_doc:meta])*
+        $config:ident: $rank:literal,
         $conv:ident, $conv_config:ident,
         $input:literal, $output:literal,
         {
@@ -44,7 +47,10 @@ macro_rules! conv_bn_layer {
             "`] and [`BatchNormConfig`],"
         )]
         /// but for the bias, which is off: the norm subtracts it again.
+        ///
+        $(#[$config_doc])*
         #[derive(Config, Debug)]
+        #[non_exhaustive]
         pub struct $config {
             $($(#[$doc])* pub $required: $required_type,)*
             /// Stride of the convolution. Default: 1.
@@ -160,6 +166,8 @@ macro_rules! conv_bn_layer {
         /// with the batch's statistics and updates the running ones, once, in the forward pass.
         /// Otherwise (evaluation, or a norm that was frozen) it normalizes with the running
         /// statistics and leaves them alone.
+        ///
+        $(#[$layer_doc])*
         #[derive(Module, Debug)]
         #[module(custom_display)]
         pub struct $layer {
@@ -300,7 +308,36 @@ macro_rules! conv_bn_layer {
 }
 
 conv_bn_layer! {
-    ConvBn1d, ConvBn1dConfig: 3,
+    /// # Examples
+    ///
+    /// ```
+    /// # #[cfg(feature = "flex")] {
+    /// use burn::tensor::{Device, Distribution, Tensor};
+    /// use burn_conv_bn::{Activation, ConvBn1dConfig};
+    ///
+    /// let device = Device::flex().autodiff();
+    /// let block = ConvBn1dConfig::new(2, 8, 5)
+    ///     .with_activation(Activation::Gelu)
+    ///     .init(&device);
+    /// let x = Tensor::<3>::random([4, 2, 64], Distribution::Default, &device);
+    /// assert_eq!(block.forward(x).dims(), [4, 8, 60]);
+    /// # }
+    /// ```
+    ///
+    /// [`ConvBn2d`] has more of them, which hold here too.
+    ConvBn1d,
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::nn::PaddingConfig1d;
+    /// use burn_conv_bn::ConvBn1dConfig;
+    ///
+    /// let config = ConvBn1dConfig::new(2, 8, 5)
+    ///     .with_stride(2)
+    ///     .with_padding(PaddingConfig1d::Explicit(4, 0));
+    /// assert_eq!(config.stride, 2);
+    /// ```
+    ConvBn1dConfig: 3,
     Conv1d, Conv1dConfig,
     "[batch, channels_in, length]", "[batch, channels_out, length_out]",
     {
@@ -317,7 +354,93 @@ conv_bn_layer! {
 }
 
 conv_bn_layer! {
-    ConvBn2d, ConvBn2dConfig: 4,
+    /// # Examples
+    ///
+    /// In training, with a shortcut:
+    ///
+    /// ```
+    /// # #[cfg(feature = "flex")] {
+    /// use burn::nn::PaddingConfig2d;
+    /// use burn::tensor::{Device, Distribution, Tensor};
+    /// use burn_conv_bn::{Activation, ConvBn2dConfig};
+    ///
+    /// let device = Device::flex().autodiff();
+    /// let block = ConvBn2dConfig::new([8, 8], [3, 3])
+    ///     .with_padding(PaddingConfig2d::Same)
+    ///     .with_activation(Activation::Relu)
+    ///     .init(&device);
+    /// let x = Tensor::<4>::random([2, 8, 16, 16], Distribution::Default, &device);
+    /// // relu(norm(conv(x)) + x)
+    /// let y = block.forward_residual(x.clone(), x);
+    /// let grads = y.sum().backward();
+    /// assert!(block.conv.weight.val().grad(&grads).is_some());
+    ///
+    /// // One activation is kept, the input; and with the shortcut a handle on the output.
+    /// let kept = block.saved_for_backward_residual([2, 8, 16, 16]);
+    /// let activations = kept.iter().filter(|tensor| tensor.shape.num_dims() == 4);
+    /// let names: Vec<_> = activations.map(|tensor| tensor.name).collect();
+    /// assert_eq!(names, ["input", "output", "weight"]);
+    /// # }
+    /// ```
+    ///
+    /// From layers that there are already, and back:
+    ///
+    /// ```
+    /// # #[cfg(feature = "flex")] {
+    /// use burn::nn::BatchNormConfig;
+    /// use burn::nn::conv::Conv2dConfig;
+    /// use burn::tensor::Device;
+    /// use burn_conv_bn::{Activation, ConvBn2d};
+    ///
+    /// let device = Device::flex();
+    /// let conv = Conv2dConfig::new([3, 8], [3, 3]).init(&device);
+    /// let norm = BatchNormConfig::new(8).init(&device);
+    /// let block = ConvBn2d::from_parts(conv, norm, Activation::Relu);
+    /// let (conv, norm) = block.into_parts();
+    /// assert_eq!(conv.weight.dims()[0], norm.gamma.dims()[0]);
+    /// # }
+    /// ```
+    ///
+    /// For inference, as one convolution:
+    ///
+    /// ```
+    /// # #[cfg(feature = "flex")] {
+    /// use burn::module::Module;
+    /// use burn::tensor::{Device, Distribution, Tensor};
+    /// use burn_conv_bn::{Activation, ConvBn2dConfig};
+    ///
+    /// let block = ConvBn2dConfig::new([3, 8], [3, 3])
+    ///     .with_activation(Activation::Relu)
+    ///     .init(&Device::flex().autodiff())
+    ///     .valid();
+    /// let conv = block.fold()?;
+    ///
+    /// let x = Tensor::<4>::random([2, 3, 16, 16], Distribution::Default, &Device::flex());
+    /// let folded = block.settings.activation.forward(conv.forward(x.clone()));
+    /// let difference = (folded - block.forward(x)).abs().max().into_scalar::<f32>();
+    /// assert!(difference < 1e-5, "{difference}");
+    /// # }
+    /// # Ok::<(), burn_conv_bn::FoldError>(())
+    /// ```
+    ConvBn2d,
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::config::Config;
+    /// use burn::nn::PaddingConfig2d;
+    /// use burn_conv_bn::{Activation, ConvBn2dConfig};
+    ///
+    /// let config = ConvBn2dConfig::new([64, 128], [3, 3])
+    ///     .with_stride([2, 2])
+    ///     .with_padding(PaddingConfig2d::Same)
+    ///     .with_activation(Activation::LeakyRelu {
+    ///         negative_slope: 0.1,
+    ///     });
+    /// // As every configuration of Burn's, it prints as JSON and is read from it.
+    /// let copy = ConvBn2dConfig::load_binary(config.to_string().as_bytes()).unwrap();
+    /// assert_eq!(copy.activation, config.activation);
+    /// ```
+    ConvBn2dConfig: 4,
     Conv2d, Conv2dConfig,
     "[batch, channels_in, height, width]", "[batch, channels_out, height_out, width_out]",
     {
@@ -332,7 +455,36 @@ conv_bn_layer! {
 }
 
 conv_bn_layer! {
-    ConvBn3d, ConvBn3dConfig: 5,
+    /// # Examples
+    ///
+    /// ```
+    /// # #[cfg(feature = "flex")] {
+    /// use burn::tensor::{Device, Distribution, Tensor};
+    /// use burn_conv_bn::{Activation, ConvBn3dConfig};
+    ///
+    /// let device = Device::flex().autodiff();
+    /// let block = ConvBn3dConfig::new([2, 4], [3, 3, 3])
+    ///     .with_activation(Activation::Relu)
+    ///     .init(&device);
+    /// let x = Tensor::<5>::random([2, 2, 6, 8, 8], Distribution::Default, &device);
+    /// assert_eq!(block.forward(x).dims(), [2, 4, 4, 6, 6]);
+    /// # }
+    /// ```
+    ///
+    /// [`ConvBn2d`] has more of them, which hold here too.
+    ConvBn3d,
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::nn::PaddingConfig3d;
+    /// use burn_conv_bn::ConvBn3dConfig;
+    ///
+    /// let config = ConvBn3dConfig::new([2, 4], [3, 3, 3])
+    ///     .with_groups(2)
+    ///     .with_padding(PaddingConfig3d::Same);
+    /// assert_eq!(config.groups, 2);
+    /// ```
+    ConvBn3dConfig: 5,
     Conv3d, Conv3dConfig,
     "[batch, channels_in, depth, height, width]",
     "[batch, channels_out, depth_out, height_out, width_out]",

@@ -10,6 +10,26 @@ use super::{ConvBnSettings, RunningVariance};
 use crate::definition::Recompute;
 
 /// Changes to every fused layer of a module, which may be a whole model or a layer itself.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{DType, Device, FloatDType};
+/// use burn_conv_bn::{ConvBn2dConfig, ConvBnModule, Recompute};
+///
+/// let device = Device::flex();
+/// // Any module will do, such as a model with layers among its fields.
+/// let model = vec![
+///     ConvBn2dConfig::new([3, 8], [3, 3]).init(&device),
+///     ConvBn2dConfig::new([8, 8], [3, 3]).init(&device),
+/// ];
+/// let model = model
+///     .with_recompute(Recompute::Never)
+///     .with_precision(FloatDType::BF16);
+/// assert_eq!(model[1].settings.recompute, Recompute::Never);
+/// assert_eq!(model[1].conv.weight.val().dtype(), DType::BF16);
+/// assert_eq!(model[1].norm.gamma.val().dtype(), DType::F32);
+/// # }
+/// ```
 pub trait ConvBnModule: Module {
     /// Changes the settings of every fused layer.
     ///

@@ -8,6 +8,18 @@ use super::module::edit;
 use crate::definition::{Activation, NormVariant, Recompute};
 
 /// Which variance of a batch goes into the running variance.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::Device;
+/// use burn_conv_bn::{ConvBn2dConfig, RunningVariance};
+///
+/// let block = ConvBn2dConfig::new([3, 8], [3, 3])
+///     .with_running_variance(RunningVariance::Unbiased)
+///     .init(&Device::flex());
+/// assert_eq!(block.settings.running_variance, RunningVariance::Unbiased);
+/// # }
+/// ```
 #[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
 pub enum RunningVariance {
     /// Over the number of values, as Burn does.
@@ -20,7 +32,25 @@ pub enum RunningVariance {
 /// record.
 ///
 /// [`ConvBnModule`](crate::ConvBnModule) changes it in every layer of a model.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::nn::BatchNormConfig;
+/// use burn::nn::conv::Conv2dConfig;
+/// use burn::tensor::Device;
+/// use burn_conv_bn::{Activation, ConvBn2d, ConvBnSettings, Recompute};
+///
+/// let device = Device::flex();
+/// let conv = Conv2dConfig::new([3, 8], [3, 3]).init(&device);
+/// let norm = BatchNormConfig::new(8).init(&device);
+/// let mut settings = ConvBnSettings::new(Activation::Silu);
+/// settings.recompute = Recompute::Never;
+/// let block = ConvBn2d::with_settings(conv, norm, settings);
+/// assert_eq!(block.settings.activation, Activation::Silu);
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct ConvBnSettings {
     /// Applied last.
     pub activation: Activation,
