@@ -145,7 +145,7 @@ fn layers(criterion: &mut Criterion) {
                     let gradients = Gradients {
                         input: layer
                             .input_grad
-                            .then_some((input_grad.as_mut_slice(), weight.as_slice())),
+                            .then_some((&mut input_grad, weight.as_slice())),
                         weight: Some(&mut weight_grad),
                         residual: None,
                     };

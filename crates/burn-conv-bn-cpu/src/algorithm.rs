@@ -1,3 +1,5 @@
+use std::mem::MaybeUninit;
+
 use crate::direct::Direct;
 use crate::minimal::Minimal;
 use crate::{Element, Geometry, Real};
@@ -67,17 +69,17 @@ pub(crate) trait Algorithm<E: Element>: Sync {
     /// Adds a tile's share of one group's weight gradient, in whatever form adds up.
     fn add_weight_grad(&self, scratch: &mut Self::Scratch, tile: &Self::Tile, sums: &mut [E::Real]);
 
-    /// The weight's gradient from the sum over all tiles.
-    fn weight_grad(&self, sums: &[E::Real], grad: &mut [E::Real]);
+    /// The weight's gradient from the sum over all tiles, in the place of what `grad` holds.
+    fn weight_grad(&self, sums: Vec<E::Real>, grad: &mut Vec<E::Real>);
 
     /// Writes the input's gradient, of one group of the block `grad`, as far as it is complete
-    /// after this tile. All of it is once the last tile is done.
+    /// after this tile. All of it is written once the last tile of the last group is done.
     fn input_grad(
         &self,
         scratch: &mut Self::Scratch,
         group: usize,
         tile: &Self::Tile,
-        grad: &mut [E],
+        grad: &mut [MaybeUninit<E>],
     );
 }
 
@@ -151,7 +153,8 @@ mod tests {
         let mut scratch = A::Scratch::default();
         let mut output = vec![E::ZERO; grad.len()];
         let mut sums = vec![E::ZERO; algorithm.weight_grad_len()];
-        let mut input_grad = vec![E::ZERO; input.len()];
+        // What is not written shows.
+        let mut input_grad = vec![MaybeUninit::new(E::from_f64(f64::NAN)); input.len()];
         algorithm.begin(&mut scratch);
         for tile in algorithm.tiles(geometry.batch()) {
             algorithm.load(&mut scratch, &input, 0, &tile);
@@ -169,9 +172,16 @@ mod tests {
             algorithm.add_weight_grad(&mut scratch, &tile, &mut sums);
             algorithm.input_grad(&mut scratch, 0, &tile, &mut input_grad);
         }
-        let mut weight_grad = vec![E::ZERO; geometry.weight_len()];
-        algorithm.weight_grad(&sums, &mut weight_grad);
-        [output, weight_grad, input_grad]
+        let mut weight_grad = Vec::new();
+        algorithm.weight_grad(sums, &mut weight_grad);
+        let input_grad = input_grad.into_iter().map(|value| {
+            // SAFETY: it was NaN, if it was not written.
+            #[allow(unsafe_code)]
+            unsafe {
+                value.assume_init()
+            }
+        });
+        [output, weight_grad, input_grad.collect()]
             .map(|values| values.iter().map(|value| value.to_f64()).collect())
     }
 

@@ -1,11 +1,13 @@
 //! The backward kernels, which mirror those of `forward`.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use pulp::Arch;
 use rayon::prelude::*;
 
 use crate::algorithm::{Algorithm, Chosen, choose};
+use crate::buffer::room;
 use crate::forward::check;
 use crate::geometry::BLOCKS;
 use crate::pool::Pool;
@@ -47,8 +49,8 @@ pub struct Backward<'a, E: Element> {
 pub enum ConvOutput<'a, T> {
     /// Recompute it, tile by tile, and keep none of it.
     Recompute,
-    /// Recompute it into this buffer, for [`backward`].
-    Store(&'a mut [T]),
+    /// Recompute it into this buffer, in the place of what that holds, for [`backward`].
+    Store(&'a mut Vec<T>),
     /// It is here.
     Kept(&'a [T]),
 }
@@ -74,27 +76,23 @@ pub struct InputGradCoefficients<'a, T> {
     pub offset: &'a [T],
 }
 
-/// Where the wanted gradients go. Buffers are overwritten.
+/// Where the wanted gradients go, in the place of what the buffers hold.
 #[derive(Debug)]
 pub struct Gradients<'a, E: Element> {
     /// The input's, and the weight that it goes through.
-    pub input: Option<(&'a mut [E], &'a [E::Real])>,
+    pub input: Option<(&'a mut Vec<E>, &'a [E::Real])>,
     /// The weight's.
-    pub weight: Option<&'a mut [E::Real]>,
+    pub weight: Option<&'a mut Vec<E::Real>>,
     /// The residual's: `g`.
-    pub residual: Option<&'a mut [E]>,
+    pub residual: Option<&'a mut Vec<E>>,
 }
 
 impl<'a, E: Element> Backward<'a, E> {
     fn check(&self, recomputes: bool, wants_weight: bool) {
-        check(
-            self.geometry,
-            self.input,
-            self.weight,
-            self.output_grad.len(),
-        );
-        for values in [self.output, self.residual].into_iter().flatten() {
-            assert_eq!(values.len(), self.output_grad.len());
+        check(self.geometry, self.input, self.weight);
+        let len = self.geometry.batch() * self.geometry.output_len();
+        for values in [Some(self.output_grad), self.output, self.residual] {
+            assert!(values.is_none_or(|values| values.len() == len), "output");
         }
         assert!(
             self.weight.is_some() || !recomputes,
@@ -121,48 +119,65 @@ impl<'a, E: Element> Backward<'a, E> {
 ///
 /// Panics if a slice is not of the geometry's size, or if `z` is to be recomputed without the input
 /// or the weight.
+#[allow(unsafe_code)]
 pub fn grad_sums<E: Element>(pass: &Backward<'_, E>, conv_output: ConvOutput<'_, E>) -> GradSums {
     let recomputes = !matches!(conv_output, ConvOutput::Kept(_));
     pass.check(recomputes, false);
-    let weight = pass.weight.filter(|_| recomputes);
+    let len = pass.output_grad.len();
+    match conv_output {
+        ConvOutput::Recompute => sum(pass, Source::Recompute),
+        ConvOutput::Kept(values) => {
+            assert_eq!(values.len(), len);
+            sum(pass, Source::Kept(values))
+        }
+        ConvOutput::Store(buffer) => {
+            let sums = sum(pass, Source::Store(room(buffer, len)));
+            // SAFETY: there is room for `len` values, all of which belong to the blocks; and a
+            // block's tiles have pieces for all of its channels and positions, which `sum_block`
+            // writes.
+            unsafe { buffer.set_len(len) };
+            sums
+        }
+    }
+}
+
+/// [`ConvOutput`] of all blocks, or of one.
+enum Source<'a, E> {
+    Recompute,
+    Store(&'a mut [MaybeUninit<E>]),
+    Kept(&'a [E]),
+}
+
+fn sum<E: Element>(pass: &Backward<'_, E>, source: Source<'_, E>) -> GradSums {
+    let weight = pass.weight.filter(|_| !matches!(source, Source::Kept(_)));
     match choose(pass.geometry, weight, None) {
-        Chosen::Direct(algorithm) => sum_blocks(pass, &algorithm, conv_output),
-        Chosen::Minimal(algorithm) => sum_blocks(pass, &algorithm, conv_output),
+        Chosen::Direct(algorithm) => sum_blocks(pass, &algorithm, source),
+        Chosen::Minimal(algorithm) => sum_blocks(pass, &algorithm, source),
     }
 }
 
 fn sum_blocks<E: Element, A: Algorithm<E>>(
     pass: &Backward<'_, E>,
     algorithm: &A,
-    conv_output: ConvOutput<'_, E>,
+    source: Source<'_, E>,
 ) -> GradSums {
     let geometry = pass.geometry;
     let images = geometry.images_per_block(BLOCKS);
-    let output_len = geometry.output_len();
+    let len = images * geometry.output_len();
     let blocks = geometry.blocks(images);
-    let conv_outputs: Vec<ConvOutput<'_, E>> = match conv_output {
-        ConvOutput::Recompute => blocks.iter().map(|_| ConvOutput::Recompute).collect(),
-        ConvOutput::Store(all) => {
-            assert_eq!(all.len(), pass.output_grad.len());
-            all.chunks_mut(images * output_len)
-                .map(ConvOutput::Store)
-                .collect()
-        }
-        ConvOutput::Kept(all) => {
-            assert_eq!(all.len(), pass.output_grad.len());
-            all.chunks(images * output_len)
-                .map(ConvOutput::Kept)
-                .collect()
-        }
+    let sources: Vec<Source<'_, E>> = match source {
+        Source::Recompute => blocks.iter().map(|_| Source::Recompute).collect(),
+        Source::Store(all) => all.chunks_mut(len).map(Source::Store).collect(),
+        Source::Kept(all) => all.chunks(len).map(Source::Kept).collect(),
     };
     let pool = Pool::<Scratch<A::Scratch, E>>::new();
     let parts: Vec<GradSums> = blocks
         .into_par_iter()
-        .zip(conv_outputs)
-        .map(|(images, conv_output)| {
+        .zip(sources)
+        .map(|(images, source)| {
             pool.with(|scratch| {
                 let mut sums = GradSums::new(geometry.channels_out());
-                scratch.sum_block(pass, algorithm, &images, conv_output, &mut sums);
+                scratch.sum_block(pass, algorithm, &images, source, &mut sums);
                 sums
             })
         })
@@ -282,18 +297,9 @@ pub fn backward<E: Element>(
 ) {
     let geometry = pass.geometry;
     pass.check(kept.is_none(), gradients.weight.is_some());
-    let input_len = geometry.batch() * geometry.input_len();
-    let output_len = pass.output_grad.len();
-    assert!(kept.is_none_or(|kept| kept.len() == output_len));
-    if let Some((grad, weight)) = &gradients.input {
-        assert_eq!(grad.len(), input_len);
+    assert!(kept.is_none_or(|kept| kept.len() == pass.output_grad.len()));
+    if let Some((_, weight)) = &gradients.input {
         assert_eq!(weight.len(), geometry.weight_len());
-    }
-    if let Some(grad) = &gradients.weight {
-        assert_eq!(grad.len(), geometry.weight_len());
-    }
-    if let Some(grad) = &gradients.residual {
-        assert_eq!(grad.len(), output_len);
     }
     let weight = pass.weight.filter(|_| kept.is_none());
     let input_weight = gradients.input.as_ref().map(|(_, weight)| *weight);
@@ -307,12 +313,13 @@ pub fn backward<E: Element>(
     }
 }
 
+#[allow(unsafe_code)]
 fn backward_blocks<E: Element, A: Algorithm<E>>(
     pass: &Backward<'_, E>,
     algorithm: &A,
     kept: Option<&[E]>,
     coefficients: InputGradCoefficients<'_, E::Real>,
-    gradients: Gradients<'_, E>,
+    mut gradients: Gradients<'_, E>,
 ) {
     let geometry = pass.geometry;
     let step = Step {
@@ -330,9 +337,13 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
     let images = geometry.images_per_block(most);
     let blocks = geometry.blocks(images);
     let (input_len, output_len) = (geometry.input_len(), geometry.output_len());
-    let input_grad = gradients.input.map(|(grad, _)| grad);
-    let input_blocks = split(input_grad, images * input_len, blocks.len());
-    let residual_blocks = split(gradients.residual, images * output_len, blocks.len());
+    let batch = geometry.batch();
+    let input = gradients.input.as_mut();
+    let input = input.map(|(grad, _)| room(grad, batch * input_len));
+    let input_blocks = split(input, images * input_len, blocks.len());
+    let residual = gradients.residual.as_mut();
+    let residual = residual.map(|grad| room(grad, batch * output_len));
+    let residual_blocks = split(residual, images * output_len, blocks.len());
     let pool = Pool::<Scratch<A::Scratch, E>>::new();
     let parts: Vec<Vec<E::Real>> = blocks
         .into_par_iter()
@@ -367,7 +378,17 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
                     simd::add(Arch::new(), sums, &part[index * SUMS..][..sums.len()]);
                 }
             });
-        algorithm.weight_grad(&sums, grad);
+        algorithm.weight_grad(sums, grad);
+    }
+    if let Some((grad, _)) = gradients.input {
+        // SAFETY: there is room for so many values, all of which belong to the blocks; and of a
+        // block, all is written once the last tile of the last group is done.
+        unsafe { grad.set_len(batch * input_len) };
+    }
+    if let Some(grad) = gradients.residual {
+        // SAFETY: there is room for so many values, all of which belong to the blocks; and a block's
+        // tiles have pieces for all of its channels and positions, which `conv_output_grad` writes.
+        unsafe { grad.set_len(batch * output_len) };
     }
 }
 
@@ -390,10 +411,10 @@ struct Block<'a, E: Element> {
     images: Range<usize>,
     /// The convolution's output, if it is at hand.
     conv_output: Option<&'a [E]>,
-    input_grad: Option<&'a mut [E]>,
+    input_grad: Option<&'a mut [MaybeUninit<E>]>,
     /// Added to, in the algorithm's form.
     weight_grad: Option<&'a mut [E::Real]>,
-    residual_grad: Option<&'a mut [E]>,
+    residual_grad: Option<&'a mut [MaybeUninit<E>]>,
 }
 
 /// Buffers of one thread.
@@ -425,13 +446,13 @@ impl<S: Default, E: Element> Scratch<S, E> {
         pass: &Backward<'_, E>,
         algorithm: &A,
         images: &Range<usize>,
-        mut conv_output: ConvOutput<'_, E>,
+        mut source: Source<'_, E>,
         sums: &mut GradSums,
     ) {
         let geometry = pass.geometry;
         let (group_out, positions) = (geometry.group_out(), geometry.positions());
         let start = images.start * geometry.output_len();
-        let recomputes = !matches!(conv_output, ConvOutput::Kept(_));
+        let recomputes = !matches!(source, Source::Kept(_));
         let input = recomputes.then(|| pass.input(images));
         let tiles = algorithm.tiles(images.len());
         for group in 0..geometry.groups() {
@@ -444,21 +465,17 @@ impl<S: Default, E: Element> Scratch<S, E> {
                     let channel = group * group_out + index;
                     for (number, piece) in algorithm.pieces(tile).iter().enumerate() {
                         let from = channel * positions + piece.start;
-                        let values = match &mut conv_output {
-                            ConvOutput::Kept(block) => {
+                        if recomputes {
+                            self.recomputed(algorithm, tile, number, piece.len, index);
+                        }
+                        let values = match &mut source {
+                            Source::Kept(block) => {
                                 E::read(&block[from..][..piece.len], &mut self.line)
                             }
-                            ConvOutput::Recompute => {
-                                self.recomputed(algorithm, tile, number, piece.len, index);
+                            Source::Recompute => &self.line,
+                            Source::Store(block) => {
+                                E::write(&self.line, &mut block[from..][..piece.len]);
                                 &self.line
-                            }
-                            ConvOutput::Store(block) => {
-                                let values = &mut block[from..][..piece.len];
-                                E::fill(values, &mut self.line, |line| {
-                                    let scratch = &mut self.algorithm;
-                                    algorithm.gather(scratch, tile, number, index, line);
-                                });
-                                E::read(values, &mut self.line)
                             }
                         };
                         sums.add(pass, channel, start + from, values, &mut self.converted);
@@ -549,15 +566,21 @@ impl<S: Default, E: Element> Scratch<S, E> {
                 let line = &mut self.line;
                 if let Some(grad) = &mut block.residual_grad {
                     let grad = &mut grad[from..][..piece.len];
-                    let masked = |argument, grad: &mut [E::Real]| {
-                        let relu = (Activation::Relu, argument);
-                        simd::activation_grad(arch, line, output_grad, affine, relu, grad);
+                    let argument = match gate {
+                        Gate::Open => None,
+                        Gate::PreActivation => Some(Argument::PreActivation(None)),
+                        Gate::Output(output) => Some(Argument::Output(output)),
                     };
-                    E::update(grad, &mut self.residual_grad, |grad| match gate {
-                        Gate::Open => simd::copy(output_grad, grad),
-                        Gate::PreActivation => masked(Argument::PreActivation(None), grad),
-                        Gate::Output(output) => masked(Argument::Output(output), grad),
-                    });
+                    match argument {
+                        None => E::write(output_grad, grad),
+                        Some(argument) => {
+                            let masked = &mut self.residual_grad;
+                            masked.resize(piece.len, E::Real::ZERO);
+                            let relu = (Activation::Relu, argument);
+                            simd::activation_grad(arch, line, output_grad, affine, relu, masked);
+                            E::write(masked, grad);
+                        }
+                    }
                 }
                 simd::conv_output_grad(arch, line, output_grad, affine, gate, coefficients);
                 algorithm.scatter(&mut self.algorithm, tile, number, index, line);

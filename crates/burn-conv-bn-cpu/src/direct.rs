@@ -1,5 +1,7 @@
 //! Any convolution, as sums of shifted planes: see [`layout`](crate::layout).
 
+use std::mem::MaybeUninit;
+
 use pulp::Arch;
 
 use crate::algorithm::{Algorithm, Piece};
@@ -262,14 +264,20 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
         );
     }
 
-    fn weight_grad(&self, sums: &[E::Real], grad: &mut [E::Real]) {
-        grad.copy_from_slice(sums);
+    fn weight_grad(&self, sums: Vec<E::Real>, grad: &mut Vec<E::Real>) {
+        *grad = sums;
     }
 
-    fn input_grad(&self, scratch: &mut Self::Scratch, group: usize, tile: &Tile, grad: &mut [E]) {
+    fn input_grad(
+        &self,
+        scratch: &mut Self::Scratch,
+        group: usize,
+        tile: &Tile,
+        grad: &mut [MaybeUninit<E>],
+    ) {
         let (channels, plane) = (self.geometry.group_in(), self.geometry.input_plane());
         if group == 0 && tile.range.start == 0 && !self.layout.covers_input() {
-            grad.fill(E::default());
+            grad.fill(MaybeUninit::new(E::default()));
         }
         let len = channels * self.pitch;
         scratch.input_grad.resize(len, E::Real::ZERO);
@@ -288,7 +296,6 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
                     runs,
                     self.layout.step(),
                     &mut grad[(group * channels + index) * plane..],
-                    &mut scratch.converted,
                 );
             }
         }
@@ -337,8 +344,7 @@ fn store_runs<E: Element>(
     source: &[E::Real],
     runs: &[Run],
     step: usize,
-    target: &mut [E],
-    scratch: &mut Vec<E::Real>,
+    target: &mut [MaybeUninit<E>],
 ) {
     Arch::new().dispatch(Sweep(
         #[inline(always)]
@@ -347,17 +353,12 @@ fn store_runs<E: Element>(
                 let source = &source[run.wide..][..run.len];
                 let target = &mut target[run.dense..][..(run.len - 1) * step + 1];
                 match step {
-                    1 => E::store(source, target),
-                    _ => E::update(
-                        target,
-                        scratch,
-                        #[inline(always)]
-                        |target| {
-                            for (target, source) in target.chunks_mut(step).zip(source) {
-                                target[0] = *source;
-                            }
-                        },
-                    ),
+                    1 => E::write(source, target),
+                    _ => {
+                        for (target, source) in target.chunks_mut(step).zip(source) {
+                            E::write_one(*source, &mut target[0]);
+                        }
+                    }
                 }
             }
         },

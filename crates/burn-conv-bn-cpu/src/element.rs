@@ -1,3 +1,5 @@
+use std::mem::MaybeUninit;
+
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -30,6 +32,16 @@ pub trait Element: Copy + Default + Send + Sync + private::Sealed + 'static {
     /// Panics if the slices differ in length.
     fn store(values: &[Self::Real], target: &mut [Self]);
 
+    /// As [`store`](Self::store), to where nothing needs to be yet.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the slices differ in length.
+    fn write(values: &[Self::Real], target: &mut [MaybeUninit<Self>]);
+
+    /// As [`write`](Self::write), one value.
+    fn write_one(value: Self::Real, target: &mut MaybeUninit<Self>);
+
     /// Converts each value; exact.
     ///
     /// # Panics
@@ -42,14 +54,6 @@ pub trait Element: Copy + Default + Send + Sync + private::Sealed + 'static {
 
     /// Rounds each value to what this type can hold.
     fn round(values: &mut [Self::Real], scratch: &mut Vec<Self>);
-
-    /// Lets `make` write all of the values: in place, or into `scratch`, from where they are
-    /// converted; rounded to nearest.
-    fn fill(
-        values: &mut [Self],
-        scratch: &mut Vec<Self::Real>,
-        make: impl FnOnce(&mut [Self::Real]),
-    );
 
     /// Lets `change` change the values: in place, or converted into `scratch` and back.
     fn update(
@@ -76,6 +80,16 @@ macro_rules! computed_as_stored {
             }
 
             #[inline(always)]
+            fn write(values: &[$real], target: &mut [MaybeUninit<Self>]) {
+                simd::write(values, target);
+            }
+
+            #[inline(always)]
+            fn write_one(value: $real, target: &mut MaybeUninit<Self>) {
+                target.write(value);
+            }
+
+            #[inline(always)]
             fn load(values: &[Self], target: &mut [$real]) {
                 simd::copy(values, target);
             }
@@ -87,11 +101,6 @@ macro_rules! computed_as_stored {
 
             #[inline(always)]
             fn round(_: &mut [$real], _: &mut Vec<Self>) {}
-
-            #[inline(always)]
-            fn fill(values: &mut [Self], _: &mut Vec<$real>, make: impl FnOnce(&mut [$real])) {
-                make(values);
-            }
 
             #[inline(always)]
             fn update(
@@ -116,6 +125,21 @@ macro_rules! computed_in_f32 {
                 target.convert_from_f32_slice(values);
             }
 
+            fn write(values: &[f32], target: &mut [MaybeUninit<Self>]) {
+                const CHUNK: usize = 64;
+                assert_eq!(values.len(), target.len());
+                let mut converted = [Self::ZERO; CHUNK];
+                for (values, target) in values.chunks(CHUNK).zip(target.chunks_mut(CHUNK)) {
+                    let converted = &mut converted[..values.len()];
+                    Self::store(values, converted);
+                    target.write_copy_of_slice(converted);
+                }
+            }
+
+            fn write_one(value: f32, target: &mut MaybeUninit<Self>) {
+                target.write(Self::from_f32(value));
+            }
+
             fn load(values: &[Self], target: &mut [f32]) {
                 values.convert_to_f32_slice(target);
             }
@@ -130,16 +154,6 @@ macro_rules! computed_in_f32 {
                 scratch.resize(values.len(), Self::ZERO);
                 Self::store(values, scratch);
                 Self::load(scratch, values);
-            }
-
-            fn fill(
-                values: &mut [Self],
-                scratch: &mut Vec<f32>,
-                make: impl FnOnce(&mut [f32]),
-            ) {
-                scratch.resize(values.len(), 0.0);
-                make(scratch);
-                Self::store(scratch, values);
             }
 
             fn update(

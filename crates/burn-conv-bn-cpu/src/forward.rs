@@ -1,9 +1,12 @@
 //! The forward kernels.
 
+use std::mem::MaybeUninit;
+
 use pulp::Arch;
 use rayon::prelude::*;
 
 use crate::algorithm::{Algorithm, Chosen, choose};
+use crate::buffer::room;
 use crate::geometry::BLOCKS;
 use crate::pool::Pool;
 use crate::simd::{self, ChannelAffine};
@@ -13,7 +16,8 @@ use crate::{Activation, Affine, Element, Geometry, Moments, Real};
 #[derive(Default)]
 struct Scratch<S, E: Element> {
     algorithm: S,
-    converted: Vec<E::Real>,
+    line: Vec<E::Real>,
+    rounded: Vec<E>,
 }
 
 impl<S: Default, E: Element> Scratch<S, E> {
@@ -23,7 +27,7 @@ impl<S: Default, E: Element> Scratch<S, E> {
         &mut self,
         algorithm: &A,
         input: &[E],
-        output: &mut [E],
+        output: &mut [MaybeUninit<E>],
         mut see: impl FnMut(usize, &[E::Real]),
     ) {
         let geometry = algorithm.geometry();
@@ -37,11 +41,13 @@ impl<S: Default, E: Element> Scratch<S, E> {
                 for index in 0..group_out {
                     let channel = group * group_out + index;
                     for (number, piece) in algorithm.pieces(tile).iter().enumerate() {
-                        let target = &mut output[channel * positions + piece.start..][..piece.len];
-                        E::fill(target, &mut self.converted, |line| {
-                            algorithm.gather(scratch, tile, number, index, line);
-                        });
-                        see(channel, E::read(target, &mut self.converted));
+                        let line = &mut self.line;
+                        line.resize(piece.len, E::Real::ZERO);
+                        algorithm.gather(scratch, tile, number, index, line);
+                        E::round(line, &mut self.rounded);
+                        let target = &mut output[channel * positions + piece.start..];
+                        E::write(line, &mut target[..piece.len]);
+                        see(channel, line);
                     }
                 }
             }
@@ -49,7 +55,7 @@ impl<S: Default, E: Element> Scratch<S, E> {
     }
 }
 
-/// The convolution: `output` is `[batch, channels_out, output..]`.
+/// The convolution: `[batch, channels_out, output..]`, in the place of what `output` holds.
 ///
 /// # Panics
 ///
@@ -63,29 +69,13 @@ impl<S: Default, E: Element> Scratch<S, E> {
 /// // A sum over neighbours in a line of four values.
 /// let one = [1; 3];
 /// let geometry = Geometry::new(1, [1, 1], 1, [1, 1, 4], [1, 1, 2], one, [(0, 0); 3], one)?;
-/// let mut output = [0.0f32; 3];
-/// conv(&geometry, &[1.0, 2.0, 4.0, 8.0], &[1.0, 1.0], &mut output);
+/// let mut output = Vec::new();
+/// conv(&geometry, &[1.0f32, 2.0, 4.0, 8.0], &[1.0, 1.0], &mut output);
 /// assert_eq!(output, [3.0, 6.0, 12.0]);
 /// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
 /// ```
-pub fn conv<E: Element>(geometry: &Geometry, input: &[E], weight: &[E::Real], output: &mut [E]) {
-    check(geometry, Some(input), Some(weight), output.len());
-    match choose(geometry, Some(weight), None) {
-        Chosen::Direct(algorithm) => conv_blocks(&algorithm, input, output),
-        Chosen::Minimal(algorithm) => conv_blocks(&algorithm, input, output),
-    }
-}
-
-fn conv_blocks<E: Element, A: Algorithm<E>>(algorithm: &A, input: &[E], output: &mut [E]) {
-    let geometry = algorithm.geometry();
-    let images = geometry.images_per_block(BLOCKS);
-    let pool = Pool::<Scratch<A::Scratch, E>>::new();
-    output
-        .par_chunks_mut(images * geometry.output_len())
-        .zip(input.par_chunks(images * geometry.input_len()))
-        .for_each(|(output, input)| {
-            pool.with(|scratch| scratch.conv_block(algorithm, input, output, |_, _| {}));
-        });
+pub fn conv<E: Element>(geometry: &Geometry, input: &[E], weight: &[E::Real], output: &mut Vec<E>) {
+    conv_seeing(geometry, input, weight, output, || (), |(), _, _| {});
 }
 
 /// The convolution, and the moments of its output's channels; see [`Moments`] for an example.
@@ -97,39 +87,64 @@ pub fn conv_moments<E: Element>(
     geometry: &Geometry,
     input: &[E],
     weight: &[E::Real],
-    output: &mut [E],
-) -> Moments {
-    check(geometry, Some(input), Some(weight), output.len());
-    match choose(geometry, Some(weight), None) {
-        Chosen::Direct(algorithm) => conv_moments_blocks(&algorithm, input, output),
-        Chosen::Minimal(algorithm) => conv_moments_blocks(&algorithm, input, output),
-    }
-}
-
-fn conv_moments_blocks<E: Element, A: Algorithm<E>>(
-    algorithm: &A,
-    input: &[E],
-    output: &mut [E],
+    output: &mut Vec<E>,
 ) -> Moments {
     let arch = Arch::new();
+    let new = || Moments::new(geometry.channels_out());
+    let see = |moments: &mut Moments, channel: usize, values: &[E::Real]| {
+        let (mean, squares) = simd::moments(arch, values);
+        moments.add(channel, values.len(), mean, squares);
+    };
+    let blocks = conv_seeing(geometry, input, weight, output, new, see);
+    blocks.iter().fold(new(), Moments::merge)
+}
+
+/// The convolution, of which each block's values are shown to `see`, with what `new` gives for the
+/// block. Returns that, in the blocks' order.
+#[allow(unsafe_code)]
+fn conv_seeing<E: Element, S: Send>(
+    geometry: &Geometry,
+    input: &[E],
+    weight: &[E::Real],
+    output: &mut Vec<E>,
+    new: impl Fn() -> S + Sync,
+    see: impl Fn(&mut S, usize, &[E::Real]) + Sync,
+) -> Vec<S> {
+    check(geometry, Some(input), Some(weight));
+    let len = geometry.batch() * geometry.output_len();
+    let room = room(output, len);
+    let seen = match choose(geometry, Some(weight), None) {
+        Chosen::Direct(algorithm) => conv_blocks(&algorithm, input, room, new, see),
+        Chosen::Minimal(algorithm) => conv_blocks(&algorithm, input, room, new, see),
+    };
+    // SAFETY: there is room for `len` values, all of which belong to the blocks; and a block's tiles
+    // have pieces for all of its channels and positions, which `conv_block` writes.
+    unsafe { output.set_len(len) };
+    seen
+}
+
+fn conv_blocks<E: Element, A: Algorithm<E>, S: Send>(
+    algorithm: &A,
+    input: &[E],
+    output: &mut [MaybeUninit<E>],
+    new: impl Fn() -> S + Sync,
+    see: impl Fn(&mut S, usize, &[E::Real]) + Sync,
+) -> Vec<S> {
     let geometry = algorithm.geometry();
-    let channels = geometry.channels_out();
     let images = geometry.images_per_block(BLOCKS);
     let pool = Pool::<Scratch<A::Scratch, E>>::new();
-    let blocks: Vec<Moments> = output
+    output
         .par_chunks_mut(images * geometry.output_len())
         .zip(input.par_chunks(images * geometry.input_len()))
         .map(|(output, input)| {
-            let mut moments = Moments::new(channels);
-            let see = |channel: usize, values: &[E::Real]| {
-                let (mean, squares) = simd::moments(arch, values);
-                moments.add(channel, values.len(), mean, squares);
-            };
-            pool.with(|scratch| scratch.conv_block(algorithm, input, output, see));
-            moments
+            let mut seen = new();
+            pool.with(|scratch| {
+                let see = |channel: usize, values: &[E::Real]| see(&mut seen, channel, values);
+                scratch.conv_block(algorithm, input, output, see);
+            });
+            seen
         })
-        .collect();
-    blocks.iter().fold(Moments::new(channels), Moments::merge)
+        .collect()
 }
 
 /// `values = activation(affine(values) + residual)` in place, on `[batch, channels_out, output..]`.
@@ -193,7 +208,6 @@ pub(crate) fn check<E: Element>(
     geometry: &Geometry,
     input: Option<&[E]>,
     weight: Option<&[E::Real]>,
-    output_len: usize,
 ) {
     let batch = geometry.batch();
     if let Some(input) = input {
@@ -202,5 +216,4 @@ pub(crate) fn check<E: Element>(
     if let Some(weight) = weight {
         assert_eq!(weight.len(), geometry.weight_len(), "weight");
     }
-    assert_eq!(output_len, batch * geometry.output_len(), "output");
 }

@@ -6,7 +6,6 @@
 //! to be done with a tile is done while it is there. The backward pass copies the same planes once,
 //! for the recomputed output and the weight's gradient; the input's is a sum of shifted planes too.
 //!
-//! - [`zeros`]: a buffer for an activation.
 //! - [`Geometry`]: shapes of a convolution over one to three spatial dimensions.
 //! - [`conv_moments`]: the convolution, with mean and squared deviations of its channels.
 //! - [`conv`]: the convolution alone.
@@ -19,7 +18,7 @@
 //!
 //! All tensors are contiguous, `[batch, channels, depth, height, width]`. Beyond tiles for each
 //! thread and a few copies of the weight (16/9 of it each where fewer products are used), nothing
-//! is allocated here. Results do not depend on the number of threads: sums are taken over fixed
+//! is allocated here but room for results, in the buffers that are handed in. Results do not depend on the number of threads: sums are taken over fixed
 //! blocks of images, in order. What is recomputed has the bits that it had.
 //!
 //! Nothing here knows which variant of batch norm it serves: mean, scale and shift, and the
@@ -31,7 +30,7 @@
 //! ```
 //! use burn_conv_bn_cpu::{
 //!     Activation, Affine, Backward, ConvOutput, Geometry, Gradients, InputGradCoefficients,
-//!     backward, conv_moments, grad_sums, normalize, zeros,
+//!     backward, conv_moments, grad_sums, normalize,
 //! };
 //!
 //! // 3x3 over 8 images of 2 channels and 10x10 pixels, to 4 channels.
@@ -42,7 +41,7 @@
 //! let x: Vec<f32> = (0..8 * geometry.input_len()).map(|i| (i as f32).sin()).collect();
 //! let weight: Vec<f32> = (0..geometry.weight_len()).map(|i| (i as f32).cos()).collect();
 //!
-//! let mut y = zeros::<f32>(8 * geometry.output_len());
+//! let mut y = Vec::new();
 //! let moments = conv_moments(&geometry, &x, &weight, &mut y);
 //! let mean: Vec<f32> = moments.mean.iter().map(|mean| *mean as f32).collect();
 //! let inv_std = |variance: f64| 1.0 / (variance + 1e-5).sqrt();
@@ -68,10 +67,9 @@
 //! let slope = channel(&|c| -inv_std[c].powi(3) / values * sums.grad_deviation[c]);
 //! let offset = channel(&|c| -inv_std[c] * sums.grad[c] / values);
 //! let coefficients = InputGradCoefficients { scale: &scale, slope: &slope, offset: &offset };
-//! let mut input_grad = zeros::<f32>(x.len());
-//! let mut weight_grad = vec![0.0f32; weight.len()];
+//! let (mut input_grad, mut weight_grad) = (Vec::new(), Vec::new());
 //! let gradients = Gradients {
-//!     input: Some((input_grad.as_mut_slice(), weight.as_slice())),
+//!     input: Some((&mut input_grad, weight.as_slice())),
 //!     weight: Some(&mut weight_grad),
 //!     residual: None,
 //! };
@@ -106,7 +104,6 @@ pub use activation::Activation;
 pub use backward::{
     Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, backward, grad_sums,
 };
-pub use buffer::zeros;
 pub use element::Element;
 pub use forward::{conv, conv_moments, normalize};
 pub use geometry::{Geometry, GeometryError};

@@ -21,12 +21,14 @@
 // Blocks of registers are addressed by their place in the block.
 #![allow(clippy::needless_range_loop)]
 
+use std::mem::MaybeUninit;
 use std::ops::{Add, Neg, Range, Sub};
 
 use pulp::Arch;
 use rayon::prelude::*;
 
 use crate::algorithm::{Algorithm, Piece};
+use crate::buffer::room;
 use crate::geometry::BLOCKS;
 use crate::shifted::{
     CHANNELS, Filter, LINE, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache,
@@ -89,10 +91,7 @@ type Lanes = [f64; CHANNELS];
 
 #[inline(always)]
 fn lanes(value: impl Fn(usize) -> f64) -> Lanes {
-    std::array::from_fn(
-        #[inline(always)]
-        |lane| value(lane),
-    )
+    std::array::from_fn(value)
 }
 
 /// `G w`.
@@ -429,7 +428,7 @@ impl<'a, T: Real> Minimal<'a, T> {
         planes: &[T],
         row: usize,
         position: usize,
-        grad: &mut [F],
+        grad: &mut [MaybeUninit<F>],
         lines: &mut Lines<T>,
     ) {
         let columns = self.padded_columns();
@@ -475,7 +474,7 @@ impl<'a, T: Real> Minimal<'a, T> {
                 let at = STEP * start;
                 join(sums(this, before), &mut lines.padded, at);
             }
-            F::store(
+            F::write(
                 &lines.padded[left..][..width],
                 &mut grad[at * width..][..width],
             );
@@ -749,11 +748,13 @@ impl<F: Element> Algorithm<F> for Minimal<'_, F::Real> {
         }
     }
 
-    fn weight_grad(&self, sums: &[F::Real], grad: &mut [F::Real]) {
+    #[allow(unsafe_code)]
+    fn weight_grad(&self, sums: Vec<F::Real>, grad: &mut Vec<F::Real>) {
+        let len = self.geometry.weight_len();
         let kernels = self.geometry.group_in() * self.geometry.group_out();
         for (sums, grad) in sums
             .chunks_exact(E * E * kernels)
-            .zip(grad.chunks_exact_mut(9 * kernels))
+            .zip(room(grad, len).chunks_exact_mut(9 * kernels))
         {
             let (grad, _) = grad.as_chunks_mut::<9>();
             grad.par_chunks_mut(KERNELS)
@@ -772,15 +773,24 @@ impl<F: Element> Algorithm<F> for Minimal<'_, F::Real> {
                             let down =
                                 filter_transposed(std::array::from_fn(|row| rows[row][column]));
                             for (row, value) in down.into_iter().enumerate() {
-                                grad[row * 3 + column] = F::Real::from_f64(value);
+                                grad[row * 3 + column].write(F::Real::from_f64(value));
                             }
                         }
                     }
                 });
         }
+        // SAFETY: there is room for `len` values, which are whole groups of whole kernels, and each
+        // row and column of each kernel was written.
+        unsafe { grad.set_len(len) };
     }
 
-    fn input_grad(&self, scratch: &mut Self::Scratch, group: usize, tile: &Tile, grad: &mut [F]) {
+    fn input_grad(
+        &self,
+        scratch: &mut Self::Scratch,
+        group: usize,
+        tile: &Tile,
+        grad: &mut [MaybeUninit<F>],
+    ) {
         let group_in = self.geometry.group_in();
         let len = E * E * self.input_product;
         scratch.input_grad.resize(len, F::Real::ZERO);

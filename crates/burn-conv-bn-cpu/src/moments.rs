@@ -7,8 +7,8 @@
 /// // One channel of four pixels, with a weight of 1.
 /// let one = [1; 3];
 /// let geometry = Geometry::new(1, [1, 1], 1, [1, 2, 2], one, one, [(0, 0); 3], one)?;
-/// let mut output = [0.0f64; 4];
-/// let moments = conv_moments(&geometry, &[1.0, 2.0, 3.0, 6.0], &[1.0], &mut output);
+/// let mut output = Vec::new();
+/// let moments = conv_moments(&geometry, &[1.0, 2.0, 3.0, 6.0f64], &[1.0], &mut output);
 /// assert_eq!(moments.mean, [3.0]);
 /// assert_eq!(moments.variance().collect::<Vec<_>>(), [3.5]);
 /// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())

@@ -3,6 +3,8 @@
 //! Sums run in [`LANES`] partial sums, which is what lets the compiler use vectors: it may not
 //! reorder a sum by itself.
 
+use std::mem::MaybeUninit;
+
 use pulp::{Arch, NullaryFnOnce};
 
 use crate::activation::specialize;
@@ -34,25 +36,40 @@ impl<R, F: FnMut() -> R> NullaryFnOnce for Sweep<F> {
 /// Panics if the slices differ in length.
 #[inline(always)]
 pub(crate) fn copy<T: Copy>(source: &[T], target: &mut [T]) {
+    copy_as(source, target, |value| value);
+}
+
+/// As [`copy`], to where nothing needs to be yet.
+///
+/// # Panics
+///
+/// Panics if the slices differ in length.
+#[inline(always)]
+pub(crate) fn write<T: Copy>(source: &[T], target: &mut [MaybeUninit<T>]) {
+    copy_as(source, target, MaybeUninit::new);
+}
+
+#[inline(always)]
+fn copy_as<T: Copy, U: Copy>(source: &[T], target: &mut [U], to: impl Fn(T) -> U + Copy) {
     const CHUNK: usize = 16;
     assert_eq!(source.len(), target.len());
     if source.len() < CHUNK {
         for (target, source) in target.iter_mut().zip(source) {
-            *target = *source;
+            *target = to(*source);
         }
         return;
     }
     let (targets, _) = target.as_chunks_mut::<CHUNK>();
     let (sources, _) = source.as_chunks::<CHUNK>();
     for (target, source) in targets.iter_mut().zip(sources) {
-        *target = *source;
+        *target = source.map(to);
     }
     // The rest, with the end of what is there already.
     if let (Some(target), Some(source)) = (
         target.last_chunk_mut::<CHUNK>(),
         source.last_chunk::<CHUNK>(),
     ) {
-        *target = *source;
+        *target = source.map(to);
     }
 }
 

@@ -678,7 +678,7 @@ fn a_kept_output_takes_neither_weight_nor_input() {
             };
             let gradients = Gradients {
                 input: Some((&mut input_grad, &weight)),
-                weight: wants_weight.then_some(&mut weight_grad[..]),
+                weight: wants_weight.then_some(&mut weight_grad),
                 residual: Some(&mut residual_grad),
             };
             backward(pass, Some(&z), coefficients, gradients);

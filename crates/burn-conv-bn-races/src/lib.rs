@@ -48,7 +48,6 @@ pub use activation::Activation;
 pub use backward::{
     Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, backward, grad_sums,
 };
-pub use buffer::zeros;
 pub use element::Element;
 pub use forward::{conv, conv_moments, normalize};
 pub use geometry::{Geometry, GeometryError};

@@ -11,7 +11,7 @@ use burn::tensor::{DType, Element, Shape, TensorData, bf16, f16};
 use burn_conv_bn_cpu::{
     Activation as KernelActivation, Affine, Backward, ConvOutput, Element as KernelElement,
     Geometry, Gradients, InputGradCoefficients, Real, backward, conv, conv_moments, grad_sums,
-    normalize, zeros as buffer,
+    normalize,
 };
 use bytemuck::Pod;
 
@@ -72,7 +72,7 @@ fn kernel_forward<E: Kernel>(
     let channels = geometry.channels_out();
 
     let weight = numbers::<E::Real>(&weight);
-    let mut values = buffer::<E>(geometry.batch() * geometry.output_len());
+    let mut values = Vec::<E>::new();
     let (center, mean, variance, norm) = match &inputs.statistics {
         Statistics::Batch => {
             let moments = conv_moments(&geometry, slice::<E>(&input), &weight, &mut values);
@@ -192,7 +192,7 @@ fn kernel_backward<E: Kernel>(
             .options
             .max_workspace
             .is_none_or(|bytes| size_of_val(pass.output_grad) <= bytes);
-    let mut stored = buffer::<E>(if stores { pass.output_grad.len() } else { 0 });
+    let mut stored = Vec::<E>::new();
     let at_hand = match (&kept, is_needed) {
         (Some(kept), _) => Some(slice::<E>(kept)),
         (None, false) => Some(pass.output_grad),
@@ -208,14 +208,11 @@ fn kernel_backward<E: Kernel>(
     );
 
     let wants_fixed_gamma = wanted.gamma && batch_norm.is_none();
-    let mut weight_grad =
-        (wanted.weight || wants_fixed_gamma).then(|| vec![E::Real::ZERO; geometry.weight_len()]);
-    let mut input_grad = wanted
-        .input
-        .then(|| buffer::<E>(geometry.batch() * geometry.input_len()));
+    let mut weight_grad = (wanted.weight || wants_fixed_gamma).then(Vec::<E::Real>::new);
+    let mut input_grad = wanted.input.then(Vec::<E>::new);
     // Without an activation the residual's gradient is the output's.
-    let mut residual_grad = (wanted.residual && activation != KernelActivation::Identity)
-        .then(|| buffer::<E>(pass.output_grad.len()));
+    let mut residual_grad =
+        (wanted.residual && activation != KernelActivation::Identity).then(Vec::<E>::new);
     if weight_grad.is_some() || input_grad.is_some() || residual_grad.is_some() {
         // With given statistics the norm is folded into the weight.
         let folded = match &batch_norm {
@@ -244,12 +241,12 @@ fn kernel_backward<E: Kernel>(
                 offset: &offset,
             },
             Gradients {
-                input: input_grad.as_deref_mut().map(|grad| {
+                input: input_grad.as_mut().map(|grad| {
                     let weight = input_weight.expect("the plan keeps it for this gradient");
                     (grad, weight)
                 }),
-                weight: weight_grad.as_deref_mut(),
-                residual: residual_grad.as_deref_mut(),
+                weight: weight_grad.as_mut(),
+                residual: residual_grad.as_mut(),
             },
         );
     }
