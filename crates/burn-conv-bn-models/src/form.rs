@@ -72,8 +72,10 @@ impl Form {
     /// What a block keeps for the backward pass in this form, for a tracked input of that shape.
     ///
     /// The unfused form's list is Burn 0.22.1's: the convolution keeps its input and weight, batch
-    /// norm its input, gamma and its statistics, an activation its input. Of activations that Burn
-    /// composes of several ops only that one is listed, which they all keep.
+    /// norm its input, gamma and its statistics, an activation its input. A frozen norm is composed
+    /// of several ops, which keep the normalized values where gamma is tracked, and what belongs to
+    /// channels. Of activations that Burn composes of several ops only their input is listed, which
+    /// they all keep.
     pub(crate) fn saved_for_backward(
         self,
         block: &ConvBn2d,
@@ -178,16 +180,37 @@ fn unfused_saved(
     input_shape: [usize; 4],
     activation_input: &'static str,
 ) -> Vec<SavedTensor> {
-    // Fused without recomputation and activation keeps all of it but the activation's input.
+    // Fused without recomputation and activation keeps all of it but what is added here.
     let mut keeping = block.clone();
     keeping.settings.recompute = Recompute::Never;
     keeping.settings.activation = Activation::Identity;
     let mut saved = keeping.saved_for_backward(input_shape);
-    if block.settings.activation != Activation::Identity {
+    let dtype = block.conv.weight.val().dtype();
+    // Burn's convolution keeps its input for the weight's gradient, wanted or not.
+    if !saved.iter().any(|tensor| tensor.name == "input") {
+        let input = SavedTensor {
+            name: "input",
+            shape: Shape::from(input_shape),
+            dtype,
+            shared: true,
+        };
+        saved.insert(0, input);
+    }
+    let norm = &block.norm;
+    let is_frozen = block.settings.track_running_stats && !norm.training.is_enabled();
+    let normalized = is_frozen && norm.gamma.val().is_require_grad();
+    let activated = block.settings.activation != Activation::Identity;
+    for name in [
+        normalized.then_some("normalized"),
+        activated.then_some(activation_input),
+    ]
+    .into_iter()
+    .flatten()
+    {
         saved.push(SavedTensor {
-            name: activation_input,
+            name,
             shape: Shape::from(output_shape(block, input_shape)),
-            dtype: block.conv.weight.val().dtype(),
+            dtype,
             shared: false,
         });
     }

@@ -278,7 +278,7 @@ impl MobileNetV2 {
 
     /// What each convolution's block keeps for the backward pass in this form, for images of that
     /// shape, `[batch, input_channels, height, width]`: by name, as `features.1.conv.0`, role and
-    /// bytes.
+    /// bytes. Each block's input counts as tracked.
     ///
     /// # Panics
     ///

@@ -167,7 +167,7 @@ impl Net {
     }
 
     /// What each block keeps for the backward pass in this form, for a batch of that many images
-    /// of that height and width: by block, name and bytes.
+    /// of that height and width: by block, name and bytes. Each block's input counts as tracked.
     pub fn saved_for_backward(&self, batch: usize, image_size: usize) -> Vec<(&str, SavedTensor)> {
         let [first, ..] = self.conv1.conv.weight.dims();
         let blocks = [

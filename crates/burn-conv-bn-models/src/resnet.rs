@@ -283,7 +283,8 @@ impl ResNet {
 
     /// What each fused block keeps for the backward pass in this form, for images of that shape,
     /// `[batch, input_channels, height, width]`: by the block's name, as `layer1.0.conv1`, its
-    /// role and bytes. A tensor that two blocks read is listed by both.
+    /// role and bytes. A tensor that two blocks read is listed by both, and each block's input
+    /// counts as tracked.
     ///
     /// # Panics
     ///

@@ -231,7 +231,7 @@ impl Vgg {
 
     /// What each block keeps for the backward pass in this form, for images of that shape,
     /// `[batch, input_channels, height, width]`: by the block's name, as `features.0`, its role
-    /// and bytes.
+    /// and bytes. Each block's input counts as tracked.
     ///
     /// # Panics
     ///

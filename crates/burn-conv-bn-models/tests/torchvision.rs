@@ -1,5 +1,5 @@
 //! Torchvision's networks with PyTorch's weights, loaded through burn-store, against what PyTorch
-//! computes with them: logits, loss and every gradient in f64.
+//! computes with them: logits, loss, every gradient and the running statistics in f64.
 //!
 //! The files are those of `scripts/pytorch_models.py`, too large to be kept here; `cargo xtask
 //! torchvision` writes them and runs these tests, which are skipped without.
@@ -12,6 +12,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::loss::CrossEntropyLossConfig;
 use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{DType, Device, Gradients, Int, Tensor, TensorData};
+use burn_conv_bn::{ConvBnModule, RunningVariance};
 use burn_conv_bn_models::{
     Form, MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
 };
@@ -156,7 +157,7 @@ fn check<N: Module>(
     let Some(files) = files() else { return };
     let plain = Device::flex();
     let device = Device::flex().autodiff();
-    let mut network = init(&device);
+    let mut network = init(&device).with_running_variance(RunningVariance::Unbiased);
     let weights = files.join(format!("{name}.safetensors"));
     assert_complete(network.load_from(&mut safetensors(&weights, keys)).unwrap());
     let mut from_pt = init(&device);
@@ -204,10 +205,7 @@ fn check<N: Module>(
             .map(|values| largest(values))
             .fold(0.0, f64::max);
     for ((name, got), wanted) in got.iter().zip(wanted.values()) {
-        // PyTorch's running variance is unbiased, these networks' Burn's.
-        if !name.ends_with("running_var") {
-            assert_close(name, got, wanted, rounding);
-        }
+        assert_close(name, got, wanted, rounding);
     }
 }
 

@@ -321,3 +321,18 @@ fn norm_alone() {
         }
     }
 }
+
+#[test]
+fn tensors_of_another_device_are_refused() {
+    let input = Tensor::<4>::zeros([2, 3, 8, 8], &gpu::device());
+    let elsewhere = Device::flex();
+    let weight = Tensor::<4>::zeros([4, 3, 3, 3], &elsewhere);
+    let options = ConvBnOptions::new(ConvSpec::unit(2));
+    let error = conv_bn(input, ConvBnParams::new(weight), options).unwrap_err();
+    let message = error.to_string();
+    assert!(
+        message.starts_with("weight: expected device")
+            && message.ends_with(&format!("got {elsewhere:?}")),
+        "{message}"
+    );
+}

@@ -1,12 +1,13 @@
-//! What a node keeps, counted by the allocator, against the table in [`SavePlan`].
+//! What a node and a layer keep, counted by the allocator, against the table in [`SavePlan`].
 //!
 //! One test, so that no other allocates at the same time.
 
+use burn::module::Module;
 use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
 use burn_conv_bn::functional::{ConvBnParams, conv_bn};
 use burn_conv_bn::{
-    Activation, ConvBnOptions, ConvBnProblem, ConvSpec, Parents, Recompute, SavePlan, SavedTensor,
-    StatisticsKind,
+    Activation, ConvBn2d, ConvBn2dConfig, ConvBnOptions, ConvBnProblem, ConvSpec, Parents,
+    Recompute, SavePlan, SavedTensor, StatisticsKind,
 };
 use burn_conv_bn_memory::CountingAllocator;
 
@@ -200,8 +201,65 @@ fn a_node_keeps_what_its_table_lists() {
     assert_eq!(activations(&all(Recompute::Conv, Activation::Identity)), 1);
     assert_eq!(activations(&all(Recompute::Never, Activation::Relu)), 2);
     assert_eq!(activations(&all(Recompute::Conv, Activation::Silu)), 1);
+    frozen_layers_keep_no_input(&device);
     unfused_keeps_three(&device);
     workspace_is_bounded(&device);
+}
+
+/// A layer whose norm is frozen keeps its input for the weight's gradient. With the weight frozen
+/// too it does not, and of an input that is not tracked either it keeps nothing at all.
+fn frozen_layers_keep_no_input(device: &Device) {
+    for recompute in [Recompute::Conv, Recompute::Never] {
+        for (activation, handle) in [
+            (Activation::Identity, None),
+            (Activation::Relu, Some("output")),
+        ] {
+            let init = || {
+                ConvBn2dConfig::new([WEIGHT[1], WEIGHT[0]], [3, 3])
+                    .with_bias(true)
+                    .with_activation(activation)
+                    .with_recompute(recompute)
+                    .init(device)
+            };
+            let frozen = init().freeze();
+            let mut norm_frozen = init();
+            norm_frozen.norm = norm_frozen.norm.freeze();
+            for (block, keeps_input) in [(&frozen, false), (&norm_frozen, true)] {
+                let context = format!("{activation:?}, {recompute:?}, input kept {keeps_input}");
+                let activations: Vec<SavedTensor> = block
+                    .saved_for_backward(INPUT)
+                    .into_iter()
+                    .filter(|tensor| tensor.shape.num_dims() == 4 && tensor.name != "weight")
+                    .collect();
+                let listed: Vec<_> = activations.iter().map(|tensor| tensor.name).collect();
+                let input = keeps_input.then_some("input");
+                let wanted: Vec<_> = input.into_iter().chain(handle).collect();
+                assert_eq!(listed, wanted, "{context}");
+
+                let bytes: usize = activations.iter().map(SavedTensor::bytes).sum();
+                for tracked in [false, true] {
+                    // The first run draws the parameters.
+                    let [_, kept] = [(); 2].map(|()| kept_by(block, tracked, device));
+                    let wanted = if tracked || keeps_input { bytes } else { 0 };
+                    assert!(
+                        kept.abs_diff(wanted) < OVERHEAD,
+                        "got {kept} bytes, wanted {wanted} ({context}, input tracked {tracked})"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Bytes that are left of a layer's forward pass while its loss is held, but not its input.
+fn kept_by(block: &ConvBn2d, tracked: bool, device: &Device) -> usize {
+    let start = ALLOCATOR.current();
+    let loss = block.forward(tensor(INPUT, tracked, device)).sum();
+    let kept = ALLOCATOR.current().saturating_sub(start);
+    if loss.is_tracked() {
+        loss.backward();
+    }
+    kept
 }
 
 /// Burn's own layers, for the comparison that the README makes.

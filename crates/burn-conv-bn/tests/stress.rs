@@ -312,44 +312,74 @@ fn large_means_keep_their_spread() {
     }
 }
 
-/// With such statistics given. Gamma's gradient comes without the convolution's output and loses
-/// digits there, as documented: about `|mean| / std` times those of one rounding.
+/// Values of a case in f32, with the statistics of their own batch given.
+fn given_its_batch(case: &Case) -> (Case, Data) {
+    let mut data = case.draw(DType::F32);
+    let batch = exact(case, &data);
+    let single =
+        |values: &[f64]| -> Vec<f64> { values.iter().map(|v| rounded(*v, DType::F32)).collect() };
+    data.mean = single(value(&batch, MEAN));
+    data.variance = single(value(&batch, VARIANCE));
+    let case = Case {
+        given_statistics: true,
+        ..case.clone()
+    };
+    (case, data)
+}
+
+/// With such statistics given, all but gamma's gradient.
 #[test]
 fn large_means_that_are_given() {
     for case in large_means() {
-        let mut data = case.draw(DType::F32);
-        let batch = exact(&case, &data);
-        let single = |values: &[f64]| -> Vec<f64> {
-            values.iter().map(|v| rounded(*v, DType::F32)).collect()
-        };
-        data.mean = single(value(&batch, MEAN));
-        data.variance = single(value(&batch, VARIANCE));
-        let case = Case {
-            given_statistics: true,
-            activation: Activation::Identity,
-            ..case
-        };
-        let others = [OUTPUT, INPUT_GRAD, WEIGHT_GRAD, BETA_GRAD];
-        let ours = two_times(&case, &data, &others);
-        let wanted = exact(&case, &data);
-        let op = case.op(DType::F64);
-        let mut squares = vec![0.0; data.mean.len()];
-        for (index, grad) in data.output_grad.iter().enumerate() {
-            squares[op.channel(index)] += grad * grad;
+        let (case, data) = given_its_batch(&case);
+        let places = [OUTPUT, INPUT_GRAD, WEIGHT_GRAD, BETA_GRAD];
+        two_times(&case, &data, &places);
+    }
+}
+
+/// With given statistics, gamma's gradient comes without the convolution's output and loses digits
+/// where the mean is large: within the tolerance that the layer's documentation states, from means of
+/// about 0 to 1e5 standard deviations.
+#[test]
+fn gammas_gradient_under_given_statistics() {
+    for case in large_means() {
+        for offset in [0.0, 0.1, 10.0, 1e3] {
+            for bias in [false, true] {
+                let input_values = Values {
+                    offset,
+                    ..case.input_values
+                };
+                let (case, data) = given_its_batch(&Case {
+                    bias,
+                    input_values,
+                    ..case.clone()
+                });
+                gammas_gradient_is_within_its_tolerance(&case, &data);
+            }
         }
-        let grads = value(&ours, GAMMA_GRAD)
-            .iter()
-            .zip(value(&wanted, GAMMA_GRAD));
-        for (channel, (got, wanted)) in grads.enumerate() {
-            let deviation = (data.variance[channel] + case.norm.epsilon).sqrt();
-            let ratio = data.mean[channel].abs() / deviation;
-            let allowed = 64.0 * 2f64.powi(-24) * ratio * squares[channel].sqrt();
-            let error = (got - wanted).abs();
-            assert!(
-                error <= allowed,
-                "{error:e} of {wanted:e}, {allowed:e} allowed"
-            );
-        }
+    }
+}
+
+fn gammas_gradient_is_within_its_tolerance(case: &Case, data: &Data) {
+    let ours = layer(case, data, DType::F32, true);
+    let wanted = exact(case, data);
+    let op = case.op(DType::F64);
+    let mut squares = vec![0.0; data.mean.len()];
+    for (index, grad) in data.output_grad.iter().enumerate() {
+        squares[op.channel(index)] += grad * grad;
+    }
+    let grads = value(&ours, GAMMA_GRAD)
+        .iter()
+        .zip(value(&wanted, GAMMA_GRAD));
+    for (channel, (got, wanted)) in grads.enumerate() {
+        let deviation = (data.variance[channel] + case.norm.epsilon).sqrt();
+        let ratio = (data.mean[channel] - data.bias[channel]).abs() / deviation;
+        let allowed = 64.0 * 2f64.powi(-24) * (1.0 + ratio) * squares[channel].sqrt();
+        let error = (got - wanted).abs();
+        assert!(
+            error <= allowed,
+            "{error:e} of {wanted:e}, {allowed:e} allowed, mean {ratio:.1e} deviations, in {case:#?}"
+        );
     }
 }
 

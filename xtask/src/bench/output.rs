@@ -90,7 +90,7 @@ pub fn csv(report: &Report) -> Result<Vec<u8>> {
     Ok(lines.into_inner()?)
 }
 
-/// A line of [`csv`], with the names of its columns.
+/// A line of [`csv()`], with the names of its columns.
 #[derive(Default)]
 struct Line {
     names: Vec<String>,
