@@ -122,7 +122,8 @@ fn train() -> Vec<Level> {
 
 /// Asserts that the second half of the steps reaches no higher than the first: a byte lost at each
 /// step would show.
-fn assert_flat(context: &str, levels: &[Level], slack: usize) {
+fn assert_flat(threads: usize, levels: &[Level], slack: usize) {
+    let context = format!("{threads} threads");
     let (first, second) = levels[WARM_UP..].split_at((STEPS - WARM_UP) / 2);
     type Value = fn(&Level) -> usize;
     // Between steps there are parameters, and within one activations.
@@ -130,7 +131,9 @@ fn assert_flat(context: &str, levels: &[Level], slack: usize) {
         ("in use", |level| level.end, 0),
         ("peak", |level| level.peak, ACTIVATION),
     ];
-    for (what, value, least) in values {
+    // How many threads hold tiles at a time is up to the system: with several, a peak is chance.
+    let compared = if threads == 1 { 2 } else { 1 };
+    for (what, value, least) in values.into_iter().take(compared) {
         let most = |levels: &[Level]| levels.iter().map(value).max().unwrap_or_default();
         let (before, after) = (most(first), most(second));
         println!("{context}, {what}: {before} bytes at most, then {after}");
@@ -146,7 +149,7 @@ fn bytes_in_use_stay_flat() {
             .num_threads(threads)
             .build()
             .expect("threads can be had");
-        assert_flat(&format!("{threads} threads"), &pool.install(train), slack);
+        assert_flat(threads, &pool.install(train), slack);
     }
     graphs_without_a_backward_pass_return_their_memory();
 }
