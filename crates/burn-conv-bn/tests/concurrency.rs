@@ -7,8 +7,9 @@
 //! leaves, as Burn's own strategies for several devices do by `fork`, or such that have been through
 //! a backward pass.
 
+mod drawn;
+
 use std::any::Any;
-use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Barrier;
 use std::thread;
@@ -16,33 +17,18 @@ use std::thread;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::PaddingConfig2d;
 use burn::optim::{GradientsAccumulator, GradientsParams, SgdConfig};
-use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
+use burn::tensor::{Gradients, Tensor};
 use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, Recompute};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use drawn::{device, random};
 
 const BATCH: usize = 9;
 const SIZE: usize = 12;
 
 /// Steps that run at the same time.
 const TASKS: u64 = 4;
-
-fn device() -> Device {
-    Device::flex().autodiff()
-}
-
-/// Uniform values in `[-1, 1)`, the same for the same seed. `BURN_CONV_BN_SEED` chooses others.
-fn random<const D: usize>(shape: [usize; D], seed: u64) -> Tensor<D> {
-    let chosen = env::var("BURN_CONV_BN_SEED").unwrap_or_else(|_| "0".to_string());
-    let chosen: u64 = chosen.parse().expect("BURN_CONV_BN_SEED is a number");
-    let mut rng = ChaCha8Rng::seed_from_u64(chosen.wrapping_mul(1 << 20).wrapping_add(seed));
-    let values: Vec<f32> = (0..shape.iter().product())
-        .map(|_| rng.random_range(-1.0..1.0))
-        .collect();
-    Tensor::from_data(TensorData::new(values, shape), (&device(), DType::F32))
-}
 
 fn bits<const D: usize>(tensor: Tensor<D>) -> Vec<u32> {
     let data = tensor.into_data();

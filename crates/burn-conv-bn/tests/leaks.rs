@@ -3,17 +3,17 @@
 //!
 //! One test, so that no other allocates at the same time.
 
-use std::env;
+mod drawn;
 
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig, PaddingConfig2d};
 use burn::optim::momentum::MomentumConfig;
 use burn::optim::{GradientsParams, SgdConfig};
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::Tensor;
 use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, Recompute};
 use burn_conv_bn_memory::CountingAllocator;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+
+use drawn::{device, random};
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator::new();
@@ -36,21 +36,6 @@ const SIZE: usize = 20;
 
 /// An activation in bytes.
 const ACTIVATION: usize = 4 * BATCH * CHANNELS * SIZE * SIZE;
-
-fn device() -> Device {
-    Device::flex().autodiff()
-}
-
-/// Uniform values in `[-1, 1)`, the same for the same seed. `BURN_CONV_BN_SEED` chooses others.
-fn random<const D: usize>(shape: [usize; D], seed: u64) -> Tensor<D> {
-    let chosen = env::var("BURN_CONV_BN_SEED").unwrap_or_else(|_| "0".to_string());
-    let chosen: u64 = chosen.parse().expect("BURN_CONV_BN_SEED is a number");
-    let mut rng = ChaCha8Rng::seed_from_u64(chosen.wrapping_mul(1 << 20).wrapping_add(seed));
-    let values: Vec<f32> = (0..shape.iter().product())
-        .map(|_| rng.random_range(-1.0..1.0))
-        .collect();
-    Tensor::from_data(TensorData::new(values, shape), (&device(), DType::F32))
-}
 
 /// Blocks that recompute, that do so piece by piece, and that keep their convolution's output.
 #[derive(Module, Debug)]
