@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use pulp::Arch;
 
 use crate::algorithm::{Algorithm, Piece};
-use crate::layout::{Layout, Run, Tile};
+use crate::layout::{Copy, Layout, Run, Source, Tile};
 use crate::shifted::{Filter, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache};
 use crate::simd::{self, Sweep, zero};
 use crate::{Element, Geometry, Real};
@@ -52,6 +52,8 @@ pub(crate) struct Scratch<T> {
     /// The output, or its gradient, with [`Layout::reach`] positions of the preceding tile before
     /// it and as many zeros behind.
     output: Vec<T>,
+    /// Copies of the output's gradient.
+    copies: Vec<T>,
     /// The input's gradient at the positions of one phase.
     input_grad: Vec<T>,
     converted: Vec<T>,
@@ -65,24 +67,26 @@ impl<'a, T: Real> Direct<'a, T> {
         weight: Option<&[T]>,
         input_weight: Option<&[T]>,
     ) -> Self {
-        let layout = Layout::new(geometry);
+        let layout = Layout::new(geometry, MOST_POSITIONS);
         let (channels, depth) = (geometry.group_in(), geometry.depth());
         let bytes = (layout.phases() * channels + geometry.group_out()) * size_of::<T>();
         let tile = (TILE_BYTES / bytes)
             .clamp(LEAST_POSITIONS, MOST_POSITIONS)
-            .max(layout.reach());
+            .max(layout.reach())
+            .max(layout.unit());
         let slack = slack(geometry.group_in()).max(slack(geometry.group_out()));
         let plane = plane_len(tile + layout.reach() + slack);
+        let phases = layout.phases();
         let offsets = (0..channels)
             .flat_map(|channel| {
                 layout
                     .taps()
                     .iter()
-                    .map(move |(phase, shift)| (phase * channels + channel) * plane + shift)
+                    .map(move |(phase, shift)| (channel * phases + phase) * plane + shift)
             })
             .collect();
-        let lines = geometry.kernel[0] * geometry.kernel[1];
-        let block = taps_in_cache(channels, layout.taps().len(), lines);
+        let taps = layout.taps().len();
+        let block = taps_in_cache(channels, taps, layout.lines(taps));
         let filters = weight
             .unwrap_or_default()
             .chunks_exact(geometry.group_out() * depth)
@@ -96,7 +100,9 @@ impl<'a, T: Real> Direct<'a, T> {
             geometry,
             tile,
             plane,
-            pitch: plane_len(tile + 2 * layout.reach() + slack),
+            pitch: plane_len(
+                (tile + layout.reach()).max(layout.grad_positions(tile)) + layout.reach() + slack,
+            ),
             layout,
             offsets,
             filters,
@@ -115,28 +121,48 @@ impl<'a, T: Real> Direct<'a, T> {
     fn transposed(&self, weight: &[T]) -> Vec<(Filter<T>, Vec<usize>)> {
         let (group_in, group_out) = (self.geometry.group_in(), self.geometry.group_out());
         let depth = self.geometry.depth();
-        let kernel = self.layout.taps();
-        let phase = |phase: usize| {
-            let taps: Vec<usize> = (0..kernel.len())
-                .filter(|tap| kernel[*tap].0 == phase)
-                .collect();
-            let reach = self.layout.reach();
+        let kernel = self.layout.taps().len();
+        let phase = |taps: Vec<(usize, Source)>| {
+            let copies = self.layout.copies().len();
+            let offset = |channel: usize, source: Source| match source {
+                Source::Back(shift) => channel * self.pitch + self.layout.reach() - shift,
+                Source::Copy(copy) => (channel * copies + copy) * self.pitch,
+            };
             let offsets = (0..group_out)
-                .flat_map(|channel| {
-                    taps.iter()
-                        .map(move |tap| channel * self.pitch + reach - kernel[*tap].1)
-                })
+                .flat_map(|channel| taps.iter().map(move |(_, source)| offset(channel, *source)))
                 .collect();
-            let lines = self.geometry.kernel[0] * self.geometry.kernel[1];
-            let block = taps_in_cache(group_out, taps.len(), lines.min(taps.len()));
+            let block = taps_in_cache(group_out, taps.len(), self.layout.lines(taps.len()));
             let filter = Filter::new(group_in, group_out * taps.len(), block, |index| {
-                let (channel, tap) = (index / taps.len(), taps[index % taps.len()]);
+                let (channel, (tap, _)) = (index / taps.len(), taps[index % taps.len()]);
                 let weight = &weight[channel * depth + tap..];
-                move |into| weight[into * kernel.len()]
+                move |into| weight[into * kernel]
             });
             (filter, offsets)
         };
-        (0..self.layout.phases()).map(phase).collect()
+        self.layout.transposed().into_iter().map(phase).collect()
+    }
+
+    /// Makes the copies of the output's gradient, if the layout has any.
+    fn copy(&self, scratch: &mut Scratch<T>, tile: &Tile) {
+        let (copies, channels) = (self.layout.copies(), self.geometry.group_out());
+        scratch
+            .copies
+            .resize(copies.len() * channels * self.pitch, T::ZERO);
+        let images = tile.range.len() / self.layout.unit();
+        let output = self.geometry.output;
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                let planes = scratch.output.chunks_exact(self.pitch);
+                let targets = scratch.copies.chunks_exact_mut(copies.len() * self.pitch);
+                for (plane, targets) in planes.zip(targets) {
+                    let targets = targets.chunks_exact_mut(self.pitch);
+                    for (copy, target) in copies.iter().zip(targets) {
+                        copy_shifted(copy, plane, output, images, target);
+                    }
+                }
+            },
+        ));
     }
 }
 
@@ -165,11 +191,12 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
         Arch::new().dispatch(Sweep(
             #[inline(always)]
             || {
-                let planes = scratch.planes.chunks_exact_mut(channels * self.plane);
-                for (runs, planes) in tile.input.iter().zip(planes) {
-                    for (channel, target) in planes.chunks_exact_mut(self.plane).enumerate() {
-                        let source = &input[first + channel * plane..];
-                        let step = self.layout.step();
+                let step = self.layout.step();
+                for channel in 0..channels {
+                    let source = &input[first + channel * plane..];
+                    let start = channel * tile.input.len() * self.plane;
+                    let targets = scratch.planes[start..].chunks_exact_mut(self.plane);
+                    for (runs, target) in tile.input.iter().zip(targets) {
                         load_runs(source, runs, step, target, &mut scratch.converted);
                     }
                 }
@@ -281,14 +308,21 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
         }
         let len = channels * self.pitch;
         scratch.input_grad.resize(len, E::Real::ZERO);
+        let source = match self.layout.copies() {
+            [] => &scratch.output,
+            _ => {
+                self.copy(scratch, tile);
+                &scratch.copies
+            }
+        };
         for ((filter, offsets), runs) in self.transposed[group].iter().zip(&tile.grad) {
             correlate(
                 filter,
-                &scratch.output,
+                source,
                 offsets,
                 &mut scratch.input_grad,
                 self.pitch,
-                tile.grad_range.len(),
+                runs.last().map_or(0, |run| run.wide + run.len),
             );
             for (index, values) in scratch.input_grad.chunks_exact(self.pitch).enumerate() {
                 store_runs(
@@ -303,6 +337,48 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
         let (reach, end) = (self.layout.reach(), tile.range.len());
         for plane in scratch.output.chunks_exact_mut(self.pitch) {
             plane.copy_within(end..end + reach, 0);
+        }
+    }
+}
+
+/// Copies the gradient of some images' outputs, shifted, with zeros for what is out of it.
+#[inline(always)]
+fn copy_shifted<T: Real>(
+    copy: &Copy,
+    source: &[T],
+    output: [usize; 3],
+    images: usize,
+    target: &mut [T],
+) {
+    let [slices, rows, columns] = copy.extents;
+    let positions: usize = output.iter().product();
+    let place = |dim: usize, at: usize| {
+        let place = at.checked_add_signed(copy.shifts[dim]);
+        place.filter(|place| *place < output[dim])
+    };
+    let shift = copy.shifts[2];
+    let start = columns.min(shift.min(0).unsigned_abs());
+    let end = columns
+        .min(output[2].saturating_add_signed(-shift))
+        .max(start);
+    let mut targets = target.chunks_exact_mut(columns);
+    for image in 0..images {
+        for slice in 0..slices {
+            for row in 0..rows {
+                let Some(target) = targets.next() else {
+                    return;
+                };
+                match (place(0, slice), place(1, row)) {
+                    (Some(slice), Some(row)) if start < end => {
+                        let line = (slice * output[1] + row) * output[2];
+                        let first = image * positions + line + start.saturating_add_signed(shift);
+                        zero(&mut target[..start]);
+                        simd::copy(&source[first..][..end - start], &mut target[start..end]);
+                        zero(&mut target[end..]);
+                    }
+                    _ => zero(target),
+                }
+            }
         }
     }
 }
@@ -324,11 +400,41 @@ fn load_runs<E: Element>(
         let source = &source[run.dense..][..(run.len - 1) * step + 1];
         match step {
             1 => E::load(source, target),
-            2 => spread(E::read(source, scratch), 2, target),
+            2 => every_other(E::read(source, scratch), target),
             _ => spread(E::read(source, scratch), step, target),
         }
     }
     zero(&mut target[end..]);
+}
+
+/// Every other value, from the first to the last.
+#[inline(always)]
+fn every_other<T: Real>(source: &[T], target: &mut [T]) {
+    match target.len() {
+        9.. => every_other_by::<T, 8, 16>(source, target),
+        5.. => every_other_by::<T, 4, 8>(source, target),
+        _ => spread(source, 2, target),
+    }
+}
+
+/// As [`every_other`], `N` of `M = 2 N` values at a time, which vectors take apart.
+#[inline(always)]
+fn every_other_by<T: Real, const N: usize, const M: usize>(source: &[T], target: &mut [T]) {
+    let (targets, _) = target.as_chunks_mut::<N>();
+    let (sources, _) = source.as_chunks::<M>();
+    for (target, source) in targets.iter_mut().zip(sources) {
+        *target = std::array::from_fn(
+            #[inline(always)]
+            |index| source[2 * index],
+        );
+    }
+    // The rest, with the end of what is there already: there is no value after the last.
+    if let (Some(target), Some(source)) = (target.last_chunk_mut::<N>(), source.last_chunk::<M>()) {
+        *target = std::array::from_fn(
+            #[inline(always)]
+            |index| source[2 * index + 1],
+        );
+    }
 }
 
 /// Every `step`-th value.

@@ -15,11 +15,22 @@
 //! ends of a row are padded, one run of zeros serves as the end of a row and the start of the next.
 //! Depth slices and the images of a block follow one another in the same way, so that a tile may
 //! hold several small images.
+//!
+//! Of small images these positions are many: 49 outputs lie among 64. Where channels are enough to
+//! outweigh more copies, such images have a layout without gaps: a plane for each tap, of what it
+//! meets at the outputs alone, and tiles of whole images. The gradient of the input then takes copies
+//! of the output's gradient, one for each distance that it is shifted by.
 
 use std::ops::Range;
 
 use crate::Geometry;
 use crate::algorithm::Piece;
+
+/// Fewest channels, in and out, for which a layout without gaps outweighs its copies.
+const LEAST_CHANNELS: usize = 16;
+
+/// Of so many wide positions, one in a gap makes the layout without gaps worth its copies.
+const GAPS: usize = 16;
 
 /// The wide layout of a geometry's images.
 #[derive(Debug)]
@@ -27,13 +38,42 @@ pub(crate) struct Layout<'a> {
     geometry: &'a Geometry,
     /// Slices of an image, rows of a slice, values of a row.
     wide: [usize; 3],
-    /// The remainders of the taps' offsets.
+    /// The offsets from an output's place to what the planes hold there: the remainders of the taps'
+    /// offsets or, without gaps, all of the taps' offsets.
     phases: Vec<[usize; 3]>,
     /// For each tap of the kernel, in the weight's order, its phase and shift.
     taps: Vec<(usize, usize)>,
     /// The largest shift in each dimension, and of them all.
     reaches: [usize; 3],
     reach: usize,
+    /// How the input's gradient is made where there are no gaps.
+    copies: Option<Copies>,
+}
+
+/// The input's gradient in a layout without gaps: for each remainder of the taps' offsets, the input
+/// that has it lies densely, and is a sum over copies of the output's gradient.
+#[derive(Debug)]
+pub(crate) struct Copies {
+    pub(crate) copies: Vec<Copy>,
+    phases: Vec<DensePhase>,
+}
+
+/// The output's gradient, shifted and cut to the extents of a phase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Copy {
+    /// Extents of the copy of one image.
+    pub(crate) extents: [usize; 3],
+    /// From a place in the copy to that in the gradient, which may be out of it.
+    pub(crate) shifts: [isize; 3],
+}
+
+/// The input at every stride-th position from `start` on.
+#[derive(Debug)]
+struct DensePhase {
+    start: [usize; 3],
+    extents: [usize; 3],
+    /// The taps that meet it, and the copy in which each finds its gradient.
+    taps: Vec<(usize, usize)>,
 }
 
 /// Values that are neighbours in the wide layout and evenly spaced in memory.
@@ -58,32 +98,37 @@ pub(crate) struct Tile {
     pub(crate) pieces: Vec<Piece>,
     /// Which of the output's runs each piece consists of.
     pub(crate) runs: Vec<Range<usize>>,
-    /// Wide positions of the input whose gradient is complete after this tile.
-    pub(crate) grad_range: Range<usize>,
-    /// Of the input, for each phase: what is at those positions.
+    /// Of the input, for each phase of its gradient: what is complete after this tile.
     pub(crate) grad: Vec<Vec<Run>>,
 }
 
+/// Where a tap of the input's gradient finds that of the output.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Source {
+    /// In the output's planes, so many positions back.
+    Back(usize),
+    /// In a copy.
+    Copy(usize),
+}
+
 impl<'a> Layout<'a> {
-    pub(crate) fn new(geometry: &'a Geometry) -> Self {
-        let (stride, kernel, dilation) = (geometry.stride, geometry.kernel, geometry.dilation);
-        let phases_of = |dim: usize| {
-            let mut phases: Vec<usize> = (0..kernel[dim])
-                .map(|tap| tap * dilation[dim] % stride[dim])
-                .collect();
-            phases.sort_unstable();
-            phases.dedup();
-            phases
-        };
-        let each = [phases_of(0), phases_of(1), phases_of(2)];
-        let mut phases = Vec::new();
-        for depth in &each[0] {
-            for row in &each[1] {
-                for column in &each[2] {
-                    phases.push([*depth, *row, *column]);
-                }
-            }
+    /// The layout that suits a geometry, with tiles of at most `most` positions.
+    pub(crate) fn new(geometry: &'a Geometry, most: usize) -> Self {
+        let shifted = Self::shifted(geometry);
+        let positions = geometry.positions();
+        let gaps = shifted.wide.iter().product::<usize>() - positions;
+        let channels = geometry.group_in().min(geometry.group_out());
+        if gaps * GAPS >= positions && positions <= most && channels >= LEAST_CHANNELS {
+            return Self::dense(geometry);
         }
+        shifted
+    }
+
+    /// A plane for each phase, with the taps' shifts.
+    fn shifted(geometry: &'a Geometry) -> Self {
+        let (stride, kernel, dilation) = (geometry.stride, geometry.kernel, geometry.dilation);
+        let each = [0, 1, 2].map(|dim| remainders(geometry, dim));
+        let phases = combined(&each);
 
         let reaches: [usize; 3] =
             std::array::from_fn(|dim| (kernel[dim] - 1) * dilation[dim] / stride[dim]);
@@ -120,6 +165,77 @@ impl<'a> Layout<'a> {
             taps,
             reaches,
             reach,
+            copies: None,
+        }
+    }
+
+    /// A plane for each tap, without gaps.
+    fn dense(geometry: &'a Geometry) -> Self {
+        let offsets = [0, 1, 2].map(|dim| {
+            (0..geometry.kernel[dim])
+                .map(|tap| tap * geometry.dilation[dim])
+                .collect()
+        });
+        let phases = combined(&offsets);
+        Self {
+            geometry,
+            wide: geometry.output,
+            taps: (0..phases.len()).map(|tap| (tap, 0)).collect(),
+            copies: Some(Copies::new(geometry, &phases)),
+            phases,
+            reaches: [0; 3],
+            reach: 0,
+        }
+    }
+
+    /// Copies of the output's gradient, in a layout without gaps.
+    pub(crate) fn copies(&self) -> &[Copy] {
+        self.copies.as_ref().map_or(&[], |copies| &copies.copies)
+    }
+
+    /// Positions that a tile is a multiple of.
+    pub(crate) fn unit(&self) -> usize {
+        match &self.copies {
+            Some(_) => self.geometry.positions(),
+            None => 1,
+        }
+    }
+
+    /// Most positions of the input's gradient in one phase, for a tile of so many positions.
+    pub(crate) fn grad_positions(&self, tile: usize) -> usize {
+        match &self.copies {
+            Some(copies) => tile / self.unit() * copies.largest(),
+            None => tile + self.reach,
+        }
+    }
+
+    /// For each phase of the input's gradient, the taps that it goes through, and from where.
+    pub(crate) fn transposed(&self) -> Vec<Vec<(usize, Source)>> {
+        if let Some(copies) = &self.copies {
+            let phases = copies.phases.iter();
+            return phases
+                .map(|phase| {
+                    let taps = phase.taps.iter();
+                    taps.map(|(tap, copy)| (*tap, Source::Copy(*copy)))
+                        .collect()
+                })
+                .collect();
+        }
+        (0..self.phases())
+            .map(|phase| {
+                let taps = self.taps.iter().enumerate();
+                taps.filter(|(_, (of, _))| *of == phase)
+                    .map(|(tap, (_, shift))| (tap, Source::Back(*shift)))
+                    .collect()
+            })
+            .collect()
+    }
+
+    /// Lines of a plane that the taps of one channel meet, of so many taps.
+    pub(crate) fn lines(&self, taps: usize) -> usize {
+        match &self.copies {
+            Some(_) => taps,
+            None => taps.min(self.geometry.kernel[0] * self.geometry.kernel[1]),
         }
     }
 
@@ -147,6 +263,9 @@ impl<'a> Layout<'a> {
     pub(crate) fn covers_input(&self) -> bool {
         let geometry = self.geometry;
         let all_phases: usize = geometry.stride.iter().product();
+        if let Some(copies) = &self.copies {
+            return copies.phases.len() == all_phases;
+        }
         self.phases.len() == all_phases
             && (0..3).all(|dim| {
                 let extent = geometry.output[dim] + self.reaches[dim];
@@ -164,16 +283,25 @@ impl<'a> Layout<'a> {
 
     /// The tiles of a block of images, of at most `len` wide positions each.
     pub(crate) fn tiles(&self, images: usize, len: usize) -> Vec<Tile> {
-        let positions = self.positions(images);
-        let count = positions.div_ceil(len);
-        let len = positions.div_ceil(count);
+        let (positions, unit) = (self.positions(images), self.unit());
+        let units = positions.div_ceil(unit);
+        let count = units.div_ceil((len / unit).max(1));
+        let len = units.div_ceil(count) * unit;
         (0..positions)
             .step_by(len)
             .map(|start| {
                 let range = start..(start + len).min(positions);
                 let reached = range.start..range.end + self.reach;
                 let last = range.end == positions;
-                let grad_range = range.start..if last { reached.end } else { range.end };
+                let grad = match &self.copies {
+                    Some(copies) => {
+                        copies.runs(self.geometry, range.start / unit..range.end / unit)
+                    }
+                    None => {
+                        let end = if last { reached.end } else { range.end };
+                        self.input_runs(images, &(range.start..end))
+                    }
+                };
                 let output = self.output_runs(images, &range);
                 let (pieces, runs) = pieces(&output);
                 Tile {
@@ -181,9 +309,8 @@ impl<'a> Layout<'a> {
                     pieces,
                     runs,
                     output,
-                    grad: self.input_runs(images, &grad_range),
+                    grad,
                     range,
-                    grad_range,
                 }
             })
             .collect()
@@ -263,6 +390,110 @@ impl<'a> Layout<'a> {
         }
         runs
     }
+}
+
+impl Copies {
+    /// `offsets` are those of all taps.
+    fn new(geometry: &Geometry, offsets: &[[usize; 3]]) -> Self {
+        let mut copies = Vec::new();
+        let phases = combined(&[0, 1, 2].map(|dim| remainders(geometry, dim)))
+            .into_iter()
+            .map(|phase| {
+                let filled = [0, 1, 2].map(|dim| filled(geometry, dim, phase[dim]));
+                let extents = filled.clone().map(|filled| filled.len());
+                let meets = |offset: &[usize; 3]| {
+                    (0..3).all(|dim| offset[dim] % geometry.stride[dim] == phase[dim])
+                };
+                let taps = offsets
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, offset)| meets(offset));
+                let taps = taps.map(|(tap, offset)| {
+                    let copy = Copy {
+                        extents,
+                        shifts: std::array::from_fn(|dim| {
+                            let shift = offset[dim] / geometry.stride[dim];
+                            filled[dim].start as isize - shift as isize
+                        }),
+                    };
+                    let known = copies.iter().position(|other| *other == copy);
+                    let index = known.unwrap_or_else(|| {
+                        copies.push(copy);
+                        copies.len() - 1
+                    });
+                    (tap, index)
+                });
+                DensePhase {
+                    taps: taps.collect(),
+                    start: std::array::from_fn(|dim| {
+                        filled[dim].start * geometry.stride[dim] + phase[dim]
+                            - geometry.padding[dim].0
+                    }),
+                    extents,
+                }
+            })
+            .collect();
+        Self { copies, phases }
+    }
+
+    /// Most values of a phase of one image.
+    fn largest(&self) -> usize {
+        let extents = self.phases.iter().map(|phase| phase.extents);
+        extents
+            .map(|extents| extents.iter().product())
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// For each phase, where its values of some images are.
+    fn runs(&self, geometry: &Geometry, images: Range<usize>) -> Vec<Vec<Run>> {
+        let [_, height, width] = geometry.input;
+        let phases = self.phases.iter();
+        phases
+            .map(|phase| {
+                let [slices, rows, columns] = phase.extents;
+                let mut runs = Vec::new();
+                for (index, image) in images.clone().enumerate() {
+                    for slice in 0..slices {
+                        for row in 0..rows {
+                            let at = phase.start[0] + slice * geometry.stride[0];
+                            let line = at * height + phase.start[1] + row * geometry.stride[1];
+                            let run = Run {
+                                wide: ((index * slices + slice) * rows + row) * columns,
+                                dense: image * geometry.input_len() + line * width + phase.start[2],
+                                len: columns,
+                            };
+                            push(&mut runs, run, geometry.stride[2]);
+                        }
+                    }
+                }
+                runs
+            })
+            .collect()
+    }
+}
+
+/// The remainders that the taps' offsets leave in one dimension.
+fn remainders(geometry: &Geometry, dim: usize) -> Vec<usize> {
+    let mut remainders: Vec<usize> = (0..geometry.kernel[dim])
+        .map(|tap| tap * geometry.dilation[dim] % geometry.stride[dim])
+        .collect();
+    remainders.sort_unstable();
+    remainders.dedup();
+    remainders
+}
+
+/// Each value of each dimension with each of the others, the last dimension's fastest.
+fn combined(each: &[Vec<usize>; 3]) -> Vec<[usize; 3]> {
+    let mut all = Vec::new();
+    for depth in &each[0] {
+        for row in &each[1] {
+            for column in &each[2] {
+                all.push([*depth, *row, *column]);
+            }
+        }
+    }
+    all
 }
 
 /// The places of one phase, in one dimension, that hold values of the input rather than padding.

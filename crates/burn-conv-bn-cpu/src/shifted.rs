@@ -33,6 +33,13 @@ pub(crate) const LINE: usize = 16;
 /// each is some 100 bytes long.
 const BLOCK_LINES: usize = 128;
 
+/// Bytes of planes whose dot products with all channels of gradients are taken at a time: half of a
+/// first-level cache, so that what comes from further away are the gradients, of which there are more.
+const BLOCK_BYTES: usize = 16 << 10;
+
+/// Taps that the blocks of dot products of any number of channels divide, so that none of them is cut.
+const BLOCK_TAPS: usize = 36;
+
 /// Channels of a full block of sums.
 pub(crate) const CHANNELS: usize = 6;
 
@@ -375,31 +382,42 @@ impl<T: Real> WithSimd for Accumulate<'_, T> {
     fn with_simd<S: Simd>(mut self, simd: S) {
         let channels = self.sums.len() / self.offsets.len();
         let full = channels / CHANNELS * CHANNELS;
-        for channel in (0..full).step_by(CHANNELS) {
-            self.taps::<S, CHANNELS, 2>(simd, channel);
-        }
-        match channels - full {
-            1 => self.taps::<S, 1, 9>(simd, full),
-            2 => self.taps::<S, 2, 4>(simd, full),
-            3 => self.taps::<S, 3, 3>(simd, full),
-            4 => self.taps::<S, 4, 2>(simd, full),
-            5 => self.taps::<S, 5, 2>(simd, full),
-            _ => {}
+        let plane = self.positions * size_of::<T>();
+        let block = (BLOCK_BYTES / plane).next_multiple_of(BLOCK_TAPS).max(BLOCK_TAPS);
+        for start in (0..self.offsets.len()).step_by(block) {
+            let taps = start..(start + block).min(self.offsets.len());
+            for channel in (0..full).step_by(CHANNELS) {
+                self.taps::<S, CHANNELS, 2>(simd, channel, taps.clone());
+            }
+            match channels - full {
+                1 => self.taps::<S, 1, 9>(simd, full, taps),
+                2 => self.taps::<S, 2, 4>(simd, full, taps),
+                3 => self.taps::<S, 3, 3>(simd, full, taps),
+                4 => self.taps::<S, 4, 2>(simd, full, taps),
+                5 => self.taps::<S, 5, 2>(simd, full, taps),
+                _ => {}
+            }
         }
     }
 }
 
 impl<T: Real> Accumulate<'_, T> {
-    /// All taps of `M` channels from `channel` on, `N` at a time while there are as many.
+    /// Some taps of `M` channels from `channel` on, `N` at a time while there are as many.
     #[inline(always)]
-    fn taps<S: Simd, const M: usize, const N: usize>(&mut self, simd: S, channel: usize) {
-        let offsets = self.offsets;
-        let (blocks, rest) = offsets.as_chunks::<N>();
+    fn taps<S: Simd, const M: usize, const N: usize>(
+        &mut self,
+        simd: S,
+        channel: usize,
+        taps: Range<usize>,
+    ) {
+        let start = taps.start;
+        let (blocks, rest) = self.offsets[taps].as_chunks::<N>();
         for (index, block) in blocks.iter().enumerate() {
-            self.block::<S, M, N>(simd, channel, index * N, block);
+            self.block::<S, M, N>(simd, channel, start + index * N, block);
         }
+        let start = start + blocks.len() * N;
         for (index, offset) in rest.iter().enumerate() {
-            self.block::<S, M, 1>(simd, channel, blocks.len() * N + index, &[*offset]);
+            self.block::<S, M, 1>(simd, channel, start + index, &[*offset]);
         }
     }
 
