@@ -1,14 +1,14 @@
 //! The layers of the catalogue of `cargo xtask bench`: convolution, batch norm and ReLU, forward and
-//! backward, with the convolution recomputed. In single precision, on as many threads as rayon
-//! takes.
+//! backward, with the convolution recomputed; and max pools. In single precision, on as many threads as
+//! rayon takes.
 
 use std::hint::black_box;
 use std::time::Duration;
 
 use burn_conv_bn_bench::catalogue::{Layer, Work, catalogue};
 use burn_conv_bn_cpu::{
-    Activation, Affine, Backward, ConvOutput, Geometry, Gradients, InputGradCoefficients, backward,
-    conv_moments, grad_sums, normalize,
+    Activation, Affine, Backward, ConvOutput, Geometry, Gradients, InputGradCoefficients,
+    PoolGeometry, backward, conv_moments, grad_sums, max_pool, max_pool_backward, normalize,
 };
 use criterion::{Criterion, Throughput};
 use rand::{Rng, SeedableRng};
@@ -158,6 +158,49 @@ fn layers(criterion: &mut Criterion) {
     }
 }
 
+/// The max pools of the tutorial's network and of ResNet's stem. Their floor is the rate of copies: in
+/// bytes, each activation and the places read or written once.
+fn max_pools(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("max_pool");
+    group.sample_size(20).warm_up_time(Duration::from_secs(1));
+    for (id, planes, size, kernel, stride, padding) in [
+        ("256x64x24-k2-s2", 256 * 64, 24, 2, 2, 0),
+        ("8x64x112-k3-s2-p1", 8 * 64, 112, 3, 2, 1),
+    ] {
+        let geometry = PoolGeometry::new(
+            planes,
+            [size; 2],
+            [kernel; 2],
+            [stride; 2],
+            [padding; 2],
+            [1; 2],
+            false,
+        )
+        .expect("the max pools exist");
+        let [height, width] = geometry.output();
+        let input = random(planes * size * size, 1);
+        let output_grad = random(planes * height * width, 2);
+        let (mut output, mut places, mut input_grad) = (Vec::new(), Vec::new(), Vec::new());
+        max_pool(&geometry, &input, &mut output, Some(&mut places));
+
+        let values = size_of::<f32>() * (input.len() + output_grad.len());
+        group.throughput(Throughput::Bytes((values + places.len()) as u64));
+        group.bench_function(format!("{id}/forward"), |bencher| {
+            bencher.iter(|| {
+                max_pool(&geometry, &input, &mut output, Some(&mut places));
+                black_box((&output, &places));
+            });
+        });
+        group.bench_function(format!("{id}/backward"), |bencher| {
+            bencher.iter(|| {
+                max_pool_backward(&geometry, &output_grad, &places, &mut input_grad);
+                black_box(&input_grad);
+            });
+        });
+    }
+    group.finish();
+}
+
 /// What the machine can do at best, on all threads: the rate of large matrix products and that of
 /// copies between main memory and itself. The floor of a layer is its operations over the one, or
 /// its bytes over the other.
@@ -226,5 +269,6 @@ fn main() {
     let mut criterion = Criterion::default().configure_from_args();
     floor(&mut criterion);
     layers(&mut criterion);
+    max_pools(&mut criterion);
     criterion.final_summary();
 }

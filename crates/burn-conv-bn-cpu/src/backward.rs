@@ -21,6 +21,8 @@ const WEIGHT_BYTES: usize = 16 << 20;
 const SUMS: usize = 16 << 10;
 
 /// What both steps of the backward pass read.
+///
+/// [`grad_sums`] has an example, and [the crate](crate) one of the whole pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Backward<'a, E: Element> {
     /// Shapes.
@@ -45,6 +47,8 @@ pub struct Backward<'a, E: Element> {
 }
 
 /// The convolution's output in [`grad_sums`].
+///
+/// [`grad_sums`] has an example.
 #[derive(Debug)]
 pub enum ConvOutput<'a, T> {
     /// Recompute it, tile by tile, and keep none of it.
@@ -56,6 +60,8 @@ pub enum ConvOutput<'a, T> {
 }
 
 /// The two sums of each channel that the norm's gradient is made of, `[channels_out]` each.
+///
+/// [`grad_sums`] has an example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GradSums {
     /// `sum(g)`.
@@ -66,6 +72,8 @@ pub struct GradSums {
 
 /// Per-channel coefficients of the gradient of the convolution's output,
 /// `scale * g + slope * (z - mean) + offset`, `[channels_out]` each.
+///
+/// [The crate's example](crate) makes them of the two sums, for batch norm.
 #[derive(Clone, Copy, Debug)]
 pub struct InputGradCoefficients<'a, T> {
     /// Of `g`.
@@ -77,6 +85,8 @@ pub struct InputGradCoefficients<'a, T> {
 }
 
 /// Where the wanted gradients go, in the place of what the buffers hold.
+///
+/// [The crate's example](crate) makes one.
 #[derive(Debug)]
 pub struct Gradients<'a, E: Element> {
     /// The input's, and the weight that it goes through.
@@ -119,6 +129,33 @@ impl<'a, E: Element> Backward<'a, E> {
 ///
 /// Panics if a slice is not of the geometry's size, or if `z` is to be recomputed without the input
 /// or the weight.
+///
+/// # Examples
+///
+/// ```
+/// use burn_conv_bn_cpu::{Activation, Affine, Backward, ConvOutput, Geometry, grad_sums};
+///
+/// // A line of three pixels and a weight of 2: z is 2, 4, 6, and its mean 4.
+/// let one = [1; 3];
+/// let geometry = Geometry::new(1, [1, 1], 1, [1, 1, 3], one, one, [(0, 0); 3], one)?;
+/// let pass = Backward::<f32> {
+///     geometry: &geometry,
+///     input: Some(&[1.0, 2.0, 3.0]),
+///     weight: Some(&[2.0]),
+///     output_grad: &[5.0, 5.0, 3.0],
+///     affine: Affine { mean: &[4.0], scale: &[0.5], shift: &[0.0] },
+///     activation: Activation::Relu,
+///     residual: None,
+///     output: None,
+/// };
+/// // Normalized that is -1, 0, 1, of which ReLU lets the last one through.
+/// let mut z = Vec::new();
+/// let sums = grad_sums(&pass, ConvOutput::Store(&mut z));
+/// assert_eq!(sums.grad, [3.0]);
+/// assert_eq!(sums.grad_deviation, [3.0 * (6.0 - 4.0)]);
+/// assert_eq!(z, [2.0, 4.0, 6.0]);
+/// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
+/// ```
 #[allow(unsafe_code)]
 pub fn grad_sums<E: Element>(pass: &Backward<'_, E>, conv_output: ConvOutput<'_, E>) -> GradSums {
     let recomputes = !matches!(conv_output, ConvOutput::Kept(_));
@@ -392,7 +429,7 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
     }
 }
 
-fn split<T>(all: Option<&mut [T]>, len: usize, blocks: usize) -> Vec<Option<&mut [T]>> {
+pub(crate) fn split<T>(all: Option<&mut [T]>, len: usize, blocks: usize) -> Vec<Option<&mut [T]>> {
     match all {
         Some(all) => all.chunks_mut(len).map(Some).collect(),
         None => (0..blocks).map(|_| None).collect(),

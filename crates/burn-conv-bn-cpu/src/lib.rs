@@ -12,6 +12,8 @@
 //! - [`normalize`]: norm, residual and activation, in place.
 //! - [`grad_sums`]: recomputes the convolution and sums what the norm's gradient needs.
 //! - [`backward`]: recomputes it again, or takes what [`grad_sums`] kept, and makes the gradients.
+//! - [`PoolGeometry`], [`max_pool()`], [`max_pool_backward`]: max pooling, which keeps a byte for each
+//!   output in the place of its input.
 //!
 //! Activations are stored as `f32`, `f64`, `f16` or `bf16` ([`Element`]); what is computed and all
 //! that belongs to channels is `f32` or `f64` ([`Real`]).
@@ -93,6 +95,7 @@ mod element;
 mod forward;
 mod geometry;
 mod layout;
+mod max_pool;
 mod minimal;
 mod moments;
 mod pool;
@@ -107,6 +110,7 @@ pub use backward::{
 pub use element::Element;
 pub use forward::{conv, conv_moments, normalize};
 pub use geometry::{Geometry, GeometryError};
+pub use max_pool::{PoolGeometry, PoolGeometryError, max_pool, max_pool_backward};
 pub use moments::Moments;
 pub use real::Real;
 

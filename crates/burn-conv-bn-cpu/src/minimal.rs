@@ -51,7 +51,7 @@ const MOST_POSITIONS: usize = 1024;
 const KERNELS: usize = 1024;
 
 /// Values that are transformed at a time.
-const CHUNK: usize = 8;
+pub(crate) const CHUNK: usize = 8;
 
 /// Inputs that a pair of outputs meets.
 const N: usize = 4;
@@ -133,7 +133,7 @@ fn transformed<T: Real>(kernels: &[&[T; 9]; CHANNELS]) -> [[T; CHANNELS]; E * E]
 
 /// [`CHUNK`] neighbouring values.
 #[derive(Clone, Copy)]
-struct Chunk<T>([T; CHUNK]);
+pub(crate) struct Chunk<T>([T; CHUNK]);
 
 impl<T: Real> Chunk<T> {
     const ZERO: Self = Self([T::ZERO; CHUNK]);
@@ -162,7 +162,12 @@ impl<T: Real> Chunk<T> {
     /// Puts chunks to `start` of `K` lines, `pitch` apart.
     #[inline(always)]
     #[allow(unsafe_code)]
-    fn store<const K: usize>(chunks: [Self; K], values: &mut [T], start: usize, pitch: usize) {
+    pub(crate) fn store<const K: usize>(
+        chunks: [Self; K],
+        values: &mut [T],
+        start: usize,
+        pitch: usize,
+    ) {
         assert!(start + (K - 1) * pitch + CHUNK <= values.len());
         for (k, chunk) in chunks.into_iter().enumerate() {
             // SAFETY: the last of the chunks ends within the slice, as was just checked; an array
@@ -529,7 +534,7 @@ fn sums<T: Real>(this: [Chunk<T>; N], before: [Chunk<T>; N]) -> [Chunk<T>; STEP]
 
 /// Every `STEP`-th value, from each of the first `STEP` after `start` on.
 #[inline(always)]
-fn split<T: Real>(source: &[T], start: usize) -> [Chunk<T>; STEP] {
+pub(crate) fn split<T: Real>(source: &[T], start: usize) -> [Chunk<T>; STEP] {
     let (groups, _) = source[start..][..STEP * CHUNK].as_chunks::<STEP>();
     let mut chunks = [Chunk::ZERO; STEP];
     for phase in 0..STEP {

@@ -383,7 +383,9 @@ impl<T: Real> WithSimd for Accumulate<'_, T> {
         let channels = self.sums.len() / self.offsets.len();
         let full = channels / CHANNELS * CHANNELS;
         let plane = self.positions * size_of::<T>();
-        let block = (BLOCK_BYTES / plane).next_multiple_of(BLOCK_TAPS).max(BLOCK_TAPS);
+        let block = (BLOCK_BYTES / plane)
+            .next_multiple_of(BLOCK_TAPS)
+            .max(BLOCK_TAPS);
         for start in (0..self.offsets.len()).step_by(block) {
             let taps = start..(start + block).min(self.offsets.len());
             for channel in (0..full).step_by(CHANNELS) {

@@ -31,6 +31,8 @@ mod forward;
 mod geometry;
 #[path = "../../burn-conv-bn-cpu/src/layout.rs"]
 mod layout;
+#[path = "../../burn-conv-bn-cpu/src/max_pool.rs"]
+mod max_pool;
 #[path = "../../burn-conv-bn-cpu/src/minimal.rs"]
 mod minimal;
 #[path = "../../burn-conv-bn-cpu/src/moments.rs"]
@@ -51,6 +53,7 @@ pub use backward::{
 pub use element::Element;
 pub use forward::{conv, conv_moments, normalize};
 pub use geometry::{Geometry, GeometryError};
+pub use max_pool::{PoolGeometry, PoolGeometryError, max_pool, max_pool_backward};
 pub use moments::Moments;
 pub use real::Real;
 

@@ -34,10 +34,17 @@ fn main() {
             values += written.values().len();
         }
     }
+    for written in [
+        pass::run_pools::<f32>(),
+        pass::run_pools::<f64>(),
+        pass::run_pools::<bf16>(),
+    ] {
+        values += written.values().len();
+    }
     println!(
         "every kernel over {} geometries in f32, f64 and bf16, on {THREADS} threads: {values} values \
          written",
-        cases.len()
+        cases.len() + pass::pools()
     );
 }
 

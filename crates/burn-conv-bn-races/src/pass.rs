@@ -3,7 +3,8 @@
 
 use kernels::{
     Activation, Affine, Backward, ConvOutput, Element, Geometry, Gradients, InputGradCoefficients,
-    Real, backward, conv, conv_moments, grad_sums, normalize,
+    PoolGeometry, Real, backward, conv, conv_moments, grad_sums, max_pool, max_pool_backward,
+    normalize,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -153,6 +154,10 @@ impl Written {
         self.0.extend(values.iter().map(|value| value.to_f64()));
     }
 
+    fn places(&mut self, places: &[u8]) {
+        self.0.extend(places.iter().map(|place| f64::from(*place)));
+    }
+
     /// One after the other.
     pub fn values(&self) -> &[f64] {
         &self.0
@@ -256,6 +261,46 @@ pub fn run<E: Element>(case: &Case) -> Written {
             written.computed(&weight_grad);
             written.stored(&residual_grad);
         }
+    }
+    written
+}
+
+/// Kernels, strides and paddings of [`run_pools`], each of rows and columns: windows side by side, and
+/// windows that overlap.
+const POOLS: [[usize; 3]; 2] = [[2, 2, 0], [3, 2, 1]];
+
+/// Max pools run by [`run_pools`].
+pub fn pools() -> usize {
+    POOLS.len()
+}
+
+/// Runs max pools over planes enough for several tasks, forward with and without places, and backward.
+pub fn run_pools<E: Element>() -> Written {
+    const PLANES: usize = 50;
+    const SIZE: [usize; 2] = [39, 42];
+    let input = data::<E>(PLANES * SIZE[0] * SIZE[1], 1);
+    let mut written = Written::default();
+    for [kernel, stride, padding] in POOLS {
+        let geometry = PoolGeometry::new(
+            PLANES,
+            SIZE,
+            [kernel; 2],
+            [stride; 2],
+            [padding; 2],
+            [1; 2],
+            false,
+        )
+        .expect("the max pool is valid");
+        let (mut output, mut places) = (Vec::new(), Vec::new());
+        max_pool(&geometry, &input, &mut output, None);
+        written.stored(&output);
+        max_pool(&geometry, &input, &mut output, Some(&mut places));
+        written.stored(&output);
+        written.places(&places);
+        let mut input_grad = Vec::new();
+        let output_grad = data::<E>(output.len(), 2);
+        max_pool_backward(&geometry, &output_grad, &places, &mut input_grad);
+        written.stored(&input_grad);
     }
     written
 }

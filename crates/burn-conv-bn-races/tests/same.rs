@@ -39,6 +39,22 @@ fn the_kernels_are_those_of_their_package() {
             &on_rayon::run::<bf16>(&rayon),
         );
     }
+    assert_eq!(on_threads::pools(), on_rayon::pools());
+    assert_same(
+        "max pools in f32",
+        &on_threads::run_pools::<f32>(),
+        &on_rayon::run_pools::<f32>(),
+    );
+    assert_same(
+        "max pools in f64",
+        &on_threads::run_pools::<f64>(),
+        &on_rayon::run_pools::<f64>(),
+    );
+    assert_same(
+        "max pools in bf16",
+        &on_threads::run_pools::<bf16>(),
+        &on_rayon::run_pools::<bf16>(),
+    );
 }
 
 fn assert_same(context: &str, threads: &on_threads::Written, rayon: &on_rayon::Written) {
