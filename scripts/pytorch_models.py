@@ -4,7 +4,7 @@
     python scripts/pytorch_models.py --out DIR
 
 Needs torch, torchvision and safetensors. `cargo xtask torchvision` runs it and then the tests
-(`crates/burn-conv-bn-models/tests/torchvision.rs`). Some 800 MB; nothing of it is committed.
+(`crates/burn-conv-bn-models/tests/torchvision.rs`). Some 1.8 GB; nothing of it is committed.
 
 For each network, in float64, with random weights, scales and shifts of the norms off 1 and 0,
 running statistics off their initial values, ten classes and no dropout:
@@ -14,6 +14,8 @@ running statistics off their initial values, ten classes and no dropout:
                                 place of buffers, the buffers after the step
     NAME.values.safetensors     images, targets; the step's logits and cross entropy; before it,
                                 the logits in evaluation mode
+    NAME.f32.safetensors        how far PyTorch's float32 is from all of that, by the same names: the
+                                2-norms of the differences
 
 and for ResNet-18 the cross entropies of 30 steps of SGD (`losses`, over `batches` of images with
 `labels`), from the same weights.
@@ -32,6 +34,9 @@ CLASSES = 10
 BATCH = 4
 SIZE = 64
 STEPS = 30
+
+# The names of a network's outputs.
+OUTPUTS = ("evaluation", "logits", "loss")
 
 
 def vgg16_bn():
@@ -72,6 +77,44 @@ def contiguous(tensors):
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
+def step(net, images, targets):
+    """What the tests compare: the outputs; gradients, and in the place of buffers, the buffers after the
+    step, by the keys of the state_dict."""
+    found = {}
+    with torch.no_grad():
+        found["evaluation"] = net.eval()(images)
+    net.train().zero_grad()
+    found["logits"] = net(images)
+    loss = F.cross_entropy(found["logits"], targets)
+    loss.backward()
+    found["loss"] = loss.reshape(1)
+    found.update(net.state_dict())
+    found.update((key, parameter.grad) for key, parameter in net.named_parameters())
+    return contiguous(found)
+
+
+def single_distances(net, state, values, exact):
+    """How far float32 is from what is exact: the 2-norms of the differences, as vectors of one number.
+
+    It is the farthest of several runs. Each sees the batch in another order, in which its sums are
+    rounded differently, so that a value that is exact by chance is not taken for the rule.
+    """
+    net.float()
+    farthest = {}
+    for shift in range(BATCH):
+        net.load_state_dict(state)
+        images = values["images"].float().roll(shift, 0)
+        found = step(net, images, values["targets"].roll(shift, 0))
+        for name in ("evaluation", "logits"):
+            found[name] = found[name].roll(-shift, 0)
+        for name, wanted in exact.items():
+            # Not the number of batches, which is no result.
+            if wanted.is_floating_point():
+                distance = (found[name].double() - wanted).norm().reshape(1)
+                farthest[name] = torch.maximum(distance, farthest.get(name, distance))
+    return farthest
+
+
 def train(net, values):
     """Adds the losses of 30 steps to the values."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
@@ -101,19 +144,16 @@ def write(name, out):
         "images": torch.randn(BATCH, 3, SIZE, SIZE, dtype=torch.float64),
         "targets": torch.randint(0, CLASSES, (BATCH,)),
     }
-    with torch.no_grad():
-        values["evaluation"] = net.eval()(values["images"])
-    logits = net.train()(values["images"])
-    loss = F.cross_entropy(logits, values["targets"])
-    loss.backward()
-    values["logits"] = logits
-    values["loss"] = loss.reshape(1)
-    grads = dict(net.state_dict())
-    grads.update((key, parameter.grad) for key, parameter in net.named_parameters())
-    save_file(contiguous(grads), out / f"{name}.grads.safetensors")
+    exact = step(net, values["images"], values["targets"])
+    values.update((output, exact[output]) for output in OUTPUTS)
+    grads = {key: exact[key] for key in state}
+    save_file(grads, out / f"{name}.grads.safetensors")
+
+    distances = single_distances(net, state, values, exact)
+    save_file(distances, out / f"{name}.f32.safetensors")
 
     if name == "resnet18":
-        net.load_state_dict(state)
+        net.double().load_state_dict(state)
         train(net, values)
     save_file(contiguous(values), out / f"{name}.values.safetensors")
 

@@ -15,6 +15,8 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::gpu::Fusion;
+
 /// Names the folder with the real MNIST that tests read.
 const MNIST: &str = "BURN_CONV_BN_MNIST";
 
@@ -63,9 +65,9 @@ enum Task {
     Soak(soak::Soak),
     /// Compare the networks with torchvision's: weights, logits, loss, every gradient and 30 steps.
     ///
-    /// Needs a python with torch, torchvision and safetensors, which writes 800 MB of weights and
-    /// what PyTorch computes with them to `target/torchvision`. `cargo xtask test` finds them there
-    /// too from then on.
+    /// In f64, and in f32 next to how far PyTorch's own f32 is from its f64. Needs a python with
+    /// torch, torchvision and safetensors, which writes 1.8 GB of weights and what PyTorch computes
+    /// with them to `target/torchvision`. `cargo xtask test` finds them there too from then on.
     Torchvision(torchvision::Torchvision),
     /// Build the GPU tests and benchmarks for CUDA and pack them for a machine without a toolchain.
     GpuBundle(gpu::Bundle),
@@ -102,6 +104,10 @@ struct Test {
     /// their own.
     #[arg(long, value_enum, value_name = "HALF")]
     only: Option<Half>,
+    /// Build the tests of the GPU kernels without Burn's fusion, which takes minutes more the first
+    /// time.
+    #[arg(long)]
+    without_fusion: bool,
     /// Passed on to `cargo test`, as in `cargo xtask test --test it` or, to choose tests by name,
     /// `cargo xtask test running`.
     #[arg(value_name = "CARGO-TEST-ARGS", allow_hyphen_values = true)]
@@ -167,7 +173,8 @@ impl Step {
             }
             Self::GpuClippy => {
                 let mut command = cargo(&["clippy", "--all-targets"]);
-                command.args(gpu::WEBGPU).args(["--", "-D", "warnings"]);
+                command.args(gpu::webgpu(Fusion::On));
+                command.args(["--", "-D", "warnings"]);
                 command
             }
             Self::Docs => {
@@ -178,7 +185,7 @@ impl Step {
             }
             Self::GpuDocs => {
                 let mut command = cargo(&["doc", "--no-deps"]);
-                command.args(gpu::WEBGPU);
+                command.args(gpu::webgpu(Fusion::On));
                 command.env("RUSTDOCFLAGS", "-D warnings");
                 command
             }
@@ -216,6 +223,9 @@ struct Skip {
 }
 
 fn test(args: Test) -> Result<()> {
+    if args.without_fusion && args.only == Some(Half::Host) {
+        bail!("--without-fusion is for the tests of the GPU kernels, which --only host leaves out");
+    }
     let mut skips = Vec::new();
     let mut command = cargo(&["test", "--release"]);
     command.args(gpu::WITHOUT);
@@ -237,10 +247,14 @@ fn test(args: Test) -> Result<()> {
             Err(why) => skips.push(Skip { what, why }),
         }
     }
+    let fusion = match args.without_fusion {
+        true => Fusion::Off,
+        false => Fusion::On,
+    };
     let mut gpu_command = None;
     match gpu::vulkan() {
         _ if args.only == Some(Half::Host) => {}
-        Ok(()) => gpu_command = Some(gpu::tests(args.strict)),
+        Ok(()) => gpu_command = Some(gpu::tests(args.strict, fusion)),
         Err(why) => skips.push(Skip {
             what: "GPU kernels",
             why,
