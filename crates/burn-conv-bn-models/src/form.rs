@@ -2,11 +2,12 @@ use burn::config::Config;
 use burn::nn::PaddingConfig2d;
 use burn::tensor::activation::{gelu, hard_swish, leaky_relu, relu, relu6, silu};
 use burn::tensor::module::batch_norm_train;
+use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Shape, Tensor};
-use burn_conv_bn::functional::batch_norm;
+use burn_conv_bn::functional::{self, batch_norm};
 use burn_conv_bn::{Activation, ConvBn2d, NormSpec, NormVariant, Recompute, SavedTensor};
 
-/// How a network runs its blocks.
+/// How a network runs its blocks and the max pools between them.
 ///
 /// ```
 /// # #[cfg(feature = "flex")] {
@@ -25,11 +26,14 @@ use burn_conv_bn::{Activation, ConvBn2d, NormSpec, NormVariant, Recompute, Saved
 /// ```
 #[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
 pub enum Form {
-    /// As one fused op each.
+    /// As one fused op each, with [`max_pool2d`](burn_conv_bn::functional::max_pool2d) between them.
     Fused,
-    /// As a convolution, a batch norm and an activation of Burn's own: what the fused op is
-    /// compared with. The tutorial's variant of the norm, which Burn does not have, is
+    /// As a convolution, a batch norm and an activation of Burn's own, with Burn's max pool: what the
+    /// fused op is compared with. The tutorial's variant of the norm, which Burn does not have, is
     /// [`batch_norm`](burn_conv_bn::functional::batch_norm) on its own.
+    ///
+    /// In mixed precision, with weights in f16 or bf16 and the norm's parameters in f32, the norm's
+    /// input is cast to f32 and its output back: Burn's norm takes tensors of one type.
     Unfused,
 }
 
@@ -69,11 +73,26 @@ impl Form {
         }
     }
 
+    /// Runs a max pool in this form.
+    ///
+    /// # Panics
+    ///
+    /// If the window does not fit.
+    pub(crate) fn max_pool(self, input: Tensor<4>, options: MaxPoolOptions<2>) -> Tensor<4> {
+        match self {
+            Self::Fused => {
+                functional::max_pool2d(input, options).unwrap_or_else(|error| panic!("{error}"))
+            }
+            Self::Unfused => burn::tensor::module::max_pool2d(input, options),
+        }
+    }
+
     /// What a block keeps for the backward pass in this form, for a tracked input of that shape.
     ///
     /// The unfused form's list is Burn 0.22.1's: the convolution keeps its input and weight, batch
-    /// norm its input, gamma and its statistics, an activation its input. A frozen norm is composed
-    /// of several ops, which keep the normalized values where gamma is tracked, and what belongs to
+    /// norm its input, gamma and its statistics, an activation its input. In mixed precision the
+    /// norm's input is a cast of the convolution's output, in f32. A frozen norm is composed of
+    /// several ops, which keep the normalized values where gamma is tracked, and what belongs to
     /// channels. Of activations that Burn composes of several ops only their input is listed, which
     /// they all keep.
     pub(crate) fn saved_for_backward(
@@ -185,7 +204,14 @@ fn unfused_saved(
     keeping.settings.recompute = Recompute::Never;
     keeping.settings.activation = Activation::Identity;
     let mut saved = keeping.saved_for_backward(input_shape);
+    let norm = &block.norm;
     let dtype = block.conv.weight.val().dtype();
+    let norm_dtype = norm.gamma.val().dtype();
+    for tensor in &mut saved {
+        if tensor.name == "conv_output" {
+            tensor.dtype = norm_dtype;
+        }
+    }
     // Burn's convolution keeps its input for the weight's gradient, wanted or not.
     if !saved.iter().any(|tensor| tensor.name == "input") {
         let input = SavedTensor {
@@ -196,13 +222,12 @@ fn unfused_saved(
         };
         saved.insert(0, input);
     }
-    let norm = &block.norm;
     let is_frozen = block.settings.track_running_stats && !norm.training.is_enabled();
     let normalized = is_frozen && norm.gamma.val().is_require_grad();
     let activated = block.settings.activation != Activation::Identity;
-    for name in [
-        normalized.then_some("normalized"),
-        activated.then_some(activation_input),
+    for (name, dtype) in [
+        normalized.then_some(("normalized", norm_dtype)),
+        activated.then_some((activation_input, dtype)),
     ]
     .into_iter()
     .flatten()
@@ -231,10 +256,13 @@ fn unfused_activation(activation: Activation, value: Tensor<4>) -> Tensor<4> {
     }
 }
 
+/// The norm, in the type of its parameters, between casts where that is not the input's.
 fn unfused_norm(block: &ConvBn2d, input: Tensor<4>) -> Tensor<4> {
     let (norm, settings) = (&block.norm, &block.settings);
     let affine = || (norm.gamma.val(), norm.beta.val());
-    match (settings.norm_variant, settings.track_running_stats) {
+    let dtype = input.dtype();
+    let input = input.cast(norm.gamma.val().dtype());
+    let normalized = match (settings.norm_variant, settings.track_running_stats) {
         (NormVariant::BatchNorm, true) => norm.forward(input),
         (NormVariant::BatchNorm, false) => {
             let (gamma, beta) = affine();
@@ -249,5 +277,6 @@ fn unfused_norm(block: &ConvBn2d, input: Tensor<4>) -> Tensor<4> {
         (NormVariant::Tutorial, true) => {
             panic!("the tutorial's norm has no unfused form with running statistics")
         }
-    }
+    };
+    normalized.cast(dtype)
 }

@@ -8,6 +8,11 @@
 //! Both forms have the same modules, so they share records, optimizer states and, from the same
 //! seed, initial weights; turning one into the other moves no tensor.
 //!
+//! Both also run in mixed precision, on images in f16 or bf16: what a network's
+//! [`autocast`](burn_conv_bn::ConvBnModule::autocast) returns runs its blocks in that type and its
+//! linear layers in f32, and what
+//! [`with_precision`](burn_conv_bn::ConvBnModule::with_precision) returns runs these in half, too.
+//!
 //! # Weights of PyTorch
 //!
 //! Each of torchvision's networks has a table `PYTORCH_KEYS` of `(pattern, replacement)`: regular
@@ -41,6 +46,7 @@
 #![deny(missing_docs)]
 
 mod form;
+mod head;
 mod init;
 mod mobilenet;
 mod net;

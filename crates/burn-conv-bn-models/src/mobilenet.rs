@@ -7,6 +7,7 @@ use burn_conv_bn::{Activation, ConvBn2d, Recompute, SavedTensor};
 
 use crate::Form;
 use crate::form::Walk;
+use crate::head::rows;
 use crate::init::{block, draw, zeros};
 
 /// Table 2 of the paper: expansion, output channels, number of blocks, stride of the first.
@@ -86,6 +87,20 @@ pub struct MobileNetV2 {
 /// A chain of convolutions: one of the two plain ones, or an inverted residual of a 1x1 convolution
 /// to more channels (unless the expansion is 1), a depthwise 3x3 one with the stride, and a 1x1 one
 /// to fewer, without activation.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::Device;
+/// use burn_conv_bn_models::{Form, MobileNetV2Config};
+///
+/// let network = MobileNetV2Config::new(Form::Fused)
+///     .with_width(0.25)
+///     .init(&Device::flex());
+/// // The image's, an inverted residual that does not expand, and one that does.
+/// let lengths: Vec<usize> = network.features.iter().map(|block| block.conv.len()).collect();
+/// assert_eq!(lengths[..3], [1, 2, 3]);
+/// # }
+/// ```
 #[derive(Module, Debug)]
 pub struct MobileNetV2Block {
     /// The convolutions.
@@ -260,7 +275,7 @@ impl MobileNetV2 {
     pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
         let features = self.features.iter();
         let x = features.fold(images, |x, block| block.forward(x, self.form));
-        let x = adaptive_avg_pool2d(x, [1, 1]).flatten(1, 3);
+        let x = rows(adaptive_avg_pool2d(x, [1, 1]), &self.classifier);
         self.classifier.forward(self.dropout.forward(x))
     }
 

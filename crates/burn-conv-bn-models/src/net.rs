@@ -2,12 +2,12 @@ use burn::config::Config;
 use burn::module::Module;
 use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
 use burn::tensor::activation::{log_softmax, relu};
-use burn::tensor::module::max_pool2d;
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, NormVariant, Recompute, SavedTensor};
 
 use crate::Form;
+use crate::head::rows;
 use crate::init::draw;
 
 /// Configuration of [`Net`], made by [`init`](Self::init).
@@ -148,8 +148,8 @@ impl Net {
     pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
         let x = self.form.forward(&self.conv1, images);
         let x = self.form.forward(&self.conv2, x);
-        let x = max_pool2d(x, MaxPoolOptions::new([2, 2]));
-        let x = self.fc1.forward(x.flatten(1, 3));
+        let x = self.form.max_pool(x, MaxPoolOptions::new([2, 2]));
+        let x = self.fc1.forward(rows(x, &self.fc1));
         let x = relu(self.dropout.forward(x));
         log_softmax(self.fc2.forward(x), 1)
     }
@@ -167,7 +167,8 @@ impl Net {
     }
 
     /// What each block keeps for the backward pass in this form, for a batch of that many images
-    /// of that height and width: by block, name and bytes. Each block's input counts as tracked.
+    /// of that height and width: by block, name and bytes. Each block's input counts as tracked. The
+    /// max pool is no block, and not in the list.
     pub fn saved_for_backward(&self, batch: usize, image_size: usize) -> Vec<(&str, SavedTensor)> {
         let [first, ..] = self.conv1.conv.weight.dims();
         let blocks = [

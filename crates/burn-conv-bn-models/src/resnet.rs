@@ -1,13 +1,14 @@
 use burn::config::Config;
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
-use burn::tensor::module::{adaptive_avg_pool2d, max_pool2d};
+use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, Recompute, SavedTensor};
 
 use crate::Form;
 use crate::form::Walk;
+use crate::head::rows;
 use crate::init::{block, draw, zeros};
 
 /// What the blocks of a [`ResNet`] are made of.
@@ -112,6 +113,19 @@ pub struct ResNet {
 }
 
 /// A residual block: the last of its convolutions adds the shortcut before its ReLU.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::Device;
+/// use burn_conv_bn_models::{Form, ResNetBlockKind, ResNetConfig};
+///
+/// let network = ResNetConfig::new(Form::Fused, ResNetBlockKind::Basic, [2, 1, 1, 1])
+///     .init(&Device::flex());
+/// // Two convolutions; where the stride is 2, the shortcut has one as well.
+/// assert!(network.layer1[1].conv3.is_none() && network.layer1[1].downsample.is_none());
+/// assert!(network.layer2[0].downsample.is_some());
+/// # }
+/// ```
 #[derive(Module, Debug)]
 pub struct ResNetBlock {
     /// First convolution.
@@ -259,14 +273,14 @@ impl ResNet {
         let pool = MaxPoolOptions::new([3, 3])
             .with_stride([2, 2])
             .with_padding([1, 1]);
-        let x = max_pool2d(x, pool);
+        let x = self.form.max_pool(x, pool);
         let x = self
             .layers()
             .into_iter()
             .flat_map(|(_, layer)| layer)
             .fold(x, |x, block| block.forward(x, self.form));
         let x = adaptive_avg_pool2d(x, [1, 1]);
-        self.fc.forward(x.flatten(1, 3))
+        self.fc.forward(rows(x, &self.fc))
     }
 
     /// How the blocks run.
@@ -284,7 +298,7 @@ impl ResNet {
     /// What each fused block keeps for the backward pass in this form, for images of that shape,
     /// `[batch, input_channels, height, width]`: by the block's name, as `layer1.0.conv1`, its
     /// role and bytes. A tensor that two blocks read is listed by both, and each block's input
-    /// counts as tracked.
+    /// counts as tracked. Pools are no blocks, and not in the list.
     ///
     /// # Panics
     ///

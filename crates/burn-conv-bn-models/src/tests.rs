@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::{Device, Distribution, Tensor};
-use burn_conv_bn::{Activation, ConvBn2dConfig};
+use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
+use burn_conv_bn::{Activation, ConvBn2dConfig, ConvBnModule, NormVariant};
 
-use crate::{Form, MobileNetV2Config, ResNetConfig, VggConfig};
+use crate::{Form, MobileNetV2Config, Net, NetConfig, ResNetConfig, VggConfig};
 
 /// Sizes of all parameters and buffers, by name.
 #[derive(Default)]
@@ -143,5 +143,76 @@ fn both_forms_of_a_block_agree_for_every_activation() {
             let difference = (fused - unfused).abs();
             assert!(difference <= 1e-4, "{activation:?}: {fused} and {unfused}");
         }
+    }
+}
+
+/// Norms in f32 between weights in half: the fused op takes both, Burn's own norm stands between casts.
+#[test]
+fn both_forms_of_a_block_agree_in_mixed_precision() {
+    let device = Device::flex().autodiff();
+    // Values of up to 8, which are rounded some four times, by up to 2^-12 and 2^-9 of that.
+    for (dtype, tolerance) in [(DType::F16, 1.5e-2), (DType::BF16, 1e-1)] {
+        let random = |channels: usize, size: usize| {
+            let distribution = Distribution::Normal(0.0, 1.0);
+            Tensor::<4>::random([4, channels, size, size], distribution, &device).cast(dtype)
+        };
+        for (variant, tracks) in [
+            (NormVariant::BatchNorm, true),
+            (NormVariant::BatchNorm, false),
+            (NormVariant::Tutorial, false),
+        ] {
+            let block = ConvBn2dConfig::new([2, 3], [3, 3])
+                .with_norm_variant(variant)
+                .with_track_running_stats(tracks)
+                .with_activation(Activation::Relu)
+                .init(&device)
+                .with_precision(dtype.into());
+            let (input, residual) = (random(2, 7), random(3, 5));
+            let [fused, unfused] = [Form::Fused, Form::Unfused].map(|form| {
+                let output = form.forward_residual(&block, input.clone(), residual.clone());
+                assert_eq!(output.dtype(), dtype, "{form:?}");
+                output.into_data()
+            });
+            let pairs = fused.iter::<f64>().zip(unfused.iter::<f64>());
+            for (fused, unfused) in pairs {
+                let difference = (fused - unfused).abs();
+                assert!(difference <= tolerance, "{dtype:?}: {fused} and {unfused}");
+            }
+            let mean = block.norm.running_mean.value_sync();
+            assert_eq!(mean.dtype(), DType::F32);
+        }
+    }
+}
+
+#[test]
+fn an_unfused_norm_keeps_its_input_in_its_own_type() {
+    let block = ConvBn2dConfig::new([2, 3], [3, 3])
+        .with_activation(Activation::Relu)
+        .init(&Device::flex().autodiff())
+        .with_precision(FloatDType::BF16);
+    let saved = Form::Unfused.saved_for_backward(&block, [4, 2, 7, 7]);
+    for (name, dtype) in [
+        ("input", DType::BF16),
+        ("conv_output", DType::F32),
+        ("norm_output", DType::BF16),
+        ("mean", DType::F32),
+    ] {
+        let tensor = saved.iter().find(|tensor| tensor.name == name);
+        assert_eq!(tensor.map(|tensor| tensor.dtype), Some(dtype), "{name}");
+    }
+}
+
+/// Linear layers run in the type of their weights, whatever the blocks run in.
+#[test]
+fn a_network_runs_in_mixed_precision() {
+    let device = Device::flex().autodiff();
+    let network = NetConfig::new(Form::Fused).with_hidden(8).init(&device);
+    let images = Tensor::<4>::random([4, 1, 28, 28], Distribution::Default, &device);
+    let half = FloatDType::BF16;
+    for form in [Form::Fused, Form::Unfused] {
+        let network = network.clone().with_form(form);
+        let scores = |network: &Net| network.forward(images.clone().cast(half)).dtype();
+        assert_eq!(scores(&network.autocast(half)), DType::F32);
+        assert_eq!(scores(&network.with_precision(half)), DType::BF16);
     }
 }

@@ -2,13 +2,14 @@ use burn::config::Config;
 use burn::module::Module;
 use burn::nn::{Dropout, DropoutConfig, Initializer, Linear, LinearConfig};
 use burn::tensor::activation::relu;
-use burn::tensor::module::{adaptive_avg_pool2d, max_pool2d};
+use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{Activation, ConvBn2d, Recompute, SavedTensor};
 
 use crate::Form;
 use crate::form::Walk;
+use crate::head::rows;
 use crate::init::{block, draw, zeros};
 
 /// Channels of the convolutions between two pools.
@@ -205,9 +206,10 @@ impl Vgg {
             for block in features.by_ref().take(count) {
                 x = self.form.forward(block, x);
             }
-            x = max_pool2d(x, MaxPoolOptions::new([2, 2]));
+            x = self.form.max_pool(x, MaxPoolOptions::new([2, 2]));
         }
-        let mut x = adaptive_avg_pool2d(x, [POOLED, POOLED]).flatten(1, 3);
+        let pooled = adaptive_avg_pool2d(x, [POOLED, POOLED]);
+        let mut x = rows(pooled, &self.classifier[0]);
         for (index, linear) in self.classifier.iter().enumerate() {
             if index > 0 {
                 x = self.dropout.forward(relu(x));
@@ -231,7 +233,7 @@ impl Vgg {
 
     /// What each block keeps for the backward pass in this form, for images of that shape,
     /// `[batch, input_channels, height, width]`: by the block's name, as `features.0`, its role
-    /// and bytes. Each block's input counts as tracked.
+    /// and bytes. Each block's input counts as tracked. Pools are no blocks, and not in the list.
     ///
     /// # Panics
     ///

@@ -49,6 +49,7 @@ const COMPARE_EXAMPLES: &str = "\
 Examples:
   mnist compare --json report.json --plot memory.svg
   mnist compare --model resnet18 --optimizer sgd --batch-size 256 --time-limit 10
+  mnist compare --precision bf16
   mnist compare --norm tutorial --dataset mnist --data-dir mnist";
 
 const TRAIN_EXAMPLES: &str = "\
@@ -56,6 +57,7 @@ Examples:
   mnist train --epochs 5 --early-stopping 2
   mnist train --resume --epochs 10
   mnist train --model mobilenet-v2 --optimizer adamw --batch-size 256 --artifacts runs/mobilenet
+  mnist train --precision bf16 --batch-size 4096 --artifacts runs/bf16
   mnist train --lr 0.5 --print-config
   mnist train --config job.toml --seed 7
 
@@ -188,7 +190,8 @@ struct ComputeArgs {
     /// Where to compute. A device needs Burn's feature of the same name in this build.
     #[arg(long, value_enum, default_value = "flex")]
     device: DeviceChoice,
-    /// Element type of data and parameters.
+    /// What to compute in. f16 and bf16 are mixed precision: convolutions and what is kept for the
+    /// backward pass in that type; parameters, norms, linear layers and checkpoints in f32.
     #[arg(long, value_enum, default_value = "f32")]
     precision: Precision,
     /// Threads of the CPU [default: as many as the machine runs at once].
@@ -247,9 +250,9 @@ impl JobArgs {
             .unwrap_or_else(|| model.default_dropout())
     }
 
-    /// The job, on a device that is there.
+    /// The job, on a device that is there and computes in its precision.
     fn into_job(self, epochs: usize) -> Result<Job, DeviceError> {
-        self.compute.device.open()?;
+        self.compute.device.open_for(self.compute.precision)?;
         Ok(Job {
             learning_rate: self.learning_rate(),
             dropout: self.dropout(),
@@ -438,6 +441,19 @@ fn probability(text: &str) -> Result<f64, String> {
 }
 
 /// Runs the command line of this process. `allocator` must be the global allocator.
+///
+/// ```no_run
+/// use std::process::ExitCode;
+///
+/// use burn_conv_bn_memory::CountingAllocator;
+///
+/// #[global_allocator]
+/// static ALLOCATOR: CountingAllocator = CountingAllocator::new();
+///
+/// fn main() -> ExitCode {
+///     burn_conv_bn_train::cli::main(&ALLOCATOR)
+/// }
+/// ```
 pub fn main(allocator: &'static CountingAllocator) -> ExitCode {
     let done = Invocation::read(std::env::args_os().collect())
         .and_then(|invocation| execute(invocation, allocator));
@@ -667,6 +683,7 @@ fn train(
     job.check()?;
     let data = job.data()?;
     say!("Data: {}", data.origin);
+    job.precision.announce();
     job.check_digits(data.train.len())?;
     let identity = DataIdentity::of(&data);
     if let Some(stored) = &stored {
@@ -788,6 +805,7 @@ fn parity(args: ParityArgs, interrupter: &Interrupter) -> Result<()> {
     set_threads(args.job.compute.threads)?;
     let job = args.job.into_job(1)?;
     job.check()?;
+    Parity::check(job.precision)?;
     let data = job.data()?;
     say!("Data: {}", data.origin);
     job.check_digits(data.train.len())?;

@@ -9,7 +9,6 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use burn::tensor::DType;
 use burn::train::Interrupter;
 use burn_conv_bn_memory::CountingAllocator;
 use serde::{Deserialize, Serialize};
@@ -33,6 +32,8 @@ const CURVE: usize = 500;
 pub const WORKER: &str = "run-variant";
 
 /// How to compare.
+///
+/// [`compare`] has an example.
 #[derive(Clone, Debug)]
 pub struct CompareOptions {
     /// Which variants, in order.
@@ -69,6 +70,36 @@ struct Task {
 /// # Errors
 ///
 /// A message for people. What can be checked is checked before anything is trained.
+///
+/// # Examples
+///
+/// A program that does nothing else. Each variant runs in a process of the same program, which is started
+/// with [`WORKER`] as its argument:
+///
+/// ```no_run
+/// use burn::train::Interrupter;
+/// use burn_conv_bn_memory::CountingAllocator;
+/// use burn_conv_bn_train::compare::{CompareOptions, WORKER, compare, work};
+/// use burn_conv_bn_train::job::{Job, Variant};
+///
+/// #[global_allocator]
+/// static ALLOCATOR: CountingAllocator = CountingAllocator::new();
+///
+/// fn run(job: Job) -> anyhow::Result<()> {
+///     if std::env::args().nth(1).as_deref() == Some(WORKER) {
+///         return work(&ALLOCATOR, Interrupter::new());
+///     }
+///     let options = CompareOptions {
+///         variants: vec![Variant::Fused, Variant::Unfused],
+///         json: Some("report.json".into()),
+///         plot: None,
+///         artifacts: "artifacts".into(),
+///         time_limit: None,
+///         threads: None,
+///     };
+///     compare(job, &options, &ALLOCATOR, &Interrupter::new())
+/// }
+/// ```
 pub fn compare(
     mut job: Job,
     options: &CompareOptions,
@@ -94,6 +125,7 @@ pub fn compare(
     job.check()?;
     let mut data = job.data()?;
     say!("Data: {}", data.origin);
+    job.precision.announce();
     job.check_digits(data.train.len())?;
     announce(&mut job, options, &mut data, allocator);
     // The variants' processes look for the data again: what they find must be the same.
@@ -107,7 +139,7 @@ pub fn compare(
         train_digits: data.train.len(),
         test_digits: data.test.len(),
         device: job.device.name().to_string(),
-        dtype: format!("{:?}", DType::from(job.precision.dtype())),
+        dtype: job.precision.dtype_name(),
         batch_size: job.batch_size,
         model: job.model.name().to_string(),
         optimizer: job.optimizer.name().to_string(),
@@ -295,6 +327,10 @@ fn spawn(task: &Task, threads: Option<usize>) -> Result<VariantReport> {
 /// # Errors
 ///
 /// Only what cannot be told through that file.
+///
+/// # Examples
+///
+/// [`compare`] has one, which calls it.
 pub fn work(allocator: &'static CountingAllocator, interrupter: Interrupter) -> Result<()> {
     let task: Task = serde_json::from_reader(std::io::stdin().lock())
         .context("run-variant is started by compare, which tells it what to do")?;
@@ -330,6 +366,20 @@ fn train(
 }
 
 /// A file that appears whole or not at all.
+///
+/// ```
+/// use burn_conv_bn_train::compare::Output;
+///
+/// let folder = tempfile::tempdir()?;
+/// let path = folder.path().join("figures.json");
+/// // Before hours of work, whose result could not be written.
+/// let output = Output::create(&path)?;
+/// assert!(!path.exists());
+/// output.write_json("Figures", &[1, 2, 3])?;
+/// let figures: Vec<u32> = serde_json::from_slice(&std::fs::read(&path)?)?;
+/// assert_eq!(figures, [1, 2, 3]);
+/// # Ok::<(), anyhow::Error>(())
+/// ```
 pub struct Output {
     file: NamedTempFile,
     path: PathBuf,

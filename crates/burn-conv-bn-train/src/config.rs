@@ -15,12 +15,16 @@ use serde_json::Value;
 use crate::data::{Digits, MnistData};
 
 /// Options of a subcommand with their values, by their long names.
+///
+/// [`read`] has an example.
 pub type Options = BTreeMap<String, Value>;
 
 /// Options that are about the command line itself.
 const UNCONFIGURABLE: [&str; 4] = ["config", "help", "print-config", "version"];
 
 /// Why a configuration cannot be used.
+///
+/// [`read`] has an example.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
@@ -87,6 +91,25 @@ pub enum ConfigError {
 /// # Errors
 ///
 /// [`ConfigError::Io`] or [`ConfigError::Syntax`].
+///
+/// # Examples
+///
+/// ```
+/// use burn_conv_bn_train::config::{ConfigError, read};
+///
+/// let file = tempfile::NamedTempFile::new()?;
+/// std::fs::write(file.path(), "model = 'resnet18'\nbatch-size = 256\n")?;
+/// let options = read(file.path())?;
+/// assert_eq!(options["model"], "resnet18");
+/// assert_eq!(options["batch-size"], 256);
+///
+/// std::fs::write(file.path(), "batch-size =\n")?;
+/// assert!(matches!(
+///     read(file.path()),
+///     Err(ConfigError::Syntax { language: "TOML", .. })
+/// ));
+/// # Ok::<(), anyhow::Error>(())
+/// ```
 pub fn read(path: &Path) -> Result<Options, ConfigError> {
     let text = fs::read_to_string(path).map_err(|source| ConfigError::Io {
         path: path.to_path_buf(),
@@ -273,6 +296,31 @@ fn typed(arg: &Arg, text: &str) -> Value {
 pub const RUN_FILE: &str = "job.json";
 
 /// What a training was started with; [`RUN_FILE`] in its folder.
+///
+/// ```
+/// use burn_conv_bn_train::config::{DataIdentity, Options, RUN_FILE, RunFile, RunFileError};
+/// use burn_conv_bn_train::data::{DataRequest, DatasetChoice, resolve};
+///
+/// let data = resolve(&DataRequest {
+///     choice: DatasetChoice::Synthetic,
+///     train_limit: Some(8),
+///     test_limit: Some(4),
+///     ..DataRequest::default()
+/// })?;
+/// let options = |batch_size: u64| {
+///     Options::from([("batch-size".to_string(), serde_json::Value::from(batch_size))])
+/// };
+/// let folder = tempfile::tempdir()?;
+/// let file = RunFile::new(&options(256), DataIdentity::of(&data));
+/// std::fs::write(folder.path().join(RUN_FILE), file.to_json())?;
+///
+/// // Later, to go on with it. Batches of another size would make it another run.
+/// let file = RunFile::read(folder.path())?;
+/// file.check_data(folder.path(), &DataIdentity::of(&data))?;
+/// let other = file.check_options(folder.path(), &options(512));
+/// assert!(matches!(other, Err(RunFileError::Differs { .. })));
+/// # Ok::<(), anyhow::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunFile {
     /// Version of the program that wrote it.
@@ -284,6 +332,8 @@ pub struct RunFile {
 }
 
 /// Which digits a model was trained and tested on.
+///
+/// [`RunFile`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataIdentity {
     /// `mnist`, `synthetic` or `custom`.
@@ -336,6 +386,8 @@ impl DataIdentity {
 }
 
 /// Why a folder's run cannot be gone on with.
+///
+/// [`RunFile`] has an example.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RunFileError {

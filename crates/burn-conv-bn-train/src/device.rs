@@ -4,6 +4,8 @@ use burn::tensor::{Device, DeviceType};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::job::Precision;
+
 /// A device, named as Burn's feature for it.
 ///
 /// ```
@@ -37,6 +39,8 @@ pub enum DeviceChoice {
 }
 
 /// Why there is no such device.
+///
+/// [`DeviceChoice`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
@@ -49,6 +53,16 @@ pub enum DeviceError {
     /// The machine has no such device, or no driver for it.
     #[error("this machine has no device {0:?}, or no driver for one")]
     NotFound(&'static str),
+    /// The device is there, and does not compute in a type.
+    #[error(
+        "the device {device:?} of this machine does not compute in {dtype}; use --precision f32"
+    )]
+    Precision {
+        /// The device.
+        device: &'static str,
+        /// The type, as on the command line.
+        dtype: &'static str,
+    },
 }
 
 impl DeviceChoice {
@@ -82,6 +96,23 @@ impl DeviceChoice {
         match Device::enumerate(kind).is_empty() {
             true => Err(DeviceError::NotFound(self.name())),
             false => Ok(device),
+        }
+    }
+
+    /// As [`open`](Self::open), a device that computes in that precision.
+    ///
+    /// # Errors
+    ///
+    /// [`DeviceError::Precision`], and those of [`open`](Self::open).
+    pub fn open_for(self, precision: Precision) -> Result<Device, DeviceError> {
+        let device = self.open()?;
+        // What cannot be computed in yields garbage there, or a panic in the middle of a training.
+        match device.supports_dtype(precision.activations()) {
+            true => Ok(device),
+            false => Err(DeviceError::Precision {
+                device: self.name(),
+                dtype: precision.name(),
+            }),
         }
     }
 
@@ -133,6 +164,14 @@ mod tests {
         for choice in DeviceChoice::value_variants() {
             let value = choice.to_possible_value().expect("no choice is hidden");
             assert_eq!(value.get_name(), choice.name());
+        }
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn the_cpu_computes_in_every_precision() {
+        for &precision in Precision::value_variants() {
+            assert!(DeviceChoice::Flex.open_for(precision).is_ok());
         }
     }
 

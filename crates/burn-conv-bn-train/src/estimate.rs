@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataset::Dataset;
 use burn::module::Module;
-use burn::tensor::{DType, Device};
+use burn::tensor::Device;
 use burn::train::{InferenceStep, TrainStep};
 use burn_conv_bn_memory::CountingAllocator;
 
@@ -18,6 +18,8 @@ use crate::memory::MemoryProbe;
 const SAMPLE: usize = 64;
 
 /// What one variant will take, by a measured step on a few digits and in proportion.
+///
+/// [`Job`] has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct Estimate {
     /// Time for training and testing, all epochs.
@@ -33,6 +35,10 @@ pub struct Estimate {
 /// # Panics
 ///
 /// If the network cannot be trained on so few digits; see [`Job::check_digits`].
+///
+/// # Examples
+///
+/// [`Job`] has one.
 pub fn estimate(
     job: &Job,
     variant: Variant,
@@ -41,7 +47,7 @@ pub fn estimate(
 ) -> Estimate {
     let sample = SAMPLE.min(data.train.len()).min(job.batch_size);
     let items: Vec<DigitItem> = (0..sample).filter_map(|i| data.train.get(i).ok()).collect();
-    let batcher = MnistBatcher::new(job.precision.dtype());
+    let batcher = MnistBatcher::new(job.precision.activations());
     let batch = |device: &Device| -> MnistBatch { batcher.batch(items.clone(), device) };
 
     let device = job.device();
@@ -59,9 +65,7 @@ pub fn estimate(
     let times = |count: usize| count as f64 / sample as f64;
     let epoch =
         measure.duration.mul_f64(times(data.train.len())) + test.mul_f64(times(data.test.len()));
-    // Gradients of parameters take the same whatever the batch.
-    let element = DType::from(job.precision.dtype()).size();
-    let fixed = (classifier.num_params() * element).min(measure.memory.peak_bytes);
+    let fixed = classifier.fixed_bytes().min(measure.memory.peak_bytes);
     let growing = (measure.memory.peak_bytes - fixed) as f64;
     let batch = job.batch_size.min(data.train.len());
     Estimate {

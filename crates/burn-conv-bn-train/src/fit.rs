@@ -38,6 +38,8 @@ use crate::renderer::LineRenderer;
 use crate::step::Classifier;
 
 /// Which run to go on with.
+///
+/// [`fit`] has an example.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Resume {
     /// None: start anew.
@@ -54,6 +56,8 @@ pub enum Resume {
 /// How to train.
 ///
 /// [`new`](Self::new) gives the tutorial's job.
+///
+/// [`fit`] has an example.
 #[derive(Clone)]
 pub struct FitOptions {
     /// Where checkpoints and the logs of the metrics go.
@@ -120,6 +124,8 @@ impl FitOptions {
 }
 
 /// One epoch.
+///
+/// [`fit`] has an example.
 #[derive(Clone, Debug)]
 pub struct EpochRecord {
     /// Number of the epoch, from 1.
@@ -131,6 +137,8 @@ pub struct EpochRecord {
 }
 
 /// A finished or interrupted training.
+///
+/// [`fit`] has an example.
 #[derive(Debug)]
 pub struct FitOutcome {
     /// The trained model, ready for inference.
@@ -147,6 +155,27 @@ pub struct FitOutcome {
 }
 
 /// Why a training or an evaluation failed.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use std::sync::Arc;
+///
+/// use burn::tensor::{Device, FloatDType};
+/// use burn_conv_bn_models::{Form, NetConfig};
+/// use burn_conv_bn_train::data::generate;
+/// use burn_conv_bn_train::fit::{FitError, FitOptions, fit};
+/// use burn_conv_bn_train::memory::MemoryProbe;
+/// use burn_conv_bn_train::model::Network;
+/// use burn_conv_bn_train::step::Classifier;
+///
+/// // On a device that does not track gradients.
+/// let net = NetConfig::new(Form::Fused).with_hidden(16).init(&Device::flex());
+/// let classifier = Classifier::new(Network::Tutorial(net), MemoryProbe::off(), FloatDType::F32);
+/// let digits = Arc::new(generate(8, 1));
+/// let refused = fit(&FitOptions::new("never-made"), classifier, digits.clone(), digits);
+/// assert!(matches!(refused, Err(FitError::NoAutodiff(_))));
+/// # }
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum FitError {
     /// An option has a value that makes no sense.
@@ -265,6 +294,52 @@ fn listed(damaged: &[Damaged]) -> String {
 /// # Errors
 ///
 /// [`FitError`]. What can be checked is checked before anything is trained, written or removed.
+///
+/// # Examples
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use std::sync::Arc;
+///
+/// use burn::tensor::{Device, FloatDType};
+/// use burn_conv_bn_models::{Form, NetConfig};
+/// use burn_conv_bn_train::batch::test_loader;
+/// use burn_conv_bn_train::data::generate;
+/// use burn_conv_bn_train::fit::{FitOptions, Resume, evaluate, fit, latest_checkpoint};
+/// use burn_conv_bn_train::memory::MemoryProbe;
+/// use burn_conv_bn_train::model::Network;
+/// use burn_conv_bn_train::step::Classifier;
+///
+/// let device = Device::flex().autodiff();
+/// let classifier = || {
+///     let config = NetConfig::new(Form::Fused).with_channels([4, 8]).with_hidden(16);
+///     let net = Network::Tutorial(config.init(&device));
+///     Classifier::new(net, MemoryProbe::off(), FloatDType::F32)
+/// };
+/// let (train, test) = (Arc::new(generate(64, 1)), Arc::new(generate(32, 2)));
+///
+/// let folder = tempfile::tempdir()?;
+/// let mut options = FitOptions::new(folder.path());
+/// options.batch_size = 16;
+/// options.log_interval = 0;
+/// options.checkpoints = true;
+/// let outcome = fit(&options, classifier(), train.clone(), test.clone())?;
+/// assert_eq!(outcome.epochs[0].train.steps.len(), 64 / 16);
+/// assert_eq!(latest_checkpoint(folder.path())?, Some(1));
+///
+/// // Another process can go on from there, to a second epoch.
+/// options.epochs = 2;
+/// options.resume = Resume::Latest;
+/// let outcome = fit(&options, classifier(), train, test.clone())?;
+/// assert_eq!(outcome.history.len(), 2);
+///
+/// let loader = test_loader(test, options.batch_size, FloatDType::F32);
+/// let evaluation = evaluate(&outcome.model, &loader)?;
+/// let last = outcome.history[1].test;
+/// assert_eq!((evaluation.total, evaluation.correct), (last.total, last.correct));
+/// # }
+/// # Ok::<(), anyhow::Error>(())
+/// ```
 pub fn fit(
     options: &FitOptions,
     classifier: Classifier,
@@ -290,7 +365,7 @@ pub fn fit(
         return Err(FitError::NoAutodiff(device));
     }
 
-    let dtype = classifier.dtype();
+    let (dtype, activations) = (classifier.dtype(), classifier.activations());
     let (train_items, test_items) = (train.len(), test.len());
     let steps = train_items.div_ceil(options.batch_size);
     // Burn's schedulers count steps where PyTorch's count epochs.
@@ -352,12 +427,12 @@ pub fn fit(
     let train: BatchLoader = Arc::new(EpochLoader::new(
         train,
         options.batch_size,
-        dtype,
+        activations,
         device.clone(),
         options.seed,
         finished as u64,
     ));
-    let test = test_loader(test, options.batch_size, dtype);
+    let test = test_loader(test, options.batch_size, activations);
 
     let (train_tally, test_tally) = (Tally::new(), Tally::new());
     let history = History::new(past, train_tally.clone(), test_tally.clone());
@@ -459,6 +534,10 @@ pub fn fit(
 /// # Errors
 ///
 /// [`FitError::Dataset`] or [`FitError::Read`].
+///
+/// # Examples
+///
+/// [`fit`] has one.
 pub fn evaluate(model: &Classifier, loader: &BatchLoader) -> Result<Evaluation, FitError> {
     let model = model.valid();
     let loader = loader.to_device(&device_of(&model));
@@ -478,6 +557,25 @@ pub fn evaluate(model: &Classifier, loader: &BatchLoader) -> Result<Evaluation, 
 ///
 /// [`FitError::Directory`] before anything is evaluated, [`FitError::Write`] after it, and the
 /// errors of [`evaluate`].
+///
+/// # Examples
+///
+/// ```no_run
+/// use std::path::Path;
+/// use std::sync::Arc;
+///
+/// use burn_conv_bn_train::batch::test_loader;
+/// use burn_conv_bn_train::data::Digits;
+/// use burn_conv_bn_train::fit::{FitError, evaluate_logged};
+/// use burn_conv_bn_train::step::Classifier;
+///
+/// /// The accuracy, with a log of every batch in `run/test/held-out`.
+/// fn accuracy(model: &Classifier, digits: Arc<Digits>) -> Result<f64, FitError> {
+///     let loader = test_loader(digits, 256, model.activations());
+///     let evaluation = evaluate_logged(model, &loader, Path::new("run"), "held out")?;
+///     Ok(evaluation.accuracy())
+/// }
+/// ```
 pub fn evaluate_logged(
     model: &Classifier,
     loader: &BatchLoader,
@@ -527,6 +625,10 @@ fn add_line(lines: &mut String, entry: &SerializedEntry) {
 /// # Errors
 ///
 /// [`FitError::Directory`] if the directory cannot be read.
+///
+/// # Examples
+///
+/// [`fit`] has one.
 pub fn latest_checkpoint(directory: &Path) -> Result<Option<usize>, FitError> {
     let (set, _) = checkpoint::newest(directory)
         .map_err(|source| not_writable(&checkpoint::folder(directory), source))?;

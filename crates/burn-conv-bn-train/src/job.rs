@@ -22,11 +22,14 @@ use crate::fit::{FitError, FitOptions, FitOutcome, Resume, fit};
 use crate::memory::MemoryProbe;
 use crate::model::{ModelChoice, ModelError, Network, NetworkOptions};
 use crate::optim::OptimizerChoice;
+use crate::print::say;
 use crate::report::{EpochReport, StepSummary, VariantReport};
 use crate::step::Classifier;
 use crate::timeline::Timeline;
 
 /// Which form of the network.
+///
+/// [`Job`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Variant {
     /// Each block one op that recomputes its convolution.
@@ -53,6 +56,8 @@ impl Variant {
 }
 
 /// Which batch norm.
+///
+/// [`Job`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Norm {
     /// Burn's and PyTorch's: biased variance, epsilon under the root.
@@ -78,13 +83,27 @@ impl Norm {
     }
 }
 
-/// Element type of data and parameters.
+/// What a network computes in, and what its parameters are.
+///
+/// ```
+/// use burn::tensor::FloatDType;
+/// use burn_conv_bn_train::job::Precision;
+///
+/// let precision = Precision::BF16;
+/// assert!(precision.is_mixed());
+/// assert_eq!(precision.activations(), FloatDType::BF16);
+/// assert_eq!(precision.parameters(), FloatDType::F32);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Precision {
     /// Single precision.
     F32,
     /// Double precision.
     F64,
+    /// Mixed precision: convolutions and activations in f16, everything else in f32.
+    F16,
+    /// Mixed precision: convolutions and activations in bf16, everything else in f32.
+    BF16,
 }
 
 impl Precision {
@@ -93,19 +112,60 @@ impl Precision {
         match self {
             Self::F32 => "f32",
             Self::F64 => "f64",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
         }
     }
 
-    /// Burn's name of it.
-    pub fn dtype(self) -> FloatDType {
+    /// For people.
+    pub fn describe(self) -> String {
+        match self.is_mixed() {
+            true => format!("{} activations, f32 parameters", self.name()),
+            false => self.name().to_string(),
+        }
+    }
+
+    /// Whether blocks compute in another type than that of their parameters.
+    pub fn is_mixed(self) -> bool {
+        self.activations() != self.parameters()
+    }
+
+    /// Type of images, of what the blocks' convolutions compute in, and of all that the blocks
+    /// pass on and keep.
+    pub fn activations(self) -> FloatDType {
         match self {
             Self::F32 => FloatDType::F32,
             Self::F64 => FloatDType::F64,
+            Self::F16 => FloatDType::F16,
+            Self::BF16 => FloatDType::BF16,
+        }
+    }
+
+    /// Type of parameters, their gradients, the optimizer's state, norms and their statistics,
+    /// linear layers and the loss: of everything else, and of what is stored.
+    pub fn parameters(self) -> FloatDType {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => FloatDType::F32,
+            Self::F64 => FloatDType::F64,
+        }
+    }
+
+    /// The activations' type as reports name it.
+    pub(crate) fn dtype_name(self) -> String {
+        format!("{:?}", DType::from(self.activations()))
+    }
+
+    /// Says so if it is mixed.
+    pub(crate) fn announce(self) {
+        if self.is_mixed() {
+            say!("Precision: {}", self.describe());
         }
     }
 }
 
 /// What fused blocks do with the convolution's output.
+///
+/// [`Job`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum RecomputePolicy {
     /// Recompute it in the backward pass.
@@ -115,6 +175,66 @@ pub enum RecomputePolicy {
 }
 
 /// Everything that decides what a run computes, the same for both variants.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::train::Interrupter;
+/// use burn_conv_bn_memory::CountingAllocator;
+/// use burn_conv_bn_train::data::DatasetChoice;
+/// use burn_conv_bn_train::device::DeviceChoice;
+/// use burn_conv_bn_train::estimate::estimate;
+/// use burn_conv_bn_train::fit::Resume;
+/// use burn_conv_bn_train::job::{Job, Norm, Precision, RecomputePolicy, RunOptions, Variant, run};
+/// use burn_conv_bn_train::model::ModelChoice;
+/// use burn_conv_bn_train::optim::OptimizerChoice;
+///
+/// // A program makes it the global allocator; otherwise it counts nothing.
+/// static ALLOCATOR: CountingAllocator = CountingAllocator::new();
+///
+/// let job = Job {
+///     dataset: DatasetChoice::Synthetic,
+///     data_dir: None,
+///     download: false,
+///     train_limit: Some(64),
+///     test_limit: Some(32),
+///     epochs: 1,
+///     batch_size: 16,
+///     model: ModelChoice::Tutorial,
+///     optimizer: OptimizerChoice::Adadelta,
+///     learning_rate: 1.0,
+///     decay: 0.7,
+///     norm: Norm::Burn,
+///     dropout: 0.5,
+///     precision: Precision::F32,
+///     recompute: RecomputePolicy::Conv,
+///     device: DeviceChoice::Flex,
+///     max_workspace: None,
+///     seed: 1,
+///     log_interval: 0,
+/// };
+/// job.check()?;
+/// let data = job.data()?;
+/// job.check_digits(data.train.len())?;
+/// assert!(job.saved_bytes(Variant::Fused) < job.saved_bytes(Variant::Unfused) / 3);
+/// assert!(!estimate(&job, Variant::Fused, &data, &ALLOCATOR).duration.is_zero());
+///
+/// let folder = tempfile::tempdir()?;
+/// let options = RunOptions {
+///     directory: folder.path().to_path_buf(),
+///     overwrite: false,
+///     checkpoints: false,
+///     resume: Resume::No,
+///     patience: None,
+///     dashboard: false,
+///     run_file: None,
+///     interrupter: Interrupter::new(),
+/// };
+/// let (report, outcome) = run(&job, Variant::Fused, data, &ALLOCATOR, options)?;
+/// assert_eq!(report.step_losses.len(), 64 / 16);
+/// assert_eq!(report.epochs[0].test_accuracy, outcome.history[0].test.accuracy());
+/// # }
+/// # Ok::<(), anyhow::Error>(())
+/// ```
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Job {
     /// Which data.
@@ -143,7 +263,7 @@ pub struct Job {
     pub norm: Norm,
     /// Probability of dropping a hidden value.
     pub dropout: f64,
-    /// Element type.
+    /// What is computed in.
     pub precision: Precision,
     /// What fused blocks do with the convolution's output.
     pub recompute: RecomputePolicy,
@@ -240,18 +360,20 @@ impl Job {
 
     /// [`network`](Self::network), ready to be trained.
     pub fn classifier(&self, variant: Variant, probe: MemoryProbe) -> Classifier {
-        Classifier::new(self.network(variant.form()), probe, self.precision.dtype())
+        let network = self.network(variant.form());
+        Classifier::new(network, probe, self.precision.parameters())
+            .with_activations(self.precision.activations())
     }
 
     /// Bytes that the blocks' nodes list as saved for backward in a step of `batch_size` digits,
     /// parameters left out.
     pub fn saved_bytes(&self, variant: Variant) -> usize {
-        let element = DType::from(self.precision.dtype()).size();
-        self.network(variant.form())
+        self.classifier(variant, MemoryProbe::off())
+            .computing()
             .saved_for_backward(self.batch_size)
             .into_iter()
             .filter(|(_, tensor)| !["weight", "bias", "gamma", "beta"].contains(&tensor.name))
-            .map(|(_, tensor)| tensor.shape.num_elements() * element)
+            .map(|(_, tensor)| tensor.bytes())
             .sum()
     }
 }
@@ -261,6 +383,25 @@ impl Job {
 /// # Errors
 ///
 /// If the data cannot be read.
+///
+/// # Examples
+///
+/// ```no_run
+/// use burn_conv_bn_memory::CountingAllocator;
+/// use burn_conv_bn_train::job::{Job, Variant, record};
+///
+/// #[global_allocator]
+/// static ALLOCATOR: CountingAllocator = CountingAllocator::new();
+///
+/// /// Most bytes of a training step of either variant, fused and unfused.
+/// fn peaks(job: &Job) -> anyhow::Result<[usize; 2]> {
+///     let data = job.data()?;
+///     let peak = |variant| -> anyhow::Result<usize> {
+///         Ok(record(job, variant, &data, &ALLOCATOR)?.peak())
+///     };
+///     Ok([peak(Variant::Fused)?, peak(Variant::Unfused)?])
+/// }
+/// ```
 pub fn record(
     job: &Job,
     variant: Variant,
@@ -270,7 +411,7 @@ pub fn record(
     let device = job.device();
     let count = job.batch_size.min(data.train.len());
     let items: Vec<DigitItem> = data.train.get_many((0..count).collect())?;
-    let batcher = MnistBatcher::new(job.precision.dtype());
+    let batcher = MnistBatcher::new(job.precision.activations());
     let probe = MemoryProbe::of(&device, allocator);
     Ok(Timeline::record(
         job.classifier(variant, MemoryProbe::off()),
@@ -291,6 +432,8 @@ impl ModuleVisitor for Draw {
 }
 
 /// How one run is carried out, besides what it computes.
+///
+/// [`Job`] has an example.
 #[derive(Clone)]
 pub struct RunOptions {
     /// Where logs and checkpoints go.
@@ -317,6 +460,10 @@ pub struct RunOptions {
 /// # Errors
 ///
 /// As [`fit`].
+///
+/// # Examples
+///
+/// [`Job`] has one.
 pub fn run(
     job: &Job,
     variant: Variant,
@@ -415,6 +562,29 @@ pub(crate) mod tests {
         check(Variant::name);
         check(Norm::name);
         check(Precision::name);
+    }
+
+    /// Batch norm's input is in f32 in Burn's own layers.
+    #[test]
+    fn what_is_saved_in_mixed_precision_has_half_the_size() {
+        let saved = |precision, variant| {
+            Job {
+                precision,
+                ..job(1, 2)
+            }
+            .saved_bytes(variant)
+        };
+        let [first, second] = [2 * 32 * 26 * 26, 2 * 64 * 24 * 24];
+        let statistics = 2 * (32 + 64) * 4;
+        for precision in [Precision::F16, Precision::BF16] {
+            let fused = saved(precision, Variant::Fused);
+            assert_eq!(fused, 2 * first + statistics);
+            let unfused = saved(precision, Variant::Unfused);
+            let each = 4 + 2;
+            assert_eq!(unfused, (each + 2) * first + each * second + statistics);
+        }
+        let double = saved(Precision::F64, Variant::Fused);
+        assert_eq!(double, 8 * first + 2 * statistics);
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! Training of the networks of `burn-conv-bn-models` on MNIST with Burn's `Learner`: data,
 //! optimizer, metrics, and the comparison of the fused with the unfused form.
+//!
+//! Where to begin: [`fit::fit`] trains a network, and [`job::Job`] describes a whole run as data; both
+//! have examples. The program `mnist` is [`cli`].
 
 pub mod batch;
 pub mod checkpoint;

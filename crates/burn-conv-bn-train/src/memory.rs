@@ -13,6 +13,8 @@ use burn_conv_bn_memory::PoolMeter;
 /// Memory of one training step, in bytes above the level just before its forward pass.
 ///
 /// Parameters, optimizer state and data were there before and do not count.
+///
+/// [`MemoryProbe`] has an example.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepMemory {
     /// At the end of the forward pass: what the graph holds for backward, and the result.

@@ -53,6 +53,8 @@ pub trait Quantity: Clone + Send + Sync + 'static {
 }
 
 /// Memory at the end of forward, in MiB.
+///
+/// [`StepMetric`] shows it, and has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct ForwardMemory;
 
@@ -67,6 +69,8 @@ impl Quantity for ForwardMemory {
 }
 
 /// Peak of memory in forward and backward, in MiB.
+///
+/// [`StepMetric`] shows it, and has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct PeakMemory;
 
@@ -81,6 +85,8 @@ impl Quantity for PeakMemory {
 }
 
 /// Time for forward and backward, in seconds.
+///
+/// [`StepMetric`] shows it, and has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct StepTime;
 
@@ -95,6 +101,32 @@ impl Quantity for StepTime {
 }
 
 /// Shows one [`Quantity`] of every training step; an epoch's value is the mean over its steps.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use burn::data::dataloader::Progress;
+/// use burn::train::metric::{Metric, MetricMetadata, Numeric};
+/// use burn_conv_bn_train::memory::StepMemory;
+/// use burn_conv_bn_train::metrics::StepTimeMetric;
+/// use burn_conv_bn_train::step::StepMeasure;
+///
+/// let mut metric = StepTimeMetric::new();
+/// for (step, millis) in [100, 300].into_iter().enumerate() {
+///     let measure = StepMeasure {
+///         memory: StepMemory::default(),
+///         duration: Duration::from_millis(millis),
+///     };
+///     // Burn's training hands this over.
+///     let metadata = MetricMetadata {
+///         progress: Progress::new(step + 1, 2, None),
+///         iteration: None,
+///         lr: None,
+///     };
+///     metric.update(&measure, &metadata).unwrap();
+/// }
+/// assert!((metric.final_value().current() - 0.2).abs() < 1e-12);
+/// ```
 #[derive(Clone)]
 pub struct StepMetric<Q: Quantity> {
     name: MetricName,
@@ -103,12 +135,18 @@ pub struct StepMetric<Q: Quantity> {
 }
 
 /// Shows the memory in use at the end of every forward.
+///
+/// [`StepMetric`] has an example.
 pub type ForwardMemoryMetric = StepMetric<ForwardMemory>;
 
 /// Shows the peak of memory in every training step.
+///
+/// [`StepMetric`] has an example.
 pub type PeakMemoryMetric = StepMetric<PeakMemory>;
 
 /// Shows how long forward and backward of every training step took.
+///
+/// [`StepMetric`] has an example.
 pub type StepTimeMetric = StepMetric<StepTime>;
 
 impl<Q: Quantity> StepMetric<Q> {
@@ -276,6 +314,8 @@ impl fmt::Display for Evaluation {
 }
 
 /// One training step.
+///
+/// The example of [`fit`](crate::fit::fit) counts them.
 #[derive(Clone, Copy, Debug)]
 pub struct StepRecord {
     /// Loss and accuracy of the batch, before the step.
@@ -285,6 +325,8 @@ pub struct StepRecord {
 }
 
 /// One pass over a set.
+///
+/// The example of [`fit`](crate::fit::fit) has one.
 #[derive(Clone, Debug, Default)]
 pub struct SplitRecord {
     /// Totals over the digits seen.
@@ -348,6 +390,9 @@ impl Tally {
 }
 
 /// Input of [`TallyMetric`].
+///
+/// [`Classifier`](crate::step::Classifier) makes it of its outputs, for a metric that is registered as in
+/// the example of [`Tally`].
 pub struct TallyInput {
     /// Loss of every digit, `[N]`.
     pub losses: Tensor<1>,
@@ -362,6 +407,8 @@ pub struct TallyInput {
 /// Collects exact totals and all steps into a [`Tally`].
 ///
 /// A text metric: it also shows the running totals.
+///
+/// [`Tally`] has an example.
 #[derive(Clone)]
 pub struct TallyMetric {
     name: MetricName,

@@ -66,6 +66,21 @@ pub enum ModelChoice {
 }
 
 /// Why there is no such network, or none for such batches.
+///
+/// ```
+/// use burn_conv_bn::NormVariant;
+/// use burn_conv_bn_train::model::{ModelChoice, ModelError};
+///
+/// let error = ModelChoice::Resnet18.check(NormVariant::BatchNorm, 0.5).unwrap_err();
+/// assert_eq!(
+///     error,
+///     ModelError::Dropout {
+///         model: "resnet18",
+///         probability: 0.5,
+///     }
+/// );
+/// assert!(ModelChoice::Vgg16Bn.check(NormVariant::BatchNorm, 0.5).is_ok());
+/// ```
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
@@ -103,6 +118,8 @@ pub enum ModelError {
 }
 
 /// What a network is made of, besides the choice which.
+///
+/// [`ModelChoice`] has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct NetworkOptions {
     /// How the blocks run.
@@ -240,6 +257,8 @@ impl ModelChoice {
 }
 
 /// A network for digits.
+///
+/// [`ModelChoice`] has an example.
 #[allow(clippy::large_enum_variant, reason = "there are few at a time")]
 #[derive(Module, Debug)]
 pub enum Network {

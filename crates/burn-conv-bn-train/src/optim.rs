@@ -13,6 +13,28 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 /// An optimizer with its settings but for the learning rate.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::nn::LinearConfig;
+/// use burn::optim::GradientsParams;
+/// use burn::tensor::{Device, Tensor};
+/// use burn_conv_bn_train::optim::OptimizerChoice;
+///
+/// let device = Device::flex().autodiff();
+/// let layer = LinearConfig::new(2, 1).init(&device);
+/// let choice = OptimizerChoice::Sgd;
+/// assert_eq!(choice.default_learning_rate(), 0.05);
+///
+/// let before = layer.weight.val();
+/// let loss = layer.forward(Tensor::<2>::ones([4, 2], &device)).mean();
+/// let grads = GradientsParams::from_grads(loss.backward(), &layer);
+/// let layer = choice.init().step(choice.default_learning_rate(), layer, grads);
+/// // The gradient is 1: the mean of four rows of ones.
+/// let step = (before - layer.weight.val()).mean().into_scalar::<f32>();
+/// assert!((step - 0.05).abs() < 1e-6, "{step}");
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OptimizerChoice {
@@ -126,6 +148,8 @@ pub struct Adadelta {
 }
 
 /// Adadelta state.
+///
+/// [`Adadelta`] keeps one for each parameter; [`AdadeltaConfig`] has an example.
 #[derive(Clone)]
 pub struct AdadeltaState<const D: usize> {
     /// Running average of the squared gradients.

@@ -25,6 +25,17 @@ pub const F64_TOLERANCE: f64 = 1e-6;
 /// The same computation with its sums in another order: digits and hidden units are counted from
 /// the other end, or images and kernels are mirrored. Without rounding the losses would be the
 /// same.
+///
+/// ```
+/// use burn_conv_bn_train::model::ModelChoice;
+/// use burn_conv_bn_train::parity::Reordering;
+///
+/// let batch_alone = Reordering {
+///     batch: true,
+///     ..Reordering::NONE
+/// };
+/// assert!(Reordering::others(ModelChoice::Resnet18).contains(&batch_alone));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reordering {
     /// Digits of a batch from last to first, which the batch's sums run over.
@@ -161,7 +172,44 @@ fn leaf<const D: usize>(
     param.map(|tensor| change(tensor.detach().set_require_grad(false)).require_grad())
 }
 
+/// Why the variants of a job cannot be held against each other.
+///
+/// ```
+/// use burn_conv_bn_train::job::Precision;
+/// use burn_conv_bn_train::parity::{Parity, ParityError};
+///
+/// let refused = Parity::check(Precision::BF16);
+/// assert_eq!(refused, Err(ParityError::Precision("bf16")));
+/// assert!(Parity::check(Precision::F64).is_ok());
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ParityError {
+    /// In a precision that there is no bound for.
+    #[error(
+        "parity has no bound for {0}, in which rounding alone takes the losses of two variants apart          within a few steps; use --precision f32 or f64"
+    )]
+    Precision(&'static str),
+}
+
 /// Losses of the first steps.
+///
+/// [`measure`](Self::measure) makes it of a job. Made by hand, it shows how it is judged:
+///
+/// ```
+/// use burn_conv_bn_train::parity::Parity;
+///
+/// let mut parity = Parity {
+///     fused: vec![2.30, 2.11],
+///     unfused: vec![vec![2.30, 2.12], vec![2.30, 2.09]],
+///     exact: Some(vec![2.30, 2.10]),
+/// };
+/// assert!((parity.spread() - 0.03).abs() < 1e-12);
+/// // Off by 0.01, where unfused runs are off by 0.02.
+/// assert!(parity.judge().is_ok());
+/// parity.fused[1] = 2.15;
+/// assert!(parity.judge().is_err());
+/// ```
 #[derive(Clone, Debug)]
 pub struct Parity {
     /// Of the fused variant.
@@ -173,18 +221,31 @@ pub struct Parity {
 }
 
 impl Parity {
+    /// Checks that the losses of two variants can be judged in that precision.
+    ///
+    /// # Errors
+    ///
+    /// [`ParityError::Precision`] in mixed precision.
+    pub fn check(precision: Precision) -> Result<(), ParityError> {
+        match precision.is_mixed() {
+            true => Err(ParityError::Precision(precision.name())),
+            false => Ok(()),
+        }
+    }
+
     /// Trains for `steps` steps without dropout: fused and unfused, and, in single precision,
     /// unfused in each of [`Reordering::others`] and fused in double precision.
     ///
     /// # Errors
     ///
-    /// If the data cannot be read, or if it was interrupted.
+    /// [`ParityError`], if the data cannot be read, or if it was interrupted.
     pub fn measure(
         job: &Job,
         digits: Arc<Digits>,
         steps: usize,
         interrupter: &Interrupter,
     ) -> Result<Self> {
+        Self::check(job.precision)?;
         let run = |job: &Job, variant, reordering| {
             losses(job, &digits, variant, steps, reordering, interrupter)
         };
@@ -304,14 +365,14 @@ fn losses(
     let loader = EpochLoader::new(
         digits.clone(),
         job.batch_size,
-        job.precision.dtype(),
+        job.precision.activations(),
         job.device(),
         job.seed,
         0,
     );
     let mut optimizer = job.optimizer.init();
     let network = reordering.of_network(job.network(variant.form()));
-    let mut model = Classifier::new(network, MemoryProbe::off(), job.precision.dtype());
+    let mut model = Classifier::new(network, MemoryProbe::off(), job.precision.parameters());
     let mut losses = Vec::with_capacity(steps);
     while losses.len() < steps {
         for batch in loader.iter().take(steps - losses.len()) {
@@ -370,7 +431,7 @@ mod tests {
             };
             let output = |classifier: &Classifier, batch| classifier.classify(batch).output;
             let classifier =
-                |network| Classifier::new(network, MemoryProbe::off(), job.precision.dtype());
+                |network| Classifier::new(network, MemoryProbe::off(), job.precision.parameters());
 
             let straight = classifier(job.network(Form::Unfused));
             // Moves the running statistics, so that their order matters, too.

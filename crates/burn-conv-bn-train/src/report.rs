@@ -8,6 +8,48 @@ use crate::metrics::StepRecord;
 use crate::timeline::Timeline;
 
 /// A comparison of variants on the same data.
+///
+/// ```
+/// use burn_conv_bn_train::compare::BURN_VERSION;
+/// use burn_conv_bn_train::plot::picture;
+/// use burn_conv_bn_train::report::{EpochReport, Report, VariantReport};
+///
+/// let variant = VariantReport {
+///     name: "fused".into(),
+///     epochs: vec![EpochReport {
+///         train_loss: 1.2,
+///         test_loss: 0.9,
+///         test_accuracy: 0.7,
+///     }],
+///     step_losses: vec![2.3, 1.1, 0.8],
+///     step_seconds_median: 0.4,
+///     forward_end_bytes: 160 << 20,
+///     peak_bytes: 240 << 20,
+///     saved_bytes: 150 << 20,
+///     interrupted: false,
+///     timeline: None,
+/// };
+/// let report = Report {
+///     dataset: "synthetic".into(),
+///     train_digits: 6000,
+///     test_digits: 1000,
+///     device: "flex".into(),
+///     dtype: "F32".into(),
+///     batch_size: 2000,
+///     model: "tutorial".into(),
+///     optimizer: "adadelta".into(),
+///     norm: "burn".into(),
+///     threads: 2,
+///     burn_version: BURN_VERSION.into(),
+///     variants: vec![variant],
+/// };
+/// // As `mnist compare --json` writes it, and as whoever evaluates it reads it.
+/// let json = serde_json::to_string(&report)?;
+/// assert_eq!(serde_json::from_str::<Report>(&json)?, report);
+/// // As `mnist compare --plot` draws it.
+/// assert!(picture(&report)?.contains("Loss of every training step"));
+/// # Ok::<(), anyhow::Error>(())
+/// ```
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 pub struct Report {
     /// `mnist`, `synthetic` or `custom`.
@@ -18,7 +60,8 @@ pub struct Report {
     pub test_digits: usize,
     /// The device, by the name of Burn's feature for it.
     pub device: String,
-    /// Element type of data and parameters.
+    /// Element type of images and activations. Where it is `F16` or `BF16`, parameters are `F32`;
+    /// otherwise they are of this type, too.
     pub dtype: String,
     /// Digits a step.
     pub batch_size: usize,
@@ -37,6 +80,8 @@ pub struct Report {
 }
 
 /// One trained variant.
+///
+/// [`Report`] has an example.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 pub struct VariantReport {
     /// `fused` or `unfused`.
@@ -62,6 +107,8 @@ pub struct VariantReport {
 }
 
 /// One finished epoch.
+///
+/// [`Report`] has an example.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq)]
 pub struct EpochReport {
     /// Mean loss of a training digit over the epoch, before each step.
@@ -73,13 +120,40 @@ pub struct EpochReport {
 }
 
 /// What a trained network made of digits: what `mnist predict --json` writes.
+///
+/// ```
+/// use burn_conv_bn_train::report::{ImageReport, PredictionReport, SkippedReport};
+///
+/// let json = r#"{
+///     "model": "resnet18",
+///     "form": "folded",
+///     "dtype": "F32",
+///     "epoch": 3,
+///     "dataset": null,
+///     "test": null,
+///     "images": [{
+///         "file": "seven.png",
+///         "prediction": 7,
+///         "probability": 0.91,
+///         "probabilities": [0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.91, 0.01, 0.01]
+///     }],
+///     "skipped": [{ "file": "blank.png", "reason": "is empty" }]
+/// }"#;
+/// let report: PredictionReport = serde_json::from_str(json)?;
+/// let ImageReport { file, prediction, .. } = &report.images[0];
+/// assert_eq!((file.as_str(), *prediction), ("seven.png", 7));
+/// let SkippedReport { reason, .. } = &report.skipped[0];
+/// assert_eq!(reason, "is empty");
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 pub struct PredictionReport {
     /// The network, by its name on the command line.
     pub model: String,
     /// `fused`, `folded` or `unfused`.
     pub form: String,
-    /// Element type of data and parameters.
+    /// Element type of images and activations. Where it is `F16` or `BF16`, parameters are `F32`;
+    /// otherwise they are of this type, too.
     pub dtype: String,
     /// Epochs that it was trained for.
     pub epoch: usize,
@@ -95,6 +169,31 @@ pub struct PredictionReport {
 }
 
 /// Predictions for labelled digits.
+///
+/// ```
+/// use burn_conv_bn_train::report::{MistakeReport, TestReport};
+///
+/// let mut confusion = [[0; 10]; 10];
+/// confusion[4][4] = 9;
+/// confusion[4][9] = 1;
+/// let report = TestReport {
+///     digits: 10,
+///     correct: 9,
+///     accuracy: 0.9,
+///     average_loss: 0.3,
+///     confusion,
+///     mistakes: vec![MistakeReport {
+///         index: 6,
+///         label: 4,
+///         prediction: 9,
+///         probability: 0.75,
+///     }],
+/// };
+/// let mistaken: usize = (0..10)
+///     .map(|digit| report.confusion[digit].iter().sum::<usize>() - report.confusion[digit][digit])
+///     .sum();
+/// assert_eq!(mistaken, report.mistakes.len());
+/// ```
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 pub struct TestReport {
     /// Digits.
@@ -113,6 +212,8 @@ pub struct TestReport {
 }
 
 /// A digit that was taken for another one.
+///
+/// [`TestReport`] has an example.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq)]
 pub struct MistakeReport {
     /// Position in the test set, from 0.
@@ -126,6 +227,8 @@ pub struct MistakeReport {
 }
 
 /// Prediction for a picture.
+///
+/// [`PredictionReport`] has an example.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 pub struct ImageReport {
     /// Name of its file.
@@ -139,6 +242,8 @@ pub struct ImageReport {
 }
 
 /// A picture that could not be read.
+///
+/// [`PredictionReport`] has an example.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub struct SkippedReport {
     /// Name of its file.

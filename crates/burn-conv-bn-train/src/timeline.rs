@@ -4,7 +4,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use burn::optim::{GradientsParams, ModuleOptimizer};
+use burn::optim::ModuleOptimizer;
 use serde::{Deserialize, Serialize};
 
 use crate::batch::MnistBatch;
@@ -19,6 +19,20 @@ const PERIOD: Duration = Duration::from_millis(1);
 const ROOM: usize = 60_000;
 
 /// Bytes alive over one training step, and when its phases end.
+///
+/// ```
+/// use burn_conv_bn_train::timeline::{Point, Timeline};
+///
+/// let point = |seconds: f64, bytes: usize| Point { seconds, bytes };
+/// let timeline = Timeline {
+///     points: vec![point(0.0, 10), point(0.1, 70), point(0.2, 40), point(0.3, 50)],
+///     forward_end: 0.1,
+///     backward_end: 0.2,
+///     optimizer_end: 0.3,
+/// };
+/// assert_eq!(timeline.peak(), 70);
+/// assert_eq!(timeline.thinned(2).points, [point(0.1, 70), point(0.3, 50)]);
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Timeline {
     /// In order of time.
@@ -32,6 +46,8 @@ pub struct Timeline {
 }
 
 /// The most bytes alive since the point before.
+///
+/// [`Timeline`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Point {
     /// Seconds from the start of the forward pass.
@@ -60,7 +76,7 @@ impl Timeline {
             (timeline, classifier) = watch(probe, |clock| {
                 let loss = classifier.classify(batch).loss.mean();
                 clock.forward_end = clock.now(probe);
-                let gradients = GradientsParams::from_grads(loss.backward(), &classifier);
+                let gradients = classifier.gradients(loss);
                 clock.backward_end = clock.now(probe);
                 let classifier = optimizer.step(learning_rate, classifier, gradients);
                 clock.optimizer_end = clock.now(probe);

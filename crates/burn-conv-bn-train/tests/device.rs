@@ -68,3 +68,17 @@ fn memory_is_that_of_the_device() {
     );
     assert!(fused.peak_bytes < unfused.peak_bytes, "{text}");
 }
+
+/// Shaders have no bf16. What the device lacks is refused before anything is trained.
+#[test]
+fn a_type_that_the_device_lacks_is_refused() {
+    let folder = tempdir().unwrap();
+    let arguments = format!("train {JOB} --batch-size 8 --plain --artifacts run --precision bf16");
+    let output = mnist(&folder, &arguments);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    for part in ["\"webgpu\"", "does not compute in bf16", "--precision f32"] {
+        assert!(stderr.contains(part), "no {part:?} in {stderr}");
+    }
+    assert!(!folder.path().join("run").exists());
+}

@@ -167,7 +167,10 @@ fn every_optimizer_and_precision_resumes() {
         "--optimizer adamw",
         "--optimizer sgd",
         "--optimizer adadelta --precision f64",
+        "--optimizer adadelta --precision bf16",
+        "--optimizer adam --precision f16",
         "--optimizer adadelta --variant unfused",
+        "--optimizer sgd --variant unfused --precision bf16",
     ]
     .into_iter()
     .enumerate()

@@ -1,7 +1,8 @@
 //! The backend trait: the op's differentiable methods, and the doors that kernels implement.
 
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, ExtensionType, TensorMetadata, backend_extension};
+use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Shape};
 
 use crate::definition::{
@@ -68,6 +69,16 @@ impl<B: Backend> From<Option<FloatTensor<B>>> for OptionalTensor<B> {
 }
 
 /// Where the norm's mean and variance come from.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::backend::Flex;
+/// use burn_conv_bn::{Statistics, StatisticsKind};
+///
+/// let statistics = Statistics::<Flex>::Batch;
+/// assert_eq!(statistics.kind(), StatisticsKind::Batch);
+/// # }
+/// ```
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
 pub enum Statistics<B: Backend> {
@@ -96,6 +107,8 @@ impl<B: Backend> Statistics<B> {
 ///
 /// `input`, `weight`, `bias` and `residual` share one dtype. Gamma, beta and fixed statistics are
 /// of that dtype too, or f32 where it is f16 or bf16.
+///
+/// [The example of the kernels](ConvBnBackend#the-kernels) makes one.
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
 pub struct ConvBnInputs<B: Backend> {
@@ -143,6 +156,8 @@ impl<B: Backend> ConvBnInputs<B> {
 }
 
 /// What a normalizing op returns.
+///
+/// [The example of the op](ConvBnBackend#examples) has one.
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
 pub struct NormOutput<B: Backend> {
@@ -156,6 +171,8 @@ pub struct NormOutput<B: Backend> {
 }
 
 /// What the forward kernel returns.
+///
+/// [The example of the kernels](ConvBnBackend#the-kernels) has one.
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
 pub struct ConvBnForward<B: Backend> {
@@ -173,6 +190,8 @@ pub struct ConvBnForward<B: Backend> {
 }
 
 /// What the backward kernel takes: the tensors that [`SavePlan`](crate::SavePlan) kept.
+///
+/// [The example of the kernels](ConvBnBackend#the-kernels) makes one.
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
 pub struct ConvBnSaved<B: Backend> {
@@ -211,6 +230,8 @@ pub struct ConvBnSaved<B: Backend> {
 }
 
 /// What the backward kernel must know besides tensors.
+///
+/// [The example of the kernels](ConvBnBackend#the-kernels) makes one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConvBnBackwardOptions {
     /// The forward's options.
@@ -228,6 +249,8 @@ pub struct ConvBnBackwardOptions {
 }
 
 /// The gradients that were wanted, each with its parent's shape and dtype.
+///
+/// [The example of the kernels](ConvBnBackend#the-kernels) has one.
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
 pub struct ConvBnGrads<B: Backend> {
@@ -251,12 +274,85 @@ pub struct ConvBnGrads<B: Backend> {
     pub residual: OptionalTensor<B>,
 }
 
-/// Burn's [`Backend`], extended with the fused op and the two ops that it is made of.
+/// What the max pool's forward kernel returns.
 ///
-/// The methods `conv`, `batch_normalize` and `conv_bn` are differentiable: `Autodiff<B>` registers one
-/// node for each. The methods `conv_bn_forward` and `conv_bn_backward` are the kernels behind
-/// `conv_bn`; they are what a backend overrides, and they do not differentiate. All have default
-/// bodies made of Burn's own ops.
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::backend::Dispatch;
+/// use burn::tensor::ops::MaxPoolOptions;
+/// use burn::tensor::{Device, Int, Tensor};
+/// use burn_conv_bn::{ConvBnBackend, MaxPoolForward};
+///
+/// let image = [[[[0.5, 2.0, 1.0, 0.0], [1.0, 0.0, 3.0, 1.0]]]];
+/// let image = Tensor::<4>::from_data(image, &Device::flex());
+/// let options = MaxPoolOptions::new([2, 2]);
+/// let MaxPoolForward::Pooled { output, places } =
+///     Dispatch::max_pool_forward(image.into_dispatch(), options)
+/// else {
+///     panic!("Flex has a kernel for windows of 2x2");
+/// };
+/// let output = Tensor::<4>::from_dispatch(output).into_data();
+/// assert_eq!(output.iter::<f32>().collect::<Vec<_>>(), [2.0, 3.0]);
+/// let places = Tensor::<4, Int>::from_dispatch(places).into_data();
+/// assert_eq!(places.iter::<u8>().collect::<Vec<_>>(), [1, 2]);
+/// # }
+/// ```
+#[derive(Clone, Debug, ExtensionType)]
+pub enum MaxPoolForward<B: Backend> {
+    /// Nothing: the backend has no kernel for this dtype or window.
+    Unsupported,
+    /// The pooled input, and what the backward kernel wants to know of it.
+    Pooled {
+        /// `[batch, channels, height_out, width_out]`.
+        output: FloatTensor<B>,
+        /// `[batch, channels, height_out, width_out]`, U8: where in its window each output was,
+        /// `row * kernel_width + column`.
+        places: IntTensor<B>,
+    },
+}
+
+/// What the max pool's backward kernel must know besides tensors.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::backend::Dispatch;
+/// use burn::tensor::ops::MaxPoolOptions;
+/// use burn::tensor::{Device, Shape, Tensor};
+/// use burn_conv_bn::{ConvBnBackend, MaxPoolBackwardOptions, MaxPoolForward};
+///
+/// let row = Tensor::<4>::from_data([[[[0.5, 2.0, 1.0, 0.0]]]], &Device::flex());
+/// let options = MaxPoolOptions::new([1, 2]);
+/// let forward = Dispatch::max_pool_forward(row.into_dispatch(), options.clone());
+/// let MaxPoolForward::Pooled { places, .. } = forward else {
+///     panic!("Flex has a kernel for windows of 1x2");
+/// };
+/// let options = MaxPoolBackwardOptions {
+///     options,
+///     input_shape: Shape::new([1, 1, 1, 4]),
+/// };
+/// let output_grad = Tensor::<4>::from_data([[[[5.0, 7.0]]]], &Device::flex());
+/// let grad = Dispatch::max_pool_backward(output_grad.into_dispatch(), places, options);
+/// let grad = Tensor::<4>::from_dispatch(grad).into_data();
+/// assert_eq!(grad.iter::<f32>().collect::<Vec<_>>(), [0.0, 5.0, 7.0, 0.0]);
+/// # }
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct MaxPoolBackwardOptions {
+    /// The forward's options.
+    pub options: MaxPoolOptions<2>,
+    /// `[batch, channels, height, width]`.
+    pub input_shape: Shape,
+}
+
+/// Burn's [`Backend`], extended with the fused op, the two ops that it is made of, and a max pool that
+/// keeps little.
+///
+/// The methods `conv`, `batch_normalize`, `conv_bn` and `max_pool` are differentiable: `Autodiff<B>`
+/// registers one node for each. The methods `conv_bn_forward` and `conv_bn_backward` are the kernels
+/// behind `conv_bn`; they are what a backend overrides, and they do not differentiate. All of these have
+/// default bodies made of Burn's own ops. So has `max_pool`, whose kernels `max_pool_forward` and
+/// `max_pool_backward` a backend overrides together or not at all: without them Burn's own pool runs,
+/// with Burn's own node.
 ///
 /// The methods trust their arguments; [`functional`](crate::functional) is the checked front.
 ///
@@ -288,8 +384,87 @@ pub struct ConvBnGrads<B: Backend> {
 /// ```
 ///
 /// A backend of your own takes the default bodies with `impl ConvBnBackend for MyBackend {}`, and
-/// overrides `conv_bn_forward` and `conv_bn_backward` where it has kernels for them. For tensors of
-/// Burn's `Tensor` to reach it, it has to be one of the backends that Burn dispatches to.
+/// overrides `conv_bn_forward` and `conv_bn_backward`, or the three methods of the max pool, where it has
+/// kernels for them. For tensors of Burn's `Tensor` to reach it, it has to be one of the backends that
+/// Burn dispatches to.
+///
+/// # The kernels
+///
+/// What the autodiff node does with them, for a layer whose weight alone is tracked:
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::backend::flex::FlexTensor;
+/// use burn::backend::{Flex, TensorMetadata};
+/// use burn::tensor::TensorData;
+/// use burn_conv_bn::{
+///     ConvBnBackend, ConvBnBackwardOptions, ConvBnInputs, ConvBnOptions, ConvBnSaved, ConvSpec,
+///     OptionalTensor, Parents, SavePlan, Statistics,
+/// };
+///
+/// let tensor = |shape: [usize; 4]| {
+///     let values = (0..shape.iter().product::<usize>()).map(|i| (i as f32).sin());
+///     FlexTensor::from_data(TensorData::new(values.collect::<Vec<f32>>(), shape))
+/// };
+/// let (input, weight) = (tensor([2, 3, 8, 8]), tensor([4, 3, 3, 3]));
+/// let inputs = ConvBnInputs::<Flex> {
+///     input: input.clone(),
+///     weight: weight.clone(),
+///     bias: OptionalTensor::Absent,
+///     gamma: OptionalTensor::Absent,
+///     beta: OptionalTensor::Absent,
+///     residual: OptionalTensor::Absent,
+///     statistics: Statistics::Batch,
+/// };
+/// let options = ConvBnOptions::new(ConvSpec::unit(2));
+/// let wanted = Parents {
+///     weight: true,
+///     ..Parents::default()
+/// };
+/// let statistics = inputs.statistics.kind();
+/// let (present, norm_dtype) = (inputs.present(), inputs.norm_dtype());
+/// let plan = SavePlan::new(&options, statistics, present, wanted);
+///
+/// let forward = Flex::conv_bn_forward(inputs, options.clone(), plan.conv_output);
+/// assert_eq!(forward.output.shape().to_vec(), [2, 4, 6, 6]);
+/// assert!(!forward.conv_output.is_present());
+///
+/// // What the plan says, which is to recompute the convolution.
+/// assert!(plan.input && plan.weight && plan.statistics && !plan.output);
+/// let saved = ConvBnSaved::<Flex> {
+///     output_grad: tensor([2, 4, 6, 6]),
+///     input: OptionalTensor::Present(input.clone()),
+///     weight: OptionalTensor::Present(weight.clone()),
+///     bias: OptionalTensor::Absent,
+///     gamma: OptionalTensor::Absent,
+///     beta: OptionalTensor::Absent,
+///     mean: OptionalTensor::Present(forward.mean),
+///     variance: OptionalTensor::Present(forward.variance),
+///     conv_output: forward.conv_output,
+///     output: OptionalTensor::Absent,
+///     residual: OptionalTensor::Absent,
+/// };
+/// let options = ConvBnBackwardOptions {
+///     options,
+///     statistics,
+///     input_shape: input.shape(),
+///     weight_shape: weight.shape(),
+///     norm_dtype,
+///     wanted,
+/// };
+/// let grads = Flex::conv_bn_backward(saved, options);
+/// assert!(!grads.input.is_present());
+/// let grad = grads.weight.into_option().expect("it was wanted");
+///
+/// // The norm undoes a change of the weight's length, so that the gradient has no part along it.
+/// let (grad, weight) = (grad.into_data(), weight.into_data());
+/// let products = grad.iter::<f64>().zip(weight.iter::<f64>()).map(|(g, w)| g * w);
+/// let products: Vec<f64> = products.collect();
+/// let along: f64 = products.iter().sum();
+/// let size: f64 = products.iter().map(|product| product.abs()).sum();
+/// assert!(along.abs() < 1e-3 * size, "{along} of {size}");
+/// # }
+/// ```
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),
@@ -369,6 +544,47 @@ pub trait ConvBnBackend: Backend {
         options: ConvBnBackwardOptions,
     ) -> ConvBnGrads<Self> {
         portable::conv_bn::backward::<Self>(saved, &options)
+    }
+
+    /// Max pool over height and width, with a backward pass that needs no input where the backend has
+    /// kernels for it.
+    ///
+    /// `options` pads both sides of a dimension alike.
+    ///
+    /// # Shapes
+    ///
+    /// - `input`: `[batch, channels, height, width]`
+    /// - output: `[batch, channels, height_out, width_out]`
+    #[fusion(default)]
+    fn max_pool(input: FloatTensor<Self>, options: MaxPoolOptions<2>) -> FloatTensor<Self> {
+        portable::max_pool::forward::<Self>(input, &options)
+    }
+
+    /// The max pool's forward kernel, with what `max_pool_backward` needs to know, if the backend has
+    /// one for this dtype and window.
+    #[fusion(default)]
+    fn max_pool_forward(
+        input: FloatTensor<Self>,
+        options: MaxPoolOptions<2>,
+    ) -> MaxPoolForward<Self> {
+        let _ = (input, options);
+        MaxPoolForward::Unsupported
+    }
+
+    /// The max pool's backward kernel: the input's gradient, from the output's and the places that
+    /// `max_pool_forward` returned.
+    ///
+    /// # Panics
+    ///
+    /// Panics on a backend whose `max_pool_forward` returns none.
+    #[fusion(default)]
+    fn max_pool_backward(
+        output_grad: FloatTensor<Self>,
+        places: IntTensor<Self>,
+        options: MaxPoolBackwardOptions,
+    ) -> FloatTensor<Self> {
+        let _ = (output_grad, places);
+        panic!("max_pool_backward: this backend's forward kernel keeps no places ({options:?})");
     }
 }
 

@@ -3,10 +3,13 @@
 //! Gradients that need no statistics, such as that of the norm's shift alone, take the portable
 //! bodies.
 
+mod max_pool;
+
 use std::borrow::Cow;
 
 use burn::backend::flex::FlexTensor;
 use burn::backend::{Flex, TensorMetadata};
+use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Element, Shape, TensorData, bf16, f16};
 use burn_conv_bn_cpu::{
     Activation as KernelActivation, Affine, Backward, ConvOutput, Element as KernelElement,
@@ -17,7 +20,7 @@ use bytemuck::Pod;
 
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
-    OptionalTensor, Statistics,
+    MaxPoolBackwardOptions, MaxPoolForward, OptionalTensor, Statistics,
 };
 use crate::definition::{
     Activation, ConvBnOptions, ConvSpec, Derivative, NormSpec, NormVariant, StatisticsKind,
@@ -50,6 +53,22 @@ impl ConvBnBackend for Flex {
             DType::BF16 => kernel_backward::<bf16>(saved, &options),
             _ => portable::conv_bn::backward::<Self>(saved, &options),
         }
+    }
+
+    fn max_pool(input: FlexTensor, options: MaxPoolOptions<2>) -> FlexTensor {
+        max_pool::untracked(input, &options)
+    }
+
+    fn max_pool_forward(input: FlexTensor, options: MaxPoolOptions<2>) -> MaxPoolForward<Self> {
+        max_pool::forward(&input, &options)
+    }
+
+    fn max_pool_backward(
+        output_grad: FlexTensor,
+        places: FlexTensor,
+        options: MaxPoolBackwardOptions,
+    ) -> FlexTensor {
+        max_pool::backward(&output_grad, &places, &options)
     }
 }
 

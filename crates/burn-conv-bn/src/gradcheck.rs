@@ -25,6 +25,23 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// What multiplies the output on its way back.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, TensorData};
+/// use burn_conv_bn::gradcheck::{GradCheck, Upstream};
+///
+/// let compared = |upstream: Upstream| {
+///     let check = GradCheck::new(&Device::flex())
+///         .input("x", TensorData::from([0.5, 1.0, 2.0]))
+///         .upstream(upstream);
+///     let report = check.check(|inputs| inputs.get::<1>("x").exp()).unwrap();
+///     report.compared
+/// };
+/// assert_eq!(compared(Upstream::Jacobian), 3 * 3);
+/// assert_eq!(compared(Upstream::Random(1)), 3);
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Upstream {
@@ -75,6 +92,8 @@ struct Input {
 }
 
 /// A check that passed.
+///
+/// [`GradCheck`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct GradCheckReport {
@@ -146,6 +165,8 @@ pub enum GradCheckError {
 }
 
 /// The inputs as tensors, by name, as the checked function sees them.
+///
+/// [`GradCheck`] has an example.
 #[derive(Clone, Debug)]
 pub struct Inputs<'a> {
     inputs: &'a [Input],
@@ -191,6 +212,21 @@ impl GradCheck {
     }
 
     /// Adds an input that is not tracked.
+    ///
+    /// ```
+    /// # #[cfg(feature = "flex")] {
+    /// use burn::tensor::{Device, TensorData};
+    /// use burn_conv_bn::gradcheck::GradCheck;
+    ///
+    /// let report = GradCheck::new(&Device::flex())
+    ///     .input("x", TensorData::from([0.5, 2.0]))
+    ///     .constant("scale", TensorData::from([3.0, -1.0]))
+    ///     .check(|inputs| inputs.get::<1>("x") * inputs.get::<1>("scale"))
+    ///     .unwrap();
+    /// // Two outputs by two values of x.
+    /// assert_eq!(report.compared, 2 * 2);
+    /// # }
+    /// ```
     #[must_use]
     pub fn constant(self, name: &'static str, data: TensorData) -> Self {
         self.add(name, data, false)

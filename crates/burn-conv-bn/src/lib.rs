@@ -23,6 +23,8 @@
 //!
 //! - [`ConvBn1d`], [`ConvBn2d`], [`ConvBn3d`] and their configurations: the layer.
 //! - [`ConvBnModule`]: settings and precision of every such layer of a model, in one call.
+//! - [`MaxPool2d`]: Burn's max pool, which on Flex keeps one byte for each output and no input: where it
+//!   follows a block, nothing keeps the tensor between the two.
 //! - [`functional`]: the same on plain tensors, and its two halves on their own, convolution and
 //!   batch norm with an explicit backward pass each.
 //! - [`ConvBnBackend`]: the backend trait; what a new backend or kernel implements.
@@ -75,7 +77,7 @@ pub mod gradcheck;
 
 pub use backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
-    NormOutput, OptionalTensor, Statistics,
+    MaxPoolBackwardOptions, MaxPoolForward, NormOutput, OptionalTensor, Statistics,
 };
 pub use definition::{
     Activation, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, NormSpec, NormVariant,
@@ -83,7 +85,7 @@ pub use definition::{
 };
 pub use layer::{
     ConvBn1d, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3d, ConvBn3dConfig, ConvBnModule,
-    ConvBnSettings, FoldError, RunningVariance,
+    ConvBnSettings, FoldError, MaxPool2d, MaxPool2dConfig, RunningVariance,
 };
 
 /// The code of the package's Markdown page.

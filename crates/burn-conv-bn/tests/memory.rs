@@ -3,10 +3,11 @@
 //! One test, so that no other allocates at the same time.
 
 use burn::module::Module;
+use burn::nn::PaddingConfig2d;
 use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
 use burn_conv_bn::functional::{ConvBnParams, conv_bn};
 use burn_conv_bn::{
-    Activation, ConvBn2d, ConvBn2dConfig, ConvBnOptions, ConvBnProblem, ConvSpec, Parents,
+    Activation, ConvBn2dConfig, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPool2dConfig, Parents,
     Recompute, SavePlan, SavedTensor, StatisticsKind,
 };
 use burn_conv_bn_memory::CountingAllocator;
@@ -202,6 +203,8 @@ fn a_node_keeps_what_its_table_lists() {
     assert_eq!(activations(&all(Recompute::Never, Activation::Relu)), 2);
     assert_eq!(activations(&all(Recompute::Conv, Activation::Silu)), 1);
     frozen_layers_keep_no_input(&device);
+    a_pool_keeps_what_it_lists(&device);
+    nothing_is_kept_between_block_and_pool(&device);
     unfused_keeps_three(&device);
     workspace_is_bounded(&device);
 }
@@ -239,7 +242,8 @@ fn frozen_layers_keep_no_input(device: &Device) {
                 let bytes: usize = activations.iter().map(SavedTensor::bytes).sum();
                 for tracked in [false, true] {
                     // The first run draws the parameters.
-                    let [_, kept] = [(); 2].map(|()| kept_by(block, tracked, device));
+                    let run = || kept_by(|x| block.forward(x), INPUT, tracked, device);
+                    let [_, kept] = [(); 2].map(|()| run());
                     let wanted = if tracked || keeps_input { bytes } else { 0 };
                     assert!(
                         kept.abs_diff(wanted) < OVERHEAD,
@@ -251,15 +255,72 @@ fn frozen_layers_keep_no_input(device: &Device) {
     }
 }
 
-/// Bytes that are left of a layer's forward pass while its loss is held, but not its input.
-fn kept_by(block: &ConvBn2d, tracked: bool, device: &Device) -> usize {
+/// Bytes that are left of a forward pass while its loss is held, but not its input.
+fn kept_by(
+    forward: impl Fn(Tensor<4>) -> Tensor<4>,
+    input: [usize; 4],
+    tracked: bool,
+    device: &Device,
+) -> usize {
     let start = ALLOCATOR.current();
-    let loss = block.forward(tensor(INPUT, tracked, device)).sum();
+    let loss = forward(tensor(input, tracked, device)).sum();
     let kept = ALLOCATOR.current().saturating_sub(start);
     if loss.is_tracked() {
         loss.backward();
     }
     kept
+}
+
+/// A max pool keeps a byte for each output and lets its input go. Where Burn's own op pools, that keeps
+/// its input, or the padded copy that Burn makes of it, and an index for each output. Of an input that
+/// is not tracked either keeps nothing.
+fn a_pool_keeps_what_it_lists(device: &Device) {
+    const POOLED: [usize; 4] = [8, 16, 64, 64];
+    let window = |size| MaxPool2dConfig::new([size; 2]).with_strides([2, 2]);
+    let uneven = window(2).with_padding(PaddingConfig2d::Explicit(0, 0, 1, 1));
+    for (config, names) in [
+        (window(2), &["places"][..]),
+        (window(17), &["input", "indices"][..]),
+        (uneven, &["input", "indices"][..]),
+    ] {
+        let pool = config.init();
+        let listed = pool.saved_for_backward(POOLED);
+        let listed_names: Vec<_> = listed.iter().map(|kept| kept.name).collect();
+        assert_eq!(listed_names, names);
+        let bytes: usize = listed.iter().map(SavedTensor::bytes).sum();
+        // Far more than what graph nodes take, and far less than the input where that is let go.
+        assert!(bytes > 4 * OVERHEAD, "{bytes}");
+        for (tracked, wanted) in [(true, bytes), (false, 0)] {
+            // Any run may pay for what a thread keeps from then on: the least is without.
+            let runs = (0..3).map(|_| kept_by(|x| pool.forward(x), POOLED, tracked, device));
+            let kept = runs.min().unwrap_or_default();
+            assert!(
+                kept.abs_diff(wanted) < OVERHEAD,
+                "got {kept} bytes, wanted {wanted} (input tracked {tracked}, {config})"
+            );
+        }
+    }
+}
+
+/// A block before a max pool keeps its input, and the pool its places; the tensor between them is gone.
+fn nothing_is_kept_between_block_and_pool(device: &Device) {
+    let block = ConvBn2dConfig::new([WEIGHT[1], WEIGHT[0]], [3, 3])
+        .with_activation(Activation::Relu)
+        .init(device);
+    let pool = MaxPool2dConfig::new([2, 2]).init();
+    let places: usize = pool
+        .saved_for_backward(OUTPUT)
+        .iter()
+        .map(SavedTensor::bytes)
+        .sum();
+    // The first run draws the parameters.
+    let runs = (0..3).map(|_| kept_by(|x| pool.forward(block.forward(x)), INPUT, true, device));
+    let kept = runs.min().unwrap_or_default();
+    let wanted = bytes(INPUT) + places;
+    assert!(
+        kept.abs_diff(wanted) < OVERHEAD,
+        "got {kept} bytes, wanted {wanted}"
+    );
 }
 
 /// Burn's own layers, for the comparison that the README makes.

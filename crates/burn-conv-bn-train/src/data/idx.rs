@@ -25,6 +25,8 @@ const FIRST_BYTES: usize = 64 << 10;
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
 /// Why an IDX file was refused.
+///
+/// [`Digits::read`] has an example.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum IdxError {
@@ -123,6 +125,8 @@ pub enum IdxError {
 }
 
 /// Labelled 28x28 grey digits, white (255) on black (0).
+///
+/// [`generate`](crate::data::generate) makes some, [`read`](Self::read) reads them; both have examples.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Digits {
     images: Vec<u8>,
@@ -139,6 +143,25 @@ impl Digits {
     ///
     /// [`IdxError`] if a file cannot be read or is not sound, if the images
     /// are not 28x28, or if the two files differ in their number of items.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn_conv_bn_train::data::{Digits, IdxError, PIXELS};
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let [images, labels] = ["images", "labels"].map(|name| folder.path().join(name));
+    /// // One image, black all over, that is said to be a 7.
+    /// let header = [0x0803_u32, 1, 28, 28].map(u32::to_be_bytes).concat();
+    /// std::fs::write(&images, [header, vec![0; PIXELS]].concat())?;
+    /// std::fs::write(&labels, [0_u8, 0, 8, 1, 0, 0, 0, 1, 7])?;
+    /// let digits = Digits::read(&images, &labels)?;
+    /// assert_eq!((digits.len(), digits.label(0)), (1, 7));
+    ///
+    /// let swapped = Digits::read(&labels, &images);
+    /// assert!(matches!(swapped, Err(IdxError::Magic { kind: "images", .. })));
+    /// # Ok::<(), anyhow::Error>(())
+    /// ```
     pub fn read(images: &Path, labels: &Path) -> Result<Self, IdxError> {
         Self::pair(read(images, Kind::Images)?, read(labels, Kind::Labels)?)
     }

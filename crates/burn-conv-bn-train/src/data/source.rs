@@ -27,6 +27,8 @@ const TEST_COUNT: usize = 10_000;
 const TEST_SEED: u64 = 0x7465_7374_5f70_6172;
 
 /// Which data to train on.
+///
+/// [`resolve`] has an example.
 #[derive(
     Clone,
     Copy,
@@ -49,6 +51,8 @@ pub enum DatasetChoice {
 }
 
 /// What [`resolve`] is to find.
+///
+/// [`resolve`] has an example.
 #[derive(Clone, Debug, Default)]
 pub struct DataRequest {
     /// Which data to train on.
@@ -66,6 +70,8 @@ pub struct DataRequest {
 }
 
 /// The data and where they come from.
+///
+/// [`resolve`] has an example.
 #[derive(Clone, Debug)]
 pub struct MnistData {
     /// Digits to learn from.
@@ -77,6 +83,8 @@ pub struct MnistData {
 }
 
 /// Where the data come from; displayed as one line for the user.
+///
+/// [`resolve`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DataOrigin {
@@ -163,6 +171,8 @@ impl fmt::Display for DataOrigin {
 }
 
 /// Why there are no data.
+///
+/// [`resolve`] has an example.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum DataError {
@@ -216,6 +226,36 @@ pub enum DataError {
 ///
 /// [`DataError`] if a given `data_dir` is not readable, complete and sound, if
 /// [`DatasetChoice::Mnist`] cannot be fulfilled, or if a limit is 0.
+///
+/// # Examples
+///
+/// ```
+/// use burn_conv_bn_train::data::{DataError, DataRequest, DatasetChoice, resolve};
+///
+/// let request = DataRequest {
+///     choice: DatasetChoice::Synthetic,
+///     train_limit: Some(100),
+///     test_limit: Some(20),
+///     ..DataRequest::default()
+/// };
+/// let data = resolve(&request)?;
+/// assert_eq!((data.train.len(), data.test.len()), (100, 20));
+/// assert_eq!(data.origin.name(), "synthetic");
+/// assert_eq!(
+///     data.origin.to_string(),
+///     "built-in synthetic digits (seed 0), as requested"
+/// );
+///
+/// let nothing = DataRequest {
+///     train_limit: Some(0),
+///     ..request
+/// };
+/// assert!(matches!(
+///     resolve(&nothing),
+///     Err(DataError::ZeroLimit { part: "training" })
+/// ));
+/// # Ok::<(), DataError>(())
+/// ```
 pub fn resolve(request: &DataRequest) -> Result<MnistData, DataError> {
     let machine = Machine {
         cache: dirs::cache_dir(),

@@ -2,11 +2,11 @@
 
 use burn::nn::Linear;
 use burn::nn::conv::Conv2d;
-use burn::tensor::Tensor;
 use burn::tensor::activation::{log_softmax, relu};
 use burn::tensor::module::{adaptive_avg_pool2d, max_pool2d};
 use burn::tensor::ops::MaxPoolOptions;
-use burn_conv_bn::{Activation, ConvBn2d, FoldError};
+use burn::tensor::{FloatDType, Tensor};
+use burn_conv_bn::{Activation, ConvBn2d, ConvBnModule, FoldError};
 use burn_conv_bn_models::{
     Form, MobileNetV2, MobileNetV2Block, Net, ResNet, ResNetBlock, Vgg, VggConfig,
 };
@@ -16,6 +16,28 @@ use crate::model::{Network, padded};
 /// A network for evaluation, of Burn's convolutions with a bias and without norms.
 ///
 /// It computes what the network that it was folded from does in evaluation, up to rounding.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_conv_bn_models::{Form, MobileNetV2Config};
+/// use burn_conv_bn_train::model::Network;
+/// use burn_conv_bn_train::predict::FoldedNetwork;
+///
+/// let device = Device::flex();
+/// let config = MobileNetV2Config::new(Form::Fused)
+///     .with_width(0.25)
+///     .with_input_channels(1)
+///     .with_classes(10);
+/// let network = Network::MobileNetV2(config.init(&device));
+/// let folded = FoldedNetwork::of(&network)?;
+///
+/// let digits = Tensor::<4>::random([2, 1, 28, 28], Distribution::Default, &device);
+/// let difference = folded.forward(digits.clone()) - network.forward(digits);
+/// assert!(difference.abs().max().into_scalar::<f32>() < 1e-4);
+/// # }
+/// # Ok::<(), burn_conv_bn::FoldError>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct FoldedNetwork {
     stages: Vec<Stage>,
@@ -55,6 +77,13 @@ impl FoldedBlock {
         })
     }
 
+    fn with_precision(self, dtype: FloatDType) -> Self {
+        Self {
+            conv: self.conv.with_precision(dtype),
+            activation: self.activation,
+        }
+    }
+
     fn forward(&self, images: Tensor<4>) -> Tensor<4> {
         self.activation.forward(self.conv.forward(images))
     }
@@ -66,6 +95,18 @@ impl FoldedBlock {
 }
 
 impl Stage {
+    fn with_precision(self, dtype: FloatDType) -> Self {
+        let cast = |block: FoldedBlock| block.with_precision(dtype);
+        match self {
+            Self::Block(block) => Self::Block(cast(block)),
+            Self::Residual { blocks, downsample } => Self::Residual {
+                blocks: blocks.into_iter().map(cast).collect(),
+                downsample: downsample.map(cast),
+            },
+            pool @ Self::Pool(_) => pool,
+        }
+    }
+
     fn forward(&self, images: Tensor<4>) -> Tensor<4> {
         match self {
             Self::Block(block) => block.forward(images),
@@ -99,6 +140,15 @@ impl FoldedNetwork {
         }
     }
 
+    /// The same with convolutions that compute in `dtype`, which images must then have. Linear
+    /// layers stay as they are.
+    #[must_use]
+    pub fn with_activations(mut self, dtype: FloatDType) -> Self {
+        let stages = self.stages.into_iter();
+        self.stages = stages.map(|stage| stage.with_precision(dtype)).collect();
+        self
+    }
+
     /// Log-probabilities of the classes.
     ///
     /// # Shapes
@@ -111,7 +161,8 @@ impl FoldedNetwork {
             .stages
             .iter()
             .fold(padded(images), |x, stage| stage.forward(x));
-        let x = adaptive_avg_pool2d(x, [self.pooled; 2]).flatten(1, 3);
+        let x = adaptive_avg_pool2d(x, [self.pooled; 2]).flatten::<2>(1, 3);
+        let x = x.cast(self.head[0].weight.val().dtype());
         let scores = self
             .head
             .iter()
@@ -218,7 +269,7 @@ mod tests {
     use super::*;
 
     use burn::module::Module;
-    use burn::tensor::{Device, Distribution, Tolerance};
+    use burn::tensor::{DType, Device, Distribution, Tolerance};
     use burn_conv_bn::{NormVariant, Recompute};
     use clap::ValueEnum;
 
@@ -262,6 +313,31 @@ mod tests {
             let got = folded.forward(images).into_data();
             got.assert_approx_eq::<f32>(&wanted, Tolerance::rel_abs(1e-2, 1e-2));
         }
+    }
+
+    /// Rounded to 2^-9 in each of some 20 layers.
+    #[test]
+    fn a_folded_network_predicts_in_mixed_precision() {
+        let device = Device::flex().autodiff();
+        let images =
+            Tensor::<4>::random([4, 1, SIDE, SIDE], Distribution::Normal(0.3, 1.0), &device);
+        let network = network(ModelChoice::Resnet18, &device);
+        for _ in 0..4 {
+            network.forward(images.clone());
+        }
+        let folded = FoldedNetwork::of(&network.valid()).expect("it tracks statistics");
+        let images = images.without_autodiff();
+        let values = |output: Tensor<2>| -> Vec<f64> {
+            assert_eq!(output.dtype(), DType::F32);
+            output.into_data().iter::<f64>().collect()
+        };
+        let wanted = values(folded.forward(images.clone()));
+        let folded = folded.with_activations(FloatDType::BF16);
+        let got = values(folded.forward(images.cast(FloatDType::BF16)));
+        let norm = |values: Vec<f64>| values.iter().map(|value| value * value).sum::<f64>();
+        let differences = got.iter().zip(&wanted).map(|(got, wanted)| got - wanted);
+        let distance = (norm(differences.collect()) / norm(wanted)).sqrt();
+        assert!(0.0 < distance && distance < 0.25, "{distance}");
     }
 
     #[test]

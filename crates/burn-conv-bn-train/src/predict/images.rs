@@ -25,6 +25,8 @@ const CONTRAST: u8 = 32;
 const DIRT: u8 = 32;
 
 /// A digit from a file.
+///
+/// [`read_folder`] has an example.
 #[derive(Debug)]
 pub struct Picture {
     /// Name of the file in its folder.
@@ -34,6 +36,8 @@ pub struct Picture {
 }
 
 /// Why a picture is left out.
+///
+/// [`read_folder`] has an example.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PictureError {
@@ -52,6 +56,8 @@ pub enum PictureError {
 }
 
 /// Why a folder cannot be classified.
+///
+/// [`read_folder`] has an example.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FolderError {
@@ -87,6 +93,34 @@ fn endings() -> String {
 /// # Errors
 ///
 /// [`FolderError`].
+///
+/// # Examples
+///
+/// ```
+/// use burn_conv_bn_train::predict::images::{FolderError, PictureError, read_folder};
+/// use image::{GrayImage, Luma};
+///
+/// let folder = tempfile::tempdir()?;
+/// assert!(matches!(
+///     read_folder(folder.path()),
+///     Err(FolderError::NoPictures { files: 0, .. })
+/// ));
+///
+/// let stroke = |x: u32| Luma([if (40..60).contains(&x) { 0 } else { 255 }]);
+/// let one = GrayImage::from_fn(100, 100, |x, y| match (20..80).contains(&y) {
+///     true => stroke(x),
+///     false => Luma([255]),
+/// });
+/// one.save(folder.path().join("one.png"))?;
+/// GrayImage::new(100, 100).save(folder.path().join("nothing.png"))?;
+///
+/// let pictures = read_folder(folder.path())?;
+/// assert_eq!(pictures[0].name, "nothing.png");
+/// assert!(matches!(pictures[0].digit, Err(PictureError::Empty { found: 0 })));
+/// assert_eq!(pictures[1].name, "one.png");
+/// assert!(pictures[1].digit.is_ok());
+/// # Ok::<(), anyhow::Error>(())
+/// ```
 pub fn read_folder(path: &Path) -> Result<Vec<Picture>, FolderError> {
     let failed = |source| FolderError::Io {
         path: path.to_path_buf(),

@@ -12,7 +12,7 @@ use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataset::{Dataset, DatasetError};
 use burn::module::Module;
 use burn::store::RecordError;
-use burn::tensor::{DType, Device, FloatDType, Tensor, TensorReadError};
+use burn::tensor::{Device, FloatDType, Tensor, TensorReadError};
 use burn::train::Interrupter;
 use burn_conv_bn::{FoldError, NormVariant, RunningVariance};
 use burn_conv_bn_models::{Form, Net};
@@ -35,6 +35,8 @@ use images::{FolderError, Picture, read_folder};
 use mistakes::{PictureFormat, PictureFormatError, SHOWN, Tile, draw};
 
 /// In which form a trained network predicts.
+///
+/// [`Predictor`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PredictForm {
@@ -68,6 +70,8 @@ impl From<Variant> for PredictForm {
 }
 
 /// Why nothing can be predicted.
+///
+/// [`Predictor`] has an example.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PredictError {
@@ -149,11 +153,26 @@ fn listed(damaged: &[Damaged]) -> String {
 }
 
 /// A trained network, ready to predict.
+///
+/// ```no_run
+/// use std::path::Path;
+///
+/// use burn_conv_bn_train::batch::DigitItem;
+/// use burn_conv_bn_train::job::Job;
+/// use burn_conv_bn_train::predict::{PredictError, PredictForm, Predictor};
+///
+/// /// What the newest model of a run makes of some digits, with its norms folded.
+/// fn read(job: &Job, run: &Path, digits: Vec<DigitItem>) -> Result<Vec<u8>, PredictError> {
+///     let predictor = Predictor::load(job, run, None, PredictForm::Folded, None)?;
+///     let predictions = predictor.predict(digits, 0)?;
+///     Ok(predictions.iter().map(|prediction| prediction.digit).collect())
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Predictor {
     runner: Runner,
     device: Device,
-    dtype: FloatDType,
+    activations: FloatDType,
     /// Epochs that it was trained for.
     epoch: usize,
 }
@@ -166,6 +185,19 @@ enum Runner {
 }
 
 /// What a network makes of one digit.
+///
+/// ```
+/// use burn_conv_bn_train::predict::Prediction;
+///
+/// let mut log_probabilities = [0.01_f64.ln(); 10];
+/// log_probabilities[3] = 0.91_f64.ln();
+/// let prediction = Prediction {
+///     digit: 3,
+///     log_probabilities,
+/// };
+/// assert!((prediction.probability() - 0.91).abs() < 1e-12);
+/// assert!((prediction.probabilities().iter().sum::<f64>() - 1.0).abs() < 1e-12);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Prediction {
     /// The class with the highest probability, the first of several.
@@ -229,7 +261,7 @@ impl Predictor {
             PredictForm::Fused | PredictForm::Folded => Variant::Fused,
             PredictForm::Unfused => Variant::Unfused,
         };
-        let expected = job.precision.dtype();
+        let expected = job.precision.parameters();
         let classifier = job
             .classifier(variant, MemoryProbe::off())
             .try_load_record(records.model)
@@ -247,21 +279,22 @@ impl Predictor {
             });
         }
 
-        let network = match (form, statistics) {
-            (PredictForm::Folded, _) | (_, None) => classifier.net.valid(),
-            (_, Some(digits)) => with_statistics(classifier.net, job, digits)?,
-        };
-        let runner = match form {
-            PredictForm::Folded => match FoldedNetwork::of(&network) {
-                Ok(folded) => Runner::Folded(folded),
+        let activations = job.precision.activations();
+        let runner = match (form, statistics) {
+            // Folded in the parameters' type, and rounded only then.
+            (PredictForm::Folded, _) => match FoldedNetwork::of(&classifier.net.valid()) {
+                Ok(folded) => Runner::Folded(folded.with_activations(activations)),
                 Err(source) => return Err(PredictError::Fold { model, source }),
             },
-            PredictForm::Fused | PredictForm::Unfused => Runner::Network(network),
+            (_, None) => Runner::Network(classifier.computing().valid()),
+            (_, Some(digits)) => {
+                Runner::Network(with_statistics(classifier.computing(), job, digits)?)
+            }
         };
         Ok(Self {
             runner,
             device: job.device().without_autodiff(),
-            dtype: expected,
+            activations,
             epoch,
         })
     }
@@ -281,7 +314,7 @@ impl Predictor {
         items: Vec<DigitItem>,
         first: usize,
     ) -> Result<Vec<Prediction>, PredictError> {
-        let batch = MnistBatcher::new(self.dtype).batch(items, &self.device);
+        let batch = MnistBatcher::new(self.activations).batch(items, &self.device);
         let output = self.forward(batch.images).try_into_vec_as::<f64>()?;
         output
             .chunks_exact(CLASSES)
@@ -330,7 +363,7 @@ fn with_statistics(network: Network, job: &Job, digits: &Digits) -> Result<Netwo
         return Err(PredictError::NoFixedStatistics);
     }
     let items: Vec<DigitItem> = digits.get_many((0..digits.len()).collect())?;
-    let images = MnistBatcher::new(job.precision.dtype())
+    let images = MnistBatcher::new(job.precision.activations())
         .batch(items, &job.device())
         .images;
     Ok(Network::Tutorial(calibrated(net, images)))
@@ -354,6 +387,8 @@ fn calibrated(mut net: Net, images: Tensor<4>) -> Net {
 }
 
 /// What to classify.
+///
+/// [`predict`] has an example.
 #[derive(Clone, Debug)]
 pub enum Source {
     /// The pictures in a folder.
@@ -363,6 +398,8 @@ pub enum Source {
 }
 
 /// How to predict.
+///
+/// [`predict`] has an example.
 #[derive(Clone, Debug)]
 pub struct PredictOptions {
     /// Folder of the run.
@@ -388,6 +425,28 @@ pub struct PredictOptions {
 ///
 /// A message for people; among others if a picture could not be read, after the others have been
 /// classified and everything is written.
+///
+/// # Examples
+///
+/// ```no_run
+/// use burn::train::Interrupter;
+/// use burn_conv_bn_train::job::Job;
+/// use burn_conv_bn_train::predict::{PredictForm, PredictOptions, Source, predict};
+///
+/// /// Prints what the newest model of the run in `run` makes of the pictures in `scans`.
+/// fn read_scans(job: &Job) -> anyhow::Result<()> {
+///     let options = PredictOptions {
+///         directory: "run".into(),
+///         epoch: None,
+///         form: PredictForm::Fused,
+///         source: Source::Images("scans".into()),
+///         trained_on: "mnist".into(),
+///         json: Some("scans.json".into()),
+///         mistakes: None,
+///     };
+///     predict(job, &options, &Interrupter::new())
+/// }
+/// ```
 pub fn predict(job: &Job, options: &PredictOptions, interrupter: &Interrupter) -> Result<()> {
     let testing = matches!(options.source, Source::TestSet);
     if !testing && options.mistakes.is_some() {
@@ -429,12 +488,12 @@ pub fn predict(job: &Job, options: &PredictOptions, interrupter: &Interrupter) -
         reference.as_ref(),
     )?;
     say!(
-        "Model: {} of {} after epoch {}, {}, {:?}",
+        "Model: {} of {} after epoch {}, {}, {}",
         job.model.name(),
         options.directory.display(),
         predictor.epoch(),
         options.form.name(),
-        DType::from(job.precision.dtype())
+        job.precision.describe()
     );
     if let Some(reference) = &reference {
         say!(
@@ -447,7 +506,7 @@ pub fn predict(job: &Job, options: &PredictOptions, interrupter: &Interrupter) -
     let mut report = PredictionReport {
         model: job.model.name().to_string(),
         form: options.form.name().to_string(),
-        dtype: format!("{:?}", DType::from(job.precision.dtype())),
+        dtype: job.precision.dtype_name(),
         epoch: predictor.epoch(),
         dataset: data.as_ref().map(|data| data.origin.name().to_string()),
         test: None,

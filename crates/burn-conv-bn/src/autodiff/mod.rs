@@ -6,6 +6,7 @@
 
 mod conv;
 mod conv_bn;
+mod max_pool;
 mod norm;
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -13,6 +14,7 @@ use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::{NodeId, ops::NodeGuard};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, Backend};
+use burn::tensor::ops::MaxPoolOptions;
 
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
@@ -56,6 +58,11 @@ impl<B: ConvBnBackend, C: CheckpointStrategy> ConvBnBackend for Autodiff<B, C> {
         _options: ConvBnBackwardOptions,
     ) -> ConvBnGrads<Self> {
         panic!("Can't differentiate conv_bn_backward: the op is differentiable once.");
+    }
+
+    // The kernels behind it keep their default bodies: they do not differentiate.
+    fn max_pool(input: FloatTensor<Self>, options: MaxPoolOptions<2>) -> FloatTensor<Self> {
+        max_pool::register::<B, C>(input, options)
     }
 }
 

@@ -99,6 +99,21 @@ pub enum ConvBnError {
         /// The weight's shape.
         weight: Shape,
     },
+    /// A pooling window does not fit into the padded input.
+    #[error(
+        "spatial dimension {dim}: a window of extent {window} does not fit into the padded input's \
+         {padded} (input {input})"
+    )]
+    WindowTooLarge {
+        /// Index of the spatial dimension, from 0.
+        dim: usize,
+        /// Extent of the dilated window.
+        window: usize,
+        /// Extent of the padded input.
+        padded: usize,
+        /// The input's shape.
+        input: Shape,
+    },
     /// A tensor's shape does not fit the others.
     #[error("{what}: expected shape {expected}, got {got}")]
     Shape {

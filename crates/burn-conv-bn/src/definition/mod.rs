@@ -1,11 +1,13 @@
 //! What the op computes, as plain data: no tensors, no backend.
 
 mod error;
+mod max_pool;
 mod options;
 mod problem;
 mod saved;
 
 pub use error::ConvBnError;
+pub(crate) use max_pool::{MaxPoolProblem, check_window};
 pub(crate) use options::Derivative;
 pub use options::{Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute};
 pub use problem::ConvBnProblem;

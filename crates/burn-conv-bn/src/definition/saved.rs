@@ -31,6 +31,19 @@ pub struct Parents {
 }
 
 /// Where mean and variance come from.
+///
+/// ```
+/// use burn_conv_bn::{ConvBnOptions, ConvSpec, Parents, SavePlan, StatisticsKind};
+///
+/// let options = ConvBnOptions::new(ConvSpec::unit(2));
+/// let shift = Parents {
+///     beta: true,
+///     ..Parents::default()
+/// };
+/// let plan = |kind| SavePlan::new(&options, kind, shift, shift);
+/// // The gradient of the shift is a sum over the output's, whatever the statistics.
+/// assert_eq!(plan(StatisticsKind::Batch), plan(StatisticsKind::Fixed));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StatisticsKind {
     /// From this batch; gradients flow through them.
@@ -150,6 +163,28 @@ impl SavePlan {
 
     /// The kept tensors by name, largest kinds first, for data of `dtype` with gamma and beta in
     /// `norm_dtype`. The statistics are f32, or f64 with data of f64.
+    ///
+    /// ```
+    /// use burn::tensor::{DType, Shape};
+    /// use burn_conv_bn::{
+    ///     ConvBnOptions, ConvBnProblem, ConvSpec, Parents, SavePlan, StatisticsKind,
+    /// };
+    ///
+    /// let options = ConvBnOptions::new(ConvSpec::unit(2));
+    /// let (input, weight) = (Shape::new([8, 3, 32, 32]), Shape::new([16, 3, 3, 3]));
+    /// let problem = ConvBnProblem::conv_bn(input, weight, &options, true)?;
+    /// let given = Parents {
+    ///     input: true,
+    ///     weight: true,
+    ///     ..Parents::default()
+    /// };
+    /// let plan = SavePlan::new(&options, StatisticsKind::Batch, given, given);
+    /// let tensors = plan.tensors(&problem, DType::BF16, DType::F32);
+    /// let names: Vec<_> = tensors.iter().map(|tensor| tensor.name).collect();
+    /// assert_eq!(names, ["input", "weight", "mean", "variance"]);
+    /// assert_eq!(tensors[0].bytes(), 2 * 8 * 3 * 32 * 32);
+    /// # Ok::<(), burn_conv_bn::ConvBnError>(())
+    /// ```
     pub fn tensors(
         &self,
         problem: &ConvBnProblem,

@@ -123,8 +123,9 @@ impl<C> Block<'_, C> {
         };
         let tracked = Parents {
             input: true,
-            weight: weight.is_require_grad(),
-            bias: bias.is_some_and(|bias| bias.val().is_require_grad()),
+            // Not only where they are leaves: casts lead back to them.
+            weight: weight.is_tracked(),
+            bias: bias.is_some_and(|bias| bias.val().is_tracked()),
             gamma: affine && gamma.is_require_grad(),
             beta: affine && self.norm.beta.val().is_require_grad(),
             residual,

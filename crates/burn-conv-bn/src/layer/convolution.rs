@@ -62,10 +62,8 @@ convolution!(Conv1d, 3, |conv, same| match conv.padding {
     PaddingConfig1d::Same => vec![same(0)],
     PaddingConfig1d::Explicit(left, right) => vec![(left, right)],
 });
-convolution!(Conv2d, 4, |conv, same| match conv.padding {
-    PaddingConfig2d::Valid => vec![(0, 0); 2],
-    PaddingConfig2d::Same => (0..2).map(same).collect(),
-    PaddingConfig2d::Explicit(top, left, bottom, right) => vec![(top, bottom), (left, right)],
+convolution!(Conv2d, 4, |conv, same| {
+    plane_padding(&conv.padding, same).to_vec()
 });
 convolution!(Conv3d, 5, |conv, same| match conv.padding {
     PaddingConfig3d::Valid => vec![(0, 0); 3],
@@ -91,9 +89,21 @@ impl<const N: usize> Sizes for [usize; N] {
     }
 }
 
+/// Padding of height and width `(before, after)`, from that of either under `Same`.
+pub(super) fn plane_padding(
+    padding: &PaddingConfig2d,
+    same: impl Fn(usize) -> (usize, usize),
+) -> [(usize, usize); 2] {
+    match *padding {
+        PaddingConfig2d::Valid => [(0, 0); 2],
+        PaddingConfig2d::Same => [0, 1].map(same),
+        PaddingConfig2d::Explicit(top, left, bottom, right) => [(top, bottom), (left, right)],
+    }
+}
+
 /// Burn computes `Same` in a private function of its own; this is the same rule: as much as keeps
 /// `ceil(size / stride)` outputs, the odd one after.
-fn same_padding(size: usize, kernel: usize, stride: usize) -> (usize, usize) {
+pub(super) fn same_padding(size: usize, kernel: usize, stride: usize) -> (usize, usize) {
     // A stride of zero is refused later, with a message.
     let outputs = size.div_ceil(stride.max(1));
     let covered = outputs.saturating_sub(1) * stride + kernel;

@@ -1,8 +1,9 @@
-//! The layers, for one, two and three spatial dimensions.
+//! The layers, for one, two and three spatial dimensions, and the max pool for two.
 
 mod block;
 mod convolution;
 mod error;
+mod max_pool;
 mod module;
 mod settings;
 
@@ -21,6 +22,7 @@ use block::Block;
 use convolution::Sizes;
 
 pub use error::FoldError;
+pub use max_pool::{MaxPool2d, MaxPool2dConfig};
 pub use module::ConvBnModule;
 pub use settings::{ConvBnSettings, RunningVariance};
 
@@ -195,12 +197,16 @@ macro_rules! conv_bn_layer {
 
         impl $layer {
             /// Fuses a convolution and the norm after it.
+            ///
+            /// [`ConvBn2d`](crate::ConvBn2d#examples) has an example.
             pub fn from_parts(conv: $conv, norm: BatchNorm, activation: Activation) -> Self {
                 Self::with_settings(conv, norm, ConvBnSettings::new(activation))
             }
 
             /// Fuses a convolution and the norm after it, with every setting. A norm that is not
             /// affine loses the gradients of its gamma and beta, which it does not use.
+            ///
+            /// [`ConvBnSettings`] has an example.
             pub fn with_settings(
                 conv: $conv,
                 mut norm: BatchNorm,
@@ -219,6 +225,8 @@ macro_rules! conv_bn_layer {
 
             /// The convolution and the norm. What follows them is in
             /// [`settings`](Self::settings).
+            ///
+            /// [`ConvBn2d`](crate::ConvBn2d#examples) has an example.
             pub fn into_parts(self) -> ($conv, BatchNorm) {
                 (self.conv, self.norm)
             }
@@ -248,6 +256,10 @@ macro_rules! conv_bn_layer {
             /// # Panics
             ///
             /// As [`forward`](Self::forward).
+            ///
+            /// # Examples
+            ///
+            /// [`ConvBn2d`](crate::ConvBn2d#examples) has one.
             pub fn forward_residual(
                 &self,
                 input: Tensor<$rank>,
@@ -263,6 +275,10 @@ macro_rules! conv_bn_layer {
             /// # Panics
             ///
             /// As [`forward`](Self::forward), for the shape.
+            ///
+            /// # Examples
+            ///
+            /// [`ConvBn2d`](crate::ConvBn2d#examples) has one.
             pub fn saved_for_backward(&self, input_shape: [usize; $rank]) -> Vec<SavedTensor> {
                 self.block().saved_for_backward(input_shape, false)
             }
@@ -273,6 +289,10 @@ macro_rules! conv_bn_layer {
             /// # Panics
             ///
             /// As [`forward`](Self::forward), for the shape.
+            ///
+            /// # Examples
+            ///
+            /// [`ConvBn2d`](crate::ConvBn2d#examples) has one.
             pub fn saved_for_backward_residual(
                 &self,
                 input_shape: [usize; $rank],
@@ -293,6 +313,10 @@ macro_rules! conv_bn_layer {
             /// [`FoldError::NoRunningStatistics`] if the layer evaluates on the batch's
             /// statistics, which no fixed weight reproduces; [`FoldError::NotFinite`] if a
             /// channel's scale or shift is not finite, as from a negative running variance.
+            ///
+            /// # Examples
+            ///
+            /// [`ConvBn2d`](crate::ConvBn2d#examples) has one.
             pub fn fold(&self) -> Result<$conv, FoldError> {
                 self.block().fold()
             }

@@ -74,12 +74,50 @@ pub trait ConvBnModule: Module {
     ///
     /// With f16 or bf16 a fused layer then takes its input in that dtype, and keeps statistics,
     /// sums and the norm's parameters and gradients in f32. Cast the model's input with
-    /// [`Tensor::cast`]; each gradient has its parameter's dtype.
+    /// [`Tensor::cast`]; each gradient has its parameter's dtype. [`autocast`](Self::autocast)
+    /// leaves the weights themselves as they are.
     #[must_use]
     fn with_precision(self, dtype: FloatDType) -> Self {
         self.map(&mut Precision {
             dtype,
             batch_norms: 0,
+        })
+    }
+
+    /// Mixed precision with master weights: the module for one forward pass, with the weights and
+    /// biases of every fused layer's convolution cast to `dtype`.
+    ///
+    /// The casts are part of the graph. Gradients arrive at this module's own parameters, in their
+    /// dtype, and an optimizer that steps this module loses no small update to rounding. Running
+    /// statistics are those of this module, as they are of every clone, and a training step moves
+    /// them.
+    ///
+    /// Norms stay as they are, and so does all that is not a fused layer: cast with
+    /// [`Tensor::cast`] what goes into the first fused layer, and what goes from the last one into
+    /// others.
+    ///
+    /// ```
+    /// # #[cfg(feature = "flex")] {
+    /// use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
+    /// use burn_conv_bn::{ConvBn2dConfig, ConvBnModule};
+    ///
+    /// let device = Device::flex().autodiff();
+    /// let block = ConvBn2dConfig::new([3, 8], [3, 3]).init(&device);
+    /// let x = Tensor::<4>::random([2, 3, 16, 16], Distribution::Default, &device);
+    ///
+    /// let y = block.autocast(FloatDType::BF16).forward(x.cast(DType::BF16));
+    /// assert_eq!(y.dtype(), DType::BF16);
+    ///
+    /// let grads = y.cast(DType::F32).mean().backward();
+    /// let grad = block.conv.weight.val().grad(&grads).unwrap();
+    /// assert_eq!(grad.dtype(), DType::F32);
+    /// # }
+    /// ```
+    #[must_use]
+    fn autocast(&self, dtype: FloatDType) -> Self {
+        self.clone().map(&mut Autocast {
+            dtype,
+            convolutions: 0,
         })
     }
 }
@@ -153,3 +191,35 @@ impl ModuleMapper for Precision {
 }
 
 const BATCH_NORM: &str = "Struct:BatchNorm";
+
+struct Autocast {
+    dtype: FloatDType,
+    /// How many convolutions of fused layers are being mapped: 0 or 1.
+    convolutions: usize,
+}
+
+impl ModuleMapper for Autocast {
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        self.convolutions += usize::from(is_convolution(name, container_type));
+    }
+
+    fn exit_module(&mut self, name: &str, container_type: &str) {
+        self.convolutions -= usize::from(is_convolution(name, container_type));
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if self.convolutions == 0 {
+            return param;
+        }
+        let dtype = self.dtype;
+        // Not detached: the cast leads the gradient back to the parameter.
+        param.map(|tensor| tensor.cast(dtype))
+    }
+}
+
+/// Whether a field is the convolution of a fused layer.
+fn is_convolution(name: &str, container_type: &str) -> bool {
+    name == "conv" && FUSED.contains(&container_type)
+}
+
+const FUSED: [&str; 3] = ["Struct:ConvBn1d", "Struct:ConvBn2d", "Struct:ConvBn3d"];

@@ -4,6 +4,7 @@
 pub(crate) mod activation;
 pub(crate) mod conv;
 pub(crate) mod conv_bn;
+pub(crate) mod max_pool;
 pub(crate) mod norm;
 pub(crate) mod sweeps;
 

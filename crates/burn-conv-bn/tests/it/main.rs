@@ -5,6 +5,7 @@ mod common;
 mod fold;
 mod gradients;
 mod layer;
+mod max_pool;
 mod module;
 mod parity;
 mod pytorch;

@@ -309,3 +309,74 @@ fn mixed_precision_trains() {
         );
     }
 }
+
+/// The same bits as with weights in half, on the weights themselves.
+#[test]
+fn autocast_leads_gradients_back_to_the_weights() {
+    let block = ConvBn2dConfig::new([3, 4], [3, 3])
+        .with_bias(true)
+        .with_activation(Activation::Relu)
+        .init(&device());
+    let images = tensor::<4>(random(&[8, 3, 8, 8], 1), DType::F32);
+    let upstream = tensor::<4>(random(&[8, 4, 6, 6], 2), DType::F32);
+    for dtype in [DType::F16, DType::BF16] {
+        let backward = |block: &ConvBn2d| {
+            let output = block.forward(images.clone().cast(dtype));
+            assert_eq!(output.dtype(), dtype);
+            (output.cast(DType::F32) * upstream.clone())
+                .sum()
+                .backward()
+        };
+        let grads = backward(&block.autocast(dtype.into()));
+        let half = block.clone().with_precision(dtype.into());
+        let wanted = backward(&half);
+        let weights = [&block, &half].map(|block| block.conv.weight.val());
+        let gammas = [&block, &half].map(|block| block.norm.gamma.val());
+        assert_eq!(weights[0].dtype(), DType::F32);
+        let grad = weights[0].grad(&grads).expect("it is tracked");
+        assert_eq!(grad.dtype(), DType::F32);
+        assert_eq!(values(grad), values(weights[1].grad(&wanted).unwrap()));
+        assert_eq!(
+            values(gammas[0].grad(&grads).unwrap()),
+            values(gammas[1].grad(&wanted).unwrap())
+        );
+        let bias = block.conv.bias.as_ref().expect("it has one").val();
+        let grad = bias.grad(&grads).expect("zeros are registered");
+        assert_eq!(grad.dtype(), DType::F32);
+    }
+}
+
+/// The module's own, whose norms and other layers stay as they are.
+#[test]
+fn autocast_moves_the_running_statistics() {
+    let model = Model::new(&device());
+    let images = || tensor::<4>(random(&[2, 3, 8, 8], 1), DType::F32);
+    let cast = model.autocast(FloatDType::BF16);
+    assert_eq!(cast.stem.conv.weight.val().dtype(), DType::BF16);
+    let line = cast.line.as_ref().expect("present");
+    assert_eq!(line.conv.weight.val().dtype(), DType::BF16);
+    let half = model.clone().with_precision(FloatDType::BF16);
+    let saved = |model: &Model| model.stem.saved_for_backward([2, 3, 8, 8]);
+    assert_eq!(saved(&cast), saved(&half));
+    assert_eq!(cast.stages[0].blocks.1.norm.gamma.val().dtype(), DType::F32);
+    assert_eq!(cast.head.weight.val().dtype(), DType::F32);
+    assert_eq!(model.stem.conv.weight.val().dtype(), DType::F32);
+
+    // From the same start, without sharing it.
+    let single = model.valid().train();
+    cast.stem.forward(images().cast(DType::BF16));
+    single.stem.forward(images());
+    for (of_model, wanted) in [
+        (
+            &model.stem.norm.running_mean,
+            &single.stem.norm.running_mean,
+        ),
+        (&model.stem.norm.running_var, &single.stem.norm.running_var),
+    ] {
+        let (of_model, wanted) = (of_model.value_sync(), wanted.value_sync());
+        assert_eq!(of_model.dtype(), DType::F32);
+        let (of_model, wanted) = (values(of_model), values(wanted));
+        assert!(of_model.iter().all(|value| ![0.0, 1.0].contains(value)));
+        assert_close("bf16", &of_model, &wanted, 2e-2, 0.0);
+    }
+}

@@ -4,11 +4,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::module::Module;
 use burn::nn::{BatchNormConfig, PaddingConfig2d};
+use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Device, Shape, Tensor};
-use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv, conv_bn};
+use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv, conv_bn, max_pool2d};
 use burn_conv_bn::{
     ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig, ConvBnError, ConvBnOptions, ConvSpec,
-    NormSpec, NormVariant,
+    MaxPool2dConfig, NormSpec, NormVariant,
 };
 
 fn zeros<const D: usize>(shape: [usize; D]) -> Tensor<D> {
@@ -284,6 +285,79 @@ fn layers_refuse_what_does_not_fit_them() {
         (
             panic_message(|| block.saved_for_backward([1, 2, 8, 8])),
             &["expected 3 channels", "got 2"],
+        ),
+    ];
+    for (message, parts) in cases {
+        for part in parts {
+            assert!(message.contains(part), "{part:?} in {message:?}");
+        }
+    }
+}
+
+#[test]
+fn pools_refuse_what_they_cannot_be() {
+    // Burn's constructors panic on zeros, but its fields are public.
+    let options = |change: fn(&mut MaxPoolOptions<2>)| {
+        let mut options = MaxPoolOptions::new([3, 2]);
+        change(&mut options);
+        options
+    };
+    let x = || zeros([2, 3, 8, 5]);
+    let refused = |change: fn(&mut MaxPoolOptions<2>)| {
+        let error = max_pool2d(x(), options(change)).unwrap_err();
+        error.to_string()
+    };
+    let layer = |change: fn(MaxPool2dConfig) -> MaxPool2dConfig| {
+        let config = change(MaxPool2dConfig::new([3, 2]));
+        panic_message(|| config.init().forward(x()))
+    };
+    let cases: Vec<(String, &[&str])> = vec![
+        (
+            refused(|options| options.kernel_size = [3, 0]),
+            &["kernel size must be positive", "[3, 0]"],
+        ),
+        (
+            refused(|options| options.stride = [0, 1]),
+            &["stride must be positive", "[0, 1]"],
+        ),
+        (
+            refused(|options| options.dilation = [0, 0]),
+            &["dilation must be positive", "[0, 0]"],
+        ),
+        (
+            refused(|options| options.kernel_size = [3, 6]),
+            &[
+                "spatial dimension 1",
+                "a window of extent 6",
+                "padded input's 5",
+                "input [2, 3, 8, 5]",
+            ],
+        ),
+        (
+            refused(|options| {
+                options.dilation = [5, 1];
+                options.padding = [(1, 1), (0, 0)];
+            }),
+            &["spatial dimension 0", "extent 11", "padded input's 10"],
+        ),
+        (
+            layer(|config| config.with_strides([2, 0])),
+            &["stride must be positive", "[2, 0]"],
+        ),
+        (
+            layer(|config| config.with_dilation([1, 5])),
+            &["spatial dimension 1", "extent 6", "padded input's 5"],
+        ),
+        (
+            panic_message(|| MaxPool2dConfig::new([0, 2]).init()),
+            &["kernel size must be positive", "[0, 2]"],
+        ),
+        (
+            panic_message(|| {
+                let pool = MaxPool2dConfig::new([9, 2]).init();
+                pool.saved_for_backward([2, 3, 8, 5])
+            }),
+            &["extent 9", "padded input's 8"],
         ),
     ];
     for (message, parts) in cases {

@@ -1,0 +1,122 @@
+use burn::tensor::ops::MaxPoolOptions;
+use burn::tensor::{DType, Shape};
+
+use super::{ConvBnError, SavedTensor};
+
+/// A place in a window is kept as one byte.
+const MOST_PLACES: usize = 1 << u8::BITS;
+
+/// A max pool over height and width, checked.
+#[derive(Clone, Debug)]
+pub(crate) struct MaxPoolProblem {
+    /// `[batch, channels, height, width]`.
+    input: Shape,
+    options: MaxPoolOptions<2>,
+}
+
+impl MaxPoolProblem {
+    /// Checks the options, and the input's shape against them. In ceil mode a window may reach past
+    /// the padded input, as in Burn.
+    pub(crate) fn new(input: Shape, options: MaxPoolOptions<2>) -> Result<Self, ConvBnError> {
+        check_window(options.kernel_size, options.stride, options.dilation)?;
+        let problem = Self { input, options };
+        for dim in 0..2 {
+            let (before, after) = problem.options.padding[dim];
+            let padded = problem.input[dim + 2] + before + after;
+            let window = problem.window(dim);
+            if window > padded && !problem.options.ceil_mode {
+                return Err(ConvBnError::WindowTooLarge {
+                    dim,
+                    window,
+                    padded,
+                    input: problem.input,
+                });
+            }
+        }
+        Ok(problem)
+    }
+
+    /// What a tracked node keeps on Flex, where activations are of `dtype`: a place for each output,
+    /// or, for a window that Burn's own op pools, Burn's list.
+    pub(crate) fn saved(&self, dtype: DType) -> Vec<SavedTensor> {
+        let copied = self.options.is_asymmetric();
+        let [rows, columns] = self.options.kernel_size;
+        // Burn pads by a copy where the two sides differ, and pools that without padding.
+        let (input, padding) = match copied {
+            true => (self.padded(), [0; 2]),
+            false => (
+                self.input.clone(),
+                self.options.padding.map(|(before, _)| before),
+            ),
+        };
+        let count = |dim: usize| self.windows(dim, input[dim + 2], padding[dim]);
+        let output = Shape::new([input[0], input[1], count(0), count(1)]);
+        let own = |name, shape, dtype| SavedTensor {
+            name,
+            shape,
+            dtype,
+            shared: false,
+        };
+        match !copied && rows.saturating_mul(columns) <= MOST_PLACES {
+            true => vec![own("places", output, DType::U8)],
+            false => vec![
+                SavedTensor {
+                    shared: !copied,
+                    ..own("input", input, dtype)
+                },
+                // Burn counts pixels in the device's integers, of which these are Flex's.
+                own("indices", output, DType::I32),
+            ],
+        }
+    }
+
+    /// Extent of the dilated window.
+    fn window(&self, dim: usize) -> usize {
+        self.options.dilation[dim] * (self.options.kernel_size[dim] - 1) + 1
+    }
+
+    /// The input's shape with its padding.
+    fn padded(&self) -> Shape {
+        let mut padded = self.input.clone();
+        for (dim, (before, after)) in self.options.padding.into_iter().enumerate() {
+            padded[dim + 2] += before + after;
+        }
+        padded
+    }
+
+    /// Number of windows over `size` pixels with that padding on either side: Burn's rule.
+    fn windows(&self, dim: usize, size: usize, padding: usize) -> usize {
+        let stride = self.options.stride[dim];
+        match (size + 2 * padding).checked_sub(self.window(dim)) {
+            // In ceil mode alone.
+            None => 1,
+            Some(slack) if !self.options.ceil_mode => slack / stride + 1,
+            Some(slack) => {
+                let count = slack.div_ceil(stride);
+                // But not one that begins in the padding behind.
+                count + usize::from(count * stride < size + padding)
+            }
+        }
+    }
+}
+
+/// Checks what a max pool's options say before there is an input.
+pub(crate) fn check_window(
+    kernel_size: [usize; 2],
+    stride: [usize; 2],
+    dilation: [usize; 2],
+) -> Result<(), ConvBnError> {
+    for (what, got) in [
+        ("kernel size", kernel_size),
+        ("stride", stride),
+        ("dilation", dilation),
+    ] {
+        if got.contains(&0) {
+            return Err(ConvBnError::Zero {
+                what,
+                got: got.to_vec(),
+            });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,174 @@
+use burn::config::Config;
+use burn::module::{Content, DisplaySettings, Module, ModuleDisplay};
+use burn::nn::PaddingConfig2d;
+use burn::tensor::ops::MaxPoolOptions;
+use burn::tensor::{DType, Shape, Tensor};
+
+use super::convolution::{plane_padding, same_padding};
+use crate::definition::{MaxPoolProblem, SavedTensor, check_window};
+use crate::functional::max_pool2d;
+
+/// Configuration of [`MaxPool2d`], made by [`init`](Self::init).
+///
+/// Fields and defaults are those of Burn's `MaxPool2dConfig`.
+///
+/// # Examples
+///
+/// ```
+/// use burn::config::Config;
+/// use burn::nn::PaddingConfig2d;
+/// use burn_conv_bn::MaxPool2dConfig;
+///
+/// // ResNet's.
+/// let config = MaxPool2dConfig::new([3, 3])
+///     .with_strides([2, 2])
+///     .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1));
+/// // As every configuration of Burn's, it prints as JSON and is read from it.
+/// let copy = MaxPool2dConfig::load_binary(config.to_string().as_bytes()).unwrap();
+/// assert_eq!(copy.strides, config.strides);
+/// ```
+#[derive(Config, Debug)]
+#[non_exhaustive]
+pub struct MaxPool2dConfig {
+    /// Height and width of the window.
+    pub kernel_size: [usize; 2],
+    /// Steps between two windows. Default: the window's size.
+    #[config(default = "kernel_size")]
+    pub strides: [usize; 2],
+    /// Padding of the input, which is never the maximum. Default: none.
+    #[config(default = "PaddingConfig2d::Valid")]
+    pub padding: PaddingConfig2d,
+    /// Distance between two pixels of a window. Default: 1.
+    #[config(default = "[1, 1]")]
+    pub dilation: [usize; 2],
+    /// Whether a last window that the padded input does not fill counts. Default: false.
+    #[config(default = false)]
+    pub ceil_mode: bool,
+}
+
+impl MaxPool2dConfig {
+    /// Initializes a pool. It has no parameters.
+    ///
+    /// # Panics
+    ///
+    /// Panics with a [`ConvBnError`](crate::ConvBnError) if the window's size, a stride or a dilation
+    /// is zero.
+    pub fn init(&self) -> MaxPool2d {
+        check_window(self.kernel_size, self.strides, self.dilation)
+            .unwrap_or_else(|error| panic!("{error}"));
+        MaxPool2d {
+            stride: self.strides,
+            kernel_size: self.kernel_size,
+            padding: self.padding.clone(),
+            dilation: self.dilation,
+            ceil_mode: self.ceil_mode,
+        }
+    }
+}
+
+/// Max pool over `[batch, channels, height, width]`, as Burn's `MaxPool2d`, that keeps one byte for each
+/// output instead of its input where [`max_pool2d`] does. Made by [`MaxPool2dConfig`].
+///
+/// # Examples
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_conv_bn::{Activation, ConvBn2dConfig, MaxPool2dConfig};
+///
+/// let device = Device::flex().autodiff();
+/// let block = ConvBn2dConfig::new([3, 8], [3, 3])
+///     .with_activation(Activation::Relu)
+///     .init(&device);
+/// let pool = MaxPool2dConfig::new([2, 2]).init();
+/// let x = Tensor::<4>::random([2, 3, 16, 16], Distribution::Default, &device);
+/// // The block keeps x, and the pool the places: nothing keeps the tensor between the two.
+/// let y = pool.forward(block.forward(x));
+/// assert_eq!(y.dims(), [2, 8, 7, 7]);
+///
+/// let kept = pool.saved_for_backward([2, 8, 14, 14]);
+/// assert_eq!((kept[0].name, kept[0].bytes()), ("places", 2 * 8 * 7 * 7));
+/// # }
+/// ```
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct MaxPool2d {
+    /// Steps between two windows.
+    pub stride: [usize; 2],
+    /// Height and width of the window.
+    pub kernel_size: [usize; 2],
+    /// Padding of the input.
+    #[module(skip)]
+    pub padding: PaddingConfig2d,
+    /// Distance between two pixels of a window.
+    pub dilation: [usize; 2],
+    /// Whether a last window that the padded input does not fill counts.
+    pub ceil_mode: bool,
+}
+
+impl MaxPool2d {
+    /// The maximum of each window.
+    ///
+    /// # Shapes
+    ///
+    /// - `input`: `[batch, channels, height, width]`
+    /// - output: `[batch, channels, height_out, width_out]`
+    ///
+    /// # Panics
+    ///
+    /// Panics with a [`ConvBnError`](crate::ConvBnError) if a window does not fit into the padded input,
+    /// unless in ceil mode.
+    pub fn forward(&self, input: Tensor<4>) -> Tensor<4> {
+        let options = self.options(&input.shape());
+        max_pool2d(input, options).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// What a training step on Flex keeps for the backward pass of [`forward`](Self::forward), for an
+    /// input of that shape that is itself tracked, by name and bytes: `places`.
+    ///
+    /// For a window that Burn's own op pools (see [`max_pool2d`]) the list is Burn's, as on every other
+    /// backend: `input`, counted in f32, and `indices`, counted as 32-bit integers. The input is a copy,
+    /// padded, if the padding of the two sides differs.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), for the shape.
+    pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<SavedTensor> {
+        let input = Shape::from(input_shape);
+        let options = self.options(&input);
+        MaxPoolProblem::new(input, options)
+            .unwrap_or_else(|error| panic!("{error}"))
+            .saved(DType::F32)
+    }
+
+    /// The op's options for an input of that shape, on which `Same` padding depends.
+    fn options(&self, input: &Shape) -> MaxPoolOptions<2> {
+        let same =
+            |dim: usize| same_padding(input[dim + 2], self.kernel_size[dim], self.stride[dim]);
+        MaxPoolOptions {
+            kernel_size: self.kernel_size,
+            stride: self.stride,
+            padding: plane_padding(&self.padding, same),
+            dilation: self.dilation,
+            ceil_mode: self.ceil_mode,
+        }
+    }
+}
+
+impl ModuleDisplay for MaxPool2d {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new()
+            .with_new_line_after_attribute(false)
+            .optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        content
+            .add_debug_attribute("kernel_size", &self.kernel_size)
+            .add_debug_attribute("stride", &self.stride)
+            .add_debug_attribute("padding", &self.padding)
+            .add_debug_attribute("dilation", &self.dilation)
+            .add("ceil_mode", &self.ceil_mode)
+            .optional()
+    }
+}
