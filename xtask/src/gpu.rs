@@ -2,45 +2,59 @@
 
 use std::env;
 use std::ffi::OsStr;
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use burn_conv_bn_gpu_tests::TESTS;
 use clap::Args;
 
+use crate::programs::{self, Program};
 use crate::{cargo, root};
 
-/// What needs no GPU: the CubeCL crate takes minutes to build, and nothing else here uses it.
-pub const WITHOUT: [&str; 3] = ["--workspace", "--exclude", "burn-conv-bn-cubecl"];
+/// What needs no GPU: what is there for one needs features.
+pub const WITHOUT: [&str; 1] = ["--workspace"];
+
+/// Whether Burn's fusion is between the tests and the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fusion {
+    /// As in Burn's default features.
+    On,
+    /// Operations run one by one.
+    Off,
+}
 
 /// The build of the GPU tests on WebGPU. Autotuning is left out: it takes longer than the tests.
-pub const WEBGPU: [&str; 12] = [
-    "--profile",
-    "gpu",
-    "--target-dir",
-    "target/gpu",
-    "-p",
-    "burn-conv-bn-cubecl",
-    "-p",
-    "burn-conv-bn",
-    "-p",
-    "burn-conv-bn-train",
-    "--features",
-    "burn-conv-bn-cubecl/webgpu,burn-conv-bn-train/webgpu,burn-conv-bn-train/fusion",
-];
+pub fn webgpu(fusion: Fusion) -> Vec<&'static str> {
+    let mut arguments = vec![
+        "--profile",
+        "gpu",
+        "--target-dir",
+        "target/gpu",
+        "-p",
+        "burn-conv-bn-cubecl",
+        "-p",
+        "burn-conv-bn",
+        "-p",
+        "burn-conv-bn-train",
+        "-p",
+        "burn-conv-bn-gpu-tests",
+        "-p",
+        "burn-conv-bn-memory",
+        "--features",
+        "burn-conv-bn-cubecl/webgpu,burn-conv-bn-gpu-tests/webgpu,burn-conv-bn-memory/wgpu,\
+         burn-conv-bn-train/webgpu",
+    ];
+    if fusion == Fusion::On {
+        arguments.extend(["--features", "burn-conv-bn-train/fusion"]);
+    }
+    arguments
+}
 
-/// The test programs that run on a GPU.
-const TESTS: [&str; 7] = [
-    "kernels",
-    "cube",
-    "cube_memory",
-    "cube_leaks",
-    "cube_convergence",
-    "cube_property",
-    "device",
-];
+/// The test programs for WebGPU alone: wgpu can be told to write down what it is asked to do, and the
+/// bundle's script runs the program `mnist` itself.
+const WEBGPU_TESTS: [&str; 2] = ["cube_traffic", "device"];
 
 /// Where Vulkan's loader looks for drivers, on Linux.
 const DRIVERS: [&str; 3] = [
@@ -78,11 +92,11 @@ pub fn vulkan() -> Result<(), String> {
 
 /// The GPU tests, on whatever WebGPU finds. With `strict`, they fail where the device lacks what
 /// they need.
-pub fn tests(strict: bool) -> Command {
+pub fn tests(strict: bool, fusion: Fusion) -> Command {
     let mut command = cargo(&["test"]);
-    command.args(WEBGPU);
-    for test in TESTS {
-        command.args(["--test", test]);
+    command.args(webgpu(fusion));
+    for test in TESTS.iter().chain(&WEBGPU_TESTS) {
+        command.args(["--test", *test]);
     }
     if strict {
         command.env("BURN_CONV_BN_STRICT", "1");
@@ -105,39 +119,33 @@ pub struct Bundle {
     output: PathBuf,
 }
 
-/// The build of everything that runs on CUDA.
-const CUDA: [&str; 12] = [
-    "--target-dir",
-    "target/gpu-cuda",
+/// The build of all tests for CUDA, as one program. Without autotuning, as on WebGPU, and because that
+/// may choose kernels which multiply f32 as TF32: the tests' bounds are those of f32.
+const CUDA_TESTS: [&str; 5] = [
+    "--lib",
     "-p",
-    "burn-conv-bn-cubecl",
-    "-p",
-    "burn-conv-bn",
+    "burn-conv-bn-gpu-tests",
+    "--features",
+    "burn-conv-bn-gpu-tests/cuda,burn-conv-bn-gpu-tests/fusion",
+];
+
+/// The build of what trains and is timed on CUDA.
+const CUDA_PROGRAMS: [&str; 10] = [
     "-p",
     "burn-conv-bn-train",
     "-p",
     "burn-conv-bn-bench-worker",
     "--features",
-    "burn-conv-bn-cubecl/cuda,burn-conv-bn-bench-worker/cuda,burn-conv-bn-bench-worker/fusion,\
+    "burn-conv-bn-bench-worker/cuda,burn-conv-bn-bench-worker/fusion,\
      burn-conv-bn-bench-worker/autotune",
-];
-
-/// The programs of the bundle, as cargo chooses them.
-const PROGRAMS: [&str; 10] = [
-    "--test",
-    "kernels",
-    "--test",
-    "cube",
-    "--test",
-    "cube_memory",
     "--bin",
     "bench-worker",
     "--bin",
     "mnist",
 ];
 
-/// Largest bundle that is worth carrying, in bytes.
-const LARGEST: u64 = 60 << 20;
+/// Largest bundle that is worth carrying, in bytes. A larger one is an error, and is not written.
+const LARGEST: usize = 60_000_000;
 
 /// Libraries of the C runtime: those of the machine that runs the bundle are to be used.
 const SYSTEM: [&str; 8] = [
@@ -152,11 +160,22 @@ const SYSTEM: [&str; 8] = [
 ];
 
 /// What unpacks and runs the bundle, in front of the archive.
-const SCRIPT: &str = include_str!("gpu/run.sh");
+const SCRIPT: &str = concat!(
+    include_str!("gpu/unpack.sh"),
+    "\n",
+    include_str!("gpu/run.sh")
+);
 
 /// Builds the tests and the benchmark for CUDA, and packs them.
 pub fn bundle(args: &Bundle) -> Result<()> {
-    let programs = build_programs()?;
+    let tests = build_for_cuda(&["test", "--no-run"], &CUDA_TESTS)?;
+    let others = build_for_cuda(&["build"], &CUDA_PROGRAMS)?;
+    // Neighbours in the archive are programs that share the most.
+    let programs = [
+        ("gpu-tests", file(&tests, "burn_conv_bn_gpu_tests")?),
+        ("bench-worker", file(&others, "bench-worker")?),
+        ("mnist", file(&others, "mnist")?),
+    ];
     let output = root().join(&args.output);
     let folder = output
         .parent()
@@ -168,87 +187,78 @@ pub fn bundle(args: &Bundle) -> Result<()> {
     }
     fs::create_dir_all(folder.join("lib"))
         .with_context(|| format!("cannot create {}", folder.display()))?;
-    let xtask = env::current_exe().context("cannot find this program")?;
-    let peer = root().join("crates/burn-conv-bn-bench/peer/pytorch.py");
-    let files = programs
-        .iter()
-        .map(|(name, file)| (name.as_str(), file.as_path()))
-        .chain([("xtask", xtask.as_path()), ("pytorch.py", peer.as_path())]);
-    for (name, file) in files {
-        copy(file, &folder.join(name))?;
-    }
     for (_, program) in &programs {
         for library in libraries(program)? {
             let name = library.file_name().context("a library has a name")?;
             copy(&library, &folder.join("lib").join(name))?;
         }
     }
+    let xtask = env::current_exe().context("cannot find this program")?;
+    let peer = root().join("crates/burn-conv-bn-bench/peer/pytorch.py");
+    let mut names = Vec::new();
+    for (name, file) in programs
+        .iter()
+        .map(|(name, file)| (*name, file.as_path()))
+        .chain([("xtask", xtask.as_path()), ("pytorch.py", peer.as_path())])
+    {
+        copy(file, &folder.join(name))?;
+        names.push(name);
+    }
+    names.push("lib");
 
-    let archive = archive(&folder)?;
-    let mut file =
-        File::create(&output).with_context(|| format!("cannot write {}", output.display()))?;
-    let line = SCRIPT.lines().count() + 1;
-    file.write_all(
-        SCRIPT
-            .replace("@ARCHIVE_LINE@", &line.to_string())
-            .as_bytes(),
-    )
-    .and_then(|()| file.write_all(&archive))
-    .with_context(|| format!("cannot write {}", output.display()))?;
-    let size = file
-        .metadata()
-        .context("the bundle was just written")?
-        .len();
+    let mut bytes = script().into_bytes();
+    bytes.extend(archive(&folder, &names)?);
+    check_size(bytes.len())?;
+    fs::write(&output, &bytes).with_context(|| format!("cannot write {}", output.display()))?;
     println!(
         "gpu-bundle: {}, {:.1} MB; run it with sh on a machine with CUDA",
         output.display(),
-        size as f64 / 1e6
+        megabytes(bytes.len())
     );
-    if size > LARGEST {
+    Ok(())
+}
+
+/// The script with the names of the tests, and the line after it.
+fn script() -> String {
+    let line = SCRIPT.lines().count() + 1;
+    SCRIPT
+        .replace("@ARCHIVE_LINE@", &line.to_string())
+        .replace("@TESTS@", &TESTS.join(" "))
+}
+
+fn check_size(bytes: usize) -> Result<()> {
+    if bytes > LARGEST {
         bail!(
-            "the bundle has {size} bytes, more than the {LARGEST} that are worth carrying around"
+            "the bundle would have {:.1} MB ({bytes} bytes), more than the {:.1} MB that are worth \
+             carrying around; it was not written",
+            megabytes(bytes),
+            megabytes(LARGEST)
         );
     }
     Ok(())
 }
 
-/// Builds the programs without symbols. Returns their names and files.
-fn build_programs() -> Result<Vec<(String, PathBuf)>> {
-    let mut command = cargo(&["build", "--release", "--locked"]);
-    command
-        .args(CUDA)
-        .args(PROGRAMS)
-        .arg("--message-format=json-render-diagnostics")
-        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
-        .stderr(Stdio::inherit());
-    println!(
-        "$ cargo build --release --locked {} {}",
-        CUDA.join(" "),
-        PROGRAMS.join(" ")
-    );
-    let output = command.output().context("cannot start cargo")?;
-    if !output.status.success() {
-        bail!(
-            "cannot build for CUDA; where LLVM is what is missing, CubeCL's CUDA runtime needs it"
-        );
-    }
-    let messages = String::from_utf8_lossy(&output.stdout);
-    let programs: Vec<_> = messages.lines().filter_map(program).collect();
-    match programs.len() == PROGRAMS.len() / 2 {
-        true => Ok(programs),
-        false => bail!(
-            "expected {} programs, cargo built {programs:?}",
-            PROGRAMS.len() / 2
-        ),
-    }
+fn megabytes(bytes: usize) -> f64 {
+    bytes as f64 / 1e6
 }
 
-/// Name and file of a program, if this is cargo's message that it was built.
-fn program(message: &str) -> Option<(String, PathBuf)> {
-    let message: serde_json::Value = serde_json::from_str(message).ok()?;
-    let name = message["target"]["name"].as_str()?;
-    let file = message["executable"].as_str()?;
-    Some((name.to_string(), PathBuf::from(file)))
+/// Builds programs without symbols.
+fn build_for_cuda(subcommand: &[&str], arguments: &[&str]) -> Result<Vec<Program>> {
+    let mut command = cargo(subcommand);
+    command
+        .args(["--release", "--locked", "--target-dir", "target/gpu-cuda"])
+        .args(arguments)
+        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
+    programs::build(command).context(
+        "cannot build for CUDA; where LLVM is what is missing, CubeCL's CUDA runtime needs it",
+    )
+}
+
+/// The file of a program that was built.
+fn file(built: &[Program], name: &str) -> Result<PathBuf> {
+    let program = built.iter().find(|program| program.name == name);
+    let program = program.with_context(|| format!("cargo built no {name}, only {built:?}"))?;
+    Ok(program.file.clone())
 }
 
 /// The shared libraries that a program needs besides the system's.
@@ -275,14 +285,15 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
         .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))
 }
 
-/// The folder's files as a compressed archive.
-fn archive(folder: &Path) -> Result<Vec<u8>> {
+/// Files of the folder, in that order, as a compressed archive.
+fn archive(folder: &Path, names: &[&str]) -> Result<Vec<u8>> {
     let output = Command::new("tar")
         .args(["--create", "--xz", "--file", "-", "--directory"])
         .arg(folder)
-        .arg(".")
-        // The programs have most of their code in common: a window that spans them sees it.
-        .env("XZ_OPT", "-6e --lzma2=dict=256MiB -T1")
+        .args(names)
+        // The programs have most of their code in common: a window that spans two of them sees it.
+        // It takes 3 GB to pack, and as much as the window to unpack.
+        .env("XZ_OPT", "--lzma2=preset=9e,dict=256MiB -T1")
         .stderr(Stdio::inherit())
         .output()
         .context("cannot run tar")?;
@@ -311,19 +322,142 @@ mod tests {
     }
 
     #[test]
-    fn programs_are_where_cargo_says() {
-        let built = r#"{"reason":"compiler-artifact","target":{"kind":["test"],"name":"cube"},
-            "executable":"/t/release/deps/cube-1"}"#;
-        let wanted = ("cube".to_string(), "/t/release/deps/cube-1".into());
-        assert_eq!(program(built), Some(wanted));
-        let library = r#"{"target":{"name":"burn"},"executable":null}"#;
-        assert_eq!(program(library), None);
-        assert_eq!(program("Compiling"), None);
+    fn the_archive_starts_after_the_script() {
+        let script = script();
+        for place in ["@ARCHIVE_LINE@", "@TESTS@"] {
+            assert_eq!(SCRIPT.matches(place).count(), 1);
+            assert!(!script.contains(place));
+        }
+        assert!(script.ends_with("\nexit 0\n"), "no shell reads on");
+        let line = format!("tail -n +{} ", script.lines().count() + 1);
+        assert_eq!(script.matches(&line).count(), 1);
     }
 
     #[test]
-    fn the_archive_starts_after_the_script() {
-        assert_eq!(SCRIPT.matches("@ARCHIVE_LINE@").count(), 1);
-        assert!(SCRIPT.ends_with('\n'));
+    fn a_bundle_that_is_too_large_is_an_error() {
+        assert!(check_size(LARGEST).is_ok());
+        let error = check_size(72_345_678).unwrap_err().to_string();
+        for part in ["72.3 MB", "72345678 bytes", "60.0 MB"] {
+            assert!(error.contains(part), "no {part:?} in {error}");
+        }
+    }
+}
+
+/// The script on stand-ins for the programs.
+#[cfg(all(test, unix))]
+mod script_tests {
+    use std::process::Output;
+    use std::sync::{Mutex, PoisonError};
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// Each writes its arguments to a file, and fails where the environment says so.
+    const STAND_INS: [(&str, &str); 5] = [
+        (
+            "mnist",
+            "echo mnist $1 >> log; [ \"$1\" = compare ] && exit $COMPARE; exit $PARITY",
+        ),
+        (
+            "gpu-tests",
+            "[ \"$1\" = --list ] && { [ \"$2\" = \"$MISSING::\" ] || echo \"${2}a: test\"; exit 0; }\n\
+             echo gpu-tests $* >> log; [ \"$4\" != \"$BROKEN::\" ]",
+        ),
+        ("xtask", "echo xtask $* >> log; exit $BENCH"),
+        ("nvidia-smi", "exit 6"),
+        ("python3", "exit 1"),
+    ];
+
+    struct Run {
+        code: Option<i32>,
+        stdout: String,
+        stderr: String,
+        log: Vec<String>,
+    }
+
+    /// Runs the script, but for its unpacking, with those variables.
+    fn run(variables: &[(&str, &str)]) -> Run {
+        use std::os::unix::fs::PermissionsExt;
+
+        // A process that another thread starts may hold a file open that was just written, and nothing
+        // runs a program that is open for writing.
+        static ALONE: Mutex<()> = Mutex::new(());
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let folder = TempDir::new().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        for (name, commands) in STAND_INS {
+            fs::write(path(name), format!("#!/bin/sh\n{commands}\n")).unwrap();
+            fs::set_permissions(path(name), fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let (_, commands) = SCRIPT.split_once("\ncd \"$bundle\"").unwrap();
+        let (_, commands) = commands.split_once('\n').unwrap();
+        let commands = commands.replace("@TESTS@", &TESTS.join(" "));
+        fs::write(path("run.sh"), format!("set -u\nresults=.\n{commands}")).unwrap();
+        let search = format!(
+            "{}:{}",
+            folder.path().display(),
+            env::var("PATH").unwrap_or_default()
+        );
+        let output: Output = Command::new("sh")
+            .args(["run.sh", "--quick"])
+            .current_dir(folder.path())
+            .env("PATH", search)
+            .envs(["COMPARE", "PARITY", "BENCH"].map(|name| (name, "0")))
+            .envs(["MISSING", "BROKEN"].map(|name| (name, "none")))
+            .envs(variables.iter().copied())
+            .output()
+            .unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let log = fs::read_to_string(path("log")).unwrap();
+        Run {
+            code: output.status.code(),
+            stdout: text(&output.stdout),
+            stderr: text(&output.stderr),
+            log: log.lines().map(str::to_string).collect(),
+        }
+    }
+
+    fn says(run: &Run, name: &str, how: &str) -> bool {
+        let (_, summary) = run.stdout.split_once("== summary ==").unwrap_or_default();
+        summary.contains(&format!("{name:<18}{how}"))
+    }
+
+    #[test]
+    fn tests_come_first_and_the_benchmark_last() {
+        let run = run(&[]);
+        assert_eq!(run.code, Some(0), "{}\n{}", run.stdout, run.stderr);
+        let mut wanted = vec!["mnist compare".to_string()];
+        let test = |name: &&str| format!("gpu-tests --test-threads 1 --nocapture {name}::");
+        wanted.extend(TESTS.iter().map(test));
+        wanted.push("mnist parity".to_string());
+        assert_eq!(run.log[..run.log.len() - 1], wanted);
+        let last = run.log.last().unwrap();
+        assert!(last.starts_with("xtask bench --device cuda") && last.ends_with("--quick"));
+        for name in TESTS.iter().chain(&["mnist compare", "benchmark"]) {
+            assert!(says(&run, name, "passed\n"), "{name} in {}", run.stdout);
+        }
+    }
+
+    #[test]
+    fn without_cuda_nothing_else_is_run() {
+        let run = run(&[("COMPARE", "101")]);
+        assert_eq!(run.code, Some(1));
+        assert_eq!(run.log, ["mnist compare"]);
+        let wanted = "error: nothing trains on CUDA here (nvidia-smi finds no device)";
+        assert!(run.stderr.contains(wanted), "{}", run.stderr);
+    }
+
+    #[test]
+    fn what_fails_is_named_and_the_rest_is_run() {
+        let broken = run(&[("BROKEN", "cube"), ("BENCH", "3")]);
+        assert_eq!(broken.code, Some(1));
+        assert!(broken.stderr.contains("FAILED: cube benchmark"));
+        assert!(says(&broken, "cube", "FAILED (exit status 1)\n"));
+        assert!(says(&broken, "benchmark", "FAILED (exit status 3)\n"));
+        assert!(says(&broken, "cube_leaks", "passed\n"));
+        let missing = run(&[("MISSING", "kernels")]);
+        assert_eq!(missing.code, Some(1));
+        assert!(missing.stderr.contains("there are no tests of that name"));
     }
 }

@@ -7,6 +7,8 @@ use cubecl::prelude::*;
 
 /// Element-wise function applied to the normalized (and residual-added) value. Kernels are compiled
 /// for each.
+///
+/// [The examples of the crate](crate#examples) pass one, and [`Slope`] has that of a LeakyRelu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// `y = v`.

@@ -21,6 +21,8 @@ use crate::walk::{
 /// What the gradient `g` at the pre-activation is made of: `g = output_grad * activation'(v)`.
 ///
 /// All tensors have the shape `[batch, channels, spatial..]` and one dtype.
+///
+/// [The examples of the crate](crate#examples) make one.
 #[derive(Clone, Debug)]
 pub struct PreActivation {
     /// Gradient of the op's output.
@@ -176,6 +178,19 @@ fn partial_sums_kernel<E: Float, T: Float, N: Size>(
 }
 
 /// Partial results of `sum(g)` and `sum(g * (value - mean))` for each channel.
+///
+/// [The examples of the crate](crate#examples) take the sums over a whole batch. Over one that comes in
+/// chunks:
+///
+/// ```no_run
+/// use burn_conv_bn_cubecl::{ChannelTable, GradSums, PreActivation};
+///
+/// /// The sums over all chunks, of which there is at least one.
+/// fn sums(chunks: &[PreActivation], table: &ChannelTable) -> GradSums {
+///     let sums = chunks.iter().map(|chunk| GradSums::new(chunk, Some(table)));
+///     sums.reduce(GradSums::merge).expect("a batch has a chunk")
+/// }
+/// ```
 #[derive(Debug)]
 pub struct GradSums(Vec<CubeTensor>);
 
@@ -304,6 +319,8 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
 }
 
 /// What [`norm_input_grad`] returns.
+///
+/// [The examples of the crate](crate#examples) take the gradient out of it.
 #[derive(Debug)]
 pub struct NormInputGrad {
     /// Gradient of the norm's input; of the pre-activation where there is none.
@@ -317,6 +334,8 @@ pub struct NormInputGrad {
 ///
 /// Written over the norm's input (over the output's gradient where there is none) if nothing else
 /// holds it, otherwise into a new buffer of the same layout. One read of each tensor.
+///
+/// [The examples of the crate](crate#examples) end with it.
 pub fn norm_input_grad(
     pre_activation: PreActivation,
     table: Option<&ChannelTable>,

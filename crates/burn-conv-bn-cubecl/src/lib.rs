@@ -20,6 +20,7 @@
 //! Tensors are Burn's on a CubeCL device. Forward, `z` being the convolution's output:
 //!
 //! ```no_run
+//! # #[cfg(feature = "runtime")] {
 //! use burn_conv_bn_cubecl::{Activation, Affine, Moments, Norm, moments, normalize};
 //! use burn_cubecl::tensor::CubeTensor;
 //!
@@ -35,11 +36,13 @@
 //!     let (statistics, table) = moments(&z, affine, NORM);
 //!     (normalize(z, Some(&table), None, Activation::Relu), statistics)
 //! }
+//! # }
 //! ```
 //!
 //! Backward, `z` being recomputed:
 //!
 //! ```no_run
+//! # #[cfg(feature = "runtime")] {
 //! use burn_conv_bn_cubecl::{
 //!     Activation, Affine, AffineGrads, GradSums, Moments, Norm, PreActivation, channel_table,
 //!     norm_input_grad,
@@ -67,42 +70,67 @@
 //!     let grads = sums.finish(&table, statistics, affine, norm, values);
 //!     (norm_input_grad(value, Some(&table), false).grad, grads)
 //! }
+//! # }
 //! ```
 //!
 //! # Features
 //!
 //! `cpu`, `cuda`, `metal`, `rocm`, `vulkan`, `webgpu` and `wgpu` build CubeCL's runtimes of those
-//! names, and turn `runtime` on, which the tests need. None is on by default; a program that depends
-//! on Burn with a runtime of its own needs none of them.
+//! names, and turn `runtime` on. A program that gets a runtime through Burn turns on `runtime` alone.
+//!
+//! None is on by default, and then there is nothing in this crate: Burn's CubeCL backend does not
+//! compile without a runtime, since CubeCL's device has no default then.
 
 #![deny(missing_docs)]
-#![expect(
-    unsafe_code,
-    reason = "kernels are launched without bounds checks, which they make themselves"
+#![cfg_attr(
+    feature = "runtime",
+    expect(
+        unsafe_code,
+        reason = "kernels are launched without bounds checks, which they make themselves"
+    )
+)]
+#![cfg_attr(
+    not(feature = "runtime"),
+    allow(
+        rustdoc::broken_intra_doc_links,
+        reason = "what this page names is not there"
+    )
 )]
 
+#[cfg(feature = "runtime")]
 mod activation;
+#[cfg(feature = "runtime")]
 mod backward;
+#[cfg(feature = "runtime")]
 mod element;
+#[cfg(feature = "runtime")]
 mod fold;
+#[cfg(feature = "runtime")]
 mod forward;
+#[cfg(feature = "runtime")]
 mod norm;
+#[cfg(feature = "runtime")]
 mod walk;
 
-pub use activation::{Activation, Slope};
-pub use backward::{GradSums, NormInputGrad, PreActivation, norm_input_grad};
-pub use element::accumulator_dtype;
-pub use forward::{moments, normalize};
-pub use norm::{Affine, AffineGrads, ChannelTable, Moments, Norm, channel_table};
+#[cfg(feature = "runtime")]
+pub use {
+    activation::{Activation, Slope},
+    backward::{GradSums, NormInputGrad, PreActivation, norm_input_grad},
+    element::accumulator_dtype,
+    forward::{moments, normalize},
+    norm::{Affine, AffineGrads, ChannelTable, Moments, Norm, channel_table},
+};
 
 /// The code of the package's Markdown page.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 mod readme {}
 
+#[cfg(feature = "runtime")]
 use burn_cubecl::tensor::CubeTensor;
 
 /// Batch times spatial size of `[batch, channels, spatial..]`.
+#[cfg(feature = "runtime")]
 pub(crate) fn values_per_channel(tensor: &CubeTensor) -> usize {
     let shape = tensor.meta.shape();
     shape

@@ -41,6 +41,8 @@ pub struct Norm {
 
 /// `scale * (value - mean) + shift` for each channel, and the coefficients of its gradient: a
 /// contiguous `[rows, channels]` table in the accumulator's dtype.
+///
+/// [The examples of the crate](crate#examples) make one for each pass.
 #[derive(Clone, Debug)]
 pub struct ChannelTable(pub(crate) CubeTensor);
 
@@ -58,6 +60,8 @@ pub(crate) mod rows {
 
 /// A norm's mean and biased variance, `[channels]` each in the accumulator's dtype (f64 for f64,
 /// f32 otherwise).
+///
+/// [The examples of the crate](crate#examples) pass them from forward to backward.
 #[derive(Clone, Debug)]
 pub struct Moments {
     /// Mean.
@@ -291,6 +295,8 @@ fn affine_kernel<T: Float, P: Float>(
 
 /// The table for a backward pass: the rows of `scale * (value - mean) + shift` from the moments
 /// that forward returned, over `values` values a channel. [`GradSums::finish`](crate::GradSums::finish) writes the others.
+///
+/// [The examples of the crate](crate#examples) call it.
 pub fn channel_table(moments: &Moments, affine: Affine, norm: Norm, values: usize) -> ChannelTable {
     let mean = &moments.mean;
     let channels = mean.meta.num_elements();
@@ -361,6 +367,8 @@ fn grads_kernel<T: Float, P: Float>(
 }
 
 /// Gradients of the norm's parameters, `[channels]` each.
+///
+/// [The examples of the crate](crate#examples) return them.
 #[derive(Clone, Debug)]
 pub struct AffineGrads {
     /// `s * sum(g * (z - mean))`.

@@ -1,11 +1,19 @@
 #![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
 
+#[cfg(feature = "wgpu")]
+mod bindings;
 #[cfg(feature = "cubecl")]
 mod pool;
+#[cfg(any(feature = "wgpu", test))]
+mod trace;
 
+#[cfg(feature = "wgpu")]
+pub use bindings::{BindingError, BindingMeter};
 #[cfg(feature = "cubecl")]
 pub use pool::PoolMeter;
+#[cfg(feature = "wgpu")]
+pub use trace::{Launch, TraceError};
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};

@@ -3,8 +3,9 @@
 
 mod gpu;
 
+use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv_bn};
+use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv_bn, max_pool2d};
 use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -319,6 +320,29 @@ fn norm_alone() {
         for (got, wanted) in got.iter().zip(&wanted) {
             assert!((got - wanted).abs() < 2e-5, "got {got}, wanted {wanted}");
         }
+    }
+}
+
+/// Burn's own max pool there, and kernels of ours on Flex.
+#[test]
+fn max_pool() {
+    let run = |device: &Device| {
+        let device = device.clone().autodiff();
+        let x = Tensor::<4>::from_data(random(&[3, 5, 9, 8], 1), (&device, DType::F32));
+        let x = x.require_grad();
+        let window = MaxPoolOptions::new([3, 3])
+            .with_stride([2, 2])
+            .with_padding([1, 1]);
+        let output = max_pool2d(x.clone(), window).expect("the window fits");
+        let upstream = Tensor::<4>::from_data(random(&[3, 5, 5, 4], 2), (&device, DType::F32));
+        let grads = (output.clone() * upstream).sum().backward();
+        (host(output), host(x.grad(&grads).expect("x is tracked")))
+    };
+    let (got, wanted) = (run(&gpu::device()), run(&Device::flex()));
+    assert_eq!(got.0, wanted.0);
+    assert_eq!(got.1.len(), wanted.1.len());
+    for (got, wanted) in got.1.iter().zip(&wanted.1) {
+        assert!((got - wanted).abs() < 2e-6, "got {got}, wanted {wanted}");
     }
 }
 

@@ -4,27 +4,13 @@
 //! One test, so that no other allocates or launches at the same time.
 
 mod gpu;
+mod step;
 
-use burn::backend::DispatchDevice;
 use burn::module::Module;
-use burn::nn::{PaddingConfig2d, Relu};
-use burn::tensor::{Device, Distribution, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig};
-use burn_conv_bn_memory::PoolMeter;
+use burn::nn::Relu;
+use burn::tensor::{Device, Tensor};
 
-const INPUT: [usize; 4] = [16, 16, 32, 32];
-const CHANNELS: usize = 32;
-/// Of the layer's output, and of every activation between.
-const ACTIVATION: usize = 4 * INPUT[0] * CHANNELS * INPUT[2] * INPUT[3];
-/// Parameters, statistics, tables of partial results.
-const OVERHEAD: usize = 128 << 10;
-
-fn meter(device: &Device) -> PoolMeter {
-    match device.as_dispatch() {
-        DispatchDevice::Cube(cube) => PoolMeter::new(cube.client()),
-        other => panic!("expected a CubeCL device, got {other:?}"),
-    }
-}
+use step::{ACTIVATION, OVERHEAD, STEPS, Step, config};
 
 #[derive(Debug)]
 struct Measure {
@@ -33,25 +19,18 @@ struct Measure {
     peak: usize,
 }
 
-/// A step of `forward`, after two that set things up.
+/// A step of `forward`, after those that set things up.
 fn measure(device: &Device, name: &str, forward: impl Fn(Tensor<4>) -> Tensor<4>) -> Measure {
-    let tracked = device.clone().autodiff();
-    // The gradient of a mean is one value, expanded: a buffer as a network would bring it.
-    let shape = [INPUT[0], CHANNELS, INPUT[2], INPUT[3]];
-    let upstream = Tensor::<4>::random(shape, Distribution::Default, &tracked);
-    let x = Tensor::<4>::random(INPUT, Distribution::Default, &tracked).require_grad();
-    let meter = meter(device);
+    let step = Step::new(device);
+    let meter = step.meter();
     let mut result = None;
-    for _ in 0..3 {
-        device.sync().expect("the device works");
+    for _ in 0..STEPS {
+        step.sync();
         let level = meter.reset_peak();
-        let output = forward(x.clone());
-        device.sync().expect("the device works");
+        let output = step.forward(&forward);
         let forward_end = meter.current() - level;
-        let grads = (output * upstream.clone()).sum().backward();
-        device.sync().expect("the device works");
+        step.backward(output);
         let peak = meter.peak() - level;
-        assert!(x.grad(&grads).is_some());
         let launches = meter.launches();
         result = Some((
             Measure {
@@ -62,7 +41,7 @@ fn measure(device: &Device, name: &str, forward: impl Fn(Tensor<4>) -> Tensor<4>
             launches,
         ));
     }
-    let (measure, launches) = result.expect("three steps were made");
+    let (measure, launches) = result.expect("steps were made");
     println!(
         "{name}: {} launches, {:.2} activations at the end of forward, {:.2} at most",
         measure.launches,
@@ -75,22 +54,12 @@ fn measure(device: &Device, name: &str, forward: impl Fn(Tensor<4>) -> Tensor<4>
     measure
 }
 
-fn layer(device: &Device) -> ConvBn2d {
-    ConvBn2dConfig::new([INPUT[1], CHANNELS], [3, 3])
-        .with_padding(PaddingConfig2d::Same)
-        .with_activation(Activation::Relu)
-        .init(&device.clone().autodiff())
-}
-
 #[test]
 fn fewer_launches_less_kept_and_a_lower_peak() {
     let device = gpu::device();
-    let fused = layer(&device);
-    let bounded = ConvBn2dConfig::new([INPUT[1], CHANNELS], [3, 3])
-        .with_padding(PaddingConfig2d::Same)
-        .with_activation(Activation::Relu)
-        .with_max_workspace(Some(ACTIVATION))
-        .init(&device.clone().autodiff());
+    let tracked = device.clone().autodiff();
+    let fused = config().init(&tracked);
+    let bounded = config().with_max_workspace(Some(ACTIVATION)).init(&tracked);
     let (conv, norm) = fused.clone().into_parts();
     let relu = Relu::new();
     println!("{} parameters", fused.num_params());

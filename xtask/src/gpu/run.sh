@@ -1,47 +1,78 @@
-#!/bin/sh
-# Tests and benchmarks of burn-conv-bn on CUDA, packed by `cargo xtask gpu-bundle`. Unpacks itself
-# into a temporary folder, checks that the results are right, and then measures. Options after the
-# script's name are passed on to the benchmark, as in `sh burn-conv-bn-cuda.sh --quick`. Results go
-# to the folder that OUT names, or to the one it is started in.
-set -u
-results=$(cd "${OUT:-.}" && pwd) || exit 1
-bundle=$(mktemp -d) || exit 1
-trap 'rm -rf "$bundle"' EXIT
-tail -n +@ARCHIVE_LINE@ "$0" | tar --extract --xz --file - --directory "$bundle" || {
-    echo "error: cannot unpack the bundle; tar needs xz" >&2
-    exit 1
-}
-cd "$bundle" || exit 1
-export LD_LIBRARY_PATH="$bundle/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+# From here on in the folder with the programs. Results go to the folder $results.
+export LD_LIBRARY_PATH="$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 export BURN_CONV_BN_OFFLINE=1
+
+summary=
+failed=
+
+# note NAME HOW: adds a line to the summary.
+note() {
+    summary="$summary$(printf '%-18s%s' "$1" "$2")
+"
+}
+
+# check NAME COMMAND..: runs the command. Whatever fails is named at the end, and in the exit status.
+check() {
+    name=$1
+    shift
+    echo "== $name =="
+    if "$@"; then
+        note "$name" passed
+    else
+        note "$name" "FAILED (exit status $?)"
+        failed="$failed $name"
+    fi
+}
+
+# The tests of that name, in a process of their own, one after the other.
+run_tests() {
+    if ! ./gpu-tests --list "$1::" | grep -q ': test$'; then
+        echo "error: there are no tests of that name" >&2
+        return 1
+    fi
+    ./gpu-tests --test-threads 1 --nocapture "$1::"
+}
+
+# Why there may be no CUDA.
+why() {
+    if ! command -v nvidia-smi >/dev/null 2>&1; then
+        echo "nvidia-smi, which comes with NVIDIA's driver, is not installed"
+    elif ! nvidia-smi >/dev/null 2>&1; then
+        echo "nvidia-smi finds no device"
+    else
+        echo "nvidia-smi does find a device, so the reason is what is printed above"
+    fi
+}
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
 
-# The first to use the device: it says so if there is none.
+# The first to use the device: it tells whether there is one.
 job="--device cuda --dataset synthetic --train-limit 256 --test-limit 64"
-./mnist compare $job --batch-size 128 --artifacts "$bundle/warm-up" || {
-    echo "error: the network does not train on CUDA here; nothing else was run" >&2
+./mnist compare $job --batch-size 128 --artifacts "$PWD/warm-up" || {
+    echo "error: nothing trains on CUDA here ($(why)); nothing else was run" >&2
     exit 1
 }
+note "mnist compare" passed
 
-failed=
-check() {
-    echo "== $* =="
-    "$@" || failed="$failed $1"
-}
-check ./kernels --test-threads 1 --nocapture
-check ./cube --test-threads 1
-check ./cube_memory --nocapture
+for tests in @TESTS@; do
+    check "$tests" run_tests "$tests"
+done
+
 # TF32 may be what a device's tensor cores compute f32 in: the losses need not be those of f64.
 echo "== mnist parity =="
-./mnist parity --device cuda --dataset synthetic --train-limit 1024 --batch-size 64 --steps 8
+if ./mnist parity --device cuda --dataset synthetic --train-limit 1024 --batch-size 64 --steps 8; then
+    note "mnist parity" passed
+else
+    note "mnist parity" "failed, which does not count where f32 is computed as TF32"
+fi
 
 peer=
 python3 -c 'import torch' 2>/dev/null && peer="--peer pytorch"
-echo "== benchmark =="
-./xtask bench --device cuda --worker "$bundle/bench-worker" --peer-script "$bundle/pytorch.py" \
-    $peer --json "$results/gpu-bench.json" "$@" || failed="$failed bench"
+check benchmark ./xtask bench --device cuda --worker "$PWD/bench-worker" \
+    --peer-script "$PWD/pytorch.py" $peer --json "$results/gpu-bench.json" "$@"
 
+echo "== summary =="
+printf '%s' "$summary"
 if [ -n "$failed" ]; then
     echo "FAILED:$failed" >&2
     exit 1

@@ -18,7 +18,7 @@ use proptest::test_runner::{
     Config, FailurePersistence, FileFailurePersistence, RngSeed, TestCaseError, TestRunner,
 };
 
-use crate::reference::case::{Case, Gamma, Layout, Tally, UNIT, Values};
+use super::reference::case::{Case, Gamma, Layout, Tally, UNIT, Values};
 
 /// Longest that a failing case is shrunk for, in milliseconds.
 const SHRINK_TIME: u32 = 60_000;
