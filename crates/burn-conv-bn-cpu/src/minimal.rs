@@ -287,8 +287,10 @@ pub(crate) struct Scratch<T> {
 /// Some rows on their way.
 #[derive(Default)]
 struct Lines<T> {
-    /// A row of the input with its padding.
+    /// Rows of the input with their padding.
     padded: Vec<T>,
+    /// The even and the odd values of a row.
+    phases: Vec<T>,
     /// Rows transformed along the columns.
     rows: Vec<T>,
 }
@@ -372,18 +374,25 @@ impl<'a, T: Real> Minimal<'a, T> {
         self.padded_columns() + 2 * CHUNK
     }
 
-    /// One row of the input, transformed along the columns: `E` lines of `rows` from `start` on.
+    /// Values of a row of the input with its padding, and zeros up to whole chunks.
+    fn padded_pitch(&self) -> usize {
+        let [_, _, (before, _)] = self.geometry.padding;
+        (STEP * self.store_pitch()).max(before + self.geometry.input[2])
+    }
+
+    /// One padded row of the input, transformed along the columns: `E` lines of `rows`.
     #[inline(always)]
-    fn load_row<F: Element<Real = T>>(&self, source: &[F], lines: &mut Lines<T>, line: usize) {
+    fn load_row(&self, padded: &[T], phases: &mut [T], rows: &mut [T]) {
         let columns = self.padded_columns();
-        let before = self.geometry.padding[2].0;
-        F::load(source, &mut lines.padded[before..][..source.len()]);
+        // By way of memory: what is taken apart and added up at once, the compiler does value by value.
+        let pitch = columns + CHUNK;
+        for start in (0..pitch).step_by(CHUNK) {
+            Chunk::store(split(padded, STEP * start), phases, start, pitch);
+        }
         for start in (0..columns).step_by(CHUNK) {
-            let at = STEP * start;
-            let [x0, x1] = split(&lines.padded, at);
-            let [x2, x3] = split(&lines.padded, at + STEP);
-            let values = input([x0, x1, x2, x3]);
-            Chunk::store(values, &mut lines.rows, line + start, columns);
+            let [x0, x1] = Chunk::load(phases, start, pitch);
+            let [x2, x3] = Chunk::load(phases, start + 1, pitch);
+            Chunk::store(input([x0, x1, x2, x3]), rows, start, columns);
         }
     }
 
@@ -400,14 +409,25 @@ impl<'a, T: Real> Minimal<'a, T> {
         let [_, height, width] = self.geometry.input;
         let columns = self.padded_columns();
         let pitch = E * columns;
-        for line in 0..(part.rows.len() - 1) * STEP + N {
-            let at = part.rows.start * STEP + line;
-            match at.checked_sub(self.geometry.padding[1].0) {
-                Some(at) if at < height => {
-                    self.load_row(&source[at * width..][..width], lines, line * pitch);
-                }
-                _ => lines.rows[line * pitch..][..pitch].fill(T::ZERO),
+        let padded = self.padded_pitch();
+        let [_, (above, _), (left, _)] = self.geometry.padding;
+        let count = (part.rows.len() - 1) * STEP + N;
+        // All rows at first, one after the other, so that memory is asked for many lines at a time.
+        for (line, padded) in lines
+            .padded
+            .chunks_exact_mut(padded)
+            .take(count)
+            .enumerate()
+        {
+            let target = &mut padded[left..][..width];
+            match (part.rows.start * STEP + line).checked_sub(above) {
+                Some(at) if at < height => F::load(&source[at * width..][..width], target),
+                _ => zero(target),
             }
+        }
+        let rows = lines.rows.chunks_exact_mut(pitch);
+        for (padded, rows) in lines.padded.chunks_exact(padded).take(count).zip(rows) {
+            self.load_row(padded, &mut lines.phases, rows);
         }
         let first = channel * self.plane + part.position;
         for row in 0..part.rows.len() {
@@ -476,9 +496,9 @@ impl<'a, T: Real> Minimal<'a, T> {
                 let before = Chunk::load::<E>(&lines.rows, line + start - 1, pitch);
                 let this = input_transposed(this);
                 let before = input_transposed(before);
-                let at = STEP * start;
-                join(sums(this, before), &mut lines.padded, at);
+                Chunk::store(sums(this, before), &mut lines.phases, start, pitch);
             }
+            join(&lines.phases, pitch, &mut lines.padded[..left + width]);
             F::write(
                 &lines.padded[left..][..width],
                 &mut grad[at * width..][..width],
@@ -490,9 +510,10 @@ impl<'a, T: Real> Minimal<'a, T> {
         let len = self.store_pitch();
         let most_rows = (self.tile.min(self.rows) - 1) * STEP + N;
         lines.rows.resize(most_rows * E * len, T::ZERO);
-        let [_, (_, _), (before, _)] = self.geometry.padding;
-        let padded = (STEP * len).max(before + self.geometry.input[2]);
-        lines.padded.resize(padded, T::ZERO);
+        lines
+            .padded
+            .resize(most_rows * self.padded_pitch(), T::ZERO);
+        lines.phases.resize(STEP * len, T::ZERO);
     }
 }
 
@@ -545,14 +566,17 @@ pub(crate) fn split<T: Real>(source: &[T], start: usize) -> [Chunk<T>; STEP] {
     chunks
 }
 
-/// The inverse of [`split`].
+/// A row from its even values and its odd ones, which lie `pitch` after them: the inverse of
+/// [`split`], which compilers do well by whole rows.
 #[inline(always)]
-fn join<T: Real>(chunks: [Chunk<T>; STEP], target: &mut [T], start: usize) {
-    let (groups, _) = target[start..][..STEP * CHUNK].as_chunks_mut::<STEP>();
-    for lane in 0..CHUNK {
-        for phase in 0..STEP {
-            groups[lane][phase] = chunks[phase].0[lane];
-        }
+fn join<T: Real>(phases: &[T], pitch: usize, row: &mut [T]) {
+    let (even, odd) = phases.split_at(pitch);
+    let (pairs, rest) = row.as_chunks_mut::<STEP>();
+    for ((pair, even), odd) in pairs.iter_mut().zip(even).zip(odd) {
+        *pair = [*even, *odd];
+    }
+    if let ([last], Some(even)) = (rest, even.get(pairs.len())) {
+        *last = *even;
     }
 }
 
@@ -654,7 +678,9 @@ impl<F: Element> Algorithm<F> for Minimal<'_, F::Real> {
     ) {
         let width = self.geometry.output[2];
         let part = &tile.parts[piece];
-        let planes = &scratch.output;
+        let (planes, phases) = (&scratch.output, &mut scratch.lines.phases);
+        let pitch = self.padded_columns();
+        phases.resize(phases.len().max(2 * STEP * pitch), F::Real::ZERO);
         Arch::new().dispatch(Sweep(
             #[inline(always)]
             || {
@@ -667,15 +693,13 @@ impl<F: Element> Algorithm<F> for Minimal<'_, F::Real> {
                             let sums = Chunk::load::<E>(planes, from, E * self.output_product);
                             [rows[0][column], rows[1][column]] = output(sums);
                         }
-                        for (line, row) in lines.chunks_exact_mut(width).zip(rows) {
-                            let mut pairs = [F::Real::ZERO; 2 * CHUNK];
-                            join(output(row), &mut pairs, 0);
-                            let line = &mut line[2 * start..];
-                            match line.first_chunk_mut() {
-                                Some(line) => *line = pairs,
-                                None => copy_short(&pairs, line),
-                            }
+                        for (row, sums) in rows.into_iter().enumerate() {
+                            Chunk::store(output(sums), phases, row * STEP * pitch + start, pitch);
                         }
+                    }
+                    let phases = phases.chunks_exact(STEP * pitch);
+                    for (line, phases) in lines.chunks_exact_mut(width).zip(phases) {
+                        join(phases, pitch, line);
                     }
                 }
             },
