@@ -70,10 +70,14 @@ impl<'a, T: Real> Direct<'a, T> {
         let layout = Layout::new(geometry, MOST_POSITIONS);
         let (channels, depth) = (geometry.group_in(), geometry.depth());
         let bytes = (layout.phases() * channels + geometry.group_out()) * size_of::<T>();
+        // An image that is not too large is not cut: its channels follow one another in memory, which
+        // is read faster from one end to the other than by pieces.
+        let image = layout.positions(1);
+        let whole = if image <= MOST_POSITIONS { image } else { 0 };
         let tile = (TILE_BYTES / bytes)
             .clamp(LEAST_POSITIONS, MOST_POSITIONS)
             .max(layout.reach())
-            .max(layout.unit());
+            .max(whole);
         let slack = slack(geometry.group_in()).max(slack(geometry.group_out()));
         let plane = plane_len(tile + layout.reach() + slack);
         let phases = layout.phases();

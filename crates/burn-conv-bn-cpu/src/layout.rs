@@ -273,8 +273,8 @@ impl<'a> Layout<'a> {
             })
     }
 
-    /// Wide positions from the first output to the last of a block.
-    fn positions(&self, images: usize) -> usize {
+    /// Wide positions from the first output to the last of a block of images.
+    pub(crate) fn positions(&self, images: usize) -> usize {
         let [slices, rows, pitch] = self.wide;
         let output = self.geometry.output;
         let last_row = ((images - 1) * slices + output[0] - 1) * rows + output[1] - 1;
