@@ -1,4 +1,5 @@
-//! Any convolution, as sums of shifted planes: see [`layout`](crate::layout).
+//! Any convolution, as sums of planes, which are shifted or, in a layout without gaps, one for each
+//! tap: see [`layout`](crate::layout).
 
 use std::mem::MaybeUninit;
 
@@ -35,7 +36,7 @@ pub(crate) struct Direct<'a, T> {
     plane: usize,
     /// From one plane of the output, or of a gradient, to the next.
     pitch: usize,
-    /// Where each tap's plane starts, shifted, in the order of the weight.
+    /// Where each tap's plane starts, with its shift, in the order of the weight.
     offsets: Vec<usize>,
     /// The weight of each group.
     filters: Vec<Filter<T>>,
@@ -49,10 +50,10 @@ pub(crate) struct Direct<'a, T> {
 pub(crate) struct Scratch<T> {
     /// The input's planes.
     planes: Vec<T>,
-    /// The output, or its gradient, with [`Layout::reach`] positions of the preceding tile before
-    /// it and as many zeros behind.
+    /// The output, or its gradient. Before the gradient stand [`Layout::reach`] positions of the
+    /// preceding tile, and behind it as many zeros, or [`WIDEST`] if those are more.
     output: Vec<T>,
-    /// Copies of the output's gradient.
+    /// Copies of the output's gradient, in a layout without gaps.
     copies: Vec<T>,
     /// The input's gradient at the positions of one phase.
     input_grad: Vec<T>,
@@ -67,11 +68,11 @@ impl<'a, T: Real> Direct<'a, T> {
         weight: Option<&[T]>,
         input_weight: Option<&[T]>,
     ) -> Self {
-        let layout = Layout::new(geometry, MOST_POSITIONS);
+        let layout = Layout::new(geometry, LEAST_POSITIONS..=MOST_POSITIONS);
         let (channels, depth) = (geometry.group_in(), geometry.depth());
         let bytes = (layout.phases() * channels + geometry.group_out()) * size_of::<T>();
-        // An image that is not too large is not cut: its channels follow one another in memory, which
-        // is read faster from one end to the other than by pieces.
+        // Room for an image that is not too large: its channels follow one another in memory, which is
+        // read faster from one end to the other than by pieces.
         let image = layout.positions(1);
         let whole = if image <= MOST_POSITIONS { image } else { 0 };
         let tile = (TILE_BYTES / bytes)
@@ -355,6 +356,10 @@ fn copy_shifted<T: Real>(
     target: &mut [T],
 ) {
     let [slices, rows, columns] = copy.extents;
+    // Where all that a phase meets in a row is padding, there is nothing to copy.
+    if columns == 0 {
+        return;
+    }
     let positions: usize = output.iter().product();
     let place = |dim: usize, at: usize| {
         let place = at.checked_add_signed(copy.shifts[dim]);

@@ -1,4 +1,4 @@
-//! How images lie in scratch so that a convolution needs no patches laid out.
+//! How images lie in scratch so that a convolution is a sum of planes.
 //!
 //! An image is copied once, with its padding, into planes whose rows are as far apart as the
 //! output's rows are. Then the values that one tap of the kernel meets are the plane itself,
@@ -17,11 +17,12 @@
 //! hold several small images.
 //!
 //! Of small images these positions are many: 49 outputs lie among 64. Where channels are enough to
-//! outweigh more copies, such images have a layout without gaps: a plane for each tap, of what it
-//! meets at the outputs alone, and tiles of whole images. The gradient of the input then takes copies
-//! of the output's gradient, one for each distance that it is shifted by.
+//! outweigh more copies, and not so many that these outgrow the caches, such images have a layout
+//! without gaps: a plane for each tap, of what it meets at the outputs alone, which are the patches of
+//! one tile, and tiles of whole images. The gradient of the input then takes copies of the output's
+//! gradient, one for each distance that it is shifted by.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use crate::Geometry;
 use crate::algorithm::Piece;
@@ -29,8 +30,12 @@ use crate::algorithm::Piece;
 /// Fewest channels, in and out, for which a layout without gaps outweighs its copies.
 const LEAST_CHANNELS: usize = 16;
 
-/// Of so many wide positions, one in a gap makes the layout without gaps worth its copies.
+/// For so many outputs, one position in a gap makes the layout without gaps worth its copies.
 const GAPS: usize = 16;
+
+/// Most values of a tile's planes without gaps, and of its copies: 8 MiB of each in single precision.
+/// Every thread has a tile, which many taps of many channels would make larger than the activations.
+const MOST_VALUES: usize = 2 << 20;
 
 /// The wide layout of a geometry's images.
 #[derive(Debug)]
@@ -112,13 +117,19 @@ pub(crate) enum Source {
 }
 
 impl<'a> Layout<'a> {
-    /// The layout that suits a geometry, with tiles of at most `most` positions.
-    pub(crate) fn new(geometry: &'a Geometry, most: usize) -> Self {
+    /// The layout that suits a geometry, with tiles that may have so many positions.
+    pub(crate) fn new(geometry: &'a Geometry, tile: RangeInclusive<usize>) -> Self {
         let shifted = Self::shifted(geometry);
         let positions = geometry.positions();
         let gaps = shifted.wide.iter().product::<usize>() - positions;
-        let channels = geometry.group_in().min(geometry.group_out());
-        if gaps * GAPS >= positions && positions <= most && channels >= LEAST_CHANNELS {
+        let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
+        let planes = shifted.taps.len().saturating_mul(group_in.max(group_out));
+        let values = planes.saturating_mul(positions.max(*tile.start()));
+        if gaps * GAPS >= positions
+            && positions <= *tile.end()
+            && group_in.min(group_out) >= LEAST_CHANNELS
+            && values <= MOST_VALUES
+        {
             return Self::dense(geometry);
         }
         shifted
@@ -538,4 +549,36 @@ fn pieces(runs: &[Run]) -> (Vec<Piece>, Vec<Range<usize>>) {
         }
     }
     (pieces, ranges)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry(channels: [usize; 2], input: [usize; 3], kernel: [usize; 3]) -> Geometry {
+        let padding = kernel.map(|kernel| (kernel / 2, kernel / 2));
+        let stride = kernel.map(|kernel| kernel.min(2));
+        Geometry::new(2, channels, 1, input, kernel, stride, padding, [1; 3]).unwrap()
+    }
+
+    fn has_gaps(geometry: &Geometry) -> bool {
+        Layout::new(geometry, 256..=1024).copies().is_empty()
+    }
+
+    #[test]
+    fn small_images_of_many_channels_lie_without_gaps() {
+        assert!(!has_gaps(&geometry([16, 16], [1, 64, 64], [1, 3, 3])));
+        assert!(!has_gaps(&geometry([512, 512], [1, 14, 14], [1, 3, 3])));
+        // Larger images, few channels, and no position that is not an output.
+        assert!(has_gaps(&geometry([16, 16], [1, 66, 64], [1, 3, 3])));
+        assert!(has_gaps(&geometry([16, 15], [1, 64, 64], [1, 3, 3])));
+        assert!(has_gaps(&geometry([16, 16], [1, 16, 16], [1, 1, 1])));
+    }
+
+    #[test]
+    fn taps_of_many_channels_do_not_all_get_planes() {
+        assert!(!has_gaps(&geometry([64, 64], [16, 16, 16], [3, 3, 3])));
+        assert!(has_gaps(&geometry([64, 512], [16, 16, 16], [3, 3, 3])));
+        assert!(has_gaps(&geometry([512, 64], [16, 16, 16], [3, 3, 3])));
+    }
 }

@@ -1,10 +1,12 @@
 //! CPU kernels for `activation(norm(conv(x)) + residual)` and its gradients, on slices.
 //!
-//! The convolution is done in tiles small enough for the cache, without laying out patches: the
+//! The convolution is done in tiles small enough for the cache, mostly without laying out patches: the
 //! images are copied with their padding into planes, in which the values that one tap of the kernel
-//! meets are the plane itself, shifted. The output is a sum of shifted planes, and whatever else is
-//! to be done with a tile is done while it is there. The backward pass copies the same planes once,
-//! for the recomputed output and the weight's gradient; the input's is a sum of shifted planes too.
+//! meets are the plane itself, shifted. Small images, whose planes would be padding for a good part,
+//! have a plane for each tap instead. The output is a sum of planes, and whatever else is to be done
+//! with a tile is done while it is there. The backward pass copies the same planes once, for the
+//! recomputed output and the weight's gradient; the input's is a sum of planes too. Kernels of 3x3 take
+//! fewer products where channels are enough.
 //!
 //! - [`Geometry`]: shapes of a convolution over one to three spatial dimensions.
 //! - [`conv_moments`]: the convolution, with mean and squared deviations of its channels.
@@ -20,8 +22,9 @@
 //!
 //! All tensors are contiguous, `[batch, channels, depth, height, width]`. Beyond tiles for each
 //! thread and a few copies of the weight (16/9 of it each where fewer products are used), nothing
-//! is allocated here but room for results, in the buffers that are handed in. Results do not depend on the number of threads: sums are taken over fixed
-//! blocks of images, in order. What is recomputed has the bits that it had.
+//! is allocated here but room for results, in the buffers that are handed in. Results do not depend on
+//! the number of threads: sums are taken over fixed blocks of images, in order. What is recomputed has
+//! the bits that it had.
 //!
 //! Nothing here knows which variant of batch norm it serves: mean, scale and shift, and the
 //! coefficients of the gradient, come per channel from the caller.

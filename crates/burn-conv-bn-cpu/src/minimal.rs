@@ -374,6 +374,11 @@ impl<'a, T: Real> Minimal<'a, T> {
         self.padded_columns() + 2 * CHUNK
     }
 
+    /// Even and odd values of two rows.
+    fn phases_len(&self) -> usize {
+        2 * STEP * self.store_pitch()
+    }
+
     /// Values of a row of the input with its padding, and zeros up to whole chunks.
     fn padded_pitch(&self) -> usize {
         let [_, _, (before, _)] = self.geometry.padding;
@@ -513,7 +518,7 @@ impl<'a, T: Real> Minimal<'a, T> {
         lines
             .padded
             .resize(most_rows * self.padded_pitch(), T::ZERO);
-        lines.phases.resize(STEP * len, T::ZERO);
+        lines.phases.resize(self.phases_len(), T::ZERO);
     }
 }
 
@@ -680,7 +685,7 @@ impl<F: Element> Algorithm<F> for Minimal<'_, F::Real> {
         let part = &tile.parts[piece];
         let (planes, phases) = (&scratch.output, &mut scratch.lines.phases);
         let pitch = self.padded_columns();
-        phases.resize(phases.len().max(2 * STEP * pitch), F::Real::ZERO);
+        phases.resize(self.phases_len(), F::Real::ZERO);
         Arch::new().dispatch(Sweep(
             #[inline(always)]
             || {

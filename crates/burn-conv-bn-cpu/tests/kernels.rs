@@ -33,7 +33,8 @@ const PLAIN: Case = Case {
 };
 
 /// Ugly on purpose: one channel, 65 of them, one pixel, odd strides, asymmetric padding, dilation,
-/// groups, depthwise, pointwise, three dimensions, more images than blocks, more than one tile.
+/// groups, depthwise, pointwise, three dimensions, more images than blocks, more than one tile; then
+/// channels enough for fewer products, and for a layout without gaps.
 fn cases() -> Vec<Case> {
     let padded = [(0, 0), (1, 1), (1, 1)];
     vec![
@@ -162,8 +163,8 @@ fn cases() -> Vec<Case> {
             padding: padded,
             ..PLAIN
         },
-        // As many channels with a stride, which takes sums of shifted planes: odd and even sizes,
-        // padding on one side, several tiles in an image.
+        // As many channels with a stride, for which small images lie without gaps: odd and even sizes,
+        // padding on one side, and an image too large for it, in several tiles.
         Case {
             channels: [17, 16],
             stride: [1, 2, 2],
@@ -191,7 +192,118 @@ fn cases() -> Vec<Case> {
             padding: padded,
             ..PLAIN
         },
+        // The same for the largest image that lies so, a last tile and a last block with fewer images,
+        // groups, and dilation.
+        Case {
+            batch: 1,
+            channels: [16, 16],
+            stride: [1, 2, 2],
+            input: [1, 64, 64],
+            padding: padded,
+            ..PLAIN
+        },
+        Case {
+            batch: 37,
+            channels: [32, 17],
+            stride: [1, 2, 2],
+            input: [1, 9, 9],
+            padding: padded,
+            ..PLAIN
+        },
+        Case {
+            channels: [32, 48],
+            groups: 2,
+            stride: [1, 2, 2],
+            padding: padded,
+            batch: 5,
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 17],
+            dilation: [1, 2, 3],
+            padding: [(0, 0), (2, 1), (0, 3)],
+            ..PLAIN
+        },
+        // Stride 3; taps that leave out some of the input, by dilation or a kernel smaller than the
+        // stride; one and three dimensions.
+        Case {
+            channels: [16, 19],
+            input: [1, 11, 13],
+            kernel: [1, 5, 4],
+            stride: [1, 3, 3],
+            padding: [(0, 0), (2, 0), (0, 1)],
+            batch: 3,
+            ..PLAIN
+        },
+        Case {
+            channels: [17, 16],
+            input: [1, 12, 13],
+            kernel: [1, 2, 2],
+            stride: [1, 3, 3],
+            padding: [(0, 0), (1, 2), (0, 3)],
+            dilation: [1, 4, 4],
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 16],
+            kernel: [1, 1, 3],
+            stride: [1, 2, 1],
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 18],
+            input: [1, 1, 21],
+            kernel: [1, 1, 5],
+            padding: [(0, 0), (0, 0), (4, 0)],
+            batch: 3,
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 17],
+            input: [4, 5, 3],
+            kernel: [2, 3, 2],
+            stride: [2, 1, 1],
+            padding: [(1, 0), (1, 1), (0, 1)],
+            batch: 3,
+            ..PLAIN
+        },
+        Case {
+            channels: [18, 16],
+            input: [5, 4, 6],
+            kernel: [3; 3],
+            stride: [2; 3],
+            padding: [(1, 1); 3],
+            ..PLAIN
+        },
+        // Taps of one remainder meet nothing but padding: in both dimensions, in rows, in columns.
+        Case {
+            channels: [16, 16],
+            stride: [1, 2, 2],
+            input: [1, 1, 1],
+            padding: padded,
+            batch: 5,
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 16],
+            stride: [1, 2, 2],
+            input: [1, 1, 4],
+            padding: padded,
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 16],
+            stride: [1, 2, 2],
+            input: [1, 4, 1],
+            padding: padded,
+            ..PLAIN
+        },
     ]
+}
+
+/// Channels and stride for shifted planes, for fewer products, and for planes without gaps.
+fn algorithms() -> [([usize; 2], [usize; 3]); 3] {
+    [([5, 6], [1; 3]), ([16, 17], [1; 3]), ([16, 17], [1, 2, 2])]
 }
 
 impl Case {
@@ -640,9 +752,10 @@ fn compare_half<E: Element<Real = f32> + PartialEq>(case: &Case, tolerance: f64)
 /// What a kept output makes superfluous may be left out, and changes nothing.
 #[test]
 fn a_kept_output_takes_neither_weight_nor_input() {
-    for channels in [[5, 6], [16, 17]] {
+    for (channels, stride) in algorithms() {
         let case = Case {
             channels,
+            stride,
             padding: [(0, 0), (1, 1), (1, 1)],
             ..PLAIN
         };
@@ -730,10 +843,11 @@ fn nothing_is_recomputed_without_the_weight() {
 
 #[test]
 fn the_number_of_threads_changes_no_bit() {
-    for channels in [[5, 6], [16, 17]] {
+    for (channels, stride) in algorithms() {
         let case = Case {
             batch: 37,
             channels,
+            stride,
             input: [1, 9, 9],
             padding: [(0, 0), (1, 1), (1, 1)],
             ..PLAIN
@@ -787,7 +901,7 @@ fn the_number_of_threads_changes_no_bit() {
         };
         let one = on(1);
         for threads in [2, 3, 8] {
-            assert!(on(threads) == one, "{channels:?}: {threads} threads");
+            assert!(on(threads) == one, "{case:?}: {threads} threads");
         }
     }
 }

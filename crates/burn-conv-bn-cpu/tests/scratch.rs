@@ -131,4 +131,7 @@ fn scratch_is_a_few_tiles_for_each_thread() {
     // four.
     let deep = square([256, 256], 14, [3, 1, 1, 1]);
     assert_taken(&pool, "3x3, deep", &deep, bound(&deep, 8 << 10, 11));
+    // A small image's planes without gaps, one for each tap, may outweigh its output too.
+    let dense = square([64, 64], 56, [3, 2, 1, 1]);
+    assert_taken(&pool, "3x3, no gaps", &dense, bound(&dense, 4 << 10, 10));
 }

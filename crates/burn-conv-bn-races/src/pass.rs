@@ -35,7 +35,8 @@ const PLAIN: Case = Case {
 
 /// Several blocks of images each, most of them with a rest: stride, dilation and padding on one
 /// side, groups, depthwise, pointwise, three dimensions, several tiles in an image, several images in
-/// a tile; then channels enough for the algorithm with fewer products.
+/// a tile; then channels enough for the algorithm with fewer products, and, with a stride, for the
+/// layout without gaps.
 pub fn cases() -> Vec<Case> {
     vec![
         PLAIN,

@@ -22,7 +22,9 @@ impl MaxPoolProblem {
         let problem = Self { input, options };
         for dim in 0..2 {
             let (before, after) = problem.options.padding[dim];
-            let padded = problem.input[dim + 2] + before + after;
+            let padded = problem.input[dim + 2]
+                .saturating_add(before)
+                .saturating_add(after);
             let window = problem.window(dim);
             if window > padded && !problem.options.ceil_mode {
                 return Err(ConvBnError::WindowTooLarge {
@@ -72,7 +74,10 @@ impl MaxPoolProblem {
 
     /// Extent of the dilated window.
     fn window(&self, dim: usize) -> usize {
-        self.options.dilation[dim] * (self.options.kernel_size[dim] - 1) + 1
+        let steps = self.options.kernel_size[dim] - 1;
+        self.options.dilation[dim]
+            .saturating_mul(steps)
+            .saturating_add(1)
     }
 
     /// The input's shape with its padding.
