@@ -7,6 +7,8 @@
 //! the filter: `gpu-tests kernels::`.
 
 #![deny(missing_docs)]
+// Each test file brings its own modules, as it does where it is a program, and some of them the same ones.
+#![allow(clippy::duplicate_mod)]
 
 /// The list of names, and a module of each.
 macro_rules! tests {
