@@ -20,7 +20,6 @@
 //! Tensors are Burn's on a CubeCL device. Forward, `z` being the convolution's output:
 //!
 //! ```no_run
-//! # #[cfg(feature = "runtime")] {
 //! use burn_conv_bn_cubecl::{Activation, Affine, Moments, Norm, moments, normalize};
 //! use burn_cubecl::tensor::CubeTensor;
 //!
@@ -36,13 +35,11 @@
 //!     let (statistics, table) = moments(&z, affine, NORM);
 //!     (normalize(z, Some(&table), None, Activation::Relu), statistics)
 //! }
-//! # }
 //! ```
 //!
 //! Backward, `z` being recomputed:
 //!
 //! ```no_run
-//! # #[cfg(feature = "runtime")] {
 //! use burn_conv_bn_cubecl::{
 //!     Activation, Affine, AffineGrads, GradSums, Moments, Norm, PreActivation, channel_table,
 //!     norm_input_grad,
@@ -70,7 +67,6 @@
 //!     let grads = sums.finish(&table, statistics, affine, norm, values);
 //!     (norm_input_grad(value, Some(&table), false).grad, grads)
 //! }
-//! # }
 //! ```
 //!
 //! # Features
@@ -83,54 +79,40 @@
 
 #![deny(missing_docs)]
 #![cfg_attr(
-    feature = "runtime",
-    expect(
-        unsafe_code,
-        reason = "kernels are launched without bounds checks, which they make themselves"
-    )
-)]
-#![cfg_attr(
     not(feature = "runtime"),
     allow(
         rustdoc::broken_intra_doc_links,
         reason = "what this page names is not there"
     )
 )]
+#![cfg(feature = "runtime")]
+#![expect(
+    unsafe_code,
+    reason = "kernels are launched without bounds checks, which they make themselves"
+)]
 
-#[cfg(feature = "runtime")]
 mod activation;
-#[cfg(feature = "runtime")]
 mod backward;
-#[cfg(feature = "runtime")]
 mod element;
-#[cfg(feature = "runtime")]
 mod fold;
-#[cfg(feature = "runtime")]
 mod forward;
-#[cfg(feature = "runtime")]
 mod norm;
-#[cfg(feature = "runtime")]
 mod walk;
 
-#[cfg(feature = "runtime")]
-pub use {
-    activation::{Activation, Slope},
-    backward::{GradSums, NormInputGrad, PreActivation, norm_input_grad},
-    element::accumulator_dtype,
-    forward::{moments, normalize},
-    norm::{Affine, AffineGrads, ChannelTable, Moments, Norm, channel_table},
-};
+pub use activation::{Activation, Slope};
+pub use backward::{GradSums, NormInputGrad, PreActivation, norm_input_grad};
+pub use element::accumulator_dtype;
+pub use forward::{moments, normalize};
+pub use norm::{Affine, AffineGrads, ChannelTable, Moments, Norm, channel_table};
 
 /// The code of the package's Markdown page.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 mod readme {}
 
-#[cfg(feature = "runtime")]
 use burn_cubecl::tensor::CubeTensor;
 
 /// Batch times spatial size of `[batch, channels, spatial..]`.
-#[cfg(feature = "runtime")]
 pub(crate) fn values_per_channel(tensor: &CubeTensor) -> usize {
     let shape = tensor.meta.shape();
     shape

@@ -187,7 +187,8 @@ fn leaf<const D: usize>(
 pub enum ParityError {
     /// In a precision that there is no bound for.
     #[error(
-        "parity has no bound for {0}, in which rounding alone takes the losses of two variants apart          within a few steps; use --precision f32 or f64"
+        "parity has no bound for {0}, in which rounding alone takes the losses of two variants apart \
+         within a few steps; use --precision f32 or f64"
     )]
     Precision(&'static str),
 }
