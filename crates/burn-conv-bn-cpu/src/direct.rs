@@ -346,7 +346,8 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
     }
 }
 
-/// Copies the gradient of some images' outputs, shifted, with zeros for what is out of it.
+/// Copies the gradient of some images' outputs, shifted. What is out of it is left as it is: zero, for it
+/// is at the same places in every tile.
 #[inline(always)]
 fn copy_shifted<T: Real>(
     copy: &Copy,
@@ -355,38 +356,24 @@ fn copy_shifted<T: Real>(
     images: usize,
     target: &mut [T],
 ) {
-    let [slices, rows, columns] = copy.extents;
-    // Where all that a phase meets in a row is padding, there is nothing to copy.
-    if columns == 0 {
+    let place = |dim: usize, at: usize| at.saturating_add_signed(copy.shifts[dim]);
+    let [slices, rows, columns] = [0, 1, 2].map(|dim| {
+        let (extent, shift) = (copy.extents[dim], copy.shifts[dim]);
+        let start = shift.min(0).unsigned_abs();
+        start..extent.min(output[dim].saturating_add_signed(-shift))
+    });
+    // A phase of which all is padding has no columns.
+    if columns.is_empty() {
         return;
     }
-    let positions: usize = output.iter().product();
-    let place = |dim: usize, at: usize| {
-        let place = at.checked_add_signed(copy.shifts[dim]);
-        place.filter(|place| *place < output[dim])
-    };
-    let shift = copy.shifts[2];
-    let start = columns.min(shift.min(0).unsigned_abs());
-    let end = columns
-        .min(output[2].saturating_add_signed(-shift))
-        .max(start);
-    let mut targets = target.chunks_exact_mut(columns);
     for image in 0..images {
-        for slice in 0..slices {
-            for row in 0..rows {
-                let Some(target) = targets.next() else {
-                    return;
-                };
-                match (place(0, slice), place(1, row)) {
-                    (Some(slice), Some(row)) if start < end => {
-                        let line = (slice * output[1] + row) * output[2];
-                        let first = image * positions + line + start.saturating_add_signed(shift);
-                        zero(&mut target[..start]);
-                        simd::copy(&source[first..][..end - start], &mut target[start..end]);
-                        zero(&mut target[end..]);
-                    }
-                    _ => zero(target),
-                }
+        for slice in slices.clone() {
+            for row in rows.clone() {
+                let to = (image * copy.extents[0] + slice) * copy.extents[1] + row;
+                let from = (image * output[0] + place(0, slice)) * output[1] + place(1, row);
+                let source = &source[from * output[2] + place(2, columns.start)..];
+                let target = &mut target[to * copy.extents[2] + columns.start..];
+                simd::copy(&source[..columns.len()], &mut target[..columns.len()]);
             }
         }
     }
