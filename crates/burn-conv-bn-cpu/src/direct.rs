@@ -362,7 +362,7 @@ fn copy_shifted<T: Real>(
         let start = shift.min(0).unsigned_abs();
         start..extent.min(output[dim].saturating_add_signed(-shift))
     });
-    // A phase of which all is padding has no columns.
+    // Nothing to copy, and perhaps no place to copy from: a phase may be padding alone.
     if columns.is_empty() {
         return;
     }
