@@ -101,11 +101,24 @@ pub fn tests(strict: bool, fusion: Fusion) -> Command {
     if strict {
         command.env("BURN_CONV_BN_STRICT", "1");
     }
-    // Mesa complains without one.
+    quiet_mesa(&mut command);
+    command
+}
+
+/// The examples of the documentation, in the build of the GPU tests: those of the kernels are
+/// compiled nowhere else.
+pub fn doc_tests(fusion: Fusion) -> Command {
+    let mut command = cargo(&["test", "--doc"]);
+    command.args(webgpu(fusion));
+    quiet_mesa(&mut command);
+    command
+}
+
+/// Mesa complains without this folder.
+fn quiet_mesa(command: &mut Command) {
     if env::var_os("XDG_RUNTIME_DIR").is_none() {
         command.env("XDG_RUNTIME_DIR", env::temp_dir());
     }
-    command
 }
 
 #[derive(Args, Debug)]

@@ -251,16 +251,24 @@ fn test(args: Test) -> Result<()> {
         true => Fusion::Off,
         false => Fusion::On,
     };
-    let mut gpu_command = None;
+    let mut commands = Vec::new();
+    if args.only != Some(Half::Gpu) {
+        commands.push(command);
+    }
     match gpu::vulkan() {
         _ if args.only == Some(Half::Host) => {}
-        Ok(()) => gpu_command = Some(gpu::tests(args.strict, fusion)),
+        Ok(()) => {
+            commands.push(gpu::tests(args.strict, fusion));
+            // Cargo runs no examples beside chosen targets.
+            if args.cargo_args.iter().all(|arg| arg == "--no-fail-fast") {
+                commands.push(gpu::doc_tests(fusion));
+            }
+        }
         Err(why) => skips.push(Skip {
             what: "GPU kernels",
             why,
         }),
     }
-    let host_command = (args.only != Some(Half::Gpu)).then_some(command);
 
     for skip in &skips {
         println!("Will be skipped: {} ({})", skip.what, skip.why);
@@ -278,7 +286,7 @@ fn test(args: Test) -> Result<()> {
     }
 
     let mut passed = true;
-    for mut command in [host_command, gpu_command].into_iter().flatten() {
+    for mut command in commands {
         command.args(&args.cargo_args);
         if !args.test_args.is_empty() {
             command.arg("--").args(&args.test_args);

@@ -19,7 +19,8 @@
 //!
 //! Tensors are Burn's on a CubeCL device. Forward, `z` being the convolution's output:
 //!
-//! ```no_run
+#![cfg_attr(feature = "runtime", doc = "```no_run")]
+#![cfg_attr(not(feature = "runtime"), doc = "```ignore")]
 //! use burn_conv_bn_cubecl::{Activation, Affine, Moments, Norm, moments, normalize};
 //! use burn_cubecl::tensor::CubeTensor;
 //!
@@ -39,7 +40,8 @@
 //!
 //! Backward, `z` being recomputed:
 //!
-//! ```no_run
+#![cfg_attr(feature = "runtime", doc = "```no_run")]
+#![cfg_attr(not(feature = "runtime"), doc = "```ignore")]
 //! use burn_conv_bn_cubecl::{
 //!     Activation, Affine, AffineGrads, GradSums, Moments, Norm, PreActivation, channel_table,
 //!     norm_input_grad,
