@@ -6,6 +6,10 @@ pub(crate) const BLOCKS: usize = 64;
 /// Output positions that make a block worth its overhead.
 const FILLED_POSITIONS: usize = 512;
 
+/// Most taps of an output value that are summed twice in less time than the value takes on its way to
+/// fresh memory and back: depthwise convolutions, and first layers of one or three channels.
+const FEW_TAPS: usize = 32;
+
 /// Blocks that small images are not put together below: more would keep more threads busy, but read
 /// large weights once for each.
 const LEAST_BLOCKS: usize = 2;
@@ -176,6 +180,24 @@ impl Geometry {
     /// Positions of one output channel.
     pub fn positions(&self) -> usize {
         self.output.iter().product()
+    }
+
+    /// Whether it takes less time to store the convolution's output between the two steps of the
+    /// backward pass than to recompute it in each.
+    ///
+    /// ```
+    /// use burn_conv_bn_cpu::Geometry;
+    ///
+    /// let conv = |channels, groups| {
+    ///     let padding = [(0, 0), (1, 1), (1, 1)];
+    ///     Geometry::new(32, channels, groups, [1, 56, 56], [1, 3, 3], [1; 3], padding, [1; 3])
+    /// };
+    /// assert!(conv([64, 64], 1)?.is_worth_storing());
+    /// assert!(!conv([64, 64], 64)?.is_worth_storing());
+    /// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
+    /// ```
+    pub fn is_worth_storing(&self) -> bool {
+        self.depth() > FEW_TAPS
     }
 
     pub(crate) fn groups(&self) -> usize {

@@ -200,13 +200,14 @@ fn kernel_backward<E: Kernel>(
         output: output.as_ref().map(slice),
     };
 
-    // The convolution's output: kept since forward, stored between the two steps if that fits the
-    // workspace, or recomputed in each. With given statistics only the activation may depend on it.
+    // The convolution's output: kept since forward, stored between the two steps if that saves time and
+    // fits the workspace, or recomputed in each. With given statistics only the activation may depend on it.
     let is_needed =
         batch_norm.is_some() || options.options.activation.derivative() == Derivative::OfValue;
     let kept = conv_output.as_option().map(contiguous);
     let stores = is_needed
         && kept.is_none()
+        && geometry.is_worth_storing()
         && options
             .options
             .max_workspace
