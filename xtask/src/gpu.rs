@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use burn_conv_bn_gpu_tests::TESTS;
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::programs::{self, Program};
 use crate::{cargo, root};
@@ -23,6 +23,39 @@ pub enum Fusion {
     On,
     /// Operations run one by one.
     Off,
+}
+
+/// A runtime of CubeCL, by the name of Burn's feature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Runtime {
+    Cpu,
+    Cuda,
+    Metal,
+    Rocm,
+    Vulkan,
+    Webgpu,
+}
+
+impl Runtime {
+    /// The name.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+            Self::Metal => "metal",
+            Self::Rocm => "rocm",
+            Self::Vulkan => "vulkan",
+            Self::Webgpu => "webgpu",
+        }
+    }
+
+    /// Why its tests cannot run here, as far as that is known before they are built.
+    pub fn unavailable(self) -> Result<(), String> {
+        match self {
+            Self::Vulkan | Self::Webgpu => vulkan(),
+            Self::Cpu | Self::Cuda | Self::Metal | Self::Rocm => Ok(()),
+        }
+    }
 }
 
 /// The build of the GPU tests on WebGPU. Autotuning is left out: it takes longer than the tests.
@@ -64,7 +97,7 @@ const DRIVERS: [&str; 3] = [
 ];
 
 /// Whether a Vulkan driver is installed, or why the GPU tests cannot run.
-pub fn vulkan() -> Result<(), String> {
+fn vulkan() -> Result<(), String> {
     if cfg!(any(target_os = "macos", target_os = "windows")) {
         // The system's own API is there.
         return Ok(());
@@ -102,6 +135,52 @@ pub fn tests(strict: bool, fusion: Fusion) -> Command {
         command.env("BURN_CONV_BN_STRICT", "1");
     }
     quiet_mesa(&mut command);
+    command
+}
+
+/// The GPU tests on another runtime, one command for each name of the list with the filter for its test
+/// program: they are one program there, and each wants a process of its own.
+pub fn tests_on(
+    runtime: Runtime,
+    strict: bool,
+    fusion: Fusion,
+) -> impl Iterator<Item = (Command, String)> {
+    let name = runtime.name();
+    let mut features = format!("burn-conv-bn-gpu-tests/{name}");
+    if fusion == Fusion::On {
+        features.push_str(",burn-conv-bn-gpu-tests/fusion");
+    }
+    TESTS.iter().map(move |test| {
+        let mut command = cargo(&["test", "--profile", "gpu", "--lib"]);
+        command
+            .arg("--target-dir")
+            .arg(format!("target/gpu-tests-{name}"))
+            .args(["-p", "burn-conv-bn-gpu-tests", "--features", &features]);
+        if strict {
+            command.env("BURN_CONV_BN_STRICT", "1");
+        }
+        quiet_mesa(&mut command);
+        (command, format!("{test}::"))
+    })
+}
+
+/// A check that the code for the runtimes compiles which no machine of ours runs.
+pub fn other_runtimes() -> Command {
+    let mut command = cargo(&["check", "--profile", "gpu", "--all-targets"]);
+    command.args([
+        "--target-dir",
+        "target/gpu-others",
+        "-p",
+        "burn-conv-bn-gpu-tests",
+        "-p",
+        "burn-conv-bn-bench-worker",
+        "-p",
+        "burn-conv-bn-train",
+        "--features",
+        "burn-conv-bn-gpu-tests/metal,burn-conv-bn-gpu-tests/rocm,burn-conv-bn-gpu-tests/vulkan,\
+         burn-conv-bn-gpu-tests/fusion,burn-conv-bn-bench-worker/metal,\
+         burn-conv-bn-bench-worker/rocm,burn-conv-bn-bench-worker/vulkan",
+    ]);
     command
 }
 

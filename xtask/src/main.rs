@@ -15,7 +15,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::gpu::Fusion;
+use crate::gpu::{Fusion, Runtime};
 
 /// Names the folder with the real MNIST that tests read.
 const MNIST: &str = "BURN_CONV_BN_MNIST";
@@ -92,6 +92,8 @@ enum Step {
     Docs,
     /// `cargo doc` of what a GPU runs.
     GpuDocs,
+    /// `cargo check` of what ROCm, Metal and Vulkan run, which takes a build of its own.
+    GpuOthers,
 }
 
 #[derive(Args, Debug)]
@@ -108,6 +110,10 @@ struct Test {
     /// time.
     #[arg(long)]
     without_fusion: bool,
+    /// What the GPU kernels run on, by the name of Burn's feature. Another one than WebGPU takes a build
+    /// of its own, and leaves out the tests that are for WebGPU alone.
+    #[arg(long, value_enum, value_name = "NAME", default_value = "webgpu")]
+    runtime: Runtime,
     /// Passed on to `cargo test`, as in `cargo xtask test --test it` or, to choose tests by name,
     /// `cargo xtask test running`.
     #[arg(value_name = "CARGO-TEST-ARGS", allow_hyphen_values = true)]
@@ -145,12 +151,13 @@ fn main() -> ExitCode {
 }
 
 impl Step {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Fmt,
         Self::Clippy,
         Self::GpuClippy,
         Self::Docs,
         Self::GpuDocs,
+        Self::GpuOthers,
     ];
 
     fn name(self) -> &'static str {
@@ -160,6 +167,7 @@ impl Step {
             Self::GpuClippy => "gpu-clippy",
             Self::Docs => "docs",
             Self::GpuDocs => "gpu-docs",
+            Self::GpuOthers => "gpu-others",
         }
     }
 
@@ -189,6 +197,7 @@ impl Step {
                 command.env("RUSTDOCFLAGS", "-D warnings");
                 command
             }
+            Self::GpuOthers => gpu::other_runtimes(),
         }
     }
 }
@@ -223,8 +232,11 @@ struct Skip {
 }
 
 fn test(args: Test) -> Result<()> {
-    if args.without_fusion && args.only == Some(Half::Host) {
-        bail!("--without-fusion is for the tests of the GPU kernels, which --only host leaves out");
+    if args.only == Some(Half::Host) && (args.without_fusion || args.runtime != Runtime::Webgpu) {
+        bail!(
+            "--without-fusion and --runtime are for the tests of the GPU kernels, which --only host \
+             leaves out"
+        );
     }
     let mut skips = Vec::new();
     let mut command = cargo(&["test", "--release"]);
@@ -253,15 +265,19 @@ fn test(args: Test) -> Result<()> {
     };
     let mut commands = Vec::new();
     if args.only != Some(Half::Gpu) {
-        commands.push(command);
+        commands.push((command, None));
     }
-    match gpu::vulkan() {
+    match args.runtime.unavailable() {
         _ if args.only == Some(Half::Host) => {}
+        Ok(()) if args.runtime != Runtime::Webgpu => {
+            let tests = gpu::tests_on(args.runtime, args.strict, fusion);
+            commands.extend(tests.map(|(command, filter)| (command, Some(filter))));
+        }
         Ok(()) => {
-            commands.push(gpu::tests(args.strict, fusion));
+            commands.push((gpu::tests(args.strict, fusion), None));
             // Cargo runs no examples beside chosen targets.
             if args.cargo_args.iter().all(|arg| arg == "--no-fail-fast") {
-                commands.push(gpu::doc_tests(fusion));
+                commands.push((gpu::doc_tests(fusion), None));
             }
         }
         Err(why) => skips.push(Skip {
@@ -286,10 +302,10 @@ fn test(args: Test) -> Result<()> {
     }
 
     let mut passed = true;
-    for mut command in commands {
+    for (mut command, filter) in commands {
         command.args(&args.cargo_args);
-        if !args.test_args.is_empty() {
-            command.arg("--").args(&args.test_args);
+        if filter.is_some() || !args.test_args.is_empty() {
+            command.arg("--").args(filter).args(&args.test_args);
         }
         passed &= succeeds(command)?;
     }

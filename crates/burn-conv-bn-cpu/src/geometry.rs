@@ -7,8 +7,12 @@ pub(crate) const BLOCKS: usize = 64;
 const FILLED_POSITIONS: usize = 512;
 
 /// Most taps of an output value that are summed twice in less time than the value takes on its way to
-/// fresh memory and back: depthwise convolutions, and first layers of one or three channels.
+/// memory and back: depthwise convolutions, and first layers of one or three channels.
 const FEW_TAPS: usize = 32;
+
+/// Most bytes of an output that are stored in less time than it is recomputed in: larger ones come from
+/// the system as fresh pages and go back to it in every step, and take the peak with them.
+const LARGEST_STORED: usize = 128 << 20;
 
 /// Blocks that small images are not put together below: more would keep more threads busy, but read
 /// large weights once for each.
@@ -182,8 +186,8 @@ impl Geometry {
         self.output.iter().product()
     }
 
-    /// Whether it takes less time to store the convolution's output between the two steps of the
-    /// backward pass than to recompute it in each.
+    /// Whether it takes less time to store the convolution's output, of so many `bytes`, between the
+    /// two steps of the backward pass than to recompute it in each.
     ///
     /// ```
     /// use burn_conv_bn_cpu::Geometry;
@@ -192,12 +196,13 @@ impl Geometry {
     ///     let padding = [(0, 0), (1, 1), (1, 1)];
     ///     Geometry::new(32, channels, groups, [1, 56, 56], [1, 3, 3], [1; 3], padding, [1; 3])
     /// };
-    /// assert!(conv([64, 64], 1)?.is_worth_storing());
-    /// assert!(!conv([64, 64], 64)?.is_worth_storing());
+    /// assert!(conv([64, 64], 1)?.is_worth_storing(24 << 20));
+    /// assert!(!conv([64, 64], 64)?.is_worth_storing(24 << 20));
+    /// assert!(!conv([64, 64], 1)?.is_worth_storing(1 << 30));
     /// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
     /// ```
-    pub fn is_worth_storing(&self) -> bool {
-        self.depth() > FEW_TAPS
+    pub fn is_worth_storing(&self, bytes: usize) -> bool {
+        self.depth() > FEW_TAPS && bytes <= LARGEST_STORED
     }
 
     pub(crate) fn groups(&self) -> usize {

@@ -54,6 +54,8 @@ pub struct BindingMeter {
 }
 
 /// Why launches cannot be counted.
+///
+/// [`BindingMeter`] has an example.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum BindingError {

@@ -10,7 +10,20 @@ use thiserror::Error;
 /// filled with, are passed over.
 const TELLING: [&str; 3] = ["CreateBindGroup(", "CreateComputePipeline(", "Submit("];
 
-/// A launch of a kernel.
+/// A launch of a kernel, as [`BindingMeter`](crate::BindingMeter) tells it.
+///
+/// ```
+/// use burn_conv_bn_memory::Launch;
+///
+/// /// The bytes that the launches of some kernels are bound to.
+/// fn bytes(launches: &[Launch], kernels: &str) -> u64 {
+///     let theirs = launches.iter().filter(|launch| launch.kernel.contains(kernels));
+///     theirs.map(|launch| launch.bytes).sum()
+/// }
+/// let launch = |kernel: &str, bytes| Launch { kernel: kernel.to_string(), bytes };
+/// let launches = [launch("normalize_kernel_f32", 64), launch("conv_f32", 96)];
+/// assert_eq!(bytes(&launches, "normalize"), 64);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Launch {
     /// Name of the kernel's function, and the types that it was compiled for.
@@ -20,6 +33,9 @@ pub struct Launch {
 }
 
 /// Why a trace cannot be understood.
+///
+/// It comes as a [`BindingError`](crate::BindingError), of which
+/// [`BindingMeter`](crate::BindingMeter) has an example.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TraceError {

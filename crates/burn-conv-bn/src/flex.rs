@@ -205,13 +205,14 @@ fn kernel_backward<E: Kernel>(
     let is_needed =
         batch_norm.is_some() || options.options.activation.derivative() == Derivative::OfValue;
     let kept = conv_output.as_option().map(contiguous);
+    let bytes = size_of_val(pass.output_grad);
     let stores = is_needed
         && kept.is_none()
-        && geometry.is_worth_storing()
+        && geometry.is_worth_storing(bytes)
         && options
             .options
             .max_workspace
-            .is_none_or(|bytes| size_of_val(pass.output_grad) <= bytes);
+            .is_none_or(|most| bytes <= most);
     let mut stored = Vec::<E>::new();
     let at_hand = match (&kept, is_needed) {
         (Some(kept), _) => Some(slice::<E>(kept)),
