@@ -548,7 +548,11 @@ fn every_activation() {
                 let exponential = matches!(activation, Activation::Silu | Activation::Gelu);
                 if exponential
                     && dtype == DType::F64
-                    && cfg!(any(feature = "vulkan", feature = "webgpu", feature = "wgpu"))
+                    && cfg!(any(
+                        feature = "vulkan",
+                        feature = "webgpu",
+                        feature = "wgpu"
+                    ))
                 {
                     continue;
                 }
