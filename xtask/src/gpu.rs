@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use burn_conv_bn_bench::device::{CUDA, WEBGPU};
 use burn_conv_bn_gpu_tests::TESTS;
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 use crate::programs::{self, Program};
 use crate::{cargo, root};
@@ -25,36 +26,11 @@ pub enum Fusion {
     Off,
 }
 
-/// A runtime of CubeCL, by the name of Burn's feature.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Runtime {
-    Cpu,
-    Cuda,
-    Metal,
-    Rocm,
-    Vulkan,
-    Webgpu,
-}
-
-impl Runtime {
-    /// The name.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Cpu => "cpu",
-            Self::Cuda => "cuda",
-            Self::Metal => "metal",
-            Self::Rocm => "rocm",
-            Self::Vulkan => "vulkan",
-            Self::Webgpu => "webgpu",
-        }
-    }
-
-    /// Why its tests cannot run here, as far as that is known before they are built.
-    pub fn unavailable(self) -> Result<(), String> {
-        match self {
-            Self::Vulkan | Self::Webgpu => vulkan(),
-            Self::Cpu | Self::Cuda | Self::Metal | Self::Rocm => Ok(()),
-        }
+/// Why the tests cannot run here on a runtime of CubeCL, as far as that is known before they are built.
+pub fn unavailable(runtime: &str) -> Result<(), String> {
+    match runtime {
+        "vulkan" | WEBGPU | "wgpu" => vulkan(),
+        _ => Ok(()),
     }
 }
 
@@ -131,37 +107,37 @@ pub fn tests(strict: bool, fusion: Fusion) -> Command {
     for test in TESTS.iter().chain(&WEBGPU_TESTS) {
         command.args(["--test", *test]);
     }
-    if strict {
-        command.env("BURN_CONV_BN_STRICT", "1");
-    }
-    quiet_mesa(&mut command);
+    set_up(&mut command, strict);
     command
 }
 
 /// The GPU tests on another runtime, one command for each name of the list with the filter for its test
 /// program: they are one program there, and each wants a process of its own.
 pub fn tests_on(
-    runtime: Runtime,
+    runtime: &str,
     strict: bool,
     fusion: Fusion,
 ) -> impl Iterator<Item = (Command, String)> {
-    let name = runtime.name();
-    let mut features = format!("burn-conv-bn-gpu-tests/{name}");
-    if fusion == Fusion::On {
-        features.push_str(",burn-conv-bn-gpu-tests/fusion");
-    }
+    let build = one_program(runtime, fusion);
+    let folder = format!("target/gpu-tests-{runtime}");
     TESTS.iter().map(move |test| {
-        let mut command = cargo(&["test", "--profile", "gpu", "--lib"]);
-        command
-            .arg("--target-dir")
-            .arg(format!("target/gpu-tests-{name}"))
-            .args(["-p", "burn-conv-bn-gpu-tests", "--features", &features]);
-        if strict {
-            command.env("BURN_CONV_BN_STRICT", "1");
-        }
-        quiet_mesa(&mut command);
+        let mut command = cargo(&["test", "--profile", "gpu", "--target-dir", &folder]);
+        command.args(&build);
+        set_up(&mut command, strict);
         (command, format!("{test}::"))
     })
+}
+
+/// The build of all tests of the list for a runtime, as one program.
+fn one_program(runtime: &str, fusion: Fusion) -> Vec<String> {
+    let package = "burn-conv-bn-gpu-tests";
+    let mut features = format!("{package}/{runtime}");
+    if fusion == Fusion::On {
+        features.push_str(&format!(",{package}/fusion"));
+    }
+    ["--lib", "-p", package, "--features", &features]
+        .map(String::from)
+        .to_vec()
 }
 
 /// A check that the code for the runtimes compiles which no machine of ours runs.
@@ -189,12 +165,16 @@ pub fn other_runtimes() -> Command {
 pub fn doc_tests(fusion: Fusion) -> Command {
     let mut command = cargo(&["test", "--doc"]);
     command.args(webgpu(fusion));
-    quiet_mesa(&mut command);
+    set_up(&mut command, false);
     command
 }
 
-/// Mesa complains without this folder.
-fn quiet_mesa(command: &mut Command) {
+/// What tests on a GPU find in their environment.
+fn set_up(command: &mut Command, strict: bool) {
+    if strict {
+        command.env("BURN_CONV_BN_STRICT", "1");
+    }
+    // Mesa complains without one.
     if env::var_os("XDG_RUNTIME_DIR").is_none() {
         command.env("XDG_RUNTIME_DIR", env::temp_dir());
     }
@@ -210,16 +190,6 @@ pub struct Bundle {
     )]
     output: PathBuf,
 }
-
-/// The build of all tests for CUDA, as one program. Without autotuning, as on WebGPU, and because that
-/// may choose kernels which multiply f32 as TF32: the tests' bounds are those of f32.
-const CUDA_TESTS: [&str; 5] = [
-    "--lib",
-    "-p",
-    "burn-conv-bn-gpu-tests",
-    "--features",
-    "burn-conv-bn-gpu-tests/cuda,burn-conv-bn-gpu-tests/fusion",
-];
 
 /// The build of what trains and is timed on CUDA.
 const CUDA_PROGRAMS: [&str; 10] = [
@@ -260,8 +230,10 @@ const SCRIPT: &str = concat!(
 
 /// Builds the tests and the benchmark for CUDA, and packs them.
 pub fn bundle(args: &Bundle) -> Result<()> {
-    let tests = build_for_cuda(&["test", "--no-run"], &CUDA_TESTS)?;
-    let others = build_for_cuda(&["build"], &CUDA_PROGRAMS)?;
+    // Without autotuning, as on WebGPU, and because that may choose kernels which multiply f32 as TF32:
+    // the tests' bounds are those of f32.
+    let tests = build_for_cuda(&["test", "--no-run"], one_program(CUDA, Fusion::On))?;
+    let others = build_for_cuda(&["build"], CUDA_PROGRAMS)?;
     // Neighbours in the archive are programs that share the most.
     let programs = [
         ("gpu-tests", file(&tests, "burn_conv_bn_gpu_tests")?),
@@ -335,7 +307,10 @@ fn megabytes(bytes: usize) -> f64 {
 }
 
 /// Builds programs without symbols.
-fn build_for_cuda(subcommand: &[&str], arguments: &[&str]) -> Result<Vec<Program>> {
+fn build_for_cuda(
+    subcommand: &[&str],
+    arguments: impl IntoIterator<Item: AsRef<OsStr>>,
+) -> Result<Vec<Program>> {
     let mut command = cargo(subcommand);
     command
         .args(["--release", "--locked", "--target-dir", "target/gpu-cuda"])

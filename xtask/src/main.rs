@@ -13,9 +13,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
+use burn_conv_bn_bench::device::{DEVICES, FLEX, WEBGPU};
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::gpu::{Fusion, Runtime};
+use crate::gpu::Fusion;
 
 /// Names the folder with the real MNIST that tests read.
 const MNIST: &str = "BURN_CONV_BN_MNIST";
@@ -112,8 +114,13 @@ struct Test {
     without_fusion: bool,
     /// What the GPU kernels run on, by the name of Burn's feature. Another one than WebGPU takes a build
     /// of its own, and leaves out the tests that are for WebGPU alone.
-    #[arg(long, value_enum, value_name = "NAME", default_value = "webgpu")]
-    runtime: Runtime,
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = WEBGPU,
+        value_parser = PossibleValuesParser::new(DEVICES.into_iter().filter(|name| *name != FLEX))
+    )]
+    runtime: String,
     /// Passed on to `cargo test`, as in `cargo xtask test --test it` or, to choose tests by name,
     /// `cargo xtask test running`.
     #[arg(value_name = "CARGO-TEST-ARGS", allow_hyphen_values = true)]
@@ -232,7 +239,7 @@ struct Skip {
 }
 
 fn test(args: Test) -> Result<()> {
-    if args.only == Some(Half::Host) && (args.without_fusion || args.runtime != Runtime::Webgpu) {
+    if args.only == Some(Half::Host) && (args.without_fusion || args.runtime != WEBGPU) {
         bail!(
             "--without-fusion and --runtime are for the tests of the GPU kernels, which --only host \
              leaves out"
@@ -267,10 +274,10 @@ fn test(args: Test) -> Result<()> {
     if args.only != Some(Half::Gpu) {
         commands.push((command, None));
     }
-    match args.runtime.unavailable() {
+    match gpu::unavailable(&args.runtime) {
         _ if args.only == Some(Half::Host) => {}
-        Ok(()) if args.runtime != Runtime::Webgpu => {
-            let tests = gpu::tests_on(args.runtime, args.strict, fusion);
+        Ok(()) if args.runtime != WEBGPU => {
+            let tests = gpu::tests_on(&args.runtime, args.strict, fusion);
             commands.extend(tests.map(|(command, filter)| (command, Some(filter))));
         }
         Ok(()) => {

@@ -10,7 +10,8 @@ pub const FLEX: &str = "flex";
 /// An NVIDIA GPU.
 pub const CUDA: &str = "cuda";
 
+/// Any GPU, through wgpu and its own shading language, WGSL.
+pub const WEBGPU: &str = "webgpu";
+
 /// All of them, each named as Burn's feature for it.
-pub const DEVICES: [&str; 8] = [
-    FLEX, "cpu", CUDA, "metal", "rocm", "vulkan", "webgpu", "wgpu",
-];
+pub const DEVICES: [&str; 8] = [FLEX, "cpu", CUDA, "metal", "rocm", "vulkan", WEBGPU, "wgpu"];

@@ -273,9 +273,10 @@ pub struct ConvBnOptions {
     /// (recomputed output, im2col columns, temporaries), or `None` for no bound.
     ///
     /// On Flex, a recomputed output that does not fit is never stored: each tile of it is
-    /// recomputed twice, as is one of more than 128 MiB without a bound. Elsewhere the backward pass works over the largest number of images that
-    /// fits, but at least one, and recomputes twice unless all of them fit. A few tiles for each
-    /// thread and copies of the weight are not bounded.
+    /// recomputed twice, as is one of more than 128 MiB, or of 32 taps or fewer, without a bound.
+    /// Elsewhere the backward pass works over the largest number of images that fits, but at least
+    /// one, and recomputes twice unless all of them fit. A few tiles for each thread and copies of the
+    /// weight are not bounded.
     pub max_workspace: Option<usize>,
 }
 
