@@ -23,6 +23,12 @@ use crate::print::{message, say};
 use crate::report::{Report, VariantReport};
 
 /// Version of Burn that this is built with: the one that the workspace pins.
+///
+/// ```
+/// use burn_conv_bn_train::compare::BURN_VERSION;
+///
+/// assert!(BURN_VERSION.starts_with("0.22."));
+/// ```
 pub const BURN_VERSION: &str = "0.22.1";
 
 /// Points of the curve of a step's memory.

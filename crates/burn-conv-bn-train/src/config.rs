@@ -293,6 +293,8 @@ fn typed(arg: &Arg, text: &str) -> Value {
 }
 
 /// Name of the file that [`RunFile`] is in.
+///
+/// [`RunFile`] has an example.
 pub const RUN_FILE: &str = "job.json";
 
 /// What a training was started with; [`RUN_FILE`] in its folder.

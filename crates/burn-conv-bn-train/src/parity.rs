@@ -51,6 +51,8 @@ pub struct Reordering {
 
 impl Reordering {
     /// No change.
+    ///
+    /// [`Reordering`] has an example.
     pub const NONE: Self = Self {
         batch: false,
         channels: false,

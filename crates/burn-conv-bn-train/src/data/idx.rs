@@ -8,12 +8,25 @@ use flate2::bufread::MultiGzDecoder;
 use thiserror::Error;
 
 /// Height and width of a digit, in pixels.
+///
+/// ```
+/// use burn_conv_bn_train::data::{CLASSES, PIXELS, SIDE, generate};
+///
+/// let digits = generate(20, 1);
+/// assert_eq!(digits.images().len(), 20 * PIXELS);
+/// assert_eq!(digits.image(3).chunks(SIDE).count(), SIDE);
+/// assert!(usize::from(digits.label(3)) < CLASSES);
+/// ```
 pub const SIDE: usize = 28;
 
 /// Number of pixels of a digit.
+///
+/// [`SIDE`] has an example.
 pub const PIXELS: usize = SIDE * SIDE;
 
 /// Number of classes; the labels are `0..CLASSES`.
+///
+/// [`SIDE`] has an example.
 pub const CLASSES: usize = 10;
 
 /// Most payload bytes (256 MiB) that a header may announce.

@@ -10,6 +10,12 @@ use image::{DynamicImage, GrayImage, ImageReader, Luma};
 use crate::data::{PIXELS, SIDE};
 
 /// Ends of the names of files that are read: PNG, and Netpbm's formats.
+///
+/// ```
+/// use burn_conv_bn_train::predict::images::EXTENSIONS;
+///
+/// assert!(EXTENSIONS.contains(&"png"));
+/// ```
 pub const EXTENSIONS: [&str; 5] = ["png", "pgm", "ppm", "pbm", "pnm"];
 
 /// Height and width of the box that MNIST scales a digit to.
