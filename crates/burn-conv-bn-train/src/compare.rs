@@ -35,6 +35,16 @@ pub const BURN_VERSION: &str = "0.22.1";
 const CURVE: usize = 500;
 
 /// Name of the subcommand that runs one variant; not for people.
+///
+/// ```
+/// use burn_conv_bn_train::compare::WORKER;
+///
+/// /// Whether a program was started to run one variant.
+/// fn is_worker(mut arguments: impl Iterator<Item = String>) -> bool {
+///     arguments.nth(1).as_deref() == Some(WORKER)
+/// }
+/// assert!(is_worker(["mnist", "run-variant"].map(String::from).into_iter()));
+/// ```
 pub const WORKER: &str = "run-variant";
 
 /// How to compare.

@@ -20,6 +20,13 @@ use crate::print::say;
 use crate::step::Classifier;
 
 /// Largest difference of losses that double precision may show.
+///
+/// ```
+/// use burn_conv_bn_train::parity::F64_TOLERANCE;
+///
+/// // More than rounding, and less than any mistake.
+/// assert!(f64::EPSILON < F64_TOLERANCE && F64_TOLERANCE < 1e-3);
+/// ```
 pub const F64_TOLERANCE: f64 = 1e-6;
 
 /// The same computation with its sums in another order: digits and hidden units are counted from

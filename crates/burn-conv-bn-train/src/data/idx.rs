@@ -30,6 +30,13 @@ pub const PIXELS: usize = SIDE * SIDE;
 pub const CLASSES: usize = 10;
 
 /// Most payload bytes (256 MiB) that a header may announce.
+///
+/// ```
+/// use burn_conv_bn_train::data::{MAX_BYTES, PIXELS};
+///
+/// // MNIST's training digits are far below.
+/// assert!(60_000 * PIXELS as u64 <= MAX_BYTES / 5);
+/// ```
 pub const MAX_BYTES: u64 = 256 << 20;
 
 /// Most bytes that are allocated before any of them is there.

@@ -15,6 +15,16 @@ use super::files::{self, FILES, Parts};
 use super::idx::{Digits, IdxError};
 
 /// Environment variable that, unless empty or `0`, forbids the download.
+///
+/// ```
+/// use std::process::Command;
+///
+/// use burn_conv_bn_train::data::OFFLINE;
+///
+/// // A training that is not to download anything.
+/// let mut training = Command::new("mnist");
+/// training.env(OFFLINE, "1");
+/// ```
 pub const OFFLINE: &str = "BURN_CONV_BN_OFFLINE";
 
 /// Digits in the training part of MNIST and of its stand-in.

@@ -10,6 +10,13 @@ use super::font;
 use crate::data::{PIXELS, SIDE};
 
 /// Digits that a picture shows at most.
+///
+/// ```
+/// use burn_conv_bn_train::predict::mistakes::SHOWN;
+///
+/// let mistakes = 130;
+/// println!("{} of {mistakes} mistakes are in the picture", mistakes.min(SHOWN));
+/// ```
 pub const SHOWN: usize = COLUMNS * 5;
 
 /// Digits in a row.
