@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use burn_conv_bn_bench::catalogue::{Entry, Selection, catalogue, select};
-use burn_conv_bn_bench::device::{DEVICES, FLEX};
+use burn_conv_bn_bench::device::{CUDA, DEVICES, FLEX};
+use burn_conv_bn_bench::precision::Precision;
 use burn_conv_bn_bench::protocol::{Contender, Engine, Reply, Request};
 use burn_conv_bn_bench::report::{EntryReport, ProblemKind, Report};
 use burn_conv_bn_bench::table;
@@ -68,6 +69,10 @@ pub struct Bench {
     /// device.
     #[arg(long, value_name = "DEVICE", default_value = FLEX, value_parser = DEVICES)]
     device: String,
+    /// What to compute in: f16 and bf16 are mixed precision, in which Burn's norms and linear layers
+    /// stay in f32, and PyTorch's are under its autocast; tf32 is for CUDA.
+    #[arg(long, value_enum, value_name = "PRECISION", default_value_t = Precision::F32)]
+    precision: Precision,
     /// Smaller batches and images: without a peer it ends within five minutes on two cores, and the
     /// ratios are less telling.
     #[arg(long)]
@@ -133,12 +138,20 @@ pub fn bench(args: &Bench) -> Result<()> {
     if entries.is_empty() {
         bail!("no entry is both in --only and of the kind that was asked for");
     }
+    if !args.precision.exists_on(&args.device) {
+        bail!(
+            "{} is computed by NVIDIA's tensor cores: with --device {CUDA}, not {}",
+            args.precision,
+            args.device
+        );
+    }
     let files = args.files()?;
     let (lab, software) = Lab::set_up(args)?;
     let mut report = Report {
         date: machine::date()?,
         quick: args.quick,
         device: lab.device.clone(),
+        precision: lab.precision,
         machine: machine::describe(lab.plan.threads, &lab.device, software.vectors),
         versions: software.versions,
         commit: machine::clean_commit(),
@@ -191,7 +204,7 @@ fn conclude(report: &Report, files: &[OutputFile]) -> Result<()> {
     if !overview.is_empty() {
         println!("\n{}", overview.trim_end());
     }
-    let legend = table::legend(&report.device);
+    let legend = table::legend(&report.device, report.precision);
     println!("\n{legend}\n\n{}", table::setting(report));
     for comparison in &report.summary {
         println!("{}", table::comparison(comparison));
@@ -239,6 +252,8 @@ impl Software {
 struct Lab {
     /// Where the contenders compute.
     device: String,
+    /// What they compute in.
+    precision: Precision,
     worker: PathBuf,
     peer_script: PathBuf,
     /// The python, if the peer was asked for and is there.
@@ -261,6 +276,7 @@ impl Lab {
         let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let mut lab = Self {
             device: args.device.clone(),
+            precision: args.precision,
             scratch: Scratch::create(&worker)?,
             worker,
             peer_script: peer_script.unwrap_or_else(|| root().join(PYTORCH)),
@@ -345,7 +361,7 @@ impl Lab {
 
     /// Runs an entry. What goes wrong is in the report.
     fn run(&self, entry: Entry, progress: &mut Progress) -> EntryReport {
-        let mut report = EntryReport::new(entry, &self.device);
+        let mut report = EntryReport::new(entry, &self.device, self.precision);
         if let Err(error) = self.fill(&mut report, progress) {
             report.problem = Some(format!("{error:#}"));
         }
@@ -402,6 +418,7 @@ impl Lab {
             entry: entry.clone(),
             variant,
             device: self.device.clone(),
+            precision: self.precision,
             data_dir: self.scratch.data(),
             threads: self.plan.threads,
         }
@@ -436,7 +453,7 @@ impl Lab {
                 tensors = Some(checked.tensors);
                 continue;
             }
-            let tolerance = entry.work.tolerance(&self.device);
+            let tolerance = entry.work.tolerance(&self.device, self.precision);
             let tensors = tensors.as_deref();
             contender.compare(helper, &folder, &reference, tensors, &checked, tolerance);
             // Results are as large as activations; nobody needs them any more.
@@ -638,9 +655,10 @@ fn announce(entries: &[Entry], guesses: &[f64], lab: &Lab, args: &Bench, progres
     let names: Vec<_> = names.map(|contender| contender.name()).collect();
     let threads = lab.plan.threads;
     eprintln!(
-        "bench: {} on {}, {threads} thread{}",
+        "bench: {} on {} in {}, {threads} thread{}",
         names.join(", "),
         lab.device,
+        lab.precision,
         if threads == 1 { "" } else { "s" }
     );
     if args.peer.is_none() {
@@ -711,7 +729,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_are_checked_by_name() {
+    fn devices_and_precisions_are_checked_by_name() {
         #[derive(clap::Parser, Debug)]
         struct Cli {
             #[command(flatten)]
@@ -725,6 +743,14 @@ mod tests {
         }
         let error = parse(&["bench", "--device", "abacus"]).unwrap_err();
         assert!(error.to_string().contains("vulkan"), "{error}");
+        assert_eq!(parse(&["bench"]).unwrap().bench.precision, Precision::F32);
+        let cli = parse(&["bench", "--precision", "bf16"]).unwrap();
+        assert_eq!(cli.bench.precision, Precision::Bf16);
+        let error = parse(&["bench", "--precision", "f8"]).unwrap_err();
+        assert!(error.to_string().contains("bf16"), "{error}");
+        let tf32 = parse(&["bench", "--precision", "tf32"]).unwrap();
+        let error = bench(&tf32.bench).unwrap_err().to_string();
+        assert!(error.contains("cuda, not flex"), "{error}");
     }
 
     #[test]

@@ -433,7 +433,7 @@ mod script_tests {
         ),
         ("xtask", "echo xtask $* >> log; exit $BENCH"),
         ("nvidia-smi", "exit 6"),
-        ("python3", "exit 1"),
+        ("python3", "exit $TORCH"),
     ];
 
     struct Run {
@@ -472,6 +472,7 @@ mod script_tests {
             .env("PATH", search)
             .envs(["COMPARE", "PARITY", "BENCH"].map(|name| (name, "0")))
             .envs(["MISSING", "BROKEN"].map(|name| (name, "none")))
+            .env("TORCH", "1")
             .envs(variables.iter().copied())
             .output()
             .unwrap();
@@ -487,7 +488,7 @@ mod script_tests {
 
     fn says(run: &Run, name: &str, how: &str) -> bool {
         let (_, summary) = run.stdout.split_once("== summary ==").unwrap_or_default();
-        summary.contains(&format!("{name:<18}{how}"))
+        summary.contains(&format!("{name:<19}{how}"))
     }
 
     #[test]
@@ -498,12 +499,33 @@ mod script_tests {
         let test = |name: &&str| format!("gpu-tests --test-threads 1 --nocapture {name}::");
         wanted.extend(TESTS.iter().map(test));
         wanted.push("mnist parity".to_string());
-        assert_eq!(run.log[..run.log.len() - 1], wanted);
-        let last = run.log.last().unwrap();
-        assert!(last.starts_with("xtask bench --device cuda") && last.ends_with("--quick"));
-        for name in TESTS.iter().chain(&["mnist compare", "benchmark"]) {
+        let precisions = ["f32", "f16", "bf16"];
+        let (tests, benchmarks) = run.log.split_at(run.log.len() - precisions.len());
+        assert_eq!(tests, wanted);
+        for (line, precision) in benchmarks.iter().zip(precisions) {
+            let start = format!("xtask bench --device cuda --precision {precision} ");
+            let end = format!(" --json ./gpu-bench-{precision}.json --quick");
+            assert!(line.starts_with(&start) && line.ends_with(&end), "{line}");
+            assert!(!line.contains("--peer "), "{line}");
+            assert!(says(&run, &format!("benchmark in {precision}"), "passed\n"));
+        }
+        for name in TESTS.iter().chain(&["mnist compare"]) {
             assert!(says(&run, name, "passed\n"), "{name} in {}", run.stdout);
         }
+    }
+
+    #[test]
+    fn precisions_are_those_that_mean_something_or_were_asked_for() {
+        let benchmarks = |variables: &[(&str, &str)]| {
+            let log = run(variables).log;
+            let lines = log.into_iter().filter(|line| line.starts_with("xtask"));
+            let precision = |line: String| line.split(' ').nth(5).unwrap_or_default().to_string();
+            lines.map(precision).collect::<Vec<_>>()
+        };
+        let with_torch = benchmarks(&[("TORCH", "0")]);
+        assert_eq!(with_torch, ["f32", "tf32", "f16", "bf16"]);
+        let asked = benchmarks(&[("BURN_CONV_BN_PRECISIONS", "bf16")]);
+        assert_eq!(asked, ["bf16"]);
     }
 
     #[test]
@@ -519,9 +541,13 @@ mod script_tests {
     fn what_fails_is_named_and_the_rest_is_run() {
         let broken = run(&[("BROKEN", "cube"), ("BENCH", "3")]);
         assert_eq!(broken.code, Some(1));
-        assert!(broken.stderr.contains("FAILED: cube benchmark"));
+        assert!(broken.stderr.contains("FAILED: cube benchmark in f32"));
         assert!(says(&broken, "cube", "FAILED (exit status 1)\n"));
-        assert!(says(&broken, "benchmark", "FAILED (exit status 3)\n"));
+        assert!(says(
+            &broken,
+            "benchmark in bf16",
+            "FAILED (exit status 3)\n"
+        ));
         assert!(says(&broken, "cube_leaks", "passed\n"));
         let missing = run(&[("MISSING", "kernels")]);
         assert_eq!(missing.code, Some(1));

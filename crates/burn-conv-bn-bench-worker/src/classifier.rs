@@ -6,10 +6,10 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::momentum::MomentumConfig;
-use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
+use burn::optim::{ModuleOptimizer, SgdConfig};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData};
-use burn_conv_bn::{ConvBnModule, Recompute, SavedTensor};
+use burn_conv_bn::{ConvBnModule, SavedTensor};
 use burn_conv_bn_bench::catalogue::{Architecture, Classifier};
 use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
 use burn_conv_bn_memory::CountingAllocator;
@@ -20,7 +20,8 @@ use burn_conv_bn_models::{
 use crate::device::{Stopwatch, is_cube};
 use crate::files::{read, write};
 use crate::meter::Meter;
-use crate::network::loss;
+use crate::network::{form, loss, recompute};
+use crate::precision::Computing;
 use crate::saved::{self, Kept};
 use crate::session::Workload;
 use crate::tensors::{into_values, tensor, values, write_tensor};
@@ -102,6 +103,7 @@ pub struct ClassifierWork {
     optimizer: ModuleOptimizer,
     images: Tensor<4>,
     targets: Tensor<1, Int>,
+    computing: Computing,
     device: Device,
 }
 
@@ -112,23 +114,16 @@ impl ClassifierWork {
     pub fn load(
         classifier: &Classifier,
         contender: Contender,
+        computing: Computing,
         device: Device,
         data: &Path,
     ) -> Result<Self> {
-        let form = match contender {
-            Contender::Fused | Contender::Never => Form::Fused,
-            _ => Form::Unfused,
-        };
-        let recompute = match contender {
-            Contender::Never => Recompute::Never,
-            _ => Recompute::Conv,
-        };
         let mut fill = Fill {
             values: read(data, PARAMETERS)?,
             taken: 0,
         };
-        let model = Model::new(classifier.architecture, form, &device)
-            .with_recompute(recompute)
+        let model = Model::new(classifier.architecture, form(contender), &device)
+            .with_recompute(recompute(contender))
             .map(&mut fill);
         ensure!(
             fill.taken == fill.values.len(),
@@ -139,11 +134,13 @@ impl ClassifierWork {
         let targets = values(data, "targets", classifier.batch)?;
         let targets: Vec<i64> = targets.into_iter().map(|class| class as i64).collect();
         let momentum = MomentumConfig::new();
+        let images = tensor(data, "images", classifier.input_shape(), &device)?;
         Ok(Self {
             model: Some(model),
             optimizer: SgdConfig::new().with_momentum(Some(momentum)).init(),
-            images: tensor(data, "images", classifier.input_shape(), &device)?,
+            images: computing.activations(images),
             targets: Tensor::from_data(TensorData::new(targets, [classifier.batch]), &device),
+            computing,
             device,
         })
     }
@@ -153,21 +150,23 @@ impl ClassifierWork {
     }
 
     fn forward(&self, images: Tensor<4>, targets: Tensor<1, Int>) -> Tensor<1> {
-        loss(log_softmax(self.model().forward(images), 1), targets)
+        let model = self.computing.module(self.model());
+        loss(log_softmax(model.forward(images), 1), targets)
     }
 
     fn warm_up(&self) {
         let [batch, size] = SMALL;
         let images = Tensor::random([batch, 3, size, size], Distribution::Default, &self.device);
+        let images = self.computing.activations(images);
         let targets = Tensor::zeros([batch], &self.device);
-        self.forward(images, targets).backward();
+        self.computing.backward(&self.forward(images, targets));
     }
 
     fn measure(&self, allocator: &'static CountingAllocator) -> StepMemory {
         let mut meter = Meter::start(&self.device, allocator);
         let loss = self.forward(self.images.clone(), self.targets.clone());
         meter.forward_end();
-        let grads = loss.backward();
+        let grads = self.computing.backward(&loss);
         // Without the optimizer: by then the activations are gone, and its state stays.
         let memory = meter.finish();
         drop((grads, loss));
@@ -179,13 +178,15 @@ impl Workload for ClassifierWork {
     fn check(&self, folder: &Path) -> Result<Vec<String>> {
         fs::create_dir_all(folder)
             .with_context(|| format!("cannot create {}", folder.display()))?;
-        let logits = self.model().forward(self.images.clone());
+        let model = self.computing.module(self.model());
+        let logits = model.forward(self.images.clone());
         let loss = loss(log_softmax(logits.clone(), 1), self.targets.clone());
-        let grads = loss.backward();
+        let grads = self.computing.backward(&loss);
         write_tensor(folder, "logits", logits)?;
         write_tensor(folder, "loss", loss)?;
         let mut gradients = WriteGradients {
             grads: &grads,
+            computing: self.computing,
             path: Vec::new(),
             vectors: Vec::new(),
             weights: Vec::new(),
@@ -201,10 +202,10 @@ impl Workload for ClassifierWork {
         let mut watch = Stopwatch::start(&self.device);
         let loss = self.forward(self.images.clone(), self.targets.clone());
         let forward_ms = watch.lap();
-        let grads = loss.backward();
+        let grads = self.computing.backward(&loss);
         let backward_ms = watch.lap();
         let model = self.model.take().expect(PUT_BACK);
-        let grads = GradientsParams::from_grads(grads, &model);
+        let grads = self.computing.gradients(grads, &model);
         self.model = Some(self.optimizer.step(LEARNING_RATE, model, grads));
         let optimizer_ms = watch.lap();
         StepTime {
@@ -224,7 +225,8 @@ impl Workload for ClassifierWork {
     }
 
     fn saved(&self) -> u64 {
-        let listed = self.model().saved_for_backward(self.images.dims());
+        let model = self.computing.module(self.model());
+        let listed = model.saved_for_backward(self.images.dims());
         let kept = listed.iter().map(|(block, kept)| Kept::new(block, kept));
         saved::bytes(&kept.collect::<Vec<_>>(), true)
     }
@@ -274,9 +276,11 @@ impl ModuleMapper for Fill {
 /// A shift that the next norm takes away again has rounding noise for a gradient, which is to be
 /// judged beside the others. In a weight's gradient one ReLU that rounding turned over moves single
 /// values by a good part of the largest: the last maps of ResNet-50 have 392 values a channel, and a
-/// million values that may lie near the kink.
+/// million values that may lie near the kink. In mixed precision it moves as much of a norm's: of those,
+/// too, the Euclidean norms are gathered there.
 struct WriteGradients<'a> {
     grads: &'a Gradients,
+    computing: Computing,
     path: Vec<String>,
     vectors: Vec<f32>,
     weights: Vec<f32>,
@@ -285,14 +289,13 @@ struct WriteGradients<'a> {
 
 impl WriteGradients<'_> {
     fn add<const D: usize>(&mut self, param: &Param<Tensor<D>>) -> Result<()> {
-        let grad = param.val().grad(self.grads);
+        let grad = self.computing.gradient(&param.val(), self.grads);
         let grad = grad.with_context(|| format!("{} has no gradient", self.path.join(".")))?;
+        let norm = |grad: Tensor<D>| into_values((grad.clone() * grad).sum().sqrt());
         match D {
+            1 if self.computing.is_mixed() => self.vectors.extend(norm(grad)?),
             1 => self.vectors.extend(into_values(grad)?),
-            _ => {
-                let squares = (grad.clone() * grad).sum();
-                self.weights.extend(into_values(squares.sqrt())?);
-            }
+            _ => self.weights.extend(norm(grad)?),
         }
         Ok(())
     }

@@ -6,12 +6,15 @@ use anyhow::{Context, Result, bail};
 #[cfg(feature = "cubecl")]
 use burn::backend::DispatchDevice;
 use burn::tensor::Device;
+use burn_conv_bn_bench::precision::Precision;
 use burn_conv_bn_bench::protocol::Contender;
 use burn_conv_bn_train::device::DeviceChoice;
 use pulp::{Arch, Simd, WithSimd};
 
+use crate::precision::types;
+
 /// The device of a contender, with autodiff.
-pub fn open(contender: Contender, name: &str) -> Result<Device> {
+pub fn open(contender: Contender, name: &str, precision: Precision) -> Result<Device> {
     let is_checkpointed = match contender {
         Contender::Fused | Contender::Never | Contender::Unfused => false,
         Contender::UnfusedCheckpointed => true,
@@ -19,7 +22,7 @@ pub fn open(contender: Contender, name: &str) -> Result<Device> {
     };
     let choice: DeviceChoice = serde_json::from_value(name.into())
         .with_context(|| format!("there is no device {name:?}"))?;
-    let device = choice.open()?.autodiff();
+    let device = choice.open_for(types(precision))?.autodiff();
     match is_checkpointed {
         true => Ok(device.gradient_checkpointing()),
         false => Ok(device),
@@ -98,7 +101,9 @@ mod tests {
             let choice: DeviceChoice = serde_json::from_value(name.into()).unwrap();
             assert_eq!(choice.name(), name);
         }
-        let error = open(Contender::Fused, "abacus").err().unwrap();
+        let error = open(Contender::Fused, "abacus", Precision::F32)
+            .err()
+            .unwrap();
         assert!(format!("{error:#}").contains("abacus"), "{error:#}");
     }
 
@@ -112,7 +117,7 @@ mod tests {
 
     #[test]
     fn parts_are_timed_one_after_the_other() {
-        let device = open(Contender::UnfusedCheckpointed, FLEX).unwrap();
+        let device = open(Contender::UnfusedCheckpointed, FLEX, Precision::F32).unwrap();
         assert!(!is_cube(&device));
         let mut watch = Stopwatch::start(&device);
         std::thread::sleep(std::time::Duration::from_millis(20));

@@ -6,15 +6,17 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use burn::nn::conv::Conv2dConfig;
 use burn::nn::{BatchNormConfig, PaddingConfig2d};
-use burn::tensor::activation::relu;
 use burn::tensor::{Device, Distribution, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, Recompute};
+use burn_conv_bn::{Activation, ConvBn2d};
 use burn_conv_bn_bench::catalogue::Layer;
 use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
 use burn_conv_bn_memory::CountingAllocator;
+use burn_conv_bn_models::Form;
 
 use crate::device::{Stopwatch, is_cube};
 use crate::meter::Meter;
+use crate::network::{form, recompute};
+use crate::precision::Computing;
 use crate::saved::{self, Kept};
 use crate::session::Workload;
 use crate::tensors::{parameter, tensor, write_tensor};
@@ -26,7 +28,8 @@ const SMALL: [usize; 2] = [2, 8];
 /// A block with its data.
 pub struct LayerWork {
     layer: Layer,
-    fused: bool,
+    form: Form,
+    computing: Computing,
     block: ConvBn2d,
     input: Tensor<4>,
     upstream: Tensor<4>,
@@ -35,27 +38,33 @@ pub struct LayerWork {
 
 impl LayerWork {
     /// Reads the data that `prepare` wrote.
-    pub fn load(layer: &Layer, contender: Contender, device: Device, data: &Path) -> Result<Self> {
+    pub fn load(
+        layer: &Layer,
+        contender: Contender,
+        computing: Computing,
+        device: Device,
+        data: &Path,
+    ) -> Result<Self> {
         let mut block = read_block(layer, data, &device)?;
-        if contender == Contender::Never {
-            block.settings.recompute = Recompute::Never;
-        }
+        block.settings.recompute = recompute(contender);
         let input = tensor(data, "input", layer.input_shape(), &device)?;
+        let upstream = tensor(data, "upstream", layer.output_shape(), &device)?;
         Ok(Self {
-            fused: matches!(contender, Contender::Fused | Contender::Never),
+            form: form(contender),
+            computing,
             block,
-            input: input.set_require_grad(layer.input_grad),
-            upstream: tensor(data, "upstream", layer.output_shape(), &device)?,
+            input: computing
+                .activations(input)
+                .set_require_grad(layer.input_grad),
+            upstream: computing.activations(upstream),
             layer: layer.clone(),
             device,
         })
     }
 
     fn forward(&self, input: Tensor<4>) -> Tensor<4> {
-        match self.fused {
-            true => self.block.forward(input),
-            false => relu(self.block.norm.forward(self.block.conv.forward(input))),
-        }
+        self.form
+            .forward(&self.computing.module(&self.block), input)
     }
 
     fn warm_up(&self) {
@@ -63,8 +72,9 @@ impl LayerWork {
         let size = least.max(self.layer.kernel);
         let shape = [batch, self.layer.channels[0], size, size];
         let input = Tensor::<4>::random(shape, Distribution::Default, &self.device);
+        let input = self.computing.activations(input);
         let output = self.forward(input.set_require_grad(self.layer.input_grad));
-        let upstream = Tensor::<4>::ones(output.dims(), &self.device);
+        let upstream = output.clone().detach().ones_like();
         backward_from(output, upstream);
     }
 
@@ -151,20 +161,11 @@ impl Workload for LayerWork {
     }
 
     fn saved(&self) -> u64 {
-        let mut block = self.block.clone();
-        if !self.fused {
-            block.settings.recompute = Recompute::Never;
-        }
-        let listed = block.saved_for_backward(self.layer.input_shape());
-        let mut kept: Vec<Kept<'_>> = listed.iter().map(|kept| Kept::new("", kept)).collect();
-        if !self.fused {
-            // Burn's ReLU keeps its input, the norm's output, on top.
-            kept.push(Kept {
-                block: "",
-                role: "norm_output",
-                bytes: size_of::<f32>() * self.layer.output_shape().iter().product::<usize>(),
-            });
-        }
+        let block = self.computing.module(&self.block);
+        let listed = self
+            .form
+            .saved_for_backward(&block, self.layer.input_shape());
+        let kept: Vec<Kept<'_>> = listed.iter().map(|kept| Kept::new("", kept)).collect();
         saved::bytes(&kept, !self.layer.input_grad)
     }
 }

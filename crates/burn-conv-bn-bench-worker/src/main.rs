@@ -7,6 +7,7 @@ mod files;
 mod layer;
 mod meter;
 mod network;
+mod precision;
 mod prepare;
 mod saved;
 mod session;
@@ -16,10 +17,9 @@ mod upstream;
 use std::io::{BufRead, Write, stdin, stdout};
 
 use anyhow::{Context, Result};
-use burn_conv_bn_bench::protocol::Reply;
 use burn_conv_bn_memory::CountingAllocator;
 
-use crate::session::Session;
+use crate::session::{Session, explain};
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator::new();
@@ -29,11 +29,7 @@ fn main() -> Result<()> {
     for line in stdin().lock().lines() {
         let request = serde_json::from_str(&line.context("cannot read requests")?)
             .context("bench-worker is started by cargo xtask bench, which tells it what to do")?;
-        let reply = session
-            .answer(request)
-            .unwrap_or_else(|error| Reply::Failed {
-                reason: format!("{error:#}"),
-            });
+        let reply = session.answer(request).unwrap_or_else(explain);
         let mut line = serde_json::to_vec(&reply)?;
         line.push(b'\n');
         let mut output = stdout().lock();

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use burn::module::Param;
 use burn::nn::DropoutConfig;
-use burn::optim::{GradientsParams, ModuleOptimizer};
+use burn::optim::ModuleOptimizer;
 use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData};
 use burn_conv_bn::Recompute;
 use burn_conv_bn_bench::catalogue::Network;
@@ -17,6 +17,7 @@ use burn_conv_bn_train::optim::AdadeltaConfig;
 
 use crate::device::{Stopwatch, is_cube};
 use crate::meter::Meter;
+use crate::precision::Computing;
 use crate::saved::{self, Kept};
 use crate::session::Workload;
 use crate::tensors::{parameter, tensor, values, write_tensor};
@@ -45,6 +46,7 @@ pub struct NetworkWork {
     optimizer: ModuleOptimizer,
     images: Tensor<4>,
     targets: Tensor<1, Int>,
+    computing: Computing,
     device: Device,
 }
 
@@ -53,27 +55,23 @@ impl NetworkWork {
     pub fn load(
         network: &Network,
         contender: Contender,
+        computing: Computing,
         device: Device,
         data: &Path,
     ) -> Result<Self> {
-        let form = match contender {
-            Contender::Fused | Contender::Never => Form::Fused,
-            _ => Form::Unfused,
-        };
-        let recompute = match contender {
-            Contender::Never => Recompute::Never,
-            _ => Recompute::Conv,
-        };
-        let mut net = NetConfig::new(form).with_recompute(recompute).init(&device);
+        let config = NetConfig::new(form(contender)).with_recompute(recompute(contender));
+        let mut net = config.init(&device);
         read_parameters(&mut net, data, &device)?;
         let size = Network::IMAGE_SIZE;
         let targets = values(data, "targets", network.batch)?;
         let targets: Vec<i64> = targets.into_iter().map(|class| class as i64).collect();
+        let images = tensor(data, "images", [network.batch, 1, size, size], &device)?;
         Ok(Self {
             net: Some(net),
             optimizer: AdadeltaConfig::new().init(),
-            images: tensor(data, "images", [network.batch, 1, size, size], &device)?,
+            images: computing.activations(images),
             targets: Tensor::from_data(TensorData::new(targets, [network.batch]), &device),
+            computing,
             device,
         })
     }
@@ -82,26 +80,44 @@ impl NetworkWork {
         self.net.as_ref().expect(PUT_BACK)
     }
 
+    fn loss(&self, images: Tensor<4>, targets: Tensor<1, Int>) -> Tensor<1> {
+        loss(self.computing.module(self.net()).forward(images), targets)
+    }
+
     fn warm_up(&self) {
         let size = Network::IMAGE_SIZE;
         let shape = [SMALL_BATCH, 1, size, size];
         let images = Tensor::<4>::random(shape, Distribution::Default, &self.device);
+        let images = self.computing.activations(images);
         let targets = Tensor::<1, Int>::zeros([SMALL_BATCH], &self.device);
-        loss(self.net().forward(images), targets).backward();
+        self.computing.backward(&self.loss(images, targets));
     }
 
     fn measure(&self, allocator: &'static CountingAllocator) -> StepMemory {
         let mut meter = Meter::start(&self.device, allocator);
-        let loss = loss(
-            self.net().forward(self.images.clone()),
-            self.targets.clone(),
-        );
+        let loss = self.loss(self.images.clone(), self.targets.clone());
         meter.forward_end();
-        let grads = loss.backward();
+        let grads = self.computing.backward(&loss);
         // Without the optimizer: by then the activations are gone, and its state stays.
         let memory = meter.finish();
         drop((grads, loss));
         memory
+    }
+}
+
+/// How a contender runs its blocks.
+pub fn form(contender: Contender) -> Form {
+    match contender {
+        Contender::Fused | Contender::Never => Form::Fused,
+        _ => Form::Unfused,
+    }
+}
+
+/// What its fused blocks keep.
+pub fn recompute(contender: Contender) -> Recompute {
+    match contender {
+        Contender::Never => Recompute::Never,
+        _ => Recompute::Conv,
     }
 }
 
@@ -134,11 +150,16 @@ fn read_parameters(net: &mut Net, data: &Path, device: &Device) -> Result<()> {
 }
 
 /// Writes the gradient of every parameter, in Burn's layout. Returns their names.
-fn write_gradients(net: &Net, grads: &Gradients, folder: &Path) -> Result<Vec<String>> {
+fn write_gradients(
+    net: &Net,
+    grads: &Gradients,
+    computing: Computing,
+    folder: &Path,
+) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for (name, block) in [("conv1", &net.conv1), ("conv2", &net.conv2)] {
         let (weight, name) = (&block.conv.weight, format!("{name}.weight_grad"));
-        names.push(write_gradient(weight, grads, folder, name)?);
+        names.push(write_gradient(weight, grads, computing, folder, name)?);
     }
     for (name, linear) in [("fc1", &net.fc1), ("fc2", &net.fc2)] {
         let bias = linear
@@ -146,9 +167,15 @@ fn write_gradients(net: &Net, grads: &Gradients, folder: &Path) -> Result<Vec<St
             .as_ref()
             .context("the linear layers have a bias")?;
         let weight_name = format!("{name}.weight_grad");
-        names.push(write_gradient(&linear.weight, grads, folder, weight_name)?);
+        names.push(write_gradient(
+            &linear.weight,
+            grads,
+            computing,
+            folder,
+            weight_name,
+        )?);
         let bias_name = format!("{name}.bias_grad");
-        names.push(write_gradient(bias, grads, folder, bias_name)?);
+        names.push(write_gradient(bias, grads, computing, folder, bias_name)?);
     }
     Ok(names)
 }
@@ -156,10 +183,11 @@ fn write_gradients(net: &Net, grads: &Gradients, folder: &Path) -> Result<Vec<St
 fn write_gradient<const D: usize>(
     parameter: &Param<Tensor<D>>,
     grads: &Gradients,
+    computing: Computing,
     folder: &Path,
     name: String,
 ) -> Result<String> {
-    let grad = parameter.val().grad(grads);
+    let grad = computing.gradient(&parameter.val(), grads);
     let grad = grad.with_context(|| format!("there is no {name}"))?;
     write_tensor(folder, &name, grad)?;
     Ok(name)
@@ -171,27 +199,24 @@ impl Workload for NetworkWork {
             .with_context(|| format!("cannot create {}", folder.display()))?;
         let mut net = self.net().clone();
         net.dropout = DropoutConfig::new(0.0).init();
-        let log_probabilities = net.forward(self.images.clone());
+        let log_probabilities = self.computing.module(&net).forward(self.images.clone());
         let loss = loss(log_probabilities.clone(), self.targets.clone());
-        let grads = loss.backward();
+        let grads = self.computing.backward(&loss);
         write_tensor(folder, "log_probabilities", log_probabilities)?;
         write_tensor(folder, "loss", loss)?;
         let mut names = vec!["log_probabilities".to_string(), "loss".to_string()];
-        names.extend(write_gradients(&net, &grads, folder)?);
+        names.extend(write_gradients(&net, &grads, self.computing, folder)?);
         Ok(names)
     }
 
     fn step(&mut self) -> StepTime {
         let mut watch = Stopwatch::start(&self.device);
-        let loss = loss(
-            self.net().forward(self.images.clone()),
-            self.targets.clone(),
-        );
+        let loss = self.loss(self.images.clone(), self.targets.clone());
         let forward_ms = watch.lap();
-        let grads = loss.backward();
+        let grads = self.computing.backward(&loss);
         let backward_ms = watch.lap();
         let net = self.net.take().expect(PUT_BACK);
-        let grads = GradientsParams::from_grads(grads, &net);
+        let grads = self.computing.gradients(grads, &net);
         self.net = Some(self.optimizer.step(LEARNING_RATE, net, grads));
         let optimizer_ms = watch.lap();
         StepTime {
@@ -212,7 +237,8 @@ impl Workload for NetworkWork {
 
     fn saved(&self) -> u64 {
         let [batch, ..] = self.images.dims();
-        let listed = self.net().saved_for_backward(batch, Network::IMAGE_SIZE);
+        let net = self.computing.module(self.net());
+        let listed = net.saved_for_backward(batch, Network::IMAGE_SIZE);
         let kept = listed.iter().map(|(block, kept)| Kept::new(block, kept));
         saved::bytes(&kept.collect::<Vec<_>>(), true)
     }

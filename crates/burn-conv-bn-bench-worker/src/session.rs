@@ -3,19 +3,22 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use burn_conv_bn_bench::catalogue::{Entry, Work};
+use burn_conv_bn_bench::precision::Precision;
 use burn_conv_bn_bench::protocol::{
     Checked, Contender, Reply, Request, StepMemory, StepTime, TensorError,
 };
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_train::compare::BURN_VERSION;
+use burn_conv_bn_train::device::DeviceError;
 
 use crate::classifier::ClassifierWork;
 use crate::device::{open, vectors};
 use crate::files::{read, relative_error};
 use crate::layer::LayerWork;
 use crate::network::NetworkWork;
+use crate::precision::Computing;
 use crate::prepare::prepare;
 
 /// An entry in the form of one contender.
@@ -34,6 +37,15 @@ pub trait Workload {
 
     /// Bytes that its blocks list as kept for the backward pass, as [`StepMemory::saved`].
     fn saved(&self) -> u64;
+}
+
+/// What went wrong as a reply: what a device lacks is nobody's fault.
+pub fn explain(error: Error) -> Reply {
+    let reason = format!("{error:#}");
+    match error.downcast_ref() {
+        Some(DeviceError::Precision { .. }) => Reply::Unavailable { reason },
+        _ => Reply::Failed { reason },
+    }
 }
 
 /// What one process has been told so far.
@@ -71,10 +83,11 @@ impl Session {
                 entry,
                 variant,
                 device,
+                precision,
                 data_dir,
                 threads: _,
             } => {
-                self.workload = Some(load(&entry, variant, &device, &data_dir)?);
+                self.workload = Some(load(&entry, variant, &device, precision, &data_dir)?);
                 self.contender = Some(variant);
                 Ok(Reply::Done {})
             }
@@ -108,20 +121,24 @@ impl Session {
     }
 }
 
-/// An entry in the form of a contender, with its data, on the device of that name.
+/// An entry in the form of a contender, with its data, on the device of that name, in a precision.
 pub fn load(
     entry: &Entry,
     contender: Contender,
     device: &str,
+    precision: Precision,
     data: &Path,
 ) -> Result<Box<dyn Workload>> {
-    let device = open(contender, device)?;
+    let device = open(contender, device, precision)?;
+    let computing = Computing::new(precision);
     let workload: Box<dyn Workload> = match &entry.work {
-        Work::Layer(layer) => Box::new(LayerWork::load(layer, contender, device, data)?),
-        Work::Network(network) => Box::new(NetworkWork::load(network, contender, device, data)?),
-        Work::Classifier(classifier) => {
-            Box::new(ClassifierWork::load(classifier, contender, device, data)?)
-        }
+        Work::Layer(layer) => Box::new(LayerWork::load(layer, contender, computing, device, data)?),
+        Work::Network(network) => Box::new(NetworkWork::load(
+            network, contender, computing, device, data,
+        )?),
+        Work::Classifier(classifier) => Box::new(ClassifierWork::load(
+            classifier, contender, computing, device, data,
+        )?),
     };
     Ok(workload)
 }
@@ -188,7 +205,7 @@ mod tests {
     }
 
     /// Checks every contender of Burn against the unfused one, by the protocol alone.
-    fn check_all(entry: &Entry, tolerance: f64) -> Vec<String> {
+    fn check_all(entry: &Entry, precision: Precision, tolerance: f64) -> Vec<String> {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         let mut session = Session::new(&ALLOCATOR);
@@ -204,6 +221,7 @@ mod tests {
                 entry: entry.clone(),
                 variant,
                 device: FLEX.to_string(),
+                precision,
                 data_dir: path("data"),
                 threads: 1,
             };
@@ -233,9 +251,38 @@ mod tests {
         names
     }
 
+    /// As in the benchmark.
+    fn check(entry: &Entry, precision: Precision) -> Vec<String> {
+        check_all(entry, precision, entry.work.tolerance(FLEX, precision))
+    }
+
+    #[test]
+    fn all_forms_agree_in_mixed_precision() {
+        for precision in [Precision::F16, Precision::Bf16] {
+            for entry in [
+                small_layer(true),
+                small_network(),
+                small_classifier(Architecture::ResNet18),
+            ] {
+                assert!(check(&entry, precision).len() >= 4);
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_device_does_not_compute_in_is_unavailable() {
+        let lacking = DeviceError::Precision {
+            device: "webgpu",
+            dtype: "bf16",
+        };
+        assert!(matches!(explain(lacking.into()), Reply::Unavailable { .. }));
+        let missing = DeviceError::NotFound("cuda");
+        assert!(matches!(explain(missing.into()), Reply::Failed { .. }));
+    }
+
     #[test]
     fn all_forms_of_a_layer_agree() {
-        let names = check_all(&small_layer(true), LAYER_TOLERANCE);
+        let names = check_all(&small_layer(true), Precision::F32, LAYER_TOLERANCE);
         let wanted = [
             "output",
             "input_grad",
@@ -245,14 +292,14 @@ mod tests {
         ];
         assert_eq!(names, wanted);
         // A first layer's input has no gradient.
-        let names = check_all(&small_layer(false), LAYER_TOLERANCE);
+        let names = check_all(&small_layer(false), Precision::F32, LAYER_TOLERANCE);
         assert!(!names.contains(&"input_grad".to_string()), "{names:?}");
     }
 
     #[test]
     fn all_forms_of_the_network_agree() {
         let network = small_network();
-        let names = check_all(&network, network.work.tolerance(FLEX));
+        let names = check(&network, Precision::F32);
         assert_eq!(names.len(), 8, "{names:?}");
         assert_eq!(names[..2], ["log_probabilities", "loss"]);
     }
@@ -261,14 +308,14 @@ mod tests {
     fn all_forms_of_a_classifier_agree() {
         for architecture in [Architecture::ResNet18, Architecture::MobileNetV2] {
             let classifier = small_classifier(architecture);
-            let names = check_all(&classifier, classifier.work.tolerance(FLEX));
+            let names = check(&classifier, Precision::F32);
             assert_eq!(names[..2], ["logits", "loss"]);
             assert_eq!(names[2..], ["norms_and_biases_grad", "weight_grad_norms"]);
         }
     }
 
     /// What each contender says that it keeps.
-    fn saved(entry: &Entry) -> [Option<u64>; 4] {
+    fn saved(entry: &Entry, precision: Precision) -> [Option<u64>; 4] {
         let folder = tempfile::tempdir().unwrap();
         prepare(&entry.work, 5, folder.path()).unwrap();
         OURS.map(|variant| {
@@ -277,6 +324,7 @@ mod tests {
                 entry: entry.clone(),
                 variant,
                 device: FLEX.to_string(),
+                precision,
                 data_dir: folder.path().to_path_buf(),
                 threads: 1,
             };
@@ -299,10 +347,15 @@ mod tests {
             Some(never + output),
             None,
         ];
-        assert_eq!(saved(&small_layer(true)), wanted);
+        assert_eq!(saved(&small_layer(true), Precision::F32), wanted);
         // Images are no activation.
-        let wanted = wanted.map(|bytes| bytes.map(|bytes| bytes - input));
-        assert_eq!(saved(&small_layer(false)), wanted);
+        let first = wanted.map(|bytes| bytes.map(|bytes| bytes - input));
+        assert_eq!(saved(&small_layer(false), Precision::F32), first);
+        // Half of all but the statistics, and of the cast that Burn's norm wants.
+        let [fused, never, unfused] = [input, input + output, input + 2 * output + output];
+        let wanted = [fused, never, unfused].map(|bytes| Some(statistics + bytes / 2));
+        let [mixed @ .., checkpointed] = saved(&small_layer(true), Precision::Bf16);
+        assert_eq!((mixed, checkpointed), (wanted, None));
     }
 
     #[test]
@@ -314,10 +367,10 @@ mod tests {
         let never = fused + first + second;
         let unfused = never + first + second;
         let wanted = [Some(fused), Some(never), Some(unfused), None];
-        assert_eq!(saved(&small_network()), wanted);
+        assert_eq!(saved(&small_network(), Precision::F32), wanted);
 
         let [fused, never, unfused, checkpointed] =
-            saved(&small_classifier(Architecture::ResNet18));
+            saved(&small_classifier(Architecture::ResNet18), Precision::F32);
         assert!(fused < never && never < unfused, "{fused:?} {never:?}");
         assert_eq!(checkpointed, None);
     }
@@ -332,7 +385,8 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             prepare(&entry.work, 2, folder.path()).unwrap();
             for contender in OURS {
-                let mut workload = load(&entry, contender, FLEX, folder.path()).unwrap();
+                let mut workload =
+                    load(&entry, contender, FLEX, Precision::F32, folder.path()).unwrap();
                 for _ in 0..2 {
                     let step = workload.step();
                     assert!(step.forward_ms > 0.0 && step.backward_ms > 0.0, "{step:?}");
@@ -349,9 +403,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let entry = small_layer(true);
         prepare(&entry.work, 3, folder.path()).unwrap();
-        let error = load(&entry, Contender::Eager, FLEX, folder.path())
-            .err()
-            .unwrap();
+        let error = load(
+            &entry,
+            Contender::Eager,
+            FLEX,
+            Precision::F32,
+            folder.path(),
+        )
+        .err()
+        .unwrap();
         assert!(error.to_string().contains("eager"), "{error:#}");
     }
 }

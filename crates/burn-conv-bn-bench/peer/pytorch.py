@@ -412,10 +412,11 @@ def device_of(request):
         raise Unavailable(f"PyTorch is compared on the CPU and on CUDA alone, not on {name}")
     if not torch.cuda.is_available():
         raise Unavailable("this PyTorch finds no CUDA device")
-    # So that f32 is f32. Burn does not insist: some of the kernels that its autotuning chooses from
-    # multiply f32 as TF32 where there are tensor cores.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    # So that f32 is f32, unless it was asked for. Burn does not insist: some of the kernels that its
+    # autotuning chooses from multiply f32 as TF32 where there are tensor cores.
+    is_tf32 = request["precision"] == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = is_tf32
+    torch.backends.cudnn.allow_tf32 = is_tf32
     # As Burn's autotuning: the fastest algorithm for a shape is found by trying, before anything
     # is timed.
     torch.backends.cudnn.benchmark = True
@@ -426,6 +427,40 @@ def finish(device):
     """Waits until the device has done what it was told to. The CPU has when a call returns."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+class Computing:
+    """How a contender computes in a precision: parameters are in f32 in all of them."""
+
+    # The first loss scale that Burn's contenders know, too. PyTorch's scaler would look for another
+    # one after 2000 steps.
+    LOSS_SCALE = 1024.0
+
+    def __init__(self, precision, device):
+        self.device = device
+        self.half = {"f16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=self.LOSS_SCALE, enabled=precision == "f16"
+        )
+
+    def forward(self):
+        """The context of a forward pass."""
+        return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None)
+
+    def activations(self, tensor):
+        """Activations, as the blocks take them."""
+        return tensor if self.half is None else tensor.to(self.half)
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def gradient(self, parameter):
+        """A gradient of `backward`, as if nothing had been scaled."""
+        return parameter.grad / self.scaler.get_scale() if self.scaler.is_enabled() else parameter.grad
+
+    def step(self, optimizer):
+        self.scaler.step(optimizer)
+        self.scaler.update()
 
 
 class Stopwatch:
@@ -565,18 +600,20 @@ class ResidentMeter:
 
 
 class LayerWork:
-    def __init__(self, layer, variant, device, data):
+    def __init__(self, layer, variant, computing, data):
         self.layer = layer
         self.variant = variant
-        self.device = device
+        self.computing = computing
+        device = self.device = computing.device
         self.block = self.new_block(variant, data)
         self.run_block = torch.compile(self.block) if variant == "compile" else self.block
         size = layer["size"]
         shape = (layer["batch"], layer["channels"][0], size, size)
-        self.input = read(data, "input", shape, device).requires_grad_(layer["input_grad"])
+        self.input = computing.activations(read(data, "input", shape, device))
+        self.input.requires_grad_(layer["input_grad"])
         size = (size + 2 * layer["padding"] - layer["kernel"]) // layer["stride"] + 1
         shape = (layer["batch"], layer["channels"][1], size, size)
-        self.upstream = read(data, "upstream", shape, device)
+        self.upstream = computing.activations(read(data, "upstream", shape, device))
         self.formula = self.new_block("formula", data) if variant == "tutorial" else None
 
     def new_block(self, variant, data):
@@ -591,12 +628,16 @@ class LayerWork:
                     module.bias.copy_(read(data, "beta", module.bias.shape, self.device))
         return block
 
+    def forward(self, run_block, x):
+        with self.computing.forward():
+            return run_block(x)
+
     def forget_gradients(self):
         self.input.grad = None
         self.block.zero_grad(set_to_none=True)
 
     def results(self, block, run_block):
-        output = run_block(self.input)
+        output = self.forward(run_block, self.input)
         output.backward(self.upstream)
         results = {"output": output}
         if self.layer["input_grad"]:
@@ -618,7 +659,7 @@ class LayerWork:
 
     def step(self):
         watch = Stopwatch(self.device)
-        output = self.run_block(self.input)
+        output = self.forward(self.run_block, self.input)
         forward_ms = watch.lap()
         output.backward(self.upstream)
         backward_ms = watch.lap()
@@ -633,22 +674,23 @@ class LayerWork:
             return
         size = max(self.layer["kernel"], SMALL_SIZE)
         small = torch.rand(SMALL_BATCH, self.layer["channels"][0], size, size, device=self.device)
-        output = self.run_block(small.requires_grad_(self.layer["input_grad"]))
+        small = self.computing.activations(small).requires_grad_(self.layer["input_grad"])
+        output = self.forward(self.run_block, small)
         output.backward(torch.ones_like(output))
         self.forget_gradients()
 
     def memory(self):
         self.warm_up()
         meter = meter_of(self.device)
-        output = self.run_block(self.input)
+        output = self.forward(self.run_block, self.input)
         meter.forward_end()
         output.backward(self.upstream)
         return meter.finish()
 
 
 class TrainingWork:
-    """A network's training step. Subclasses set `device`, `variant`, `net`, `run_net`, `optimizer`,
-    `images`, `targets` and what follows."""
+    """A network's training step. Subclasses set `computing`, `device`, `variant`, `net`, `run_net`,
+    `optimizer`, `images`, `targets` and what follows."""
 
     # Mean over the images, of what the network makes of them and of their classes.
     loss = None
@@ -656,15 +698,16 @@ class TrainingWork:
     small_size = None
 
     def forward(self, images, targets):
-        return self.loss(self.run_net(images), targets)
+        with self.computing.forward():
+            return self.loss(self.run_net(images), targets)
 
     def step(self):
         watch = Stopwatch(self.device)
         loss = self.forward(self.images, self.targets)
         forward_ms = watch.lap()
-        loss.backward()
+        self.computing.backward(loss)
         backward_ms = watch.lap()
-        self.optimizer.step()
+        self.computing.step(self.optimizer)
         optimizer_ms = watch.lap()
         self.optimizer.zero_grad(set_to_none=True)
         return {
@@ -679,9 +722,9 @@ class TrainingWork:
         else:
             size = self.small_size
             shape = (SMALL_BATCH, self.images.size(1), size, size)
-            images = torch.rand(shape, device=self.device)
+            images = self.computing.activations(torch.rand(shape, device=self.device))
             targets = torch.zeros(SMALL_BATCH, dtype=torch.long, device=self.device)
-        self.forward(images, targets).backward()
+        self.computing.backward(self.forward(images, targets))
         self.net.zero_grad(set_to_none=True)
 
     def memory(self):
@@ -689,7 +732,7 @@ class TrainingWork:
         meter = meter_of(self.device)
         loss = self.forward(self.images, self.targets)
         meter.forward_end()
-        loss.backward()
+        self.computing.backward(loss)
         # Without the optimizer: by then the activations are gone, and its state stays.
         return meter.finish()
 
@@ -700,15 +743,16 @@ class NetworkWork(TrainingWork):
     loss = staticmethod(F.nll_loss)
     small_size = 28
 
-    def __init__(self, network, variant, device, data):
+    def __init__(self, network, variant, computing, data):
         self.variant = variant
-        self.device = device
+        self.computing = computing
+        device = self.device = computing.device
         self.data = data
         self.net = self.new_net(variant)
         self.run_net = torch.compile(self.net) if variant == "compile" else self.net
         self.optimizer = torch.optim.Adadelta(self.net.parameters(), lr=1.0)
         batch = network["batch"]
-        self.images = read(data, "images", (batch, 1, 28, 28), device)
+        self.images = computing.activations(read(data, "images", (batch, 1, 28, 28), device))
         self.targets = read(data, "targets", (batch,), device).long()
 
     def new_net(self, variant):
@@ -731,13 +775,15 @@ class NetworkWork(TrainingWork):
 
     def results(self, net, run_net):
         net.dropout.eval()
-        log_probabilities = run_net(self.images)
-        loss = self.loss(log_probabilities, self.targets)
-        loss.backward()
+        with self.computing.forward():
+            log_probabilities = run_net(self.images)
+            loss = self.loss(log_probabilities, self.targets)
+        self.computing.backward(loss)
         net.dropout.train()
         results = {"log_probabilities": log_probabilities, "loss": loss}
         for name, parameter, is_transposed in self.parameters(net):
-            grad = parameter.grad.t() if is_transposed else parameter.grad
+            grad = self.computing.gradient(parameter)
+            grad = grad.t() if is_transposed else grad
             results[f"{name}_grad"] = grad
         net.zero_grad(set_to_none=True)
         return results
@@ -757,14 +803,15 @@ class ClassifierWork(TrainingWork):
     loss = staticmethod(F.cross_entropy)
     small_size = SMALL_CLASSIFIER_SIZE
 
-    def __init__(self, classifier, variant, device, data):
+    def __init__(self, classifier, variant, computing, data):
         if variant == "tutorial":
             raise Unavailable(
                 "the tutorial's function has no scale and shift, no running statistics and no "
                 "residual, which torchvision's networks have"
             )
         self.variant = variant
-        self.device = device
+        self.computing = computing
+        device = self.device = computing.device
         # Without drawing what the file holds.
         with torch.device("meta"):
             net = ARCHITECTURES[classifier["architecture"]](keeper_of(variant))
@@ -778,19 +825,24 @@ class ClassifierWork(TrainingWork):
             self.net.parameters(), lr=1e-3, momentum=0.9, dampening=0.1
         )
         batch, size = classifier["batch"], classifier["size"]
-        self.images = read(data, "images", (batch, 3, size, size), device)
+        self.images = computing.activations(read(data, "images", (batch, 3, size, size), device))
         self.targets = read(data, "targets", (batch,), device).long()
 
     def check(self, folder):
-        logits = self.run_net(self.images)
-        loss = self.loss(logits, self.targets)
-        loss.backward()
-        grads = [value.grad for value, _ in values_of(self.net) if value.requires_grad]
+        with self.computing.forward():
+            logits = self.run_net(self.images)
+            loss = self.loss(logits, self.targets)
+        self.computing.backward(loss)
+        trained = (value for value, _ in values_of(self.net) if value.requires_grad)
+        grads = [self.computing.gradient(value) for value in trained]
+        vectors = [grad for grad in grads if grad.ndim == 1]
+        if self.computing.half is not None:
+            vectors = [grad.norm()[None] for grad in vectors]
         results = {
             "logits": logits,
             "loss": loss,
             # As Burn's contenders: why is said there.
-            "norms_and_biases_grad": torch.cat([grad for grad in grads if grad.ndim == 1]),
+            "norms_and_biases_grad": torch.cat(vectors),
             "weight_grad_norms": torch.stack([grad.norm() for grad in grads if grad.ndim > 1]),
         }
         self.net.zero_grad(set_to_none=True)
@@ -821,7 +873,7 @@ class Session:
             }
             work = works[kind]
             self.work = work(
-                shape, variant_of(request), device_of(request), request["data_dir"]
+                shape, variant_of(request), computing_of(request), request["data_dir"]
             )
             return {"done": {}}
         if name == "check":
@@ -844,6 +896,19 @@ class Session:
         by_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
         kind = "unavailable" if compiling and by_compiler else "failed"
         return {kind: {"reason": reason}}
+
+
+def computing_of(request):
+    precision = request["precision"]
+    if precision not in ("f32", "tf32", "f16", "bf16"):
+        raise ValueError(f"{precision} is not one of PyTorch's precisions")
+    computing = Computing(precision, device_of(request))
+    if request["variant"] == "tutorial" and computing.half is not None:
+        raise Unavailable(
+            "the tutorial's function is not written for mixed precision: its backward pass gets an "
+            f"input in {precision} and a weight in f32"
+        )
+    return computing
 
 
 def variant_of(request):

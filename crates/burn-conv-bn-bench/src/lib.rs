@@ -8,6 +8,7 @@
 
 pub mod catalogue;
 pub mod device;
+pub mod precision;
 pub mod protocol;
 pub mod report;
 pub mod statistics;

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::catalogue::Entry;
+use crate::precision::Precision;
 
 /// Results of a check that a contender is to be compared with are in this folder of the check's
 /// own, if [`Checked::own_reference`] says so.
@@ -113,6 +114,8 @@ pub enum Request {
         variant: Contender,
         /// Where to compute: one of [`DEVICES`](crate::device::DEVICES).
         device: String,
+        /// What to compute in.
+        precision: Precision,
         /// Where the data are.
         data_dir: PathBuf,
         /// Threads to compute with.
@@ -253,6 +256,7 @@ mod tests {
             entry,
             variant: Contender::UnfusedCheckpointed,
             device: "flex".to_string(),
+            precision: Precision::Bf16,
             data_dir: "/data".into(),
             threads: 3,
         };
@@ -261,7 +265,7 @@ mod tests {
             r#"{"load":{"entry":{"id":"k7-s2","work":{"layer":{"batch":32,"channels":[3,64],"#
                 .to_string()
                 + r#""size":224,"kernel":7,"stride":2,"padding":3,"groups":1,"input_grad":false}}},"#
-                + r#""variant":"unfused-checkpointed","device":"flex","data_dir":"/data","threads":3}}"#
+                + r#""variant":"unfused-checkpointed","device":"flex","precision":"bf16","data_dir":"/data","threads":3}}"#
         );
         assert_eq!(json(&Request::Hello {}), r#"{"hello":{}}"#);
         assert_eq!(json(&Request::Memory {}), r#"{"memory":{}}"#);

@@ -6,6 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::catalogue::{Entry, Work};
+use crate::precision::Precision;
 use crate::protocol::{Contender, StepMemory, StepTime, TensorError};
 use crate::statistics::{Spread, geometric_mean, median, ratios};
 
@@ -18,6 +19,8 @@ pub struct Report {
     pub quick: bool,
     /// Where the contenders computed: one of [`DEVICES`](crate::device::DEVICES).
     pub device: String,
+    /// What they computed in.
+    pub precision: Precision,
     /// What it ran on.
     pub machine: Machine,
     /// Version by name.
@@ -230,11 +233,11 @@ impl ContenderReport {
 }
 
 impl EntryReport {
-    /// An entry that nobody has run yet, to be run on a device.
-    pub fn new(entry: Entry, device: &str) -> Self {
+    /// An entry that nobody has run yet, to be run on a device in a precision.
+    pub fn new(entry: Entry, device: &str, precision: Precision) -> Self {
         Self {
             title: entry.work.to_string(),
-            tolerance: entry.work.tolerance(device),
+            tolerance: entry.work.tolerance(device, precision),
             rounds: 0,
             seconds: 0.0,
             problem: None,
@@ -341,7 +344,7 @@ mod tests {
         EntryReport {
             rounds: 3,
             contenders,
-            ..EntryReport::new(catalogue(false).remove(index), FLEX)
+            ..EntryReport::new(catalogue(false).remove(index), FLEX, Precision::F32)
         }
     }
 
@@ -436,6 +439,7 @@ mod tests {
             date: "2026-01-02T03:04:05Z".to_string(),
             quick: false,
             device: FLEX.to_string(),
+            precision: Precision::F32,
             machine: Machine::default(),
             versions: BTreeMap::new(),
             commit: None,

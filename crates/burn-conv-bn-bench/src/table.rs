@@ -4,17 +4,24 @@ use std::fmt::Write as _;
 use std::iter;
 
 use crate::device::FLEX;
+use crate::precision::Precision;
 use crate::protocol::{Contender, StepMemory};
 use crate::report::{Comparison, ContenderReport, EntryReport, ProblemKind, Report, Timing};
 use crate::statistics::Spread;
 
-/// What the numbers of [`entry`] are, on a device.
-pub fn legend(device: &str) -> String {
+/// What the numbers of [`entry`] are, on a device in a precision.
+pub fn legend(device: &str, precision: Precision) -> String {
     let memory = match device {
         FLEX => HOST_MEMORY,
         _ => POOL_MEMORY,
     };
-    format!("{TIMES}\n{memory}")
+    let mut text = format!("{TIMES}\n{memory}");
+    if precision.is_mixed() {
+        let _ = write!(text, "\n{}", mixed(precision));
+    } else if device != FLEX {
+        let _ = write!(text, "\n{}", single(precision));
+    }
+    text
 }
 
 const TIMES: &str = "\
@@ -36,8 +43,28 @@ is what is in use of the device's memory pool at the end of forward and at its p
 backward, and x unfused the ratio of the peaks; rss, where PyTorch is on the CPU, is the resident
 set at the same times. saved is what the blocks list as kept for the backward pass, each buffer
 once, without parameters and images; there is no such list of what Burn's gradient checkpointing
-keeps, and none of PyTorch's. Where a GPU has tensor cores, Burn may multiply f32 as TF32, whichever
-is faster; PyTorch is told not to.";
+keeps, and none of PyTorch's.";
+
+/// Why f32 is not f32 everywhere.
+fn single(precision: Precision) -> String {
+    let peer = match precision {
+        Precision::Tf32 => "PyTorch may, too.",
+        _ => "PyTorch is told not to.",
+    };
+    format!(
+        "Where a GPU has tensor cores, Burn may multiply f32 as TF32, whichever is faster;\n{peer}"
+    )
+}
+
+/// What mixed precision is here.
+fn mixed(precision: Precision) -> String {
+    format!(
+        "\
+Convolutions, and what blocks pass on and keep, are in {precision}, parameters and optimizers in f32.
+Burn's unfused norms run in f32 between casts, and its linear layers in f32; PyTorch's run as its
+autocast has them."
+    )
+}
 
 /// The tables of one entry that ran on a device: times, and below them memory.
 pub fn entry(report: &EntryReport, device: &str) -> String {
@@ -71,8 +98,8 @@ pub fn setting(report: &Report) -> String {
         .map(|(name, version)| format!("{name} {version}"))
         .collect();
     let device = match &machine.gpu {
-        Some(gpu) => format!("{} ({gpu})", report.device),
-        None => report.device.clone(),
+        Some(gpu) => format!("{} ({gpu}) in {}", report.device, report.precision),
+        None => format!("{} in {}", report.device, report.precision),
     };
     let vectors = machine.vectors.iter();
     let mut hardware: Vec<String> = vectors
@@ -380,6 +407,7 @@ mod tests {
     use crate::device::CUDA;
     use crate::protocol::{StepTime, TensorError};
     use crate::report::Machine;
+    use clap::ValueEnum as _;
     use std::collections::BTreeMap;
 
     fn contender(contender: Contender, forward_ms: f64, peak: u64) -> ContenderReport {
@@ -401,7 +429,7 @@ mod tests {
     fn report(contenders: Vec<ContenderReport>) -> EntryReport {
         let mut report = EntryReport {
             contenders,
-            ..EntryReport::new(catalogue(false).remove(1), FLEX)
+            ..EntryReport::new(catalogue(false).remove(1), FLEX, Precision::F32)
         };
         report.summarize();
         report
@@ -498,10 +526,24 @@ k3: 32x64x56 -> 64 k3 p1
 
     #[test]
     fn the_legend_speaks_of_the_memory_that_is_shown() {
-        assert!(legend(FLEX).contains("heap") && !legend(FLEX).contains("pool"));
-        assert!(legend(CUDA).contains("pool") && !legend(CUDA).contains("heap"));
-        for line in [FLEX, CUDA].map(legend).join("\n").lines() {
-            assert!(line.chars().count() <= 100, "{line}");
+        let [flex, cuda] = [FLEX, CUDA].map(|device| legend(device, Precision::F32));
+        assert!(flex.contains("heap") && !flex.contains("pool"));
+        assert!(cuda.contains("pool") && !cuda.contains("heap"));
+    }
+
+    #[test]
+    fn the_legend_says_what_is_not_f32() {
+        let of = |device, precision| legend(device, precision);
+        assert!(!of(FLEX, Precision::F32).contains("TF32"));
+        assert!(of(CUDA, Precision::F32).contains("PyTorch is told not"));
+        assert!(of(CUDA, Precision::Tf32).contains("PyTorch may, too"));
+        assert!(of(FLEX, Precision::Bf16).contains("are in bf16"));
+        for device in [FLEX, CUDA] {
+            for precision in Precision::value_variants() {
+                for line in of(device, *precision).lines() {
+                    assert!(line.chars().count() <= 100, "{line}");
+                }
+            }
         }
     }
 
@@ -573,6 +615,7 @@ k3: 32x64x56 -> 64 k3 p1
             date: "2026-01-02T03:04:05Z".to_string(),
             quick: false,
             device: FLEX.to_string(),
+            precision: Precision::F32,
             machine: Machine::default(),
             versions: BTreeMap::new(),
             commit: None,
@@ -598,14 +641,14 @@ k3: 32x64x56 -> 64 k3 p1
         };
         assert_eq!(
             setting(&report),
-            "flex on AMD EPYC (ours 256-bit vectors, torch AVX512, L2 512K), \
+            "flex in f32 on AMD EPYC (ours 256-bit vectors, torch AVX512, L2 512K), \
              2 of 8 threads; burn 0.22.1, torch 2.15; 2026-01-02T03:04:05Z"
         );
         report.device = CUDA.to_string();
         report.machine.gpu = Some("NVIDIA H100".to_string());
         let line = setting(&report);
         assert!(
-            line.starts_with("cuda (NVIDIA H100) on AMD EPYC ("),
+            line.starts_with("cuda (NVIDIA H100) in f32 on AMD EPYC ("),
             "{line}"
         );
     }

@@ -13,6 +13,7 @@ use burn_conv_bn::{Activation, ConvBn2d, NormSpec, NormVariant, Recompute, Saved
 /// # #[cfg(feature = "flex")] {
 /// use burn::module::Module;
 /// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_conv_bn::ConvBn2dConfig;
 /// use burn_conv_bn_models::{Form, NetConfig};
 ///
 /// let device = Device::flex();
@@ -22,6 +23,16 @@ use burn_conv_bn::{Activation, ConvBn2d, NormSpec, NormVariant, Recompute, Saved
 /// let images = Tensor::<4>::random([4, 1, 28, 28], Distribution::Default, &device);
 /// let difference = fused.forward(images.clone()) - unfused.forward(images);
 /// assert!(difference.abs().max().into_scalar::<f32>() < 1e-3);
+///
+/// // A block alone, and what it keeps for the backward pass.
+/// let block = ConvBn2dConfig::new([1, 8], [3, 3]).init(&device.autodiff());
+/// let images = Tensor::<4>::ones([4, 1, 28, 28], &block.conv.weight.device());
+/// let [fused, unfused] = [Form::Fused, Form::Unfused].map(|form| {
+///     assert_eq!(form.forward(&block, images.clone()).dims(), [4, 8, 26, 26]);
+///     let saved = form.saved_for_backward(&block, images.dims());
+///     saved.iter().map(|tensor| tensor.bytes()).sum::<usize>()
+/// });
+/// assert!(5 * fused < unfused);
 /// # }
 /// ```
 #[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
@@ -43,7 +54,7 @@ impl Form {
     /// # Panics
     ///
     /// As [`ConvBn2d::forward`].
-    pub(crate) fn forward(self, block: &ConvBn2d, input: Tensor<4>) -> Tensor<4> {
+    pub fn forward(self, block: &ConvBn2d, input: Tensor<4>) -> Tensor<4> {
         match self {
             Self::Fused => block.forward(input),
             Self::Unfused => {
@@ -58,7 +69,7 @@ impl Form {
     /// # Panics
     ///
     /// As [`ConvBn2d::forward_residual`].
-    pub(crate) fn forward_residual(
+    pub fn forward_residual(
         self,
         block: &ConvBn2d,
         input: Tensor<4>,
@@ -78,7 +89,7 @@ impl Form {
     /// # Panics
     ///
     /// If the window does not fit.
-    pub(crate) fn max_pool(self, input: Tensor<4>, options: MaxPoolOptions<2>) -> Tensor<4> {
+    pub fn max_pool(self, input: Tensor<4>, options: MaxPoolOptions<2>) -> Tensor<4> {
         match self {
             Self::Fused => {
                 functional::max_pool2d(input, options).unwrap_or_else(|error| panic!("{error}"))
@@ -95,11 +106,7 @@ impl Form {
     /// several ops, which keep the normalized values where gamma is tracked, and what belongs to
     /// channels. Of activations that Burn composes of several ops only their input is listed, which
     /// they all keep.
-    pub(crate) fn saved_for_backward(
-        self,
-        block: &ConvBn2d,
-        input_shape: [usize; 4],
-    ) -> Vec<SavedTensor> {
+    pub fn saved_for_backward(self, block: &ConvBn2d, input_shape: [usize; 4]) -> Vec<SavedTensor> {
         match self {
             Self::Fused => block.saved_for_backward(input_shape),
             Self::Unfused => unfused_saved(block, input_shape, "norm_output"),
@@ -108,7 +115,7 @@ impl Form {
 
     /// As [`saved_for_backward`](Self::saved_for_backward), for a block that adds a tracked
     /// residual. Unfused, the activation's input is then the sum.
-    fn saved_for_backward_residual(
+    pub fn saved_for_backward_residual(
         self,
         block: &ConvBn2d,
         input_shape: [usize; 4],

@@ -16,6 +16,7 @@ pub mod estimate;
 pub mod fit;
 pub mod history;
 pub mod job;
+pub mod loss_scale;
 pub mod memory;
 mod metric_log;
 pub mod metrics;

@@ -11,17 +11,10 @@ use burn::train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep};
 use burn_conv_bn::ConvBnModule;
 
 use crate::batch::MnistBatch;
+use crate::loss_scale::LossScale;
 use crate::memory::{MemoryProbe, StepMemory};
 use crate::metrics::TallyInput;
 use crate::model::Network;
-
-/// What the loss is multiplied by for the backward pass in f16, and the gradients are divided by
-/// after it.
-///
-/// A loss is a mean over a batch, so that the gradients of single values are as small as the batch is
-/// large, and f16 has nothing below 6e-8. What is summed over the batch again, as gradients of weights
-/// are, has room for this factor below f16's 65504. It is a power of two: nothing is rounded for it.
-const LOSS_SCALE: f64 = 1024.0;
 
 /// A network that classifies digits, as Burn trains it.
 ///
@@ -83,9 +76,7 @@ impl Classifier {
 
     /// The same with blocks that compute in `dtype`: in mixed precision, f16 or bf16.
     ///
-    /// In f16 the loss is multiplied by 1024 for the backward pass, so that small gradients are not
-    /// lost, and the gradients are divided by it again. A gradient beyond f16's 65504 is infinite all
-    /// the same; bf16 reaches as far as f32 does.
+    /// The loss is scaled for the backward pass by the [`LossScale`] of that type.
     #[must_use]
     pub fn with_activations(mut self, dtype: FloatDType) -> Self {
         self.activations = dtype;
@@ -124,13 +115,8 @@ impl Classifier {
 
     /// The gradients of a training step's loss.
     pub(crate) fn gradients(&self, loss: Tensor<1>) -> GradientsParams {
-        if self.activations != FloatDType::F16 {
-            return GradientsParams::from_grads(loss.backward(), self);
-        }
-        let gradients = (loss * LOSS_SCALE).backward();
-        let mut gradients = GradientsParams::from_grads(gradients, self);
-        self.visit(&mut Unscale(&mut gradients));
-        gradients
+        let scale = LossScale::of(self.activations);
+        scale.gradients(scale.backward(&loss), self)
     }
 
     pub(crate) fn classify(&self, batch: MnistBatch) -> ClassificationOutput {
@@ -184,17 +170,6 @@ impl ModuleVisitor for Casts {
         let dtype = tensor.dtype();
         if dtype != self.dtype {
             self.bytes += tensor.shape().num_elements() * dtype.size();
-        }
-    }
-}
-
-/// Takes [`LOSS_SCALE`] out of gradients.
-struct Unscale<'a>(&'a mut GradientsParams);
-
-impl ModuleVisitor for Unscale<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(gradient) = self.0.remove::<D>(param.id) {
-            self.0.register(param.id, gradient / LOSS_SCALE);
         }
     }
 }

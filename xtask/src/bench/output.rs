@@ -104,6 +104,7 @@ impl Line {
         line.put("date", Some(&report.date));
         line.put("commit", report.commit.as_ref());
         line.put("device", Some(&report.device));
+        line.put("precision", Some(report.precision));
         line.put("quick", Some(report.quick));
         line.put("cpu", Some(&machine.cpu));
         line.put("gpu", machine.gpu.as_ref());
@@ -220,6 +221,7 @@ mod tests {
         for (name, cell) in [
             ("date", "2026-01-02T03:04:05Z"),
             ("versions", "burn 0.22.1"),
+            ("precision", "f32"),
             ("contender", "fused"),
             ("step_ms", "6"),
             ("step_ms_max", "6"),

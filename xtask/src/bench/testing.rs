@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use burn_conv_bn_bench::catalogue::{Entry, catalogue};
 use burn_conv_bn_bench::device::FLEX;
+use burn_conv_bn_bench::precision::Precision;
 use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
 use burn_conv_bn_bench::report::{ContenderReport, EntryReport, Report};
 
@@ -56,7 +57,7 @@ fn measured(entry: Entry, contenders: Vec<ContenderReport>) -> EntryReport {
     let mut report = EntryReport {
         rounds: contenders[0].steps.len(),
         contenders,
-        ..EntryReport::new(entry, FLEX)
+        ..EntryReport::new(entry, FLEX, Precision::F32)
     };
     report.summarize();
     report
@@ -67,6 +68,7 @@ fn of(entries: Vec<EntryReport>) -> Report {
         date: "2026-01-02T03:04:05Z".to_string(),
         quick: true,
         device: FLEX.to_string(),
+        precision: Precision::F32,
         machine: machine::describe(3, FLEX, BTreeMap::new()),
         versions: BTreeMap::from([("burn".to_string(), "0.22.1".to_string())]),
         commit: None,

@@ -7,7 +7,7 @@ failed=
 
 # note NAME HOW: adds a line to the summary.
 note() {
-    summary="$summary$(printf '%-18s%s' "$1" "$2")
+    summary="$summary$(printf '%-19s%s' "$1" "$2")
 "
 }
 
@@ -66,10 +66,18 @@ else
     note "mnist parity" "failed, which does not count where f32 is computed as TF32"
 fi
 
+# Only PyTorch tells TF32 from f32.
 peer=
-python3 -c 'import torch' 2>/dev/null && peer="--peer pytorch"
-check benchmark ./xtask bench --device cuda --worker "$PWD/bench-worker" \
-    --peer-script "$PWD/pytorch.py" $peer --json "$results/gpu-bench.json" "$@"
+precisions="f32 f16 bf16"
+if python3 -c 'import torch' 2>/dev/null; then
+    peer="--peer pytorch"
+    precisions="f32 tf32 f16 bf16"
+fi
+for precision in ${BURN_CONV_BN_PRECISIONS:-$precisions}; do
+    check "benchmark in $precision" ./xtask bench --device cuda --precision "$precision" \
+        --worker "$PWD/bench-worker" --peer-script "$PWD/pytorch.py" $peer \
+        --json "$results/gpu-bench-$precision.json" "$@"
+done
 
 echo "== summary =="
 printf '%s' "$summary"

@@ -1,0 +1,77 @@
+//! What a contender computes in, in Burn's terms.
+
+use std::borrow::Cow;
+
+use burn::optim::GradientsParams;
+use burn::tensor::{FloatDType, Gradients, Tensor};
+use burn_conv_bn::ConvBnModule;
+use burn_conv_bn_bench::precision::Precision;
+use burn_conv_bn_train::job;
+use burn_conv_bn_train::loss_scale::LossScale;
+
+/// The types of a precision. Whether f32 is multiplied as TF32 is for Burn to choose.
+pub fn types(precision: Precision) -> job::Precision {
+    match precision {
+        Precision::F32 | Precision::Tf32 => job::Precision::F32,
+        Precision::F16 => job::Precision::F16,
+        Precision::Bf16 => job::Precision::BF16,
+    }
+}
+
+/// How a workload computes in a precision: parameters are in f32 in all of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Computing {
+    activations: FloatDType,
+    is_mixed: bool,
+    scale: LossScale,
+}
+
+impl Computing {
+    pub fn new(precision: Precision) -> Self {
+        let types = types(precision);
+        let activations = types.activations();
+        Self {
+            activations,
+            is_mixed: types.is_mixed(),
+            scale: LossScale::of(activations),
+        }
+    }
+
+    /// Whether activations are of another type than parameters.
+    pub fn is_mixed(self) -> bool {
+        self.is_mixed
+    }
+
+    /// Activations, as the blocks take them.
+    pub fn activations<const D: usize>(self, tensor: Tensor<D>) -> Tensor<D> {
+        tensor.cast(self.activations)
+    }
+
+    /// A module for one forward pass, in mixed precision with its blocks' weights cast.
+    pub fn module<M: ConvBnModule>(self, module: &M) -> Cow<'_, M> {
+        match self.is_mixed {
+            true => Cow::Owned(module.autocast(self.activations)),
+            false => Cow::Borrowed(module),
+        }
+    }
+
+    /// The backward pass of a loss, which may be scaled for it.
+    pub fn backward(self, loss: &Tensor<1>) -> Gradients {
+        self.scale.backward(loss)
+    }
+
+    /// A gradient of [`backward`](Self::backward), as if nothing had been scaled.
+    pub fn gradient<const D: usize>(
+        self,
+        parameter: &Tensor<D>,
+        gradients: &Gradients,
+    ) -> Option<Tensor<D>> {
+        let gradient = parameter.grad(gradients)?;
+        Some(self.scale.unscale(gradient))
+    }
+
+    /// All of a module's gradients, as if nothing had been scaled.
+    pub fn gradients<M: ConvBnModule>(self, gradients: Gradients, module: &M) -> GradientsParams {
+        self.scale.gradients(gradients, module)
+    }
+}
