@@ -8,7 +8,8 @@ use std::time::Duration;
 use burn_conv_bn_bench::catalogue::{Layer, Work, catalogue};
 use burn_conv_bn_cpu::{
     Activation, Affine, Backward, ConvOutput, Geometry, Gradients, InputGradCoefficients,
-    PoolGeometry, backward, conv_moments, grad_sums, max_pool, max_pool_backward, normalize,
+    OutputGrad, PoolGeometry, backward, conv_moments, grad_sums, max_pool, max_pool_backward,
+    normalize,
 };
 use criterion::{Criterion, Throughput};
 use rand::{Rng, SeedableRng};
@@ -110,7 +111,7 @@ fn layers(criterion: &mut Criterion) {
             geometry: &geometry,
             input: Some(&input),
             weight: Some(&weight),
-            output_grad: &output_grad,
+            output_grad: OutputGrad::Whole(&output_grad),
             affine: Affine {
                 mean: &mean,
                 scale: &scale,

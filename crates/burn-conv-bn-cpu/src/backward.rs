@@ -10,7 +10,9 @@ use crate::algorithm::{Algorithm, Chosen, choose};
 use crate::buffer::room;
 use crate::forward::check;
 use crate::geometry::BLOCKS;
+use crate::max_pool::Routes;
 use crate::pool::Pool;
+use crate::pooled::PooledGrad;
 use crate::simd::{self, Argument, ChannelGrad, Gate};
 use crate::{Activation, Affine, Element, Geometry, Real};
 
@@ -33,7 +35,7 @@ pub struct Backward<'a, E: Element> {
     /// The convolution's weight; not needed where its output is kept.
     pub weight: Option<&'a [E::Real]>,
     /// Gradient of the output.
-    pub output_grad: &'a [E],
+    pub output_grad: OutputGrad<'a, E>,
     /// The norm, as in forward.
     pub affine: Affine<'a, E::Real>,
     /// The activation.
@@ -44,6 +46,17 @@ pub struct Backward<'a, E: Element> {
     /// The output, if its derivative is to be told from that: possible for Relu, Relu6 and a
     /// LeakyRelu whose slope is not negative.
     pub output: Option<&'a [E]>,
+}
+
+/// Gradient of the output, `[batch, channels_out, output..]`.
+///
+/// [`grad_sums`] and [`pooled_grad_sums`](crate::pooled_grad_sums) have examples.
+#[derive(Clone, Copy, Debug)]
+pub enum OutputGrad<'a, E> {
+    /// It is here.
+    Whole(&'a [E]),
+    /// A max pool follows: it is made of that one's, piece by piece.
+    Pooled(PooledGrad<'a, E>),
 }
 
 /// The convolution's output in [`grad_sums`].
@@ -100,8 +113,15 @@ pub struct Gradients<'a, E: Element> {
 impl<'a, E: Element> Backward<'a, E> {
     fn check(&self, recomputes: bool, wants_weight: bool) {
         check(self.geometry, self.input, self.weight);
-        let len = self.geometry.batch() * self.geometry.output_len();
-        for values in [Some(self.output_grad), self.output, self.residual] {
+        let len = self.output_len();
+        let output_grad = match self.output_grad {
+            OutputGrad::Whole(values) => Some(values),
+            OutputGrad::Pooled(pooled) => {
+                pooled.check(self.geometry);
+                None
+            }
+        };
+        for values in [output_grad, self.output, self.residual] {
             assert!(values.is_none_or(|values| values.len() == len), "output");
         }
         assert!(
@@ -113,6 +133,11 @@ impl<'a, E: Element> Backward<'a, E> {
             "the convolution's output can only be recomputed, and its weight's gradient made, with \
              its input"
         );
+    }
+
+    /// Values of the output.
+    fn output_len(&self) -> usize {
+        self.geometry.batch() * self.geometry.output_len()
     }
 
     /// Some images of the input, which is there as [`check`](Self::check) made sure.
@@ -133,7 +158,9 @@ impl<'a, E: Element> Backward<'a, E> {
 /// # Examples
 ///
 /// ```
-/// use burn_conv_bn_cpu::{Activation, Affine, Backward, ConvOutput, Geometry, grad_sums};
+/// use burn_conv_bn_cpu::{
+///     Activation, Affine, Backward, ConvOutput, Geometry, OutputGrad, grad_sums,
+/// };
 ///
 /// // A line of three pixels and a weight of 2: z is 2, 4, 6, and its mean 4.
 /// let one = [1; 3];
@@ -142,7 +169,7 @@ impl<'a, E: Element> Backward<'a, E> {
 ///     geometry: &geometry,
 ///     input: Some(&[1.0, 2.0, 3.0]),
 ///     weight: Some(&[2.0]),
-///     output_grad: &[5.0, 5.0, 3.0],
+///     output_grad: OutputGrad::Whole(&[5.0, 5.0, 3.0]),
 ///     affine: Affine { mean: &[4.0], scale: &[0.5], shift: &[0.0] },
 ///     activation: Activation::Relu,
 ///     residual: None,
@@ -160,7 +187,7 @@ impl<'a, E: Element> Backward<'a, E> {
 pub fn grad_sums<E: Element>(pass: &Backward<'_, E>, conv_output: ConvOutput<'_, E>) -> GradSums {
     let recomputes = !matches!(conv_output, ConvOutput::Kept(_));
     pass.check(recomputes, false);
-    let len = pass.output_grad.len();
+    let len = pass.output_len();
     match conv_output {
         ConvOutput::Recompute => sum(pass, Source::Recompute),
         ConvOutput::Kept(values) => {
@@ -219,24 +246,29 @@ fn sum_blocks<E: Element, A: Algorithm<E>>(
             })
         })
         .collect();
-    let mut sums = GradSums::new(geometry.channels_out());
-    for part in &parts {
-        for (sum, part) in sums.grad.iter_mut().zip(&part.grad) {
-            *sum += part;
-        }
-        for (sum, part) in sums.grad_deviation.iter_mut().zip(&part.grad_deviation) {
-            *sum += part;
-        }
-    }
-    sums
+    GradSums::total(geometry.channels_out(), &parts)
 }
 
 impl GradSums {
-    fn new(channels: usize) -> Self {
+    pub(crate) fn new(channels: usize) -> Self {
         Self {
             grad: vec![0.0; channels],
             grad_deviation: vec![0.0; channels],
         }
+    }
+
+    /// The sum of what blocks have, in their order.
+    pub(crate) fn total(channels: usize, parts: &[Self]) -> Self {
+        let mut sums = Self::new(channels);
+        for part in parts {
+            for (sum, part) in sums.grad.iter_mut().zip(&part.grad) {
+                *sum += part;
+            }
+            for (sum, part) in sums.grad_deviation.iter_mut().zip(&part.grad_deviation) {
+                *sum += part;
+            }
+        }
+        sums
     }
 
     /// Adds `conv_output`'s values of one channel, which stand at `start` in the whole.
@@ -277,10 +309,17 @@ fn gated<'a, E: Element>(
     converted: &'a mut Converted<E::Real>,
 ) -> Gated<'a, E::Real> {
     let len = conv_output.len();
-    let output_grad = E::read(
-        &pass.output_grad[start..][..len],
-        &mut converted.output_grad,
-    );
+    let output_grad = match pass.output_grad {
+        OutputGrad::Whole(all) => E::read(&all[start..][..len], &mut converted.output_grad),
+        OutputGrad::Pooled(pooled) => {
+            let new = || Routes::new::<E::Real>(pooled.geometry);
+            let routes = converted.routes.get_or_insert_with(new);
+            let line = &mut converted.output_grad;
+            line.resize(len, E::Real::ZERO);
+            pooled.lay(routes, start, line, &mut converted.pooled);
+            line
+        }
+    };
     let gate = match (pass.activation, pass.output, pass.residual) {
         (Activation::Identity, ..) => Gate::Open,
         (Activation::Relu, None, None) => Gate::PreActivation,
@@ -334,7 +373,7 @@ pub fn backward<E: Element>(
 ) {
     let geometry = pass.geometry;
     pass.check(kept.is_none(), gradients.weight.is_some());
-    assert!(kept.is_none_or(|kept| kept.len() == pass.output_grad.len()));
+    assert!(kept.is_none_or(|kept| kept.len() == pass.output_len()));
     if let Some((_, weight)) = &gradients.input {
         assert_eq!(weight.len(), geometry.weight_len());
     }
@@ -471,6 +510,9 @@ struct Converted<T> {
     /// The output, or the residual.
     output: Vec<T>,
     output_grad: Vec<T>,
+    /// Where a max pool's gradients go, if one follows, and some of them.
+    routes: Option<Routes>,
+    pooled: Vec<T>,
     /// `g`, where it is made ahead.
     grad: Vec<T>,
 }

@@ -16,6 +16,8 @@
 //! - [`backward`]: recomputes it again, or takes what [`grad_sums`] kept, and makes the gradients.
 //! - [`PoolGeometry`], [`max_pool()`], [`max_pool_backward`]: max pooling, which keeps a byte for each
 //!   output in the place of its input.
+//! - [`normalize_max_pool`], [`pooled_grad_sums`], [`OutputGrad::Pooled`]: the norm with a max pool right
+//!   behind it, between which no tensor is made, nor its gradient.
 //!
 //! Activations are stored as `f32`, `f64`, `f16` or `bf16` ([`Element`]); what is computed and all
 //! that belongs to channels is `f32` or `f64` ([`Real`]).
@@ -35,7 +37,7 @@
 //! ```
 //! use burn_conv_bn_cpu::{
 //!     Activation, Affine, Backward, ConvOutput, Geometry, Gradients, InputGradCoefficients,
-//!     backward, conv_moments, grad_sums, normalize,
+//!     OutputGrad, backward, conv_moments, grad_sums, normalize,
 //! };
 //!
 //! // 3x3 over 8 images of 2 channels and 10x10 pixels, to 4 channels.
@@ -60,7 +62,7 @@
 //!     geometry: &geometry,
 //!     input: Some(&x),
 //!     weight: Some(&weight),
-//!     output_grad: &vec![1.0; y.len()],
+//!     output_grad: OutputGrad::Whole(&vec![1.0; y.len()]),
 //!     affine,
 //!     activation: Activation::Relu,
 //!     residual: None,
@@ -102,19 +104,22 @@ mod max_pool;
 mod minimal;
 mod moments;
 mod pool;
+mod pooled;
 mod real;
 mod shifted;
 mod simd;
 
 pub use activation::Activation;
 pub use backward::{
-    Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, backward, grad_sums,
+    Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, OutputGrad, backward,
+    grad_sums,
 };
 pub use element::Element;
 pub use forward::{conv, conv_moments, normalize};
 pub use geometry::{Geometry, GeometryError};
 pub use max_pool::{PoolGeometry, PoolGeometryError, max_pool, max_pool_backward};
 pub use moments::Moments;
+pub use pooled::{PooledGrad, normalize_max_pool, pooled_grad_sums};
 pub use real::Real;
 
 /// The code of the package's Markdown page.

@@ -109,11 +109,11 @@ pub enum PoolGeometryError {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolGeometry {
-    planes: usize,
-    input: [usize; 2],
+    pub(crate) planes: usize,
+    pub(crate) input: [usize; 2],
     kernel: [usize; 2],
-    stride: [usize; 2],
-    padding: [usize; 2],
+    pub(crate) stride: [usize; 2],
+    pub(crate) padding: [usize; 2],
     dilation: [usize; 2],
     output: [usize; 2],
 }
@@ -182,6 +182,28 @@ impl PoolGeometry {
         self.output
     }
 
+    /// Whether each window meets the input, and none reaches beyond the padding: always without padding
+    /// and ceil mode, unless the input is smaller than the window.
+    ///
+    /// ```
+    /// use burn_conv_bn_cpu::PoolGeometry;
+    ///
+    /// let (size, one) = ([5, 5], [1, 1]);
+    /// let pool = |padding, ceil| PoolGeometry::new(4, size, [2, 2], [2, 2], padding, one, ceil);
+    /// assert!(pool([0, 0], false)?.is_regular());
+    /// assert!(!pool([0, 0], true)?.is_regular());
+    /// assert!(!pool([2, 0], false)?.is_regular());
+    /// # Ok::<(), burn_conv_bn_cpu::PoolGeometryError>(())
+    /// ```
+    pub fn is_regular(&self) -> bool {
+        (0..2).all(|dim| {
+            let outputs = self.output[dim];
+            let end = outputs.saturating_sub(1) * self.stride[dim] + self.extent(dim);
+            let meets = |output| !self.meeting(dim, output).is_empty();
+            end <= self.input[dim] + 2 * self.padding[dim] && (0..outputs).all(meets)
+        })
+    }
+
     /// Outputs of one dimension, unless a size is too large.
     fn output_size(&self, dim: usize, ceil_mode: bool) -> Option<usize> {
         let (input, padding, stride) = (self.input[dim], self.padding[dim], self.stride[dim]);
@@ -213,26 +235,26 @@ impl PoolGeometry {
             .is_some_and(|len| len <= MOST)
     }
 
-    fn input_plane(&self) -> usize {
+    pub(crate) fn input_plane(&self) -> usize {
         self.input[0] * self.input[1]
     }
 
-    fn output_plane(&self) -> usize {
+    pub(crate) fn output_plane(&self) -> usize {
         self.output[0] * self.output[1]
     }
 
     /// Values of all planes of the input.
-    fn input_len(&self) -> usize {
+    pub(crate) fn input_len(&self) -> usize {
         self.planes * self.input_plane()
     }
 
     /// Values of all planes of the output.
-    fn output_len(&self) -> usize {
+    pub(crate) fn output_len(&self) -> usize {
         self.planes * self.output_plane()
     }
 
     /// Rows or columns from a window's first to behind its last.
-    fn extent(&self, dim: usize) -> usize {
+    pub(crate) fn extent(&self, dim: usize) -> usize {
         (self.kernel[dim] - 1) * self.dilation[dim] + 1
     }
 
@@ -302,14 +324,50 @@ impl PoolGeometry {
 /// assert_eq!(places, [2, 0]);
 /// # Ok::<(), burn_conv_bn_cpu::PoolGeometryError>(())
 /// ```
-#[allow(unsafe_code)]
 pub fn max_pool<E: Element>(
     geometry: &PoolGeometry,
     input: &[E],
     output: &mut Vec<E>,
-    mut places: Option<&mut Vec<u8>>,
+    places: Option<&mut Vec<u8>>,
 ) {
     assert_eq!(input.len(), geometry.input_len(), "input");
+    let input = Given {
+        values: input,
+        plane: geometry.input_plane(),
+    };
+    pool_all(geometry, &input, output, places);
+}
+
+/// What is pooled, plane by plane.
+pub(crate) trait Planes<E>: Sync {
+    /// Buffers of one thread.
+    type Scratch: Default + Send;
+
+    fn plane<'a>(&'a self, index: usize, scratch: &'a mut Self::Scratch) -> &'a [E];
+}
+
+/// Planes that are in memory.
+struct Given<'a, E> {
+    values: &'a [E],
+    plane: usize,
+}
+
+impl<E: Sync> Planes<E> for Given<'_, E> {
+    type Scratch = ();
+
+    fn plane<'a>(&'a self, index: usize, (): &'a mut ()) -> &'a [E] {
+        &self.values[index * self.plane..][..self.plane]
+    }
+}
+
+/// As [`max_pool()`].
+#[allow(unsafe_code)]
+pub(crate) fn pool_all<E: Element, P: Planes<E>>(
+    geometry: &PoolGeometry,
+    input: &P,
+    output: &mut Vec<E>,
+    mut places: Option<&mut Vec<u8>>,
+) {
     let len = geometry.output_len();
     let values = room(output, len);
     let bytes = places.as_mut().map(|places| room(places, len));
@@ -317,22 +375,28 @@ pub fn max_pool<E: Element>(
         return;
     }
     let planes = geometry.planes_per_task();
-    let (input_plane, output_plane) = (geometry.input_plane(), geometry.output_plane());
+    let output_plane = geometry.output_plane();
     let tasks = geometry.planes.div_ceil(planes);
     let bytes = split_blocks(bytes, planes * output_plane, tasks);
     let windows = Windows::<E::Real>::new(geometry);
-    let pool = Pool::<Scratch<E::Real>>::new();
+    let pool = Pool::<(Scratch<E::Real>, P::Scratch)>::new();
     values
         .par_chunks_mut(planes * output_plane)
         .enumerate()
         .zip(bytes)
-        .for_each(|((task, values), bytes)| {
-            let planes_here = values.len() / output_plane;
-            let input = &input[task * planes * input_plane..][..planes_here * input_plane];
-            pool.with(|scratch| windows.pool_planes(input, values, bytes, scratch));
+        .for_each(|((task, values), mut bytes)| {
+            pool.with(|(scratch, input_scratch)| {
+                windows.reserve(scratch);
+                for (index, values) in values.chunks_exact_mut(output_plane).enumerate() {
+                    let input = input.plane(task * planes + index, input_scratch);
+                    let bytes = bytes.as_deref_mut();
+                    let bytes = bytes.map(|bytes| &mut bytes[index * output_plane..]);
+                    windows.pool_plane(input, values, bytes, scratch);
+                }
+            });
         });
     // SAFETY: there is room for `len` values in each, all of which belong to the tasks; and of a task's
-    // planes, all rows of outputs are in bands, which `pool_planes` writes.
+    // planes, all rows of outputs are in bands, which `pool_plane` writes.
     unsafe {
         output.set_len(len);
         if let Some(places) = places {
@@ -526,43 +590,35 @@ impl<'a, T: Real> Windows<'a, T> {
         scratch.places.resize(outputs, to_index::<T>(0));
     }
 
-    /// The outputs of some planes, and their places if they are wanted.
-    fn pool_planes<E: Element<Real = T>>(
+    /// The outputs of a plane, and their places if they are wanted.
+    fn pool_plane<E: Element<Real = T>>(
         &self,
         input: &[E],
         output: &mut [MaybeUninit<E>],
         mut places: Option<&mut [MaybeUninit<u8>]>,
         scratch: &mut Scratch<T>,
     ) {
-        self.reserve(scratch);
         let geometry = self.geometry;
         let ([_, width], [height_out, width_out]) = (geometry.input, geometry.output);
-        let (input_plane, output_plane) = (geometry.input_plane(), geometry.output_plane());
-        for (plane, output) in output.chunks_exact_mut(output_plane).enumerate() {
-            let input = &input[plane * input_plane..][..input_plane];
-            for start in (0..height_out).step_by(self.rows) {
-                let outputs = start..(start + self.rows).min(height_out);
-                let rows = geometry.input_rows(&outputs);
-                let written = outputs.start * width_out..outputs.end * width_out;
-                let places = places.as_deref_mut().map(|places| {
-                    let places = &mut places[plane * output_plane..][..output_plane];
-                    &mut places[written.clone()]
-                });
-                Arch::new().dispatch(Band {
-                    windows: self,
-                    input: E::read(
-                        &input[rows.start * width..rows.end * width],
-                        &mut scratch.converted,
-                    ),
-                    first: rows.start,
-                    outputs,
-                    lines: &mut scratch.lines,
-                    values: &mut scratch.values,
-                    places: &mut scratch.places,
-                    bytes: places,
-                });
-                write(&scratch.values[..written.len()], &mut output[written]);
-            }
+        for start in (0..height_out).step_by(self.rows) {
+            let outputs = start..(start + self.rows).min(height_out);
+            let rows = geometry.input_rows(&outputs);
+            let written = outputs.start * width_out..outputs.end * width_out;
+            let places = places.as_deref_mut();
+            Arch::new().dispatch(Band {
+                windows: self,
+                input: E::read(
+                    &input[rows.start * width..rows.end * width],
+                    &mut scratch.converted,
+                ),
+                first: rows.start,
+                outputs,
+                lines: &mut scratch.lines,
+                values: &mut scratch.values,
+                places: &mut scratch.places,
+                bytes: places.map(|places| &mut places[written.clone()]),
+            });
+            write(&scratch.values[..written.len()], &mut output[written]);
         }
     }
 
@@ -817,8 +873,8 @@ unsafe fn store<U, V: Copy, const N: usize>(vectors: [V; N], values: &mut [U], a
 }
 
 /// Where gradients go.
-struct Routes<'a> {
-    geometry: &'a PoolGeometry,
+pub(crate) struct Routes {
+    geometry: PoolGeometry,
     /// For each place.
     taps: [Tap; PLACES],
     /// Whether windows of 2x2 values lie side by side from the first value on.
@@ -842,8 +898,8 @@ struct GradScratch<T> {
     converted: Vec<T>,
 }
 
-impl<'a> Routes<'a> {
-    fn new<T: Real>(geometry: &'a PoolGeometry) -> Self {
+impl Routes {
+    pub(crate) fn new<T: Real>(geometry: &PoolGeometry) -> Self {
         let [rows, columns] = geometry.kernel;
         let taps = std::array::from_fn(|place| match place < rows * columns {
             true => Tap {
@@ -861,7 +917,7 @@ impl<'a> Routes<'a> {
             && geometry.padding == [0, 0]
             && geometry.dilation == [1, 1];
         Self {
-            geometry,
+            geometry: *geometry,
             taps,
             is_tiled,
             rows: geometry.band(geometry.input[1] * size_of::<T>()),
@@ -892,7 +948,7 @@ impl<'a> Routes<'a> {
         input_grad: &mut [MaybeUninit<E>],
         scratch: &mut GradScratch<E::Real>,
     ) {
-        let geometry = self.geometry;
+        let geometry = &self.geometry;
         let ([height, width], [height_out, width_out]) = (geometry.input, geometry.output);
         let GradScratch { sums, converted } = scratch;
         sums.clear();
@@ -921,6 +977,78 @@ impl<'a> Routes<'a> {
                 return;
             }
             (held, start) = (done, next);
+        }
+    }
+
+    /// The gradient of some `positions` of one plane. The windows must be [regular](PoolGeometry::is_regular).
+    pub(crate) fn lay<E: Element>(
+        &self,
+        output_grad: &[E],
+        places: &[u8],
+        positions: Range<usize>,
+        line: &mut [E::Real],
+        converted: &mut Vec<E::Real>,
+    ) {
+        let geometry = &self.geometry;
+        let ([_, width], [height_out, width_out]) = (geometry.input, geometry.output);
+        if width_out == 0 || positions.is_empty() {
+            return line.fill(E::Real::ZERO);
+        }
+        let rows = positions.start / width..positions.end.div_ceil(width);
+        let whole_rows = rows.start * width == positions.start && rows.end * width == positions.end;
+        // The outputs whose windows meet the rows.
+        let [stride, _] = geometry.stride;
+        let [padding, _] = geometry.padding;
+        let first = (rows.start + padding + 1).saturating_sub(geometry.extent(0));
+        let behind = (rows.end - 1 + padding) / stride + 1;
+        let outputs = first.div_ceil(stride).min(height_out)..behind.min(height_out);
+        let read = outputs.start * width_out..outputs.end * width_out;
+        let grads = E::read(&output_grad[read.clone()], converted);
+        let places = &places[read];
+        if self.is_tiled && whole_rows {
+            Arch::new().dispatch(Sweep(
+                #[inline(always)]
+                || {
+                    for (row, target) in rows.clone().zip(line.chunks_exact_mut(width)) {
+                        // A last row or column may be in no window.
+                        target[2 * width_out..].fill(E::Real::ZERO);
+                        let Some(output) = (row / 2).checked_sub(outputs.start) else {
+                            continue;
+                        };
+                        let of_row = output * width_out..(output + 1) * width_out;
+                        match (row / 2 < outputs.end, row % 2) {
+                            (false, _) => target.fill(E::Real::ZERO),
+                            (true, 0) => {
+                                lay_row::<_, 0>(&grads[of_row.clone()], &places[of_row], target);
+                            }
+                            (true, _) => {
+                                lay_row::<_, 2>(&grads[of_row.clone()], &places[of_row], target);
+                            }
+                        }
+                    }
+                },
+            ));
+            return;
+        }
+        line.fill(E::Real::ZERO);
+        let [_, column_stride] = geometry.stride;
+        let [_, column_padding] = geometry.padding;
+        let shift = padding * width + column_padding + positions.start;
+        let all = grads
+            .chunks_exact(width_out)
+            .zip(places.chunks_exact(width_out));
+        for (output, (grads, places)) in outputs.zip(all) {
+            let row = output * stride * width;
+            for (column, (grad, place)) in grads.iter().zip(places).enumerate() {
+                let tap = self.taps[usize::from(*place)];
+                let position = (row + column * column_stride)
+                    .wrapping_add(tap.row.wrapping_mul(width))
+                    .wrapping_add(tap.column);
+                // What is before the line wraps.
+                if let Some(sum) = line.get_mut(position.wrapping_sub(shift)) {
+                    *sum += *grad;
+                }
+            }
         }
     }
 

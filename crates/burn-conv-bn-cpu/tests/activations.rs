@@ -3,7 +3,7 @@
 
 use burn_conv_bn_cpu::{
     Activation, Affine, Backward, ConvOutput, Element, Geometry, Gradients, InputGradCoefficients,
-    Real, backward, grad_sums, normalize,
+    OutputGrad, Real, backward, grad_sums, normalize,
 };
 use half::{bf16, f16};
 
@@ -122,7 +122,7 @@ fn run<E: Element>(
         geometry: &geometry,
         input: None,
         weight: None,
-        output_grad: &output_grad,
+        output_grad: OutputGrad::Whole(&output_grad),
         affine,
         activation,
         residual: residual.as_deref().filter(|_| !by_output),

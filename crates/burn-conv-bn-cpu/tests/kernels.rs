@@ -2,7 +2,8 @@
 
 use burn_conv_bn_cpu::{
     Activation, Affine, Backward, ConvOutput, Element, Geometry, GeometryError, GradSums,
-    Gradients, InputGradCoefficients, Real, backward, conv, conv_moments, grad_sums, normalize,
+    Gradients, InputGradCoefficients, OutputGrad, Real, backward, conv, conv_moments, grad_sums,
+    normalize,
 };
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
@@ -543,7 +544,7 @@ fn compare<T: Element<Real = T> + Real>(case: &Case, tolerance: f64) {
             geometry: &geometry,
             input: Some(&t_input),
             weight: Some(&t_weight),
-            output_grad: &t_output_grad,
+            output_grad: OutputGrad::Whole(&t_output_grad),
             affine,
             activation: Activation::Relu,
             residual: None,
@@ -714,7 +715,7 @@ fn compare_half<E: Element<Real = f32> + PartialEq>(case: &Case, tolerance: f64)
             geometry: &geometry,
             input: Some(&input),
             weight: Some(&weight),
-            output_grad: &output_grad,
+            output_grad: OutputGrad::Whole(&output_grad),
             affine,
             activation,
             // The same signs for both: a rounded value near zero may be on its other side.
@@ -725,7 +726,7 @@ fn compare_half<E: Element<Real = f32> + PartialEq>(case: &Case, tolerance: f64)
             geometry: &geometry,
             input: Some(&input32),
             weight: Some(&weight),
-            output_grad: &output_grad32,
+            output_grad: OutputGrad::Whole(&output_grad32),
             affine,
             activation,
             residual: None,
@@ -770,7 +771,7 @@ fn a_kept_output_takes_neither_weight_nor_input() {
             geometry: &geometry,
             input: Some(&input),
             weight: Some(&weight),
-            output_grad: &output_grad,
+            output_grad: OutputGrad::Whole(&output_grad),
             affine: Affine {
                 mean: &mean,
                 scale: &scale,
@@ -828,7 +829,7 @@ fn nothing_is_recomputed_without_the_weight() {
         geometry: &geometry,
         input: Some(&input),
         weight: None,
-        output_grad: &output_grad,
+        output_grad: OutputGrad::Whole(&output_grad),
         affine: Affine {
             mean: &ones,
             scale: &ones,
@@ -870,7 +871,7 @@ fn the_number_of_threads_changes_no_bit() {
                 geometry: &geometry,
                 input: Some(&input),
                 weight: Some(&weight),
-                output_grad: &output_grad,
+                output_grad: OutputGrad::Whole(&output_grad),
                 affine,
                 activation: Activation::Relu,
                 residual: None,

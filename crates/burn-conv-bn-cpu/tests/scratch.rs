@@ -3,7 +3,7 @@
 
 use burn_conv_bn_cpu::{
     Activation, Affine, Backward, ConvOutput, Element, Geometry, Gradients, InputGradCoefficients,
-    Real, backward, conv_moments, grad_sums, normalize,
+    OutputGrad, Real, backward, conv_moments, grad_sums, normalize,
 };
 use burn_conv_bn_memory::CountingAllocator;
 use half::{bf16, f16};
@@ -57,7 +57,7 @@ fn taken<E: Element>(geometry: &Geometry) -> usize {
         geometry,
         input: Some(&input),
         weight: Some(&weight),
-        output_grad: &output_grad,
+        output_grad: OutputGrad::Whole(&output_grad),
         affine,
         activation: Activation::Relu,
         residual: None,

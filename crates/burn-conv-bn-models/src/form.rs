@@ -1,13 +1,14 @@
 use burn::config::Config;
-use burn::nn::PaddingConfig2d;
+use burn::nn::{PaddingConfig2d, pool};
 use burn::tensor::activation::{gelu, hard_swish, leaky_relu, relu, relu6, silu};
 use burn::tensor::module::batch_norm_train;
-use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Shape, Tensor};
 use burn_conv_bn::functional::{self, batch_norm};
-use burn_conv_bn::{Activation, ConvBn2d, NormSpec, NormVariant, Recompute, SavedTensor};
+use burn_conv_bn::{
+    Activation, ConvBn2d, MaxPool2d, NormSpec, NormVariant, Recompute, SavedTensor,
+};
 
-/// How a network runs its blocks and the max pools between them.
+/// How a network runs its blocks and the max pools behind some of them.
 ///
 /// ```
 /// # #[cfg(feature = "flex")] {
@@ -37,7 +38,8 @@ use burn_conv_bn::{Activation, ConvBn2d, NormSpec, NormVariant, Recompute, Saved
 /// ```
 #[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
 pub enum Form {
-    /// As one fused op each, with [`max_pool2d`](burn_conv_bn::functional::max_pool2d) between them.
+    /// As one fused op each, together with a max pool behind it
+    /// ([`conv_bn_max_pool2d`](functional::conv_bn_max_pool2d)).
     Fused,
     /// As a convolution, a batch norm and an activation of Burn's own, with Burn's max pool: what the
     /// fused op is compared with. The tutorial's variant of the norm, which Burn does not have, is
@@ -84,17 +86,28 @@ impl Form {
         }
     }
 
-    /// Runs a max pool in this form.
+    /// Runs a block with a max pool behind it in this form.
     ///
     /// # Panics
     ///
-    /// If the window does not fit.
-    pub fn max_pool(self, input: Tensor<4>, options: MaxPoolOptions<2>) -> Tensor<4> {
+    /// As [`ConvBn2d::forward_max_pool`].
+    pub fn forward_max_pool(
+        self,
+        block: &ConvBn2d,
+        input: Tensor<4>,
+        pool: &MaxPool2d,
+    ) -> Tensor<4> {
         match self {
-            Self::Fused => {
-                functional::max_pool2d(input, options).unwrap_or_else(|error| panic!("{error}"))
+            Self::Fused => block.forward_max_pool(input, pool),
+            Self::Unfused => {
+                let pool = pool::MaxPool2dConfig::new(pool.kernel_size)
+                    .with_strides(pool.stride)
+                    .with_padding(pool.padding.clone())
+                    .with_dilation(pool.dilation)
+                    .with_ceil_mode(pool.ceil_mode)
+                    .init();
+                pool.forward(self.forward(block, input))
             }
-            Self::Unfused => burn::tensor::module::max_pool2d(input, options),
         }
     }
 

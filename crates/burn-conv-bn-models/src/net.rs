@@ -2,9 +2,10 @@ use burn::config::Config;
 use burn::module::Module;
 use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
 use burn::tensor::activation::{log_softmax, relu};
-use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, NormVariant, Recompute, SavedTensor};
+use burn_conv_bn::{
+    Activation, ConvBn2d, ConvBn2dConfig, MaxPool2dConfig, NormVariant, Recompute, SavedTensor,
+};
 
 use crate::Form;
 use crate::head::rows;
@@ -147,8 +148,8 @@ impl Net {
     /// - output: `[batch, classes]`
     pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
         let x = self.form.forward(&self.conv1, images);
-        let x = self.form.forward(&self.conv2, x);
-        let x = self.form.max_pool(x, MaxPoolOptions::new([2, 2]));
+        let pool = MaxPool2dConfig::new([2, 2]).init();
+        let x = self.form.forward_max_pool(&self.conv2, x, &pool);
         let x = self.fc1.forward(rows(x, &self.fc1));
         let x = relu(self.dropout.forward(x));
         log_softmax(self.fc2.forward(x), 1)

@@ -1,10 +1,9 @@
 use burn::config::Config;
 use burn::module::Module;
-use burn::nn::{Linear, LinearConfig};
+use burn::nn::{Linear, LinearConfig, PaddingConfig2d};
 use burn::tensor::module::adaptive_avg_pool2d;
-use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, Recompute, SavedTensor};
+use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, MaxPool2dConfig, Recompute, SavedTensor};
 
 use crate::Form;
 use crate::form::Walk;
@@ -269,11 +268,11 @@ impl ResNet {
     /// As [`ConvBn2d::forward`]: among others if a training batch leaves a single value per
     /// channel, as one image of up to 32x32 does.
     pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
-        let x = self.form.forward(&self.conv1, images);
-        let pool = MaxPoolOptions::new([3, 3])
-            .with_stride([2, 2])
-            .with_padding([1, 1]);
-        let x = self.form.max_pool(x, pool);
+        let pool = MaxPool2dConfig::new([3, 3])
+            .with_strides([2, 2])
+            .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
+            .init();
+        let x = self.form.forward_max_pool(&self.conv1, images, &pool);
         let x = self
             .layers()
             .into_iter()

@@ -3,9 +3,8 @@ use burn::module::Module;
 use burn::nn::{Dropout, DropoutConfig, Initializer, Linear, LinearConfig};
 use burn::tensor::activation::relu;
 use burn::tensor::module::adaptive_avg_pool2d;
-use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, Recompute, SavedTensor};
+use burn_conv_bn::{Activation, ConvBn2d, MaxPool2dConfig, Recompute, SavedTensor};
 
 use crate::Form;
 use crate::form::Walk;
@@ -201,12 +200,15 @@ impl Vgg {
     /// As [`ConvBn2d::forward`].
     pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
         let mut features = self.features.iter();
+        let pool = MaxPool2dConfig::new([2, 2]).init();
         let mut x = images;
         for count in self.blocks {
-            for block in features.by_ref().take(count) {
-                x = self.form.forward(block, x);
+            for (index, block) in features.by_ref().take(count).enumerate() {
+                x = match index + 1 == count {
+                    true => self.form.forward_max_pool(block, x, &pool),
+                    false => self.form.forward(block, x),
+                };
             }
-            x = self.form.max_pool(x, MaxPoolOptions::new([2, 2]));
         }
         let pooled = adaptive_avg_pool2d(x, [POOLED, POOLED]);
         let mut x = rows(pooled, &self.classifier[0]);

@@ -3,8 +3,8 @@
 
 use kernels::{
     Activation, Affine, Backward, ConvOutput, Element, Geometry, Gradients, InputGradCoefficients,
-    PoolGeometry, Real, backward, conv, conv_moments, grad_sums, max_pool, max_pool_backward,
-    normalize,
+    OutputGrad, PoolGeometry, PooledGrad, Real, backward, conv, conv_moments, grad_sums, max_pool,
+    max_pool_backward, normalize, normalize_max_pool, pooled_grad_sums,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -213,7 +213,7 @@ pub fn run<E: Element>(case: &Case) -> Written {
         geometry: &geometry,
         input: Some(&input),
         weight: Some(&weight),
-        output_grad: &output_grad,
+        output_grad: OutputGrad::Whole(&output_grad),
         affine,
         activation: Activation::Relu,
         residual: None,
@@ -275,14 +275,30 @@ pub fn pools() -> usize {
     POOLS.len()
 }
 
-/// Runs max pools over planes enough for several tasks, forward with and without places, and backward.
+/// Runs max pools over planes enough for several tasks, forward with and without places, and backward, by
+/// themselves and right behind a norm.
 pub fn run_pools<E: Element>() -> Written {
-    const PLANES: usize = 50;
+    const PLANES: usize = IMAGES * CHANNELS;
+    const IMAGES: usize = 10;
+    const CHANNELS: usize = 5;
     const SIZE: [usize; 2] = [39, 42];
     let input = data::<E>(PLANES * SIZE[0] * SIZE[1], 1);
+    let (one, three) = ([1; 3], [1, 3, 3]);
+    let conv_size = [1, SIZE[0] + 2, SIZE[1] + 2];
+    let no_padding = [(0, 0); 3];
+    let geometry = Geometry::new(IMAGES, [2, CHANNELS], 1, conv_size, three, one, no_padding, one)
+        .expect("the convolution is valid");
+    let conv_input = data::<E>(IMAGES * geometry.input_len(), 3);
+    let weight = numbers::<E::Real>(geometry.weight_len(), 4);
+    let [mean, scale, shift] = [5, 6, 7].map(|seed| numbers::<E::Real>(CHANNELS, seed));
+    let affine = Affine {
+        mean: &mean,
+        scale: &scale,
+        shift: &shift,
+    };
     let mut written = Written::default();
     for [kernel, stride, padding] in POOLS {
-        let geometry = PoolGeometry::new(
+        let pool = PoolGeometry::new(
             PLANES,
             SIZE,
             [kernel; 2],
@@ -293,15 +309,58 @@ pub fn run_pools<E: Element>() -> Written {
         )
         .expect("the max pool is valid");
         let (mut output, mut places) = (Vec::new(), Vec::new());
-        max_pool(&geometry, &input, &mut output, None);
+        max_pool(&pool, &input, &mut output, None);
         written.stored(&output);
-        max_pool(&geometry, &input, &mut output, Some(&mut places));
+        max_pool(&pool, &input, &mut output, Some(&mut places));
         written.stored(&output);
         written.places(&places);
         let mut input_grad = Vec::new();
         let output_grad = data::<E>(output.len(), 2);
-        max_pool_backward(&geometry, &output_grad, &places, &mut input_grad);
+        max_pool_backward(&pool, &output_grad, &places, &mut input_grad);
         written.stored(&input_grad);
+
+        let relu = Activation::Relu;
+        normalize_max_pool(&geometry, &input, affine, relu, &pool, &mut output, &mut places);
+        written.stored(&output);
+        written.places(&places);
+        let pass = Backward {
+            geometry: &geometry,
+            input: Some(&conv_input),
+            weight: Some(&weight),
+            output_grad: OutputGrad::Pooled(PooledGrad {
+                geometry: &pool,
+                output_grad: &output_grad,
+                places: &places,
+            }),
+            affine,
+            activation: relu,
+            residual: None,
+            output: None,
+        };
+        for sums in [
+            pooled_grad_sums(&pass, &output),
+            grad_sums(&pass, ConvOutput::Recompute),
+        ] {
+            written.computed(&sums.grad);
+            written.computed(&sums.grad_deviation);
+        }
+        let mut weight_grad = Vec::new();
+        backward(
+            &pass,
+            None,
+            InputGradCoefficients {
+                scale: &scale,
+                slope: &scale,
+                offset: &shift,
+            },
+            Gradients {
+                input: Some((&mut input_grad, &weight)),
+                weight: Some(&mut weight_grad),
+                residual: None,
+            },
+        );
+        written.stored(&input_grad);
+        written.computed(&weight_grad);
     }
     written
 }

@@ -344,15 +344,113 @@ pub struct MaxPoolBackwardOptions {
     pub input_shape: Shape,
 }
 
+/// What the forward kernel of the fused op with a max pool behind it returns.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::backend::flex::FlexTensor;
+/// use burn::backend::{Flex, TensorMetadata};
+/// use burn::tensor::TensorData;
+/// use burn::tensor::ops::MaxPoolOptions;
+/// use burn_conv_bn::{
+///     ConvBnBackend, ConvBnBackwardOptions, ConvBnInputs, ConvBnMaxPoolBackwardOptions,
+///     ConvBnMaxPoolForward, ConvBnOptions, ConvBnSaved, ConvSpec, OptionalTensor, Parents,
+///     Statistics,
+/// };
+///
+/// let tensor = |shape: [usize; 4]| {
+///     let values = (0..shape.iter().product::<usize>()).map(|i| (i as f32).sin());
+///     FlexTensor::from_data(TensorData::new(values.collect::<Vec<f32>>(), shape))
+/// };
+/// let (input, weight) = (tensor([2, 3, 8, 8]), tensor([4, 3, 3, 3]));
+/// let inputs = ConvBnInputs::<Flex> {
+///     input: input.clone(),
+///     weight: weight.clone(),
+///     bias: OptionalTensor::Absent,
+///     gamma: OptionalTensor::Absent,
+///     beta: OptionalTensor::Absent,
+///     residual: OptionalTensor::Absent,
+///     statistics: Statistics::Batch,
+/// };
+/// let (statistics, norm_dtype) = (inputs.statistics.kind(), inputs.norm_dtype());
+/// let options = ConvBnOptions::new(ConvSpec::unit(2));
+/// let pool = MaxPoolOptions::new([2, 2]);
+/// let forward = Flex::conv_bn_max_pool_forward(inputs, options.clone(), pool.clone());
+/// let ConvBnMaxPoolForward::Pooled { output, places, mean, variance } = forward else {
+///     panic!("Flex has a kernel for windows of 2x2");
+/// };
+/// assert_eq!(output.shape().to_vec(), [2, 4, 3, 3]);
+///
+/// let saved = ConvBnSaved::<Flex> {
+///     output_grad: tensor([2, 4, 3, 3]),
+///     input: OptionalTensor::Present(input.clone()),
+///     weight: OptionalTensor::Present(weight.clone()),
+///     bias: OptionalTensor::Absent,
+///     gamma: OptionalTensor::Absent,
+///     beta: OptionalTensor::Absent,
+///     mean: OptionalTensor::Present(mean),
+///     variance: OptionalTensor::Present(variance),
+///     conv_output: OptionalTensor::Absent,
+///     output: OptionalTensor::Present(output),
+///     residual: OptionalTensor::Absent,
+/// };
+/// let options = ConvBnMaxPoolBackwardOptions {
+///     conv_bn: ConvBnBackwardOptions {
+///         options,
+///         statistics,
+///         input_shape: input.shape(),
+///         weight_shape: weight.shape(),
+///         norm_dtype,
+///         wanted: Parents {
+///             input: true,
+///             ..Parents::default()
+///         },
+///     },
+///     pool,
+/// };
+/// let grads = Flex::conv_bn_max_pool_backward(saved, places, options);
+/// let grad = grads.input.into_option().expect("it was wanted");
+/// assert_eq!(grad.shape(), input.shape());
+/// # }
+/// ```
+#[derive(Clone, Debug, ExtensionType)]
+pub enum ConvBnMaxPoolForward<B: Backend> {
+    /// Nothing: the backend has no kernel for this, and runs one op after the other.
+    Unsupported,
+    /// The pooled output, and what the backward kernel wants to know.
+    Pooled {
+        /// `[batch, channels_out, height_out, width_out]`.
+        output: FloatTensor<B>,
+        /// As [`MaxPoolForward::Pooled`]'s.
+        places: IntTensor<B>,
+        /// As [`ConvBnForward::mean`].
+        mean: FloatTensor<B>,
+        /// As [`ConvBnForward::variance`].
+        variance: FloatTensor<B>,
+    },
+}
+
+/// What the backward kernel of the fused op with a max pool behind it must know besides tensors.
+///
+/// [`ConvBnMaxPoolForward`] has an example.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConvBnMaxPoolBackwardOptions {
+    /// Of the fused op.
+    pub conv_bn: ConvBnBackwardOptions,
+    /// The pool's.
+    pub pool: MaxPoolOptions<2>,
+}
+
 /// Burn's [`Backend`], extended with the fused op, the two ops that it is made of, and a max pool that
 /// keeps little.
 ///
-/// The methods `conv`, `batch_normalize`, `conv_bn` and `max_pool` are differentiable: `Autodiff<B>`
-/// registers one node for each. The methods `conv_bn_forward` and `conv_bn_backward` are the kernels
-/// behind `conv_bn`; they are what a backend overrides, and they do not differentiate. All of these have
-/// default bodies made of Burn's own ops. So has `max_pool`, whose kernels `max_pool_forward` and
-/// `max_pool_backward` a backend overrides together or not at all: without them Burn's own pool runs,
-/// with Burn's own node.
+/// The methods `conv`, `batch_normalize`, `conv_bn`, `max_pool` and `conv_bn_max_pool` are differentiable:
+/// `Autodiff<B>` registers one node for each. The methods `conv_bn_forward` and `conv_bn_backward` are the
+/// kernels behind `conv_bn`; they are what a backend overrides, and they do not differentiate. All of
+/// these have default bodies made of Burn's own ops. So has `max_pool`, whose kernels `max_pool_forward`
+/// and `max_pool_backward` a backend overrides together or not at all: without them Burn's own pool runs,
+/// with Burn's own node. Likewise `conv_bn_max_pool`, which without its two kernels is `conv_bn` and
+/// `max_pool`.
 ///
 /// The methods trust their arguments; [`functional`](crate::functional) is the checked front.
 ///
@@ -384,8 +482,8 @@ pub struct MaxPoolBackwardOptions {
 /// ```
 ///
 /// A backend of your own takes the default bodies with `impl ConvBnBackend for MyBackend {}`, and
-/// overrides `conv_bn_forward` and `conv_bn_backward`, or the three methods of the max pool, where it has
-/// kernels for them. For tensors of Burn's `Tensor` to reach it, it has to be one of the backends that
+/// overrides `conv_bn_forward` and `conv_bn_backward`, the three methods of the max pool, or the two
+/// kernels of both, where it has kernels for them. For tensors of Burn's `Tensor` to reach it, it has to be one of the backends that
 /// Burn dispatches to.
 ///
 /// # The kernels
@@ -585,6 +683,66 @@ pub trait ConvBnBackend: Backend {
     ) -> FloatTensor<Self> {
         let _ = (output_grad, places);
         panic!("max_pool_backward: this backend's forward kernel keeps no places ({options:?})");
+    }
+
+    /// [`conv_bn`](Self::conv_bn) over height and width, and [`max_pool`](Self::max_pool) of its output:
+    /// one op, without the tensor between the two, where the backend has kernels for it.
+    ///
+    /// The statistics are those of the convolution's output, as `conv_bn` returns them.
+    #[fusion(default)]
+    fn conv_bn_max_pool(
+        #[extension_type] inputs: ConvBnInputs<Self>,
+        options: ConvBnOptions,
+        pool: MaxPoolOptions<2>,
+    ) -> NormOutput<Self> {
+        let shift = portable::bias_shift::<Self>(&inputs);
+        match Self::conv_bn_max_pool_forward(inputs.clone(), options.clone(), pool.clone()) {
+            ConvBnMaxPoolForward::Pooled {
+                output,
+                mean,
+                variance,
+                ..
+            } => NormOutput {
+                output,
+                mean: portable::shifted_mean::<Self>(mean, shift),
+                variance,
+            },
+            ConvBnMaxPoolForward::Unsupported => {
+                let normalized = Self::conv_bn(inputs, options);
+                NormOutput {
+                    output: Self::max_pool(normalized.output, pool),
+                    ..normalized
+                }
+            }
+        }
+    }
+
+    /// The forward kernel of `conv_bn_max_pool`, if the backend has one for these inputs and options.
+    #[fusion(default)]
+    fn conv_bn_max_pool_forward(
+        #[extension_type] inputs: ConvBnInputs<Self>,
+        options: ConvBnOptions,
+        pool: MaxPoolOptions<2>,
+    ) -> ConvBnMaxPoolForward<Self> {
+        let _ = (inputs, options, pool);
+        ConvBnMaxPoolForward::Unsupported
+    }
+
+    /// The backward kernel of `conv_bn_max_pool`: the gradients that are wanted, from what
+    /// [`SavePlan`](crate::SavePlan) says for the fused op without a pool, the pooled output and the
+    /// places. `saved.output_grad` is the gradient of the pooled output.
+    ///
+    /// # Panics
+    ///
+    /// Panics on a backend whose `conv_bn_max_pool_forward` supports nothing.
+    #[fusion(default)]
+    fn conv_bn_max_pool_backward(
+        #[extension_type] saved: ConvBnSaved<Self>,
+        places: IntTensor<Self>,
+        options: ConvBnMaxPoolBackwardOptions,
+    ) -> ConvBnGrads<Self> {
+        let _ = (saved, places);
+        panic!("conv_bn_max_pool_backward: this backend has no kernel for it ({options:?})");
     }
 }
 

@@ -13,17 +13,19 @@ use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Element, Shape, TensorData, bf16, f16};
 use burn_conv_bn_cpu::{
     Activation as KernelActivation, Affine, Backward, ConvOutput, Element as KernelElement,
-    Geometry, Gradients, InputGradCoefficients, Real, backward, conv, conv_moments, grad_sums,
-    normalize,
+    Geometry, Gradients, InputGradCoefficients, OutputGrad, PooledGrad, Real, backward, conv,
+    conv_moments, grad_sums, normalize, normalize_max_pool, pooled_grad_sums,
 };
 use bytemuck::Pod;
 
 use crate::backend::{
-    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
-    MaxPoolBackwardOptions, MaxPoolForward, OptionalTensor, Statistics,
+    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs,
+    ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved, MaxPoolBackwardOptions,
+    MaxPoolForward, OptionalTensor, Statistics,
 };
 use crate::definition::{
-    Activation, ConvBnOptions, ConvSpec, Derivative, NormSpec, NormVariant, StatisticsKind,
+    Activation, ConvBnOptions, ConvSpec, Derivative, NormSpec, NormVariant, SavePlan,
+    StatisticsKind,
 };
 use crate::portable::{self, cast};
 
@@ -47,11 +49,44 @@ impl ConvBnBackend for Flex {
         options: ConvBnBackwardOptions,
     ) -> ConvBnGrads<Self> {
         match saved.output_grad.dtype() {
-            DType::F32 => kernel_backward::<f32>(saved, &options),
-            DType::F64 => kernel_backward::<f64>(saved, &options),
-            DType::F16 => kernel_backward::<f16>(saved, &options),
-            DType::BF16 => kernel_backward::<bf16>(saved, &options),
+            DType::F32 => kernel_backward::<f32>(saved, None, &options),
+            DType::F64 => kernel_backward::<f64>(saved, None, &options),
+            DType::F16 => kernel_backward::<f16>(saved, None, &options),
+            DType::BF16 => kernel_backward::<bf16>(saved, None, &options),
             _ => portable::conv_bn::backward::<Self>(saved, &options),
+        }
+    }
+
+    fn conv_bn_max_pool_forward(
+        inputs: ConvBnInputs<Self>,
+        options: ConvBnOptions,
+        pool: MaxPoolOptions<2>,
+    ) -> ConvBnMaxPoolForward<Self> {
+        match inputs.input.dtype() {
+            DType::F32 => kernel_forward_max_pool::<f32>(inputs, &options, &pool),
+            DType::F64 => kernel_forward_max_pool::<f64>(inputs, &options, &pool),
+            DType::F16 => kernel_forward_max_pool::<f16>(inputs, &options, &pool),
+            DType::BF16 => kernel_forward_max_pool::<bf16>(inputs, &options, &pool),
+            _ => ConvBnMaxPoolForward::Unsupported,
+        }
+    }
+
+    fn conv_bn_max_pool_backward(
+        saved: ConvBnSaved<Self>,
+        places: FlexTensor,
+        options: ConvBnMaxPoolBackwardOptions,
+    ) -> ConvBnGrads<Self> {
+        let ConvBnMaxPoolBackwardOptions { conv_bn, pool } = options;
+        let behind = Behind {
+            places: contiguous(&places),
+            options: pool,
+        };
+        match saved.output_grad.dtype() {
+            DType::F32 => kernel_backward::<f32>(saved, Some(&behind), &conv_bn),
+            DType::F64 => kernel_backward::<f64>(saved, Some(&behind), &conv_bn),
+            DType::F16 => kernel_backward::<f16>(saved, Some(&behind), &conv_bn),
+            DType::BF16 => kernel_backward::<bf16>(saved, Some(&behind), &conv_bn),
+            dtype => panic!("no max pool of {dtype:?} has places"),
         }
     }
 
@@ -132,8 +167,84 @@ fn kernel_forward<E: Kernel>(
     }
 }
 
+/// The forward pass with a max pool behind, where its backward pass can be one op with it.
+fn kernel_forward_max_pool<E: Kernel>(
+    inputs: ConvBnInputs<Flex>,
+    options: &ConvBnOptions,
+    pool: &MaxPoolOptions<2>,
+) -> ConvBnMaxPoolForward<Flex> {
+    let residual = inputs.residual.is_present();
+    if !SavePlan::joins_max_pool(options, inputs.statistics.kind(), residual) {
+        return ConvBnMaxPoolForward::Unsupported;
+    }
+    let (input, weight) = (contiguous(&inputs.input), contiguous(&inputs.weight));
+    let geometry = geometry(&input.shape(), &weight.shape(), &options.conv);
+    let output_shape = output_shape(&input.shape(), &geometry);
+    let pool = match max_pool::geometry(&output_shape, pool) {
+        Some(pool) if pool.is_regular() => pool,
+        _ => return ConvBnMaxPoolForward::Unsupported,
+    };
+    let mut values = Vec::<E>::new();
+    let weight = numbers::<E::Real>(&weight);
+    let moments = conv_moments(&geometry, slice::<E>(&input), &weight, &mut values);
+    let mean = rounded::<E::Real>(moments.mean.iter().copied());
+    let variance = rounded::<E::Real>(moments.variance());
+    let count = geometry.batch() * geometry.positions();
+    let norm = HostNorm::of_batch(options.norm, count, &variance);
+    let scale = norm.scale::<E::Real>(inputs.gamma.as_option().map(host));
+    let channels = geometry.channels_out();
+    let shift = inputs.beta.as_option().map(host);
+    let affine = Affine {
+        mean: &mean,
+        scale: &scale,
+        shift: &shift.unwrap_or_else(|| vec![E::Real::ZERO; channels]),
+    };
+    let (mut output, mut places) = (Vec::new(), Vec::new());
+    let activation = kernel_activation(options.activation);
+    normalize_max_pool(
+        &geometry,
+        &values,
+        affine,
+        activation,
+        &pool,
+        &mut output,
+        &mut places,
+    );
+    let [height, width] = pool.output();
+    let pooled = Shape::new([output_shape[0], channels, height, width]);
+    let per_channel = Shape::new([channels]);
+    ConvBnMaxPoolForward::Pooled {
+        output: tensor(output, &pooled),
+        places: tensor(places, &pooled),
+        mean: tensor(mean, &per_channel),
+        variance: tensor(variance, &per_channel),
+    }
+}
+
+/// The max pool behind.
+struct Behind {
+    places: FlexTensor,
+    options: MaxPoolOptions<2>,
+}
+
+/// Of a channel's shift, how many times its scale by the standard deviation, gamma, may be, for the norm's
+/// input to be told from its output: what is lost is the rounding of the output, that many times as large
+/// as that of the input's deviation from its mean.
+const MOST_SHIFT: f64 = 8.0;
+
+/// Whether each channel's output tells its input.
+fn tells_input<T: Real>(gamma: Option<&[T]>, beta: Option<&[T]>, channels: usize) -> bool {
+    (0..channels).all(|channel| {
+        let gamma = gamma.map_or(1.0, |gamma| gamma[channel].to_f64().abs());
+        let beta = beta.map_or(0.0, |beta| beta[channel].to_f64().abs());
+        gamma > 0.0 && beta <= MOST_SHIFT * gamma
+    })
+}
+
+/// The gradients; with a max pool behind, from that of its output.
 fn kernel_backward<E: Kernel>(
     saved: ConvBnSaved<Flex>,
+    behind: Option<&Behind>,
     options: &ConvBnBackwardOptions,
 ) -> ConvBnGrads<Flex> {
     let (Some(mean), Some(variance)) = (
@@ -189,25 +300,42 @@ fn kernel_backward<E: Kernel>(
         scale: &scale,
         shift: shift.as_deref().unwrap_or(&zeros),
     };
+    let conv_output_shape = output_shape(&options.input_shape, &geometry);
+    let pool = behind.map(|behind| {
+        max_pool::geometry(&conv_output_shape, &behind.options)
+            .expect("the forward pass had a kernel for the same window")
+    });
     let pass = Backward {
         geometry: &geometry,
         input: input.as_ref().map(slice::<E>),
         weight: weight.as_deref(),
-        output_grad: slice(&output_grad),
+        output_grad: match behind.zip(pool.as_ref()) {
+            Some((behind, geometry)) => OutputGrad::Pooled(PooledGrad {
+                geometry,
+                output_grad: slice(&output_grad),
+                places: slice(&behind.places),
+            }),
+            None => OutputGrad::Whole(slice(&output_grad)),
+        },
         affine,
         activation,
         residual: residual.as_ref().map(slice),
-        output: output.as_ref().map(slice),
+        // A pooled one tells the two sums alone.
+        output: output.as_ref().filter(|_| behind.is_none()).map(slice),
     };
+    let told = output
+        .as_ref()
+        .filter(|_| behind.is_some() && tells_input(gamma.as_deref(), shift.as_deref(), channels));
 
     // The convolution's output: kept since forward, stored between the two steps if that saves time and
     // fits the workspace, or recomputed in each. With given statistics only the activation may depend on it.
     let is_needed =
         batch_norm.is_some() || options.options.activation.derivative() == Derivative::OfValue;
     let kept = conv_output.as_option().map(contiguous);
-    let bytes = size_of_val(pass.output_grad);
+    let bytes = size_of::<E>() * conv_output_shape.num_elements();
     let stores = is_needed
         && kept.is_none()
+        && told.is_none()
         && geometry.is_worth_storing(bytes)
         && options
             .options
@@ -216,17 +344,15 @@ fn kernel_backward<E: Kernel>(
     let mut stored = Vec::<E>::new();
     let at_hand = match (&kept, is_needed) {
         (Some(kept), _) => Some(slice::<E>(kept)),
-        (None, false) => Some(pass.output_grad),
+        (None, false) => Some(slice(&output_grad)),
         (None, true) => None,
     };
-    let sums = grad_sums(
-        &pass,
-        match at_hand {
-            Some(conv_output) => ConvOutput::Kept(conv_output),
-            None if stores => ConvOutput::Store(&mut stored),
-            None => ConvOutput::Recompute,
-        },
-    );
+    let sums = match (told, at_hand) {
+        (Some(pooled), _) => pooled_grad_sums(&pass, slice(pooled)),
+        (None, Some(conv_output)) => grad_sums(&pass, ConvOutput::Kept(conv_output)),
+        (None, None) if stores => grad_sums(&pass, ConvOutput::Store(&mut stored)),
+        (None, None) => grad_sums(&pass, ConvOutput::Recompute),
+    };
 
     let wants_fixed_gamma = wanted.gamma && batch_norm.is_none();
     let mut weight_grad = (wanted.weight || wants_fixed_gamma).then(Vec::<E::Real>::new);

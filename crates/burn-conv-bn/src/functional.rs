@@ -3,7 +3,8 @@
 //! The first three are the custom functions of the PyTorch tutorial "Fusing Convolution and Batch
 //! Norm using Custom Function", over one to three spatial dimensions and with every option. Each
 //! has a backward pass of its own rather than one derived from its parts, and is differentiable
-//! once. So has [`max_pool2d`], which takes the place of Burn's where a block is followed by one.
+//! once. So has [`max_pool2d`], which takes the place of Burn's where a block is followed by one, and
+//! [`conv_bn_max_pool2d`], which is both.
 //!
 //! ```
 //! # #[cfg(feature = "flex")] {
@@ -29,7 +30,7 @@ use burn::backend::Dispatch;
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Device, Shape, Tensor};
 
-use crate::backend::{ConvBnBackend, ConvBnInputs, OptionalTensor, Statistics};
+use crate::backend::{ConvBnBackend, ConvBnInputs, NormOutput, OptionalTensor, Statistics};
 use crate::definition::{
     ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPoolProblem, NormSpec, check_epsilon,
     values_per_channel,
@@ -49,6 +50,16 @@ pub struct Normalized<const D: usize> {
     /// Biased variance of the norm's input (sum of squared deviations over the number of
     /// values), `[channels]`, in f32 or f64. Constant to autodiff.
     pub variance: Tensor<1>,
+}
+
+impl<const D: usize> Normalized<D> {
+    fn new(result: NormOutput<Dispatch>) -> Self {
+        Self {
+            output: Tensor::from_dispatch(result.output),
+            mean: Tensor::from_dispatch(result.mean),
+            variance: Tensor::from_dispatch(result.variance),
+        }
+    }
 }
 
 /// The tensors of the fused op besides its input; `None` where there is none.
@@ -234,11 +245,7 @@ pub fn batch_norm<const D: usize>(
     check.norm_channels("beta", beta.as_ref(), shape[1])?;
     let result =
         Dispatch::batch_normalize(input.into_dispatch(), optional(gamma), optional(beta), norm);
-    Ok(Normalized {
-        output: Tensor::from_dispatch(result.output),
-        mean: Tensor::from_dispatch(result.mean),
-        variance: Tensor::from_dispatch(result.variance),
-    })
+    Ok(Normalized::new(result))
 }
 
 /// `activation(norm(conv(input)) + residual)`, keeping for the backward pass what
@@ -282,10 +289,85 @@ pub fn conv_bn<const D: usize>(
     params: ConvBnParams<D>,
     options: ConvBnOptions,
 ) -> Result<Normalized<D>, ConvBnError> {
+    let (inputs, _) = checked(input, params, &options)?;
+    Ok(Normalized::new(Dispatch::conv_bn(inputs, options)))
+}
+
+/// [`conv_bn`] and [`max_pool2d`] of its output, as one op where that is possible: then there is no tensor
+/// between the two, nor a gradient of one.
+///
+/// Besides what [`conv_bn`] keeps, a training step then keeps one byte for each output and a handle on
+/// the output, which is the input of what follows. The backward pass recomputes the convolution once
+/// instead of twice: the sums over its output that the norm's gradients need are taken from the pooled
+/// values, except where a channel's gamma is zero or less than an eighth of its beta. With batch
+/// statistics, recomputation and no residual this is so on Flex, for windows of up to 256 pixels without
+/// dilation and ceil mode that are padded by half their size at most. In any other case it is the two
+/// functions one after the other.
+///
+/// The output and its statistics have the same bits either way. In f32 and f64 the gradients are those
+/// of the two up to the rounding of sums.
+///
+/// # Shapes
+///
+/// - `input`: `[batch, channels_in, height, width]`
+/// - output: `[batch, channels_out, height_out, width_out]`, as of [`max_pool2d`]
+/// - mean, variance: `[channels_out]`, of the convolution's output
+///
+/// # Errors
+///
+/// Those of [`conv_bn`] and of [`max_pool2d`].
+///
+/// # Examples
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::ops::MaxPoolOptions;
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_conv_bn::functional::{ConvBnParams, conv_bn_max_pool2d};
+/// use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec};
+///
+/// let device = Device::flex().autodiff();
+/// let x = Tensor::<4>::random([4, 3, 10, 10], Distribution::Default, &device);
+/// let weight = Tensor::<4>::random([5, 3, 3, 3], Distribution::Default, &device).require_grad();
+/// let options = ConvBnOptions::new(ConvSpec::unit(2)).with_activation(Activation::Relu);
+/// let pool = MaxPoolOptions::new([2, 2]);
+///
+/// let result = conv_bn_max_pool2d(x, ConvBnParams::new(weight.clone()), options, pool)?;
+/// assert_eq!(result.output.dims(), [4, 5, 4, 4]);
+/// let grads = result.output.sum().backward();
+/// assert_eq!(weight.grad(&grads).unwrap().dims(), [5, 3, 3, 3]);
+/// # }
+/// # Ok::<(), burn_conv_bn::ConvBnError>(())
+/// ```
+pub fn conv_bn_max_pool2d(
+    input: Tensor<4>,
+    params: ConvBnParams<4>,
+    options: ConvBnOptions,
+    pool: MaxPoolOptions<2>,
+) -> Result<Normalized<4>, ConvBnError> {
+    let (inputs, problem) = checked(input, params, &options)?;
+    let pooled = MaxPoolProblem::new(problem.output, pool.clone())?;
+    if pooled.joins_a_block() {
+        let result = Dispatch::conv_bn_max_pool(inputs, options, pool);
+        return Ok(Normalized::new(result));
+    }
+    let normalized = Normalized::new(Dispatch::conv_bn(inputs, options));
+    Ok(Normalized {
+        output: max_pool2d(normalized.output, pool)?,
+        ..normalized
+    })
+}
+
+/// The op's tensors, and their shapes, once they fit each other.
+fn checked<const D: usize>(
+    input: Tensor<D>,
+    params: ConvBnParams<D>,
+    options: &ConvBnOptions,
+) -> Result<(ConvBnInputs<Dispatch>, ConvBnProblem), ConvBnError> {
     let problem = ConvBnProblem::conv_bn(
         input.shape(),
         params.weight.shape(),
-        &options,
+        options,
         params.statistics.is_none(),
     )?;
     let channels_out = problem.output[1];
@@ -321,12 +403,7 @@ pub fn conv_bn<const D: usize>(
             None => Statistics::Batch,
         },
     };
-    let result = Dispatch::conv_bn(inputs, options);
-    Ok(Normalized {
-        output: Tensor::from_dispatch(result.output),
-        mean: Tensor::from_dispatch(result.mean),
-        variance: Tensor::from_dispatch(result.variance),
-    })
+    Ok((inputs, problem))
 }
 
 /// Max pool over height and width: what [`burn::tensor::module::max_pool2d`] computes, gradients

@@ -76,8 +76,9 @@ pub mod functional;
 pub mod gradcheck;
 
 pub use backend::{
-    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
-    MaxPoolBackwardOptions, MaxPoolForward, NormOutput, OptionalTensor, Statistics,
+    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs,
+    ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved, MaxPoolBackwardOptions,
+    MaxPoolForward, NormOutput, OptionalTensor, Statistics,
 };
 pub use definition::{
     Activation, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, NormSpec, NormVariant,

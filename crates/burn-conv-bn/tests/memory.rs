@@ -2,7 +2,7 @@
 //!
 //! One test, so that no other allocates at the same time.
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::nn::PaddingConfig2d;
 use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
 use burn_conv_bn::functional::{ConvBnParams, conv_bn};
@@ -205,6 +205,8 @@ fn a_node_keeps_what_its_table_lists() {
     frozen_layers_keep_no_input(&device);
     a_pool_keeps_what_it_lists(&device);
     nothing_is_kept_between_block_and_pool(&device);
+    a_block_joined_with_its_pool_keeps_what_it_lists(&device);
+    no_gradient_is_made_between_block_and_pool(&device);
     unfused_keeps_three(&device);
     workspace_is_bounded(&device);
 }
@@ -321,6 +323,65 @@ fn nothing_is_kept_between_block_and_pool(device: &Device) {
         kept.abs_diff(wanted) < OVERHEAD,
         "got {kept} bytes, wanted {wanted}"
     );
+}
+
+/// As one op they keep a handle on the output, too, and what they list.
+fn a_block_joined_with_its_pool_keeps_what_it_lists(device: &Device) {
+    let pool = MaxPool2dConfig::new([2, 2]).init();
+    for (activation, names) in [
+        (Activation::Relu, &["input", "output", "places"][..]),
+        (Activation::Silu, &["input", "places"][..]),
+    ] {
+        let block = ConvBn2dConfig::new([WEIGHT[1], WEIGHT[0]], [3, 3])
+            .with_activation(activation)
+            .init(device);
+        let listed = block.saved_for_backward_max_pool(INPUT, &pool);
+        let activations = listed.iter().filter(|kept| kept.shape[0] == INPUT[0]);
+        let activations =
+            activations.filter(|kept| kept.name != "weight" && kept.shape.num_dims() == 4);
+        let (listed, bytes): (Vec<_>, Vec<_>) =
+            activations.map(|kept| (kept.name, kept.bytes())).unzip();
+        assert_eq!(listed, names);
+        let runs =
+            (0..3).map(|_| kept_by(|x| block.forward_max_pool(x, &pool), INPUT, true, device));
+        let (kept, wanted) = (runs.min().unwrap_or_default(), bytes.iter().sum());
+        assert!(
+            kept.abs_diff(wanted) < OVERHEAD,
+            "got {kept} bytes, wanted {wanted} ({activation:?})"
+        );
+    }
+}
+
+/// The backward pass of the two as one op has no gradient of the tensor between them, whether its sums
+/// come from the pooled output or, with a gamma of zero, from the recomputed one.
+fn no_gradient_is_made_between_block_and_pool(device: &Device) {
+    const INPUT: [usize; 4] = [256, 8, 32, 32];
+    let pool = MaxPool2dConfig::new([2, 2]).init();
+    for gamma in [1.0, 0.0] {
+        let mut block = ConvBn2dConfig::new([8, 8], [3, 3])
+            .with_activation(Activation::Relu)
+            .with_max_workspace(Some(0))
+            .init(device);
+        block.norm.gamma = Param::from_tensor(Tensor::full([8], gamma, device));
+        let workspace = |joined: bool| {
+            let input = tensor::<4>(INPUT, true, device);
+            let output = match joined {
+                true => block.forward_max_pool(input, &pool),
+                false => pool.forward(block.forward(input)),
+            };
+            let fixed = bytes(output.dims()) + bytes(INPUT);
+            let loss = output.sum();
+            let start = ALLOCATOR.reset_peak();
+            let grads = loss.backward();
+            let peak = ALLOCATOR.peak() - start;
+            drop(grads);
+            peak.saturating_sub(fixed)
+        };
+        let (joined, apart) = (workspace(true), workspace(false));
+        let between = bytes([256, 8, 30, 30]);
+        assert!(joined < 4 << 20, "got {joined}");
+        assert!(apart > between / 2, "got {apart}");
+    }
 }
 
 /// Burn's own layers, for the comparison that the README makes.

@@ -66,11 +66,8 @@ impl<B: ConvBnBackend> Backward<B, 6> for ConvBnBackward {
             result.beta,
             result.residual,
         ];
-        for (node, grad) in ops.parents.into_iter().zip(results) {
-            if let (Some(node), OptionalTensor::Present(grad)) = (node, grad) {
-                grads.register::<B>(node.id, grad);
-            }
-        }
+        let parents = ops.parents.map(|node| node.map(|node| node.id));
+        register_grads(parents, results, grads);
     }
 }
 
@@ -93,14 +90,7 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
         .stateful()
     {
         OpsKind::Tracked(mut prep) => {
-            let tracked = Parents {
-                input: inputs.input.is_tracked(),
-                weight: inputs.weight.is_tracked(),
-                bias: is_tracked::<B, C>(&inputs.bias),
-                gamma: is_tracked::<B, C>(&inputs.gamma),
-                beta: is_tracked::<B, C>(&inputs.beta),
-                residual: is_tracked::<B, C>(&inputs.residual),
-            };
+            let tracked = tracked(&inputs);
             let statistics = inputs.statistics.kind();
             let plan = SavePlan::new(&options, statistics, inputs.present(), tracked);
             let mut checkpoint = |kept: bool, tensor: Option<&FloatTensor<Autodiff<B, C>>>| {
@@ -157,7 +147,16 @@ fn forward<B: ConvBnBackend, C: CheckpointStrategy>(
     options: ConvBnOptions,
     keep_conv_output: bool,
 ) -> (ConvBnForward<B>, Option<FloatTensor<B>>) {
-    let inputs = ConvBnInputs::<B> {
+    let inputs = inner_inputs(inputs);
+    let shift = bias_shift::<B>(&inputs);
+    (B::conv_bn_forward(inputs, options, keep_conv_output), shift)
+}
+
+/// The inputs on the inner backend.
+pub(super) fn inner_inputs<B: ConvBnBackend, C: CheckpointStrategy>(
+    inputs: ConvBnInputs<Autodiff<B, C>>,
+) -> ConvBnInputs<B> {
+    ConvBnInputs {
         input: inputs.input.into_primitive(),
         weight: inputs.weight.into_primitive(),
         bias: inner::<B, C>(inputs.bias).into(),
@@ -171,7 +170,32 @@ fn forward<B: ConvBnBackend, C: CheckpointStrategy>(
                 variance: variance.into_primitive(),
             },
         },
-    };
-    let shift = bias_shift::<B>(&inputs);
-    (B::conv_bn_forward(inputs, options, keep_conv_output), shift)
+    }
+}
+
+/// Which of the inputs are tracked.
+pub(super) fn tracked<B: ConvBnBackend, C: CheckpointStrategy>(
+    inputs: &ConvBnInputs<Autodiff<B, C>>,
+) -> Parents {
+    Parents {
+        input: inputs.input.is_tracked(),
+        weight: inputs.weight.is_tracked(),
+        bias: is_tracked::<B, C>(&inputs.bias),
+        gamma: is_tracked::<B, C>(&inputs.gamma),
+        beta: is_tracked::<B, C>(&inputs.beta),
+        residual: is_tracked::<B, C>(&inputs.residual),
+    }
+}
+
+/// Passes gradients on to the parents that wanted them.
+pub(super) fn register_grads<B: ConvBnBackend, const N: usize>(
+    parents: [Option<NodeId>; N],
+    results: [OptionalTensor<B>; N],
+    grads: &mut Gradients,
+) {
+    for (node, grad) in parents.into_iter().zip(results) {
+        if let (Some(node), OptionalTensor::Present(grad)) = (node, grad) {
+            grads.register::<B>(node, grad);
+        }
+    }
 }

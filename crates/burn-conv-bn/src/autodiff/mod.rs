@@ -6,6 +6,7 @@
 
 mod conv;
 mod conv_bn;
+mod conv_bn_max_pool;
 mod max_pool;
 mod norm;
 
@@ -60,9 +61,17 @@ impl<B: ConvBnBackend, C: CheckpointStrategy> ConvBnBackend for Autodiff<B, C> {
         panic!("Can't differentiate conv_bn_backward: the op is differentiable once.");
     }
 
-    // The kernels behind it keep their default bodies: they do not differentiate.
+    // The kernels behind these keep their default bodies: they do not differentiate.
     fn max_pool(input: FloatTensor<Self>, options: MaxPoolOptions<2>) -> FloatTensor<Self> {
         max_pool::register::<B, C>(input, options)
+    }
+
+    fn conv_bn_max_pool(
+        inputs: ConvBnInputs<Self>,
+        options: ConvBnOptions,
+        pool: MaxPoolOptions<2>,
+    ) -> NormOutput<Self> {
+        conv_bn_max_pool::register::<B, C>(inputs, options, pool)
     }
 }
 

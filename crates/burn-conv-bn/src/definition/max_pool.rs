@@ -38,6 +38,19 @@ impl MaxPoolProblem {
         Ok(problem)
     }
 
+    /// Whether the pool can be one op with a block before it: each window meets the input, none reaches
+    /// beyond the padding, and a byte tells its places apart.
+    pub(crate) fn joins_a_block(&self) -> bool {
+        let options = &self.options;
+        let [rows, columns] = options.kernel_size;
+        let is_narrow = |dim: usize| 2 * options.padding[dim].0 <= options.kernel_size[dim];
+        !options.is_asymmetric()
+            && !options.ceil_mode
+            && options.dilation == [1, 1]
+            && rows.saturating_mul(columns) <= MOST_PLACES
+            && (0..2).all(is_narrow)
+    }
+
     /// What a tracked node keeps on Flex, where activations are of `dtype`: a place for each output,
     /// or, for a window that Burn's own op pools, Burn's list.
     pub(crate) fn saved(&self, dtype: DType) -> Vec<SavedTensor> {

@@ -206,6 +206,11 @@ impl Activation {
         }
     }
 
+    /// Whether the output is the value itself wherever a gradient passes.
+    pub(crate) fn passes_unchanged(self) -> bool {
+        matches!(self, Self::Identity | Self::Relu)
+    }
+
     pub(crate) fn derivative(self) -> Derivative {
         match self {
             Self::Identity => Derivative::One,

@@ -161,6 +161,17 @@ impl SavePlan {
         }
     }
 
+    /// Whether the op is one with the max pool behind it, where the backend has kernels for that and
+    /// the pool permits it: there is a convolution's output to recompute in the gradient, of the batch's
+    /// statistics.
+    pub(crate) fn joins_max_pool(
+        options: &ConvBnOptions,
+        statistics: StatisticsKind,
+        residual: bool,
+    ) -> bool {
+        statistics == StatisticsKind::Batch && options.recompute == Recompute::Conv && !residual
+    }
+
     /// The kept tensors by name, largest kinds first, for data of `dtype` with gamma and beta in
     /// `norm_dtype`. The statistics are f32, or f64 with data of f64.
     ///

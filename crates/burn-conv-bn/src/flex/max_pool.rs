@@ -92,7 +92,7 @@ fn kernel_backward<E: Kernel>(
 
 /// The kernels' geometry, of windows that they take. What they refuse, as one with more places than a
 /// byte tells apart, is Burn's.
-fn geometry(input: &Shape, options: &MaxPoolOptions<2>) -> Option<PoolGeometry> {
+pub(super) fn geometry(input: &Shape, options: &MaxPoolOptions<2>) -> Option<PoolGeometry> {
     PoolGeometry::new(
         input[0] * input[1],
         [input[2], input[3]],

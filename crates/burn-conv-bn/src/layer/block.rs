@@ -5,13 +5,13 @@ use burn::nn::BatchNorm;
 use burn::tensor::{DType, Shape, Tensor, TensorData};
 
 use super::convolution::Convolution;
-use super::{ConvBnSettings, FoldError, RunningVariance};
+use super::{ConvBnSettings, FoldError, MaxPool2d, RunningVariance};
 use crate::definition::accumulator_dtype;
 use crate::definition::{
-    ConvBnOptions, ConvBnProblem, NormSpec, NormVariant, Parents, SavePlan, SavedTensor,
-    StatisticsKind, values_per_channel,
+    ConvBnError, ConvBnOptions, ConvBnProblem, NormSpec, NormVariant, Parents, SavePlan,
+    SavedTensor, StatisticsKind, values_per_channel,
 };
-use crate::functional::{ConvBnParams, Normalized, conv_bn};
+use crate::functional::{ConvBnParams, Normalized, conv_bn, conv_bn_max_pool2d};
 
 /// The parts of a layer.
 pub(super) struct Block<'a, C> {
@@ -25,6 +25,32 @@ impl<C> Block<'_, C> {
         &self,
         input: Tensor<D>,
         residual: Option<Tensor<D>>,
+    ) -> Tensor<D>
+    where
+        C: Convolution<D>,
+    {
+        self.run(input, residual, conv_bn)
+    }
+
+    /// As [`forward`](Self::forward), with a max pool behind.
+    pub(super) fn forward_max_pool(&self, input: Tensor<4>, pool: &MaxPool2d) -> Tensor<4>
+    where
+        C: Convolution<4>,
+    {
+        // What the statistics ask of the shape, the op checks.
+        let output = self.problem(input.shape(), StatisticsKind::Fixed).output;
+        let pool = pool.options(&output);
+        self.run(input, None, |input, params, options| {
+            conv_bn_max_pool2d(input, params, options, pool)
+        })
+    }
+
+    /// Runs an op on the parameters, and updates the running statistics.
+    pub(super) fn run<const D: usize>(
+        &self,
+        input: Tensor<D>,
+        residual: Option<Tensor<D>>,
+        op: impl FnOnce(Tensor<D>, ConvBnParams<D>, ConvBnOptions) -> Result<Normalized<D>, ConvBnError>,
     ) -> Tensor<D>
     where
         C: Convolution<D>,
@@ -44,10 +70,11 @@ impl<C> Block<'_, C> {
                 )
             }),
         };
-        let options = self.options(&input.shape());
-        let result = conv_bn(input, params, options).unwrap_or_else(|error| panic!("{error}"));
+        let shape = input.shape();
+        let options = self.options(&shape);
+        let result = op(input, params, options).unwrap_or_else(|error| panic!("{error}"));
         if training && self.settings.track_running_stats {
-            self.update_running_statistics(&result);
+            self.update_running_statistics(&result, shape);
         }
         result.output
     }
@@ -73,12 +100,29 @@ impl<C> Block<'_, C> {
         }
     }
 
+    fn problem<const D: usize>(&self, input: Shape, statistics: StatisticsKind) -> ConvBnProblem
+    where
+        C: Convolution<D>,
+    {
+        let options = self.options(&input);
+        let is_batch = statistics == StatisticsKind::Batch;
+        ConvBnProblem::conv_bn(input, self.conv.weight().val().shape(), &options, is_batch)
+            .unwrap_or_else(|error| panic!("{error}"))
+    }
+
     /// The one place where running statistics are written.
-    fn update_running_statistics<const D: usize>(&self, result: &Normalized<D>) {
-        let values = values_per_channel(&result.output.shape()) as f64;
+    fn update_running_statistics<const D: usize>(&self, result: &Normalized<D>, input: Shape)
+    where
+        C: Convolution<D>,
+    {
         let variance = match self.settings.running_variance {
             RunningVariance::Biased => result.variance.clone(),
-            RunningVariance::Unbiased => result.variance.clone() * (values / (values - 1.0)),
+            RunningVariance::Unbiased => {
+                // Not of the result, which may be pooled.
+                let output = self.problem(input, StatisticsKind::Batch).output;
+                let values = values_per_channel(&output) as f64;
+                result.variance.clone() * (values / (values - 1.0))
+            }
         };
         for (running, new) in [
             (&self.norm.running_mean, result.mean.clone()),
@@ -103,13 +147,7 @@ impl<C> Block<'_, C> {
         let options = self.options(&input_shape);
         let weight = self.conv.weight().val();
         let statistics = self.statistics(self.norm.training.is_enabled());
-        let problem = ConvBnProblem::conv_bn(
-            input_shape,
-            weight.shape(),
-            &options,
-            statistics == StatisticsKind::Batch,
-        )
-        .unwrap_or_else(|error| panic!("{error}"));
+        let problem = self.problem(input_shape, statistics);
         let affine = self.settings.affine;
         let bias = self.conv.bias();
         let gamma = self.norm.gamma.val();
@@ -135,6 +173,48 @@ impl<C> Block<'_, C> {
             weight.dtype(),
             gamma.dtype(),
         )
+    }
+
+    /// As [`saved_for_backward`](Self::saved_for_backward), with a max pool behind.
+    pub(super) fn saved_for_backward_max_pool(
+        &self,
+        input_shape: [usize; 4],
+        pool: &MaxPool2d,
+    ) -> Vec<SavedTensor>
+    where
+        C: Convolution<4>,
+    {
+        let mut saved = self.saved_for_backward(input_shape, false);
+        let input_shape = Shape::from(input_shape);
+        let options = self.options(&input_shape);
+        let statistics = self.statistics(self.norm.training.is_enabled());
+        let output = self.problem(input_shape, statistics).output;
+        let dtype = self.conv.weight().val().dtype();
+        let pooled = pool.problem(output);
+        let joined =
+            SavePlan::joins_max_pool(&options, statistics, false) && pooled.joins_a_block();
+        let of_pool = pooled.saved(dtype);
+        let has_statistics = saved.iter().any(|tensor| tensor.name == "mean");
+        if joined && has_statistics && options.activation.passes_unchanged() {
+            // The pool's output has as many values as it has places.
+            saved.extend(of_pool.first().map(|places| SavedTensor {
+                name: "output",
+                shape: places.shape.clone(),
+                dtype,
+                shared: true,
+            }));
+            // Beta, too, tells what the output was made of.
+            if self.settings.affine && !saved.iter().any(|tensor| tensor.name == "beta") {
+                saved.push(SavedTensor {
+                    name: "beta",
+                    shape: Shape::new([self.norm.beta.val().dims()[0]]),
+                    dtype: self.norm.beta.val().dtype(),
+                    shared: true,
+                });
+            }
+        }
+        saved.extend(of_pool);
+        saved
     }
 
     pub(super) fn fold<const D: usize>(&self) -> Result<C, FoldError>

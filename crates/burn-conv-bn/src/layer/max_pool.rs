@@ -134,15 +134,16 @@ impl MaxPool2d {
     ///
     /// As [`forward`](Self::forward), for the shape.
     pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<SavedTensor> {
-        let input = Shape::from(input_shape);
+        self.problem(Shape::from(input_shape)).saved(DType::F32)
+    }
+
+    pub(super) fn problem(&self, input: Shape) -> MaxPoolProblem {
         let options = self.options(&input);
-        MaxPoolProblem::new(input, options)
-            .unwrap_or_else(|error| panic!("{error}"))
-            .saved(DType::F32)
+        MaxPoolProblem::new(input, options).unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// The op's options for an input of that shape, on which `Same` padding depends.
-    fn options(&self, input: &Shape) -> MaxPoolOptions<2> {
+    pub(super) fn options(&self, input: &Shape) -> MaxPoolOptions<2> {
         let same =
             |dim: usize| same_padding(input[dim + 2], self.kernel_size[dim], self.stride[dim]);
         MaxPoolOptions {

@@ -536,3 +536,62 @@ conv_bn_layer! {
     sizes: [usize; 3] = "[1, 1, 1]",
     padding: PaddingConfig3d = "PaddingConfig3d::Valid",
 }
+
+impl ConvBn2d {
+    /// `max_pool(activation(norm(conv(input))))`: [`forward`](Self::forward) and [`MaxPool2d::forward`], as
+    /// one op where [`conv_bn_max_pool2d`](crate::functional::conv_bn_max_pool2d) is one.
+    ///
+    /// # Shapes
+    ///
+    /// - `input`: `[batch, channels_in, height, width]`
+    /// - output: `[batch, channels_out, height_out, width_out]`, of the pool
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), and as [`MaxPool2d::forward`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[cfg(feature = "flex")] {
+    /// use burn::tensor::{Device, Distribution, Tensor};
+    /// use burn_conv_bn::{Activation, ConvBn2dConfig, MaxPool2dConfig};
+    ///
+    /// let device = Device::flex().autodiff();
+    /// let block = ConvBn2dConfig::new([3, 8], [3, 3])
+    ///     .with_activation(Activation::Relu)
+    ///     .init(&device);
+    /// let pool = MaxPool2dConfig::new([2, 2]).init();
+    /// let x = Tensor::<4>::random([2, 3, 16, 16], Distribution::Default, &device);
+    /// let y = block.forward_max_pool(x, &pool);
+    /// assert_eq!(y.dims(), [2, 8, 7, 7]);
+    ///
+    /// // Beside the input: a byte for each output, and a handle on the output.
+    /// let kept = block.saved_for_backward_max_pool([2, 3, 16, 16], &pool);
+    /// let activations = kept.iter().filter(|tensor| tensor.shape[0] == 2);
+    /// let names: Vec<_> = activations.map(|tensor| tensor.name).collect();
+    /// assert_eq!(names, ["input", "output", "places"]);
+    /// # }
+    /// ```
+    pub fn forward_max_pool(&self, input: Tensor<4>, pool: &MaxPool2d) -> Tensor<4> {
+        self.block().forward_max_pool(input, pool)
+    }
+
+    /// As [`saved_for_backward`](Self::saved_for_backward), of
+    /// [`forward_max_pool`](Self::forward_max_pool) on Flex.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward_max_pool`](Self::forward_max_pool), for the shape.
+    ///
+    /// # Examples
+    ///
+    /// [`forward_max_pool`](Self::forward_max_pool) has one.
+    pub fn saved_for_backward_max_pool(
+        &self,
+        input_shape: [usize; 4],
+        pool: &MaxPool2d,
+    ) -> Vec<SavedTensor> {
+        self.block().saved_for_backward_max_pool(input_shape, pool)
+    }
+}

@@ -1,0 +1,261 @@
+//! A max pool right behind the norm and the activation: forward without a tensor between them, backward
+//! without its gradient.
+
+use std::ops::Range;
+
+use pulp::Arch;
+use rayon::prelude::*;
+
+use crate::backward::{Backward, GradSums, OutputGrad};
+use crate::geometry::BLOCKS;
+use crate::max_pool::{Planes, Routes, pool_all};
+use crate::pool::Pool;
+use crate::simd::{self, ChannelAffine, Gate};
+use crate::{Activation, Affine, Element, Geometry, PoolGeometry, Real};
+
+/// [`normalize`](crate::normalize) without a residual and [`max_pool()`](crate::max_pool()), of planes
+/// that are `[batch, channels]` in number, without the tensor between them: `values` stay as they are.
+///
+/// # Panics
+///
+/// Panics if a slice is not of its geometry's size, the planes are not those of the convolution's output,
+/// or the windows are not [regular](PoolGeometry::is_regular).
+///
+/// # Examples
+///
+/// ```
+/// use burn_conv_bn_cpu::{Activation, Affine, Geometry, PoolGeometry, normalize_max_pool};
+///
+/// // A line of four pixels, in windows of two.
+/// let one = [1; 3];
+/// let geometry = Geometry::new(1, [1, 1], 1, [1, 1, 4], one, one, [(0, 0); 3], one)?;
+/// let (window, stride) = ([1, 2], [1, 2]);
+/// let pool = PoolGeometry::new(1, [1, 4], window, stride, [0, 0], [1, 1], false).unwrap();
+/// let affine = Affine { mean: &[2.0], scale: &[10.0], shift: &[1.0] };
+/// let (mut output, mut places) = (Vec::new(), Vec::new());
+/// normalize_max_pool(
+///     &geometry, &[1.0f32, 3.0, 0.0, 1.0], affine, Activation::Relu, &pool, &mut output, &mut places,
+/// );
+/// assert_eq!((output.as_slice(), places.as_slice()), (&[11.0, 0.0][..], &[1, 0][..]));
+/// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
+/// ```
+pub fn normalize_max_pool<E: Element>(
+    geometry: &Geometry,
+    values: &[E],
+    affine: Affine<'_, E::Real>,
+    activation: Activation,
+    pool: &PoolGeometry,
+    output: &mut Vec<E>,
+    places: &mut Vec<u8>,
+) {
+    assert_eq!(values.len(), geometry.batch() * geometry.output_len());
+    check(geometry, pool);
+    let normalized = Normalized {
+        geometry,
+        values,
+        affine,
+        activation,
+    };
+    pool_all(pool, &normalized, output, Some(places));
+}
+
+/// Planes of a convolution's output, normalized and activated.
+struct Normalized<'a, E: Element> {
+    geometry: &'a Geometry,
+    values: &'a [E],
+    affine: Affine<'a, E::Real>,
+    activation: Activation,
+}
+
+impl<E: Element> Planes<E> for Normalized<'_, E> {
+    /// The plane, and a conversion of it.
+    type Scratch = (Vec<E>, Vec<E::Real>);
+
+    fn plane<'a>(&'a self, index: usize, scratch: &'a mut Self::Scratch) -> &'a [E] {
+        let (plane, converted) = scratch;
+        let len = self.geometry.positions();
+        plane.clear();
+        plane.extend_from_slice(&self.values[index * len..][..len]);
+        let affine = self.affine.channel(index % self.geometry.channels_out());
+        E::update(plane, converted, |values| {
+            simd::normalize(Arch::new(), values, affine, None, self.activation);
+        });
+        plane
+    }
+}
+
+/// The gradient of a max pool's input, of which nothing is in memory but what it is made of.
+///
+/// [`pooled_grad_sums`] has an example.
+#[derive(Clone, Copy, Debug)]
+pub struct PooledGrad<'a, E> {
+    /// Shapes.
+    pub geometry: &'a PoolGeometry,
+    /// Gradient of the pool's output.
+    pub output_grad: &'a [E],
+    /// The places that [`normalize_max_pool`] found.
+    pub places: &'a [u8],
+}
+
+impl<E: Element> PooledGrad<'_, E> {
+    pub(crate) fn check(&self, geometry: &Geometry) {
+        check(geometry, self.geometry);
+        let len = self.geometry.output_len();
+        assert_eq!(self.output_grad.len(), len, "the pool's output gradient");
+        assert_eq!(self.places.len(), len, "the pool's places");
+    }
+
+    /// The values of all planes from `start` on.
+    pub(crate) fn lay(
+        &self,
+        routes: &Routes,
+        start: usize,
+        line: &mut [E::Real],
+        converted: &mut Vec<E::Real>,
+    ) {
+        let (plane_len, pooled_len) = (self.geometry.input_plane(), self.geometry.output_plane());
+        let mut laid = 0;
+        while laid < line.len() {
+            let (plane, from) = ((start + laid) / plane_len, (start + laid) % plane_len);
+            let len = (plane_len - from).min(line.len() - laid);
+            let of_plane = plane * pooled_len..(plane + 1) * pooled_len;
+            routes.lay(
+                &self.output_grad[of_plane.clone()],
+                &self.places[of_plane],
+                from..from + len,
+                &mut line[laid..laid + len],
+                converted,
+            );
+            laid += len;
+        }
+    }
+}
+
+/// [`grad_sums`](crate::grad_sums) from the output of the max pool behind, without the convolution's
+/// output: what the pool did not choose has no gradient, and `scale * (z - mean)` of what it did choose
+/// is `output - shift`, wherever a ReLU lets a gradient through.
+///
+/// A deviation `z - mean` comes with the rounding of `output / scale`: where the shift is many times as
+/// large as `scale * (z - mean)` usually is, [`grad_sums`](crate::grad_sums) is exacter, and it alone
+/// can do where a scale is zero.
+///
+/// # Panics
+///
+/// Panics if a slice is not of its geometry's size, if the output's gradient is not a pooled one, if the
+/// windows are not [regular](PoolGeometry::is_regular), or if the activation is neither `Identity` nor
+/// `Relu`.
+///
+/// # Examples
+///
+/// ```
+/// use burn_conv_bn_cpu::{
+///     Activation, Affine, Backward, ConvOutput, Geometry, OutputGrad, PoolGeometry, PooledGrad,
+///     grad_sums, normalize_max_pool, pooled_grad_sums,
+/// };
+///
+/// // A line of four pixels and a weight of 2, in windows of two.
+/// let one = [1; 3];
+/// let geometry = Geometry::new(1, [1, 1], 1, [1, 1, 4], one, one, [(0, 0); 3], one)?;
+/// let (window, stride) = ([1, 2], [1, 2]);
+/// let pool = PoolGeometry::new(1, [1, 4], window, stride, [0, 0], [1, 1], false).unwrap();
+/// let (x, z) = ([1.0f32, 2.0, 4.0, 3.0], [2.0, 4.0, 8.0, 6.0]);
+/// let affine = Affine { mean: &[5.0], scale: &[0.5], shift: &[0.0] };
+/// let (mut y, mut places) = (Vec::new(), Vec::new());
+/// normalize_max_pool(&geometry, &z, affine, Activation::Relu, &pool, &mut y, &mut places);
+/// assert_eq!(y, [0.0, 1.5]);
+///
+/// let pass = Backward {
+///     geometry: &geometry,
+///     input: Some(&x),
+///     weight: Some(&[2.0]),
+///     output_grad: OutputGrad::Pooled(PooledGrad {
+///         geometry: &pool,
+///         output_grad: &[7.0, 3.0],
+///         places: &places,
+///     }),
+///     affine,
+///     activation: Activation::Relu,
+///     residual: None,
+///     output: None,
+/// };
+/// let sums = pooled_grad_sums(&pass, &y);
+/// assert_eq!((sums.grad[0], sums.grad_deviation[0]), (3.0, 3.0 * (8.0 - 5.0)));
+/// assert_eq!(sums, grad_sums(&pass, ConvOutput::Recompute));
+/// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
+/// ```
+pub fn pooled_grad_sums<E: Element>(pass: &Backward<'_, E>, output: &[E]) -> GradSums {
+    let OutputGrad::Pooled(pooled) = pass.output_grad else {
+        panic!("the output's gradient is not a max pool's");
+    };
+    pooled.check(pass.geometry);
+    assert_eq!(output.len(), pooled.output_grad.len(), "the pool's output");
+    let is_masked = match pass.activation {
+        Activation::Identity => false,
+        Activation::Relu => true,
+        other => panic!("the output of {other:?} does not tell what went into it"),
+    };
+    let geometry = pass.geometry;
+    let images = geometry.images_per_block(BLOCKS);
+    let pool = Pool::<(Vec<E::Real>, Vec<E::Real>)>::new();
+    let sum = |images: Range<usize>| {
+        pool.with(|scratch| {
+            let mut sums = GradSums::new(geometry.channels_out());
+            for image in images {
+                add_image(&mut sums, pass, pooled, output, image, is_masked, scratch);
+            }
+            sums
+        })
+    };
+    let parts: Vec<GradSums> = geometry.blocks(images).into_par_iter().map(sum).collect();
+    let mut sums = GradSums::total(geometry.channels_out(), &parts);
+    for (sum, scale) in sums.grad_deviation.iter_mut().zip(pass.affine.scale) {
+        *sum /= scale.to_f64();
+    }
+    sums
+}
+
+/// Adds `g` and `g * (output - shift)` of an image.
+fn add_image<E: Element>(
+    sums: &mut GradSums,
+    pass: &Backward<'_, E>,
+    pooled: PooledGrad<'_, E>,
+    output: &[E],
+    image: usize,
+    is_masked: bool,
+    (converted, converted_grad): &mut (Vec<E::Real>, Vec<E::Real>),
+) {
+    let channels = pass.geometry.channels_out();
+    let len = pooled.geometry.output_plane();
+    for channel in 0..channels {
+        let start = (image * channels + channel) * len;
+        let output = E::read(&output[start..][..len], converted);
+        let grad = E::read(&pooled.output_grad[start..][..len], converted_grad);
+        let gate = match is_masked {
+            true => Gate::Output(output),
+            false => Gate::Open,
+        };
+        let affine = ChannelAffine {
+            mean: pass.affine.shift[channel],
+            scale: E::Real::ONE,
+            shift: E::Real::ZERO,
+        };
+        let (grad, deviation) = simd::grad_sums(Arch::new(), output, grad, affine, gate);
+        sums.grad[channel] += grad.to_f64();
+        sums.grad_deviation[channel] += deviation.to_f64();
+    }
+}
+
+fn check(geometry: &Geometry, pool: &PoolGeometry) {
+    assert!(
+        pool.is_regular(),
+        "a window that misses the input, or reaches beyond its padding"
+    );
+    assert_eq!(
+        (pool.planes, pool.input_plane()),
+        (
+            geometry.batch() * geometry.channels_out(),
+            geometry.positions()
+        ),
+        "planes of the convolution's output, and values of each"
+    );
+}
