@@ -1,4 +1,5 @@
 use std::mem::MaybeUninit;
+use std::ops::{Deref, DerefMut};
 
 /// Bytes from which on a buffer asks for huge pages: it then holds some whole ones.
 const LEAST_BYTES: usize = 8 << 20;
@@ -42,3 +43,81 @@ fn ask_for_huge_pages<T>(room: &mut [MaybeUninit<T>]) {
 
 #[cfg(not(target_os = "linux"))]
 fn ask_for_huge_pages<T>(_: &mut [MaybeUninit<T>]) {}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Values from the start of a cache line on. Allocators align to 16 bytes, from where every other vector
+/// lies in two lines, and takes as long as two loads.
+#[derive(Debug)]
+pub(crate) struct Aligned<T> {
+    values: Vec<T>,
+    start: usize,
+    len: usize,
+}
+
+impl<T> Default for Aligned<T> {
+    fn default() -> Self {
+        Self {
+            values: Vec::new(),
+            start: 0,
+            len: 0,
+        }
+    }
+}
+
+impl<T: Copy> Aligned<T> {
+    /// As [`Vec::resize`]: values beyond those that are there are `value`.
+    pub(crate) fn resize(&mut self, len: usize, value: T) {
+        let (start, kept) = (self.start, self.len.min(len));
+        self.values.resize(self.start + kept, value);
+        self.values.resize(len + LINE / size_of::<T>(), value);
+        // Another allocation may be aligned otherwise.
+        self.start = self.values.as_ptr().align_offset(LINE);
+        self.len = len;
+        if self.start != start {
+            self.values.copy_within(start..start + kept, self.start);
+            self[kept..].fill(value);
+        }
+    }
+}
+
+impl<T> Deref for Aligned<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.values[self.start..self.start + self.len]
+    }
+}
+
+impl<T> DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.values[self.start..self.start + self.len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_stay_and_start_at_a_line() {
+        let mut aligned = Aligned::<f32>::default();
+        let mut wanted = Vec::new();
+        // Through several allocations, with neighbours that keep them from growing in place.
+        let mut neighbours = Vec::new();
+        for (index, len) in [3, 40, 17, 5000, 4999, 70_000, 1, 300_000]
+            .into_iter()
+            .enumerate()
+        {
+            aligned.resize(len, index as f32);
+            wanted.resize(len, index as f32);
+            assert_eq!(&aligned[..], &wanted[..]);
+            assert!(aligned.as_ptr().addr().is_multiple_of(LINE));
+            aligned[len / 2] = -1.0;
+            wanted[len / 2] = -1.0;
+            neighbours.push(vec![index as f32; len]);
+        }
+        assert_eq!(neighbours.len(), 8);
+    }
+}

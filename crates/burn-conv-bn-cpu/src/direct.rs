@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use pulp::Arch;
 
 use crate::algorithm::{Algorithm, Piece};
+use crate::buffer::Aligned;
 use crate::layout::{Copy, Layout, Run, Source, Tile};
 use crate::shifted::{Filter, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache};
 use crate::simd::{self, Sweep, zero};
@@ -49,14 +50,14 @@ pub(crate) struct Direct<'a, T> {
 #[derive(Debug, Default)]
 pub(crate) struct Scratch<T> {
     /// The input's planes.
-    planes: Vec<T>,
+    planes: Aligned<T>,
     /// The output, or its gradient. Before the gradient stand [`Layout::reach`] positions of the
     /// preceding tile, and behind it as many zeros, or [`WIDEST`] if those are more.
-    output: Vec<T>,
+    output: Aligned<T>,
     /// Copies of the output's gradient, in a layout without gaps.
-    copies: Vec<T>,
+    copies: Aligned<T>,
     /// The input's gradient at the positions of one phase.
-    input_grad: Vec<T>,
+    input_grad: Aligned<T>,
     converted: Vec<T>,
 }
 

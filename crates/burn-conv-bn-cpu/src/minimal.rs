@@ -28,7 +28,7 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use crate::algorithm::{Algorithm, Piece};
-use crate::buffer::room;
+use crate::buffer::{Aligned, room};
 use crate::geometry::BLOCKS;
 use crate::shifted::{
     CHANNELS, Filter, LINE, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache,
@@ -276,11 +276,11 @@ struct Part {
 #[derive(Default)]
 pub(crate) struct Scratch<T> {
     /// `B x B'`: a plane for each product and channel.
-    input: Vec<T>,
+    input: Aligned<T>,
     /// The products' sums, then `A' dy A`.
-    output: Vec<T>,
+    output: Aligned<T>,
     /// The products of the input's gradient; a row of the preceding tile before those of this one.
-    input_grad: Vec<T>,
+    input_grad: Aligned<T>,
     lines: Lines<T>,
 }
 
@@ -288,11 +288,11 @@ pub(crate) struct Scratch<T> {
 #[derive(Default)]
 struct Lines<T> {
     /// Rows of the input with their padding.
-    padded: Vec<T>,
+    padded: Aligned<T>,
     /// The even and the odd values of a row.
-    phases: Vec<T>,
+    phases: Aligned<T>,
     /// Rows transformed along the columns.
-    rows: Vec<T>,
+    rows: Aligned<T>,
 }
 
 impl<'a, T: Real> Minimal<'a, T> {
