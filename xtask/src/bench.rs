@@ -214,10 +214,23 @@ fn conclude(report: &Report, files: &[OutputFile]) -> Result<()> {
     }
     let failed = report.entries.iter().filter(|entry| entry.is_failure());
     let failed: Vec<_> = failed.map(|entry| entry.entry.id.as_str()).collect();
-    match failed.is_empty() {
-        true => Ok(()),
-        false => bail!("something failed in: {}", failed.join(", ")),
+    if !failed.is_empty() {
+        bail!("something failed in: {}", failed.join(", "));
     }
+    match nothing_ran(report) {
+        Some(reason) => bail!("nothing was measured: {reason}"),
+        None => Ok(()),
+    }
+}
+
+/// Why nobody ran anything, if that is so.
+fn nothing_ran(report: &Report) -> Option<&str> {
+    let mut contenders = report.entries.iter().flat_map(|entry| &entry.contenders);
+    if contenders.clone().any(|contender| !contender.steps.is_empty()) {
+        return None;
+    }
+    let problem = contenders.find_map(|contender| contender.problem.as_ref());
+    Some(problem.map_or("there was no contender", |problem| &problem.reason))
 }
 
 /// What the contenders say about themselves.
@@ -751,6 +764,18 @@ mod tests {
         let tf32 = parse(&["bench", "--precision", "tf32"]).unwrap();
         let error = bench(&tf32.bench).unwrap_err().to_string();
         assert!(error.contains("cuda, not flex"), "{error}");
+    }
+
+    #[test]
+    fn a_run_of_nothing_is_no_success() {
+        let mut report = testing::report();
+        assert!(conclude(&report, &[]).is_ok());
+        for contender in &mut report.entries[0].contenders {
+            contender.steps.clear();
+            contender.fail(ProblemKind::Unavailable, "no bf16");
+        }
+        let error = conclude(&report, &[]).unwrap_err().to_string();
+        assert_eq!(error, "nothing was measured: no bf16");
     }
 
     #[test]
