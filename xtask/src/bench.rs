@@ -226,7 +226,10 @@ fn conclude(report: &Report, files: &[OutputFile]) -> Result<()> {
 /// Why nobody ran anything, if that is so.
 fn nothing_ran(report: &Report) -> Option<&str> {
     let mut contenders = report.entries.iter().flat_map(|entry| &entry.contenders);
-    if contenders.clone().any(|contender| !contender.steps.is_empty()) {
+    if contenders
+        .clone()
+        .any(|contender| !contender.steps.is_empty())
+    {
         return None;
     }
     let problem = contenders.find_map(|contender| contender.problem.as_ref());

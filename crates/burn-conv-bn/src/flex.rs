@@ -232,12 +232,29 @@ struct Behind {
 /// as that of the input's deviation from its mean.
 const MOST_SHIFT: f64 = 8.0;
 
+/// Of a gamma, how many times the least value of full precision it must be, for its channel's outputs to
+/// have that, too.
+const LEAST_SCALE: f64 = 256.0;
+
 /// Whether each channel's output tells its input.
-fn tells_input<T: Real>(gamma: Option<&[T]>, beta: Option<&[T]>, channels: usize) -> bool {
-    (0..channels).all(|channel| {
-        let gamma = gamma.map_or(1.0, |gamma| gamma[channel].to_f64().abs());
-        let beta = beta.map_or(0.0, |beta| beta[channel].to_f64().abs());
-        gamma > 0.0 && beta <= MOST_SHIFT * gamma
+fn tells_input<E: Kernel>(
+    gamma: Option<&[E::Real]>,
+    beta: Option<&[E::Real]>,
+    scale: &[E::Real],
+) -> bool {
+    let least = LEAST_SCALE
+        * match E::dtype() {
+            DType::F64 => f64::MIN_POSITIVE,
+            DType::F16 => f16::MIN_POSITIVE.to_f64(),
+            _ => f64::from(f32::MIN_POSITIVE),
+        };
+    let size = |values: Option<&[E::Real]>, channel: usize, absent: f64| {
+        values.map_or(absent, |values| Real::to_f64(values[channel]).abs())
+    };
+    scale.iter().enumerate().all(|(channel, scale)| {
+        let (gamma, beta) = (size(gamma, channel, 1.0), size(beta, channel, 0.0));
+        let scale = Real::to_f64(*scale).abs();
+        gamma >= least && scale.is_finite() && scale >= least && beta <= MOST_SHIFT * gamma
     })
 }
 
@@ -323,9 +340,9 @@ fn kernel_backward<E: Kernel>(
         // A pooled one tells the two sums alone.
         output: output.as_ref().filter(|_| behind.is_none()).map(slice),
     };
-    let told = output
-        .as_ref()
-        .filter(|_| behind.is_some() && tells_input(gamma.as_deref(), shift.as_deref(), channels));
+    let told = output.as_ref().filter(|_| {
+        behind.is_some() && tells_input::<E>(gamma.as_deref(), shift.as_deref(), &scale)
+    });
 
     // The convolution's output: kept since forward, stored between the two steps if that saves time and
     // fits the workspace, or recomputed in each. With given statistics only the activation may depend on it.
