@@ -3,7 +3,7 @@ use burn::nn::{PaddingConfig2d, pool};
 use burn::tensor::activation::{gelu, hard_swish, leaky_relu, relu, relu6, silu};
 use burn::tensor::module::batch_norm_train;
 use burn::tensor::{Shape, Tensor};
-use burn_conv_bn::functional::{self, batch_norm};
+use burn_conv_bn::functional::batch_norm;
 use burn_conv_bn::{
     Activation, ConvBn2d, MaxPool2d, NormSpec, NormVariant, Recompute, SavedTensor,
 };
@@ -39,7 +39,7 @@ use burn_conv_bn::{
 #[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
 pub enum Form {
     /// As one fused op each, together with a max pool behind it
-    /// ([`conv_bn_max_pool2d`](functional::conv_bn_max_pool2d)).
+    /// ([`conv_bn_max_pool2d`](burn_conv_bn::functional::conv_bn_max_pool2d)).
     Fused,
     /// As a convolution, a batch norm and an activation of Burn's own, with Burn's max pool: what the
     /// fused op is compared with. The tutorial's variant of the norm, which Burn does not have, is

@@ -38,6 +38,8 @@ mod minimal;
 #[path = "../../burn-conv-bn-cpu/src/moments.rs"]
 mod moments;
 mod pool;
+#[path = "../../burn-conv-bn-cpu/src/pooled.rs"]
+mod pooled;
 pub mod prelude;
 #[path = "../../burn-conv-bn-cpu/src/real.rs"]
 mod real;
@@ -48,13 +50,15 @@ mod simd;
 
 pub use activation::Activation;
 pub use backward::{
-    Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, backward, grad_sums,
+    Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, OutputGrad, backward,
+    grad_sums,
 };
 pub use element::Element;
 pub use forward::{conv, conv_moments, normalize};
 pub use geometry::{Geometry, GeometryError};
 pub use max_pool::{PoolGeometry, PoolGeometryError, max_pool, max_pool_backward};
 pub use moments::Moments;
+pub use pooled::{PooledGrad, normalize_max_pool, pooled_grad_sums};
 pub use real::Real;
 
 /// As in `burn-conv-bn-cpu`, whose `lib.rs` has it.
