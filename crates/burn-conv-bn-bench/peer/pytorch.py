@@ -439,9 +439,12 @@ class Computing:
     def __init__(self, precision, device):
         self.device = device
         self.half = {"f16": torch.float16, "bf16": torch.bfloat16}.get(precision)
-        self.scaler = torch.amp.GradScaler(
-            device.type, init_scale=self.LOSS_SCALE, enabled=precision == "f16"
-        )
+        self.scaler = None
+        if precision == "f16":
+            self.scaler = torch.amp.GradScaler(device.type, init_scale=self.LOSS_SCALE)
+        # What cuDNN's convolutions on tensor cores want, as PyTorch's guide to tuning says.
+        on_tensor_cores = device.type == "cuda" and precision != "f32"
+        self.memory_format = torch.channels_last if on_tensor_cores else torch.contiguous_format
 
     def forward(self):
         """The context of a forward pass."""
@@ -449,18 +452,29 @@ class Computing:
 
     def activations(self, tensor):
         """Activations, as the blocks take them."""
+        tensor = tensor.to(memory_format=self.memory_format)
         return tensor if self.half is None else tensor.to(self.half)
 
+    def module(self, module):
+        """A module on the device."""
+        return module.to(self.device).to(memory_format=self.memory_format)
+
     def backward(self, loss):
-        self.scaler.scale(loss).backward()
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def gradient(self, parameter):
         """A gradient of `backward`, as if nothing had been scaled."""
-        return parameter.grad / self.scaler.get_scale() if self.scaler.is_enabled() else parameter.grad
+        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
+        return parameter.grad if scale == 1.0 else parameter.grad / scale
 
     def step(self, optimizer):
+        if self.scaler is None:
+            optimizer.step()
+            return
         self.scaler.step(optimizer)
         self.scaler.update()
+        if self.scaler.get_scale() < self.LOSS_SCALE:
+            raise Unavailable("a gradient was infinite in f16, and the optimizer's step left out")
 
 
 class Stopwatch:
@@ -619,7 +633,7 @@ class LayerWork:
     def new_block(self, variant, data):
         layer = self.layer
         geometry = {name: layer[name] for name in ("kernel", "stride", "padding", "groups")}
-        block = block_of(variant, layer["channels"], **geometry).to(self.device)
+        block = self.computing.module(block_of(variant, layer["channels"], **geometry))
         with torch.no_grad():
             block.weight.copy_(read(data, "weight", block.weight.shape, self.device))
             for module in block.modules():
@@ -756,7 +770,7 @@ class NetworkWork(TrainingWork):
         self.targets = read(data, "targets", (batch,), device).long()
 
     def new_net(self, variant):
-        net = Net(variant).to(self.device)
+        net = self.computing.module(Net(variant))
         with torch.no_grad():
             for name, parameter, is_transposed in self.parameters(net):
                 shape = parameter.shape[::-1] if is_transposed else parameter.shape
@@ -815,7 +829,7 @@ class ClassifierWork(TrainingWork):
         # Without drawing what the file holds.
         with torch.device("meta"):
             net = ARCHITECTURES[classifier["architecture"]](keeper_of(variant))
-        self.net = net.to_empty(device=device)
+        self.net = computing.module(net.to_empty(device=device))
         fill(Path(data) / "parameters.f32", list(values_of(self.net)))
         for module in self.net.modules():
             if isinstance(module, nn.BatchNorm2d):

@@ -1041,9 +1041,10 @@ impl Routes {
             let row = output * stride * width;
             for (column, (grad, place)) in grads.iter().zip(places).enumerate() {
                 let tap = self.taps[usize::from(*place)];
-                let position = (row + column * column_stride)
-                    .wrapping_add(tap.row.wrapping_mul(width))
-                    .wrapping_add(tap.column);
+                if tap.row == MOST {
+                    continue;
+                }
+                let position = row + column * column_stride + tap.row * width + tap.column;
                 // What is before the line wraps.
                 if let Some(sum) = line.get_mut(position.wrapping_sub(shift)) {
                     *sum += *grad;

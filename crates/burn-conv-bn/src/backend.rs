@@ -729,8 +729,8 @@ pub trait ConvBnBackend: Backend {
     }
 
     /// The backward kernel of `conv_bn_max_pool`: the gradients that are wanted, from what
-    /// [`SavePlan`](crate::SavePlan) says for the fused op without a pool, the pooled output and the
-    /// places. `saved.output_grad` is the gradient of the pooled output.
+    /// [`SavePlan::with_max_pool`](crate::SavePlan::with_max_pool) says and the places. `saved.output` and
+    /// `saved.output_grad` are those of the pool.
     ///
     /// # Panics
     ///

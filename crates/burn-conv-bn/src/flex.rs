@@ -227,35 +227,40 @@ struct Behind {
     options: MaxPoolOptions<2>,
 }
 
-/// Of a channel's shift, how many times its scale by the standard deviation, gamma, may be, for the norm's
-/// input to be told from its output: what is lost is the rounding of the output, that many times as large
-/// as that of the input's deviation from its mean.
+/// Of a channel's shift, how many times the standard deviation of its output may be, for the norm's input
+/// to be told from its output: what is lost is the rounding of the output, that many times as large as that
+/// of the input's deviation from its mean.
 const MOST_SHIFT: f64 = 8.0;
 
-/// Of a gamma, how many times the least value of full precision it must be, for its channel's outputs to
-/// have that, too.
-const LEAST_SCALE: f64 = 256.0;
+/// Of an output's standard deviation, how many times the least value of full precision it must be, for the
+/// outputs to have that, too.
+const LEAST_SPREAD: f64 = 256.0;
 
 /// Whether each channel's output tells its input.
 fn tells_input<E: Kernel>(
-    gamma: Option<&[E::Real]>,
-    beta: Option<&[E::Real]>,
+    variance: &[E::Real],
     scale: &[E::Real],
+    shift: Option<&[E::Real]>,
 ) -> bool {
-    let least = LEAST_SCALE
-        * match E::dtype() {
-            DType::F64 => f64::MIN_POSITIVE,
-            DType::F16 => f16::MIN_POSITIVE.to_f64(),
-            _ => f64::from(f32::MIN_POSITIVE),
-        };
-    let size = |values: Option<&[E::Real]>, channel: usize, absent: f64| {
-        values.map_or(absent, |values| Real::to_f64(values[channel]).abs())
+    let (single, double) = (f64::from(f32::MIN_POSITIVE), f64::MIN_POSITIVE);
+    let [least, least_scale] = match E::dtype() {
+        DType::F64 => [double; 2],
+        DType::F16 => [f16::MIN_POSITIVE.to_f64(), single],
+        _ => [single; 2],
     };
-    scale.iter().enumerate().all(|(channel, scale)| {
-        let (gamma, beta) = (size(gamma, channel, 1.0), size(beta, channel, 0.0));
-        let scale = Real::to_f64(*scale).abs();
-        gamma >= least && scale.is_finite() && scale >= least && beta <= MOST_SHIFT * gamma
-    })
+    scale
+        .iter()
+        .zip(variance)
+        .enumerate()
+        .all(|(channel, (scale, variance))| {
+            let scale = Real::to_f64(*scale).abs();
+            let spread = scale * Real::to_f64(*variance).sqrt();
+            let shift = shift.map_or(0.0, |shift| Real::to_f64(shift[channel]).abs());
+            spread.is_finite()
+                && spread >= LEAST_SPREAD * least
+                && scale >= least_scale
+                && shift <= MOST_SHIFT * spread
+        })
 }
 
 /// The gradients; with a max pool behind, from that of its output.
@@ -341,7 +346,9 @@ fn kernel_backward<E: Kernel>(
         output: output.as_ref().filter(|_| behind.is_none()).map(slice),
     };
     let told = output.as_ref().filter(|_| {
-        behind.is_some() && tells_input::<E>(gamma.as_deref(), shift.as_deref(), &scale)
+        behind.is_some()
+            && options.options.activation.passes_unchanged()
+            && tells_input::<E>(&variance, &scale, shift.as_deref())
     });
 
     // The convolution's output: kept since forward, stored between the two steps if that saves time and

@@ -296,13 +296,16 @@ pub fn conv_bn<const D: usize>(
 /// [`conv_bn`] and [`max_pool2d`] of its output, as one op where that is possible: then there is no tensor
 /// between the two, nor a gradient of one.
 ///
-/// Besides what [`conv_bn`] keeps, a training step then keeps one byte for each output and a handle on
-/// the output, which is the input of what follows. The backward pass recomputes the convolution once
-/// instead of twice: the sums over its output that the norm's gradients need are taken from the pooled
-/// values, except where a channel's gamma is zero or less than an eighth of its beta. With batch
-/// statistics, recomputation and no residual this is so on Flex, for windows of up to 256 pixels without
-/// dilation and ceil mode that are padded by half their size at most. In any other case it is the two
-/// functions one after the other.
+/// That is so with batch statistics, recomputation and no residual, on Flex, for windows of up to 256
+/// pixels without dilation and ceil mode that are padded by half their size at most. In any other case it
+/// is the two functions one after the other.
+///
+/// Besides what [`conv_bn`] keeps, a training step then keeps one byte for each output and, with `Relu` or
+/// `Identity`, a handle on the output, which is the input of what follows. With these two the backward pass
+/// recomputes the convolution once, and stores it nowhere: the sums over its output that the norm's
+/// gradients need are taken from the pooled values, unless a channel's beta is more than eight times as
+/// large as the standard deviation of what it is added to, or that is zero or nearly so. With other
+/// activations, and then, it is recomputed or stored for the sums as [`conv_bn`] does.
 ///
 /// The output and its statistics have the same bits either way. In f32 and f64 the gradients are those
 /// of the two up to the rounding of sums.

@@ -69,7 +69,7 @@ fi
 # Only PyTorch tells TF32 from f32.
 peer=
 precisions="f32 f16 bf16"
-if python3 -c 'import torch' 2>/dev/null; then
+if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     peer="--peer pytorch"
     precisions="f32 tf32 f16 bf16"
 fi

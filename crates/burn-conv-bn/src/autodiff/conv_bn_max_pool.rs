@@ -19,7 +19,7 @@ use crate::portable::{bias_shift, shifted_mean};
 #[derive(Debug)]
 struct ConvBnMaxPoolBackward;
 
-/// What [`SavePlan`] says for the op without a pool, the pool's places, and a handle on its output.
+/// What [`SavePlan::with_max_pool`] says, and the pool's places.
 #[derive(Clone, Debug)]
 struct State<B: ConvBnBackend> {
     input: Option<NodeId>,
@@ -113,8 +113,9 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
             };
             let tracked = tracked(&inputs);
             let statistics = inputs.statistics.kind();
-            let plan = SavePlan::new(&options, statistics, inputs.present(), tracked);
-            let tells_value = options.activation.passes_unchanged();
+            let present = inputs.present();
+            let plan = SavePlan::new(&options, statistics, present, tracked)
+                .with_max_pool(&options, present);
             let mut checkpoint = |kept: bool, tensor: Option<&FloatTensor<Autodiff<B, C>>>| {
                 tensor
                     .filter(|_| kept)
@@ -124,13 +125,10 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
                 input: checkpoint(plan.input, Some(&inputs.input)),
                 weight: checkpoint(plan.weight, Some(&inputs.weight)),
                 gamma: checkpoint(plan.gamma, inputs.gamma.as_option()),
-                beta: checkpoint(
-                    inputs.beta.is_present() && plan.statistics,
-                    inputs.beta.as_option(),
-                ),
+                beta: checkpoint(plan.beta, inputs.beta.as_option()),
                 mean: plan.statistics.then(|| mean.clone()),
                 variance: plan.statistics.then(|| variance.clone()),
-                output: (plan.statistics && tells_value).then(|| output.clone()),
+                output: plan.output.then(|| output.clone()),
                 places,
                 options: ConvBnMaxPoolBackwardOptions {
                     conv_bn: ConvBnBackwardOptions {

@@ -161,6 +161,35 @@ impl SavePlan {
         }
     }
 
+    /// The plan with a max pool right behind, as one op: it keeps the pool's output, and what tells how that
+    /// was made, instead of nothing of the op's own. The pool's places come on top.
+    ///
+    /// ```
+    /// use burn_conv_bn::{ConvBnOptions, ConvSpec, Parents, SavePlan, StatisticsKind};
+    ///
+    /// let options = ConvBnOptions::new(ConvSpec::unit(2));
+    /// let given = Parents {
+    ///     input: true,
+    ///     weight: true,
+    ///     gamma: true,
+    ///     beta: true,
+    ///     ..Parents::default()
+    /// };
+    /// let plan = SavePlan::new(&options, StatisticsKind::Batch, given, given);
+    /// let joined = plan.with_max_pool(&options, given);
+    /// assert!(joined.output && joined.beta && !plan.output && !plan.beta);
+    /// ```
+    #[must_use]
+    pub fn with_max_pool(self, options: &ConvBnOptions, present: Parents) -> Self {
+        let told = self.statistics && options.activation.passes_unchanged();
+        Self {
+            gamma: present.gamma && (self.gamma || told),
+            beta: present.beta && (self.beta || told),
+            output: told,
+            ..self
+        }
+    }
+
     /// Whether the op is one with the max pool behind it, where the backend has kernels for that and
     /// the pool permits it: there is a convolution's output to recompute in the gradient, of the batch's
     /// statistics.

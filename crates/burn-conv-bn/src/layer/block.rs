@@ -145,12 +145,28 @@ impl<C> Block<'_, C> {
     {
         let input_shape = Shape::from(input_shape);
         let options = self.options(&input_shape);
+        let (problem, statistics, [present, tracked]) = self.step(input_shape, residual);
+        SavePlan::new(&options, statistics, present, tracked).tensors(
+            &problem,
+            self.conv.weight().val().dtype(),
+            self.norm.gamma.val().dtype(),
+        )
+    }
+
+    /// Shapes of a training step for a tracked input, its statistics, and which tensors it is given and
+    /// which of them are tracked.
+    fn step<const D: usize>(
+        &self,
+        input: Shape,
+        residual: bool,
+    ) -> (ConvBnProblem, StatisticsKind, [Parents; 2])
+    where
+        C: Convolution<D>,
+    {
         let weight = self.conv.weight().val();
         let statistics = self.statistics(self.norm.training.is_enabled());
-        let problem = self.problem(input_shape, statistics);
         let affine = self.settings.affine;
         let bias = self.conv.bias();
-        let gamma = self.norm.gamma.val();
         let present = Parents {
             input: true,
             weight: true,
@@ -164,14 +180,14 @@ impl<C> Block<'_, C> {
             // Not only where they are leaves: casts lead back to them.
             weight: weight.is_tracked(),
             bias: bias.is_some_and(|bias| bias.val().is_tracked()),
-            gamma: affine && gamma.is_require_grad(),
+            gamma: affine && self.norm.gamma.val().is_require_grad(),
             beta: affine && self.norm.beta.val().is_require_grad(),
             residual,
         };
-        SavePlan::new(&options, statistics, present, tracked).tensors(
-            &problem,
-            weight.dtype(),
-            gamma.dtype(),
+        (
+            self.problem(input, statistics),
+            statistics,
+            [present, tracked],
         )
     }
 
@@ -184,35 +200,30 @@ impl<C> Block<'_, C> {
     where
         C: Convolution<4>,
     {
-        let mut saved = self.saved_for_backward(input_shape, false);
         let input_shape = Shape::from(input_shape);
         let options = self.options(&input_shape);
-        let statistics = self.statistics(self.norm.training.is_enabled());
-        let output = self.problem(input_shape, statistics).output;
+        let (problem, statistics, [present, tracked]) = self.step(input_shape, false);
+        let pooled = pool.problem(problem.output.clone());
+        let mut plan = SavePlan::new(&options, statistics, present, tracked);
         let dtype = self.conv.weight().val().dtype();
-        let pooled = pool.problem(output);
-        let joined =
-            SavePlan::joins_max_pool(&options, statistics, false) && pooled.joins_a_block();
         let of_pool = pooled.saved(dtype);
-        let has_statistics = saved.iter().any(|tensor| tensor.name == "mean");
-        if joined && has_statistics && options.activation.passes_unchanged() {
-            // The pool's output has as many values as it has places.
-            saved.extend(of_pool.first().map(|places| SavedTensor {
-                name: "output",
-                shape: places.shape.clone(),
-                dtype,
-                shared: true,
-            }));
-            // Beta, too, tells what the output was made of.
-            if self.settings.affine && !saved.iter().any(|tensor| tensor.name == "beta") {
-                saved.push(SavedTensor {
-                    name: "beta",
-                    shape: Shape::new([self.norm.beta.val().dims()[0]]),
-                    dtype: self.norm.beta.val().dtype(),
+        let mut output = None;
+        if SavePlan::joins_max_pool(&options, statistics, false) && pooled.joins_a_block() {
+            plan = plan.with_max_pool(&options, present);
+            // Of the pool, which has as many places as outputs.
+            output = of_pool
+                .first()
+                .filter(|_| plan.output)
+                .map(|places| SavedTensor {
+                    name: "output",
+                    shape: places.shape.clone(),
+                    dtype,
                     shared: true,
                 });
-            }
+            plan.output = false;
         }
+        let mut saved = plan.tensors(&problem, dtype, self.norm.gamma.val().dtype());
+        saved.extend(output);
         saved.extend(of_pool);
         saved
     }
