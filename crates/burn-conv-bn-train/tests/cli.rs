@@ -332,9 +332,14 @@ fn mixed_precision_is_compared() {
         (4 + 2 + 2) * first + (4 + 2) * second + statistics
     );
     assert!(fused.forward_end_bytes < unfused.forward_end_bytes);
-    for (mixed, single) in mixed.variants.iter().zip(&single.variants) {
+    // Fused, the pooled output is there twice: as the second block's handle, and cast for the linear layer.
+    // Half a MiB that threads keep for themselves may be in any of the four figures.
+    for (mixed, single, most) in [
+        (fused, &single.variants[0], 0.97),
+        (unfused, &single.variants[1], 0.8),
+    ] {
         let ratio = mixed.forward_end_bytes as f64 / single.forward_end_bytes as f64;
-        assert!(ratio < 0.9, "{}: {ratio}", mixed.name);
+        assert!(ratio < most, "{}: {ratio}", mixed.name);
     }
 }
 
