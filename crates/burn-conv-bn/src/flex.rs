@@ -129,11 +129,13 @@ fn kernel_forward<E: Kernel>(
     let mut values = Vec::<E>::new();
     let (center, mean, variance, norm) = match &inputs.statistics {
         Statistics::Batch => {
-            let moments = conv_moments(&geometry, slice::<E>(&input), &weight, &mut values);
-            let mean = rounded::<E::Real>(moments.mean.iter().copied());
-            let variance = rounded::<E::Real>(moments.variance());
-            let count = geometry.batch() * geometry.positions();
-            let norm = HostNorm::of_batch(options.norm, count, &variance);
+            let (mean, variance, norm) = conv_of_batch(
+                &geometry,
+                slice::<E>(&input),
+                &weight,
+                options.norm,
+                &mut values,
+            );
             (mean.clone(), mean, variance, norm)
         }
         Statistics::Fixed { mean, variance } => {
@@ -167,6 +169,22 @@ fn kernel_forward<E: Kernel>(
     }
 }
 
+/// The convolution, with the mean and the variance of its output, and the norm that they make.
+fn conv_of_batch<E: Kernel>(
+    geometry: &Geometry,
+    input: &[E],
+    weight: &[E::Real],
+    norm: NormSpec,
+    values: &mut Vec<E>,
+) -> (Vec<E::Real>, Vec<E::Real>, HostNorm) {
+    let moments = conv_moments(geometry, input, weight, values);
+    let mean = rounded::<E::Real>(moments.mean.iter().copied());
+    let variance = rounded::<E::Real>(moments.variance());
+    let count = geometry.batch() * geometry.positions();
+    let norm = HostNorm::of_batch(norm, count, &variance);
+    (mean, variance, norm)
+}
+
 /// The forward pass with a max pool behind, where its backward pass can be one op with it.
 fn kernel_forward_max_pool<E: Kernel>(
     inputs: ConvBnInputs<Flex>,
@@ -186,11 +204,13 @@ fn kernel_forward_max_pool<E: Kernel>(
     };
     let mut values = Vec::<E>::new();
     let weight = numbers::<E::Real>(&weight);
-    let moments = conv_moments(&geometry, slice::<E>(&input), &weight, &mut values);
-    let mean = rounded::<E::Real>(moments.mean.iter().copied());
-    let variance = rounded::<E::Real>(moments.variance());
-    let count = geometry.batch() * geometry.positions();
-    let norm = HostNorm::of_batch(options.norm, count, &variance);
+    let (mean, variance, norm) = conv_of_batch(
+        &geometry,
+        slice::<E>(&input),
+        &weight,
+        options.norm,
+        &mut values,
+    );
     let scale = norm.scale::<E::Real>(inputs.gamma.as_option().map(host));
     let channels = geometry.channels_out();
     let shift = inputs.beta.as_option().map(host);

@@ -352,6 +352,18 @@ fn a_block_joined_with_its_pool_keeps_what_it_lists(device: &Device) {
     }
 }
 
+/// Bytes at the peak of a backward pass, beyond those of what is handed in and returned: gradients of output
+/// and input.
+fn backward_workspace(output: Tensor<4>, input: [usize; 4]) -> usize {
+    let fixed = bytes(output.dims()) + bytes(input);
+    let loss = output.sum();
+    let start = ALLOCATOR.reset_peak();
+    let grads = loss.backward();
+    let peak = ALLOCATOR.peak() - start;
+    drop(grads);
+    peak.saturating_sub(fixed)
+}
+
 /// The backward pass of the two as one op has no gradient of the tensor between them, whether its sums
 /// come from the pooled output or, with a gamma of zero, from the recomputed one.
 fn no_gradient_is_made_between_block_and_pool(device: &Device) {
@@ -369,13 +381,7 @@ fn no_gradient_is_made_between_block_and_pool(device: &Device) {
                 true => block.forward_max_pool(input, &pool),
                 false => pool.forward(block.forward(input)),
             };
-            let fixed = bytes(output.dims()) + bytes(INPUT);
-            let loss = output.sum();
-            let start = ALLOCATOR.reset_peak();
-            let grads = loss.backward();
-            let peak = ALLOCATOR.peak() - start;
-            drop(grads);
-            peak.saturating_sub(fixed)
+            backward_workspace(output, INPUT)
         };
         let (joined, apart) = (workspace(true), workspace(false));
         let between = bytes([256, 8, 30, 30]);
@@ -416,7 +422,6 @@ fn unfused_keeps_three(device: &Device) {
 /// depthwise convolution, of nine taps, and of more than 128 MiB are not in it to begin with.
 fn workspace_is_bounded(device: &Device) {
     const INPUT: [usize; 4] = [256, 8, 32, 32];
-    // Bytes at the peak, beyond those of what is handed in and returned: gradients of output and input.
     let workspace = |input_shape, weight_shape: [usize; 4], max_workspace| {
         let input = tensor::<4>(input_shape, true, device);
         let conv = ConvSpec {
@@ -430,13 +435,7 @@ fn workspace_is_bounded(device: &Device) {
         let output = conv_bn(input, ConvBnParams::new(weight), options)
             .unwrap()
             .output;
-        let fixed = bytes(output.dims()) + bytes(input_shape);
-        let loss = output.sum();
-        let start = ALLOCATOR.reset_peak();
-        let grads = loss.backward();
-        let peak = ALLOCATOR.peak() - start;
-        drop(grads);
-        peak.saturating_sub(fixed)
+        backward_workspace(output, input_shape)
     };
     let conv_output = bytes([256, 8, 30, 30]);
     // Tiles of each thread, a MiB or so.

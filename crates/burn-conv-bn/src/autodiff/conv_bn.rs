@@ -2,36 +2,46 @@ use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::tensor::FloatTensor;
+use burn::backend::autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, TensorMetadata};
+use burn::tensor::ops::MaxPoolOptions;
 
 use super::{inner, is_tracked, node_or_untracked, retrieve, untracked};
 use crate::backend::{
-    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnInputs, ConvBnSaved, NormOutput,
-    OptionalTensor, Statistics,
+    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnInputs,
+    ConvBnMaxPoolBackwardOptions, ConvBnSaved, NormOutput, OptionalTensor, Statistics,
 };
 use crate::definition::{ConvBnOptions, Parents, SavePlan};
 use crate::portable::{bias_shift, shifted_mean};
 
+/// The node of the op, or of the op and a max pool behind it.
 #[derive(Debug)]
-struct ConvBnBackward;
+pub(super) struct ConvBnBackward;
 
-/// What [`SavePlan`] says, and nothing else: parents as checkpoints, the op's own tensors as they
-/// are.
+/// What [`SavePlan`] says, and nothing else but a pool's places: parents as checkpoints, the op's own
+/// tensors as they are.
 #[derive(Clone, Debug)]
-struct State<B: ConvBnBackend> {
+pub(super) struct State<B: ConvBnBackend> {
     input: Option<NodeId>,
     weight: Option<NodeId>,
     bias: Option<NodeId>,
     gamma: Option<NodeId>,
     beta: Option<NodeId>,
     residual: Option<NodeId>,
-    mean: Option<FloatTensor<B>>,
-    variance: Option<FloatTensor<B>>,
+    pub(super) mean: Option<FloatTensor<B>>,
+    pub(super) variance: Option<FloatTensor<B>>,
     conv_output: Option<FloatTensor<B>>,
-    output: Option<FloatTensor<B>>,
+    pub(super) output: Option<FloatTensor<B>>,
+    pub(super) pool: Option<Pool<B>>,
     options: ConvBnBackwardOptions,
+}
+
+/// A max pool that is one op with it.
+#[derive(Clone, Debug)]
+pub(super) struct Pool<B: ConvBnBackend> {
+    pub(super) places: IntTensor<B>,
+    pub(super) options: MaxPoolOptions<2>,
 }
 
 impl<B: ConvBnBackend> Backward<B, 6> for ConvBnBackward {
@@ -57,7 +67,16 @@ impl<B: ConvBnBackend> Backward<B, 6> for ConvBnBackward {
             output: state.output.into(),
             residual: retrieve::<B>(checkpointer, state.residual).into(),
         };
-        let result = B::conv_bn_backward(saved, state.options);
+        let result = match state.pool {
+            None => B::conv_bn_backward(saved, state.options),
+            Some(pool) => {
+                let options = ConvBnMaxPoolBackwardOptions {
+                    conv_bn: state.options,
+                    pool: pool.options,
+                };
+                B::conv_bn_max_pool_backward(saved, pool.places, options)
+            }
+        };
         let results = [
             result.input,
             result.weight,
@@ -66,8 +85,11 @@ impl<B: ConvBnBackend> Backward<B, 6> for ConvBnBackward {
             result.beta,
             result.residual,
         ];
-        let parents = ops.parents.map(|node| node.map(|node| node.id));
-        register_grads(parents, results, grads);
+        for (node, grad) in ops.parents.into_iter().zip(results) {
+            if let (Some(node), OptionalTensor::Present(grad)) = (node, grad) {
+                grads.register::<B>(node.id, grad);
+            }
+        }
     }
 }
 
@@ -75,49 +97,14 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
     inputs: ConvBnInputs<Autodiff<B, C>>,
     options: ConvBnOptions,
 ) -> NormOutput<Autodiff<B, C>> {
-    let weight = inputs.weight.primitive();
-    let nodes = [
-        inputs.input.node(),
-        inputs.weight.node(),
-        node_or_untracked::<B, C>(&inputs.bias, weight),
-        node_or_untracked::<B, C>(&inputs.gamma, weight),
-        node_or_untracked::<B, C>(&inputs.beta, weight),
-        node_or_untracked::<B, C>(&inputs.residual, weight),
-    ];
     let (output, mean, variance, shift) = match ConvBnBackward
-        .prepare::<C>(nodes)
+        .prepare::<C>(parents(&inputs))
         .compute_bound()
         .stateful()
     {
         OpsKind::Tracked(mut prep) => {
-            let tracked = tracked(&inputs);
-            let statistics = inputs.statistics.kind();
-            let plan = SavePlan::new(&options, statistics, inputs.present(), tracked);
-            let mut checkpoint = |kept: bool, tensor: Option<&FloatTensor<Autodiff<B, C>>>| {
-                tensor
-                    .filter(|_| kept)
-                    .map(|tensor| prep.checkpoint(tensor))
-            };
-            let mut state = State {
-                input: checkpoint(plan.input, Some(&inputs.input)),
-                weight: checkpoint(plan.weight, Some(&inputs.weight)),
-                bias: checkpoint(plan.bias, inputs.bias.as_option()),
-                gamma: checkpoint(plan.gamma, inputs.gamma.as_option()),
-                beta: checkpoint(plan.beta, inputs.beta.as_option()),
-                residual: checkpoint(plan.residual, inputs.residual.as_option()),
-                mean: None,
-                variance: None,
-                conv_output: None,
-                output: None,
-                options: ConvBnBackwardOptions {
-                    options: options.clone(),
-                    statistics,
-                    input_shape: inputs.input.shape(),
-                    weight_shape: inputs.weight.shape(),
-                    norm_dtype: inputs.norm_dtype(),
-                    wanted: tracked,
-                },
-            };
+            let plan = plan(&inputs, &options);
+            let mut state = state(&inputs, &options, &plan, |tensor| prep.checkpoint(tensor));
             let (forward, shift) = forward(inputs, options, plan.conv_output);
             if plan.statistics {
                 state.mean = Some(forward.mean.clone());
@@ -173,8 +160,65 @@ pub(super) fn inner_inputs<B: ConvBnBackend, C: CheckpointStrategy>(
     }
 }
 
+/// The nodes that may want a gradient.
+pub(super) fn parents<B: ConvBnBackend, C: CheckpointStrategy>(
+    inputs: &ConvBnInputs<Autodiff<B, C>>,
+) -> [NodeGuard; 6] {
+    let weight = inputs.weight.primitive();
+    [
+        inputs.input.node(),
+        inputs.weight.node(),
+        node_or_untracked::<B, C>(&inputs.bias, weight),
+        node_or_untracked::<B, C>(&inputs.gamma, weight),
+        node_or_untracked::<B, C>(&inputs.beta, weight),
+        node_or_untracked::<B, C>(&inputs.residual, weight),
+    ]
+}
+
+/// What the op keeps, without a pool.
+pub(super) fn plan<B: ConvBnBackend, C: CheckpointStrategy>(
+    inputs: &ConvBnInputs<Autodiff<B, C>>,
+    options: &ConvBnOptions,
+) -> SavePlan {
+    let statistics = inputs.statistics.kind();
+    SavePlan::new(options, statistics, inputs.present(), tracked(inputs))
+}
+
+/// The state with the parents that the plan keeps, before the forward pass.
+pub(super) fn state<B: ConvBnBackend, C: CheckpointStrategy>(
+    inputs: &ConvBnInputs<Autodiff<B, C>>,
+    options: &ConvBnOptions,
+    plan: &SavePlan,
+    mut checkpoint: impl FnMut(&FloatTensor<Autodiff<B, C>>) -> NodeId,
+) -> State<B> {
+    let mut keep = |kept: bool, tensor: Option<&FloatTensor<Autodiff<B, C>>>| {
+        tensor.filter(|_| kept).map(&mut checkpoint)
+    };
+    State {
+        input: keep(plan.input, Some(&inputs.input)),
+        weight: keep(plan.weight, Some(&inputs.weight)),
+        bias: keep(plan.bias, inputs.bias.as_option()),
+        gamma: keep(plan.gamma, inputs.gamma.as_option()),
+        beta: keep(plan.beta, inputs.beta.as_option()),
+        residual: keep(plan.residual, inputs.residual.as_option()),
+        mean: None,
+        variance: None,
+        conv_output: None,
+        output: None,
+        pool: None,
+        options: ConvBnBackwardOptions {
+            options: options.clone(),
+            statistics: inputs.statistics.kind(),
+            input_shape: inputs.input.shape(),
+            weight_shape: inputs.weight.shape(),
+            norm_dtype: inputs.norm_dtype(),
+            wanted: tracked(inputs),
+        },
+    }
+}
+
 /// Which of the inputs are tracked.
-pub(super) fn tracked<B: ConvBnBackend, C: CheckpointStrategy>(
+fn tracked<B: ConvBnBackend, C: CheckpointStrategy>(
     inputs: &ConvBnInputs<Autodiff<B, C>>,
 ) -> Parents {
     Parents {
@@ -184,18 +228,5 @@ pub(super) fn tracked<B: ConvBnBackend, C: CheckpointStrategy>(
         gamma: is_tracked::<B, C>(&inputs.gamma),
         beta: is_tracked::<B, C>(&inputs.beta),
         residual: is_tracked::<B, C>(&inputs.residual),
-    }
-}
-
-/// Passes gradients on to the parents that wanted them.
-pub(super) fn register_grads<B: ConvBnBackend, const N: usize>(
-    parents: [Option<NodeId>; N],
-    results: [OptionalTensor<B>; N],
-    grads: &mut Gradients,
-) {
-    for (node, grad) in parents.into_iter().zip(results) {
-        if let (Some(node), OptionalTensor::Present(grad)) = (node, grad) {
-            grads.register::<B>(node, grad);
-        }
     }
 }
