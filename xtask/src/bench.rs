@@ -77,6 +77,9 @@ pub struct Bench {
     /// ratios are less telling.
     #[arg(long)]
     quick: bool,
+    /// Images of each entry, in place of the catalogue's: those of the classifiers are for CPUs.
+    #[arg(long, value_name = "N")]
+    batch: Option<NonZeroUsize>,
     /// Run this entry alone; may be given several times.
     #[arg(long, value_name = "ID")]
     only: Vec<String>,
@@ -117,6 +120,13 @@ pub struct Bench {
     /// Do not measure memory.
     #[arg(long)]
     no_memory: bool,
+    /// Time the kernels of one more step of each contender, on a device that has kernels.
+    #[arg(long)]
+    profile: bool,
+    /// Run this contender alone, and Burn's unfused layers, which all are compared with; may be
+    /// given several times.
+    #[arg(long, value_enum, value_name = "NAME")]
+    contender: Vec<Contender>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -127,7 +137,7 @@ enum Peer {
 
 /// Runs the benchmark. Fails if a contender failed or computed something else than the others.
 pub fn bench(args: &Bench) -> Result<()> {
-    let entries = select(
+    let mut entries = select(
         catalogue(args.quick),
         &Selection {
             only: args.only.clone(),
@@ -138,12 +148,20 @@ pub fn bench(args: &Bench) -> Result<()> {
     if entries.is_empty() {
         bail!("no entry is both in --only and of the kind that was asked for");
     }
+    if let Some(batch) = args.batch {
+        for entry in &mut entries {
+            entry.work = entry.work.clone().with_batch(batch.get());
+        }
+    }
     if !args.precision.exists_on(&args.device) {
         bail!(
             "{} is computed by NVIDIA's tensor cores: with --device {CUDA}, not {}",
             args.precision,
             args.device
         );
+    }
+    if args.profile && args.device == FLEX {
+        bail!("--profile times the kernels of a device, and {FLEX} launches none");
     }
     let files = args.files()?;
     let (lab, software) = Lab::set_up(args)?;
@@ -184,6 +202,15 @@ pub fn bench(args: &Bench) -> Result<()> {
 }
 
 impl Bench {
+    /// The contenders that an engine runs.
+    fn contenders(&self, engine: Engine) -> Vec<Contender> {
+        let wanted = |contender: &Contender| {
+            let named = self.contender.is_empty() || self.contender.contains(contender);
+            contender.engine() == engine && (named || *contender == Contender::Unfused)
+        };
+        Contender::ALL.into_iter().filter(wanted).collect()
+    }
+
     /// The files that were asked for.
     fn files(&self) -> Result<Vec<OutputFile>> {
         let forms: [(&Option<PathBuf>, output::Form); 3] = [
@@ -298,7 +325,7 @@ impl Lab {
             peer_script: peer_script.unwrap_or_else(|| root().join(PYTORCH)),
             python: None,
             plan: Plan {
-                contenders: contenders(Engine::Burn),
+                contenders: args.contenders(Engine::Burn),
                 threads: args.threads.map_or(cores, NonZeroUsize::get),
                 warm_ups: match args.device.as_str() {
                     FLEX => WARM_UPS,
@@ -309,6 +336,7 @@ impl Lab {
                     quick: args.quick,
                 },
                 memory: !args.no_memory,
+                profile: args.profile,
             },
         };
         let mut software = Software::default();
@@ -318,7 +346,7 @@ impl Lab {
             lab.python = Some(python(args.python.clone()));
             let peer = lab.start(Engine::PyTorch);
             match peer.and_then(|mut peer| software.greet(&mut peer, Engine::PyTorch)) {
-                Ok(()) => lab.plan.contenders.extend(contenders(Engine::PyTorch)),
+                Ok(()) => lab.plan.contenders.extend(args.contenders(Engine::PyTorch)),
                 Err(error) => {
                     eprintln!("bench: PyTorch is left out, it is not available: {error:#}");
                     lab.python = None;
@@ -400,6 +428,12 @@ impl Lab {
         self.check(&entry, &mut running, &mut helper, progress);
         drop(helper);
         report.rounds = self.time(&entry, &mut running, progress);
+        if self.plan.profile {
+            for contender in &mut running {
+                progress.say(&format!("profiling {}", contender.contender()));
+                contender.profile();
+            }
+        }
         // All processes end here: memory is measured in fresh ones.
         report.contenders = running.into_iter().map(Running::finish).collect();
         if self.plan.memory {
@@ -555,13 +589,6 @@ fn rotation(count: usize, round: usize) -> impl Iterator<Item = usize> {
     (0..count).map(move |turn| (turn + round) % count)
 }
 
-/// Those of an engine.
-fn contenders(engine: Engine) -> Vec<Contender> {
-    let all = Contender::ALL.into_iter();
-    all.filter(|contender| contender.engine() == engine)
-        .collect()
-}
-
 /// Builds the worker for a device and returns its file.
 fn build_worker(device: &str) -> Result<PathBuf> {
     let args = build_args(device);
@@ -590,7 +617,7 @@ fn build_args(device: &str) -> Vec<String> {
         .map(String::from)
         .to_vec();
     if device != FLEX {
-        let features = format!("{device},fusion,autotune");
+        let features = format!("{device},fusion,autotune,persistence");
         let folder = format!("target/gpu-{device}");
         let more = [
             "-p",
@@ -739,7 +766,7 @@ mod tests {
         let flex = build_args(FLEX).join(" ");
         assert_eq!(flex, "build --release --locked --bin bench-worker");
         let cuda = build_args("cuda").join(" ");
-        let more = " -p burn-conv-bn-bench-worker --features cuda,fusion,autotune \
+        let more = " -p burn-conv-bn-bench-worker --features cuda,fusion,autotune,persistence \
                     --target-dir target/gpu-cuda";
         assert_eq!(cuda, format!("{flex}{more}"));
     }
@@ -767,6 +794,27 @@ mod tests {
         let tf32 = parse(&["bench", "--precision", "tf32"]).unwrap();
         let error = bench(&tf32.bench).unwrap_err().to_string();
         assert!(error.contains("cuda, not flex"), "{error}");
+    }
+
+    #[test]
+    fn contenders_are_those_asked_for_and_the_reference() {
+        use clap::Parser as _;
+
+        #[derive(clap::Parser, Debug)]
+        struct Cli {
+            #[command(flatten)]
+            bench: Bench,
+        }
+
+        let contenders = |options: &[&str]| {
+            let bench = Cli::parse_from(["bench"].iter().chain(options)).bench;
+            [Engine::Burn, Engine::PyTorch].map(|engine| bench.contenders(engine))
+        };
+        let all = contenders(&[]).concat();
+        assert_eq!(all, Contender::ALL);
+        let [burn, torch] = contenders(&["--contender", "fused", "--contender", "eager"]);
+        assert_eq!(burn, [Contender::Fused, Contender::Unfused]);
+        assert_eq!(torch, [Contender::Eager]);
     }
 
     #[test]

@@ -199,7 +199,7 @@ const CUDA_PROGRAMS: [&str; 10] = [
     "burn-conv-bn-bench-worker",
     "--features",
     "burn-conv-bn-bench-worker/cuda,burn-conv-bn-bench-worker/fusion,\
-     burn-conv-bn-bench-worker/autotune",
+     burn-conv-bn-bench-worker/autotune,burn-conv-bn-bench-worker/persistence",
     "--bin",
     "bench-worker",
     "--bin",
@@ -227,6 +227,9 @@ const SCRIPT: &str = concat!(
     "\n",
     include_str!("gpu/run.sh")
 );
+
+/// CubeCL's configuration for the programs: every one of them is a process of its own.
+const CONFIGURATION: &str = include_str!("gpu/cubecl.toml");
 
 /// Builds the tests and the benchmark for CUDA, and packs them.
 pub fn bundle(args: &Bundle) -> Result<()> {
@@ -268,7 +271,10 @@ pub fn bundle(args: &Bundle) -> Result<()> {
         copy(file, &folder.join(name))?;
         names.push(name);
     }
-    names.push("lib");
+    let configuration = folder.join("cubecl.toml");
+    fs::write(&configuration, CONFIGURATION)
+        .with_context(|| format!("cannot write {}", configuration.display()))?;
+    names.extend(["cubecl.toml", "lib"]);
 
     let mut bytes = script().into_bytes();
     bytes.extend(archive(&folder, &names)?);

@@ -4,6 +4,8 @@
 mod classifier;
 mod device;
 mod files;
+#[cfg(feature = "cubecl")]
+mod kernels;
 mod layer;
 mod meter;
 mod network;

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use burn::optim::GradientsParams;
-use burn::tensor::{FloatDType, Gradients, Tensor};
+use burn::tensor::{Gradients, Tensor};
 use burn_conv_bn::ConvBnModule;
 use burn_conv_bn_bench::precision::Precision;
 use burn_conv_bn_train::job;
@@ -20,44 +20,34 @@ pub fn types(precision: Precision) -> job::Precision {
 
 /// How a workload computes in a precision: parameters are in f32 in all of them.
 #[derive(Clone, Copy, Debug)]
-pub struct Computing {
-    activations: FloatDType,
-    is_mixed: bool,
-    scale: LossScale,
-}
+pub struct Computing(job::Precision);
 
 impl Computing {
     pub fn new(precision: Precision) -> Self {
-        let types = types(precision);
-        let activations = types.activations();
-        Self {
-            activations,
-            is_mixed: types.is_mixed(),
-            scale: LossScale::of(activations),
-        }
+        Self(types(precision))
     }
 
     /// Whether activations are of another type than parameters.
     pub fn is_mixed(self) -> bool {
-        self.is_mixed
+        self.0.is_mixed()
     }
 
     /// Activations, as the blocks take them.
     pub fn activations<const D: usize>(self, tensor: Tensor<D>) -> Tensor<D> {
-        tensor.cast(self.activations)
+        tensor.cast(self.0.activations())
     }
 
     /// A module for one forward pass, in mixed precision with its blocks' weights cast.
     pub fn module<M: ConvBnModule>(self, module: &M) -> Cow<'_, M> {
-        match self.is_mixed {
-            true => Cow::Owned(module.autocast(self.activations)),
+        match self.is_mixed() {
+            true => Cow::Owned(module.autocast(self.0.activations())),
             false => Cow::Borrowed(module),
         }
     }
 
     /// The backward pass of a loss, which may be scaled for it.
     pub fn backward(self, loss: &Tensor<1>) -> Gradients {
-        self.scale.backward(loss)
+        self.scale().backward(loss)
     }
 
     /// A gradient of [`backward`](Self::backward), as if nothing had been scaled.
@@ -67,11 +57,15 @@ impl Computing {
         gradients: &Gradients,
     ) -> Option<Tensor<D>> {
         let gradient = parameter.grad(gradients)?;
-        Some(self.scale.unscale(gradient))
+        Some(self.scale().unscale(gradient))
     }
 
     /// All of a module's gradients, as if nothing had been scaled.
     pub fn gradients<M: ConvBnModule>(self, gradients: Gradients, module: &M) -> GradientsParams {
-        self.scale.gradients(gradients, module)
+        self.scale().gradients(gradients, module)
+    }
+
+    fn scale(self) -> LossScale {
+        LossScale::of(self.0.activations())
     }
 }

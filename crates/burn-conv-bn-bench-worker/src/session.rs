@@ -16,6 +16,8 @@ use burn_conv_bn_train::device::DeviceError;
 use crate::classifier::ClassifierWork;
 use crate::device::{open, vectors};
 use crate::files::{read, relative_error};
+#[cfg(feature = "cubecl")]
+use crate::kernels;
 use crate::layer::LayerWork;
 use crate::network::NetworkWork;
 use crate::precision::Computing;
@@ -101,6 +103,7 @@ impl Session {
                 tensors,
             } => compare(&dir, &reference, tensors),
             Request::Run {} => Ok(Reply::Ran(self.loaded()?.step())),
+            Request::Profile {} => Ok(profile(self.loaded()?)),
             Request::Memory {} => {
                 let allocator = self.allocator;
                 // What Burn's gradient checkpointing leaves out is in no list.
@@ -141,6 +144,23 @@ pub fn load(
         )?),
     };
     Ok(workload)
+}
+
+/// The kernels of a step, where there are any.
+fn profile(workload: &mut dyn Workload) -> Reply {
+    #[cfg(feature = "cubecl")]
+    {
+        let profile = kernels::profile(|| {
+            workload.step();
+        });
+        if !profile.kernels.is_empty() {
+            return Reply::Profiled(profile);
+        }
+    }
+    let _ = workload;
+    Reply::Unavailable {
+        reason: "what computes here launches no kernels".to_string(),
+    }
 }
 
 fn compare(folder: &Path, reference: &Path, tensors: Vec<String>) -> Result<Reply> {

@@ -477,6 +477,22 @@ class Computing:
             raise Unavailable("a gradient was infinite in f16, and the optimizer's step left out")
 
 
+def profile(work):
+    """The kernels of one more step, the one that took longest first."""
+    if work.device.type != "cuda":
+        raise Unavailable("PyTorch's kernels are those of CUDA")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        work.step()
+    kernels = {}
+    for event in profiler.events():
+        if event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        kernel = kernels.setdefault(event.name, {"name": event.name, "launches": 0, "ms": 0.0})
+        kernel["launches"] += 1
+        kernel["ms"] += event.time_range.elapsed_us() / 1e3
+    return {"kernels": sorted(kernels.values(), key=lambda kernel: -kernel["ms"])}
+
+
 class Stopwatch:
     """Times the parts of a step, each to the end of its work on the device."""
 
@@ -896,6 +912,8 @@ class Session:
             return {"checked": {"tensors": tensors, "own_reference": own}}
         if name == "run":
             return {"ran": self.work.step()}
+        if name == "profile":
+            return {"profiled": profile(self.work)}
         if name == "memory":
             return {"measured": self.work.memory()}
         raise ValueError(f"{name} is not a request to PyTorch")

@@ -321,6 +321,18 @@ impl Classifier {
 }
 
 impl Work {
+    /// The same over another number of images.
+    pub fn with_batch(self, batch: usize) -> Self {
+        match self {
+            Self::Layer(layer) => Self::Layer(Layer { batch, ..layer }),
+            Self::Network(_) => Self::Network(Network { batch }),
+            Self::Classifier(classifier) => Self::Classifier(Classifier {
+                batch,
+                ..classifier
+            }),
+        }
+    }
+
     /// Most that a result of a contender may be off, relative to the largest value of the same
     /// tensor from Burn's unfused layers on the same device in the same precision.
     ///
@@ -458,6 +470,20 @@ mod tests {
         sorted.sort();
         sorted.dedup();
         assert_eq!(sorted.len(), all.len());
+    }
+
+    #[test]
+    fn another_batch_is_all_that_changes() {
+        for entry in catalogue(false) {
+            let work = entry.work.clone().with_batch(77);
+            assert_ne!(work, entry.work);
+            let batch = match &entry.work {
+                Work::Layer(layer) => layer.batch,
+                Work::Network(network) => network.batch,
+                Work::Classifier(classifier) => classifier.batch,
+            };
+            assert_eq!(work.with_batch(batch), entry.work);
+        }
     }
 
     #[test]

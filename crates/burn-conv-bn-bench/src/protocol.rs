@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::catalogue::Entry;
@@ -18,7 +19,7 @@ use crate::precision::Precision;
 pub const OWN_REFERENCE: &str = "own";
 
 /// Who is timed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Contender {
     /// The fused layer, which recomputes the convolution.
@@ -139,6 +140,8 @@ pub enum Request {
     },
     /// Run a timed step. Answered by [`Reply::Ran`].
     Run {},
+    /// Run a step and time the kernels of the device. Answered by [`Reply::Profiled`].
+    Profile {},
     /// Measure the memory of one step, in a process that has done nothing but load. Answered by
     /// [`Reply::Measured`].
     Memory {},
@@ -167,6 +170,8 @@ pub enum Reply {
     },
     /// To [`Request::Run`].
     Ran(StepTime),
+    /// To [`Request::Profile`].
+    Profiled(StepProfile),
     /// To [`Request::Memory`].
     Measured(StepMemory),
     /// To anything: this machine lacks what that needs.
@@ -216,6 +221,42 @@ impl StepTime {
     /// Milliseconds of the whole step.
     pub fn total_ms(&self) -> f64 {
         self.forward_ms + self.backward_ms + self.optimizer_ms.unwrap_or_default()
+    }
+}
+
+/// What a device did in one step.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StepProfile {
+    /// Its kernels, the one that took longest first.
+    pub kernels: Vec<KernelTime>,
+}
+
+/// The launches of one kernel in a step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KernelTime {
+    /// Its name.
+    pub name: String,
+    /// How often it was launched.
+    pub launches: usize,
+    /// Milliseconds of the device, over all launches.
+    pub ms: f64,
+}
+
+impl StepProfile {
+    /// The profile of kernels in any order.
+    pub fn new(mut kernels: Vec<KernelTime>) -> Self {
+        kernels.sort_by(|a, b| b.ms.total_cmp(&a.ms));
+        Self { kernels }
+    }
+
+    /// Milliseconds of the device, over all kernels.
+    pub fn busy_ms(&self) -> f64 {
+        self.kernels.iter().map(|kernel| kernel.ms).sum()
+    }
+
+    /// Launches of all kernels.
+    pub fn launches(&self) -> usize {
+        self.kernels.iter().map(|kernel| kernel.launches).sum()
     }
 }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::catalogue::{Entry, Work};
 use crate::precision::Precision;
-use crate::protocol::{Contender, StepMemory, StepTime, TensorError};
+use crate::protocol::{Contender, StepMemory, StepProfile, StepTime, TensorError};
 use crate::statistics::{Spread, geometric_mean, median, ratios};
 
 /// A whole run.
@@ -91,6 +91,9 @@ pub struct ContenderReport {
     pub timing: Option<Timing>,
     /// Memory of a step in a fresh process.
     pub memory: Option<StepMemory>,
+    /// Where the device spent the time of one more step, if that was asked for.
+    #[serde(default)]
+    pub profile: Option<StepProfile>,
 }
 
 /// What is wrong with a contender.
@@ -178,6 +181,7 @@ impl ContenderReport {
             steps: Vec::new(),
             timing: None,
             memory: None,
+            profile: None,
         }
     }
 

@@ -5,7 +5,7 @@ use std::iter;
 
 use crate::device::FLEX;
 use crate::precision::Precision;
-use crate::protocol::{Contender, StepMemory};
+use crate::protocol::{Contender, StepMemory, StepProfile};
 use crate::report::{Comparison, ContenderReport, EntryReport, ProblemKind, Report, Timing};
 use crate::statistics::Spread;
 
@@ -81,6 +81,11 @@ pub fn entry(report: &EntryReport, device: &str) -> String {
     let memory: Vec<_> = measured.map(|c| memory_row(c, unfused)).collect();
     if !memory.is_empty() {
         text.push_str(&table(&memory_header(device), memory));
+    }
+    for contender in &report.contenders {
+        if let Some(profile) = &contender.profile {
+            text.push_str(&kernels(contender, profile));
+        }
     }
     for contender in &report.contenders {
         if let Some(problem) = &contender.problem {
@@ -284,6 +289,51 @@ fn memory_row(report: &ContenderReport, unfused: StepMemory) -> Vec<String> {
     ]
 }
 
+/// Most kernels of a contender that a table names.
+const MOST_KERNELS: usize = 12;
+
+/// Longest name of a kernel in a table, in characters.
+const LONGEST_NAME: usize = 72;
+
+/// The kernels of a contender's step. What the device was not busy, it waited for the next launch.
+fn kernels(report: &ContenderReport, profile: &StepProfile) -> String {
+    let busy = profile.busy_ms();
+    let mut text = format!(
+        "  {}: {} launches, {} ms",
+        report.contender,
+        profile.launches(),
+        milliseconds(busy)
+    );
+    if let Some(timing) = report.timing {
+        let step = milliseconds(timing.step_ms.median);
+        let _ = write!(text, " of a step's {step}");
+    }
+    text.push('\n');
+    let (named, others) = profile
+        .kernels
+        .split_at(profile.kernels.len().min(MOST_KERNELS));
+    let others = StepProfile {
+        kernels: others.to_vec(),
+    };
+    let row = |name: String, launches: usize, ms: f64| {
+        let share = format!("{:.1} %", 1e2 * ms / busy);
+        vec![name, launches.to_string(), milliseconds(ms), share]
+    };
+    let mut rows: Vec<_> = named
+        .iter()
+        .map(|kernel| {
+            let name = kernel.name.chars().take(LONGEST_NAME).collect();
+            row(name, kernel.launches, kernel.ms)
+        })
+        .collect();
+    if !others.kernels.is_empty() {
+        let name = format!("{} others", others.kernels.len());
+        rows.push(row(name, others.launches(), others.busy_ms()));
+    }
+    text.push_str(&table(&["kernel", "launches", "ms", "share"], rows));
+    text
+}
+
 /// A figure of memory, in the ways in which it may be known, the most telling first.
 type Figure = [fn(StepMemory) -> Option<u64>; 2];
 
@@ -405,7 +455,7 @@ mod tests {
     use super::*;
     use crate::catalogue::catalogue;
     use crate::device::CUDA;
-    use crate::protocol::{StepTime, TensorError};
+    use crate::protocol::{KernelTime, StepTime, TensorError};
     use crate::report::Machine;
     use clap::ValueEnum as _;
     use std::collections::BTreeMap;
@@ -493,6 +543,26 @@ k3: 32x64x56 -> 64 k3 p1
 | resnet50  |  12.0 |       - |               - |
 ";
         assert_eq!(overview(&report), expected);
+    }
+
+    #[test]
+    fn kernels_are_named_by_what_they_take() {
+        let kernel = |index: usize| KernelTime {
+            name: format!("k{index}"),
+            launches: index,
+            ms: index as f64,
+        };
+        let mut fused = contender(Contender::Fused, 40.0, 12);
+        fused.profile = Some(StepProfile::new((1..=14).map(kernel).collect()));
+        let text = entry(&report(vec![fused]), CUDA);
+        let (_, text) = text.split_once("  fused: 105 launches, ").unwrap();
+        let (times, text) = text.split_once('\n').unwrap();
+        assert_eq!(times, "105 ms of a step's 120");
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 1 + MOST_KERNELS + 1);
+        assert_eq!(lines[0], "  kernel    launches    ms   share");
+        assert_eq!(lines[1], "  k14             14  14.0  13.3 %");
+        assert_eq!(lines[13], "  2 others         3  3.00   2.9 %");
     }
 
     #[test]

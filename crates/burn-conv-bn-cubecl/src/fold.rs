@@ -158,19 +158,19 @@ fn component<T: Float, N: Size>(
 }
 
 /// Folds the rows of a table of partial results, for one channel a unit. The unit of lane 0 gets
-/// it.
+/// it. The table need not be contiguous: one that was joined from several has the pitch that the
+/// device gives to its rows.
 #[cube]
 pub(crate) fn fold_rows<T: Float>(
     table: &Tensor<T>,
     unit: &Unit,
-    channels: usize,
     #[comptime] lanes: Lanes,
     #[comptime] fold: Fold,
 ) -> Partial<T, One> {
-    let plane = table.len() / PLANES;
+    let plane = table.stride(0);
     let mut result = Partial::<T, One>::empty();
     for row in range_stepped(unit.start, unit.end, lanes.positions) {
-        let index = row * channels + unit.channel;
+        let index = row * table.stride(1) + unit.channel * table.stride(2);
         let other = Partial::<T, One> {
             count: Vector::new(table[index]),
             first: Vector::new(table[plane + index]),

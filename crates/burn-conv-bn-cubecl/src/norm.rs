@@ -209,7 +209,7 @@ fn moments_kernel<T: Float, P: Float>(
         terminate!();
     }
     let unit = unit::<One>(grid, lanes);
-    let moments = fold_rows(partials, &unit, grid.channels, lanes, Fold::Moments);
+    let moments = fold_rows(partials, &unit, lanes, Fold::Moments);
     if unit.lane == 0 && unit.has_channel {
         let channel = unit.channel;
         let channel_mean = moments.first.extract(0usize);
@@ -343,7 +343,7 @@ fn grads_kernel<T: Float, P: Float>(
         terminate!();
     }
     let unit = unit::<One>(grid, lanes);
-    let sums = fold_rows(partials, &unit, grid.channels, lanes, Fold::Sums);
+    let sums = fold_rows(partials, &unit, lanes, Fold::Sums);
     if unit.lane == 0 && unit.has_channel {
         let (channel, channels) = (unit.channel, grid.channels);
         let (grad, grad_deviation) = (sums.first.extract(0usize), sums.second.extract(0usize));
@@ -440,7 +440,7 @@ fn grad_sum_kernel<T: Float>(
         terminate!();
     }
     let unit = unit::<One>(grid, lanes);
-    let sums = fold_rows(partials, &unit, grid.channels, lanes, Fold::Sums);
+    let sums = fold_rows(partials, &unit, lanes, Fold::Sums);
     if unit.lane == 0 && unit.has_channel {
         grad[unit.channel] = sums.first.extract(0usize);
     }

@@ -117,6 +117,15 @@ impl Running {
         None
     }
 
+    /// Has the device's kernels timed over one more step.
+    pub fn profile(&mut self) {
+        match self.ask(&Request::Profile {}) {
+            None => {}
+            Some(Reply::Profiled(profile)) => self.report.profile = Some(profile),
+            Some(other) => self.refuse(other),
+        }
+    }
+
     /// Ends the process and returns the report.
     pub fn finish(self) -> ContenderReport {
         self.report
@@ -174,6 +183,19 @@ mod tests {
         let report = running.finish();
         assert_eq!(report.problem, None);
         assert_eq!(report.steps.len(), 1);
+    }
+
+    #[test]
+    fn a_profile_is_kept_and_counts_no_step() {
+        let profiled = r#"{"profiled":{"kernels":[{"name":"k","launches":3,"ms":0.5}]}}"#;
+        let mut running = running(&[DONE, RAN, profiled]);
+        running.timed_step();
+        running.profile();
+        let report = running.finish();
+        assert_eq!(report.problem, None);
+        assert_eq!(report.steps.len(), 1);
+        let profile = report.profile.unwrap();
+        assert_eq!((profile.launches(), profile.busy_ms()), (3, 0.5));
     }
 
     #[test]

@@ -68,6 +68,8 @@ pub struct Plan {
     pub rounds: Rounds,
     /// Whether memory is measured.
     pub memory: bool,
+    /// Whether a step's kernels are timed.
+    pub profile: bool,
 }
 
 impl Plan {
@@ -317,6 +319,7 @@ mod tests {
             warm_ups: 1,
             rounds: Rounds { asked: None, quick },
             memory: true,
+            profile: false,
         }
     }
 

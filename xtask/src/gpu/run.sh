@@ -1,5 +1,8 @@
 # From here on in the folder with the programs. Results go to the folder $results.
-export LD_LIBRARY_PATH="$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+# The system's libraries go first where they will do: PyTorch may want newer ones than the bundle's.
+if ldd ./gpu-tests 2>&1 | grep -q 'not found'; then
+    export LD_LIBRARY_PATH="$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+fi
 export BURN_CONV_BN_OFFLINE=1
 
 summary=

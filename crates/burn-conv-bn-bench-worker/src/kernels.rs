@@ -1,0 +1,75 @@
+//! The device's time in each kernel of a step.
+
+use std::collections::BTreeMap;
+use std::mem;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use burn_conv_bn_bench::protocol::{KernelTime, StepProfile};
+use cubecl::config::{TypeNameFormatLevel, type_name_format};
+use cubecl::future::block_on;
+use cubecl::logging::{
+    LaunchObservation, LaunchObserver, ProfileDuration, TimingMethod, TimingRequest,
+};
+
+/// Times every kernel that `step` launches; `step` must wait until the device is done. Nothing waits
+/// for a single kernel: they follow each other as they do elsewhere.
+pub fn profile(step: impl FnOnce()) -> StepProfile {
+    let launches = Arc::new(Launches::default());
+    let observation = LaunchObservation::new(launches.clone());
+    step();
+    drop(observation);
+    let mut kernels: BTreeMap<String, KernelTime> = BTreeMap::new();
+    for (kernel, measurement) in launches.take() {
+        let time = match measurement {
+            Measurement::Unread(ticks) => block_on(ticks.resolve()).map(|ticks| ticks.duration()),
+            Measurement::Read(time) => Some(time),
+        };
+        let name = type_name_format(kernel, TypeNameFormatLevel::Balanced);
+        let kernel = kernels.entry(name.clone()).or_insert(KernelTime {
+            name,
+            launches: 0,
+            ms: 0.0,
+        });
+        kernel.launches += 1;
+        kernel.ms += 1e3 * time.unwrap_or_default().as_secs_f64();
+    }
+    StepProfile::new(kernels.into_values().collect())
+}
+
+enum Measurement {
+    /// The device may not have come to it yet.
+    Unread(ProfileDuration),
+    Read(Duration),
+}
+
+/// What was launched, in order.
+#[derive(Default)]
+struct Launches(Mutex<Vec<(&'static str, Measurement)>>);
+
+impl Launches {
+    fn push(&self, kernel: &'static str, measurement: Measurement) {
+        let mut launches = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        launches.push((kernel, measurement));
+    }
+
+    fn take(&self) -> Vec<(&'static str, Measurement)> {
+        mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl LaunchObserver for Launches {
+    fn launched(&self, _: &'static str) {}
+
+    fn timing(&self) -> TimingRequest {
+        TimingRequest::Deferred
+    }
+
+    fn profiled(&self, kernel: &'static str, profile: ProfileDuration) {
+        self.push(kernel, Measurement::Unread(profile));
+    }
+
+    fn timed(&self, kernel: &'static str, duration: Duration, _: TimingMethod) {
+        self.push(kernel, Measurement::Read(duration));
+    }
+}
