@@ -211,14 +211,15 @@ impl<T: Real> WithSimd for Correlate<'_, T> {
             let (whole, remainder) = block.split_at((end - start) * full);
             let taps = Taps { start, end };
             if full > 0 {
-                self.blocks::<S, CHANNELS, { VECTORS[0] }>(simd, taps, whole, 0..full);
+                self.blocks::<S, CHANNELS, { VECTORS[0] }, 1>(simd, taps, whole, 0..full);
             }
-            match channels - full {
-                1 => self.blocks::<S, 1, { VECTORS[1] }>(simd, taps, remainder, full..channels),
-                2 => self.blocks::<S, 2, { VECTORS[2] }>(simd, taps, remainder, full..channels),
-                3 => self.blocks::<S, 3, { VECTORS[3] }>(simd, taps, remainder, full..channels),
-                4 => self.blocks::<S, 4, { VECTORS[4] }>(simd, taps, remainder, full..channels),
-                5 => self.blocks::<S, 5, { VECTORS[5] }>(simd, taps, remainder, full..channels),
+            let channels = full..channels;
+            match channels.len() {
+                1 => self.blocks::<S, 1, { VECTORS[1] }, 4>(simd, taps, remainder, channels),
+                2 => self.blocks::<S, 2, { VECTORS[2] }, 2>(simd, taps, remainder, channels),
+                3 => self.blocks::<S, 3, { VECTORS[3] }, 1>(simd, taps, remainder, channels),
+                4 => self.blocks::<S, 4, { VECTORS[4] }, 1>(simd, taps, remainder, channels),
+                5 => self.blocks::<S, 5, { VECTORS[5] }, 1>(simd, taps, remainder, channels),
                 _ => {}
             }
             (start, factors) = (end, rest);
@@ -233,36 +234,38 @@ struct Taps {
 }
 
 impl<T: Real> Correlate<'_, T> {
-    /// All blocks of sums of `channels`, a multiple of `M`, each of `M` channels by `N` vectors.
+    /// All blocks of sums of `channels`, a multiple of `M`, each of `M` channels by `N` vectors; or, at
+    /// the end, by `LAST`, if they will do.
     #[inline(always)]
     #[allow(unsafe_code)]
-    fn blocks<S: Simd, const M: usize, const N: usize>(
+    fn blocks<S: Simd, const M: usize, const N: usize, const LAST: usize>(
         &mut self,
         simd: S,
         taps: Taps,
         factors: &[T],
         channels: Range<usize>,
     ) {
-        let step = N * size_of::<T::Vector<S>>() / size_of::<T>();
+        let lanes = size_of::<T::Vector<S>>() / size_of::<T>();
+        let step = N * lanes;
         debug_assert!(step <= N * WIDEST);
         let offsets = &self.offsets[taps.start..taps.end];
         let factors = factors.chunks_exact(M * offsets.len());
         for position in (0..self.positions).step_by(step) {
+            let is_short = self.positions - position <= LAST * lanes;
             for (first, factors) in channels.clone().step_by(M).zip(factors.clone()) {
                 // SAFETY: `correlate` checked that each plane holds `slack` values after its
                 // `positions` from the largest offset on, and the target after those of its last
                 // channel; `position < positions` and a block is no wider than `slack`. `factors`
                 // holds `M` values for each offset.
                 unsafe {
-                    block::<S, T, M, N>(
-                        simd,
-                        factors.as_ptr(),
-                        self.source.as_ptr().add(position),
-                        offsets,
-                        self.target.as_mut_ptr().add(first * self.pitch + position),
-                        self.pitch,
-                        taps.start > 0,
-                    );
+                    let source = self.source.as_ptr().add(position);
+                    let target = self.target.as_mut_ptr().add(first * self.pitch + position);
+                    let (factors, pitch, add) = (factors.as_ptr(), self.pitch, taps.start > 0);
+                    if is_short {
+                        block::<S, T, M, LAST>(simd, factors, source, offsets, target, pitch, add);
+                    } else {
+                        block::<S, T, M, N>(simd, factors, source, offsets, target, pitch, add);
+                    }
                 }
             }
         }
