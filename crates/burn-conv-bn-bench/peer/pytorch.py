@@ -436,9 +436,11 @@ class Computing:
     # one after 2000 steps.
     LOSS_SCALE = 1024.0
 
-    def __init__(self, precision, device):
+    def __init__(self, precision, device, is_flex):
         self.device = device
         self.half = {"f16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+        # Burn may multiply f32 as TF32 elsewhere than on Flex.
+        self.is_coarse = self.half is not None or not is_flex
         self.scaler = None
         if precision == "f16":
             self.scaler = torch.amp.GradScaler(device.type, init_scale=self.LOSS_SCALE)
@@ -866,7 +868,7 @@ class ClassifierWork(TrainingWork):
         trained = (value for value, _ in values_of(self.net) if value.requires_grad)
         grads = [self.computing.gradient(value) for value in trained]
         vectors = [grad for grad in grads if grad.ndim == 1]
-        if self.computing.half is not None:
+        if self.computing.is_coarse:
             vectors = [grad.norm()[None] for grad in vectors]
         results = {
             "logits": logits,
@@ -934,7 +936,7 @@ def computing_of(request):
     precision = request["precision"]
     if precision not in ("f32", "tf32", "f16", "bf16"):
         raise ValueError(f"{precision} is not one of PyTorch's precisions")
-    computing = Computing(precision, device_of(request))
+    computing = Computing(precision, device_of(request), request["device"] == "flex")
     if request["variant"] == "tutorial" and computing.half is not None:
         raise Unavailable(
             "the tutorial's function is not written for mixed precision: its backward pass gets an "

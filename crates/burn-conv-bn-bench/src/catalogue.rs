@@ -350,7 +350,9 @@ impl Work {
             // that it is computed well is shown by the tests, beside the same in f32.
             Self::Network(_) | Self::Classifier(_) if precision.is_mixed() => 5e-1,
             Self::Layer(_) if device != FLEX => 5e-3,
-            Self::Network(_) if device != FLEX => 3e-2,
+            // Burn's is not the only arithmetic there: on an H200, with TF32, PyTorch's in f32 was up to
+            // 5.6e-2 off, and the fused form up to 4e-3.
+            Self::Network(_) if device != FLEX => 1e-1,
             // Rounding alone: the upstream gradient is zero where it could turn a ReLU over.
             Self::Layer(_) => 1e-3,
             // Burn takes a batch's statistics as one long sum: over the 1.2 million values of a
@@ -361,6 +363,8 @@ impl Work {
             Self::Network(_) => 1e-2,
             // Dozens of layers amplify that: in f32 this only tells that the same network was run.
             // That both forms compute the same is shown in f64, by the tests of the networks.
+            // TF32 is as coarse as f16.
+            Self::Classifier(_) if device != FLEX => 5e-1,
             Self::Classifier(_) => 1e-1,
         }
     }
@@ -576,10 +580,9 @@ mod tests {
         for entry in catalogue(true) {
             let [flex, cuda] =
                 [FLEX, "cuda"].map(|device| entry.work.tolerance(device, Precision::F32));
-            let classifier = matches!(entry.work, Work::Classifier(_));
-            assert!(flex < cuda || classifier, "{}: {flex} and {cuda}", entry.id);
+            assert!(flex < cuda, "{}: {flex} and {cuda}", entry.id);
             for mixed in [Precision::F16, Precision::Bf16] {
-                assert!(cuda < entry.work.tolerance("cuda", mixed), "{}", entry.id);
+                assert!(cuda <= entry.work.tolerance("cuda", mixed), "{}", entry.id);
             }
         }
     }
