@@ -163,6 +163,9 @@ pub fn bench(args: &Bench) -> Result<()> {
     if args.profile && args.device == FLEX {
         bail!("--profile times the kernels of a device, and {FLEX} launches none");
     }
+    if let (None, Some(name)) = (args.peer, args.of(Engine::PyTorch)) {
+        bail!("{name} is PyTorch's, which --peer pytorch adds");
+    }
     let files = args.files()?;
     let (lab, software) = Lab::set_up(args)?;
     let mut report = Report {
@@ -202,6 +205,12 @@ pub fn bench(args: &Bench) -> Result<()> {
 }
 
 impl Bench {
+    /// A contender that was asked for by its name, of those that an engine runs.
+    fn of(&self, engine: Engine) -> Option<Contender> {
+        let mut named = self.contender.iter().copied();
+        named.find(|contender| contender.engine() == engine)
+    }
+
     /// The contenders that an engine runs.
     fn contenders(&self, engine: Engine) -> Vec<Contender> {
         let wanted = |contender: &Contender| {
@@ -771,47 +780,51 @@ mod tests {
         assert_eq!(cuda, format!("{flex}{more}"));
     }
 
+    #[derive(clap::Parser, Debug)]
+    struct Cli {
+        #[command(flatten)]
+        bench: Bench,
+    }
+
+    fn parse(options: &[&str]) -> Result<Bench, clap::Error> {
+        let line = ["bench"].iter().chain(options);
+        <Cli as clap::Parser>::try_parse_from(line).map(|cli| cli.bench)
+    }
+
     #[test]
     fn devices_and_precisions_are_checked_by_name() {
-        #[derive(clap::Parser, Debug)]
-        struct Cli {
-            #[command(flatten)]
-            bench: Bench,
-        }
-        let parse = |args: &[&str]| <Cli as clap::Parser>::try_parse_from(args);
-        assert_eq!(parse(&["bench"]).unwrap().bench.device, FLEX);
+        assert_eq!(parse(&[]).unwrap().device, FLEX);
         for device in DEVICES {
-            let cli = parse(&["bench", "--device", device]).unwrap();
-            assert_eq!(cli.bench.device, device);
+            assert_eq!(parse(&["--device", device]).unwrap().device, device);
         }
-        let error = parse(&["bench", "--device", "abacus"]).unwrap_err();
+        let error = parse(&["--device", "abacus"]).unwrap_err();
         assert!(error.to_string().contains("vulkan"), "{error}");
-        assert_eq!(parse(&["bench"]).unwrap().bench.precision, Precision::F32);
-        let cli = parse(&["bench", "--precision", "bf16"]).unwrap();
-        assert_eq!(cli.bench.precision, Precision::Bf16);
-        let error = parse(&["bench", "--precision", "f8"]).unwrap_err();
+        assert_eq!(parse(&[]).unwrap().precision, Precision::F32);
+        let bf16 = parse(&["--precision", "bf16"]).unwrap();
+        assert_eq!(bf16.precision, Precision::Bf16);
+        let error = parse(&["--precision", "f8"]).unwrap_err();
         assert!(error.to_string().contains("bf16"), "{error}");
-        let tf32 = parse(&["bench", "--precision", "tf32"]).unwrap();
-        let error = bench(&tf32.bench).unwrap_err().to_string();
-        assert!(error.contains("cuda, not flex"), "{error}");
+    }
+
+    #[test]
+    fn what_makes_no_sense_together_is_refused() {
+        for (options, wanted) in [
+            (["--precision", "tf32"], "cuda, not flex"),
+            (["--contender", "eager"], "--peer pytorch"),
+            (["--profile", "--quick"], "--profile"),
+        ] {
+            let error = bench(&parse(&options).unwrap()).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{error}");
+        }
     }
 
     #[test]
     fn contenders_are_those_asked_for_and_the_reference() {
-        use clap::Parser as _;
-
-        #[derive(clap::Parser, Debug)]
-        struct Cli {
-            #[command(flatten)]
-            bench: Bench,
-        }
-
         let contenders = |options: &[&str]| {
-            let bench = Cli::parse_from(["bench"].iter().chain(options)).bench;
+            let bench = parse(options).unwrap();
             [Engine::Burn, Engine::PyTorch].map(|engine| bench.contenders(engine))
         };
-        let all = contenders(&[]).concat();
-        assert_eq!(all, Contender::ALL);
+        assert_eq!(contenders(&[]).concat(), Contender::ALL);
         let [burn, torch] = contenders(&["--contender", "fused", "--contender", "eager"]);
         assert_eq!(burn, [Contender::Fused, Contender::Unfused]);
         assert_eq!(torch, [Contender::Eager]);

@@ -310,6 +310,7 @@ mod tests {
         );
         assert_eq!(json(&Request::Hello {}), r#"{"hello":{}}"#);
         assert_eq!(json(&Request::Memory {}), r#"{"memory":{}}"#);
+        assert_eq!(json(&Request::Profile {}), r#"{"profile":{}}"#);
         assert_eq!(json(&Request::Run {}), r#"{"run":{}}"#);
         let network = catalogue(true).remove(7);
         assert_eq!(json(&network.work), r#"{"network":{"batch":256}}"#);

@@ -295,7 +295,7 @@ const MOST_KERNELS: usize = 12;
 /// Longest name of a kernel in a table, in characters.
 const LONGEST_NAME: usize = 72;
 
-/// The kernels of a contender's step. What the device was not busy, it waited for the next launch.
+/// The kernels of a contender's step. For the rest of it the device waited for launches.
 fn kernels(report: &ContenderReport, profile: &StepProfile) -> String {
     let busy = profile.busy_ms();
     let mut text = format!(

@@ -117,10 +117,10 @@ impl Running {
         None
     }
 
-    /// Has the device's kernels timed over one more step.
+    /// Has the device's kernels timed over one more step. One that launches none keeps its steps.
     pub fn profile(&mut self) {
         match self.ask(&Request::Profile {}) {
-            None => {}
+            None | Some(Reply::Unavailable { .. }) => {}
             Some(Reply::Profiled(profile)) => self.report.profile = Some(profile),
             Some(other) => self.refuse(other),
         }
@@ -196,6 +196,16 @@ mod tests {
         assert_eq!(report.steps.len(), 1);
         let profile = report.profile.unwrap();
         assert_eq!((profile.launches(), profile.busy_ms()), (3, 0.5));
+    }
+
+    #[test]
+    fn one_without_kernels_keeps_its_steps() {
+        let mut running = running(&[DONE, RAN, r#"{"unavailable":{"reason":"a CPU"}}"#]);
+        running.timed_step();
+        running.profile();
+        let report = running.finish();
+        assert_eq!((report.problem, report.profile), (None, None));
+        assert_eq!(report.steps.len(), 1);
     }
 
     #[test]
