@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::mem;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use burn_conv_bn_bench::protocol::{KernelTime, StepProfile};
@@ -20,7 +20,7 @@ pub fn profile(step: impl FnOnce()) -> StepProfile {
     step();
     drop(observation);
     let mut kernels: BTreeMap<String, KernelTime> = BTreeMap::new();
-    for (kernel, measurement) in launches.take() {
+    for (kernel, measurement) in mem::take(&mut *launches.lock()) {
         let time = match measurement {
             Measurement::Unread(ticks) => block_on(ticks.resolve()).map(|ticks| ticks.duration()),
             Measurement::Read(time) => Some(time),
@@ -48,13 +48,8 @@ enum Measurement {
 struct Launches(Mutex<Vec<(&'static str, Measurement)>>);
 
 impl Launches {
-    fn push(&self, kernel: &'static str, measurement: Measurement) {
-        let mut launches = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        launches.push((kernel, measurement));
-    }
-
-    fn take(&self) -> Vec<(&'static str, Measurement)> {
-        mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    fn lock(&self) -> MutexGuard<'_, Vec<(&'static str, Measurement)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -66,10 +61,10 @@ impl LaunchObserver for Launches {
     }
 
     fn profiled(&self, kernel: &'static str, profile: ProfileDuration) {
-        self.push(kernel, Measurement::Unread(profile));
+        self.lock().push((kernel, Measurement::Unread(profile)));
     }
 
     fn timed(&self, kernel: &'static str, duration: Duration, _: TimingMethod) {
-        self.push(kernel, Measurement::Read(duration));
+        self.lock().push((kernel, Measurement::Read(duration)));
     }
 }
