@@ -126,20 +126,24 @@ fn kernel_forward<E: Kernel>(
     let channels = geometry.channels_out();
 
     let weight = numbers::<E::Real>(&weight);
-    let input = slice::<E>(&input);
-    let (mut values, center, mean, variance, norm) = match &inputs.statistics {
+    let mut values = Vec::<E>::new();
+    let (center, mean, variance, norm) = match &inputs.statistics {
         Statistics::Batch => {
-            let (values, mean, variance, norm) =
-                conv_of_batch(&geometry, input, &weight, options.norm);
-            (values, mean.clone(), mean, variance, norm)
+            let (mean, variance, norm) = conv_of_batch(
+                &geometry,
+                slice::<E>(&input),
+                &weight,
+                options.norm,
+                &mut values,
+            );
+            (mean.clone(), mean, variance, norm)
         }
         Statistics::Fixed { mean, variance } => {
-            let mut values = Vec::new();
-            conv(&geometry, input, &weight, &mut values);
+            conv(&geometry, slice::<E>(&input), &weight, &mut values);
             let (mean, variance) = (host::<E::Real>(mean), host::<E::Real>(variance));
             let center = center(&mean, inputs.bias.as_option().map(host));
             let norm = HostNorm::given(options.norm, &variance);
-            (values, center, mean, variance, norm)
+            (center, mean, variance, norm)
         }
     };
     let kept = keep_conv_output.then(|| tensor(values.clone(), &output_shape));
@@ -171,14 +175,14 @@ fn conv_of_batch<E: Kernel>(
     input: &[E],
     weight: &[E::Real],
     norm: NormSpec,
-) -> (Vec<E>, Vec<E::Real>, Vec<E::Real>, HostNorm) {
-    let mut values = Vec::new();
-    let moments = conv_moments(geometry, input, weight, &mut values);
+    values: &mut Vec<E>,
+) -> (Vec<E::Real>, Vec<E::Real>, HostNorm) {
+    let moments = conv_moments(geometry, input, weight, values);
     let mean = rounded::<E::Real>(moments.mean.iter().copied());
     let variance = rounded::<E::Real>(moments.variance());
     let count = geometry.batch() * geometry.positions();
     let norm = HostNorm::of_batch(norm, count, &variance);
-    (values, mean, variance, norm)
+    (mean, variance, norm)
 }
 
 /// The forward pass with a max pool behind, where its backward pass can be one op with it.
@@ -198,9 +202,15 @@ fn kernel_forward_max_pool<E: Kernel>(
         Some(pool) if pool.is_regular() => pool,
         _ => return ConvBnMaxPoolForward::Unsupported,
     };
+    let mut values = Vec::<E>::new();
     let weight = numbers::<E::Real>(&weight);
-    let input = slice::<E>(&input);
-    let (values, mean, variance, norm) = conv_of_batch(&geometry, input, &weight, options.norm);
+    let (mean, variance, norm) = conv_of_batch(
+        &geometry,
+        slice::<E>(&input),
+        &weight,
+        options.norm,
+        &mut values,
+    );
     let scale = norm.scale::<E::Real>(inputs.gamma.as_option().map(host));
     let channels = geometry.channels_out();
     let shift = inputs.beta.as_option().map(host);
