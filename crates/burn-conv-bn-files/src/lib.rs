@@ -1,0 +1,199 @@
+//! Output files of programs: a report, a table, a picture, a file of a checkpoint.
+//!
+//! [`write`] replaces a regular file as a whole or leaves it alone, follows links, keeps the file's
+//! permissions, and writes through what is no regular file: a device, a FIFO, `/dev/stdout`.
+//! [`check`] finds out before a long computation whether [`write`] will be able to, and
+//! [`check_distinct`] whether two outputs are one file.
+
+mod error;
+mod target;
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+
+pub use error::OutputError;
+use target::Target;
+
+/// Prefix of the name of a file that is still being written.
+const PARTIAL: &str = ".partial-";
+
+/// Which interruption a written file survives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Survives {
+    /// The process is killed.
+    Kill,
+    /// The machine loses power. Waits for the disk.
+    PowerLoss,
+}
+
+/// Writes `bytes` to `path`.
+///
+/// A regular file, also one behind links, is replaced once all bytes are written, and keeps its
+/// permissions; an absent one appears whole. Anything else is opened and appended to.
+///
+/// # Errors
+///
+/// [`OutputError`], which names the path. A regular file then keeps its content.
+pub fn write(path: &Path, bytes: &[u8], survives: Survives) -> Result<(), OutputError> {
+    let written = match Target::of(path)? {
+        Target::Stream => append(path, bytes),
+        // The process's own handles, since a file opened anew has a position of its own.
+        Target::StandardOutput => flushed(io::stdout().lock(), bytes),
+        Target::StandardError => flushed(io::stderr().lock(), bytes),
+        Target::File { path, permissions } => replace(&path, permissions, bytes, survives),
+    };
+    written.map_err(|source| OutputError::io(path, source))
+}
+
+/// Checks that [`write`] can write to `path`, without changing what is there.
+///
+/// # Errors
+///
+/// [`OutputError`]: the path is a folder or ends like one, its folder is absent or not writable, or
+/// the file is read-only.
+pub fn check(path: &Path) -> Result<(), OutputError> {
+    match Target::of(path)? {
+        Target::Stream | Target::StandardOutput | Target::StandardError => Ok(()),
+        Target::File { path: file, .. } => partial(folder_of(&file), None)
+            .and_then(NamedTempFile::close)
+            .map_err(|source| OutputError::io(path, source)),
+    }
+}
+
+/// Checks that no two of the outputs, each with the name of its option, are one regular file.
+///
+/// # Errors
+///
+/// [`OutputError::Same`] with both names; errors as of [`check`] for a path that cannot be resolved.
+pub fn check_distinct(outputs: &[(&'static str, &Path)]) -> Result<(), OutputError> {
+    let mut seen: Vec<(&'static str, PathBuf)> = Vec::new();
+    for &(name, path) in outputs {
+        let Target::File { path: file, .. } = Target::of(path)? else {
+            continue;
+        };
+        if let Some(&(first, _)) = seen.iter().find(|(_, other)| *other == file) {
+            return Err(OutputError::Same {
+                first,
+                second: name,
+                path: path.into(),
+            });
+        }
+        seen.push((name, file));
+    }
+    Ok(())
+}
+
+/// Makes sure that the names in a folder are on the disk, as far as the system can.
+///
+/// # Errors
+///
+/// The system's, but for file systems that keep no folder apart from its files.
+pub fn sync_folder(folder: &Path) -> io::Result<()> {
+    if !cfg!(unix) {
+        return Ok(());
+    }
+    match File::open(folder)?.sync_all() {
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported
+            ) =>
+        {
+            Ok(())
+        }
+        synced => synced,
+    }
+}
+
+/// Checks that a folder has room, by writing that many zeros to it for a moment.
+///
+/// # Errors
+///
+/// The system's, such as a full disk.
+pub fn check_room(folder: &Path, bytes: usize) -> io::Result<()> {
+    let mut file = partial(folder, None)?;
+    let zeros = vec![0; 1 << 20];
+    let mut left = bytes;
+    while left > 0 {
+        let some = left.min(zeros.len());
+        file.as_file_mut().write_all(&zeros[..some])?;
+        left -= some;
+    }
+    // Some file systems find out no earlier that they are full.
+    file.as_file().sync_all()?;
+    file.close()
+}
+
+/// Removes from a folder the unfinished files of a process that was killed. An absent folder has none.
+///
+/// For the one process that writes to the folder: another's file would be removed while it is written.
+///
+/// # Errors
+///
+/// The system's.
+pub fn sweep(folder: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(PARTIAL) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn append(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    OpenOptions::new().append(true).open(path)?.write_all(bytes)
+}
+
+fn flushed(mut stream: impl Write, bytes: &[u8]) -> io::Result<()> {
+    stream.write_all(bytes)?;
+    stream.flush()
+}
+
+fn replace(
+    path: &Path,
+    permissions: Option<Permissions>,
+    bytes: &[u8],
+    survives: Survives,
+) -> io::Result<()> {
+    let folder = folder_of(path);
+    let mut file = partial(folder, permissions)?;
+    file.as_file_mut().write_all(bytes)?;
+    if survives == Survives::PowerLoss {
+        file.as_file().sync_all()?;
+    }
+    file.persist(path).map_err(|error| error.error)?;
+    match survives {
+        Survives::Kill => Ok(()),
+        Survives::PowerLoss => sync_folder(folder),
+    }
+}
+
+/// An unfinished file with these permissions, or with those of any new file.
+fn partial(folder: &Path, permissions: Option<Permissions>) -> io::Result<NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(PARTIAL);
+    // Temporary files are private by default; an output is not.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let file = builder.tempfile_in(folder)?;
+    if let Some(permissions) = permissions {
+        file.as_file().set_permissions(permissions)?;
+    }
+    Ok(file)
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
