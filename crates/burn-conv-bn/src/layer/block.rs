@@ -1,6 +1,8 @@
 //! What the layers of every rank do, written once.
 
-use burn::module::Param;
+use std::sync::{Mutex, PoisonError};
+
+use burn::module::{Module, Param, RunningState};
 use burn::nn::BatchNorm;
 use burn::tensor::{DType, Shape, Tensor, TensorData};
 
@@ -18,6 +20,22 @@ pub(super) struct Block<'a, C> {
     pub(super) conv: &'a C,
     pub(super) norm: &'a BatchNorm,
     pub(super) settings: &'a ConvBnSettings,
+}
+
+/// Held while running statistics are read and written.
+static UPDATE: Mutex<()> = Mutex::new(());
+
+/// Makes the updates of all threads part of the value.
+///
+/// Burn's `value_sync` takes those of the calling thread alone, but turning to evaluation takes all.
+fn take_pending(running: &RunningState<Tensor<1>>) {
+    drop(running.valid());
+}
+
+/// The value with the updates of all threads.
+pub(super) fn current(running: &RunningState<Tensor<1>>) -> Tensor<1> {
+    take_pending(running);
+    running.value()
 }
 
 impl<C> Block<'_, C> {
@@ -55,19 +73,25 @@ impl<C> Block<'_, C> {
     where
         C: Convolution<D>,
     {
-        let training = input.device().is_autodiff() && self.norm.training.is_enabled();
+        let weight = self.conv.weight().val();
+        let bias = self.conv.bias().map(|bias| bias.val());
+        // Burn's norm looks at its own input, the convolution's output, which is on autodiff as soon as
+        // one operand is: a data loader without a device gives plain inputs.
+        let on_autodiff = input.is_autodiff()
+            || weight.is_autodiff()
+            || bias.as_ref().is_some_and(Tensor::is_autodiff);
+        let training = on_autodiff && self.norm.training.is_enabled();
         let affine = self.settings.affine;
         let params = ConvBnParams {
-            weight: self.conv.weight().val(),
-            bias: self.conv.bias().map(|bias| bias.val()),
+            weight,
+            bias,
             affine: affine.then(|| (self.norm.gamma.val(), self.norm.beta.val())),
             residual,
             statistics: (self.statistics(training) == StatisticsKind::Fixed).then(|| {
                 let device = input.device();
-                (
-                    self.norm.running_mean.value_sync().to_device(&device),
-                    self.norm.running_var.value_sync().to_device(&device),
-                )
+                [&self.norm.running_mean, &self.norm.running_var]
+                    .map(|running| current(running).to_device(&device))
+                    .into()
             }),
         };
         let shape = input.shape();
@@ -124,14 +148,19 @@ impl<C> Block<'_, C> {
                 result.variance.clone() * (values / (values - 1.0))
             }
         };
+        // Threads that train clones of a layer share its statistics: no update is lost between reading
+        // and writing. The tensors are too small for Flex to run another task of this thread meanwhile.
+        let _guard = UPDATE.lock().unwrap_or_else(PoisonError::into_inner);
         for (running, new) in [
             (&self.norm.running_mean, result.mean.clone()),
             (&self.norm.running_var, variance),
         ] {
-            let old = running.value_sync().to_device(&new.device());
+            let old = current(running).to_device(&new.device());
             let new = new.cast(old.dtype()).detach();
             let momentum = self.norm.momentum;
             running.update((old * (1.0 - momentum) + new * momentum).detach());
+            // A pending update would overwrite a record that is loaded next.
+            take_pending(running);
         }
     }
 
