@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Faults in the op's host code, one at a time: the tests of burn-conv-bn must find each.
+
+    python3 scripts/mutants.py [--only TEXT] [--target FOLDER]
+
+All faults are compiled into one build of a copy of the workspace, behind a variable of the environment, and the
+test programs are run for each until one fails. Prints a line a fault; the status is 1 if one of them lives that
+is not explained below. Needs cargo alone, and takes about an hour on two cores.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SOURCES = "crates/burn-conv-bn/src"
+
+# In the order of what they cost.
+PROGRAMS = ["it", "burn_conv_bn", "memory", "property", "concurrency", "stress"]
+
+# A file, and a piece of it in which «this→becomes this». The piece stands there once.
+MUTANTS = [
+    # What is kept.
+    ("definition/saved.rs", "let output = «wants_grad→true» && present.residual && derivative"),
+    ("definition/saved.rs", "let output = wants_grad && «present.residual→true» && derivative"),
+    ("definition/saved.rs", "let value = wants_grad && derivative != Derivative::One && «!output→true»;"),
+    ("definition/saved.rs", "let conv_output = «input || weight || gamma || value→input || weight || value»;"),
+    ("definition/saved.rs", "let recompute = conv_output && «options.recompute == Recompute::Conv→true»;"),
+    ("definition/saved.rs", "input: «weight || recompute→recompute»,"),
+    ("definition/saved.rs", "weight: «input || recompute→recompute»,"),
+    ("definition/saved.rs", "gamma: present.gamma && («input || weight || value→input || weight»),"),
+    ("definition/saved.rs", "conv_output: «conv_output && !recompute→conv_output»,"),
+    ("definition/saved.rs", "let value = «any→true» && derivative == Derivative::OfValue;"),
+    ("definition/saved.rs", "input: «weight || gamma || recompute→weight || recompute»,"),
+    ("definition/saved.rs", "weight: «input || gamma || recompute→input || recompute»,"),
+    ("definition/saved.rs", "bias: present.bias && («gamma || value→value»),"),
+    ("definition/saved.rs", "gamma: present.gamma && («input || weight || bias || value→input || weight || value»),"),
+    ("definition/saved.rs", "statistics: «input || weight || bias || gamma || value→input || weight || gamma || value»,"),
+    ("definition/saved.rs", "output: «any→true» && derivative == Derivative::OfOutput,"),
+    ("definition/saved.rs", "gamma: present.gamma && («self.gamma || told→self.gamma»),"),
+    ("definition/saved.rs", "beta: present.beta && («self.beta || told→self.beta»),"),
+    ("definition/saved.rs", "statistics == StatisticsKind::Batch && «options.recompute == Recompute::Conv→true» && !residual"),
+    # Shapes.
+    ("definition/problem.rs", "let (channels_out, expected) = (weight[0], «weight[1] * conv.groups→weight[1]»);"),
+    ("definition/problem.rs", "let padded = input[dim + 2] + before + «after→before»;"),
+    ("definition/problem.rs", "let kernel = «conv.dilation[dim]→1» * (weight[dim + 2] - 1) + 1;"),
+    ("definition/problem.rs", "if «kernel > padded→kernel >= padded» {"),
+    ("definition/problem.rs", "(padded - kernel) / «conv.stride[dim]→1» + 1"),
+    ("definition/problem.rs", "if «batch_statistics→false» && problem.values_per_channel() == 1 {"),
+    ("definition/max_pool.rs", "let is_narrow = |dim: usize| «2 * options.padding[dim].0 <= options.kernel_size[dim]→2 * options.padding[dim].0 < options.kernel_size[dim]»;"),
+    ("definition/max_pool.rs", "«!options.is_asymmetric()→true»\n"),
+    ("definition/max_pool.rs", "&& «!options.ceil_mode→true»\n"),
+    ("definition/max_pool.rs", "&& «options.dilation == [1, 1]→true»\n"),
+    ("definition/max_pool.rs", "count + usize::from(«count * stride < size + padding→count * stride <= size + padding»)"),
+    ("definition/options.rs", "matches!(self, «Self::Identity | Self::Relu→Self::Identity | Self::Relu | Self::Relu6»)"),
+    ("definition/options.rs", "if «negative_slope >= 0.0→true» => Derivative::OfOutput,"),
+    # The nodes.
+    ("autodiff/conv_bn.rs", "if «plan.statistics→true» {"),
+    ("autodiff/conv_bn.rs", "state.output = «plan.output→true».then(|| forward.output.clone());"),
+    ("autodiff/conv_bn.rs", "tensor.filter(|_| «kept→true»).map(&mut checkpoint)"),
+    ("autodiff/conv_bn.rs", "let (forward, shift) = forward(inputs, options, «plan.conv_output→true»);"),
+    ("autodiff/conv.rs", "input: «weight.is_tracked()→true».then(|| prep.checkpoint(&input)),"),
+    ("autodiff/conv.rs", "weight: «input.is_tracked()→true».then(|| prep.checkpoint(&weight)),"),
+    ("autodiff/norm.rs", "let keeps_input = input.is_tracked() || «is_tracked::<B, C>(&gamma)→false»;"),
+    ("autodiff/norm.rs", "let keeps_input = «input.is_tracked() || is_tracked::<B, C>(&gamma)→true»;"),
+    # The layers.
+    ("layer/block.rs", "let on_autodiff = input.is_autodiff()\n            || «weight.is_autodiff()→false»"),
+    ("layer/block.rs", "|| «bias.as_ref().is_some_and(Tensor::is_autodiff)→false»;"),
+    ("layer/block.rs", "let training = on_autodiff && «self.norm.training.is_enabled()→true»;"),
+    ("layer/block.rs", "if «training→true» && self.settings.track_running_stats {"),
+    ("layer/block.rs", "if training && «self.settings.track_running_stats→true» {"),
+    ("layer/block.rs", "result.variance.clone() * (values / («values - 1.0→values»))"),
+    ("layer/block.rs", "running.update((old * (1.0 - momentum) + new * «momentum→(1.0 - momentum)»).detach());"),
+    ("layer/block.rs", "            «take_pending(running)→()»;\n        }\n    }"),
+    # Flex.
+    ("flex.rs", "&& «scale >= least_scale→true»"),
+    ("flex.rs", "&& «shift <= MOST_SHIFT * spread→true»"),
+    ("flex.rs", "«spread.is_finite()→true»\n"),
+    ("flex.rs", "&& «spread >= LEAST_SPREAD * least→true»"),
+    ("flex.rs", "&& «geometry.is_worth_storing(bytes)→true»"),
+    ("flex.rs", ".is_none_or(|most| «bytes <= most→true»);"),
+    ("flex.rs", "&& «options.options.activation.passes_unchanged()→true»"),
+    ("flex.rs", "let wants_fixed_gamma = «wanted.gamma && batch_norm.is_none()→wanted.gamma»;"),
+    ("flex.rs", "let wants_fixed_gamma = «wanted.gamma && batch_norm.is_none()→false»;"),
+    ("flex.rs", "NormVariant::Tutorial if «*variance == 0.0→false» => 0.0,"),
+    ("flex.rs", "let degrees = (self.values - «self.norm.variant.degrees_of_freedom()→0») as f64;"),
+    ("flex.rs", "let degrees = values - «norm.variant.degrees_of_freedom()→0»;"),
+]
+
+# Faults that no result can show, and why.
+EXPLAINED = {}
+
+
+def switched(sources):
+    """Writes the faults into the copy; returns a description of each."""
+    names = []
+    texts = {}
+    for index, (file, piece) in enumerate(MUTANTS):
+        before, after = re.search("«(.*?)→(.*?)»", piece, re.S).groups()
+        plain = re.sub("«(.*?)→(.*?)»", lambda found: found.group(1), piece, flags=re.S)
+        if file not in texts:
+            texts[file] = (sources / file).read_text()
+        names.append((f"{file}: {before} → {after}", file, plain, piece, index))
+    for name, file, plain, piece, index in names:
+        count = texts[file].count(plain)
+        if count != 1:
+            sys.exit(f"error: {name}: the piece stands {count} times in the file, wanted once")
+    # From the end of each file, so that a piece is found as it was.
+    for file, text in texts.items():
+        here = [row for row in names if row[1] == file]
+        spots = {}
+        for _, _, plain, piece, index in here:
+            start = text.index(plain) + piece.index("«")
+            before, after = re.search("«(.*?)→(.*?)»", piece, re.S).groups()
+            spots.setdefault((start, start + len(before)), []).append((index, after))
+        for (start, end), choices in sorted(spots.items(), reverse=True):
+            code = text[start:end]
+            for index, after in choices:
+                code = f"(if crate::mutant({index}) {{ {after} }} else {{ {code} }})"
+            text = text[:start] + code + text[end:]
+        (sources / file).write_text(text)
+    library = sources / "lib.rs"
+    library.write_text(library.read_text() + '''
+pub(crate) fn mutant(index: usize) -> bool {
+    static CURRENT: std::sync::OnceLock<Option<usize>> = std::sync::OnceLock::new();
+    let read = || std::env::var("MUTANT").ok().and_then(|text| text.parse().ok());
+    *CURRENT.get_or_init(read) == Some(index)
+}
+''')
+    return [name for name, *_ in names]
+
+
+def build(folder, target):
+    """Builds the test programs; returns them by name."""
+    command = ["cargo", "test", "--release", "--no-run", "--message-format", "json", "-p", "burn-conv-bn"]
+    command += ["--features", "flex", "--lib", "--tests"]
+    environment = dict(os.environ, CARGO_TARGET_DIR=str(target), RUSTFLAGS="-Awarnings")
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        sys.exit("error: the faults do not compile")
+    programs = {}
+    for line in done.stdout.splitlines():
+        message = json.loads(line)
+        if message.get("executable") and message.get("profile", {}).get("test"):
+            programs[message["target"]["name"]] = message["executable"]
+    return programs
+
+
+def verdict(programs, folder, index):
+    """The first program that fails, or none."""
+    environment = dict(os.environ, MUTANT=str(index))
+    for name in PROGRAMS:
+        key = name if name in programs else name.replace("_", "-")
+        try:
+            done = subprocess.run([programs[key]], cwd=folder / "crates/burn-conv-bn", env=environment,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=900)
+        except subprocess.TimeoutExpired:
+            return f"{name} (hangs)"
+        if done.returncode != 0:
+            return name
+    return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="faults whose description has this text")
+    parser.add_argument("--target", type=pathlib.Path, default=ROOT / "target", help="cargo's target folder")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder) / "workspace"
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+        for name in listed.stdout.decode().split("\0"):
+            if name and (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        names = switched(folder / SOURCES)
+        programs = build(folder, args.target)
+        lived = 0
+        if found := verdict(programs, folder, -1):
+            sys.exit(f"error: {found} fails without a fault")
+        for index, name in enumerate(names):
+            if args.only not in name:
+                continue
+            start = time.time()
+            found = verdict(programs, folder, index)
+            explained = EXPLAINED.get(name)
+            result = f"found by {found}" if found else f"LIVES{f': {explained}' if explained else ''}"
+            lived += not found and not explained
+            print(f"{name}: {result} ({time.time() - start:.0f} s)", flush=True)
+        print(f"{lived} of {len(names)} faults live without an explanation")
+        sys.exit(1 if lived else 0)
+
+
+if __name__ == "__main__":
+    main()
