@@ -3,6 +3,7 @@
 mod block;
 mod convolution;
 mod error;
+mod fold;
 mod max_pool;
 mod module;
 mod settings;
