@@ -1,9 +1,10 @@
 //! What the layers of every rank do, written once.
 
 use burn::nn::BatchNorm;
-use burn::tensor::{Shape, Tensor};
+use burn::tensor::{DType, Shape, Tensor};
 
 use super::convolution::Convolution;
+use super::error::or_panic;
 use super::{ConvBnSettings, MaxPool2d, RunningVariance};
 use crate::definition::{
     ConvBnError, ConvBnOptions, ConvBnProblem, NormSpec, Parents, SavePlan, SavedTensor,
@@ -19,6 +20,7 @@ pub(super) struct Block<'a, C> {
 }
 
 impl<C> Block<'_, C> {
+    #[track_caller]
     pub(super) fn forward<const D: usize>(
         &self,
         input: Tensor<D>,
@@ -31,6 +33,7 @@ impl<C> Block<'_, C> {
     }
 
     /// As [`forward`](Self::forward), with a max pool behind.
+    #[track_caller]
     pub(super) fn forward_max_pool(&self, input: Tensor<4>, pool: &MaxPool2d) -> Tensor<4>
     where
         C: Convolution<4>,
@@ -98,14 +101,23 @@ impl<C> Block<'_, C> {
         }
     }
 
+    /// The weight's values, which may be quantized.
+    pub(super) fn weight<const D: usize>(&self) -> Tensor<D>
+    where
+        C: Convolution<D>,
+    {
+        self.conv.weight().val().dequantize()
+    }
+
+    #[track_caller]
     fn problem<const D: usize>(&self, input: Shape, statistics: StatisticsKind) -> ConvBnProblem
     where
         C: Convolution<D>,
     {
         let options = self.options(&input);
         let is_batch = statistics == StatisticsKind::Batch;
-        ConvBnProblem::conv_bn(input, self.conv.weight().val().shape(), &options, is_batch)
-            .unwrap_or_else(|error| panic!("{error}"))
+        let weight = self.conv.weight().val().shape();
+        or_panic(ConvBnProblem::conv_bn(input, weight, &options, is_batch))
     }
 
     /// The one place where running statistics are written.
@@ -133,6 +145,7 @@ impl<C> Block<'_, C> {
         }
     }
 
+    #[track_caller]
     pub(super) fn saved_for_backward<const D: usize>(
         &self,
         input_shape: [usize; D],
@@ -144,15 +157,37 @@ impl<C> Block<'_, C> {
         let input_shape = Shape::from(input_shape);
         let options = self.options(&input_shape);
         let (problem, statistics, [present, tracked]) = self.step(input_shape, residual);
-        SavePlan::new(&options, statistics, present, tracked).tensors(
-            &problem,
-            self.conv.weight().val().dtype(),
-            self.norm.gamma.val().dtype(),
-        )
+        if problem.values_per_channel() == 0 {
+            return Vec::new();
+        }
+        let plan = SavePlan::new(&options, statistics, present, tracked);
+        self.tensors(plan, &problem)
+    }
+
+    /// The plan's tensors. Those that are dequantized for the step are the node's own.
+    fn tensors<const D: usize>(&self, plan: SavePlan, problem: &ConvBnProblem) -> Vec<SavedTensor>
+    where
+        C: Convolution<D>,
+    {
+        let gamma = self.norm.gamma.val();
+        let gamma_dtype = gamma.clone().dequantize().dtype();
+        let mut saved = plan.tensors(problem, self.weight().dtype(), gamma_dtype);
+        for tensor in &mut saved {
+            let parameter = match tensor.name {
+                "weight" => Some(self.conv.weight().val().dtype()),
+                "bias" => self.conv.bias().map(|bias| bias.val().dtype()),
+                "gamma" => Some(gamma.dtype()),
+                "beta" => Some(self.norm.beta.val().dtype()),
+                _ => None,
+            };
+            tensor.shared &= !matches!(parameter, Some(DType::QFloat(_)));
+        }
+        saved
     }
 
     /// Shapes of a training step for a tracked input, its statistics, and which tensors it is given and
     /// which of them are tracked.
+    #[track_caller]
     fn step<const D: usize>(
         &self,
         input: Shape,
@@ -161,7 +196,7 @@ impl<C> Block<'_, C> {
     where
         C: Convolution<D>,
     {
-        let weight = self.conv.weight().val();
+        let weight = self.weight();
         let statistics = self.statistics(self.norm.training.is_enabled());
         let affine = self.settings.affine;
         let bias = self.conv.bias();
@@ -190,6 +225,7 @@ impl<C> Block<'_, C> {
     }
 
     /// As [`saved_for_backward`](Self::saved_for_backward), with a max pool behind.
+    #[track_caller]
     pub(super) fn saved_for_backward_max_pool(
         &self,
         input_shape: [usize; 4],
@@ -201,9 +237,12 @@ impl<C> Block<'_, C> {
         let input_shape = Shape::from(input_shape);
         let options = self.options(&input_shape);
         let (problem, statistics, [present, tracked]) = self.step(input_shape, false);
+        if problem.values_per_channel() == 0 {
+            return Vec::new();
+        }
         let pooled = pool.problem(problem.output.clone());
         let mut plan = SavePlan::new(&options, statistics, present, tracked);
-        let dtype = self.conv.weight().val().dtype();
+        let dtype = self.weight().dtype();
         let of_pool = pooled.saved(dtype);
         let mut output = None;
         if SavePlan::joins_max_pool(&options, statistics, false) && pooled.joins_a_block() {
@@ -220,7 +259,7 @@ impl<C> Block<'_, C> {
                 });
             plan.output = false;
         }
-        let mut saved = plan.tensors(&problem, dtype, self.norm.gamma.val().dtype());
+        let mut saved = self.tensors(plan, &problem);
         saved.extend(output);
         saved.extend(of_pool);
         saved

@@ -1,14 +1,20 @@
 //! A block's norm folded into its convolution.
 
 use burn::module::Param;
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData, bf16, f16};
 
 use super::FoldError;
 use super::block::Block;
 use super::convolution::Convolution;
-use crate::definition::{NormVariant, accumulator_dtype};
+use crate::definition::{NormVariant, check_epsilon};
+
+/// Largest rounding error of a channel's weights, relative to its output. Normal numbers of every dtype round
+/// by less.
+const MOST_LOST: f64 = 1.0 / 256.0;
 
 impl<C> Block<'_, C> {
+    /// Computed on the host in f64 and rounded once. The new parameters are leaves on the weight's device,
+    /// whatever the state of the block's own.
     pub(super) fn fold<const D: usize>(&self) -> Result<C, FoldError>
     where
         C: Convolution<D>,
@@ -16,66 +22,106 @@ impl<C> Block<'_, C> {
         if !self.settings.track_running_stats {
             return Err(FoldError::NoRunningStatistics);
         }
-        let weight = self.conv.weight().val().detach();
-        let (dtype, device) = (weight.dtype(), weight.device());
-        let channels = weight.dims()[0];
+        self.conv.check_padding()?;
+        let epsilon = self.norm.epsilon;
+        check_epsilon(epsilon, false).map_err(|_| FoldError::Epsilon { got: epsilon })?;
+        let weight = self.weight();
+        let (shape, dtype, device) = (weight.shape(), weight.dtype(), weight.device());
+        let channels = shape[0];
         let row = |what, tensor: Tensor<1>| {
-            let values: Vec<f64> = tensor.into_data().iter::<f64>().collect();
-            match values.len() == channels {
-                true => Ok(values),
-                false => Err(FoldError::Channels {
+            let values: Vec<f64> = tensor.dequantize().into_data().iter::<f64>().collect();
+            if values.len() == channels {
+                Ok(values)
+            } else {
+                Err(FoldError::Channels {
                     what,
                     expected: channels,
                     got: values.len(),
-                }),
+                })
             }
         };
         let mean = row("running_mean", self.norm.running_mean.value_sync())?;
         let variance = row("running_var", self.norm.running_var.value_sync())?;
-        let (gamma, beta) = match self.settings.affine {
-            true => (
+        let (gamma, beta) = if self.settings.affine {
+            (
                 row("gamma", self.norm.gamma.val())?,
                 row("beta", self.norm.beta.val())?,
-            ),
-            false => (vec![1.0; channels], vec![0.0; channels]),
+            )
+        } else {
+            (vec![1.0; channels], vec![0.0; channels])
         };
         let bias = match self.conv.bias() {
             Some(bias) => row("bias", bias.val())?,
             None => vec![0.0; channels],
         };
-        let epsilon = self.norm.epsilon;
-        let (mut scales, mut shifts) = (Vec::new(), Vec::new());
+        let mut weights: Vec<f64> = weight.into_data().iter::<f64>().collect();
+        let taps = weights.len().checked_div(channels).unwrap_or(0);
+        let mut shifts = Vec::with_capacity(channels);
         for channel in 0..channels {
             let variance = variance[channel];
+            let (gamma, beta) = (gamma[channel], beta[channel]);
             let deviation = match self.settings.norm_variant {
                 NormVariant::BatchNorm => (variance + epsilon).sqrt(),
                 NormVariant::Tutorial => variance.sqrt() + epsilon,
             };
-            let scale = gamma[channel] / deviation;
-            let shift = scale * (bias[channel] - mean[channel]) + beta[channel];
+            let scale = gamma / deviation;
+            let shift = scale * (bias[channel] - mean[channel]) + beta;
             if !(scale.is_finite() && shift.is_finite()) {
                 return Err(FoldError::NotFinite {
                     channel,
                     mean: mean[channel],
                     variance,
-                    gamma: gamma[channel],
-                    beta: beta[channel],
+                    gamma,
+                    beta,
                 });
             }
-            scales.push(scale);
-            shifts.push(shift);
+            let out_of_range = |what, value| FoldError::OutOfRange {
+                what,
+                dtype,
+                channel,
+                value,
+            };
+            let (mut largest, mut lost) = (0.0f64, 0.0f64);
+            for weight in &mut weights[channel * taps..][..taps] {
+                let exact = *weight * scale;
+                *weight = rounded(exact, dtype);
+                if !weight.is_finite() {
+                    return Err(out_of_range("weight", exact));
+                }
+                if exact.abs() > largest.abs() {
+                    largest = exact;
+                }
+                lost = lost.max((exact - *weight).abs());
+            }
+            // The weights' relative error is gamma's. It counts against the channel's output, unless that is
+            // below the normal numbers itself, as of a channel that has died.
+            let least = dtype.finfo().map_or(0.0, |info| info.min_positive);
+            let output = gamma.abs().max(beta.abs()).max(least);
+            if lost * gamma.abs() > MOST_LOST * largest.abs() * output {
+                return Err(out_of_range("weight", largest));
+            }
+            let rounded_shift = rounded(shift, dtype);
+            if !rounded_shift.is_finite() {
+                return Err(out_of_range("bias", shift));
+            }
+            shifts.push(rounded_shift);
         }
-        let accumulator = accumulator_dtype(dtype);
-        let upload = |values: Vec<f64>, dtype: DType| {
-            Tensor::<1>::from_data(TensorData::new(values, [channels]), (&device, dtype))
-        };
-        let mut columns = [1; D];
-        columns[0] = channels;
-        let scale = upload(scales, accumulator).reshape(columns);
-        let weight = (weight.cast(accumulator) * scale).cast(dtype);
-        Ok(self.conv.clone().with_parameters(
-            Param::from_tensor(weight),
-            Param::from_tensor(upload(shifts, dtype)),
-        ))
+        let options = (&device, dtype);
+        let weight = Tensor::from_data(TensorData::new(weights, shape), options);
+        let bias = Tensor::from_data(TensorData::new(shifts, [channels]), options);
+        Ok(self
+            .conv
+            .clone()
+            .with_parameters(Param::from_tensor(weight), Param::from_tensor(bias)))
+    }
+}
+
+/// `value` as `dtype` holds it.
+fn rounded(value: f64, dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => value,
+        DType::F16 => f16::from_f64(value).to_f64(),
+        DType::BF16 => bf16::from_f64(value).to_f64(),
+        _ => f64::from(value as f32),
     }
 }
