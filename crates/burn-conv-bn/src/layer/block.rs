@@ -47,6 +47,7 @@ impl<C> Block<'_, C> {
     }
 
     /// Runs an op on the parameters, and updates the running statistics.
+    #[track_caller]
     pub(super) fn run<const D: usize>(
         &self,
         input: Tensor<D>,
@@ -73,7 +74,7 @@ impl<C> Block<'_, C> {
         };
         let shape = input.shape();
         let options = self.options(&shape);
-        let result = op(input, params, options).unwrap_or_else(|error| panic!("{error}"));
+        let result = or_panic(op(input, params, options));
         if training && self.settings.track_running_stats {
             self.update_running_statistics(&result, shape);
         }
@@ -138,7 +139,7 @@ impl<C> Block<'_, C> {
             (&self.norm.running_mean, result.mean.clone()),
             (&self.norm.running_var, variance),
         ] {
-            let old = running.value_sync().to_device(&new.device());
+            let old = running.value_sync().dequantize().to_device(&new.device());
             let new = new.cast(old.dtype()).detach();
             let momentum = self.norm.momentum;
             running.update((old * (1.0 - momentum) + new * momentum).detach());
