@@ -75,7 +75,9 @@ fn what_a_block_does_not_use_may_be_missing() {
         burn::tensor::TensorData::new((0..98).map(|i| i as f32 / 50.0).collect(), [1, 2, 7, 7]),
         &device(),
     );
-    for (affine, track_running_stats) in [(true, true), (false, true), (true, false), (false, false)] {
+    for (affine, track_running_stats) in
+        [(true, true), (false, true), (true, false), (false, false)]
+    {
         let context = format!("affine {affine}, track_running_stats {track_running_stats}");
         let (file, conv) = file(affine, track_running_stats, false);
         let mut block = ConvBn2dConfig::new([2, 3], [3, 3])
@@ -88,7 +90,11 @@ fn what_a_block_does_not_use_may_be_missing() {
         unused.sort();
         assert_eq!(missing, unused, "{context}");
         let count = usize::from(track_running_stats);
-        assert_eq!(result.unused, vec!["norm.num_batches_tracked"; count], "{context}");
+        assert_eq!(
+            result.unused,
+            vec!["norm.num_batches_tracked"; count],
+            "{context}"
+        );
 
         // By hand, in f64.
         let z = conv.forward(x.clone());

@@ -180,8 +180,8 @@ pub enum ConvBnError {
     },
 }
 
-/// The casts that make `what` of dtype `got` fit the input. A convolution's parameters may also be what the user
-/// wants, and its input not.
+/// The casts that make `what` of dtype `got` and the input fit. Which of the two to cast is the user's choice
+/// where `what` is a convolution's parameter.
 fn cast(what: &str, expected: &str, got: DType) -> String {
     match what {
         "weight" | "bias" => format!(

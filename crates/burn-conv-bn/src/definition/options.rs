@@ -123,8 +123,8 @@ impl NormVariant {
 pub struct NormSpec {
     /// How the inverse standard deviation is formed.
     pub variant: NormVariant,
-    /// Added for numerical stability, where the variant says. Finite and positive; with given statistics it may
-    /// also be 0.
+    /// Added for numerical stability, where the variant says. Finite and positive, or 0 with given
+    /// statistics.
     pub epsilon: f64,
 }
 

@@ -75,8 +75,8 @@ pub enum FoldError {
     /// A folded value is too large for the weight's dtype, or a channel's weights are so small in it that they
     /// lose more than 1/256 of what they add to the channel.
     #[error(
-        "channel {channel}: its folded {what}, {value:e}, is out of {dtype:?}'s range; cast the layer to a wider \
-         dtype before it is folded, as with `with_precision(FloatDType::F32)`"
+        "channel {channel}: its folded {what}, {value:e}, is out of {dtype:?}'s range; cast the layer to \
+         a wider dtype before it is folded, as with `with_precision(FloatDType::F32)`"
     )]
     OutOfRange {
         /// Weight or bias.

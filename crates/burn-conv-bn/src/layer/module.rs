@@ -127,8 +127,9 @@ pub trait ConvBnModule: Module {
         })
     }
 
-    /// Paths of what the module's fused layers hold and do not use: `norm.gamma` and `norm.beta` of a layer that
-    /// is not affine, `norm.running_mean` and `norm.running_var` of one without running statistics.
+    /// Paths of what the module's fused layers hold and do not use: `norm.gamma` and `norm.beta` of a
+    /// layer that is not affine, `norm.running_mean` and `norm.running_var` of one without running
+    /// statistics. Variants of enums are part of a path.
     ///
     /// A file of PyTorch lacks just these. A store of burn-store that allows partial loads lists what was
     /// missing: it should be nothing else. `docs/migration.md` has the code.

@@ -155,7 +155,7 @@ fn a_layer_folds_in_every_state() {
                 state,
                 &values(folded.clone()),
                 &values(evaluated),
-                2e-6,
+                5e-6,
                 0.0,
             );
             // As a new convolution on that device, it can be trained.

@@ -246,10 +246,8 @@ fn panics_are_at_the_users_line() {
     let wrong = || zeros::<4>([2, 5, 8, 8]);
 
     let at = line!() + 1;
-    assert_eq!(
-        panic_place(|| block.forward(wrong())),
-        (file!().to_string(), at)
-    );
+    let place = panic_place(|| block.forward(wrong()));
+    assert_eq!(place, (file!().to_string(), at));
 
     let places = [
         panic_place(|| ConvBn2dConfig::new([0, 4], [3, 3]).init(&device)),
