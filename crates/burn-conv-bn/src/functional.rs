@@ -6,6 +6,9 @@
 //! once. So has [`max_pool2d`], which takes the place of Burn's where a block is followed by one, and
 //! [`conv_bn_max_pool2d`], which is both.
 //!
+//! Quantized tensors are dequantized first, as by Burn's ops. A batch may be empty unless statistics are taken
+//! of it; the output then is no part of the graph.
+//!
 //! ```
 //! # #[cfg(feature = "flex")] {
 //! use burn::tensor::{Device, Distribution, Tensor};
@@ -32,8 +35,8 @@ use burn::tensor::{DType, Device, Shape, Tensor};
 
 use crate::backend::{ConvBnBackend, ConvBnInputs, NormOutput, OptionalTensor, Statistics};
 use crate::definition::{
-    ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPoolProblem, NormSpec, check_epsilon,
-    values_per_channel,
+    ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPoolProblem, NormSpec,
+    accumulator_dtype, check_epsilon, check_values,
 };
 
 /// A normalized output and the statistics that it was normalized with: what [`batch_norm`] and
@@ -101,6 +104,17 @@ impl<const D: usize> ConvBnParams<D> {
             affine: None,
             residual: None,
             statistics: None,
+        }
+    }
+
+    /// The values of quantized tensors, which Burn's ops take as well.
+    fn dequantize(self) -> Self {
+        Self {
+            weight: self.weight.dequantize(),
+            bias: self.bias.map(Tensor::dequantize),
+            affine: self.affine.map(dequantize),
+            residual: self.residual.map(Tensor::dequantize),
+            statistics: self.statistics.map(dequantize),
         }
     }
 
@@ -173,10 +187,15 @@ pub fn conv<const D: usize>(
     spec: impl Into<ConvSpec>,
 ) -> Result<Tensor<D>, ConvBnError> {
     let spec = spec.into();
+    let (input, weight) = (input.dequantize(), weight.dequantize());
+    let bias = bias.map(Tensor::dequantize);
     let problem = ConvBnProblem::conv(input.shape(), weight.shape(), &spec)?;
     let check = Check::new(&input);
     check.data("weight", &weight)?;
     check.data_channels("bias", bias.as_ref(), problem.output[1])?;
+    if problem.values_per_channel() == 0 {
+        return Ok(check.empty(problem.output));
+    }
     Ok(Tensor::from_dispatch(Dispatch::conv(
         input.into_dispatch(),
         weight.into_dispatch(),
@@ -192,8 +211,8 @@ pub fn conv<const D: usize>(
 ///
 /// # Errors
 ///
-/// Shapes, dtypes or devices that do not fit each other, an epsilon that is not positive, or a
-/// single value per channel.
+/// Shapes, dtypes or devices that do not fit each other, an epsilon that is not positive, or one value per
+/// channel or none.
 ///
 /// # Examples
 ///
@@ -217,7 +236,9 @@ pub fn batch_norm<const D: usize>(
     affine: Option<(Tensor<1>, Tensor<1>)>,
     norm: NormSpec,
 ) -> Result<Normalized<D>, ConvBnError> {
-    check_epsilon(norm.epsilon)?;
+    check_epsilon(norm.epsilon, true)?;
+    let input = input.dequantize();
+    let affine = affine.map(dequantize);
     let shape = input.shape();
     if D < 2 {
         return Err(ConvBnError::Rank {
@@ -227,18 +248,13 @@ pub fn batch_norm<const D: usize>(
             got: D,
         });
     }
-    if shape.iter().any(|&size| size == 0) {
+    if shape[1..].contains(&0) {
         return Err(ConvBnError::Zero {
             what: "input size",
             got: shape.to_vec(),
         });
     }
-    if values_per_channel(&shape) == 1 {
-        return Err(ConvBnError::SingleValue {
-            input: shape.clone(),
-            output: shape,
-        });
-    }
+    check_values(&shape, &shape)?;
     let (gamma, beta) = affine.unzip();
     let check = Check::new(&input);
     check.norm_channels("gamma", gamma.as_ref(), shape[1])?;
@@ -259,8 +275,8 @@ pub fn batch_norm<const D: usize>(
 ///
 /// # Errors
 ///
-/// Shapes, dtypes or devices that do not fit each other, an epsilon that is not positive, or
-/// batch statistics over a single value per channel.
+/// Shapes, dtypes or devices that do not fit each other, batch statistics over one value per channel or none,
+/// or an epsilon that is not positive; with given statistics it may be 0.
 ///
 /// # Examples
 ///
@@ -289,8 +305,31 @@ pub fn conv_bn<const D: usize>(
     params: ConvBnParams<D>,
     options: ConvBnOptions,
 ) -> Result<Normalized<D>, ConvBnError> {
-    let (inputs, _) = checked(input, params, &options)?;
-    Ok(Normalized::new(Dispatch::conv_bn(inputs, options)))
+    let (inputs, problem) = checked(input, params, &options)?;
+    Ok(normalized(inputs, &problem, options))
+}
+
+/// [`conv_bn`] of checked tensors.
+fn normalized<const D: usize>(
+    inputs: ConvBnInputs<Dispatch>,
+    problem: &ConvBnProblem,
+    options: ConvBnOptions,
+) -> Normalized<D> {
+    match &inputs.statistics {
+        Statistics::Fixed { mean, variance } if problem.values_per_channel() == 0 => {
+            let check = Check::new(&Tensor::<D>::from_dispatch(inputs.input.clone()));
+            let [mean, variance] = [mean, variance].map(|tensor| {
+                let tensor = Tensor::<1>::from_dispatch(tensor.clone());
+                tensor.cast(accumulator_dtype(check.dtype)).detach()
+            });
+            Normalized {
+                output: check.empty(problem.output.clone()),
+                mean,
+                variance,
+            }
+        }
+        _ => Normalized::new(Dispatch::conv_bn(inputs, options)),
+    }
 }
 
 /// [`conv_bn`] and [`max_pool2d`] of its output, as one op where that is possible: then there is no tensor
@@ -349,12 +388,12 @@ pub fn conv_bn_max_pool2d(
     pool: MaxPoolOptions<2>,
 ) -> Result<Normalized<4>, ConvBnError> {
     let (inputs, problem) = checked(input, params, &options)?;
-    let pooled = MaxPoolProblem::new(problem.output, pool.clone())?;
+    let pooled = MaxPoolProblem::new(problem.output.clone(), pool.clone())?;
     if pooled.joins_a_block() {
         let result = Dispatch::conv_bn_max_pool(inputs, options, pool);
         return Ok(Normalized::new(result));
     }
-    let normalized = Normalized::new(Dispatch::conv_bn(inputs, options));
+    let normalized = normalized(inputs, &problem, options);
     Ok(Normalized {
         output: max_pool2d(normalized.output, pool)?,
         ..normalized
@@ -367,6 +406,8 @@ fn checked<const D: usize>(
     params: ConvBnParams<D>,
     options: &ConvBnOptions,
 ) -> Result<(ConvBnInputs<Dispatch>, ConvBnProblem), ConvBnError> {
+    let input = input.dequantize();
+    let params = params.dequantize();
     let problem = ConvBnProblem::conv_bn(
         input.shape(),
         params.weight.shape(),
@@ -457,7 +498,11 @@ fn checked<const D: usize>(
 /// # Ok::<(), burn_conv_bn::ConvBnError>(())
 /// ```
 pub fn max_pool2d(input: Tensor<4>, options: MaxPoolOptions<2>) -> Result<Tensor<4>, ConvBnError> {
-    MaxPoolProblem::new(input.shape(), options.clone())?;
+    let input = input.dequantize();
+    let output = MaxPoolProblem::new(input.shape(), options.clone())?.output();
+    if output.num_elements() == 0 {
+        return Ok(Check::new(&input).empty(output));
+    }
     if options.is_asymmetric() {
         return Ok(burn::tensor::module::max_pool2d(input, options));
     }
@@ -473,6 +518,10 @@ pub fn max_pool2d(input: Tensor<4>, options: MaxPoolOptions<2>) -> Result<Tensor
         }
     }
     Ok(output)
+}
+
+fn dequantize((first, second): (Tensor<1>, Tensor<1>)) -> (Tensor<1>, Tensor<1>) {
+    (first.dequantize(), second.dequantize())
 }
 
 fn optional<const D: usize>(tensor: Option<Tensor<D>>) -> OptionalTensor<Dispatch> {
@@ -491,6 +540,11 @@ impl Check {
             dtype: input.dtype(),
             device: input.device(),
         }
+    }
+
+    /// An op's output of no elements, which is no part of the graph, as Burn's empty tensors are not.
+    fn empty<const D: usize>(&self, shape: Shape) -> Tensor<D> {
+        Tensor::empty(shape, (&self.device, self.dtype))
     }
 
     fn data<const D: usize>(

@@ -125,7 +125,7 @@ pub enum ConvBnError {
         got: Shape,
     },
     /// A tensor's dtype does not fit the input's.
-    #[error("{what}: expected dtype {expected} for an input of {input:?}, got {got:?}")]
+    #[error("input is {input:?}, {what} is {got:?}: {}", cast(what, expected, *got))]
     DType {
         /// Which tensor.
         what: &'static str,
@@ -146,8 +146,8 @@ pub enum ConvBnError {
         /// Device seen.
         got: String,
     },
-    /// Epsilon is not a finite positive number.
-    #[error("epsilon must be finite and positive, got {got}")]
+    /// Epsilon is not a finite positive number, or 0 with given statistics.
+    #[error("epsilon must be finite and positive, got {got}; only given statistics go with 0")]
     Epsilon {
         /// The value seen.
         got: f64,
@@ -157,6 +157,15 @@ pub enum ConvBnError {
     Momentum {
         /// The value seen.
         got: f64,
+    },
+    /// An empty batch has no statistics.
+    #[error(
+        "batch statistics need more than one value per channel, got an empty batch: input {input}; skip \
+         it, or normalize with given statistics, as `valid()` and frozen norms do"
+    )]
+    EmptyBatch {
+        /// The input's shape.
+        input: Shape,
     },
     /// Batch statistics over a single value per channel are meaningless.
     #[error(
@@ -169,4 +178,16 @@ pub enum ConvBnError {
         /// The output's shape.
         output: Shape,
     },
+}
+
+/// The casts that make `what` of dtype `got` and the input fit. Which of the two to cast is the user's choice
+/// where `what` is a convolution's parameter.
+fn cast(what: &str, expected: &str, got: DType) -> String {
+    match what {
+        "weight" | "bias" => format!(
+            "cast the input with `input.cast(DType::{got:?})`, or the {what} to {expected}, as a layer's with \
+             `with_precision(FloatDType::{expected})`"
+        ),
+        _ => format!("cast {what} to {expected}"),
+    }
 }

@@ -38,13 +38,14 @@ impl MaxPoolProblem {
         Ok(problem)
     }
 
-    /// Whether the pool can be one op with a block before it: each window meets the input, none reaches
-    /// beyond the padding, and a byte tells its places apart.
+    /// Whether the pool can be one op with a block before it: there is an input, each window meets it, none
+    /// reaches beyond the padding, and a byte tells its places apart.
     pub(crate) fn joins_a_block(&self) -> bool {
         let options = &self.options;
         let [rows, columns] = options.kernel_size;
         let is_narrow = |dim: usize| 2 * options.padding[dim].0 <= options.kernel_size[dim];
-        !options.is_asymmetric()
+        self.input.num_elements() > 0
+            && !options.is_asymmetric()
             && !options.ceil_mode
             && options.dilation == [1, 1]
             && rows.saturating_mul(columns) <= MOST_PLACES
@@ -56,16 +57,8 @@ impl MaxPoolProblem {
     pub(crate) fn saved(&self, dtype: DType) -> Vec<SavedTensor> {
         let copied = self.options.is_asymmetric();
         let [rows, columns] = self.options.kernel_size;
-        // Burn pads by a copy where the two sides differ, and pools that without padding.
-        let (input, padding) = match copied {
-            true => (self.padded(), [0; 2]),
-            false => (
-                self.input.clone(),
-                self.options.padding.map(|(before, _)| before),
-            ),
-        };
-        let count = |dim: usize| self.windows(dim, input[dim + 2], padding[dim]);
-        let output = Shape::new([input[0], input[1], count(0), count(1)]);
+        let (input, _) = self.pooled();
+        let output = self.output();
         let own = |name, shape, dtype| SavedTensor {
             name,
             shape,
@@ -82,6 +75,24 @@ impl MaxPoolProblem {
                 // Burn counts pixels in the device's integers, of which these are Flex's.
                 own("indices", output, DType::I32),
             ],
+        }
+    }
+
+    /// `[batch, channels, height_out, width_out]`.
+    pub(crate) fn output(&self) -> Shape {
+        let (input, padding) = self.pooled();
+        let count = |dim: usize| self.windows(dim, input[dim + 2], padding[dim]);
+        Shape::new([input[0], input[1], count(0), count(1)])
+    }
+
+    /// Shape and padding of the tensor that is pooled: where the two sides differ, Burn pads by a copy, and
+    /// pools that without padding.
+    fn pooled(&self) -> (Shape, [usize; 2]) {
+        if self.options.is_asymmetric() {
+            (self.padded(), [0; 2])
+        } else {
+            let padding = self.options.padding.map(|(before, _)| before);
+            (self.input.clone(), padding)
         }
     }
 

@@ -123,7 +123,8 @@ impl NormVariant {
 pub struct NormSpec {
     /// How the inverse standard deviation is formed.
     pub variant: NormVariant,
-    /// Added for numerical stability, where the variant says. Finite and positive.
+    /// Added for numerical stability, where the variant says. Finite and positive, or 0 with given
+    /// statistics.
     pub epsilon: f64,
 }
 

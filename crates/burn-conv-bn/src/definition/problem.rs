@@ -27,7 +27,7 @@ pub struct ConvBnProblem {
 }
 
 impl ConvBnProblem {
-    /// Checks the shapes of a convolution and computes its output's.
+    /// Checks the shapes of a convolution and computes its output's. The batch may be empty.
     ///
     /// # Errors
     ///
@@ -52,14 +52,15 @@ impl ConvBnProblem {
                 });
             }
         }
-        for (what, got) in [
-            ("input size", input.to_vec()),
-            ("weight size", weight.to_vec()),
-            ("stride", conv.stride.clone()),
-            ("dilation", conv.dilation.clone()),
-            ("groups", vec![conv.groups]),
+        for (what, first, got) in [
+            // The batch may be empty.
+            ("input size", 1, input.to_vec()),
+            ("weight size", 0, weight.to_vec()),
+            ("stride", 0, conv.stride.clone()),
+            ("dilation", 0, conv.dilation.clone()),
+            ("groups", 0, vec![conv.groups]),
         ] {
-            if got.contains(&0) {
+            if got[first..].contains(&0) {
                 return Err(ConvBnError::Zero { what, got });
             }
         }
@@ -107,21 +108,18 @@ impl ConvBnProblem {
     ///
     /// # Errors
     ///
-    /// [`ConvBnError::Epsilon`], [`ConvBnError::SingleValue`], and what [`conv`](Self::conv)
-    /// returns.
+    /// [`ConvBnError::Epsilon`]; for batch statistics [`ConvBnError::EmptyBatch`] and
+    /// [`ConvBnError::SingleValue`]; and what [`conv`](Self::conv) returns.
     pub fn conv_bn(
         input: Shape,
         weight: Shape,
         options: &ConvBnOptions,
         batch_statistics: bool,
     ) -> Result<Self, ConvBnError> {
-        check_epsilon(options.norm.epsilon)?;
+        check_epsilon(options.norm.epsilon, batch_statistics)?;
         let problem = Self::conv(input, weight, &options.conv)?;
-        if batch_statistics && problem.values_per_channel() == 1 {
-            return Err(ConvBnError::SingleValue {
-                input: problem.input,
-                output: problem.output,
-            });
+        if batch_statistics {
+            check_values(&problem.input, &problem.output)?;
         }
         Ok(problem)
     }
@@ -141,6 +139,20 @@ pub(crate) fn values_per_channel(shape: &Shape) -> usize {
         .filter(|(dim, _)| *dim != 1)
         .map(|(_, size)| size)
         .product()
+}
+
+/// Checks that the norm of `output`, made from `input`, has values to take batch statistics of.
+pub(crate) fn check_values(input: &Shape, output: &Shape) -> Result<(), ConvBnError> {
+    match values_per_channel(output) {
+        0 => Err(ConvBnError::EmptyBatch {
+            input: input.clone(),
+        }),
+        1 => Err(ConvBnError::SingleValue {
+            input: input.clone(),
+            output: output.clone(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Checks what a convolution's configuration says before there is an input.
@@ -179,9 +191,12 @@ pub(crate) fn check_momentum(momentum: f64) -> Result<(), ConvBnError> {
     }
 }
 
-pub(crate) fn check_epsilon(epsilon: f64) -> Result<(), ConvBnError> {
-    match epsilon.is_finite() && epsilon > 0.0 {
-        true => Ok(()),
-        false => Err(ConvBnError::Epsilon { got: epsilon }),
+/// Checks epsilon. With given statistics it may also be 0: then no channel need have a variance of 0.
+pub(crate) fn check_epsilon(epsilon: f64, batch_statistics: bool) -> Result<(), ConvBnError> {
+    let allowed = epsilon > 0.0 || (epsilon == 0.0 && !batch_statistics);
+    if epsilon.is_finite() && allowed {
+        Ok(())
+    } else {
+        Err(ConvBnError::Epsilon { got: epsilon })
     }
 }

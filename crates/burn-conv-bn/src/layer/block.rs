@@ -2,16 +2,16 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use burn::module::{Module, Param, RunningState};
+use burn::module::{Module, RunningState};
 use burn::nn::BatchNorm;
-use burn::tensor::{DType, Shape, Tensor, TensorData};
+use burn::tensor::{DType, Shape, Tensor};
 
 use super::convolution::Convolution;
-use super::{ConvBnSettings, FoldError, MaxPool2d, RunningVariance};
-use crate::definition::accumulator_dtype;
+use super::error::or_panic;
+use super::{ConvBnSettings, MaxPool2d, RunningVariance};
 use crate::definition::{
-    ConvBnError, ConvBnOptions, ConvBnProblem, NormSpec, NormVariant, Parents, SavePlan,
-    SavedTensor, StatisticsKind, values_per_channel,
+    ConvBnError, ConvBnOptions, ConvBnProblem, NormSpec, Parents, SavePlan, SavedTensor,
+    StatisticsKind, values_per_channel,
 };
 use crate::functional::{ConvBnParams, Normalized, conv_bn, conv_bn_max_pool2d};
 
@@ -39,6 +39,7 @@ pub(super) fn current(running: &RunningState<Tensor<1>>) -> Tensor<1> {
 }
 
 impl<C> Block<'_, C> {
+    #[track_caller]
     pub(super) fn forward<const D: usize>(
         &self,
         input: Tensor<D>,
@@ -51,6 +52,7 @@ impl<C> Block<'_, C> {
     }
 
     /// As [`forward`](Self::forward), with a max pool behind.
+    #[track_caller]
     pub(super) fn forward_max_pool(&self, input: Tensor<4>, pool: &MaxPool2d) -> Tensor<4>
     where
         C: Convolution<4>,
@@ -64,6 +66,7 @@ impl<C> Block<'_, C> {
     }
 
     /// Runs an op on the parameters, and updates the running statistics.
+    #[track_caller]
     pub(super) fn run<const D: usize>(
         &self,
         input: Tensor<D>,
@@ -96,7 +99,7 @@ impl<C> Block<'_, C> {
         };
         let shape = input.shape();
         let options = self.options(&shape);
-        let result = op(input, params, options).unwrap_or_else(|error| panic!("{error}"));
+        let result = or_panic(op(input, params, options));
         if training && self.settings.track_running_stats {
             self.update_running_statistics(&result, shape);
         }
@@ -124,14 +127,23 @@ impl<C> Block<'_, C> {
         }
     }
 
+    /// The weight's values, which may be quantized.
+    pub(super) fn weight<const D: usize>(&self) -> Tensor<D>
+    where
+        C: Convolution<D>,
+    {
+        self.conv.weight().val().dequantize()
+    }
+
+    #[track_caller]
     fn problem<const D: usize>(&self, input: Shape, statistics: StatisticsKind) -> ConvBnProblem
     where
         C: Convolution<D>,
     {
         let options = self.options(&input);
         let is_batch = statistics == StatisticsKind::Batch;
-        ConvBnProblem::conv_bn(input, self.conv.weight().val().shape(), &options, is_batch)
-            .unwrap_or_else(|error| panic!("{error}"))
+        let weight = self.conv.weight().val().shape();
+        or_panic(ConvBnProblem::conv_bn(input, weight, &options, is_batch))
     }
 
     /// The one place where running statistics are written.
@@ -155,7 +167,7 @@ impl<C> Block<'_, C> {
             (&self.norm.running_mean, result.mean.clone()),
             (&self.norm.running_var, variance),
         ] {
-            let old = current(running).to_device(&new.device());
+            let old = current(running).dequantize().to_device(&new.device());
             let new = new.cast(old.dtype()).detach();
             let momentum = self.norm.momentum;
             running.update((old * (1.0 - momentum) + new * momentum).detach());
@@ -164,6 +176,7 @@ impl<C> Block<'_, C> {
         }
     }
 
+    #[track_caller]
     pub(super) fn saved_for_backward<const D: usize>(
         &self,
         input_shape: [usize; D],
@@ -175,15 +188,37 @@ impl<C> Block<'_, C> {
         let input_shape = Shape::from(input_shape);
         let options = self.options(&input_shape);
         let (problem, statistics, [present, tracked]) = self.step(input_shape, residual);
-        SavePlan::new(&options, statistics, present, tracked).tensors(
-            &problem,
-            self.conv.weight().val().dtype(),
-            self.norm.gamma.val().dtype(),
-        )
+        if problem.values_per_channel() == 0 {
+            return Vec::new();
+        }
+        let plan = SavePlan::new(&options, statistics, present, tracked);
+        self.tensors(plan, &problem)
+    }
+
+    /// The plan's tensors. Those that are dequantized for the step are the node's own.
+    fn tensors<const D: usize>(&self, plan: SavePlan, problem: &ConvBnProblem) -> Vec<SavedTensor>
+    where
+        C: Convolution<D>,
+    {
+        let gamma = self.norm.gamma.val();
+        let gamma_dtype = gamma.clone().dequantize().dtype();
+        let mut saved = plan.tensors(problem, self.weight().dtype(), gamma_dtype);
+        for tensor in &mut saved {
+            let parameter = match tensor.name {
+                "weight" => Some(self.conv.weight().val().dtype()),
+                "bias" => self.conv.bias().map(|bias| bias.val().dtype()),
+                "gamma" => Some(gamma.dtype()),
+                "beta" => Some(self.norm.beta.val().dtype()),
+                _ => None,
+            };
+            tensor.shared &= !matches!(parameter, Some(DType::QFloat(_)));
+        }
+        saved
     }
 
     /// Shapes of a training step for a tracked input, its statistics, and which tensors it is given and
     /// which of them are tracked.
+    #[track_caller]
     fn step<const D: usize>(
         &self,
         input: Shape,
@@ -192,7 +227,7 @@ impl<C> Block<'_, C> {
     where
         C: Convolution<D>,
     {
-        let weight = self.conv.weight().val();
+        let weight = self.weight();
         let statistics = self.statistics(self.norm.training.is_enabled());
         let affine = self.settings.affine;
         let bias = self.conv.bias();
@@ -221,6 +256,7 @@ impl<C> Block<'_, C> {
     }
 
     /// As [`saved_for_backward`](Self::saved_for_backward), with a max pool behind.
+    #[track_caller]
     pub(super) fn saved_for_backward_max_pool(
         &self,
         input_shape: [usize; 4],
@@ -232,9 +268,12 @@ impl<C> Block<'_, C> {
         let input_shape = Shape::from(input_shape);
         let options = self.options(&input_shape);
         let (problem, statistics, [present, tracked]) = self.step(input_shape, false);
+        if problem.values_per_channel() == 0 {
+            return Vec::new();
+        }
         let pooled = pool.problem(problem.output.clone());
         let mut plan = SavePlan::new(&options, statistics, present, tracked);
-        let dtype = self.conv.weight().val().dtype();
+        let dtype = self.weight().dtype();
         let of_pool = pooled.saved(dtype);
         let mut output = None;
         if SavePlan::joins_max_pool(&options, statistics, false) && pooled.joins_a_block() {
@@ -251,79 +290,9 @@ impl<C> Block<'_, C> {
                 });
             plan.output = false;
         }
-        let mut saved = plan.tensors(&problem, dtype, self.norm.gamma.val().dtype());
+        let mut saved = self.tensors(plan, &problem);
         saved.extend(output);
         saved.extend(of_pool);
         saved
-    }
-
-    pub(super) fn fold<const D: usize>(&self) -> Result<C, FoldError>
-    where
-        C: Convolution<D>,
-    {
-        if !self.settings.track_running_stats {
-            return Err(FoldError::NoRunningStatistics);
-        }
-        let weight = self.conv.weight().val().detach();
-        let (dtype, device) = (weight.dtype(), weight.device());
-        let channels = weight.dims()[0];
-        let row = |what, tensor: Tensor<1>| {
-            let values: Vec<f64> = tensor.into_data().iter::<f64>().collect();
-            match values.len() == channels {
-                true => Ok(values),
-                false => Err(FoldError::Channels {
-                    what,
-                    expected: channels,
-                    got: values.len(),
-                }),
-            }
-        };
-        let mean = row("running_mean", self.norm.running_mean.value_sync())?;
-        let variance = row("running_var", self.norm.running_var.value_sync())?;
-        let (gamma, beta) = match self.settings.affine {
-            true => (
-                row("gamma", self.norm.gamma.val())?,
-                row("beta", self.norm.beta.val())?,
-            ),
-            false => (vec![1.0; channels], vec![0.0; channels]),
-        };
-        let bias = match self.conv.bias() {
-            Some(bias) => row("bias", bias.val())?,
-            None => vec![0.0; channels],
-        };
-        let epsilon = self.norm.epsilon;
-        let (mut scales, mut shifts) = (Vec::new(), Vec::new());
-        for channel in 0..channels {
-            let variance = variance[channel];
-            let deviation = match self.settings.norm_variant {
-                NormVariant::BatchNorm => (variance + epsilon).sqrt(),
-                NormVariant::Tutorial => variance.sqrt() + epsilon,
-            };
-            let scale = gamma[channel] / deviation;
-            let shift = scale * (bias[channel] - mean[channel]) + beta[channel];
-            if !(scale.is_finite() && shift.is_finite()) {
-                return Err(FoldError::NotFinite {
-                    channel,
-                    mean: mean[channel],
-                    variance,
-                    gamma: gamma[channel],
-                    beta: beta[channel],
-                });
-            }
-            scales.push(scale);
-            shifts.push(shift);
-        }
-        let accumulator = accumulator_dtype(dtype);
-        let upload = |values: Vec<f64>, dtype: DType| {
-            Tensor::<1>::from_data(TensorData::new(values, [channels]), (&device, dtype))
-        };
-        let mut columns = [1; D];
-        columns[0] = channels;
-        let scale = upload(scales, accumulator).reshape(columns);
-        let weight = (weight.cast(accumulator) * scale).cast(dtype);
-        Ok(self.conv.clone().with_parameters(
-            Param::from_tensor(weight),
-            Param::from_tensor(upload(shifts, dtype)),
-        ))
     }
 }

@@ -3,6 +3,7 @@ use burn::nn::conv::{Conv1d, Conv2d, Conv3d};
 use burn::nn::{PaddingConfig1d, PaddingConfig2d, PaddingConfig3d};
 use burn::tensor::{Shape, Tensor};
 
+use super::FoldError;
 use crate::definition::ConvSpec;
 
 /// What the layers take from Burn's convolutions, over tensors of rank `D`.
@@ -18,10 +19,15 @@ pub(super) trait Convolution<const D: usize>: Clone {
 
     /// The geometry for an input of that shape, on which `Same` padding depends.
     fn spec(&self, input: &Shape) -> ConvSpec;
+
+    /// Checks that Burn's module computes the padding for every size of the input.
+    fn check_padding(&self) -> Result<(), FoldError> {
+        Ok(())
+    }
 }
 
 macro_rules! convolution {
-    ($conv:ty, $rank:literal, |$this:ident, $same:ident| $padding:expr) => {
+    ($conv:ty, $rank:literal, |$this:ident, $same:ident| $padding:expr; $($method:tt)*) => {
         impl Convolution<$rank> for $conv {
             fn weight(&self) -> &Param<Tensor<$rank>> {
                 &self.weight
@@ -53,6 +59,8 @@ macro_rules! convolution {
                     stride,
                 }
             }
+
+            $($method)*
         }
     };
 }
@@ -61,16 +69,38 @@ convolution!(Conv1d, 3, |conv, same| match conv.padding {
     PaddingConfig1d::Valid => vec![(0, 0)],
     PaddingConfig1d::Same => vec![same(0)],
     PaddingConfig1d::Explicit(left, right) => vec![(left, right)],
-});
+};);
 convolution!(Conv2d, 4, |conv, same| {
     plane_padding(&conv.padding, same).to_vec()
-});
-convolution!(Conv3d, 5, |conv, same| match conv.padding {
-    PaddingConfig3d::Valid => vec![(0, 0); 3],
-    PaddingConfig3d::Same => (0..3).map(same).collect(),
-    PaddingConfig3d::Explicit(depth, height, width) =>
-        [depth, height, width].map(|size| (size, size)).to_vec(),
-});
+};);
+convolution!(
+    Conv3d,
+    5,
+    |conv, same| match conv.padding {
+        PaddingConfig3d::Valid => vec![(0, 0); 3],
+        PaddingConfig3d::Same => (0..3).map(same).collect(),
+        PaddingConfig3d::Explicit(depth, height, width) =>
+            [depth, height, width].map(|size| (size, size)).to_vec(),
+    };
+    // Burn's Conv3d pads both sides alike, and panics where `Same` wants them uneven. With stride s that is
+    // max(0, kernel - r) in all, r from 1 to s by the input's size: even for every r if the kernel is 1, or
+    // odd with s = 1.
+    fn check_padding(&self) -> Result<(), FoldError> {
+        if self.padding != PaddingConfig3d::Same {
+            return Ok(());
+        }
+        for (dim, (&kernel, &stride)) in self.kernel_size.iter().zip(&self.stride).enumerate() {
+            if kernel > 1 && (stride > 1 || kernel.is_multiple_of(2)) {
+                return Err(FoldError::SamePadding {
+                    dim,
+                    kernel,
+                    stride,
+                });
+            }
+        }
+        Ok(())
+    }
+);
 
 /// Sizes of the spatial dimensions, of which Burn's one-dimensional modules give a bare one.
 pub(super) trait Sizes {

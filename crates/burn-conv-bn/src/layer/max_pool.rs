@@ -5,6 +5,7 @@ use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Shape, Tensor};
 
 use super::convolution::{plane_padding, same_padding};
+use super::error::or_panic;
 use crate::definition::{MaxPoolProblem, SavedTensor, check_window};
 use crate::functional::max_pool2d;
 
@@ -53,9 +54,9 @@ impl MaxPool2dConfig {
     ///
     /// Panics with a [`ConvBnError`](crate::ConvBnError) if the window's size, a stride or a dilation
     /// is zero.
+    #[track_caller]
     pub fn init(&self) -> MaxPool2d {
-        check_window(self.kernel_size, self.strides, self.dilation)
-            .unwrap_or_else(|error| panic!("{error}"));
+        or_panic(check_window(self.kernel_size, self.strides, self.dilation));
         MaxPool2d {
             stride: self.strides,
             kernel_size: self.kernel_size,
@@ -118,9 +119,10 @@ impl MaxPool2d {
     ///
     /// Panics with a [`ConvBnError`](crate::ConvBnError) if a window does not fit into the padded input,
     /// unless in ceil mode.
+    #[track_caller]
     pub fn forward(&self, input: Tensor<4>) -> Tensor<4> {
         let options = self.options(&input.shape());
-        max_pool2d(input, options).unwrap_or_else(|error| panic!("{error}"))
+        or_panic(max_pool2d(input, options))
     }
 
     /// What a training step on Flex keeps for the backward pass of [`forward`](Self::forward), for an
@@ -133,13 +135,15 @@ impl MaxPool2d {
     /// # Panics
     ///
     /// As [`forward`](Self::forward), for the shape.
+    #[track_caller]
     pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<SavedTensor> {
         self.problem(Shape::from(input_shape)).saved(DType::F32)
     }
 
+    #[track_caller]
     pub(super) fn problem(&self, input: Shape) -> MaxPoolProblem {
         let options = self.options(&input);
-        MaxPoolProblem::new(input, options).unwrap_or_else(|error| panic!("{error}"))
+        or_panic(MaxPoolProblem::new(input, options))
     }
 
     /// The op's options for an input of that shape, on which `Same` padding depends.

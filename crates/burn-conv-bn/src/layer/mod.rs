@@ -3,6 +3,7 @@
 mod block;
 mod convolution;
 mod error;
+mod fold;
 mod max_pool;
 mod module;
 mod settings;
@@ -20,6 +21,7 @@ use crate::definition::{
 };
 use block::Block;
 use convolution::Sizes;
+use error::or_panic;
 
 pub use error::FoldError;
 pub use max_pool::{MaxPool2d, MaxPool2dConfig};
@@ -77,7 +79,10 @@ macro_rules! conv_bn_layer {
             )]
             pub initializer: Initializer,
             /// Added to the variance (or to the standard deviation, in the tutorial's variant).
-            /// Default: 1e-5.
+            /// Finite and positive. Default: 1e-5.
+            ///
+            /// Running statistics alone also go with 0, which a loaded norm or one changed later may
+            /// have: `forward` in evaluation and `fold` take it, training refuses it.
             #[config(default = 1e-5)]
             pub epsilon: f64,
             /// Weight of the newest batch in the running statistics. Default: 0.1.
@@ -117,19 +122,19 @@ macro_rules! conv_bn_layer {
             /// Panics with a [`ConvBnError`](crate::ConvBnError) if a number of channels or
             /// groups, a size, a stride or a dilation is zero, the channels do not divide into
             /// the groups, or epsilon or the momentum is out of range.
+            #[track_caller]
             pub fn init(&self, device: &Device) -> $layer {
                 let $this = self;
                 let [channels_in, channels_out] = $channels;
-                check_geometry(
+                or_panic(check_geometry(
                     [channels_in, channels_out],
                     self.kernel_size.sizes(),
                     self.stride.sizes(),
                     self.dilation.sizes(),
                     self.groups,
-                )
-                .and_then(|()| check_epsilon(self.epsilon))
-                .and_then(|()| check_momentum(self.momentum))
-                .unwrap_or_else(|error| panic!("{error}"));
+                ));
+                or_panic(check_epsilon(self.epsilon, true));
+                or_panic(check_momentum(self.momentum));
                 let conv = $conv_config::new($(self.$required),*)
                     .with_stride(self.stride)
                     .with_dilation(self.dilation)
@@ -203,19 +208,14 @@ macro_rules! conv_bn_layer {
                 Self::with_settings(conv, norm, ConvBnSettings::new(activation))
             }
 
-            /// Fuses a convolution and the norm after it, with every setting. A norm that is not
-            /// affine loses the gradients of its gamma and beta, which it does not use.
+            /// Fuses a convolution and the norm after it, with every setting.
             ///
             /// [`ConvBnSettings`] has an example.
             pub fn with_settings(
                 conv: $conv,
-                mut norm: BatchNorm,
+                norm: BatchNorm,
                 settings: ConvBnSettings,
             ) -> Self {
-                if !settings.affine {
-                    norm.gamma = norm.gamma.set_require_grad(false);
-                    norm.beta = norm.beta.set_require_grad(false);
-                }
                 Self {
                     conv,
                     norm,
@@ -241,7 +241,9 @@ macro_rules! conv_bn_layer {
             /// # Panics
             ///
             /// Panics with a [`ConvBnError`](crate::ConvBnError) if shapes, dtypes or devices do
-            /// not fit, or if there is a single value per channel to take statistics of.
+            /// not fit, or if there is one value per channel or none, as in an empty batch, to take
+            /// statistics of. With running statistics an empty batch gives an empty output.
+            #[track_caller]
             pub fn forward(&self, input: Tensor<$rank>) -> Tensor<$rank> {
                 self.block().forward(input, None)
             }
@@ -260,6 +262,7 @@ macro_rules! conv_bn_layer {
             /// # Examples
             ///
             /// [`ConvBn2d`](crate::ConvBn2d#examples) has one.
+            #[track_caller]
             pub fn forward_residual(
                 &self,
                 input: Tensor<$rank>,
@@ -279,6 +282,7 @@ macro_rules! conv_bn_layer {
             /// # Examples
             ///
             /// [`ConvBn2d`](crate::ConvBn2d#examples) has one.
+            #[track_caller]
             pub fn saved_for_backward(&self, input_shape: [usize; $rank]) -> Vec<SavedTensor> {
                 self.block().saved_for_backward(input_shape, false)
             }
@@ -293,6 +297,7 @@ macro_rules! conv_bn_layer {
             /// # Examples
             ///
             /// [`ConvBn2d`](crate::ConvBn2d#examples) has one.
+            #[track_caller]
             pub fn saved_for_backward_residual(
                 &self,
                 input_shape: [usize; $rank],
@@ -305,14 +310,16 @@ macro_rules! conv_bn_layer {
             /// `settings.activation.forward(..)`, after adding a residual if there is one.
             ///
             /// The new weight `gamma * s * weight` and bias `gamma * s * (bias - running_mean) +
-            /// beta` are formed in f64 and f32 (f64 for f64 data) and have the dtype of the old
-            /// weight.
+            /// beta` are formed in f64 and have the dtype of the old weight. They are parameters of
+            /// their own on its device, trainable as those of a new convolution.
             ///
             /// # Errors
             ///
             /// [`FoldError::NoRunningStatistics`] if the layer evaluates on the batch's
             /// statistics, which no fixed weight reproduces; [`FoldError::NotFinite`] if a
-            /// channel's scale or shift is not finite, as from a negative running variance.
+            /// channel's scale or shift is not finite, as from a negative running variance;
+            /// [`FoldError::OutOfRange`] if the weight's dtype does not hold a folded value;
+            /// [`FoldError::SamePadding`] for `Same` padding that Burn's `Conv3d` does not have.
             ///
             /// # Examples
             ///
@@ -573,6 +580,7 @@ impl ConvBn2d {
     /// assert_eq!(names, ["input", "output", "places"]);
     /// # }
     /// ```
+    #[track_caller]
     pub fn forward_max_pool(&self, input: Tensor<4>, pool: &MaxPool2d) -> Tensor<4> {
         self.block().forward_max_pool(input, pool)
     }
@@ -587,6 +595,7 @@ impl ConvBn2d {
     /// # Examples
     ///
     /// [`forward_max_pool`](Self::forward_max_pool) has one.
+    #[track_caller]
     pub fn saved_for_backward_max_pool(
         &self,
         input_shape: [usize; 4],

@@ -1,9 +1,10 @@
 //! Changes to every layer of a model at once.
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::rc::Rc;
 
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{FloatDType, Tensor};
 
 use super::{ConvBnSettings, RunningVariance};
@@ -115,10 +116,53 @@ pub trait ConvBnModule: Module {
     /// ```
     #[must_use]
     fn autocast(&self, dtype: FloatDType) -> Self {
+        let convolutions = layers(self).into_iter().map(|(mut path, _)| {
+            path.push("conv".to_string());
+            path
+        });
         self.clone().map(&mut Autocast {
             dtype,
-            convolutions: 0,
+            convolutions: convolutions.collect(),
+            path: Vec::new(),
         })
+    }
+
+    /// Paths of what the module's fused layers hold and do not use: `norm.gamma` and `norm.beta` of a
+    /// layer that is not affine, `norm.running_mean` and `norm.running_var` of one without running
+    /// statistics. Variants of enums are part of a path.
+    ///
+    /// A file of PyTorch lacks just these. A store of burn-store that allows partial loads lists what was
+    /// missing: it should be nothing else. `docs/migration.md` has the code.
+    ///
+    /// ```
+    /// # #[cfg(feature = "flex")] {
+    /// use burn::tensor::Device;
+    /// use burn_conv_bn::{ConvBn2dConfig, ConvBnModule};
+    ///
+    /// let config = ConvBn2dConfig::new([3, 8], [3, 3]);
+    /// let device = Device::flex();
+    /// let model = vec![config.init(&device), config.with_affine(false).init(&device)];
+    /// assert_eq!(model.unused_parameters(), ["1.norm.gamma", "1.norm.beta"]);
+    /// # }
+    /// ```
+    fn unused_parameters(&self) -> Vec<String> {
+        let mut unused = Vec::new();
+        for (path, settings) in layers(self) {
+            let mut add = |names: [&str; 2]| {
+                for name in names {
+                    let path = path.iter().map(String::as_str);
+                    let path: Vec<&str> = path.chain(["norm", name]).collect();
+                    unused.push(path.join("."));
+                }
+            };
+            if !settings.affine {
+                add(["gamma", "beta"]);
+            }
+            if !settings.track_running_stats {
+                add(["running_mean", "running_var"]);
+            }
+        }
+        unused
     }
 }
 
@@ -159,6 +203,45 @@ pub(super) fn edit(settings: &mut ConvBnSettings) {
     }
 }
 
+thread_local! {
+    // The settings visited last, while layers are looked for.
+    static VISITED: RefCell<Option<ConvBnSettings>> = const { RefCell::new(None) };
+}
+
+/// Notes that these settings are being visited.
+pub(super) fn report(settings: &ConvBnSettings) {
+    VISITED.set(Some(settings.clone()));
+}
+
+/// Path and settings of every fused layer of a module.
+fn layers<M: Module>(module: &M) -> Vec<(Vec<String>, ConvBnSettings)> {
+    let mut layers = Layers::default();
+    VISITED.set(None);
+    module.visit(&mut layers);
+    layers.found
+}
+
+#[derive(Default)]
+struct Layers {
+    path: Vec<String>,
+    found: Vec<(Vec<String>, ConvBnSettings)>,
+}
+
+impl ModuleVisitor for Layers {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_string());
+    }
+
+    // A layer is told from a user's struct of its name by the settings among its fields.
+    fn exit_module(&mut self, _name: &str, container_type: &str) {
+        self.path.pop();
+        let settings = VISITED.take();
+        if let Some(settings) = settings.filter(|_| FUSED.contains(&container_type)) {
+            self.found.push((self.path.clone(), settings));
+        }
+    }
+}
+
 struct KeepParameters;
 
 impl ModuleMapper for KeepParameters {}
@@ -194,32 +277,29 @@ const BATCH_NORM: &str = "Struct:BatchNorm";
 
 struct Autocast {
     dtype: FloatDType,
-    /// How many convolutions of fused layers are being mapped: 0 or 1.
-    convolutions: usize,
+    /// Paths of the fused layers' convolutions.
+    convolutions: HashSet<Vec<String>>,
+    path: Vec<String>,
 }
 
 impl ModuleMapper for Autocast {
-    fn enter_module(&mut self, name: &str, container_type: &str) {
-        self.convolutions += usize::from(is_convolution(name, container_type));
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_string());
     }
 
-    fn exit_module(&mut self, name: &str, container_type: &str) {
-        self.convolutions -= usize::from(is_convolution(name, container_type));
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        if self.convolutions == 0 {
+        let is_within = |depth| self.convolutions.contains(&self.path[..depth]);
+        if !(0..self.path.len()).any(is_within) {
             return param;
         }
         let dtype = self.dtype;
         // Not detached: the cast leads the gradient back to the parameter.
         param.map(|tensor| tensor.cast(dtype))
     }
-}
-
-/// Whether a field is the convolution of a fused layer.
-fn is_convolution(name: &str, container_type: &str) -> bool {
-    name == "conv" && FUSED.contains(&container_type)
 }
 
 const FUSED: [&str; 3] = ["Struct:ConvBn1d", "Struct:ConvBn2d", "Struct:ConvBn3d"];

@@ -4,7 +4,7 @@ use burn::module::{
 };
 use burn::tensor::Device;
 
-use super::module::edit;
+use super::module::{edit, report};
 use crate::definition::{Activation, NormVariant, Recompute};
 
 /// Which variance of a batch goes into the running variance.
@@ -56,7 +56,7 @@ pub struct ConvBnSettings {
     pub activation: Activation,
     /// How the norm is formed.
     pub norm_variant: NormVariant,
-    /// Whether gamma and beta take part.
+    /// Whether gamma and beta take part. Where they do not, they get no gradient.
     pub affine: bool,
     /// Whether running statistics are kept and used in evaluation. Without, evaluation and a
     /// frozen norm use the batch's.
@@ -134,7 +134,9 @@ impl Module for ConvBnSettings {
         self
     }
 
-    fn visit<Visitor: ModuleVisitor>(&self, _visitor: &mut Visitor) {}
+    fn visit<Visitor: ModuleVisitor>(&self, _visitor: &mut Visitor) {
+        report(self);
+    }
 
     fn map<Mapper: ModuleMapper>(mut self, _mapper: &mut Mapper) -> Self {
         edit(&mut self);

@@ -2,9 +2,12 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::nn::PaddingConfig2d;
+use burn::nn::{PaddingConfig1d, PaddingConfig2d};
 use burn::tensor::{DType, Device, Distribution, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, NormVariant, Recompute, RunningVariance};
+use burn_conv_bn::{
+    Activation, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig, ConvBnModule,
+    MaxPool2dConfig, NormVariant, Recompute, RunningVariance,
+};
 
 use crate::common::{assert_close, device, distance, random, tensor, values};
 
@@ -274,5 +277,89 @@ fn constant_channels_give_finite_gradients() {
                 .iter()
                 .all(|g| g.is_finite())
         );
+    }
+}
+
+/// Out of which no statistics are taken.
+#[test]
+fn an_empty_batch_is_evaluated() {
+    let device = Device::flex();
+    let line = ConvBn1dConfig::new(3, 4, 3)
+        .with_padding(PaddingConfig1d::Same)
+        .init(&device);
+    assert_eq!(
+        line.forward(Tensor::zeros([0, 3, 8], &device)).dims(),
+        [0, 4, 8]
+    );
+    let volume = ConvBn3dConfig::new([3, 4], [3, 3, 3]).init(&device);
+    let x = Tensor::zeros([0, 3, 8, 6, 4], &device);
+    assert_eq!(volume.forward(x).dims(), [0, 4, 6, 4, 2]);
+
+    let frozen = config().init(&self::device()).freeze();
+    for (block, device) in [(config().init(&device), device), (frozen, self::device())] {
+        let x = || Tensor::<4>::zeros([0, 3, 8, 8], &device);
+        let output = block.forward(x());
+        assert_eq!(output.dims(), [0, 4, 6, 6]);
+        assert_eq!(output.device().is_autodiff(), device.is_autodiff());
+        let shortcut = Tensor::zeros([0, 4, 6, 6], &device);
+        assert_eq!(block.forward_residual(x(), shortcut).dims(), [0, 4, 6, 6]);
+        for padding in [
+            PaddingConfig2d::Valid,
+            PaddingConfig2d::Explicit(1, 1, 1, 1),
+            PaddingConfig2d::Explicit(0, 0, 1, 1),
+        ] {
+            for ceil_mode in [false, true] {
+                let pool = MaxPool2dConfig::new([3, 3])
+                    .with_strides([2, 2])
+                    .with_padding(padding.clone())
+                    .with_ceil_mode(ceil_mode)
+                    .init();
+                let full = Tensor::<4>::zeros([1, 4, 6, 6], &device);
+                let [_, channels, height, width] = pool.forward(full).dims();
+                let wanted = [0, channels, height, width];
+                assert_eq!(pool.forward(output.clone()).dims(), wanted);
+                assert_eq!(block.forward_max_pool(x(), &pool).dims(), wanted);
+            }
+        }
+        assert_eq!(values(block.norm.running_mean.value_sync()), [0.0; 4]);
+    }
+    let frozen = config().init(&self::device()).freeze();
+    assert_eq!(frozen.saved_for_backward([0, 3, 8, 8]), []);
+}
+
+/// Whether the setting was there from the start, or comes and goes.
+#[test]
+fn affine_can_be_switched() {
+    let x = input(&device());
+    let affine = config().init(&device());
+    let mut switched = affine
+        .clone()
+        .map_settings(|settings| settings.affine = false);
+    let made = ConvBn2d::with_settings(
+        affine.conv.clone(),
+        affine.norm.clone(),
+        switched.settings.clone(),
+    );
+    let gradients = |block: &ConvBn2d| {
+        let grads = block.forward(x.clone()).powi_scalar(2).sum().backward();
+        let [gamma, beta] = [&block.norm.gamma, &block.norm.beta]
+            .map(|parameter| parameter.val().grad(&grads).is_some());
+        assert!(block.conv.weight.val().grad(&grads).is_some());
+        (gamma, beta)
+    };
+    for block in [&switched, &made] {
+        assert_eq!(gradients(block), (false, false));
+        let names = block.saved_for_backward([2, 3, 8, 8]);
+        assert!(
+            names
+                .iter()
+                .all(|tensor| !["gamma", "beta"].contains(&tensor.name))
+        );
+    }
+    switched.settings.affine = true;
+    let mut made = made;
+    made.settings.affine = true;
+    for block in [&affine, &switched, &made] {
+        assert_eq!(gradients(block), (true, true));
     }
 }

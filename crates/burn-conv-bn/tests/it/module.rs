@@ -1,10 +1,11 @@
 //! Whole models: settings, precision, records.
 
-use burn::module::Module;
+use burn::module::{Module, Param, Quantizer, RunningState};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig, PaddingConfig2d};
 use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::activation::relu;
+use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn_conv_bn::{
     Activation, ConvBn1d, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBnModule, ConvBnSettings,
@@ -379,4 +380,150 @@ fn autocast_moves_the_running_statistics() {
         assert!(of_model.iter().all(|value| ![0.0, 1.0].contains(value)));
         assert_close("bf16", &of_model, &wanted, 2e-2, 0.0);
     }
+}
+
+/// A user's own, of a layer's name.
+mod own {
+    use burn::module::Module;
+    use burn::nn::conv::Conv2d;
+
+    #[derive(Module, Debug)]
+    pub struct ConvBn2d {
+        pub conv: Conv2d,
+    }
+}
+
+#[derive(Module, Debug)]
+struct Namesakes {
+    before: own::ConvBn2d,
+    fused: Vec<ConvBn2d>,
+    after: own::ConvBn2d,
+}
+
+#[test]
+fn autocast_leaves_a_users_namesake_alone() {
+    let conv = || Conv2dConfig::new([3, 4], [3, 3]).init(&device());
+    let model = Namesakes {
+        before: own::ConvBn2d { conv: conv() },
+        fused: vec![ConvBn2dConfig::new([4, 4], [3, 3]).init(&device())],
+        after: own::ConvBn2d { conv: conv() },
+    };
+    let cast = model.autocast(FloatDType::BF16);
+    for namesake in [&cast.before, &cast.after] {
+        assert_eq!(namesake.conv.weight.val().dtype(), DType::F32);
+    }
+    assert_eq!(cast.fused[0].conv.weight.val().dtype(), DType::BF16);
+    assert_eq!(cast.fused[0].norm.gamma.val().dtype(), DType::F32);
+    // A layer alone, too.
+    let line = ConvBn1dConfig::new(3, 4, 3).init(&device());
+    let cast = line.autocast(FloatDType::BF16);
+    assert_eq!(cast.conv.weight.val().dtype(), DType::BF16);
+}
+
+#[test]
+fn unused_parameters_are_those_that_settings_turn_off() {
+    let mut model = Model::new(&device());
+    assert!(model.unused_parameters().is_empty());
+    model.stages[0].blocks.1.settings.affine = false;
+    if let Some(line) = &mut model.line {
+        line.settings.track_running_stats = false;
+    }
+    assert_eq!(
+        model.unused_parameters(),
+        [
+            "stages.0.blocks.1.norm.gamma",
+            "stages.0.blocks.1.norm.beta",
+            "line.norm.running_mean",
+            "line.norm.running_var",
+        ]
+    );
+}
+
+/// The same values at every call, and with every float tensor in 8 bits.
+fn quantized(device: &Device) -> ConvBn2d {
+    let mut block = ConvBn2dConfig::new([4, 32], [3, 3])
+        .with_bias(true)
+        .with_activation(Activation::Relu)
+        .init(device);
+    let vector = |seed| Tensor::<1>::from_data(random(&[32], seed), (device, DType::F32));
+    let weight = Tensor::<4>::from_data(random(&[32, 4, 3, 3], 1), (device, DType::F32));
+    block.conv.weight = Param::from_tensor(weight);
+    block.conv.bias = Some(Param::from_tensor(vector(2)));
+    block.norm.gamma = Param::from_tensor(vector(3));
+    block.norm.beta = Param::from_tensor(vector(4));
+    block.norm.running_mean = RunningState::new(vector(5));
+    block.norm.running_var = RunningState::new(vector(6).abs() + 0.5);
+    let scheme = device.settings().quantization.scheme;
+    let scheme = scheme.with_value(QuantValue::Q8S);
+    let mut quantizer = Quantizer::new(Calibration::MinMax, scheme);
+    let block = block.quantize_weights(&mut quantizer);
+    assert!(matches!(block.conv.weight.val().dtype(), DType::QFloat(_)));
+    assert!(matches!(block.norm.gamma.val().dtype(), DType::QFloat(_)));
+    block
+}
+
+#[test]
+fn quantized_weights_evaluate_as_burns() {
+    let device = Device::flex();
+    let x = Tensor::<4>::from_data(random(&[2, 4, 8, 8], 7), (&device, DType::F32));
+    let block = quantized(&device);
+    let (conv, norm) = quantized(&device).into_parts();
+    let wanted = values(relu(norm.forward(conv.forward(x.clone()))));
+    assert_close(
+        "forward",
+        &values(block.forward(x.clone())),
+        &wanted,
+        1e-5,
+        0.0,
+    );
+    let folded = block.fold().unwrap();
+    assert_eq!(folded.weight.val().dtype(), DType::F32);
+    assert_close("fold", &values(relu(folded.forward(x))), &wanted, 1e-5, 0.0);
+}
+
+#[test]
+fn quantized_weights_train_as_burns() {
+    let x = || tensor::<4>(random(&[2, 4, 8, 8], 7), DType::F32).require_grad();
+    let upstream = tensor::<4>(random(&[2, 32, 6, 6], 8), DType::F32);
+    let block = quantized(&device());
+    let saved = block.saved_for_backward([2, 4, 8, 8]);
+    let (conv, norm) = quantized(&device()).into_parts();
+
+    let (fused_x, unfused_x) = (x(), x());
+    let fused = block.forward(fused_x.clone());
+    let unfused = relu(norm.forward(conv.forward(unfused_x.clone())));
+    assert_close(
+        "output",
+        &values(fused.clone()),
+        &values(unfused.clone()),
+        1e-5,
+        0.0,
+    );
+    let fused_grads = (fused * upstream.clone()).sum().backward();
+    let unfused_grads = (unfused * upstream).sum().backward();
+    assert_close(
+        "input",
+        &values(fused_x.grad(&fused_grads).unwrap()),
+        &values(unfused_x.grad(&unfused_grads).unwrap()),
+        1e-4,
+        0.0,
+    );
+    assert!(block.conv.weight.val().grad(&fused_grads).is_none());
+    for (got, wanted) in [
+        (&block.norm.running_mean, &norm.running_mean),
+        (&block.norm.running_var, &norm.running_var),
+    ] {
+        let (got, wanted) = (values(got.value_sync()), values(wanted.value_sync()));
+        assert_close("running", &got, &wanted, 1e-5, 0.0);
+    }
+
+    // The step keeps the values that were dequantized for it.
+    let weight = saved.iter().find(|tensor| tensor.name == "weight").unwrap();
+    assert_eq!((weight.bytes(), weight.shared), (4 * 32 * 4 * 9, false));
+    assert!(
+        saved
+            .iter()
+            .any(|tensor| tensor.name == "input" && tensor.shared)
+    );
+    assert!(saved.iter().all(|tensor| tensor.dtype == DType::F32));
 }

@@ -1,12 +1,16 @@
 //! Arguments that do not fit, and the messages that say so.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::cell::RefCell;
+use std::panic::{self, AssertUnwindSafe, catch_unwind};
+use std::sync::Once;
 
 use burn::module::Module;
 use burn::nn::{BatchNormConfig, PaddingConfig2d};
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Device, Shape, Tensor};
-use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv, conv_bn, max_pool2d};
+use burn_conv_bn::functional::{
+    ConvBnParams, batch_norm, conv, conv_bn, conv_bn_max_pool2d, max_pool2d,
+};
 use burn_conv_bn::{
     ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig, ConvBnError, ConvBnOptions, ConvSpec,
     MaxPool2dConfig, NormSpec, NormVariant,
@@ -63,8 +67,8 @@ fn messages_name_what_was_seen_and_wanted() {
             &["groups must be positive"],
         ),
         (
-            conv([0, 3, 8, 8], w, unit()),
-            &["input size must be positive", "[0, 3, 8, 8]"],
+            conv([2, 3, 0, 8], w, unit()),
+            &["input size must be positive", "[2, 3, 0, 8]"],
         ),
         (
             conv(x, [0, 3, 3, 3], unit()),
@@ -97,14 +101,27 @@ fn messages_name_what_was_seen_and_wanted() {
         (fused(params(), epsilon(f64::NAN)), &["got NaN"]),
         (
             fused(ConvBnParams::new(zeros(w).cast(DType::F64)), options()),
-            &["weight: expected dtype F32", "got F64"],
+            &[
+                "input is F32, weight is F64",
+                "input.cast(DType::F64)",
+                "the weight to F32",
+                "with_precision(FloatDType::F32)",
+            ],
         ),
         (
             fused(
                 params().with_affine(zeros([4]).cast(DType::F64), zeros([4])),
                 options(),
             ),
-            &["gamma: expected dtype F32"],
+            &["input is F32, gamma is F64: cast gamma to F32"],
+        ),
+        (
+            fused(
+                ConvBnParams::new(zeros(w).cast(DType::F16))
+                    .with_affine(zeros([4]).cast(DType::F64), zeros([4])),
+                options(),
+            ),
+            &["input is F32, weight is F16"],
         ),
         (
             conv_bn(zeros::<4>([1, 3, 3, 3]), params(), options()).unwrap_err(),
@@ -113,6 +130,14 @@ fn messages_name_what_was_seen_and_wanted() {
                 "[1, 3, 3, 3]",
                 "[1, 4, 1, 1]",
             ],
+        ),
+        (
+            conv_bn(zeros::<4>([0, 3, 8, 8]), params(), options()).unwrap_err(),
+            &["an empty batch", "[0, 3, 8, 8]", "given statistics"],
+        ),
+        (
+            batch_norm(zeros([0, 3]), None, NormSpec::default()).unwrap_err(),
+            &["an empty batch", "[0, 3]"],
         ),
         (
             batch_norm(zeros([1, 3]), None, NormSpec::default()).unwrap_err(),
@@ -147,12 +172,101 @@ fn one_value_per_channel_is_fine_with_given_statistics() {
     assert_eq!(output.shape(), Shape::new([1, 4, 1, 1]));
 }
 
+#[test]
+fn an_empty_batch_is_fine_with_given_statistics() {
+    let ones = || Tensor::<1>::ones([4], &Device::flex());
+    let params = || {
+        ConvBnParams::new(zeros([4, 3, 3, 3]).cast(DType::F16)).with_statistics(zeros([4]), ones())
+    };
+    let input = || zeros::<4>([0, 3, 8, 8]).cast(DType::F16);
+    let options = || ConvBnOptions::new(ConvSpec::unit(2));
+    let result = conv_bn(input(), params(), options()).unwrap();
+    assert_eq!(result.output.shape(), Shape::new([0, 4, 6, 6]));
+    assert_eq!(result.output.dtype(), DType::F16);
+    assert_eq!(
+        (result.mean.dtype(), result.variance.dtype()),
+        (DType::F32, DType::F32)
+    );
+    let variance = result.variance.into_data();
+    assert!(variance.iter::<f32>().eq([1.0; 4]));
+
+    let pool = MaxPoolOptions::new([2, 2]);
+    let pooled = conv_bn_max_pool2d(input(), params(), options(), pool.clone()).unwrap();
+    assert_eq!(pooled.output.shape(), Shape::new([0, 4, 3, 3]));
+    let weight = zeros::<4>([4, 3, 3, 3]).cast(DType::F16);
+    let output = conv(input(), weight, None, ConvSpec::unit(2)).unwrap();
+    assert_eq!(output.shape(), Shape::new([0, 4, 6, 6]));
+    let output = max_pool2d(input(), pool).unwrap();
+    assert_eq!(output.shape(), Shape::new([0, 3, 4, 4]));
+
+    // What does not fit is refused all the same.
+    let error = conv_bn(zeros::<4>([0, 5, 8, 8]), params(), options()).unwrap_err();
+    assert!(matches!(error, ConvBnError::InputChannels { got: 5, .. }));
+    let error = conv_bn(input(), ConvBnParams::new(params().weight), options()).unwrap_err();
+    assert!(matches!(error, ConvBnError::EmptyBatch { .. }));
+}
+
 /// The message that something panics with.
 fn panic_message<T>(run: impl FnOnce() -> T) -> String {
     let payload = catch_unwind(AssertUnwindSafe(run)).err().expect("a panic");
     match payload.downcast::<String>() {
         Ok(message) => *message,
         Err(payload) => payload.downcast::<&str>().expect("a message").to_string(),
+    }
+}
+
+thread_local! {
+    static PANICKED_AT: RefCell<Option<(String, u32)>> = const { RefCell::new(None) };
+}
+
+/// File and line that something says it panics at.
+fn panic_place<T>(run: impl FnOnce() -> T) -> (String, u32) {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let other = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            let location = info.location().expect("every panic has one");
+            PANICKED_AT.set(Some((location.file().to_string(), location.line())));
+            other(info);
+        }));
+    });
+    assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+    PANICKED_AT.take().expect("the hook has run")
+}
+
+#[test]
+fn panics_are_at_the_users_line() {
+    let device = Device::flex();
+    let plane = ConvBn2dConfig::new([3, 4], [3, 3]);
+    let block = plane.init(&device);
+    let line = ConvBn1dConfig::new(3, 4, 3).init(&device);
+    let volume = ConvBn3dConfig::new([3, 4], [3, 3, 3]).init(&device);
+    let pool = MaxPool2dConfig::new([9, 9]).init();
+    let x = || zeros::<4>([2, 3, 8, 8]);
+    let wrong = || zeros::<4>([2, 5, 8, 8]);
+
+    let at = line!() + 1;
+    let place = panic_place(|| block.forward(wrong()));
+    assert_eq!(place, (file!().to_string(), at));
+
+    let places = [
+        panic_place(|| ConvBn2dConfig::new([0, 4], [3, 3]).init(&device)),
+        panic_place(|| plane.clone().with_momentum(2.0).init(&device)),
+        panic_place(|| plane.clone().with_epsilon(0.0).init(&device)),
+        panic_place(|| block.forward_residual(x(), wrong())),
+        panic_place(|| block.forward_max_pool(x(), &pool)),
+        panic_place(|| block.forward_max_pool(wrong(), &pool)),
+        panic_place(|| block.saved_for_backward([2, 5, 8, 8])),
+        panic_place(|| block.saved_for_backward_residual([2, 5, 8, 8])),
+        panic_place(|| block.saved_for_backward_max_pool([2, 3, 8, 8], &pool)),
+        panic_place(|| line.forward(zeros([2, 5, 8]))),
+        panic_place(|| volume.forward(zeros([2, 5, 8, 8, 8]))),
+        panic_place(|| MaxPool2dConfig::new([0, 2]).init()),
+        panic_place(|| pool.forward(x())),
+        panic_place(|| pool.saved_for_backward([2, 3, 8, 8])),
+    ];
+    for (index, (file, _)) in places.iter().enumerate() {
+        assert_eq!(file, file!(), "{index}");
     }
 }
 
@@ -239,12 +353,23 @@ fn layers_refuse_what_does_not_fit_them() {
             &["spatial dimension 1", "extent 3", "padded input's 2"],
         ),
         (
-            forward(block.clone(), zeros([0, 3, 8, 8])),
-            &["input size must be positive", "[0, 3, 8, 8]"],
+            forward(block.clone(), zeros([2, 3, 0, 8])),
+            &["input size must be positive", "[2, 3, 0, 8]"],
+        ),
+        (
+            forward(
+                training.clone(),
+                Tensor::zeros([0, 3, 8, 8], &device.clone().autodiff()),
+            ),
+            &["an empty batch", "[0, 3, 8, 8]", "valid()"],
         ),
         (
             forward(block.clone(), x().cast(DType::F64)),
-            &["weight: expected dtype F64", "got F32"],
+            &[
+                "input is F64, weight is F32",
+                "input.cast(DType::F32)",
+                "with_precision(FloatDType::F64)",
+            ],
         ),
         (
             forward(
@@ -254,7 +379,15 @@ fn layers_refuse_what_does_not_fit_them() {
             &["gamma: expected shape [4]", "got [5]"],
         ),
         (
-            forward(with(|block| block.norm.epsilon = 0.0), x()),
+            forward(with(|block| block.norm.epsilon = -1e-5), x()),
+            &["epsilon must be finite and positive, got -0.00001"],
+        ),
+        (
+            panic_message(|| {
+                let mut block = block.clone().train();
+                block.norm.epsilon = 0.0;
+                block.forward(Tensor::zeros([2, 3, 8, 8], &device.clone().autodiff()))
+            }),
             &["epsilon must be finite and positive, got 0"],
         ),
         (
@@ -273,11 +406,11 @@ fn layers_refuse_what_does_not_fit_them() {
         ),
         (
             panic_message(|| block.forward_residual(x(), zeros([2, 4, 6, 6]).cast(DType::F16))),
-            &["residual: expected dtype F32", "got F16"],
+            &["input is F32, residual is F16: cast residual to F32"],
         ),
         (
             forward(
-                training,
+                training.clone(),
                 Tensor::zeros([1, 3, 3, 3], &device.clone().autodiff()),
             ),
             &["more than one value per channel", "[1, 4, 1, 1]"],

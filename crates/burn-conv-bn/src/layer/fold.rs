@@ -1,0 +1,127 @@
+//! A block's norm folded into its convolution.
+
+use burn::module::Param;
+use burn::tensor::{DType, Tensor, TensorData, bf16, f16};
+
+use super::FoldError;
+use super::block::{Block, current};
+use super::convolution::Convolution;
+use crate::definition::{NormVariant, check_epsilon};
+
+/// Largest rounding error of a channel's weights, relative to its output. Normal numbers of every dtype round
+/// by less.
+const MOST_LOST: f64 = 1.0 / 256.0;
+
+impl<C> Block<'_, C> {
+    /// Computed on the host in f64 and rounded once. The new parameters are leaves on the weight's device,
+    /// whatever the state of the block's own.
+    pub(super) fn fold<const D: usize>(&self) -> Result<C, FoldError>
+    where
+        C: Convolution<D>,
+    {
+        if !self.settings.track_running_stats {
+            return Err(FoldError::NoRunningStatistics);
+        }
+        self.conv.check_padding()?;
+        let epsilon = self.norm.epsilon;
+        check_epsilon(epsilon, false).map_err(|_| FoldError::Epsilon { got: epsilon })?;
+        let weight = self.weight();
+        let (shape, dtype, device) = (weight.shape(), weight.dtype(), weight.device());
+        let channels = shape[0];
+        let row = |what, tensor: Tensor<1>| {
+            let values: Vec<f64> = tensor.dequantize().into_data().iter::<f64>().collect();
+            if values.len() == channels {
+                Ok(values)
+            } else {
+                Err(FoldError::Channels {
+                    what,
+                    expected: channels,
+                    got: values.len(),
+                })
+            }
+        };
+        let mean = row("running_mean", current(&self.norm.running_mean))?;
+        let variance = row("running_var", current(&self.norm.running_var))?;
+        let (gamma, beta) = if self.settings.affine {
+            (
+                row("gamma", self.norm.gamma.val())?,
+                row("beta", self.norm.beta.val())?,
+            )
+        } else {
+            (vec![1.0; channels], vec![0.0; channels])
+        };
+        let bias = match self.conv.bias() {
+            Some(bias) => row("bias", bias.val())?,
+            None => vec![0.0; channels],
+        };
+        let mut weights: Vec<f64> = weight.into_data().iter::<f64>().collect();
+        let taps = weights.len().checked_div(channels).unwrap_or(0);
+        let mut shifts = Vec::with_capacity(channels);
+        for channel in 0..channels {
+            let variance = variance[channel];
+            let (gamma, beta) = (gamma[channel], beta[channel]);
+            let deviation = match self.settings.norm_variant {
+                NormVariant::BatchNorm => (variance + epsilon).sqrt(),
+                NormVariant::Tutorial => variance.sqrt() + epsilon,
+            };
+            let scale = gamma / deviation;
+            let shift = scale * (bias[channel] - mean[channel]) + beta;
+            if !(scale.is_finite() && shift.is_finite()) {
+                return Err(FoldError::NotFinite {
+                    channel,
+                    mean: mean[channel],
+                    variance,
+                    gamma,
+                    beta,
+                });
+            }
+            let out_of_range = |what, value| FoldError::OutOfRange {
+                what,
+                dtype,
+                channel,
+                value,
+            };
+            let (mut largest, mut lost) = (0.0f64, 0.0f64);
+            for weight in &mut weights[channel * taps..][..taps] {
+                let exact = *weight * scale;
+                *weight = rounded(exact, dtype);
+                if !weight.is_finite() {
+                    return Err(out_of_range("weight", exact));
+                }
+                if exact.abs() > largest.abs() {
+                    largest = exact;
+                }
+                lost = lost.max((exact - *weight).abs());
+            }
+            // The weights' relative error is gamma's. It counts against the channel's output, unless that is
+            // below the normal numbers itself, as of a channel that has died.
+            let least = dtype.finfo().map_or(0.0, |info| info.min_positive);
+            let output = gamma.abs().max(beta.abs()).max(least);
+            if lost * gamma.abs() > MOST_LOST * largest.abs() * output {
+                return Err(out_of_range("weight", largest));
+            }
+            let rounded_shift = rounded(shift, dtype);
+            if !rounded_shift.is_finite() {
+                return Err(out_of_range("bias", shift));
+            }
+            shifts.push(rounded_shift);
+        }
+        let options = (&device, dtype);
+        let weight = Tensor::from_data(TensorData::new(weights, shape), options);
+        let bias = Tensor::from_data(TensorData::new(shifts, [channels]), options);
+        Ok(self
+            .conv
+            .clone()
+            .with_parameters(Param::from_tensor(weight), Param::from_tensor(bias)))
+    }
+}
+
+/// `value` as `dtype` holds it.
+fn rounded(value: f64, dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => value,
+        DType::F16 => f16::from_f64(value).to_f64(),
+        DType::BF16 => bf16::from_f64(value).to_f64(),
+        _ => f64::from(value as f32),
+    }
+}
