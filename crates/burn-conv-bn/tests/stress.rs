@@ -1194,20 +1194,17 @@ fn closed_relus_pass_nothing() {
 }
 
 fn passes_nothing_where_closed(case: &Case, dtype: DType) {
-    let data = case.draw(dtype);
-    let is_burns = dtype == DType::F32 && case.activation == Activation::Relu && !case.residual;
-    let mut runs: Vec<(&str, Box<dyn Fn(&Data) -> Results + '_>)> = vec![(
-        "the op",
-        Box::new(|data| case.run(data, dtype, &Device::flex())),
-    )];
-    if is_burns {
-        runs.push(("the layer", Box::new(|data| layer(case, data, dtype, true))));
-        runs.push((
-            "Burn's layers",
-            Box::new(|data| layer(case, data, dtype, false)),
-        ));
+    type Run<'a> = &'a dyn Fn(&Data) -> Results;
+    let op: Run<'_> = &|data| case.run(data, dtype, &Device::flex());
+    let ours: Run<'_> = &|data| layer(case, data, dtype, true);
+    let burns: Run<'_> = &|data| layer(case, data, dtype, false);
+    // Ours have the same bits.
+    let mut runs = vec![("the op", op, 0.0)];
+    if dtype == DType::F32 && case.activation == Activation::Relu && !case.residual {
+        runs.extend([("the layer", ours, 0.0), ("Burn's layers", burns, ATOL)]);
     }
-    for (what, run) in runs {
+    let data = case.draw(dtype);
+    for (what, run, tolerance) in runs {
         let output = run(&data);
         let is_closed: Vec<bool> = value(&output, OUTPUT).iter().map(|y| *y == 0.0).collect();
         assert!(is_closed.contains(&true) && is_closed.contains(&false));
@@ -1224,8 +1221,11 @@ fn passes_nothing_where_closed(case: &Case, dtype: DType) {
         for at_closed in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
             let got = with(at_closed);
             for (name, (got, wanted)) in NAMES.iter().zip(got.0.iter().zip(&wanted.0)) {
+                let (Some(got), Some(wanted)) = (got, wanted) else {
+                    continue;
+                };
                 assert!(
-                    got == wanted,
+                    distance(got, wanted) <= tolerance * (1.0 + largest(wanted)),
                     "{name} of {what}, with {at_closed} at closed positions, {dtype:?}, {case:#?}"
                 );
             }

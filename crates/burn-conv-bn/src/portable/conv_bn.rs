@@ -7,7 +7,7 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, Shape, Slice};
 
 use super::sweeps::{Affine, Argument, Composed, Moments, Sweeps};
-use super::{broadcast, cast, channels, conv, norm};
+use super::{cast, channels, conv, norm};
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
     OptionalTensor, Statistics,
