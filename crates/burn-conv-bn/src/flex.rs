@@ -1012,7 +1012,7 @@ mod tests {
             };
             let plan = SavePlan::new(options, StatisticsKind::Fixed, present, wanted);
             let result = forward(inputs.clone(), options, plan.conv_output);
-            let output_grad = of(&[0.25, -0.125, 0.5, 0.25], &shape, dtype);
+            let output_grad = of(&[0.25, -0.5, 0.5, 0.25], &shape, dtype);
             let saved = saved(&plan, &inputs, &result, output_grad);
             let options = ConvBnBackwardOptions {
                 options: options.clone(),
@@ -1086,7 +1086,7 @@ mod tests {
             |saved, options| Flex::conv_bn_backward(saved, options.clone()),
         );
         // A few roundings, and the distance of subnormal numbers in f16.
-        for (dtype, relative, absolute) in [(DType::F16, 4e-3, 6e-8), (DType::BF16, 3e-2, 0.0)] {
+        for (dtype, relative, absolute) in [(DType::F16, 1e-2, 6e-8), (DType::BF16, 4e-2, 0.0)] {
             for given in &norms {
                 for activation in [
                     Activation::Identity,

@@ -349,7 +349,7 @@ fn given_statistics_beyond_half_precision() {
             .with_norm(NormSpec::new(NormVariant::BatchNorm, epsilon))
             .with_activation(activation);
         let result = conv_bn(x.clone(), params, options).expect("the case is valid");
-        let upstream = tensor(&[0.25, -0.125, 0.5, 0.25], [2, 1, 2]);
+        let upstream = tensor(&[0.25, -0.5, 0.5, 0.25], [2, 1, 2]);
         let grads = (result.output.clone() * upstream).sum().backward();
         let mut values = vec![host(result.output)];
         values.extend(x.grad(&grads).map(host));
@@ -359,7 +359,7 @@ fn given_statistics_beyond_half_precision() {
         values
     };
     // A few roundings, and the distance of subnormal numbers in f16.
-    for (dtype, relative, absolute) in [(DType::F16, 4e-3, 6e-8), (DType::BF16, 3e-2, 0.0)] {
+    for (dtype, relative, absolute) in [(DType::F16, 1e-2, 6e-8), (DType::BF16, 4e-2, 0.0)] {
         if !has(dtype) {
             continue;
         }
