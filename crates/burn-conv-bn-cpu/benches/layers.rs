@@ -150,7 +150,7 @@ fn layers(criterion: &mut Criterion) {
                         weight: Some(&mut weight_grad),
                         residual: None,
                     };
-                    backward(&pass, kept, coefficients, gradients);
+                    backward(&pass, kept, Some(coefficients), gradients);
                     black_box((&input_grad, &weight_grad));
                 });
             });

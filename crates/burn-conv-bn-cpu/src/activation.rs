@@ -108,8 +108,8 @@ impl Activation {
         }
     }
 
-    /// `grad * activation'(value)`. For Relu, Relu6 and a LeakyRelu whose slope is not negative,
-    /// `value` may be the output too.
+    /// `grad * activation'(value)`, and 0 where the derivative is 0, whatever the gradient. For Relu,
+    /// Relu6 and a LeakyRelu whose slope is not negative, `value` may be the output too.
     #[inline(always)]
     pub(crate) fn backward<T: Real>(self, value: T, grad: T) -> T {
         match self {
@@ -124,22 +124,32 @@ impl Activation {
             },
             Self::LeakyRelu { negative_slope } => match is_above(value, T::ZERO) {
                 true => grad,
-                false => grad * T::from_f64(negative_slope),
+                false => sloped(grad, T::from_f64(negative_slope)),
             },
             Self::Silu => {
                 let sigmoid = sigmoid(value);
-                grad * (sigmoid + value * sigmoid * (T::ONE - sigmoid))
+                sloped(grad, sigmoid + value * sigmoid * (T::ONE - sigmoid))
             }
-            Self::Gelu => grad * (normal_cdf(value) + value * normal_density(value)),
+            Self::Gelu => sloped(grad, normal_cdf(value) + value * normal_density(value)),
             Self::HardSwish => match (
                 is_above(value, T::from_f64(-3.0)),
                 value >= T::from_f64(3.0),
             ) {
                 (false, _) => T::ZERO,
                 (true, true) => grad,
-                (true, false) => grad * (value * T::from_f64(1.0 / 3.0) + T::from_f64(0.5)),
+                (true, false) => sloped(grad, value * T::from_f64(1.0 / 3.0) + T::from_f64(0.5)),
             },
         }
+    }
+}
+
+/// `grad * slope`, and 0 where the slope is 0: the product with an infinite gradient is NaN.
+#[inline(always)]
+fn sloped<T: Real>(grad: T, slope: T) -> T {
+    if slope == T::ZERO {
+        T::ZERO
+    } else {
+        grad * slope
     }
 }
 

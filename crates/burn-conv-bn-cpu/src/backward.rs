@@ -83,7 +83,7 @@ pub struct GradSums {
     pub grad_deviation: Vec<f64>,
 }
 
-/// Per-channel coefficients of the gradient of the convolution's output,
+/// Per-channel coefficients of the gradient of the convolution's output under batch statistics,
 /// `scale * g + slope * (z - mean) + offset`, `[channels_out]` each.
 ///
 /// [The crate's example](crate) makes them of the two sums, for batch norm.
@@ -358,8 +358,9 @@ fn gated<'a, E: Element>(
 /// The gradients, from the norm's coefficients. The convolution's output `z` is `kept`, or is
 /// recomputed. The second step of the backward pass, which [the crate's example](crate) shows.
 ///
-/// With given statistics and no need of `z`, pass zero slopes and, as kept, the output or the
-/// output's gradient: any finite values do.
+/// With given statistics there are no coefficients: the gradient is `g`, and the input's goes through
+/// a weight that is scaled already. Where the activation's derivative does not depend on `z` either,
+/// `kept` is not looked at: any values of that size do.
 ///
 /// # Panics
 ///
@@ -368,7 +369,7 @@ fn gated<'a, E: Element>(
 pub fn backward<E: Element>(
     pass: &Backward<'_, E>,
     kept: Option<&[E]>,
-    coefficients: InputGradCoefficients<'_, E::Real>,
+    coefficients: Option<InputGradCoefficients<'_, E::Real>>,
     gradients: Gradients<'_, E>,
 ) {
     let geometry = pass.geometry;
@@ -394,7 +395,7 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
     pass: &Backward<'_, E>,
     algorithm: &A,
     kept: Option<&[E]>,
-    coefficients: InputGradCoefficients<'_, E::Real>,
+    coefficients: Option<InputGradCoefficients<'_, E::Real>>,
     mut gradients: Gradients<'_, E>,
 ) {
     let geometry = pass.geometry;
@@ -479,7 +480,7 @@ pub(crate) fn split<T>(all: Option<&mut [T]>, len: usize, blocks: usize) -> Vec<
 struct Step<'a, E: Element, A> {
     pass: &'a Backward<'a, E>,
     algorithm: &'a A,
-    coefficients: InputGradCoefficients<'a, E::Real>,
+    coefficients: Option<InputGradCoefficients<'a, E::Real>>,
 }
 
 /// A block of images and its share of [`Gradients`].
@@ -637,11 +638,11 @@ impl<S: Default, E: Element> Scratch<S, E> {
                 let converted = &mut self.converted;
                 let Gated { output_grad, gate } = gated(pass, channel, at, &self.line, converted);
                 let affine = pass.affine.channel(channel);
-                let coefficients = ChannelGrad {
-                    scale: coefficients.scale[channel],
-                    slope: coefficients.slope[channel],
-                    offset: coefficients.offset[channel],
-                };
+                let coefficients = coefficients.map(|all| ChannelGrad {
+                    scale: all.scale[channel],
+                    slope: all.slope[channel],
+                    offset: all.offset[channel],
+                });
                 let line = &mut self.line;
                 if let Some(grad) = &mut block.residual_grad {
                     let grad = &mut grad[from..][..piece.len];

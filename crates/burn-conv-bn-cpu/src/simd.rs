@@ -304,41 +304,67 @@ pub(crate) fn activation_grad<T: Real>(
     ));
 }
 
-/// Turns the convolution's output `z` of one channel, in place, into its gradient.
+/// Turns the convolution's output `z` of one channel, in place, into its gradient; without
+/// coefficients into `g`, which depends on `z` by the gate alone.
 pub(crate) fn conv_output_grad<T: Real>(
     arch: Arch,
     conv_output: &mut [T],
     output_grad: &[T],
     affine: ChannelAffine<T>,
     gate: Gate<'_, T>,
-    coefficients: ChannelGrad<T>,
+    coefficients: Option<ChannelGrad<T>>,
 ) {
-    let ChannelGrad {
-        scale,
-        slope,
-        offset,
-    } = coefficients;
-    let mean = affine.mean;
-    arch.dispatch(Sweep(
-        #[inline(always)]
-        || match gate {
+    #[inline(always)]
+    fn sweep<T: Real>(
+        conv_output: &mut [T],
+        output_grad: &[T],
+        affine: ChannelAffine<T>,
+        gate: Gate<'_, T>,
+        gradient: impl Fn(T, T) -> T,
+    ) {
+        let values = conv_output.iter_mut().zip(output_grad);
+        match gate {
             Gate::Open => {
-                for (z, dy) in conv_output.iter_mut().zip(output_grad) {
-                    *z = (*z - mean) * slope + offset + *dy * scale;
+                for (z, dy) in values {
+                    *z = gradient(*z, *dy);
                 }
             }
             Gate::PreActivation => {
-                for (z, dy) in conv_output.iter_mut().zip(output_grad) {
-                    let g = Activation::Relu.backward(affine.apply(*z), *dy);
-                    *z = (*z - mean) * slope + offset + g * scale;
+                for (z, dy) in values {
+                    *z = gradient(*z, Activation::Relu.backward(affine.apply(*z), *dy));
                 }
             }
             Gate::Output(output) => {
-                for ((z, dy), y) in conv_output.iter_mut().zip(output_grad).zip(output) {
-                    let g = Activation::Relu.backward(*y, *dy);
-                    *z = (*z - mean) * slope + offset + g * scale;
+                for ((z, dy), y) in values.zip(output) {
+                    *z = gradient(*z, Activation::Relu.backward(*y, *dy));
                 }
             }
+        }
+    }
+    let mean = affine.mean;
+    arch.dispatch(Sweep(
+        #[inline(always)]
+        || match coefficients {
+            Some(ChannelGrad {
+                scale,
+                slope,
+                offset,
+            }) => sweep(
+                conv_output,
+                output_grad,
+                affine,
+                gate,
+                #[inline(always)]
+                |z, g| (z - mean) * slope + offset + g * scale,
+            ),
+            None => sweep(
+                conv_output,
+                output_grad,
+                affine,
+                gate,
+                #[inline(always)]
+                |_, g| g,
+            ),
         },
     ));
 }

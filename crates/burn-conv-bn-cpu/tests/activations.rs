@@ -2,8 +2,8 @@
 //! through the kernels.
 
 use burn_conv_bn_cpu::{
-    Activation, Affine, Backward, ConvOutput, Element, Geometry, Gradients, InputGradCoefficients,
-    OutputGrad, Real, backward, grad_sums, normalize,
+    Activation, Affine, Backward, ConvOutput, Element, Geometry, Gradients, OutputGrad, Real,
+    backward, grad_sums, normalize,
 };
 use half::{bf16, f16};
 
@@ -130,15 +130,10 @@ fn run<E: Element>(
     };
     let sums = grad_sums(&pass, ConvOutput::Kept(&z));
     let mut grad = vec![E::default(); z.len()];
-    let (one, zero) = ([E::Real::ONE], [E::Real::ZERO]);
     backward(
         &pass,
         Some(&z),
-        InputGradCoefficients {
-            scale: &one,
-            slope: &zero,
-            offset: &zero,
-        },
+        None,
         Gradients {
             input: None,
             weight: None,
@@ -277,4 +272,44 @@ fn keep_nan() {
             assert!(results.output[0].is_nan(), "{activation:?}");
         }
     }
+}
+
+/// Where the derivative is 0, infinity and NaN are not passed on: beyond the kinks, where it underflows,
+/// and at HardSwish's minimum.
+#[test]
+fn a_derivative_of_zero_passes_nothing() {
+    fn check<E: Element>() {
+        let leaky = |negative_slope| Activation::LeakyRelu { negative_slope };
+        for (activation, values) in [
+            (Activation::Relu, &[-1.0, 0.0][..]),
+            (Activation::Relu6, &[-1.0, 0.0, 6.0, 8.0]),
+            (leaky(0.0), &[-1.0, 0.0]),
+            (Activation::Silu, &[-1e4]),
+            (Activation::Gelu, &[-1e4]),
+            (Activation::HardSwish, &[-8.0, -3.0, -1.5]),
+        ] {
+            for v in values {
+                // The pre-activation is the residual and the shift, exactly.
+                let residual = [v - SHIFT];
+                for output_grad in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
+                    for by_output in [false, true] {
+                        if by_output && !is_told_by_output(activation) {
+                            continue;
+                        }
+                        let results = run::<E>(
+                            activation,
+                            &[MEAN],
+                            Some(&residual),
+                            &[output_grad],
+                            by_output,
+                        );
+                        let what = format!("{activation:?} at {v} of {output_grad}");
+                        assert_eq!((results.grad[0], results.grad_sum), (0.0, 0.0), "{what}");
+                    }
+                }
+            }
+        }
+    }
+    check::<f64>();
+    check::<f32>();
 }

@@ -1,5 +1,7 @@
 //! The kernels against naive loops in f64, which are themselves checked by hand.
 
+use std::fmt::Debug;
+
 use burn_conv_bn_cpu::{
     Activation, Affine, Backward, ConvOutput, Element, Geometry, GeometryError, GradSums,
     Gradients, InputGradCoefficients, OutputGrad, Real, backward, conv, conv_moments, grad_sums,
@@ -575,11 +577,11 @@ fn compare<T: Element<Real = T> + Real>(case: &Case, tolerance: f64) {
             backward(
                 &pass,
                 stores.then_some(&stored[..]),
-                InputGradCoefficients {
+                Some(InputGradCoefficients {
                     scale: &t_scale,
                     slope: &t_slope,
                     offset: &t_offset,
-                },
+                }),
                 Gradients {
                     input: Some((&mut t_input_grad, &t_weight)),
                     weight: Some(&mut t_weight_grad),
@@ -690,7 +692,7 @@ fn compare_half<E: Element<Real = f32> + PartialEq>(case: &Case, tolerance: f64)
             backward(
                 &pass,
                 kept,
-                coefficients,
+                Some(coefficients),
                 Gradients {
                     input: Some((&mut input_grad, weight)),
                     weight: Some(&mut weight_grad),
@@ -750,6 +752,132 @@ fn compare_half<E: Element<Real = f32> + PartialEq>(case: &Case, tolerance: f64)
     }
 }
 
+/// What a closed activation gets is not passed on, infinite or NaN, under batch statistics or given ones:
+/// every result has the bits that it has where the output's gradient is 0 there.
+#[test]
+fn closed_activations_pass_nothing() {
+    fn check_all<E: Element<Real: Debug> + PartialEq + Debug>() {
+        let shapes = algorithms().map(|(channels, stride)| (channels, stride, 1));
+        for (channels, stride, groups) in shapes.into_iter().chain([([4, 4], [1; 3], 4)]) {
+            let case = Case {
+                channels,
+                stride,
+                groups,
+                padding: [(0, 0), (1, 1), (1, 1)],
+                ..PLAIN
+            };
+            for activation in [
+                Activation::Relu,
+                Activation::Relu6,
+                Activation::LeakyRelu {
+                    negative_slope: 0.0,
+                },
+                Activation::HardSwish,
+            ] {
+                for by_output in [false, true] {
+                    if !by_output || activation != Activation::HardSwish {
+                        check_closed::<E>(&case, activation, by_output);
+                    }
+                }
+            }
+        }
+    }
+    check_all::<f64>();
+    check_all::<f32>();
+    check_all::<f16>();
+    check_all::<bf16>();
+}
+
+fn check_closed<E: Element<Real: Debug> + PartialEq + Debug>(
+    case: &Case,
+    activation: Activation,
+    by_output: bool,
+) {
+    fn stored<E: Element>(values: &[f64]) -> Vec<E> {
+        let mut stored = vec![E::default(); values.len()];
+        E::store(&rounded(values), &mut stored);
+        stored
+    }
+    let geometry = case.geometry();
+    let channels = geometry.channels_out();
+    let len = case.batch * geometry.output_len();
+    let input = stored::<E>(&random(case.batch * geometry.input_len(), 1));
+    let weight = rounded::<E::Real>(&random(geometry.weight_len(), 2));
+    let [mean, scale, slope] = [3, 4, 5].map(|seed| rounded::<E::Real>(&random(channels, seed)));
+    // Some values on each side of all kinks.
+    let shift: Vec<f64> = (0..channels).map(|i| i as f64 * 3.0 - 4.0).collect();
+    let shift = rounded::<E::Real>(&shift);
+    let residual = stored::<E>(&random(len, 6));
+    let affine = Affine {
+        mean: &mean,
+        scale: &scale,
+        shift: &shift,
+    };
+    let mut z = Vec::new();
+    conv(&geometry, &input, &weight, &mut z);
+    let mut output = z.clone();
+    normalize(&geometry, &mut output, affine, Some(&residual), activation);
+
+    let run = |output_grad: &[E], kept: Option<&[E]>, is_of_batch: bool| {
+        let pass = Backward {
+            geometry: &geometry,
+            input: Some(&input),
+            weight: Some(&weight),
+            output_grad: OutputGrad::Whole(output_grad),
+            affine,
+            activation,
+            residual: Some(&residual).filter(|_| !by_output).map(Vec::as_slice),
+            output: by_output.then_some(output.as_slice()),
+        };
+        let sums = grad_sums(&pass, kept.map_or(ConvOutput::Recompute, ConvOutput::Kept));
+        let coefficients = InputGradCoefficients {
+            scale: &scale,
+            slope: &slope,
+            offset: &mean,
+        };
+        let (mut input_grad, mut weight_grad, mut g) = (Vec::new(), Vec::new(), Vec::new());
+        let gradients = Gradients {
+            input: Some((&mut input_grad, &weight)),
+            weight: Some(&mut weight_grad),
+            residual: Some(&mut g),
+        };
+        backward(&pass, kept, is_of_batch.then_some(coefficients), gradients);
+        (sums, (input_grad, weight_grad, g))
+    };
+    let (_, (.., slopes)) = run(&stored(&vec![1.0; len]), Some(&z), false);
+    let closed: Vec<bool> = slopes.iter().map(|slope| *slope == E::default()).collect();
+    let count = closed.iter().filter(|is_closed| **is_closed).count();
+    assert!(0 < count && count < len, "{count} of {len} are closed");
+    let output_grad = |at_closed: f64| {
+        let mut values = random(len, 7);
+        for (value, is_closed) in values.iter_mut().zip(&closed) {
+            if *is_closed {
+                *value = at_closed;
+            }
+        }
+        stored::<E>(&values)
+    };
+    let zero = output_grad(0.0);
+    for at_closed in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
+        let what = format!("{at_closed} to {activation:?} of {case:?}, by output {by_output}");
+        let damaged = output_grad(at_closed);
+        for kept in [None, Some(z.as_slice())] {
+            for is_of_batch in [false, true] {
+                let got = run(&damaged, kept, is_of_batch);
+                assert_eq!(got, run(&zero, kept, is_of_batch), "{what}");
+            }
+        }
+        if by_output {
+            // With given statistics the convolution's output is not looked at.
+            let (got, wanted) = (
+                run(&damaged, Some(&damaged), false),
+                run(&zero, Some(&z), false),
+            );
+            assert_eq!((got.0.grad, got.1), (wanted.0.grad, wanted.1), "{what}");
+        }
+    }
+}
+
 /// What a kept output makes superfluous may be left out, and changes nothing.
 #[test]
 fn a_kept_output_takes_neither_weight_nor_input() {
@@ -795,7 +923,7 @@ fn a_kept_output_takes_neither_weight_nor_input() {
                 weight: wants_weight.then_some(&mut weight_grad),
                 residual: Some(&mut residual_grad),
             };
-            backward(pass, Some(&z), coefficients, gradients);
+            backward(pass, Some(&z), Some(coefficients), gradients);
             (input_grad, residual_grad, weight_grad)
         };
         let (input_grad, residual_grad, weight_grad) = grads(&pass, true);
@@ -890,7 +1018,7 @@ fn the_number_of_threads_changes_no_bit() {
                 weight: Some(&mut weight_grad),
                 residual: None,
             };
-            backward(&pass, None, coefficients, gradients);
+            backward(&pass, None, Some(coefficients), gradients);
             (moments, sums, z, input_grad, weight_grad)
         };
         let on = |threads| {

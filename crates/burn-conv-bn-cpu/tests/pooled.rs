@@ -202,11 +202,11 @@ fn check<E: Element>(case: &Case, activation: Activation, tolerance: f64) {
         backward(
             pass,
             kept,
-            InputGradCoefficients {
+            Some(InputGradCoefficients {
                 scale: &scale,
                 slope: &slope,
                 offset: &shift,
-            },
+            }),
             Gradients {
                 input: Some((&mut input_grad, &weight)),
                 weight: Some(&mut weight_grad),
@@ -252,6 +252,95 @@ fn f32_is_the_two_one_after_the_other() {
 fn halves_are_the_two_one_after_the_other() {
     check_all::<f16>(5e-3);
     check_all::<bf16>(4e-2);
+}
+
+/// Where a closed ReLU is the largest value of its window, nothing is passed on.
+#[test]
+fn closed_relus_pass_nothing() {
+    fn check<E: Element>() {
+        for case in cases() {
+            let (geometry, pool) = case.geometries();
+            let channels = case.channels[1];
+            let reals = |len, seed| -> Vec<E::Real> {
+                let values = loaded(&random::<f32>(len, seed));
+                values.into_iter().map(E::Real::from_f64).collect()
+            };
+            let input = random::<E>(geometry.batch() * geometry.input_len(), 1);
+            let weight = reals(geometry.weight_len(), 2);
+            let [mean, scale, slope] = [3, 4, 5].map(|seed| reals(channels, seed));
+            // Most are closed.
+            let shift = vec![E::Real::from_f64(-1.0); channels];
+            let affine = Affine {
+                mean: &mean,
+                scale: &scale,
+                shift: &shift,
+            };
+            let mut values = Vec::new();
+            conv(&geometry, &input, &weight, &mut values);
+            let (mut output, mut places) = (Vec::new(), Vec::new());
+            let relu = Activation::Relu;
+            normalize_max_pool(
+                &geometry,
+                &values,
+                affine,
+                relu,
+                &pool,
+                &mut output,
+                &mut places,
+            );
+            let is_closed: Vec<bool> = loaded(&output).iter().map(|y| *y == 0.0).collect();
+            assert!(is_closed.contains(&true) && is_closed.contains(&false));
+            let run = |at_closed: f64| {
+                let mut grads = loaded(&random::<E>(output.len(), 6));
+                for (grad, is_closed) in grads.iter_mut().zip(&is_closed) {
+                    if *is_closed {
+                        *grad = at_closed;
+                    }
+                }
+                let grads: Vec<_> = grads.into_iter().map(E::Real::from_f64).collect();
+                let mut output_grad = vec![E::default(); grads.len()];
+                E::store(&grads, &mut output_grad);
+                let pass = Backward {
+                    geometry: &geometry,
+                    input: Some(&input),
+                    weight: Some(&weight),
+                    output_grad: OutputGrad::Pooled(PooledGrad {
+                        geometry: &pool,
+                        output_grad: &output_grad,
+                        places: &places,
+                    }),
+                    affine,
+                    activation: relu,
+                    residual: None,
+                    output: None,
+                };
+                let sums = grad_sums(&pass, ConvOutput::Recompute);
+                let (mut input_grad, mut weight_grad) = (Vec::new(), Vec::new());
+                let coefficients = InputGradCoefficients {
+                    scale: &scale,
+                    slope: &slope,
+                    offset: &mean,
+                };
+                let gradients = Gradients {
+                    input: Some((&mut input_grad, &weight)),
+                    weight: Some(&mut weight_grad),
+                    residual: None,
+                };
+                backward(&pass, None, Some(coefficients), gradients);
+                let weight_grad = weight_grad.iter().map(|grad: &E::Real| grad.to_f64());
+                let grads = [loaded(&input_grad), weight_grad.collect()];
+                (pooled_grad_sums(&pass, &output), sums, grads)
+            };
+            let wanted = run(0.0);
+            for at_closed in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
+                assert_eq!(run(at_closed), wanted, "{at_closed}");
+            }
+        }
+    }
+    check::<f64>();
+    check::<f32>();
+    check::<f16>();
+    check::<bf16>();
 }
 
 #[test]

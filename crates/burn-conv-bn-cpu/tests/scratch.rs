@@ -67,11 +67,11 @@ fn taken<E: Element>(geometry: &Geometry) -> usize {
     backward(
         &pass,
         None,
-        InputGradCoefficients {
+        Some(InputGradCoefficients {
             scale: &ones,
             slope: &ones,
             offset: &ones,
-        },
+        }),
         Gradients {
             input: Some((&mut input_grad, &weight)),
             weight: Some(&mut weight_grad),

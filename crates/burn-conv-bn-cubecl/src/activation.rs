@@ -124,8 +124,9 @@ pub(crate) fn forward<T: Float, N: Size>(
     }
 }
 
-/// `output_grad * activation'(value)`. For Relu, Relu6 and a LeakyRelu whose slope is not negative,
-/// `value` may be the pre-activation or the output: both lie in the same piece.
+/// `output_grad * activation'(value)`, and 0 where the derivative is 0, whatever the gradient. For Relu,
+/// Relu6 and a LeakyRelu whose slope is not negative, `value` may be the pre-activation or the output:
+/// both lie in the same piece.
 #[cube]
 pub(crate) fn backward<T: Float, N: Size>(
     value: Vector<T, N>,
@@ -143,19 +144,33 @@ pub(crate) fn backward<T: Float, N: Size>(
         }
         Activation::LeakyRelu(_) => {
             let slope = constant::<T, N>(comptime!(activation.negative_slope()));
-            select_many(value.less_equal(&zero), output_grad * slope, output_grad)
+            select_many(
+                value.less_equal(&zero),
+                sloped(output_grad, slope),
+                output_grad,
+            )
         }
         Activation::Silu => {
             let sigmoid = sigmoid(value);
             let one = constant::<T, N>(1.0);
-            output_grad * (sigmoid + value * sigmoid * (one - sigmoid))
+            sloped(output_grad, sigmoid + value * sigmoid * (one - sigmoid))
         }
-        Activation::Gelu => output_grad * (normal_cdf(value) + value * normal_density(value)),
+        Activation::Gelu => sloped(
+            output_grad,
+            normal_cdf(value) + value * normal_density(value),
+        ),
         Activation::HardSwish => {
             let slope = value / constant::<T, N>(3.0) + constant::<T, N>(0.5);
-            pieces(value, zero, output_grad * slope, output_grad)
+            pieces(value, zero, sloped(output_grad, slope), output_grad)
         }
     }
+}
+
+/// `grad * slope`, and 0 where the slope is 0: the product with an infinite gradient is NaN.
+#[cube]
+fn sloped<T: Float, N: Size>(grad: Vector<T, N>, slope: Vector<T, N>) -> Vector<T, N> {
+    let zero = Vector::<T, N>::zero();
+    select_many(slope.equal(&zero), zero, grad * slope)
 }
 
 /// HardSwish's three pieces: up to -3, between, and from 3 on.

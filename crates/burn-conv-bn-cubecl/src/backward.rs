@@ -216,7 +216,7 @@ impl GradSums {
                     tensor_arg(pre_activation.norm_input.as_ref()).into(),
                     tensor_arg(pre_activation.added_residual()).into(),
                     tensor_arg(pre_activation.masking_output()).into(),
-                    tensor_arg(table.map(|table| &table.0)).into(),
+                    tensor_arg(table.map(|table| &table.values)).into(),
                     partials.clone().into_tensor_arg(),
                     pre_activation.steps(&walk),
                     walk.grid(),
@@ -276,6 +276,7 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
     residual_grad_steps: &Steps,
     grid: &Grid,
     #[comptime] activation: Activation,
+    #[comptime] is_of_batch: bool,
     #[comptime] lanes: Lanes,
     #[define(E, T)] _elements: [ElemType; 2],
 ) {
@@ -288,8 +289,10 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
     let mut offset = Vector::<T, N>::zero();
     #[comptime]
     if let ComptimeOption::Some(table) = table {
-        slope = row(table, grid, &unit, rows::SLOPE, lanes);
-        offset = row(table, grid, &unit, rows::OFFSET, lanes);
+        if comptime!(is_of_batch) {
+            slope = row(table, grid, &unit, rows::SLOPE, lanes);
+            offset = row(table, grid, &unit, rows::OFFSET, lanes);
+        }
     }
     for position in range_stepped(unit.start, unit.end, lanes.positions) {
         let at = coordinates(grid, position);
@@ -311,7 +314,10 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
         }
         let mut grad = value.grad;
         if table.is_some() {
-            grad = affine.scale * value.grad + slope * value.deviation + offset;
+            grad = affine.scale * value.grad;
+            if comptime!(is_of_batch) {
+                grad = grad + slope * value.deviation + offset;
+            }
         }
         let index = index(target_steps, &at, &unit);
         target[index] = Vector::cast_from(grad);
@@ -323,14 +329,15 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
 /// [The examples of the crate](crate#examples) take the gradient out of it.
 #[derive(Debug)]
 pub struct NormInputGrad {
-    /// Gradient of the norm's input; of the pre-activation where there is none.
+    /// Gradient of the norm's input; of the pre-activation where there is no norm.
     pub grad: CubeTensor,
     /// `g`, if it was asked for.
     pub residual_grad: Option<CubeTensor>,
 }
 
 /// The gradient of the norm's input, `scale * g + slope * (value - mean) + offset`, with the table
-/// that [`GradSums::finish`] completed; without a norm's input, `g` itself.
+/// that [`GradSums::finish`] completed; of [constant statistics](ChannelTable::with_constant_statistics)
+/// `scale * g`, for which the norm's input need not be there; without a table `g` itself.
 ///
 /// Written over the norm's input (over the output's gradient where there is none) if nothing else
 /// holds it, otherwise into a new buffer of the same layout. One read of each tensor.
@@ -343,7 +350,7 @@ pub fn norm_input_grad(
 ) -> NormInputGrad {
     let output_grad = &pre_activation.output_grad;
     let is_unchanged = pre_activation.activation == Activation::Identity;
-    if pre_activation.norm_input.is_none() && is_unchanged {
+    if table.is_none() && is_unchanged {
         return NormInputGrad {
             residual_grad: wants_residual_grad.then(|| output_grad.clone()),
             grad: pre_activation.output_grad,
@@ -353,20 +360,22 @@ pub fn norm_input_grad(
         Some(norm_input) => (norm_input, 1),
         None => (output_grad, 0),
     };
-    let in_place = is_writable(overwritten);
+    // Without an activation `g` is the output's gradient, and without a norm the result.
+    let returns_output_grad = wants_residual_grad && is_unchanged;
+    let in_place =
+        is_writable(overwritten) && !(returns_output_grad && pre_activation.norm_input.is_none());
     let grad = match in_place {
         true => overwritten.clone(),
         false => empty_like(overwritten),
     };
-    // Without an activation `g` is the output's gradient, and without a norm the result.
-    let residual_grad = wants_residual_grad.then(|| match &pre_activation.norm_input {
+    let residual_grad = wants_residual_grad.then(|| match table {
         Some(_) if is_unchanged => output_grad.clone(),
-        Some(norm_input) => empty_like(norm_input),
+        Some(_) => empty_like(overwritten),
         None => grad.clone(),
     });
     let written_residual_grad = residual_grad
         .as_ref()
-        .filter(|_| !is_unchanged && pre_activation.norm_input.is_some());
+        .filter(|_| !is_unchanged && table.is_some());
     let others: Vec<&CubeTensor> = [&grad].into_iter().chain(written_residual_grad).collect();
     let walk = pre_activation.walk(&others);
     if walk.is_empty() {
@@ -393,7 +402,7 @@ pub fn norm_input_grad(
             tensor_arg(pre_activation.norm_input.as_ref()).into(),
             tensor_arg(pre_activation.added_residual()).into(),
             tensor_arg(pre_activation.masking_output()).into(),
-            tensor_arg(table.map(|table| &table.0)).into(),
+            tensor_arg(table.map(|table| &table.values)).into(),
             target,
             tensor_arg(written_residual_grad).into(),
             pre_activation.steps(&walk),
@@ -401,6 +410,7 @@ pub fn norm_input_grad(
             walk.steps(written_residual_grad),
             walk.grid(),
             pre_activation.activation,
+            table.is_none_or(|table| table.is_of_batch),
             walk.lanes,
             pre_activation.elements(),
         );

@@ -162,7 +162,7 @@ pub fn normalize(
             walk.vector_size,
             input.clone().into_tensor_arg(),
             tensor_arg(residual).into(),
-            tensor_arg(table.map(|table| &table.0)).into(),
+            tensor_arg(table.map(|table| &table.values)).into(),
             output_arg,
             input_steps,
             residual_steps,

@@ -44,7 +44,43 @@ pub struct Norm {
 ///
 /// [The examples of the crate](crate#examples) make one for each pass.
 #[derive(Clone, Debug)]
-pub struct ChannelTable(pub(crate) CubeTensor);
+pub struct ChannelTable {
+    pub(crate) values: CubeTensor,
+    /// Whether the statistics are the batch's, so that gradients flow through them.
+    pub(crate) is_of_batch: bool,
+}
+
+impl ChannelTable {
+    fn of_batch(values: CubeTensor) -> Self {
+        Self {
+            values,
+            is_of_batch: true,
+        }
+    }
+
+    /// The table with its statistics as constants to the gradient, as given ones are:
+    /// [`norm_input_grad`](crate::norm_input_grad) is then `scale * g`.
+    ///
+    /// ```no_run
+    /// use burn_conv_bn_cubecl::{Activation, Affine, Moments, Norm, channel_table, normalize};
+    /// use burn_cubecl::tensor::CubeTensor;
+    ///
+    /// /// `relu(norm(z))` by running statistics.
+    /// fn norm_relu(z: CubeTensor, running: &Moments, affine: Affine, norm: Norm) -> CubeTensor {
+    ///     // Without degrees of freedom the variance is used as it is, over any number of values.
+    ///     let norm = Norm { degrees_of_freedom: 0, ..norm };
+    ///     let table = channel_table(running, affine, norm, 1).with_constant_statistics();
+    ///     normalize(z, Some(&table), None, Activation::Relu)
+    /// }
+    /// ```
+    #[must_use]
+    pub fn with_constant_statistics(self) -> Self {
+        Self {
+            is_of_batch: false,
+            ..self
+        }
+    }
+}
 
 /// Rows of a [`ChannelTable`].
 pub(crate) mod rows {
@@ -263,7 +299,7 @@ pub(crate) fn finish_moments(
             );
         }
     }
-    (Moments { mean, variance }, ChannelTable(table))
+    (Moments { mean, variance }, ChannelTable::of_batch(table))
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -323,7 +359,7 @@ pub fn channel_table(moments: &Moments, affine: Affine, norm: Norm, values: usiz
             );
         }
     }
-    ChannelTable(table)
+    ChannelTable::of_batch(table)
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -336,6 +372,7 @@ fn grads_kernel<T: Float, P: Float>(
     beta_grad: &mut Tensor<P>,
     norm: &NormArgs,
     grid: &Grid,
+    #[comptime] is_of_batch: bool,
     #[comptime] lanes: Lanes,
     #[define(T, P)] _elements: [ElemType; 2],
 ) {
@@ -352,17 +389,19 @@ fn grads_kernel<T: Float, P: Float>(
         gamma_grad[channel] = P::cast_from(inverse * grad_deviation);
         beta_grad[channel] = P::cast_from(grad);
 
-        // ds/dvar * 2 / (m - ddof)
-        let zero = T::from_int(0);
-        let slope = select(
-            deviation == zero,
-            zero,
-            -(inverse * inverse) / (deviation * norm.freedom.get::<T>()),
-        );
-        let slope = parameter::<T, P>(gamma, channel, 1) * slope;
-        let scale = table[rows::SCALE * channels + channel];
-        table[rows::SLOPE * channels + channel] = slope * grad_deviation;
-        table[rows::OFFSET * channels + channel] = -(scale * grad) / norm.values.get::<T>();
+        if comptime!(is_of_batch) {
+            // ds/dvar * 2 / (m - ddof)
+            let zero = T::from_int(0);
+            let slope = select(
+                deviation == zero,
+                zero,
+                -(inverse * inverse) / (deviation * norm.freedom.get::<T>()),
+            );
+            let slope = parameter::<T, P>(gamma, channel, 1) * slope;
+            let scale = table[rows::SCALE * channels + channel];
+            table[rows::SLOPE * channels + channel] = slope * grad_deviation;
+            table[rows::OFFSET * channels + channel] = -(scale * grad) / norm.values.get::<T>();
+        }
     }
 }
 
@@ -378,8 +417,8 @@ pub struct AffineGrads {
 }
 
 /// Gradients of gamma and beta from a table of partial sums over `values` values a channel, in
-/// the dtype of gamma or beta, otherwise the accumulator's; and the coefficients of the input's
-/// gradient, into `table`.
+/// the dtype of gamma or beta, otherwise the accumulator's; and of a batch's statistics the coefficients
+/// of the input's gradient, into `table`.
 pub(crate) fn finish_sums(
     partials: CubeTensor,
     table: &ChannelTable,
@@ -412,11 +451,12 @@ pub(crate) fn finish_sums(
                 partials.into_tensor_arg(),
                 moments.variance.clone().into_tensor_arg(),
                 tensor_arg(affine.gamma).into(),
-                table.0.clone().into_tensor_arg(),
+                table.values.clone().into_tensor_arg(),
                 gamma_grad.clone().into_tensor_arg(),
                 beta_grad.clone().into_tensor_arg(),
                 norm.launch(values, dtype),
                 walk.grid(),
+                table.is_of_batch,
                 walk.lanes,
                 [dtype, element_type(norm_dtype)],
             );

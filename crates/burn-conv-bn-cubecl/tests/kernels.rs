@@ -801,6 +801,157 @@ fn without_a_norm() {
     }
 }
 
+/// What a closed activation gets, infinite or NaN, is not passed on, with a norm of the batch's statistics,
+/// of constant ones, and without one.
+#[test]
+fn closed_activations_pass_nothing() {
+    let device = CubeDevice::default();
+    let mut rng = ChaCha8Rng::seed_from_u64(13);
+    let shape = [2, 2, 3, 8];
+    for dtype in dtypes(&device) {
+        let input = Host::random(&shape, &mut rng, 0.0, 1.0).map(|_, v| rounded(v, dtype));
+        let grad = Host::random(&shape, &mut rng, 0.0, 1.0).map(|_, v| rounded(v, dtype));
+        let up = |host: &Host| host.upload(Layout::ChannelsFirst, dtype, &device);
+        let norm_dtype = burn_conv_bn_cubecl::accumulator_dtype(dtype);
+        // Values on each side of all kinks.
+        let gamma = upload_channels(&[8.0, -8.0], norm_dtype, &device);
+        let affine = Affine {
+            gamma: Some(&gamma),
+            beta: None,
+        };
+        for activation in [
+            Activation::Relu,
+            Activation::Relu6,
+            Activation::LeakyRelu(Slope::new(0.0)),
+            Activation::HardSwish,
+        ] {
+            let (stats, table) = moments(&up(&input), affine, BATCH_NORM);
+            let value = normalize(up(&input), Some(&table), None, Activation::Identity);
+            let of_batch = channel_table(&stats, affine, BATCH_NORM, 48);
+            let constant = of_batch.clone().with_constant_statistics();
+            // All that comes out, and `g` last.
+            let run = |grad: &Host, table: Option<&ChannelTable>| -> Vec<Vec<f64>> {
+                let pre_activation = PreActivation {
+                    output_grad: up(grad),
+                    norm_input: table.map(|_| up(&input)),
+                    residual: None,
+                    output: table.is_none().then(|| value.clone()),
+                    activation,
+                };
+                let sums = GradSums::new(&pre_activation, table);
+                let sums = match table {
+                    Some(table) => {
+                        let grads = sums.finish(table, &stats, affine, BATCH_NORM, 48);
+                        vec![grads.gamma, grads.beta]
+                    }
+                    None => vec![sums.grad()],
+                };
+                let result = norm_input_grad(pre_activation, table, true);
+                let g = result.residual_grad.expect("it was asked for");
+                let results = sums.iter().chain([&result.grad, &g]);
+                results.map(download).collect()
+            };
+            for table in [Some(&of_batch), Some(&constant), None] {
+                let slopes = run(&grad.map(|_, _| 1.0), table).pop().expect("there is g");
+                let closed = slopes.iter().filter(|slope| **slope == 0.0).count();
+                assert!(0 < closed && closed < slopes.len(), "{activation:?}");
+                let at_closed = |value: f64| {
+                    let grad = grad.map(|i, g| if slopes[i] == 0.0 { value } else { g });
+                    run(&grad, table)
+                };
+                let wanted = at_closed(0.0);
+                for value in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
+                    let what = format!("{value} to {activation:?} of {dtype:?}");
+                    assert_eq!(at_closed(value), wanted, "{what}");
+                }
+            }
+        }
+    }
+}
+
+/// Statistics that are constants: the gradient is `scale * g`, whether the norm's input is there or not,
+/// and in whichever buffer.
+#[test]
+fn constant_statistics() {
+    let device = CubeDevice::default();
+    let mut rng = ChaCha8Rng::seed_from_u64(17);
+    let shape = [3, 3, 4, 5];
+    let (mean, variance) = ([0.5, -1.0, 0.0], [4.0, 0.25, 1.0]);
+    let (gamma, beta) = ([1.5, 0.0, -0.5], [0.25, 1.0, -0.25]);
+    let norm = Norm {
+        inner_epsilon: 0.0,
+        ..BATCH_NORM
+    };
+    let scale: Vec<f64> = (0..3).map(|c| gamma[c] / f64::sqrt(variance[c])).collect();
+    for dtype in dtypes(&device) {
+        let mut draw =
+            || Host::random(&shape, &mut rng, 0.0, 1.0).map(|_, value| rounded(value, dtype));
+        let (input, grad, residual) = (draw(), draw(), draw());
+        let norm_dtype = burn_conv_bn_cubecl::accumulator_dtype(dtype);
+        let [mean, variance, gamma, beta] =
+            [&mean, &variance, &gamma, &beta].map(|v| upload_channels(v, norm_dtype, &device));
+        let statistics = Moments { mean, variance };
+        let affine = Affine {
+            gamma: Some(&gamma),
+            beta: Some(&beta),
+        };
+        let table = channel_table(&statistics, affine, norm, 1).with_constant_statistics();
+        let (mean, beta) = (download(&statistics.mean), download(&beta));
+        let deviation = input.map(|i, z| z - mean[input.channel_of(i)]);
+        let value = deviation.map(|i, d| {
+            let c = input.channel_of(i);
+            scale[c] * d + beta[c] + residual.values[i]
+        });
+        let output = value.map(|_, v| v.max(0.0));
+        let up = |host: &Host| host.upload(Layout::ChannelsLast, dtype, &device);
+        let got = normalize(
+            up(&input),
+            Some(&table),
+            Some(&up(&residual)),
+            Activation::Relu,
+        );
+        assert_close("output", &got, &output.values, tolerance(dtype));
+
+        for activation in [Activation::Identity, Activation::Relu] {
+            let is_open = |i: usize| activation == Activation::Identity || output.values[i] > 0.0;
+            let g = grad.map(|i, g| if is_open(i) { g } else { 0.0 });
+            let wanted = g.map(|i, g| scale[input.channel_of(i)] * g);
+            for has_input in [false, true] {
+                for wants_residual in [false, true] {
+                    let pre_activation = PreActivation {
+                        output_grad: up(&grad),
+                        norm_input: has_input.then(|| up(&input)),
+                        residual: None,
+                        output: Some(got.clone()),
+                        activation,
+                    };
+                    let what = format!("{dtype:?}, {activation:?}, input {has_input}");
+                    let sums = GradSums::new(&pre_activation, Some(&table));
+                    if has_input {
+                        let grads = sums.finish(&table, &statistics, affine, norm, 1);
+                        let products = g.map(|i, g| g * deviation.values[i]).channel_sums();
+                        let inverse = [0.5, 2.0, 1.0];
+                        let gamma: Vec<f64> = products
+                            .iter()
+                            .zip(inverse)
+                            .map(|(sum, s)| sum * s)
+                            .collect();
+                        assert_close(&format!("{what}: gamma"), &grads.gamma, &gamma, 1e-5);
+                        let beta = g.channel_sums();
+                        assert_close(&format!("{what}: beta"), &grads.beta, &beta, 1e-5);
+                    }
+                    let result = norm_input_grad(pre_activation, Some(&table), wants_residual);
+                    assert_close(&what, &result.grad, &wanted.values, tolerance(dtype));
+                    assert_eq!(result.residual_grad.is_some(), wants_residual);
+                    if let Some(residual_grad) = result.residual_grad {
+                        assert_eq!(download(&residual_grad), g.values, "{what}");
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn an_empty_batch() {
     let device = CubeDevice::default();

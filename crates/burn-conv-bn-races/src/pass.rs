@@ -247,11 +247,11 @@ pub fn run<E: Element>(case: &Case) -> Written {
             backward(
                 &pass,
                 conv_output,
-                InputGradCoefficients {
+                Some(InputGradCoefficients {
                     scale: &scale,
                     slope: &slope,
                     offset: &offset,
-                },
+                }),
                 Gradients {
                     input: Some((&mut input_grad, &weight)),
                     weight: Some(&mut weight_grad),
@@ -348,11 +348,11 @@ pub fn run_pools<E: Element>() -> Written {
         backward(
             &pass,
             None,
-            InputGradCoefficients {
+            Some(InputGradCoefficients {
                 scale: &scale,
                 slope: &scale,
                 offset: &shift,
-            },
+            }),
             Gradients {
                 input: Some((&mut input_grad, &weight)),
                 weight: Some(&mut weight_grad),

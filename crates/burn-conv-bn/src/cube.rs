@@ -14,7 +14,9 @@ use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
     NormOutput, OptionalTensor,
 };
-use crate::definition::{Activation, ConvBnOptions, NormSpec, NormVariant, values_per_channel};
+use crate::definition::{
+    Activation, ConvBnOptions, NormSpec, NormVariant, StatisticsKind, values_per_channel,
+};
 use crate::portable::conv_bn::{backward_by, forward_by};
 use crate::portable::sweeps::{Affine, Argument, Moments, Sweeps};
 
@@ -85,6 +87,16 @@ impl Sweeps<CubeBackend> for Kernels {
         }
     }
 
+    fn normalize_by(
+        norm: &KernelNorm,
+        input: FloatTensor<CubeBackend>,
+        residual: Option<FloatTensor<CubeBackend>>,
+        function: Activation,
+    ) -> FloatTensor<CubeBackend> {
+        let function = kernel_activation(function);
+        normalize(input, Some(&norm.table), residual.as_ref(), function)
+    }
+
     fn activate(
         value: FloatTensor<CubeBackend>,
         residual: Option<FloatTensor<CubeBackend>>,
@@ -100,15 +112,31 @@ impl Sweeps<CubeBackend> for Kernels {
         moments: Moments<CubeBackend>,
         affine: Affine<CubeBackend>,
         norm: NormSpec,
+        statistics: StatisticsKind,
         shape: &Shape,
     ) -> KernelNorm {
         let moments = KernelMoments {
             mean: moments.mean,
             variance: moments.variance,
         };
-        let (norm, values) = (kernel_norm(norm), values_per_channel(shape));
+        let norm = kernel_norm(norm);
+        // A given variance is used as it is, whatever the number of values.
+        let (norm, values) = match statistics {
+            StatisticsKind::Batch => (norm, values_per_channel(shape)),
+            StatisticsKind::Fixed => (
+                Norm {
+                    degrees_of_freedom: 0,
+                    ..norm
+                },
+                1,
+            ),
+        };
+        let table = channel_table(&moments, kernel_affine(&affine), norm, values);
         KernelNorm {
-            table: channel_table(&moments, kernel_affine(&affine), norm, values),
+            table: match statistics {
+                StatisticsKind::Batch => table,
+                StatisticsKind::Fixed => table.with_constant_statistics(),
+            },
             moments,
             affine,
             norm,

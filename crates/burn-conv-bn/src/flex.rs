@@ -24,7 +24,7 @@ use crate::backend::{
     MaxPoolForward, OptionalTensor, Statistics,
 };
 use crate::definition::{
-    Activation, ConvBnOptions, ConvSpec, Derivative, NormSpec, NormVariant, SavePlan,
+    Activation, ConvBnOptions, ConvSpec, Derivative, NormSpec, NormVariant, Parents, SavePlan,
     StatisticsKind,
 };
 use crate::portable::{self, cast};
@@ -293,6 +293,22 @@ fn kernel_backward<E: Kernel>(
         saved.mean.as_option().map(host::<E::Real>),
         saved.variance.as_option().map(host::<E::Real>),
     ) else {
+        let Parents {
+            input,
+            weight,
+            gamma,
+            beta,
+            residual,
+            ..
+        } = options.wanted;
+        let is_masked = options.options.activation.derivative() != Derivative::One;
+        // The portable body knows no pool; a sum over the pool's gradient is one over its input's.
+        assert!(
+            behind.is_none() || !(input || weight || gamma || residual || beta && is_masked),
+            "a block joined with a max pool: expected mean and variance, which SavePlan::with_max_pool \
+             keeps for these gradients, got none ({:?})",
+            options.wanted
+        );
         return portable::conv_bn::backward::<Flex>(saved, options);
     };
     let ConvBnSaved {
@@ -411,26 +427,21 @@ fn kernel_backward<E: Kernel>(
             None => pass.weight.map(|weight| scaled_rows(weight, &scale)),
         };
         let input_weight = folded.as_deref().or(pass.weight);
-        let (grad_scale, slope, offset) = match &batch_norm {
-            Some(norm) => {
-                let (slope, offset) =
-                    norm.input_grad(gamma.as_deref(), &sums.grad, &sums.grad_deviation);
-                (
-                    scale.clone(),
-                    rounded(slope.into_iter()),
-                    rounded(offset.into_iter()),
-                )
-            }
-            None => (vec![E::Real::ONE; channels], zeros.clone(), zeros.clone()),
-        };
+        let coefficients = batch_norm.as_ref().map(|norm| {
+            let (slope, offset) =
+                norm.input_grad(gamma.as_deref(), &sums.grad, &sums.grad_deviation);
+            [slope, offset].map(|values| rounded::<E::Real>(values.into_iter()))
+        });
         backward(
             &pass,
             at_hand.or(stores.then_some(&stored[..])),
-            InputGradCoefficients {
-                scale: &grad_scale,
-                slope: &slope,
-                offset: &offset,
-            },
+            coefficients
+                .as_ref()
+                .map(|[slope, offset]| InputGradCoefficients {
+                    scale: &scale,
+                    slope,
+                    offset,
+                }),
             Gradients {
                 input: input_grad.as_mut().map(|grad| {
                     let weight = input_weight.expect("the plan keeps it for this gradient");
@@ -879,12 +890,6 @@ mod tests {
         assert_close(&what, &kernel.variance, &portable.variance);
         assert_eq!(kernel.conv_output.is_present(), plan.conv_output);
 
-        let keep = |kept: bool, tensor: &OptionalTensor<Flex>| -> OptionalTensor<Flex> {
-            tensor.as_option().filter(|_| kept).cloned().into()
-        };
-        let present_if = |kept: bool, tensor: &FlexTensor| -> OptionalTensor<Flex> {
-            kept.then(|| tensor.clone()).into()
-        };
         let frozen_weight = Parents {
             weight: false,
             ..present
@@ -912,19 +917,7 @@ mod tests {
             (shift_alone, None),
         ] {
             let plan = SavePlan::new(options, statistics, present, wanted);
-            let saved = ConvBnSaved::<Flex> {
-                output_grad: random(&output_shape, 9),
-                input: present_if(plan.input, &inputs.input),
-                weight: present_if(plan.weight, &inputs.weight),
-                bias: keep(plan.bias, &inputs.bias),
-                gamma: keep(plan.gamma, &inputs.gamma),
-                beta: keep(plan.beta, &inputs.beta),
-                mean: present_if(plan.statistics, &kernel.mean),
-                variance: present_if(plan.statistics, &kernel.variance),
-                conv_output: keep(plan.conv_output, &kernel.conv_output),
-                output: present_if(plan.output, &kernel.output),
-                residual: keep(plan.residual, &inputs.residual),
-            };
+            let saved = saved(&plan, &inputs, &kernel, random(&output_shape, 9));
             let what = format!("{what}, wanted {wanted:?}");
             let options = ConvBnBackwardOptions {
                 options: options.clone().with_max_workspace(max_workspace),
@@ -938,5 +931,233 @@ mod tests {
             let portable = portable::conv_bn::backward::<Flex>(saved, &options);
             assert_all_close(&what, grads, portable);
         }
+    }
+    /// What the plan keeps of a forward pass.
+    fn saved(
+        plan: &SavePlan,
+        inputs: &ConvBnInputs<Flex>,
+        forward: &ConvBnForward<Flex>,
+        output_grad: FlexTensor,
+    ) -> ConvBnSaved<Flex> {
+        let keep = |kept: bool, tensor: &OptionalTensor<Flex>| -> OptionalTensor<Flex> {
+            tensor.as_option().filter(|_| kept).cloned().into()
+        };
+        let present_if = |kept: bool, tensor: &FlexTensor| -> OptionalTensor<Flex> {
+            kept.then(|| tensor.clone()).into()
+        };
+        ConvBnSaved {
+            output_grad,
+            input: present_if(plan.input, &inputs.input),
+            weight: present_if(plan.weight, &inputs.weight),
+            bias: keep(plan.bias, &inputs.bias),
+            gamma: keep(plan.gamma, &inputs.gamma),
+            beta: keep(plan.beta, &inputs.beta),
+            mean: present_if(plan.statistics, &forward.mean),
+            variance: present_if(plan.statistics, &forward.variance),
+            conv_output: keep(plan.conv_output, &forward.conv_output),
+            output: present_if(plan.output, &forward.output),
+            residual: keep(plan.residual, &inputs.residual),
+        }
+    }
+
+    /// A 1x1 convolution of one channel with given statistics, in line with its residual.
+    struct Given {
+        mean: f64,
+        variance: f64,
+        epsilon: f64,
+        weight: f64,
+        input: [f64; 4],
+    }
+
+    impl Given {
+        /// The output and all gradients that are wanted, on values that `dtype` holds; with
+        /// `computes_in_f64` the same values in f64.
+        fn run(
+            &self,
+            dtype: DType,
+            computes_in_f64: bool,
+            (options, with_residual, wants_all): (&ConvBnOptions, bool, bool),
+            (forward, backward): (Forward, BackwardPass),
+        ) -> Vec<Vec<f64>> {
+            let of = |values: &[f64], shape: &[usize], dtype: DType| {
+                let data = TensorData::new(values.to_vec(), shape.to_vec());
+                let held = cast::<Flex>(FlexTensor::from_data(data), dtype);
+                let target = if computes_in_f64 { DType::F64 } else { dtype };
+                cast::<Flex>(held, target)
+            };
+            let shape = [2, 1, 2];
+            let channel = |value: f64| of(&[value], &[1], DType::F32);
+            let inputs = ConvBnInputs::<Flex> {
+                input: of(&self.input, &shape, dtype),
+                weight: of(&[self.weight], &[1, 1, 1], dtype),
+                bias: OptionalTensor::Present(of(&[0.0], &[1], dtype)),
+                gamma: OptionalTensor::Present(channel(1.0)),
+                beta: OptionalTensor::Present(channel(0.5)),
+                residual: with_residual
+                    .then(|| of(&[0.25, -0.5, 0.75, 0.0], &shape, dtype))
+                    .into(),
+                statistics: Statistics::Fixed {
+                    mean: channel(self.mean),
+                    variance: channel(self.variance),
+                },
+            };
+            let present = inputs.present();
+            let wanted = if wants_all {
+                present
+            } else {
+                Parents {
+                    input: true,
+                    ..Parents::default()
+                }
+            };
+            let plan = SavePlan::new(options, StatisticsKind::Fixed, present, wanted);
+            let result = forward(inputs.clone(), options, plan.conv_output);
+            let output_grad = of(&[0.25, -0.5, 0.5, 0.25], &shape, dtype);
+            let saved = saved(&plan, &inputs, &result, output_grad);
+            let options = ConvBnBackwardOptions {
+                options: options.clone(),
+                statistics: StatisticsKind::Fixed,
+                input_shape: inputs.input.shape(),
+                weight_shape: inputs.weight.shape(),
+                norm_dtype: if computes_in_f64 {
+                    DType::F64
+                } else {
+                    DType::F32
+                },
+                wanted,
+            };
+            let grads = backward(saved, &options);
+            let grads = [
+                grads.input,
+                grads.weight,
+                grads.bias,
+                grads.gamma,
+                grads.beta,
+                grads.residual,
+            ];
+            let grads = grads.into_iter().filter_map(OptionalTensor::into_option);
+            [result.output]
+                .into_iter()
+                .chain(grads)
+                .map(|tensor| host::<f64>(&tensor))
+                .collect()
+        }
+    }
+
+    type Forward = fn(ConvBnInputs<Flex>, &ConvBnOptions, bool) -> ConvBnForward<Flex>;
+    type BackwardPass = fn(ConvBnSaved<Flex>, &ConvBnBackwardOptions) -> ConvBnGrads<Flex>;
+
+    /// Norms whose scale, offset or scaled weight f16 does not hold, in front of outputs and gradients
+    /// that it does: nothing of theirs passes through half precision.
+    #[test]
+    fn given_statistics_beyond_half_precision() {
+        let norms = [
+            // The offset is 79057.
+            Given {
+                mean: -250.0,
+                variance: 0.0,
+                epsilon: 1e-5,
+                weight: 1.0,
+                input: [-253.0, -251.0, -250.0, -248.0],
+            },
+            // The scale is 1e5.
+            Given {
+                mean: 0.0,
+                variance: 0.0,
+                epsilon: 1e-10,
+                weight: 1.0,
+                input: [-0.125, 0.0625, 0.03125, 0.25],
+            },
+            // The scaled weight is 1e-7.
+            Given {
+                mean: 0.0,
+                variance: 1e8,
+                epsilon: 1e-5,
+                weight: 1e-3,
+                input: [-6e4, 1e4, 3e4, 6e4],
+            },
+        ];
+        let portable: (Forward, BackwardPass) = (
+            portable::conv_bn::forward::<Flex>,
+            portable::conv_bn::backward::<Flex>,
+        );
+        let kernels: (Forward, BackwardPass) = (
+            |inputs, options, keep| Flex::conv_bn_forward(inputs, options.clone(), keep),
+            |saved, options| Flex::conv_bn_backward(saved, options.clone()),
+        );
+        // A few roundings, and the distance of subnormal numbers in f16.
+        for (dtype, relative, absolute) in [(DType::F16, 1e-2, 6e-8), (DType::BF16, 4e-2, 0.0)] {
+            for given in &norms {
+                for activation in [
+                    Activation::Identity,
+                    Activation::Relu,
+                    Activation::HardSwish,
+                ] {
+                    for recompute in [Recompute::Conv, Recompute::Never] {
+                        let options = ConvBnOptions::new(ConvSpec::unit(1))
+                            .with_norm(NormSpec::new(NormVariant::BatchNorm, given.epsilon))
+                            .with_activation(activation)
+                            .with_recompute(recompute);
+                        for (residual, wants_all) in [(false, true), (true, true), (false, false)] {
+                            let case = (&options, residual, wants_all);
+                            let wanted = given.run(dtype, true, case, kernels);
+                            for passes in [kernels, portable] {
+                                let got = given.run(dtype, false, case, passes);
+                                assert_eq!(got.len(), wanted.len());
+                                for (index, (got, wanted)) in got.iter().zip(&wanted).enumerate() {
+                                    let largest =
+                                        wanted.iter().fold(0.0, |a: f64, b| a.max(b.abs()));
+                                    for (got, wanted) in got.iter().zip(wanted) {
+                                        let error = (got - wanted).abs();
+                                        assert!(
+                                            error <= relative * largest + absolute,
+                                            "result {index}, {dtype:?}, mean {}, variance {}, \
+                                             {options:?}: got {got}, wanted {wanted}",
+                                            given.mean,
+                                            given.variance
+                                        );
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The portable body, which serves here where there are no statistics, knows no pool.
+    #[test]
+    #[should_panic(expected = "a block joined with a max pool: expected mean and variance")]
+    fn a_joined_pool_without_statistics_is_refused() {
+        let options = ConvBnOptions::new(ConvSpec::unit(2));
+        let saved = ConvBnSaved::<Flex> {
+            output_grad: random(&[1, 1, 2, 2], 1),
+            input: OptionalTensor::Present(random(&[1, 1, 4, 4], 2)),
+            weight: OptionalTensor::Present(random(&[1, 1, 1, 1], 3)),
+            bias: OptionalTensor::Absent,
+            gamma: OptionalTensor::Absent,
+            beta: OptionalTensor::Absent,
+            mean: OptionalTensor::Absent,
+            variance: OptionalTensor::Absent,
+            conv_output: OptionalTensor::Absent,
+            output: OptionalTensor::Absent,
+            residual: OptionalTensor::Absent,
+        };
+        let conv_bn = ConvBnBackwardOptions {
+            options,
+            statistics: StatisticsKind::Batch,
+            input_shape: Shape::new([1, 1, 4, 4]),
+            weight_shape: Shape::new([1, 1, 1, 1]),
+            norm_dtype: DType::F64,
+            wanted: Parents {
+                weight: true,
+                ..Parents::default()
+            },
+        };
+        let pool = MaxPoolOptions::new([2, 2]).with_stride([2, 2]);
+        let places = tensor(vec![0u8; 4], &Shape::new([1, 1, 2, 2]));
+        let options = ConvBnMaxPoolBackwardOptions { conv_bn, pool };
+        let _ = Flex::conv_bn_max_pool_backward(saved, places, options);
     }
 }

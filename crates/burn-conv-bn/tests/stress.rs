@@ -1159,3 +1159,76 @@ fn a_poisoned_image_leaves_the_others_alone() {
         }
     }
 }
+
+/// What a closed ReLU gets, infinite or NaN, is not passed on: everything is as where the output's
+/// gradient is 0 there, as with Burn's own layers.
+#[test]
+fn closed_relus_pass_nothing() {
+    for (spec, input, weight) in [
+        (padded(1), [3, 3, 6, 5], [7, 3, 3, 3]),
+        (padded(1), [3, 16, 6, 5], [16, 16, 3, 3]),
+        (strided(), [3, 16, 7, 7], [16, 16, 3, 3]),
+        (padded(4), [3, 4, 7, 7], [4, 1, 3, 3]),
+    ] {
+        for activation in [Activation::Relu, Activation::Relu6] {
+            for given_statistics in [false, true] {
+                for residual in [false, true] {
+                    for recompute in [Recompute::Conv, Recompute::Never] {
+                        let case = Case {
+                            activation,
+                            given_statistics,
+                            residual,
+                            recompute,
+                            bias: true,
+                            seed: seed(14),
+                            ..Case::new(spec.clone(), &input, &weight)
+                        };
+                        for dtype in DTYPES {
+                            passes_nothing_where_closed(&case, dtype);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn passes_nothing_where_closed(case: &Case, dtype: DType) {
+    type Run<'a> = &'a dyn Fn(&Data) -> Results;
+    let op: Run<'_> = &|data| case.run(data, dtype, &Device::flex());
+    let ours: Run<'_> = &|data| layer(case, data, dtype, true);
+    let burns: Run<'_> = &|data| layer(case, data, dtype, false);
+    // Ours have the same bits.
+    let mut runs = vec![("the op", op, 0.0)];
+    if dtype == DType::F32 && case.activation == Activation::Relu && !case.residual {
+        runs.extend([("the layer", ours, 0.0), ("Burn's layers", burns, ATOL)]);
+    }
+    let data = case.draw(dtype);
+    for (what, run, tolerance) in runs {
+        let output = run(&data);
+        let is_closed: Vec<bool> = value(&output, OUTPUT).iter().map(|y| *y == 0.0).collect();
+        assert!(is_closed.contains(&true) && is_closed.contains(&false));
+        let with = |at_closed: f64| {
+            let mut data = data.clone();
+            for (grad, is_closed) in data.output_grad.iter_mut().zip(&is_closed) {
+                if *is_closed {
+                    *grad = at_closed;
+                }
+            }
+            run(&data)
+        };
+        let wanted = with(0.0);
+        for at_closed in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
+            let got = with(at_closed);
+            for (name, (got, wanted)) in NAMES.iter().zip(got.0.iter().zip(&wanted.0)) {
+                let (Some(got), Some(wanted)) = (got, wanted) else {
+                    continue;
+                };
+                assert!(
+                    distance(got, wanted) <= tolerance * (1.0 + largest(wanted)),
+                    "{name} of {what}, with {at_closed} at closed positions, {dtype:?}, {case:#?}"
+                );
+            }
+        }
+    }
+}

@@ -34,8 +34,8 @@ pub(crate) fn forward<B: Backend>(activation: Activation, value: FloatTensor<B>)
     }
 }
 
-/// `output_grad * activation'(value)`. Where the derivative can be told from the output, `value`
-/// may be the output.
+/// `output_grad * activation'(value)`, and 0 where the derivative is 0, whatever the gradient. Where the
+/// derivative can be told from the output, `value` may be the output.
 pub(crate) fn backward<B: Backend>(
     activation: Activation,
     value: FloatTensor<B>,
@@ -51,6 +51,9 @@ pub(crate) fn backward<B: Backend>(
         }
         Activation::LeakyRelu { negative_slope } => {
             let below = at_most::<B>(&value, 0.0);
+            if negative_slope == 0.0 {
+                return B::float_mask_fill(output_grad, below, 0f64.into());
+            }
             let scaled = B::float_mul_scalar(output_grad.clone(), negative_slope.into());
             B::float_mask_where(output_grad, below, scaled)
         }
@@ -59,7 +62,7 @@ pub(crate) fn backward<B: Backend>(
             let sigmoid = B::sigmoid(value.clone());
             let rest = line::<B>(sigmoid.clone(), -1.0, 1.0);
             let slope = B::float_mul(B::float_mul(value, sigmoid.clone()), rest);
-            B::float_mul(output_grad, B::float_add(slope, sigmoid))
+            sloped::<B>(output_grad, B::float_add(slope, sigmoid))
         }
         // Not `gelu_backward`: Burn's is of the approximation by tanh.
         Activation::Gelu => {
@@ -69,7 +72,7 @@ pub(crate) fn backward<B: Backend>(
             let scale = 0.5 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
             let density = B::float_mul_scalar(density, scale.into());
             let slope = B::float_mul(value.clone(), density);
-            B::float_mul(output_grad, B::float_add(slope, normal_cdf::<B>(value)))
+            sloped::<B>(output_grad, B::float_add(slope, normal_cdf::<B>(value)))
         }
         Activation::HardSwish => {
             let below = at_most::<B>(&value, -3.0);
@@ -77,9 +80,16 @@ pub(crate) fn backward<B: Backend>(
             let slope = line::<B>(value, 1.0 / 3.0, 0.5);
             let slope = B::float_mask_fill(slope, below, 0f64.into());
             let slope = B::float_mask_fill(slope, above, 1f64.into());
-            B::float_mul(output_grad, slope)
+            sloped::<B>(output_grad, slope)
         }
     }
+}
+
+/// `grad * slope`, and 0 where the slope is 0: the product with an infinite gradient is NaN.
+fn sloped<B: Backend>(grad: FloatTensor<B>, slope: FloatTensor<B>) -> FloatTensor<B> {
+    let bool_dtype = get_or_init_device_settings::<B>(&slope.device()).bool_dtype;
+    let flat = B::float_equal_elem(slope.clone(), 0f64.into(), bool_dtype);
+    B::float_mask_fill(B::float_mul(grad, slope), flat, 0f64.into())
 }
 
 /// The normal distribution's `P(X <= value)`.

@@ -7,7 +7,7 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, Shape, Slice};
 
 use super::sweeps::{Affine, Argument, Composed, Moments, Sweeps};
-use super::{broadcast, cast, channels, conv, norm};
+use super::{cast, channels, conv, norm};
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
     OptionalTensor, Statistics,
@@ -64,33 +64,52 @@ pub(crate) fn forward_by<B: ConvBnBackend, S: Sweeps<B>>(
         }
         Statistics::Fixed { mean, variance } => {
             let dtype = inputs.input.dtype();
-            let folded = Folded::<B>::new(
-                affine.gamma.as_ref(),
-                affine.beta.as_ref(),
-                inputs.bias.as_option(),
-                (&mean, &variance),
-                options.norm,
-                dtype,
-            );
-            let (normalized, kept) = match keep_conv_output {
-                true => {
-                    let conv_output =
-                        conv::forward::<B>(inputs.input, inputs.weight, None, &options.conv);
-                    (folded.apply(conv_output.clone()), Some(conv_output))
-                }
-                false => {
-                    let normalized = folded.conv(inputs.input, inputs.weight, &options.conv);
-                    (normalized, None)
-                }
+            let (bias, moments) = (inputs.bias.as_option(), (&mean, &variance));
+            let (output, kept) = if folds(dtype) && !keep_conv_output {
+                let folded = Folded::<B>::new(affine, bias, moments, options.norm, dtype);
+                let normalized = folded.conv(inputs.input, inputs.weight, &options.conv);
+                let output = S::activate(normalized, residual, options.activation);
+                (output, None)
+            } else {
+                let conv_output =
+                    conv::forward::<B>(inputs.input, inputs.weight, None, &options.conv);
+                let kept = keep_conv_output.then(|| conv_output.clone());
+                let shape = conv_output.shape();
+                let norm = given_norm::<B, S>(affine, bias, moments, options.norm, dtype, &shape);
+                let output = S::normalize_by(&norm, conv_output, residual, options.activation);
+                (output, kept)
             };
             ConvBnForward {
-                output: S::activate(normalized, residual, options.activation),
+                output,
                 mean: cast::<B>(mean, accumulator_dtype(dtype)),
                 variance: cast::<B>(variance, accumulator_dtype(dtype)),
                 conv_output: kept.into(),
             }
         }
     }
+}
+
+/// Whether given statistics are folded into a weight of that dtype. Half precision ends where a folded
+/// weight or offset may lie: there the norm is a sweep in the accumulator's dtype.
+fn folds(dtype: DType) -> bool {
+    accumulator_dtype(dtype) == dtype
+}
+
+/// The norm of given statistics, over the convolution's output without its bias.
+fn given_norm<B: ConvBnBackend, S: Sweeps<B>>(
+    affine: Affine<B>,
+    bias: Option<&FloatTensor<B>>,
+    (mean, variance): (&FloatTensor<B>, &FloatTensor<B>),
+    norm: NormSpec,
+    dtype: DType,
+    shape: &Shape,
+) -> S::Norm {
+    let accumulator = accumulator_dtype(dtype);
+    let moments = Moments {
+        mean: center::<B>(mean.clone(), bias, accumulator),
+        variance: cast::<B>(variance.clone(), accumulator),
+    };
+    S::norm(moments, affine, norm, StatisticsKind::Fixed, shape)
 }
 
 /// What a norm with given statistics multiplies by: `[channels]` in the accumulator's dtype.
@@ -122,27 +141,26 @@ impl<B: Backend> Scales<B> {
 struct Folded<B: Backend> {
     /// `gamma * s`.
     scale: FloatTensor<B>,
-    /// `beta + gamma * s * (bias - mean)`.
+    /// `beta - gamma * s * (mean - bias)`.
     offset: FloatTensor<B>,
     dtype: DType,
 }
 
 impl<B: ConvBnBackend> Folded<B> {
     fn new(
-        gamma: Option<&FloatTensor<B>>,
-        beta: Option<&FloatTensor<B>>,
+        affine: Affine<B>,
         bias: Option<&FloatTensor<B>>,
         (mean, variance): (&FloatTensor<B>, &FloatTensor<B>),
         norm: NormSpec,
         dtype: DType,
     ) -> Self {
-        let scale = Scales::<B>::new(gamma, variance, norm, dtype).scale;
+        let scale = Scales::<B>::new(affine.gamma.as_ref(), variance, norm, dtype).scale;
         let accumulator = scale.dtype();
-        let shifted = shifted_bias::<B>(bias, mean.clone(), accumulator);
-        let scaled = B::float_mul(shifted, scale.clone());
-        let offset = match beta {
-            Some(beta) => B::float_add(scaled, cast::<B>(beta.clone(), accumulator)),
-            None => scaled,
+        let center = center::<B>(mean.clone(), bias, accumulator);
+        let scaled = B::float_mul(center, scale.clone());
+        let offset = match affine.beta {
+            Some(beta) => B::float_sub(cast::<B>(beta, accumulator), scaled),
+            None => B::float_neg(scaled),
         };
         Self {
             scale,
@@ -162,16 +180,6 @@ impl<B: ConvBnBackend> Folded<B> {
         let offset = cast::<B>(self.offset.clone(), self.dtype);
         conv::forward::<B>(input, weight, Some(offset), spec)
     }
-
-    /// The norm of the convolution's output.
-    fn apply(&self, conv_output: FloatTensor<B>) -> FloatTensor<B> {
-        let rank = conv_output.rank();
-        let [scale, offset] =
-            [&self.scale, &self.offset].map(|values| broadcast::<B>(values.clone(), rank));
-        let value = cast::<B>(conv_output, accumulator_dtype(self.dtype));
-        let value = B::float_add(B::float_mul(value, scale), offset);
-        cast::<B>(value, self.dtype)
-    }
 }
 
 /// `weight` with each output channel times its `scale`, in the weight's dtype.
@@ -184,16 +192,16 @@ fn scale_weight<B: Backend>(weight: FloatTensor<B>, scale: FloatTensor<B>) -> Fl
     cast::<B>(B::float_mul(cast::<B>(weight, accumulator), scale), dtype)
 }
 
-/// `bias - mean`, `[channels]`.
-fn shifted_bias<B: Backend>(
-    bias: Option<&FloatTensor<B>>,
+/// `mean - bias`, `[channels]`: the mean of the convolution's output without its bias.
+fn center<B: Backend>(
     mean: FloatTensor<B>,
+    bias: Option<&FloatTensor<B>>,
     dtype: DType,
 ) -> FloatTensor<B> {
     let mean = cast::<B>(mean, dtype);
     match bias {
-        Some(bias) => B::float_sub(cast::<B>(bias.clone(), dtype), mean),
-        None => B::float_neg(mean),
+        Some(bias) => B::float_sub(mean, cast::<B>(bias.clone(), dtype)),
+        None => mean,
     }
 }
 
@@ -226,11 +234,11 @@ pub(crate) fn backward_by<B: ConvBnBackend, S: Sweeps<B>>(
         }
     }
     let (gamma_grad, grad_sum) = match (sums, &mut pass.norm) {
-        (Some(sums), Some(norm)) => {
+        (Some(sums), Some(norm)) if pass.needs_conv_output => {
             let [gamma_grad, grad_sum] = S::affine_grads(norm, sums);
             (Some(gamma_grad), Some(grad_sum))
         }
-        (Some(sums), None) => (None, Some(S::grad_sum(sums))),
+        (Some(sums), _) => (None, Some(S::grad_sum(sums))),
         (None, _) => (None, None),
     };
 
@@ -254,6 +262,11 @@ pub(crate) fn backward_by<B: ConvBnBackend, S: Sweeps<B>>(
             bias: wanted
                 .bias
                 .then(|| B::float_zeros(Shape::new([output_shape[1]]), &device, pass.dtype.into())),
+            gamma: gamma_grad,
+        },
+        StatisticsKind::Fixed if pass.norm.is_some() => ParameterGrads {
+            weight: grads.weight,
+            bias: grad_sum.clone().and_then(|sum| pass.bias_grad(sum)),
             gamma: gamma_grad,
         },
         StatisticsKind::Fixed => pass.unfold(grad_sum.clone(), grads.weight),
@@ -285,9 +298,12 @@ struct Pass<'a, B: ConvBnBackend, S: Sweeps<B>> {
     options: &'a ConvBnBackwardOptions,
     saved: ConvBnSaved<B>,
     dtype: DType,
-    /// The norm, where its statistics are the batch's and something is needed of them.
+    /// The norm, where something is needed of its statistics and it is not folded into the weight.
     norm: Option<S::Norm>,
-    /// The norm, where its statistics are given and the activation's derivative needs its output.
+    /// Whether that norm needs its input: for gradients of the batch's statistics or of gamma, or for
+    /// the activation's derivative.
+    needs_conv_output: bool,
+    /// The norm, where it is folded into the weight and the activation's derivative needs its output.
     folded: Option<Folded<B>>,
     /// The weight that the gradient of the input goes through.
     input_weight: Option<FloatTensor<B>>,
@@ -296,53 +312,65 @@ struct Pass<'a, B: ConvBnBackend, S: Sweeps<B>> {
 impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
     fn new(saved: ConvBnSaved<B>, options: &'a ConvBnBackwardOptions) -> Self {
         let spec = options.options.norm;
-        let gamma = saved.gamma.as_option();
-        let weight = saved.weight.as_option();
-        let moments = saved.mean.as_option().zip(saved.variance.as_option());
-        let (norm, input_weight) = match (options.statistics, moments) {
-            (StatisticsKind::Batch, Some((mean, variance))) => {
-                let moments = Moments {
-                    mean: mean.clone(),
-                    variance: variance.clone(),
-                };
-                let affine = Affine {
-                    gamma: gamma.cloned(),
-                    beta: saved.beta.as_option().cloned(),
-                };
-                let norm = S::norm(moments, affine, spec, &saved.output_grad.shape());
-                (Some(norm), weight.cloned())
-            }
-            (StatisticsKind::Fixed, Some((_, variance))) if options.wanted.input => {
-                let fold = |weight: &FloatTensor<B>| {
-                    let scales = Scales::<B>::new(gamma, variance, spec, weight.dtype());
-                    scale_weight::<B>(weight.clone(), scales.scale)
-                };
-                (None, weight.map(fold))
-            }
-            _ => (None, None),
-        };
         let dtype = saved.output_grad.dtype();
-        let is_fixed = options.statistics == StatisticsKind::Fixed;
+        let affine = Affine {
+            gamma: saved.gamma.as_option().cloned(),
+            beta: saved.beta.as_option().cloned(),
+        };
+        let (bias, weight) = (saved.bias.as_option(), saved.weight.as_option());
         let needs_value = options.options.activation.derivative() == Derivative::OfValue;
-        let folded = moments.filter(|_| is_fixed && needs_value).map(|moments| {
-            let (beta, bias) = (saved.beta.as_option(), saved.bias.as_option());
-            Folded::new(gamma, beta, bias, moments, spec, dtype)
-        });
+        let shape = saved.output_grad.shape();
+        let mut norm = None;
+        let mut folded = None;
+        let mut input_weight = weight.cloned();
+        if let Some((mean, variance)) = saved.mean.as_option().zip(saved.variance.as_option()) {
+            let moments = (mean, variance);
+            match options.statistics {
+                StatisticsKind::Batch => {
+                    let moments = Moments {
+                        mean: mean.clone(),
+                        variance: variance.clone(),
+                    };
+                    norm = Some(S::norm(
+                        moments,
+                        affine,
+                        spec,
+                        StatisticsKind::Batch,
+                        &shape,
+                    ));
+                }
+                StatisticsKind::Fixed if folds(dtype) && !saved.conv_output.is_present() => {
+                    if options.wanted.input {
+                        let scales = Scales::<B>::new(affine.gamma.as_ref(), variance, spec, dtype);
+                        let fold = |weight| scale_weight::<B>(weight, scales.scale);
+                        input_weight = input_weight.map(fold);
+                    }
+                    folded = needs_value.then(|| Folded::new(affine, bias, moments, spec, dtype));
+                }
+                StatisticsKind::Fixed => {
+                    norm = Some(given_norm::<B, S>(
+                        affine, bias, moments, spec, dtype, &shape,
+                    ));
+                }
+            }
+        }
+        let is_of_batch = options.statistics == StatisticsKind::Batch;
+        let needs_conv_output =
+            norm.is_some() && (is_of_batch || options.wanted.gamma || needs_value);
         Self {
             options,
             dtype,
-            folded,
             norm,
+            needs_conv_output,
+            folded,
             input_weight,
             saved,
         }
     }
 
-    /// Whether the gradient of the weight is needed: for itself, or, with given statistics, for
-    /// gamma's.
+    /// Whether the gradient of the weight is needed: for itself, or, of a folded one, for gamma's.
     fn wants_weight(&self) -> bool {
-        let fixed = self.options.statistics == StatisticsKind::Fixed;
-        self.options.wanted.weight || (fixed && self.options.wanted.gamma)
+        self.options.wanted.weight || (self.norm.is_none() && self.options.wanted.gamma)
     }
 
     /// Takes one chunk in hand. With `last`, what is only needed here is freed.
@@ -369,18 +397,13 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
         let Some(folded) = &self.folded else {
             return Argument::Norm { residual };
         };
-        let normalized = match take(&mut self.saved.conv_output, last) {
-            Some(conv_output) => folded.apply(rows::<B>(conv_output, chunk)),
-            None => {
-                let (Some(input), Some(weight)) =
-                    (self.saved.input.as_option(), self.saved.weight.as_option())
-                else {
-                    unreachable!("the plan keeps the convolution's output or what it is made of");
-                };
-                let input = rows::<B>(input.clone(), chunk);
-                folded.conv(input, weight.clone(), &self.options.options.conv)
-            }
+        let (Some(input), Some(weight)) =
+            (self.saved.input.as_option(), self.saved.weight.as_option())
+        else {
+            unreachable!("the plan keeps the convolution's output or what it is made of");
         };
+        let input = rows::<B>(input.clone(), chunk);
+        let normalized = folded.conv(input, weight.clone(), &self.options.options.conv);
         Argument::Value(match residual {
             Some(residual) => B::float_add(normalized, residual),
             None => normalized,
@@ -389,7 +412,9 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
 
     /// The convolution's output of one chunk, recomputed or kept, if the norm needs it.
     fn norm_input(&mut self, chunk: &Range<usize>, last: bool) -> Option<FloatTensor<B>> {
-        self.norm.as_ref()?;
+        if !self.needs_conv_output {
+            return None;
+        }
         if let Some(conv_output) = take(&mut self.saved.conv_output, last) {
             return Some(rows::<B>(conv_output, chunk));
         }
@@ -428,6 +453,17 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
         }
     }
 
+    /// The gradient of the convolution's bias under given statistics, from `sum(g)`.
+    fn bias_grad(&self, grad_sum: FloatTensor<B>) -> Option<FloatTensor<B>> {
+        let (variance, gamma) = (
+            self.saved.variance.as_option()?,
+            self.saved.gamma.as_option(),
+        );
+        let scales = Scales::<B>::new(gamma, variance, self.options.options.norm, self.dtype);
+        let grad_sum = cast::<B>(grad_sum, scales.scale.dtype());
+        Some(cast::<B>(B::float_mul(scales.scale, grad_sum), self.dtype))
+    }
+
     /// Gradients of the parameters under given statistics, from `sum(g)` and the gradient of the
     /// folded weight.
     fn unfold(
@@ -451,7 +487,7 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
         if let (true, Some(folded), Some(weight), Some(mean)) =
             (self.options.wanted.gamma, &folded_weight, weight, mean)
         {
-            // sum(g * (z - mean)) = <weight, wgrad(input, g)> + (bias - mean) * sum(g), which
+            // sum(g * (z - mean)) = <weight, wgrad(input, g)> - (mean - bias) * sum(g), which
             // cancels where the mean is large against the standard deviation.
             let accumulator = scales.scale.dtype();
             let products = B::float_mul(
@@ -461,12 +497,11 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
             let dims: Vec<usize> = (1..products.rank()).rev().collect();
             let dot = channels::<B>(B::float_sum_dims(products, &dims));
             let bias = self.saved.bias.as_option();
-            let bias = shifted_bias::<B>(bias, mean.clone(), accumulator);
-            let dot = B::float_add(dot, B::float_mul(bias, grad_sum.clone()));
+            let center = center::<B>(mean.clone(), bias, accumulator);
+            let dot = B::float_sub(dot, B::float_mul(center, grad_sum.clone()));
             grads.gamma = Some(B::float_mul(scales.inv_std, dot));
         }
-        let bias = B::float_mul(scales.scale.clone(), grad_sum);
-        grads.bias = Some(cast::<B>(bias, self.dtype));
+        grads.bias = self.bias_grad(grad_sum);
         grads.weight = folded_weight.map(|weight| scale_weight::<B>(weight, scales.scale));
         grads
     }

@@ -126,6 +126,24 @@ impl<B: Backend> ChannelNorm<B> {
                 B::float_mul_scalar(biased_variance, correction.into())
             }
         };
+        Self::of(norm, values, gamma, variance)
+    }
+
+    /// From a given variance, which is used as it is.
+    pub(crate) fn given(
+        norm: NormSpec,
+        gamma: Option<FloatTensor<B>>,
+        variance: FloatTensor<B>,
+    ) -> Self {
+        Self::of(norm, 0, gamma, variance)
+    }
+
+    fn of(
+        norm: NormSpec,
+        values: usize,
+        gamma: Option<FloatTensor<B>>,
+        variance: FloatTensor<B>,
+    ) -> Self {
         Self {
             norm,
             values,

@@ -7,13 +7,15 @@ use burn::tensor::{DType, Shape};
 use super::norm::{self, ChannelNorm, GradSums, InputGrad};
 use super::{activation, broadcast, cast, channels};
 use crate::backend::NormOutput;
-use crate::definition::{Activation, NormSpec, accumulator_dtype, values_per_channel};
+use crate::definition::{
+    Activation, NormSpec, StatisticsKind, accumulator_dtype, values_per_channel,
+};
 
 /// The passes over activations that forward and backward are made of, as a backend does them.
 ///
 /// Activations are `[batch, channels, spatial..]`, everything of a channel is `[channels]`.
 pub(crate) trait Sweeps<B: Backend> {
-    /// A norm whose statistics are known from the forward pass.
+    /// A norm whose statistics are known: from the forward pass, or given.
     type Norm;
     /// What the gradient of one chunk of the batch is made of.
     type Chunk;
@@ -29,6 +31,14 @@ pub(crate) trait Sweeps<B: Backend> {
         function: Activation,
     ) -> NormOutput<B>;
 
+    /// `activation(norm(input) + residual)` with that norm.
+    fn normalize_by(
+        norm: &Self::Norm,
+        input: FloatTensor<B>,
+        residual: Option<FloatTensor<B>>,
+        function: Activation,
+    ) -> FloatTensor<B>;
+
     /// `activation(value + residual)`.
     fn activate(
         value: FloatTensor<B>,
@@ -36,8 +46,14 @@ pub(crate) trait Sweeps<B: Backend> {
         function: Activation,
     ) -> FloatTensor<B>;
 
-    /// The norm of the backward pass, over inputs of that shape in all.
-    fn norm(moments: Moments<B>, affine: Affine<B>, norm: NormSpec, shape: &Shape) -> Self::Norm;
+    /// The norm of known statistics, over inputs of that shape in all.
+    fn norm(
+        moments: Moments<B>,
+        affine: Affine<B>,
+        norm: NormSpec,
+        statistics: StatisticsKind,
+        shape: &Shape,
+    ) -> Self::Norm;
 
     /// Takes a chunk in hand.
     fn chunk(
@@ -54,11 +70,11 @@ pub(crate) trait Sweeps<B: Backend> {
     /// The sums of two chunks.
     fn add(sums: Self::Sums, other: Self::Sums) -> Self::Sums;
 
-    /// The gradients of gamma and beta from the sums over all chunks, which complete the norm for
-    /// [`norm_input_grad`](Self::norm_input_grad).
+    /// The gradients of gamma and beta from the sums over all chunks, of which the norm's input is known.
+    /// Under batch statistics they complete the norm for [`norm_input_grad`](Self::norm_input_grad).
     fn affine_grads(norm: &mut Self::Norm, sums: Self::Sums) -> [FloatTensor<B>; 2];
 
-    /// The sum of the gradient of the pre-activation, where there is no norm.
+    /// The sum of the gradient of the pre-activation.
     fn grad_sum(sums: Self::Sums) -> FloatTensor<B>;
 
     /// The gradient of the norm's input (without a norm, of the pre-activation), and that of the
@@ -81,7 +97,7 @@ pub(crate) struct Affine<B: Backend> {
     pub(crate) beta: Option<FloatTensor<B>>,
 }
 
-/// The norm's mean and biased variance.
+/// The norm's mean and variance: biased where they are the batch's, as it is used where they are given.
 pub(crate) struct Moments<B: Backend> {
     pub(crate) mean: FloatTensor<B>,
     pub(crate) variance: FloatTensor<B>,
@@ -104,6 +120,8 @@ pub(crate) struct ComposedNorm<B: Backend> {
     mean: FloatTensor<B>,
     beta: Option<FloatTensor<B>>,
     channel: ChannelNorm<B>,
+    statistics: StatisticsKind,
+    /// Under batch statistics, once the sums are known.
     input_grad: Option<InputGrad<B>>,
 }
 
@@ -113,6 +131,30 @@ pub(crate) struct ComposedChunk<B: Backend> {
     grad: FloatTensor<B>,
     deviation: Option<FloatTensor<B>>,
     dtype: DType,
+}
+
+impl<B: Backend> ComposedNorm<B> {
+    /// `input - mean`.
+    fn deviation(&self, input: FloatTensor<B>, accumulator: DType) -> FloatTensor<B> {
+        B::float_sub(cast::<B>(input, accumulator), self.mean.clone())
+    }
+
+    /// The norm's output.
+    fn apply(&self, deviation: FloatTensor<B>) -> FloatTensor<B> {
+        norm::apply::<B>(deviation, self.channel.scale(), self.beta.clone())
+    }
+
+    /// The gradient of the norm's input; given statistics are constants to it.
+    fn input_grad(
+        &self,
+        grad: FloatTensor<B>,
+        deviation: Option<FloatTensor<B>>,
+    ) -> FloatTensor<B> {
+        match (&self.input_grad, deviation) {
+            (Some(coefficients), Some(deviation)) => coefficients.apply(grad, deviation),
+            _ => B::float_mul(grad, self.channel.scale()),
+        }
+    }
 }
 
 impl<B: Backend> Sweeps<B> for Composed {
@@ -142,6 +184,21 @@ impl<B: Backend> Sweeps<B> for Composed {
         }
     }
 
+    fn normalize_by(
+        norm: &Self::Norm,
+        input: FloatTensor<B>,
+        residual: Option<FloatTensor<B>>,
+        function: Activation,
+    ) -> FloatTensor<B> {
+        let dtype = input.dtype();
+        let deviation = norm.deviation(input, accumulator_dtype(dtype));
+        let normalized = norm.apply(deviation);
+        cast::<B>(
+            <Self as Sweeps<B>>::activate(normalized, residual, function),
+            dtype,
+        )
+    }
+
     fn activate(
         value: FloatTensor<B>,
         residual: Option<FloatTensor<B>>,
@@ -157,12 +214,23 @@ impl<B: Backend> Sweeps<B> for Composed {
         activation::forward::<B>(function, value)
     }
 
-    fn norm(moments: Moments<B>, affine: Affine<B>, norm: NormSpec, shape: &Shape) -> Self::Norm {
+    fn norm(
+        moments: Moments<B>,
+        affine: Affine<B>,
+        norm: NormSpec,
+        statistics: StatisticsKind,
+        shape: &Shape,
+    ) -> Self::Norm {
         let rank = shape.num_dims();
         let variance = broadcast::<B>(moments.variance, rank);
-        let values = values_per_channel(shape);
         ComposedNorm {
-            channel: ChannelNorm::new(norm, values, affine.gamma, variance),
+            channel: match statistics {
+                StatisticsKind::Batch => {
+                    ChannelNorm::new(norm, values_per_channel(shape), affine.gamma, variance)
+                }
+                StatisticsKind::Fixed => ChannelNorm::given(norm, affine.gamma, variance),
+            },
+            statistics,
             mean: broadcast::<B>(moments.mean, rank),
             beta: affine.beta,
             input_grad: None,
@@ -180,14 +248,13 @@ impl<B: Backend> Sweeps<B> for Composed {
         let accumulator = accumulator_dtype(dtype);
         let deviation = norm
             .zip(norm_input)
-            .map(|(norm, input)| B::float_sub(cast::<B>(input, accumulator), norm.mean.clone()));
+            .map(|(norm, input)| norm.deviation(input, accumulator));
         let value = match (function, argument) {
             (Activation::Identity, _) => None,
             (_, Argument::Value(value)) => Some(cast::<B>(value, accumulator)),
             (_, Argument::Norm { residual }) => {
                 deviation.clone().zip(norm).map(|(deviation, norm)| {
-                    let scale = norm.channel.scale();
-                    let value = norm::apply::<B>(deviation, scale, norm.beta.clone());
+                    let value = norm.apply(deviation);
                     match residual {
                         Some(residual) => B::float_add(value, cast::<B>(residual, accumulator)),
                         None => value,
@@ -220,10 +287,10 @@ impl<B: Backend> Sweeps<B> for Composed {
         let grad_deviation = sums
             .grad_deviation
             .expect("where there is a norm there are deviations");
-        let coefficients = norm
-            .channel
-            .input_grad(grad.clone(), grad_deviation.clone());
-        norm.input_grad = Some(coefficients);
+        norm.input_grad = (norm.statistics == StatisticsKind::Batch).then(|| {
+            norm.channel
+                .input_grad(grad.clone(), grad_deviation.clone())
+        });
         let gamma_grad = B::float_mul(norm.channel.inv_std.clone(), grad_deviation);
         [gamma_grad, grad].map(channels::<B>)
     }
@@ -238,10 +305,9 @@ impl<B: Backend> Sweeps<B> for Composed {
         wants_residual: bool,
     ) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
         let residual = wants_residual.then(|| cast::<B>(chunk.grad.clone(), chunk.dtype));
-        let coefficients = norm.and_then(|norm| norm.input_grad.as_ref());
-        let grad = match (coefficients, chunk.deviation) {
-            (Some(coefficients), Some(deviation)) => coefficients.apply(chunk.grad, deviation),
-            _ => chunk.grad,
+        let grad = match norm {
+            Some(norm) => norm.input_grad(chunk.grad, chunk.deviation),
+            None => chunk.grad,
         };
         (cast::<B>(grad, chunk.dtype), residual)
     }

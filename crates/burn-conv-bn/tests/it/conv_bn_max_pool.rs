@@ -4,7 +4,7 @@ use burn::backend::Dispatch;
 use burn::module::{Module, Param};
 use burn::nn::PaddingConfig2d;
 use burn::tensor::ops::MaxPoolOptions;
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_conv_bn::functional::{ConvBnParams, conv_bn_max_pool2d};
 use burn_conv_bn::{
     Activation, ConvBn2d, ConvBn2dConfig, ConvBnBackend, ConvBnError, ConvBnInputs,
@@ -340,4 +340,45 @@ fn a_window_that_does_not_fit_is_named() {
         matches!(error, ConvBnError::WindowTooLarge { .. }),
         "{error}"
     );
+}
+
+/// Where a closed ReLU is the largest value of its window, infinity and NaN are not passed on.
+#[test]
+fn closed_relus_pass_nothing() {
+    for pool in [tiled(), overlapping()] {
+        for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+            let mut block = block(&config(), &GAMMA, dtype);
+            // Windows of either kind.
+            let norm_dtype = block.norm.beta.val().dtype();
+            let beta = TensorData::new(vec![-1.0f64; GAMMA.len()], [GAMMA.len()]);
+            block.norm.beta = Param::from_tensor(tensor(beta, norm_dtype));
+            let run = |at_closed: f64| {
+                let leaf = tensor::<4>(random(&INPUT, 4), dtype).require_grad();
+                let output = block.forward_max_pool(leaf.clone(), &pool);
+                let values_out = values(output.clone());
+                assert!(values_out.contains(&0.0) && values_out.iter().any(|y| *y > 0.0));
+                let upstream: Vec<f64> = random(&output.dims(), 5)
+                    .iter::<f64>()
+                    .zip(values_out)
+                    .map(|(dy, y)| if y == 0.0 { at_closed } else { dy })
+                    .collect();
+                let upstream = tensor(TensorData::new(upstream, output.dims()), dtype);
+                let grads = (output * upstream).sum().backward();
+                let (conv, norm) = (&block.conv, &block.norm);
+                [
+                    leaf.grad(&grads).map(values),
+                    conv.weight.val().grad(&grads).map(values),
+                    norm.gamma.val().grad(&grads).map(values),
+                    norm.beta.val().grad(&grads).map(values),
+                ]
+            };
+            let wanted = run(0.0);
+            for at_closed in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
+                assert!(
+                    run(at_closed) == wanted,
+                    "{at_closed} to {dtype:?}, {pool:?}"
+                );
+            }
+        }
+    }
 }
