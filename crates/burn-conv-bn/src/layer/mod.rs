@@ -135,14 +135,15 @@ macro_rules! conv_bn_layer {
                 ));
                 or_panic(check_epsilon(self.epsilon, true));
                 or_panic(check_momentum(self.momentum));
-                let conv = $conv_config::new($(self.$required),*)
+                let mut conv = $conv_config::new($(self.$required),*)
                     .with_stride(self.stride)
                     .with_dilation(self.dilation)
                     .with_groups(self.groups)
-                    .with_padding(self.padding.clone())
                     .with_bias(self.bias)
                     .with_initializer(self.initializer.clone())
                     .init(device);
+                // Burn's 3-D configuration panics at even kernels under `Same`, which the op pads.
+                conv.padding = self.padding.clone();
                 let norm = BatchNormConfig::new(channels_out)
                     .with_epsilon(self.epsilon)
                     .with_momentum(self.momentum)
