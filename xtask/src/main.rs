@@ -53,12 +53,10 @@ enum Task {
     /// software one included, in a build of their own. What this machine cannot run is named, with
     /// the reason, before and after the tests.
     Test(Test),
-    /// Run the CPU kernels under AddressSanitizer and under Helgrind.
+    /// Run the tests of the CPU kernels under AddressSanitizer, without and with AVX-512.
     ///
-    /// AddressSanitizer runs their tests, without and with AVX-512. Helgrind, which is part of
-    /// Valgrind, looks for data races in the same kernels on plain threads, because it does not
-    /// understand rayon. The last lines say what each covered.
-    Sanitize(sanitize::Sanitize),
+    /// The last lines say what was covered.
+    Sanitize,
     /// Run the tests that draw their cases, again and again with fresh seeds, until the time is over.
     ///
     /// Property tests, numerical stress, training that is killed, damaged data files, threads,
@@ -143,7 +141,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::bench(&args),
         Task::Check(args) => check(&args),
         Task::Test(args) => test(args),
-        Task::Sanitize(args) => sanitize::sanitize(&args),
+        Task::Sanitize => sanitize::sanitize(),
         Task::Soak(args) => soak::soak(&args),
         Task::Torchvision(args) => torchvision::torchvision(&args),
         Task::GpuBundle(args) => gpu::bundle(&args),
