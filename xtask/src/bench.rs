@@ -31,7 +31,7 @@ use super::{cargo, python, root};
 use contender::Running;
 use output::OutputFile;
 use process::Process;
-use progress::{Plan, Progress, Rounds, duration, prepare};
+use progress::{Progress, Rounds, duration};
 
 /// The program that runs Burn's contenders.
 const WORKER: &str = "bench-worker";
@@ -50,12 +50,6 @@ const SEED: u64 = 20_240_229;
 /// what belonged together in the check.
 const WARM_UPS: usize = 1;
 const DEVICE_WARM_UPS: usize = 3;
-
-/// The entry that is run to see how fast the machine is, its quick variant.
-const CALIBRATION: &str = "k3";
-
-/// Steps of each of its contenders, after one that starts threads.
-const CALIBRATION_STEPS: usize = 2;
 
 /// Before every timed step. The threads of OpenMP, which PyTorch's wheels use, spin for a while
 /// after each parallel loop in case another one follows: they would take the processor from the
@@ -180,19 +174,14 @@ pub fn bench(args: &Bench) -> Result<()> {
         summary: Vec::new(),
     };
 
-    let started = Instant::now();
-    let guesses = entries.iter().map(|entry| lab.plan.entry(&entry.work));
-    let guesses: Vec<f64> = guesses.collect();
-    let mut progress = Progress::new(&guesses);
-    if lab.device == FLEX {
-        lab.calibrate(&mut progress);
-    }
-    announce(&entries, &guesses, &lab, args, &progress);
-    for (entry, guess) in entries.into_iter().zip(guesses) {
-        progress.begin(&entry, guess);
-        let mut entry_report = lab.run(entry, &mut progress);
+    announce(&entries, &lab, args);
+    let mut progress = Progress::new(entries.len());
+    for entry in entries {
+        progress.begin(&entry);
+        let started = Instant::now();
+        let mut entry_report = lab.run(entry, &progress);
+        entry_report.seconds = started.elapsed().as_secs_f64();
         println!("\n{}", table::entry(&entry_report, &lab.device).trim_end());
-        entry_report.seconds = progress.end().as_secs_f64();
         report.entries.push(entry_report);
         report.summarize();
         // After every entry: what was interrupted keeps what is finished.
@@ -200,7 +189,7 @@ pub fn bench(args: &Bench) -> Result<()> {
             file.write(&report)?;
         }
     }
-    eprintln!("bench: all of it took {}", duration(started.elapsed()));
+    eprintln!("bench: all of it took {}", duration(progress.elapsed()));
     conclude(&report, &files)
 }
 
@@ -300,6 +289,23 @@ impl Software {
     }
 }
 
+/// What is done with every entry.
+#[derive(Clone, Debug)]
+struct Plan {
+    /// Who runs it.
+    contenders: Vec<Contender>,
+    /// Threads of each of them.
+    threads: usize,
+    /// Steps of each of them before the timed ones.
+    warm_ups: usize,
+    /// The timed ones.
+    rounds: Rounds,
+    /// Whether memory is measured.
+    memory: bool,
+    /// Whether a step's kernels are timed.
+    profile: bool,
+}
+
 /// What all entries share: the programs, and a place for the data.
 struct Lab {
     /// Where the contenders compute.
@@ -387,33 +393,8 @@ impl Lab {
         }
     }
 
-    /// Runs a small entry, to see how fast the machine is. What goes wrong there will be told when
-    /// it goes wrong again.
-    fn calibrate(&self, progress: &mut Progress) {
-        let mut entries = catalogue(true).into_iter();
-        let Some(entry) = entries.find(|entry| entry.id == CALIBRATION) else {
-            return;
-        };
-        if self.draw(&entry).is_err() {
-            return;
-        }
-        for contender in [Contender::Fused, Contender::Unfused] {
-            let mut running = self.load(&entry, contender);
-            running.step();
-            let cost = self.plan.cost(&entry.work, contender);
-            for _ in 0..CALIBRATION_STEPS {
-                // Nothing else runs yet that a pause would keep out.
-                progress.restart();
-                if running.step().is_some() {
-                    progress.passed(cost.step - PAUSE.as_secs_f64());
-                    progress.calibrated();
-                }
-            }
-        }
-    }
-
     /// Runs an entry. What goes wrong is in the report.
-    fn run(&self, entry: Entry, progress: &mut Progress) -> EntryReport {
+    fn run(&self, entry: Entry, progress: &Progress) -> EntryReport {
         let mut report = EntryReport::new(entry, &self.device, self.precision);
         if let Err(error) = self.fill(&mut report, progress) {
             report.problem = Some(format!("{error:#}"));
@@ -422,24 +403,22 @@ impl Lab {
         report
     }
 
-    fn fill(&self, report: &mut EntryReport, progress: &mut Progress) -> Result<()> {
+    fn fill(&self, report: &mut EntryReport, progress: &Progress) -> Result<()> {
         let entry = report.entry.clone();
         progress.say("drawing the data");
         let mut helper = self.draw(&entry)?;
-        progress.passed(prepare(&entry.work));
 
         progress.say("loading");
         let mut running = Vec::new();
         for &contender in &self.plan.contenders {
             running.push(self.load(&entry, contender));
-            progress.passed(self.plan.cost(&entry.work, contender).load);
         }
         self.check(&entry, &mut running, &mut helper, progress);
         drop(helper);
-        report.rounds = self.time(&entry, &mut running, progress);
+        report.rounds = self.time(&mut running, progress);
         if self.plan.profile {
             for contender in &mut running {
-                progress.say(&format!("profiling {}", contender.contender()));
+                progress.say(format_args!("profiling {}", contender.contender()));
                 contender.profile();
             }
         }
@@ -489,7 +468,7 @@ impl Lab {
         entry: &Entry,
         running: &mut [Running],
         helper: &mut Process,
-        progress: &mut Progress,
+        progress: &Progress,
     ) {
         let reference = self.scratch.results(Contender::Unfused);
         // The unfused one first: the others are compared with what it wrote.
@@ -501,13 +480,11 @@ impl Lab {
             if !contender.is_alive() {
                 continue;
             }
-            progress.say(&format!("checking {name}"));
-            progress.restart();
+            progress.say(format_args!("checking {name}"));
             let folder = self.scratch.results(name);
             let Some(checked) = contender.check(&folder) else {
                 continue;
             };
-            progress.passed(self.plan.cost(&entry.work, name).step);
             if name == Contender::Unfused {
                 tensors = Some(checked.tensors);
                 continue;
@@ -525,20 +502,16 @@ impl Lab {
     ///
     /// Steps of the same round are neighbours in time, so that what slows the machine down for a
     /// while slows down all of them. Every round starts with another contender.
-    fn time(&self, entry: &Entry, running: &mut [Running], progress: &mut Progress) -> usize {
-        let cost = |contender: Contender| self.plan.cost(&entry.work, contender);
+    fn time(&self, running: &mut [Running], progress: &Progress) -> usize {
         progress.say("warming up");
         let mut round = Duration::ZERO;
         for contender in running.iter_mut() {
             let name = contender.contender();
             let mut step = None;
             for _ in 0..self.plan.warm_ups {
-                progress.restart();
                 thread::sleep(PAUSE);
                 step = contender.step();
-                if step.is_some() {
-                    progress.passed(cost(name).step);
-                }
+                if step.is_some() {}
             }
             // What is compiled before it runs tells nothing yet.
             let seconds = match name {
@@ -548,24 +521,14 @@ impl Lab {
             round += Duration::from_secs_f64(seconds);
         }
         let rounds = self.plan.rounds.count(round);
-        let alive = running.iter().filter(|contender| contender.is_alive());
-        let costs: Vec<_> = alive.map(|running| cost(running.contender())).collect();
-        let load: f64 = costs.iter().map(|cost| cost.load).sum();
-        let step: f64 = costs.iter().map(|cost| cost.step).sum();
-        progress.replan(rounds as f64 * step + self.plan.measurement(load, step));
         for index in 0..rounds {
-            progress.say(&format!(
-                "round {} of {rounds}, of {} each",
-                index + 1,
-                duration(round)
-            ));
             for turn in rotation(running.len(), index) {
-                progress.restart();
-                thread::sleep(PAUSE);
                 let contender = &mut running[turn];
-                contender.timed_step();
                 if contender.is_alive() {
-                    progress.passed(cost(contender.contender()).step);
+                    let (name, round) = (contender.contender(), index + 1);
+                    progress.say(format_args!("{name}, round {round} of {rounds}"));
+                    thread::sleep(PAUSE);
+                    contender.timed_step();
                 }
             }
         }
@@ -573,18 +536,15 @@ impl Lab {
     }
 
     /// One step of every contender that was timed, each in a fresh process.
-    fn measure(&self, entry: &Entry, report: &mut EntryReport, progress: &mut Progress) {
+    fn measure(&self, entry: &Entry, report: &mut EntryReport, progress: &Progress) {
         for contender in &mut report.contenders {
             if contender.steps.is_empty() {
                 continue;
             }
             let name = contender.contender;
-            progress.say(&format!("measuring the memory of {name}"));
-            progress.restart();
+            progress.say(format_args!("measuring the memory of {name}"));
             let mut fresh = self.load(entry, name);
             contender.memory = fresh.memory();
-            let cost = self.plan.cost(&entry.work, name);
-            progress.passed(cost.load + cost.step);
             if let Some(problem) = fresh.finish().problem {
                 let reason = format!("while memory was measured: {}", problem.reason);
                 contender.fail(problem.kind, reason);
@@ -701,8 +661,8 @@ impl Drop for Scratch {
     }
 }
 
-/// Says what will run, and about how long it takes where that can be guessed.
-fn announce(entries: &[Entry], guesses: &[f64], lab: &Lab, args: &Bench, progress: &Progress) {
+/// Says what will run.
+fn announce(entries: &[Entry], lab: &Lab, args: &Bench) {
     let names = lab.plan.contenders.iter();
     let names: Vec<_> = names.map(|contender| contender.name()).collect();
     let threads = lab.plan.threads;
@@ -716,24 +676,13 @@ fn announce(entries: &[Entry], guesses: &[f64], lab: &Lab, args: &Bench, progres
     if args.peer.is_none() {
         eprintln!("bench: PyTorch is left out; --peer pytorch compares with it");
     }
-    for (entry, guess) in entries.iter().zip(guesses) {
-        let guess = progress.scaled(*guess);
-        let guess = guess.map(|guess| format!(": about {}", duration(guess)));
-        let guess = guess.unwrap_or_default();
-        eprintln!("bench: {:<12} {}{guess}", entry.id, entry.work);
+    for entry in entries {
+        eprintln!("bench: {:<12} {}", entry.id, entry.work);
     }
-    match progress.left() {
-        Some(left) => eprintln!(
-            "bench: about {} in all: an estimate, from the operations and a layer that was timed",
-            duration(left)
-        ),
-        None if lab.device == FLEX => {
-            eprintln!("bench: there is no estimate, the layer that was timed for it failed");
-        }
-        None => eprintln!(
-            "bench: kernels are compiled and autotuned first, which may take minutes for each \
-             entry; the first one tells how long the others take"
-        ),
+    if lab.device != FLEX {
+        eprintln!(
+            "bench: kernels are compiled and autotuned first, which may take minutes for each entry"
+        );
     }
 }
 
