@@ -1,12 +1,12 @@
 //! `cargo xtask sanitize`: the CPU kernels, the one place with pointer arithmetic, under AddressSanitizer.
 
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::programs::Count;
-use crate::{cargo, root, show};
+use crate::programs::{self, Count};
+use crate::say::say;
+use crate::{cargo, root};
 
 /// The feature of the kernels' package that compiles them for AVX-512 too.
 const AVX512: &str = "x86-v4";
@@ -26,15 +26,14 @@ pub fn sanitize() -> Result<()> {
             failed.push(units);
         }
     }
-    println!("sanitize: covered by AddressSanitizer");
+    say!("sanitize: covered by AddressSanitizer")?;
     for line in covered {
-        println!("  {line}");
+        say!("  {line}")?;
     }
     if !failed.is_empty() {
         bail!("sanitize failed: {}", failed.join("; "));
     }
-    println!("sanitize: passed");
-    Ok(())
+    say!("sanitize: passed")
 }
 
 /// Runs the tests of the CPU kernels under AddressSanitizer. A sanitizer is an unstable option of the
@@ -50,23 +49,7 @@ fn address(features: &str) -> Result<(bool, Count)> {
     command.args(["--target-dir", "target/sanitize"]);
     command.env("RUSTC_BOOTSTRAP", "1");
     command.env("RUSTFLAGS", "-Zsanitizer=address");
-    show(&command);
-    let mut child = command
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot start cargo")?;
-    let output = child
-        .stdout
-        .take()
-        .context("the standard output is a pipe")?;
-    let mut count = Count::default();
-    for line in BufReader::new(output).lines() {
-        let line = line.context("cannot read what the tests print")?;
-        println!("{line}");
-        count.see(&line);
-    }
-    let status = child.wait().context("cannot wait for cargo")?;
-    Ok((status.success(), count))
+    programs::test(command)
 }
 
 /// The triple that the toolchain compiles for by itself.
