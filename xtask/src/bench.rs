@@ -11,7 +11,9 @@ mod progress;
 mod testing;
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, TryLockError};
+use std::env;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::ErrorKind;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -26,10 +28,13 @@ use burn_conv_bn_bench::protocol::{Contender, Engine, Reply, Request};
 use burn_conv_bn_bench::report::{EntryReport, ProblemKind, Report};
 use burn_conv_bn_bench::table;
 use clap::{Args, ValueEnum};
+use tempfile::TempDir;
 
 use super::{cargo, python, root};
+use crate::interrupt;
+use crate::say::{note, say};
 use contender::Running;
-use output::OutputFile;
+use output::Outputs;
 use process::Process;
 use progress::{Progress, Rounds, duration};
 
@@ -44,6 +49,15 @@ const PYTORCH: &str = "crates/burn-conv-bn-bench/peer/pytorch.py";
 
 /// Seed of all data.
 const SEED: u64 = 20_240_229;
+
+/// Largest values of the options. A run of more would not end, or not begin: a rayon pool of 100,000
+/// threads takes minutes to start.
+const MOST_ROUNDS: usize = 1000;
+const MOST_IMAGES: usize = 1 << 16;
+const MOST_THREADS: usize = 1024;
+
+/// The lock of a run, in the system's folder for temporary files.
+const LOCK: &str = "burn-conv-bn-bench.lock";
 
 /// Steps of each contender before the timed ones. On a device other than Flex clocks have to rise,
 /// and Burn's fusion compiles and tries kernels for what belongs together in a step, which is not
@@ -72,7 +86,7 @@ pub struct Bench {
     #[arg(long)]
     quick: bool,
     /// Images of each entry, in place of the catalogue's: those of the classifiers are for CPUs.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = up_to::<MOST_IMAGES>)]
     batch: Option<NonZeroUsize>,
     /// Run this entry alone; may be given several times.
     #[arg(long, value_name = "ID")]
@@ -85,12 +99,12 @@ pub struct Bench {
     networks: bool,
     /// Timed steps of each contender [default: 3 to 7, as many as fit two minutes, or 8 s with
     /// --quick].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = up_to::<MOST_ROUNDS>)]
     rounds: Option<NonZeroUsize>,
     /// Threads of each contender [default: as many as the machine runs at once].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = up_to::<MOST_THREADS>)]
     threads: Option<NonZeroUsize>,
-    /// Another framework to compare with.
+    /// Another framework to compare with. An error if it is not there.
     #[arg(long, value_enum, value_name = "PEER")]
     peer: Option<Peer>,
     /// The python that has torch [default: $PYTHON, else python3].
@@ -129,6 +143,14 @@ enum Peer {
     Pytorch,
 }
 
+/// A whole number from 1 to `MOST`.
+fn up_to<const MOST: usize>(text: &str) -> Result<NonZeroUsize, String> {
+    let number = text.parse().ok();
+    number
+        .filter(|number: &NonZeroUsize| number.get() <= MOST)
+        .ok_or_else(|| format!("expected a whole number from 1 to {MOST}"))
+}
+
 /// Runs the benchmark. Fails if a contender failed or computed something else than the others.
 pub fn bench(args: &Bench) -> Result<()> {
     let mut entries = select(
@@ -160,8 +182,12 @@ pub fn bench(args: &Bench) -> Result<()> {
     if let (None, Some(name)) = (args.peer, args.of(Engine::PyTorch)) {
         bail!("{name} is PyTorch's, which --peer pytorch adds");
     }
-    let files = args.files()?;
+    if args.peer.is_some() && args.contenders(Engine::PyTorch).is_empty() {
+        bail!("--peer pytorch adds nothing: no --contender is PyTorch's");
+    }
+    let outputs = args.outputs()?;
     let (lab, software) = Lab::set_up(args)?;
+    let pending = |entry| EntryReport::pending(entry, &lab.device, lab.precision);
     let mut report = Report {
         date: machine::date()?,
         quick: args.quick,
@@ -169,28 +195,20 @@ pub fn bench(args: &Bench) -> Result<()> {
         precision: lab.precision,
         machine: machine::describe(lab.plan.threads, &lab.device, software.vectors),
         versions: software.versions,
-        commit: machine::clean_commit(),
-        entries: Vec::new(),
+        commit: machine::commit(),
+        version: env!("CARGO_PKG_VERSION").to_string(),
+        seed: SEED,
+        entries: entries.into_iter().map(pending).collect(),
         summary: Vec::new(),
     };
-
-    announce(&entries, &lab, args);
-    let mut progress = Progress::new(entries.len());
-    for entry in entries {
-        progress.begin(&entry);
-        let started = Instant::now();
-        let mut entry_report = lab.run(entry, &progress);
-        entry_report.seconds = started.elapsed().as_secs_f64();
-        println!("\n{}", table::entry(&entry_report, &lab.device).trim_end());
-        report.entries.push(entry_report);
-        report.summarize();
-        // After every entry: what was interrupted keeps what is finished.
-        for file in &files {
-            file.write(&report)?;
-        }
+    announce(&report, &lab, args);
+    let measured = lab.run_all(&mut report, &outputs);
+    if let Err(error) = &measured {
+        report.abandon(&format!("{error:#}"));
     }
-    eprintln!("bench: all of it took {}", duration(progress.elapsed()));
-    conclude(&report, &files)
+    let saved = outputs.finish(&report);
+    measured.and(saved)?;
+    conclude(&report, &outputs, args)
 }
 
 impl Bench {
@@ -210,47 +228,52 @@ impl Bench {
     }
 
     /// The files that were asked for.
-    fn files(&self) -> Result<Vec<OutputFile>> {
-        let forms: [(&Option<PathBuf>, output::Form); 3] = [
-            (&self.json, output::json),
-            (&self.csv, output::csv),
-            (&self.plot, plot::svg),
+    fn outputs(&self) -> Result<Outputs> {
+        let forms: [(&str, &Option<PathBuf>, output::Form); 3] = [
+            ("--json", &self.json, output::json),
+            ("--csv", &self.csv, output::csv),
+            ("--plot", &self.plot, plot::svg),
         ];
         let asked = forms.into_iter();
-        let asked = asked.filter_map(|(path, form)| Some((path.as_deref()?, form)));
-        asked
-            .map(|(path, form)| OutputFile::create(path, form))
-            .collect()
+        let asked = asked.filter_map(|(name, path, form)| Some((name, path.as_deref()?, form)));
+        Outputs::new(&asked.collect::<Vec<_>>())
     }
 }
 
-fn conclude(report: &Report, files: &[OutputFile]) -> Result<()> {
+fn conclude(report: &Report, outputs: &Outputs, args: &Bench) -> Result<()> {
     let overview = table::overview(report);
     if !overview.is_empty() {
-        println!("\n{}", overview.trim_end());
+        say!("\n{}", overview.trim_end())?;
     }
     let legend = table::legend(&report.device, report.precision);
-    println!("\n{legend}\n\n{}", table::setting(report));
-    for comparison in &report.summary {
-        println!("{}", table::comparison(comparison));
+    say!("\n{legend}\n\n{}", table::setting(report))?;
+    for line in table::missing(report) {
+        say!("{line}")?;
     }
-    for file in files {
-        println!("Written: {}", file.path().display());
+    for comparison in &report.summary {
+        say!("{}", table::comparison(comparison))?;
+    }
+    for path in outputs.paths() {
+        say!("Written: {}", path.display())?;
     }
     let failed = report.entries.iter().filter(|entry| entry.is_failure());
     let failed: Vec<_> = failed.map(|entry| entry.entry.id.as_str()).collect();
     if !failed.is_empty() {
         bail!("something failed in: {}", failed.join(", "));
     }
-    match nothing_ran(report) {
-        Some(reason) => bail!("nothing was measured: {reason}"),
-        None => Ok(()),
+    if let Some(reason) = nothing_ran(report, Engine::Burn) {
+        bail!("nothing was measured: {reason}");
     }
+    if let (Some(Peer::Pytorch), Some(reason)) = (args.peer, nothing_ran(report, Engine::PyTorch)) {
+        bail!("--peer pytorch measured nothing: {reason}");
+    }
+    Ok(())
 }
 
-/// Why nobody ran anything, if that is so.
-fn nothing_ran(report: &Report) -> Option<&str> {
-    let mut contenders = report.entries.iter().flat_map(|entry| &entry.contenders);
+/// Why no contender of an engine ran anything, if that is so.
+fn nothing_ran(report: &Report, engine: Engine) -> Option<&str> {
+    let contenders = report.entries.iter().flat_map(|entry| &entry.contenders);
+    let mut contenders = contenders.filter(|report| report.contender.engine() == engine);
     if contenders
         .clone()
         .any(|contender| !contender.steps.is_empty())
@@ -314,7 +337,7 @@ struct Lab {
     precision: Precision,
     worker: PathBuf,
     peer_script: PathBuf,
-    /// The python, if the peer was asked for and is there.
+    /// The python, if the peer was asked for.
     python: Option<PathBuf>,
     plan: Plan,
     scratch: Scratch,
@@ -330,12 +353,14 @@ impl Lab {
                 .with_context(|| format!("cannot find the worker {}", file.display()))?,
             None => build_worker(&args.device)?,
         };
+        // Not before: cargo ends by itself.
+        interrupt::listen()?;
         let peer_script = args.peer_script.clone();
         let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let mut lab = Self {
             device: args.device.clone(),
             precision: args.precision,
-            scratch: Scratch::create(&worker)?,
+            scratch: Scratch::create(&env::temp_dir())?,
             worker,
             peer_script: peer_script.unwrap_or_else(|| root().join(PYTORCH)),
             python: None,
@@ -358,15 +383,11 @@ impl Lab {
         software.greet(&mut lab.start(Engine::Burn)?, Engine::Burn)?;
         software.versions.extend(machine::rustc_version());
         if args.peer == Some(Peer::Pytorch) {
-            lab.python = Some(python(args.python.clone()));
+            let python = lab.python.insert(python(args.python.clone())).clone();
             let peer = lab.start(Engine::PyTorch);
-            match peer.and_then(|mut peer| software.greet(&mut peer, Engine::PyTorch)) {
-                Ok(()) => lab.plan.contenders.extend(args.contenders(Engine::PyTorch)),
-                Err(error) => {
-                    eprintln!("bench: PyTorch is left out, it is not available: {error:#}");
-                    lab.python = None;
-                }
-            }
+            peer.and_then(|mut peer| software.greet(&mut peer, Engine::PyTorch))
+                .with_context(|| format!("--peer pytorch: {} has no PyTorch", python.display()))?;
+            lab.plan.contenders.extend(args.contenders(Engine::PyTorch));
         }
         if lab.device != FLEX {
             // Other devices do not compute with the processor's vectors, or not in these programs.
@@ -391,6 +412,27 @@ impl Lab {
             }
             (Engine::PyTorch, None) => bail!("there is no python"),
         }
+    }
+
+    /// Runs the entries of a report. Each is saved before it is printed.
+    fn run_all(&self, report: &mut Report, outputs: &Outputs) -> Result<()> {
+        let mut progress = Progress::new(report.entries.len());
+        for index in 0..report.entries.len() {
+            let entry = report.entries[index].entry.clone();
+            progress.begin(&entry);
+            let started = Instant::now();
+            let mut measured = self.run(entry, &progress);
+            // What an interrupt broke is no result.
+            interrupt::check()?;
+            measured.seconds = started.elapsed().as_secs_f64();
+            report.entries[index] = measured;
+            report.summarize();
+            outputs.save(report)?;
+            let table = table::entry(&report.entries[index], &self.device);
+            say!("\n{}", table.trim_end())?;
+        }
+        note!("bench: all of it took {}", duration(progress.elapsed()));
+        Ok(())
     }
 
     /// Runs an entry. What goes wrong is in the report.
@@ -561,7 +603,7 @@ fn rotation(count: usize, round: usize) -> impl Iterator<Item = usize> {
 /// Builds the worker for a device and returns its file.
 fn build_worker(device: &str) -> Result<PathBuf> {
     let args = build_args(device);
-    eprintln!("$ cargo {}", args.join(" "));
+    note!("$ cargo {}", args.join(" "));
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let output = cargo(&args)
         .arg("--message-format=json-render-diagnostics")
@@ -610,63 +652,85 @@ fn executable(message: &str) -> Option<PathBuf> {
     message["executable"].as_str().map(PathBuf::from)
 }
 
-/// The folder for data and results. Held by one run at a time: two would disturb each other's
-/// timings anyway.
+/// The folder for data and results, which is removed at the end. Held by one run at a time: two would
+/// disturb each other's timings.
 struct Scratch {
-    folder: PathBuf,
+    folder: TempDir,
     /// Held locked until the end.
-    _lock: File,
+    _lock: Option<File>,
 }
 
 impl Scratch {
-    /// Beside the worker, where the next run finds and removes what an interrupted one left.
-    fn create(worker: &Path) -> Result<Self> {
-        let parent = worker.parent().context("the worker lies in a folder")?;
-        let path = parent.join("bench.lock");
-        let lock =
-            File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => bail!("another cargo xtask bench is running"),
-            Err(TryLockError::Error(error)) => {
-                return Err(error).with_context(|| format!("cannot lock {}", path.display()));
-            }
-        }
+    /// In a folder for temporary files.
+    fn create(parent: &Path) -> Result<Self> {
+        let folder = tempfile::Builder::new()
+            .prefix("burn-conv-bn-bench-")
+            .tempdir_in(parent);
         Ok(Self {
-            folder: parent.join("bench-data"),
-            _lock: lock,
+            _lock: lock(&parent.join(LOCK))?,
+            folder: folder
+                .with_context(|| format!("cannot create a folder in {}", parent.display()))?,
         })
     }
 
     fn data(&self) -> PathBuf {
-        self.folder.join("data")
+        self.folder.path().join("data")
+    }
+
+    fn all_results(&self) -> PathBuf {
+        self.folder.path().join("results")
     }
 
     fn results(&self, contender: Contender) -> PathBuf {
-        self.folder.join("results").join(contender.name())
+        self.all_results().join(contender.name())
     }
 
     fn clear(&self) -> Result<()> {
-        if self.folder.exists() {
-            fs::remove_dir_all(&self.folder)
-                .with_context(|| format!("cannot remove {}", self.folder.display()))?;
+        for folder in [self.data(), self.all_results()] {
+            match fs::remove_dir_all(&folder) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(error)
+                        .with_context(|| format!("cannot remove {}", folder.display()));
+                }
+                _ => {}
+            }
         }
         Ok(())
     }
 }
 
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = self.clear();
+/// Locks a file. `None`, with a note, where the system has no locks.
+fn lock(path: &Path) -> Result<Option<File>> {
+    let mut options = OpenOptions::new();
+    options.read(true).append(true).create(true);
+    // Another user's file can be locked, but not written.
+    let file = options.open(path).or_else(|_| File::open(path));
+    let locked = match file {
+        Ok(file) => file.try_lock().map(|()| file),
+        Err(error) => Err(TryLockError::Error(error)),
+    };
+    match locked {
+        Ok(file) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => bail!(
+            "another cargo xtask bench is running, which holds {}",
+            path.display()
+        ),
+        Err(TryLockError::Error(error)) => {
+            note!(
+                "bench: whether another one runs is unknown: cannot lock {}: {error}",
+                path.display()
+            );
+            Ok(None)
+        }
     }
 }
 
 /// Says what will run.
-fn announce(entries: &[Entry], lab: &Lab, args: &Bench) {
+fn announce(report: &Report, lab: &Lab, args: &Bench) {
     let names = lab.plan.contenders.iter();
     let names: Vec<_> = names.map(|contender| contender.name()).collect();
     let threads = lab.plan.threads;
-    eprintln!(
+    note!(
         "bench: {} on {} in {}, {threads} thread{}",
         names.join(", "),
         lab.device,
@@ -674,13 +738,13 @@ fn announce(entries: &[Entry], lab: &Lab, args: &Bench) {
         if threads == 1 { "" } else { "s" }
     );
     if args.peer.is_none() {
-        eprintln!("bench: PyTorch is left out; --peer pytorch compares with it");
+        note!("bench: PyTorch is left out; --peer pytorch compares with it");
     }
-    for entry in entries {
-        eprintln!("bench: {:<12} {}", entry.id, entry.work);
+    for entry in &report.entries {
+        note!("bench: {:<12} {}", entry.entry.id, entry.title);
     }
     if lab.device != FLEX {
-        eprintln!(
+        note!(
             "bench: kernels are compiled and autotuned first, which may take minutes for each entry"
         );
     }
@@ -758,11 +822,15 @@ mod tests {
     #[test]
     fn what_makes_no_sense_together_is_refused() {
         for (options, wanted) in [
-            (["--precision", "tf32"], "cuda, not flex"),
-            (["--contender", "eager"], "--peer pytorch"),
-            (["--profile", "--quick"], "--profile"),
+            (&["--precision", "tf32"][..], "cuda, not flex"),
+            (&["--contender", "eager"], "--peer pytorch"),
+            (
+                &["--peer", "pytorch", "--contender", "fused"],
+                "--contender",
+            ),
+            (&["--profile", "--quick"], "--profile"),
         ] {
-            let error = bench(&parse(&options).unwrap()).unwrap_err().to_string();
+            let error = bench(&parse(options).unwrap()).unwrap_err().to_string();
             assert!(error.contains(wanted), "{error}");
         }
     }
@@ -780,9 +848,39 @@ mod tests {
     }
 
     #[test]
+    fn numbers_have_bounds_which_are_named() {
+        for (option, most) in [
+            ("--rounds", "1000"),
+            ("--batch", "65536"),
+            ("--threads", "1024"),
+        ] {
+            assert!(parse(&[option, most]).is_ok());
+            let beyond = (most.parse::<usize>().unwrap() + 1).to_string();
+            for wrong in ["0", "-1", "1.5", &beyond, "18446744073709551615", "1e99"] {
+                let error = parse(&[&format!("{option}={wrong}")])
+                    .unwrap_err()
+                    .to_string();
+                assert!(
+                    error.contains(&format!("from 1 to {most}")),
+                    "{wrong}: {error}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn a_run_of_nothing_is_no_success() {
         let mut report = testing::report();
+        let conclude = |report: &Report, options: &[&str]| {
+            conclude(report, &Outputs::default(), &parse(options).unwrap())
+        };
         assert!(conclude(&report, &[]).is_ok());
+        let peer = ["--peer", "pytorch"];
+        let error = conclude(&report, &peer).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "--peer pytorch measured nothing: there was no contender"
+        );
         for contender in &mut report.entries[0].contenders {
             contender.steps.clear();
             contender.fail(ProblemKind::Unavailable, "no bf16");
@@ -794,13 +892,13 @@ mod tests {
     #[test]
     fn a_second_run_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let worker = folder.path().join("bench-worker");
-        let first = Scratch::create(&worker).unwrap();
+        let first = Scratch::create(folder.path()).unwrap();
         fs::create_dir_all(first.results(Contender::Fused)).unwrap();
-        assert!(Scratch::create(&worker).is_err());
+        assert!(Scratch::create(folder.path()).is_err());
         drop(first);
-        let second = Scratch::create(&worker).unwrap();
-        assert!(!second.folder.exists());
+        drop(Scratch::create(folder.path()).unwrap());
+        let left: Vec<_> = fs::read_dir(folder.path()).unwrap().collect();
+        assert_eq!(left.len(), 1, "the lock alone stays: {left:?}");
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use burn_conv_bn_bench::catalogue::Entry;
 
+use crate::say::note;
+
 /// Timed rounds of an entry, unless `--rounds` says otherwise: as many as fit the budget.
 const LEAST_ROUNDS: usize = 3;
 const MOST_ROUNDS: usize = 7;
@@ -66,7 +68,7 @@ impl Progress {
 
     /// Says what is done next.
     pub fn say(&self, what: impl Display) {
-        eprintln!("{}", self.line(what, self.elapsed()));
+        note!("{}", self.line(what, self.elapsed()));
     }
 
     fn line(&self, what: impl Display, elapsed: Duration) -> String {
