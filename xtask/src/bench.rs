@@ -11,7 +11,9 @@ mod progress;
 mod testing;
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, TryLockError};
+use std::env;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::ErrorKind;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -26,12 +28,15 @@ use burn_conv_bn_bench::protocol::{Contender, Engine, Reply, Request};
 use burn_conv_bn_bench::report::{EntryReport, ProblemKind, Report};
 use burn_conv_bn_bench::table;
 use clap::{Args, ValueEnum};
+use tempfile::TempDir;
 
 use super::{cargo, python, root};
+use crate::interrupt;
+use crate::say::{note, say};
 use contender::Running;
-use output::OutputFile;
+use output::Outputs;
 use process::Process;
-use progress::{Plan, Progress, Rounds, duration, prepare};
+use progress::{Progress, Rounds, duration};
 
 /// The program that runs Burn's contenders.
 const WORKER: &str = "bench-worker";
@@ -45,17 +50,20 @@ const PYTORCH: &str = "crates/burn-conv-bn-bench/peer/pytorch.py";
 /// Seed of all data.
 const SEED: u64 = 20_240_229;
 
+/// Largest values of the options. A run of more would not end, or not begin: a rayon pool of 100,000
+/// threads takes minutes to start.
+const MOST_ROUNDS: usize = 1000;
+const MOST_IMAGES: usize = 1 << 16;
+const MOST_THREADS: usize = 1024;
+
+/// The lock of a run, in the system's folder for temporary files.
+const LOCK: &str = "burn-conv-bn-bench.lock";
+
 /// Steps of each contender before the timed ones. On a device other than Flex clocks have to rise,
 /// and Burn's fusion compiles and tries kernels for what belongs together in a step, which is not
 /// what belonged together in the check.
 const WARM_UPS: usize = 1;
 const DEVICE_WARM_UPS: usize = 3;
-
-/// The entry that is run to see how fast the machine is, its quick variant.
-const CALIBRATION: &str = "k3";
-
-/// Steps of each of its contenders, after one that starts threads.
-const CALIBRATION_STEPS: usize = 2;
 
 /// Before every timed step. The threads of OpenMP, which PyTorch's wheels use, spin for a while
 /// after each parallel loop in case another one follows: they would take the processor from the
@@ -78,7 +86,7 @@ pub struct Bench {
     #[arg(long)]
     quick: bool,
     /// Images of each entry, in place of the catalogue's: those of the classifiers are for CPUs.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = up_to::<MOST_IMAGES>)]
     batch: Option<NonZeroUsize>,
     /// Run this entry alone; may be given several times.
     #[arg(long, value_name = "ID")]
@@ -91,12 +99,12 @@ pub struct Bench {
     networks: bool,
     /// Timed steps of each contender [default: 3 to 7, as many as fit two minutes, or 8 s with
     /// --quick].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = up_to::<MOST_ROUNDS>)]
     rounds: Option<NonZeroUsize>,
     /// Threads of each contender [default: as many as the machine runs at once].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = up_to::<MOST_THREADS>)]
     threads: Option<NonZeroUsize>,
-    /// Another framework to compare with.
+    /// Another framework to compare with. An error if it is not there.
     #[arg(long, value_enum, value_name = "PEER")]
     peer: Option<Peer>,
     /// The python that has torch [default: $PYTHON, else python3].
@@ -135,6 +143,14 @@ enum Peer {
     Pytorch,
 }
 
+/// A whole number from 1 to `MOST`.
+fn up_to<const MOST: usize>(text: &str) -> Result<NonZeroUsize, String> {
+    let number = text.parse().ok();
+    number
+        .filter(|number: &NonZeroUsize| number.get() <= MOST)
+        .ok_or_else(|| format!("expected a whole number from 1 to {MOST}"))
+}
+
 /// Runs the benchmark. Fails if a contender failed or computed something else than the others.
 pub fn bench(args: &Bench) -> Result<()> {
     let mut entries = select(
@@ -166,8 +182,12 @@ pub fn bench(args: &Bench) -> Result<()> {
     if let (None, Some(name)) = (args.peer, args.of(Engine::PyTorch)) {
         bail!("{name} is PyTorch's, which --peer pytorch adds");
     }
-    let files = args.files()?;
+    if args.peer.is_some() && args.contenders(Engine::PyTorch).is_empty() {
+        bail!("--peer pytorch adds nothing: no --contender is PyTorch's");
+    }
+    let outputs = args.outputs()?;
     let (lab, software) = Lab::set_up(args)?;
+    let pending = |entry| EntryReport::pending(entry, &lab.device, lab.precision);
     let mut report = Report {
         date: machine::date()?,
         quick: args.quick,
@@ -175,33 +195,20 @@ pub fn bench(args: &Bench) -> Result<()> {
         precision: lab.precision,
         machine: machine::describe(lab.plan.threads, &lab.device, software.vectors),
         versions: software.versions,
-        commit: machine::clean_commit(),
-        entries: Vec::new(),
+        commit: machine::commit(),
+        version: env!("CARGO_PKG_VERSION").to_string(),
+        seed: SEED,
+        entries: entries.into_iter().map(pending).collect(),
         summary: Vec::new(),
     };
-
-    let started = Instant::now();
-    let guesses = entries.iter().map(|entry| lab.plan.entry(&entry.work));
-    let guesses: Vec<f64> = guesses.collect();
-    let mut progress = Progress::new(&guesses);
-    if lab.device == FLEX {
-        lab.calibrate(&mut progress);
+    announce(&report, &lab, args);
+    let measured = lab.run_all(&mut report, &outputs);
+    if let Err(error) = &measured {
+        report.abandon(&format!("{error:#}"));
     }
-    announce(&entries, &guesses, &lab, args, &progress);
-    for (entry, guess) in entries.into_iter().zip(guesses) {
-        progress.begin(&entry, guess);
-        let mut entry_report = lab.run(entry, &mut progress);
-        println!("\n{}", table::entry(&entry_report, &lab.device).trim_end());
-        entry_report.seconds = progress.end().as_secs_f64();
-        report.entries.push(entry_report);
-        report.summarize();
-        // After every entry: what was interrupted keeps what is finished.
-        for file in &files {
-            file.write(&report)?;
-        }
-    }
-    eprintln!("bench: all of it took {}", duration(started.elapsed()));
-    conclude(&report, &files)
+    let saved = outputs.finish(&report);
+    measured.and(saved)?;
+    conclude(&report, &outputs, args)
 }
 
 impl Bench {
@@ -221,47 +228,52 @@ impl Bench {
     }
 
     /// The files that were asked for.
-    fn files(&self) -> Result<Vec<OutputFile>> {
-        let forms: [(&Option<PathBuf>, output::Form); 3] = [
-            (&self.json, output::json),
-            (&self.csv, output::csv),
-            (&self.plot, plot::svg),
+    fn outputs(&self) -> Result<Outputs> {
+        let forms: [(&str, &Option<PathBuf>, output::Form); 3] = [
+            ("--json", &self.json, output::json),
+            ("--csv", &self.csv, output::csv),
+            ("--plot", &self.plot, plot::svg),
         ];
         let asked = forms.into_iter();
-        let asked = asked.filter_map(|(path, form)| Some((path.as_deref()?, form)));
-        asked
-            .map(|(path, form)| OutputFile::create(path, form))
-            .collect()
+        let asked = asked.filter_map(|(name, path, form)| Some((name, path.as_deref()?, form)));
+        Outputs::new(&asked.collect::<Vec<_>>())
     }
 }
 
-fn conclude(report: &Report, files: &[OutputFile]) -> Result<()> {
+fn conclude(report: &Report, outputs: &Outputs, args: &Bench) -> Result<()> {
     let overview = table::overview(report);
     if !overview.is_empty() {
-        println!("\n{}", overview.trim_end());
+        say!("\n{}", overview.trim_end())?;
     }
     let legend = table::legend(&report.device, report.precision);
-    println!("\n{legend}\n\n{}", table::setting(report));
-    for comparison in &report.summary {
-        println!("{}", table::comparison(comparison));
+    say!("\n{legend}\n\n{}", table::setting(report))?;
+    for line in table::missing(report) {
+        say!("{line}")?;
     }
-    for file in files {
-        println!("Written: {}", file.path().display());
+    for comparison in &report.summary {
+        say!("{}", table::comparison(comparison))?;
+    }
+    for path in outputs.paths() {
+        say!("Written: {}", path.display())?;
     }
     let failed = report.entries.iter().filter(|entry| entry.is_failure());
     let failed: Vec<_> = failed.map(|entry| entry.entry.id.as_str()).collect();
     if !failed.is_empty() {
         bail!("something failed in: {}", failed.join(", "));
     }
-    match nothing_ran(report) {
-        Some(reason) => bail!("nothing was measured: {reason}"),
-        None => Ok(()),
+    if let Some(reason) = nothing_ran(report, Engine::Burn) {
+        bail!("nothing was measured: {reason}");
     }
+    if let (Some(Peer::Pytorch), Some(reason)) = (args.peer, nothing_ran(report, Engine::PyTorch)) {
+        bail!("--peer pytorch measured nothing: {reason}");
+    }
+    Ok(())
 }
 
-/// Why nobody ran anything, if that is so.
-fn nothing_ran(report: &Report) -> Option<&str> {
-    let mut contenders = report.entries.iter().flat_map(|entry| &entry.contenders);
+/// Why no contender of an engine ran anything, if that is so.
+fn nothing_ran(report: &Report, engine: Engine) -> Option<&str> {
+    let contenders = report.entries.iter().flat_map(|entry| &entry.contenders);
+    let mut contenders = contenders.filter(|report| report.contender.engine() == engine);
     if contenders
         .clone()
         .any(|contender| !contender.steps.is_empty())
@@ -300,6 +312,23 @@ impl Software {
     }
 }
 
+/// What is done with every entry.
+#[derive(Clone, Debug)]
+struct Plan {
+    /// Who runs it.
+    contenders: Vec<Contender>,
+    /// Threads of each of them.
+    threads: usize,
+    /// Steps of each of them before the timed ones.
+    warm_ups: usize,
+    /// The timed ones.
+    rounds: Rounds,
+    /// Whether memory is measured.
+    memory: bool,
+    /// Whether a step's kernels are timed.
+    profile: bool,
+}
+
 /// What all entries share: the programs, and a place for the data.
 struct Lab {
     /// Where the contenders compute.
@@ -308,7 +337,7 @@ struct Lab {
     precision: Precision,
     worker: PathBuf,
     peer_script: PathBuf,
-    /// The python, if the peer was asked for and is there.
+    /// The python, if the peer was asked for.
     python: Option<PathBuf>,
     plan: Plan,
     scratch: Scratch,
@@ -324,12 +353,14 @@ impl Lab {
                 .with_context(|| format!("cannot find the worker {}", file.display()))?,
             None => build_worker(&args.device)?,
         };
+        // Not before: cargo ends by itself.
+        interrupt::listen()?;
         let peer_script = args.peer_script.clone();
         let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let mut lab = Self {
             device: args.device.clone(),
             precision: args.precision,
-            scratch: Scratch::create(&worker)?,
+            scratch: Scratch::create(&env::temp_dir())?,
             worker,
             peer_script: peer_script.unwrap_or_else(|| root().join(PYTORCH)),
             python: None,
@@ -352,15 +383,11 @@ impl Lab {
         software.greet(&mut lab.start(Engine::Burn)?, Engine::Burn)?;
         software.versions.extend(machine::rustc_version());
         if args.peer == Some(Peer::Pytorch) {
-            lab.python = Some(python(args.python.clone()));
+            let python = lab.python.insert(python(args.python.clone())).clone();
             let peer = lab.start(Engine::PyTorch);
-            match peer.and_then(|mut peer| software.greet(&mut peer, Engine::PyTorch)) {
-                Ok(()) => lab.plan.contenders.extend(args.contenders(Engine::PyTorch)),
-                Err(error) => {
-                    eprintln!("bench: PyTorch is left out, it is not available: {error:#}");
-                    lab.python = None;
-                }
-            }
+            peer.and_then(|mut peer| software.greet(&mut peer, Engine::PyTorch))
+                .with_context(|| format!("--peer pytorch: {} has no PyTorch", python.display()))?;
+            lab.plan.contenders.extend(args.contenders(Engine::PyTorch));
         }
         if lab.device != FLEX {
             // Other devices do not compute with the processor's vectors, or not in these programs.
@@ -387,33 +414,29 @@ impl Lab {
         }
     }
 
-    /// Runs a small entry, to see how fast the machine is. What goes wrong there will be told when
-    /// it goes wrong again.
-    fn calibrate(&self, progress: &mut Progress) {
-        let mut entries = catalogue(true).into_iter();
-        let Some(entry) = entries.find(|entry| entry.id == CALIBRATION) else {
-            return;
-        };
-        if self.draw(&entry).is_err() {
-            return;
+    /// Runs the entries of a report. Each is saved before it is printed.
+    fn run_all(&self, report: &mut Report, outputs: &Outputs) -> Result<()> {
+        let mut progress = Progress::new(report.entries.len());
+        for index in 0..report.entries.len() {
+            let entry = report.entries[index].entry.clone();
+            progress.begin(&entry);
+            let started = Instant::now();
+            let mut measured = self.run(entry, &progress);
+            // What an interrupt broke is no result.
+            interrupt::check()?;
+            measured.seconds = started.elapsed().as_secs_f64();
+            report.entries[index] = measured;
+            report.summarize();
+            outputs.save(report)?;
+            let table = table::entry(&report.entries[index], &self.device);
+            say!("\n{}", table.trim_end())?;
         }
-        for contender in [Contender::Fused, Contender::Unfused] {
-            let mut running = self.load(&entry, contender);
-            running.step();
-            let cost = self.plan.cost(&entry.work, contender);
-            for _ in 0..CALIBRATION_STEPS {
-                // Nothing else runs yet that a pause would keep out.
-                progress.restart();
-                if running.step().is_some() {
-                    progress.passed(cost.step - PAUSE.as_secs_f64());
-                    progress.calibrated();
-                }
-            }
-        }
+        note!("bench: all of it took {}", duration(progress.elapsed()));
+        Ok(())
     }
 
     /// Runs an entry. What goes wrong is in the report.
-    fn run(&self, entry: Entry, progress: &mut Progress) -> EntryReport {
+    fn run(&self, entry: Entry, progress: &Progress) -> EntryReport {
         let mut report = EntryReport::new(entry, &self.device, self.precision);
         if let Err(error) = self.fill(&mut report, progress) {
             report.problem = Some(format!("{error:#}"));
@@ -422,24 +445,22 @@ impl Lab {
         report
     }
 
-    fn fill(&self, report: &mut EntryReport, progress: &mut Progress) -> Result<()> {
+    fn fill(&self, report: &mut EntryReport, progress: &Progress) -> Result<()> {
         let entry = report.entry.clone();
         progress.say("drawing the data");
         let mut helper = self.draw(&entry)?;
-        progress.passed(prepare(&entry.work));
 
         progress.say("loading");
         let mut running = Vec::new();
         for &contender in &self.plan.contenders {
             running.push(self.load(&entry, contender));
-            progress.passed(self.plan.cost(&entry.work, contender).load);
         }
         self.check(&entry, &mut running, &mut helper, progress);
         drop(helper);
-        report.rounds = self.time(&entry, &mut running, progress);
+        report.rounds = self.time(&mut running, progress);
         if self.plan.profile {
             for contender in &mut running {
-                progress.say(&format!("profiling {}", contender.contender()));
+                progress.say(format_args!("profiling {}", contender.contender()));
                 contender.profile();
             }
         }
@@ -489,7 +510,7 @@ impl Lab {
         entry: &Entry,
         running: &mut [Running],
         helper: &mut Process,
-        progress: &mut Progress,
+        progress: &Progress,
     ) {
         let reference = self.scratch.results(Contender::Unfused);
         // The unfused one first: the others are compared with what it wrote.
@@ -501,13 +522,11 @@ impl Lab {
             if !contender.is_alive() {
                 continue;
             }
-            progress.say(&format!("checking {name}"));
-            progress.restart();
+            progress.say(format_args!("checking {name}"));
             let folder = self.scratch.results(name);
             let Some(checked) = contender.check(&folder) else {
                 continue;
             };
-            progress.passed(self.plan.cost(&entry.work, name).step);
             if name == Contender::Unfused {
                 tensors = Some(checked.tensors);
                 continue;
@@ -525,20 +544,16 @@ impl Lab {
     ///
     /// Steps of the same round are neighbours in time, so that what slows the machine down for a
     /// while slows down all of them. Every round starts with another contender.
-    fn time(&self, entry: &Entry, running: &mut [Running], progress: &mut Progress) -> usize {
-        let cost = |contender: Contender| self.plan.cost(&entry.work, contender);
+    fn time(&self, running: &mut [Running], progress: &Progress) -> usize {
         progress.say("warming up");
         let mut round = Duration::ZERO;
         for contender in running.iter_mut() {
             let name = contender.contender();
             let mut step = None;
             for _ in 0..self.plan.warm_ups {
-                progress.restart();
                 thread::sleep(PAUSE);
                 step = contender.step();
-                if step.is_some() {
-                    progress.passed(cost(name).step);
-                }
+                if step.is_some() {}
             }
             // What is compiled before it runs tells nothing yet.
             let seconds = match name {
@@ -548,24 +563,14 @@ impl Lab {
             round += Duration::from_secs_f64(seconds);
         }
         let rounds = self.plan.rounds.count(round);
-        let alive = running.iter().filter(|contender| contender.is_alive());
-        let costs: Vec<_> = alive.map(|running| cost(running.contender())).collect();
-        let load: f64 = costs.iter().map(|cost| cost.load).sum();
-        let step: f64 = costs.iter().map(|cost| cost.step).sum();
-        progress.replan(rounds as f64 * step + self.plan.measurement(load, step));
         for index in 0..rounds {
-            progress.say(&format!(
-                "round {} of {rounds}, of {} each",
-                index + 1,
-                duration(round)
-            ));
             for turn in rotation(running.len(), index) {
-                progress.restart();
-                thread::sleep(PAUSE);
                 let contender = &mut running[turn];
-                contender.timed_step();
                 if contender.is_alive() {
-                    progress.passed(cost(contender.contender()).step);
+                    let (name, round) = (contender.contender(), index + 1);
+                    progress.say(format_args!("{name}, round {round} of {rounds}"));
+                    thread::sleep(PAUSE);
+                    contender.timed_step();
                 }
             }
         }
@@ -573,18 +578,15 @@ impl Lab {
     }
 
     /// One step of every contender that was timed, each in a fresh process.
-    fn measure(&self, entry: &Entry, report: &mut EntryReport, progress: &mut Progress) {
+    fn measure(&self, entry: &Entry, report: &mut EntryReport, progress: &Progress) {
         for contender in &mut report.contenders {
             if contender.steps.is_empty() {
                 continue;
             }
             let name = contender.contender;
-            progress.say(&format!("measuring the memory of {name}"));
-            progress.restart();
+            progress.say(format_args!("measuring the memory of {name}"));
             let mut fresh = self.load(entry, name);
             contender.memory = fresh.memory();
-            let cost = self.plan.cost(&entry.work, name);
-            progress.passed(cost.load + cost.step);
             if let Some(problem) = fresh.finish().problem {
                 let reason = format!("while memory was measured: {}", problem.reason);
                 contender.fail(problem.kind, reason);
@@ -601,7 +603,7 @@ fn rotation(count: usize, round: usize) -> impl Iterator<Item = usize> {
 /// Builds the worker for a device and returns its file.
 fn build_worker(device: &str) -> Result<PathBuf> {
     let args = build_args(device);
-    eprintln!("$ cargo {}", args.join(" "));
+    note!("$ cargo {}", args.join(" "));
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let output = cargo(&args)
         .arg("--message-format=json-render-diagnostics")
@@ -650,63 +652,85 @@ fn executable(message: &str) -> Option<PathBuf> {
     message["executable"].as_str().map(PathBuf::from)
 }
 
-/// The folder for data and results. Held by one run at a time: two would disturb each other's
-/// timings anyway.
+/// The folder for data and results, which is removed at the end. Held by one run at a time: two would
+/// disturb each other's timings.
 struct Scratch {
-    folder: PathBuf,
+    folder: TempDir,
     /// Held locked until the end.
-    _lock: File,
+    _lock: Option<File>,
 }
 
 impl Scratch {
-    /// Beside the worker, where the next run finds and removes what an interrupted one left.
-    fn create(worker: &Path) -> Result<Self> {
-        let parent = worker.parent().context("the worker lies in a folder")?;
-        let path = parent.join("bench.lock");
-        let lock =
-            File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => bail!("another cargo xtask bench is running"),
-            Err(TryLockError::Error(error)) => {
-                return Err(error).with_context(|| format!("cannot lock {}", path.display()));
-            }
-        }
+    /// In a folder for temporary files.
+    fn create(parent: &Path) -> Result<Self> {
+        let folder = tempfile::Builder::new()
+            .prefix("burn-conv-bn-bench-")
+            .tempdir_in(parent);
         Ok(Self {
-            folder: parent.join("bench-data"),
-            _lock: lock,
+            _lock: lock(&parent.join(LOCK))?,
+            folder: folder
+                .with_context(|| format!("cannot create a folder in {}", parent.display()))?,
         })
     }
 
     fn data(&self) -> PathBuf {
-        self.folder.join("data")
+        self.folder.path().join("data")
+    }
+
+    fn all_results(&self) -> PathBuf {
+        self.folder.path().join("results")
     }
 
     fn results(&self, contender: Contender) -> PathBuf {
-        self.folder.join("results").join(contender.name())
+        self.all_results().join(contender.name())
     }
 
     fn clear(&self) -> Result<()> {
-        if self.folder.exists() {
-            fs::remove_dir_all(&self.folder)
-                .with_context(|| format!("cannot remove {}", self.folder.display()))?;
+        for folder in [self.data(), self.all_results()] {
+            match fs::remove_dir_all(&folder) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(error)
+                        .with_context(|| format!("cannot remove {}", folder.display()));
+                }
+                _ => {}
+            }
         }
         Ok(())
     }
 }
 
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = self.clear();
+/// Locks a file. `None`, with a note, where the system has no locks.
+fn lock(path: &Path) -> Result<Option<File>> {
+    let mut options = OpenOptions::new();
+    options.read(true).append(true).create(true);
+    // Another user's file can be locked, but not written.
+    let file = options.open(path).or_else(|_| File::open(path));
+    let locked = match file {
+        Ok(file) => file.try_lock().map(|()| file),
+        Err(error) => Err(TryLockError::Error(error)),
+    };
+    match locked {
+        Ok(file) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => bail!(
+            "another cargo xtask bench is running, which holds {}",
+            path.display()
+        ),
+        Err(TryLockError::Error(error)) => {
+            note!(
+                "bench: whether another one runs is unknown: cannot lock {}: {error}",
+                path.display()
+            );
+            Ok(None)
+        }
     }
 }
 
-/// Says what will run, and about how long it takes where that can be guessed.
-fn announce(entries: &[Entry], guesses: &[f64], lab: &Lab, args: &Bench, progress: &Progress) {
+/// Says what will run.
+fn announce(report: &Report, lab: &Lab, args: &Bench) {
     let names = lab.plan.contenders.iter();
     let names: Vec<_> = names.map(|contender| contender.name()).collect();
     let threads = lab.plan.threads;
-    eprintln!(
+    note!(
         "bench: {} on {} in {}, {threads} thread{}",
         names.join(", "),
         lab.device,
@@ -714,26 +738,15 @@ fn announce(entries: &[Entry], guesses: &[f64], lab: &Lab, args: &Bench, progres
         if threads == 1 { "" } else { "s" }
     );
     if args.peer.is_none() {
-        eprintln!("bench: PyTorch is left out; --peer pytorch compares with it");
+        note!("bench: PyTorch is left out; --peer pytorch compares with it");
     }
-    for (entry, guess) in entries.iter().zip(guesses) {
-        let guess = progress.scaled(*guess);
-        let guess = guess.map(|guess| format!(": about {}", duration(guess)));
-        let guess = guess.unwrap_or_default();
-        eprintln!("bench: {:<12} {}{guess}", entry.id, entry.work);
+    for entry in &report.entries {
+        note!("bench: {:<12} {}", entry.entry.id, entry.title);
     }
-    match progress.left() {
-        Some(left) => eprintln!(
-            "bench: about {} in all: an estimate, from the operations and a layer that was timed",
-            duration(left)
-        ),
-        None if lab.device == FLEX => {
-            eprintln!("bench: there is no estimate, the layer that was timed for it failed");
-        }
-        None => eprintln!(
-            "bench: kernels are compiled and autotuned first, which may take minutes for each \
-             entry; the first one tells how long the others take"
-        ),
+    if lab.device != FLEX {
+        note!(
+            "bench: kernels are compiled and autotuned first, which may take minutes for each entry"
+        );
     }
 }
 
@@ -809,11 +822,15 @@ mod tests {
     #[test]
     fn what_makes_no_sense_together_is_refused() {
         for (options, wanted) in [
-            (["--precision", "tf32"], "cuda, not flex"),
-            (["--contender", "eager"], "--peer pytorch"),
-            (["--profile", "--quick"], "--profile"),
+            (&["--precision", "tf32"][..], "cuda, not flex"),
+            (&["--contender", "eager"], "--peer pytorch"),
+            (
+                &["--peer", "pytorch", "--contender", "fused"],
+                "--contender",
+            ),
+            (&["--profile", "--quick"], "--profile"),
         ] {
-            let error = bench(&parse(&options).unwrap()).unwrap_err().to_string();
+            let error = bench(&parse(options).unwrap()).unwrap_err().to_string();
             assert!(error.contains(wanted), "{error}");
         }
     }
@@ -831,9 +848,39 @@ mod tests {
     }
 
     #[test]
+    fn numbers_have_bounds_which_are_named() {
+        for (option, most) in [
+            ("--rounds", "1000"),
+            ("--batch", "65536"),
+            ("--threads", "1024"),
+        ] {
+            assert!(parse(&[option, most]).is_ok());
+            let beyond = (most.parse::<usize>().unwrap() + 1).to_string();
+            for wrong in ["0", "-1", "1.5", &beyond, "18446744073709551615", "1e99"] {
+                let error = parse(&[&format!("{option}={wrong}")])
+                    .unwrap_err()
+                    .to_string();
+                assert!(
+                    error.contains(&format!("from 1 to {most}")),
+                    "{wrong}: {error}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn a_run_of_nothing_is_no_success() {
         let mut report = testing::report();
+        let conclude = |report: &Report, options: &[&str]| {
+            conclude(report, &Outputs::default(), &parse(options).unwrap())
+        };
         assert!(conclude(&report, &[]).is_ok());
+        let peer = ["--peer", "pytorch"];
+        let error = conclude(&report, &peer).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "--peer pytorch measured nothing: there was no contender"
+        );
         for contender in &mut report.entries[0].contenders {
             contender.steps.clear();
             contender.fail(ProblemKind::Unavailable, "no bf16");
@@ -845,13 +892,13 @@ mod tests {
     #[test]
     fn a_second_run_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let worker = folder.path().join("bench-worker");
-        let first = Scratch::create(&worker).unwrap();
+        let first = Scratch::create(folder.path()).unwrap();
         fs::create_dir_all(first.results(Contender::Fused)).unwrap();
-        assert!(Scratch::create(&worker).is_err());
+        assert!(Scratch::create(folder.path()).is_err());
         drop(first);
-        let second = Scratch::create(&worker).unwrap();
-        assert!(!second.folder.exists());
+        drop(Scratch::create(folder.path()).unwrap());
+        let left: Vec<_> = fs::read_dir(folder.path()).unwrap().collect();
+        assert_eq!(left.len(), 1, "the lock alone stays: {left:?}");
     }
 
     #[test]

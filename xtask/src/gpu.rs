@@ -8,10 +8,12 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use burn_conv_bn_bench::device::{CUDA, WEBGPU};
+use burn_conv_bn_files::{self as files, Survives};
 use burn_conv_bn_gpu_tests::TESTS;
 use clap::Args;
 
 use crate::programs::{self, Program};
+use crate::say::say;
 use crate::{cargo, root};
 
 /// What needs no GPU: what is there for one needs features.
@@ -182,14 +184,17 @@ fn set_up(command: &mut Command, strict: bool) {
 
 #[derive(Args, Debug)]
 pub struct Bundle {
-    /// Where to write the bundle: a shell script that unpacks itself and runs what is in it.
-    #[arg(
-        long,
-        value_name = "FILE",
-        default_value = "target/gpu-bundle/burn-conv-bn-cuda.sh"
-    )]
-    output: PathBuf,
+    /// Where to write the bundle: a shell script that unpacks itself and runs what is in it
+    /// [default: target/gpu-bundle/burn-conv-bn-cuda.sh].
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
 }
+
+/// Where the bundle is put together, from the workspace's root.
+const BUNDLE_FOLDER: &str = "target/gpu-bundle";
+
+/// Its name there, unless it is told otherwise.
+const BUNDLE: &str = "burn-conv-bn-cuda.sh";
 
 /// The build of what trains and is timed on CUDA.
 const CUDA_PROGRAMS: [&str; 10] = [
@@ -233,6 +238,13 @@ const CONFIGURATION: &str = include_str!("gpu/cubecl.toml");
 
 /// Builds the tests and the benchmark for CUDA, and packs them.
 pub fn bundle(args: &Bundle) -> Result<()> {
+    let own = root().join(BUNDLE_FOLDER);
+    fs::create_dir_all(&own).with_context(|| format!("cannot create {}", own.display()))?;
+    let output = match &args.output {
+        Some(output) => output.clone(),
+        None => own.join(BUNDLE),
+    };
+    files::check(&output)?;
     // Without autotuning, as on WebGPU, and because that may choose kernels which multiply f32 as TF32:
     // the tests' bounds are those of f32.
     let tests = build_for_cuda(&["test", "--no-run"], one_program(CUDA, Fusion::On))?;
@@ -243,17 +255,11 @@ pub fn bundle(args: &Bundle) -> Result<()> {
         ("bench-worker", file(&others, "bench-worker")?),
         ("mnist", file(&others, "mnist")?),
     ];
-    let output = root().join(&args.output);
-    let folder = output
-        .parent()
-        .context("the bundle needs a folder")?
-        .join("bundle");
-    if folder.exists() {
-        fs::remove_dir_all(&folder)
-            .with_context(|| format!("cannot remove {}", folder.display()))?;
-    }
-    fs::create_dir_all(folder.join("lib"))
-        .with_context(|| format!("cannot create {}", folder.display()))?;
+    let staging =
+        tempfile::tempdir_in(&own).with_context(|| format!("cannot write to {}", own.display()))?;
+    let folder = staging.path();
+    fs::create_dir(folder.join("lib"))
+        .with_context(|| format!("cannot create a folder in {}", folder.display()))?;
     for (_, program) in &programs {
         for library in libraries(program)? {
             let name = library.file_name().context("a library has a name")?;
@@ -277,15 +283,14 @@ pub fn bundle(args: &Bundle) -> Result<()> {
     names.extend(["cubecl.toml", "lib"]);
 
     let mut bytes = script().into_bytes();
-    bytes.extend(archive(&folder, &names)?);
+    bytes.extend(archive(folder, &names)?);
     check_size(bytes.len())?;
-    fs::write(&output, &bytes).with_context(|| format!("cannot write {}", output.display()))?;
-    println!(
+    files::write(&output, &bytes, Survives::Kill)?;
+    say!(
         "gpu-bundle: {}, {:.1} MB; run it with sh on a machine with CUDA",
         output.display(),
         megabytes(bytes.len())
-    );
-    Ok(())
+    )
 }
 
 /// The script with the names of the tests, and the line after it.

@@ -1,9 +1,14 @@
 //! Tasks of the workspace, run as `cargo xtask <task>`.
 
+// They panic where nobody reads them: `say!` and `note!` do not.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod bench;
 mod gpu;
+mod interrupt;
 mod programs;
 mod sanitize;
+mod say;
 mod soak;
 mod torchvision;
 
@@ -18,6 +23,8 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::gpu::Fusion;
+use crate::programs::Count;
+use crate::say::{note, say};
 
 /// Names the folder with the real MNIST that tests read.
 const MNIST: &str = "BURN_CONV_BN_MNIST";
@@ -53,17 +60,15 @@ enum Task {
     /// software one included, in a build of their own. What this machine cannot run is named, with
     /// the reason, before and after the tests.
     Test(Test),
-    /// Run the CPU kernels under AddressSanitizer and under Helgrind.
+    /// Run the tests of the CPU kernels under AddressSanitizer, without and with AVX-512.
     ///
-    /// AddressSanitizer runs their tests, without and with AVX-512. Helgrind, which is part of
-    /// Valgrind, looks for data races in the same kernels on plain threads, because it does not
-    /// understand rayon. The last lines say what each covered.
-    Sanitize(sanitize::Sanitize),
+    /// The last lines say what was covered.
+    Sanitize,
     /// Run the tests that draw their cases, again and again with fresh seeds, until the time is over.
     ///
     /// Property tests, numerical stress, training that is killed, damaged data files, threads,
-    /// leaks and convergence, all without a GPU. A report in Markdown says what ran, how often, with
-    /// which seeds, and what failed.
+    /// leaks and convergence, all without a GPU. At the end a list says which seeds each program ran
+    /// with, and which command repeats a failure.
     Soak(soak::Soak),
     /// Compare the networks with torchvision's: weights, logits, loss, every gradient and 30 steps.
     ///
@@ -143,7 +148,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::bench(&args),
         Task::Check(args) => check(&args),
         Task::Test(args) => test(args),
-        Task::Sanitize(args) => sanitize::sanitize(&args),
+        Task::Sanitize => sanitize::sanitize(),
         Task::Soak(args) => soak::soak(&args),
         Task::Torchvision(args) => torchvision::torchvision(&args),
         Task::GpuBundle(args) => gpu::bundle(&args),
@@ -151,7 +156,9 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            if !say::is_closed_pipe(&error) {
+                note!("error: {error:#}");
+            }
             ExitCode::FAILURE
         }
     }
@@ -210,6 +217,9 @@ impl Step {
 }
 
 fn check(args: &Check) -> Result<()> {
+    if Step::ALL.iter().all(|step| args.skip.contains(step)) {
+        bail!("nothing was checked: every step is skipped");
+    }
     let mut failed = Vec::new();
     let mut skipped = Vec::new();
     for step in Step::ALL {
@@ -217,19 +227,18 @@ fn check(args: &Check) -> Result<()> {
             skipped.push(step.name());
             continue;
         }
-        println!("== check: {} ==", step.name());
+        say!("== check: {} ==", step.name())?;
         if !succeeds(step.command())? {
             failed.push(step.name());
         }
     }
     if !skipped.is_empty() {
-        println!("check: skipped as asked: {}", skipped.join(", "));
+        say!("check: skipped as asked: {}", skipped.join(", "))?;
     }
     if !failed.is_empty() {
         bail!("check failed: {}", failed.join(", "));
     }
-    println!("check: passed");
-    Ok(())
+    say!("check: passed")
 }
 
 /// Tests that this run leaves out.
@@ -294,7 +303,7 @@ fn test(args: Test) -> Result<()> {
     }
 
     for skip in &skips {
-        println!("Will be skipped: {} ({})", skip.what, skip.why);
+        say!("Will be skipped: {} ({})", skip.what, skip.why)?;
     }
     let names = match skips.is_empty() {
         true => "nothing".to_string(),
@@ -309,18 +318,23 @@ fn test(args: Test) -> Result<()> {
     }
 
     let mut passed = true;
+    let mut count = Count::default();
     for (mut command, filter) in commands {
         command.args(&args.cargo_args);
         if filter.is_some() || !args.test_args.is_empty() {
             command.arg("--").args(filter).args(&args.test_args);
         }
-        passed &= succeeds(command)?;
+        let (succeeded, tests) = programs::test(command)?;
+        passed &= succeeded;
+        count += tests;
     }
-    match passed {
-        true => println!("test: passed; skipped: {names}"),
-        false => bail!("test failed; skipped: {names}"),
+    if !passed {
+        bail!("test failed; skipped: {names}");
     }
-    Ok(())
+    if count.passed == 0 {
+        bail!("no test ran: none that was asked for is there; skipped: {names}");
+    }
+    say!("test: {} tests passed; skipped: {names}", count.passed)
 }
 
 /// The folder that a variable names, or without it the one at `beside` from the workspace's root;
@@ -360,19 +374,19 @@ fn cargo(args: &[&str]) -> Command {
 }
 
 /// Prints the command as one types it.
-fn show(command: &Command) {
+fn show(command: &Command) -> Result<()> {
     let program = Path::new(command.get_program());
     let program = program.file_name().unwrap_or(program.as_os_str());
     let args: Vec<_> = command
         .get_args()
         .map(|arg| arg.to_string_lossy())
         .collect();
-    println!("$ {} {}", program.to_string_lossy(), args.join(" "));
+    say!("$ {} {}", program.to_string_lossy(), args.join(" "))
 }
 
 /// Shows the command, runs it, and says whether it succeeded.
 fn succeeds(mut command: Command) -> Result<bool> {
-    show(&command);
+    show(&command)?;
     let status = command
         .status()
         .with_context(|| format!("cannot start {:?}", command.get_program()))?;

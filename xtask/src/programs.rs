@@ -1,11 +1,13 @@
 //! Programs that cargo builds and test programs that report.
 
+use std::io::{BufRead, BufReader, Read};
 use std::ops::AddAssign;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use crate::say::say;
 use crate::show;
 
 /// A program that was built.
@@ -21,7 +23,7 @@ pub struct Program {
 /// Runs a cargo command that builds, and returns the programs that it built.
 pub fn build(mut command: Command) -> Result<Vec<Program>> {
     command.arg("--message-format=json-render-diagnostics");
-    show(&command);
+    show(&command)?;
     let output = command
         .stderr(Stdio::inherit())
         .output()
@@ -42,6 +44,32 @@ fn program(message: &str) -> Option<Program> {
         file: PathBuf::from(message["executable"].as_str()?),
         folder: manifest.parent()?.to_path_buf(),
     })
+}
+
+/// Runs a cargo command that tests. Returns whether it succeeded, and what ran.
+pub fn test(mut command: Command) -> Result<(bool, Count)> {
+    show(&command)?;
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo")?;
+    let output = child.stdout.take().context("the output is a pipe")?;
+    // Closes the pipe where it fails, which ends the command.
+    let count = pass_on(output);
+    let status = child.wait().context("cannot wait for cargo")?;
+    Ok((status.success(), count?))
+}
+
+/// Prints what test programs print, and counts their tests.
+fn pass_on(output: impl Read) -> Result<Count> {
+    let mut count = Count::default();
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line.context("cannot read what the tests print")?;
+        let line = String::from_utf8_lossy(&line);
+        say!("{line}")?;
+        count.see(&line);
+    }
+    Ok(count)
 }
 
 /// Test programs that ran to their end, and their tests.

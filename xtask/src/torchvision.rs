@@ -1,5 +1,6 @@
 //! The comparison with torchvision's networks.
 
+use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -25,12 +26,14 @@ pub struct Torchvision {
 pub fn torchvision(args: &Torchvision) -> Result<()> {
     // A script that stops halfway must leave nothing that tests would take for the whole.
     let folder = root().join(FOLDER);
-    let unfinished = folder.with_extension("unfinished");
+    let target = root().join("target");
+    fs::create_dir_all(&target).with_context(|| format!("cannot create {}", target.display()))?;
+    let unfinished = tempfile::tempdir_in(target).context("cannot create a folder in target")?;
     let python = python(args.python.clone());
     let status = Command::new(&python)
         .arg("scripts/pytorch_models.py")
         .arg("--out")
-        .arg(&unfinished)
+        .arg(unfinished.path())
         .current_dir(root())
         .status()
         .with_context(|| format!("cannot run {}", python.display()))?;
@@ -38,10 +41,10 @@ pub fn torchvision(args: &Torchvision) -> Result<()> {
         bail!("the script failed; it needs torch, torchvision and safetensors");
     }
     if folder.exists() {
-        std::fs::remove_dir_all(&folder)
+        fs::remove_dir_all(&folder)
             .with_context(|| format!("cannot replace {}", folder.display()))?;
     }
-    std::fs::rename(&unfinished, &folder)
+    fs::rename(unfinished.keep(), &folder)
         .with_context(|| format!("cannot move the files to {}", folder.display()))?;
 
     let mut command = cargo(&["test", "--release"]);

@@ -10,8 +10,11 @@ use crate::precision::Precision;
 use crate::protocol::{Contender, StepMemory, StepProfile, StepTime, TensorError};
 use crate::statistics::{Spread, geometric_mean, median, ratios};
 
+/// [`EntryReport::problem`] of an entry whose turn has not come.
+const PENDING: &str = "not run yet";
+
 /// A whole run.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// When it started: date and time in UTC, as RFC 3339 writes them.
     pub date: String,
@@ -25,9 +28,14 @@ pub struct Report {
     pub machine: Machine,
     /// Version by name.
     pub versions: BTreeMap<String, String>,
-    /// Commit of this repository, if nothing was changed since.
+    /// Commit of this repository, with `-dirty` behind it if something was changed since. `None`
+    /// outside of a repository.
     pub commit: Option<String>,
-    /// What was run, in order.
+    /// Version of this workspace's packages.
+    pub version: String,
+    /// Seed of all data.
+    pub seed: u64,
+    /// What was asked for, in order. Those that were not run say why in [`EntryReport::problem`].
     pub entries: Vec<EntryReport>,
     /// The fused layer against the two that matter.
     pub summary: Vec<Comparison>,
@@ -250,6 +258,14 @@ impl EntryReport {
         }
     }
 
+    /// The same, which says in a report of an unfinished run that it has not been run.
+    pub fn pending(entry: Entry, device: &str, precision: Precision) -> Self {
+        Self {
+            problem: Some(PENDING.to_string()),
+            ..Self::new(entry, device, precision)
+        }
+    }
+
     /// The report of a contender.
     pub fn contender(&self, contender: Contender) -> Option<&ContenderReport> {
         let mut contenders = self.contenders.iter();
@@ -286,6 +302,15 @@ impl EntryReport {
 }
 
 impl Report {
+    /// Ends an unfinished run: entries whose turn has not come say why.
+    pub fn abandon(&mut self, reason: &str) {
+        for entry in &mut self.entries {
+            if entry.problem.as_deref() == Some(PENDING) {
+                entry.problem = Some(format!("not run: {reason}"));
+            }
+        }
+    }
+
     /// Fills in the comparisons.
     pub fn summarize(&mut self) {
         let bases = [Contender::Eager, Contender::Unfused];
@@ -396,6 +421,28 @@ mod tests {
     }
 
     #[test]
+    fn what_was_not_run_says_why() {
+        let pending = |index| {
+            let entry = catalogue(false).remove(index);
+            EntryReport::pending(entry, FLEX, Precision::F32)
+        };
+        let mut failed = entry(1, Vec::new());
+        failed.problem = Some("no room".to_string());
+        let mut report = Report {
+            entries: vec![entry(0, Vec::new()), failed, pending(2)],
+            ..Report::default()
+        };
+        let problems = |report: &Report| -> Vec<Option<String>> {
+            let entries = report.entries.iter();
+            entries.map(|entry| entry.problem.clone()).collect()
+        };
+        let with = |last: &str| [None, Some("no room".to_string()), Some(last.to_string())];
+        assert_eq!(problems(&report), with("not run yet"));
+        report.abandon("interrupted");
+        assert_eq!(problems(&report), with("not run: interrupted"));
+    }
+
+    #[test]
     fn checks_judge_by_the_largest_error() {
         let mut report = ContenderReport::new(Contender::Fused);
         report.check(vec![error(Some(1e-3)), error(Some(1e-4))], 1e-3);
@@ -440,15 +487,8 @@ mod tests {
         let mut wrong = pair(2, 100.0);
         wrong.contenders[0].fail(ProblemKind::Mismatch, "wrong");
         let mut report = Report {
-            date: "2026-01-02T03:04:05Z".to_string(),
-            quick: false,
-            device: FLEX.to_string(),
-            precision: Precision::F32,
-            machine: Machine::default(),
-            versions: BTreeMap::new(),
-            commit: None,
             entries: vec![pair(0, 0.25), pair(1, 1.0), wrong, pair(6, 2.0)],
-            summary: Vec::new(),
+            ..Report::default()
         };
         report.summarize();
         let [comparison] = report.summary.as_slice() else {

@@ -95,6 +95,36 @@ pub fn entry(report: &EntryReport, device: &str) -> String {
     text
 }
 
+const QUICK: &str = "quick run, of smaller batches and images: ";
+
+/// What is missing in a report and why, a line for each reason.
+pub fn missing(report: &Report) -> Vec<String> {
+    let mut missing: Vec<(String, Vec<String>)> = Vec::new();
+    let mut add =
+        |reason: String, what: String| match missing.iter_mut().find(|(known, _)| *known == reason)
+        {
+            Some((_, all)) => all.push(what),
+            None => missing.push((reason, vec![what])),
+        };
+    for entry in &report.entries {
+        let id = &entry.entry.id;
+        if let Some(problem) = &entry.problem {
+            add(problem.clone(), id.clone());
+        }
+        for contender in &entry.contenders {
+            if let Some(problem) = &contender.problem {
+                add(
+                    problem.to_string(),
+                    format!("{} of {id}", contender.contender),
+                );
+            }
+        }
+    }
+    let line =
+        |(reason, what): (String, Vec<String>)| format!("missing: {} ({reason})", what.join(", "));
+    missing.into_iter().map(line).collect()
+}
+
 /// The line that says what a run ran on.
 pub fn setting(report: &Report) -> String {
     let machine = &report.machine;
@@ -111,8 +141,9 @@ pub fn setting(report: &Report) -> String {
         .map(|(name, vectors)| format!("{name} {vectors}"))
         .collect();
     hardware.extend(machine.caches.iter().cloned());
+    let quick = if report.quick { QUICK } else { "" };
     format!(
-        "{device} on {} ({}), {} of {} threads; {}; {}",
+        "{quick}{device} on {} ({}), {} of {} threads; {}; {}",
         machine.cpu,
         hardware.join(", "),
         machine.threads,
@@ -173,7 +204,9 @@ fn quantity(
     const BASES: [Contender; 2] = [Contender::Unfused, Contender::Eager];
     let contenders = Contender::ALL.iter().map(|contender| contender.to_string());
     let bases = BASES.iter().map(|base| format!("fused / {base}"));
-    let header: Vec<String> = iter::once(title.to_string())
+    let header: Vec<String> = [title, "batch"]
+        .into_iter()
+        .map(str::to_string)
         .chain(contenders)
         .chain(bases)
         .collect();
@@ -189,13 +222,15 @@ fn quantity(
             let ratio = both.and_then(|(fused, base)| ratio(fused, base));
             cell(ratio, three_decimals)
         });
-        iter::once(entry.entry.id.clone())
+        let batch = entry.entry.work.batch().to_string();
+        [entry.entry.id.clone(), batch]
+            .into_iter()
             .chain(values)
             .chain(ratios)
             .collect()
     };
     let rows = without_empty(header, report.entries.iter().map(row).collect());
-    let is_there = rows.first().is_some_and(|header| header.len() > 1);
+    let is_there = rows.first().is_some_and(|header| header.len() > 2);
     is_there.then(|| markdown(&rows))
 }
 
@@ -527,20 +562,20 @@ k3: 32x64x56 -> 64 k3 p1
         assert_eq!(overview(&report), "");
         report.entries.push(second);
         let expected = "\
-| step, ms | fused | unfused | fused / unfused |
-|----------|------:|--------:|----------------:|
-| k3       |  30.0 |     120 |           0.250 |
-| resnet50 |  30.0 |       - |               - |
+| step, ms | batch | fused | unfused | fused / unfused |
+|----------|------:|------:|--------:|----------------:|
+| k3       |    32 |  30.0 |     120 |           0.250 |
+| resnet50 |     8 |  30.0 |       - |               - |
 
-| end of forward, MiB | fused | unfused | fused / unfused |
-|---------------------|------:|--------:|----------------:|
-| k3                  |   1.5 |     1.5 |           1.000 |
-| resnet50            |   1.5 |       - |               - |
+| end of forward, MiB | batch | fused | unfused | fused / unfused |
+|---------------------|------:|------:|--------:|----------------:|
+| k3                  |    32 |   1.5 |     1.5 |           1.000 |
+| resnet50            |     8 |   1.5 |       - |               - |
 
-| peak, MiB | fused | unfused | fused / unfused |
-|-----------|------:|--------:|----------------:|
-| k3        |  12.0 |    48.0 |           0.250 |
-| resnet50  |  12.0 |       - |               - |
+| peak, MiB | batch | fused | unfused | fused / unfused |
+|-----------|------:|------:|--------:|----------------:|
+| k3        |    32 |  12.0 |    48.0 |           0.250 |
+| resnet50  |     8 |  12.0 |       - |               - |
 ";
         assert_eq!(overview(&report), expected);
     }
@@ -683,15 +718,33 @@ k3: 32x64x56 -> 64 k3 p1
     fn run() -> Report {
         Report {
             date: "2026-01-02T03:04:05Z".to_string(),
-            quick: false,
             device: FLEX.to_string(),
-            precision: Precision::F32,
-            machine: Machine::default(),
-            versions: BTreeMap::new(),
-            commit: None,
-            entries: Vec::new(),
-            summary: Vec::new(),
+            ..Report::default()
         }
+    }
+
+    #[test]
+    fn what_is_missing_is_grouped_by_the_reason() {
+        let mut failed = report(vec![contender(Contender::Fused, 1.0, 1)]);
+        failed.contenders[0].fail(ProblemKind::Failed, "it died");
+        let pending = |index| {
+            let entry = catalogue(false).remove(index);
+            EntryReport::pending(entry, FLEX, Precision::F32)
+        };
+        let mut report = Report {
+            entries: vec![failed, pending(2), pending(9)],
+            ..run()
+        };
+        report.abandon("interrupted");
+        assert_eq!(
+            missing(&report),
+            [
+                "missing: fused of k3 (FAILED: it died)",
+                "missing: k1, resnet50 (not run: interrupted)"
+            ]
+        );
+        report.entries.clear();
+        assert!(missing(&report).is_empty());
     }
 
     #[test]
@@ -714,6 +767,9 @@ k3: 32x64x56 -> 64 k3 p1
             "flex in f32 on AMD EPYC (ours 256-bit vectors, torch AVX512, L2 512K), \
              2 of 8 threads; burn 0.22.1, torch 2.15; 2026-01-02T03:04:05Z"
         );
+        report.quick = true;
+        assert!(setting(&report).starts_with("quick run, of smaller batches and images: flex"));
+        report.quick = false;
         report.device = CUDA.to_string();
         report.machine.gpu = Some("NVIDIA H100".to_string());
         let line = setting(&report);

@@ -86,6 +86,16 @@ pub fn check_distinct(outputs: &[(&'static str, &Path)]) -> Result<(), OutputErr
     Ok(())
 }
 
+/// Whether [`write`] replaces what is at `path`, so that interim results may be written, too. It
+/// appends otherwise.
+///
+/// # Errors
+///
+/// As of [`check`] for a path that cannot be resolved.
+pub fn replaces(path: &Path) -> Result<bool, OutputError> {
+    Ok(matches!(Target::of(path)?, Target::File { .. }))
+}
+
 /// Makes sure that the names in a folder are on the disk, as far as the system can.
 ///
 /// # Errors

@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use burn_conv_bn_files::{OutputError, Survives, check, check_distinct, check_room, sweep, write};
+use burn_conv_bn_files::{
+    OutputError, Survives, check, check_distinct, check_room, replaces, sweep, write,
+};
 use tempfile::TempDir;
 
 fn names(folder: &Path) -> Vec<String> {
@@ -39,6 +41,20 @@ fn a_check_changes_nothing() {
     check(&path).unwrap();
     assert_eq!(fs::read_to_string(&path).unwrap(), "old");
     assert_eq!(names(folder.path()), ["file"]);
+}
+
+#[test]
+#[cfg(unix)]
+fn files_are_replaced_and_devices_are_not() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("file");
+    assert!(replaces(&path).unwrap());
+    fs::write(&path, "old").unwrap();
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    assert!(replaces(&path).unwrap() && replaces(&link).unwrap());
+    assert!(!replaces(Path::new("/dev/null")).unwrap());
+    assert!(replaces(folder.path()).is_err());
 }
 
 #[test]

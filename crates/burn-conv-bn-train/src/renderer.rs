@@ -39,6 +39,7 @@ const LOSS: &str = "Loss";
 pub struct LineRenderer<W = Stdout> {
     out: W,
     log_interval: usize,
+    last_line: bool,
     metrics: HashMap<MetricId, Shown>,
     epochs: usize,
     /// The epoch that is running, from 1 as Burn counts.
@@ -82,6 +83,7 @@ impl<W: Write> LineRenderer<W> {
         Self {
             out,
             log_interval,
+            last_line: false,
             metrics: HashMap::new(),
             epochs: 0,
             epoch: 1,
@@ -90,6 +92,12 @@ impl<W: Write> LineRenderer<W> {
             train: Vec::new(),
             valid: Vec::new(),
         }
+    }
+
+    /// Also prints a line at the end of the items of an epoch, where the tutorial prints none.
+    pub fn with_last_line(mut self) -> Self {
+        self.last_line = true;
+        self
     }
 
     fn line(&mut self, line: Arguments<'_>) {
@@ -166,6 +174,11 @@ impl<W: Write + Send> TrainingProgressLogger for LineRenderer<W> {
 
     fn update_split(&mut self, items_processed: usize) {
         let split = &mut self.split;
+        if items_processed <= split.items {
+            // Another device of the same step, which reports the items of all; or a device that
+            // outlasts the others, which reports its own.
+            return;
+        }
         if split.batches == 0 {
             split.batch_size = items_processed;
         }
@@ -180,7 +193,9 @@ impl<W: Write + Send> TrainingProgressLogger for LineRenderer<W> {
         if let (true, Some(loss)) = (shown, self.loss.take()) {
             let total = split.total_items;
             let batches = total.div_ceil(split.batch_size.max(1));
-            let percent = 100.0 * batch as f64 / batches as f64;
+            // Not of the steps, which are more where devices have unequal shares.
+            let done = before.div_ceil(split.batch_size.max(1));
+            let percent = 100.0 * done as f64 / batches as f64;
             let epoch = self.epoch - 1;
             self.line(format_args!(
                 "Train Epoch: {epoch} [{before}/{total} ({percent:.0}%)]\tLoss: {loss:.6}"
@@ -188,7 +203,17 @@ impl<W: Write + Send> TrainingProgressLogger for LineRenderer<W> {
         }
     }
 
-    fn end_split(&mut self) {}
+    fn end_split(&mut self) {
+        let split = &self.split;
+        if self.last_line && split.training {
+            let (items, total) = (split.items, split.total_items);
+            let percent = 100.0 * items as f64 / total.max(1) as f64;
+            let epoch = self.epoch - 1;
+            self.line(format_args!(
+                "Train Epoch: {epoch} [{items}/{total} ({percent:.0}%)]"
+            ));
+        }
+    }
 
     fn end(&mut self) {}
 
@@ -299,6 +324,37 @@ mod tests {
             lines[14],
             "Train Epoch: 0 [57344/60000 (93%)]\tLoss: 28.000000"
         );
+    }
+
+    #[test]
+    fn devices_that_share_steps_end_at_all_items() {
+        for devices in [1, 2, 7] {
+            let mut renderer = renderer(1, 1).with_last_line();
+            let loss = id(&LossMetric::new());
+            renderer.start_split("train", 4096);
+            let step = 32 * devices;
+            for items in (0..4096_usize).step_by(step) {
+                for _ in 0..devices {
+                    renderer.update_train(state(&loss, batch(1.0)));
+                    renderer.update_split(4096.min(items + step));
+                }
+            }
+            renderer.end_split();
+            let output = output(renderer);
+            let lines: Vec<&str> = output.lines().collect();
+            assert_eq!(lines.len(), 4096_usize.div_ceil(step) + 1);
+            assert_eq!(lines[0], "Train Epoch: 0 [0/4096 (0%)]\tLoss: 1.000000");
+            let percents: Vec<u32> = lines
+                .iter()
+                .map(|line| {
+                    let (_, rest) = line.split_once('(').unwrap();
+                    rest.split_once('%').unwrap().0.parse().unwrap()
+                })
+                .collect();
+            assert!(percents.is_sorted(), "{percents:?}");
+            assert!(percents[percents.len() - 2] < 100, "{percents:?}");
+            assert_eq!(*lines.last().unwrap(), "Train Epoch: 0 [4096/4096 (100%)]");
+        }
     }
 
     #[test]

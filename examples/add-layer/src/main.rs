@@ -9,7 +9,7 @@ use burn::nn::{Linear, LinearConfig, PaddingConfig2d};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig};
-use stripes::{CLASSES, SIZE};
+use stripes::{CLASSES, SIZE, say};
 
 /// Three blocks, of which the last adds its input before its activation.
 #[derive(Module, Debug)]
@@ -50,11 +50,11 @@ fn train(steps: u64) -> f64 {
     let device = Device::flex().autodiff();
     device.seed(1);
     let mut network = Network::new(&device);
-    println!("{network}");
+    say!("{network}");
 
-    println!("A step keeps for the backward pass of the block `down`:");
+    say!("A step keeps for the backward pass of the block `down`:");
     for tensor in network.down.saved_for_backward([BATCH, 16, SIZE, SIZE]) {
-        println!("  {:<8} {:>8} bytes", tensor.name, tensor.bytes());
+        say!("  {:<8} {:>8} bytes", tensor.name, tensor.bytes());
     }
 
     let mut optimizer = AdamConfig::new().init();
@@ -63,7 +63,7 @@ fn train(steps: u64) -> f64 {
         let (images, classes) = stripes::batch(&stripes::examples(BATCH, step), &device);
         let error = loss.forward(network.forward(images), classes);
         if step % 10 == 0 {
-            println!(
+            say!(
                 "step {step:>3}: loss {:.3}",
                 error.clone().into_scalar::<f32>()
             );
@@ -78,7 +78,7 @@ fn train(steps: u64) -> f64 {
 
 fn main() {
     let accuracy = train(60);
-    println!(
+    say!(
         "accuracy on images that it has not seen: {:.1} %",
         100.0 * accuracy
     );

@@ -13,7 +13,7 @@ use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Int, Tensor};
 use burn_conv_bn::{Activation, ConvBn2d};
-use stripes::CLASSES;
+use stripes::{CLASSES, say};
 
 const BATCH: usize = 64;
 const CHANNELS: usize = 24;
@@ -97,7 +97,7 @@ fn train<N: Network>(
         let (images, classes) = stripes::batch(&stripes::examples(BATCH, step), device);
         let error = loss.forward(network.forward(images), classes);
         if step % 10 == 0 {
-            println!(
+            say!(
                 "  step {step:>3}: loss {:.3}",
                 error.clone().into_scalar::<f32>()
             );
@@ -116,7 +116,7 @@ fn convert(steps: u64) -> ([f64; 3], f64) {
     let (images, classes) = stripes::batch(&stripes::examples(512, u64::MAX), &Device::flex());
     let accuracy = |scores: Tensor<2>| stripes::accuracy(scores, classes.clone() as Tensor<1, Int>);
 
-    println!("Conv2d, BatchNorm and relu:");
+    say!("Conv2d, BatchNorm and relu:");
     let mut optimizer = AdamConfig::new().init();
     let before = train(Before::new(&device), &mut optimizer, 0..steps, &device);
     let old = before.valid().forward(images.clone());
@@ -125,7 +125,7 @@ fn convert(steps: u64) -> ([f64; 3], f64) {
     let new = after.valid().forward(images.clone());
     let difference = (new.clone() - old.clone()).abs().max().into_scalar::<f32>();
 
-    println!("the same parameters and optimizer in ConvBn2d:");
+    say!("the same parameters and optimizer in ConvBn2d:");
     let after = train(after, &mut optimizer, steps..2 * steps, &device);
     let last = after.valid().forward(images);
     (
@@ -136,12 +136,12 @@ fn convert(steps: u64) -> ([f64; 3], f64) {
 
 fn main() {
     let ([before, converted, trained], difference) = convert(40);
-    println!("accuracy: {:.1} % unfused", 100.0 * before);
-    println!(
+    say!("accuracy: {:.1} % unfused", 100.0 * before);
+    say!(
         "          {:.1} % converted, no score moved by more than {difference:.0e}",
         100.0 * converted
     );
-    println!("          {:.1} % after training on", 100.0 * trained);
+    say!("          {:.1} % after training on", 100.0 * trained);
 }
 
 #[cfg(test)]

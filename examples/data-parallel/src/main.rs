@@ -5,6 +5,7 @@
 //! gradients among CUDA devices. The layer needs nothing of its own for it; each device normalizes
 //! with the statistics of its own part, as Burn's batch norm does.
 
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -26,7 +27,7 @@ use burn::train::{
 use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig};
 use burn_conv_bn_train::renderer::LineRenderer;
 use clap::{Parser, ValueEnum};
-use stripes::CLASSES;
+use stripes::{CLASSES, say};
 
 const CHANNELS: usize = 16;
 
@@ -151,8 +152,9 @@ fn execution(strategy: Strategy, devices: Vec<Device>) -> Result<ExecutionStrate
     })
 }
 
-/// Trains an epoch, with logs in that folder, and returns the accuracy on images not seen.
-fn train(args: &Args, folder: &Path) -> Result<f64> {
+/// Trains an epoch, with logs in that folder and lines of progress to `out`, and returns the accuracy
+/// on images not seen.
+fn train(args: &Args, folder: &Path, out: impl Write + Send + Sync + 'static) -> Result<f64> {
     ensure!(args.devices > 0, "at least one device, got --devices 0");
     let devices = devices(args.devices);
     let first = devices[0].clone();
@@ -166,7 +168,9 @@ fn train(args: &Args, folder: &Path) -> Result<f64> {
     let training = SupervisedTraining::new(folder, loader(4096, 1), loader(256, 2))
         .with_training_strategy(execution(args.strategy, devices)?.into())
         .metrics((LossMetric::new(),))
-        .renderer(Box::new(LineRenderer::new(16)))
+        .renderer(Box::new(
+            LineRenderer::with_output(out, 16).with_last_line(),
+        ))
         .num_epochs(1);
     let learner = Learner::new(
         Network::new(&first),
@@ -187,8 +191,10 @@ fn train(args: &Args, folder: &Path) -> Result<f64> {
 fn main() -> Result<()> {
     let args = Args::parse();
     let folder = tempfile::tempdir()?;
-    let accuracy = train(&args, folder.path())?;
-    println!(
+    let accuracy = train(&args, folder.path(), std::io::stdout())?;
+    // Removed before the last line, which ends the program if nobody reads it.
+    folder.close()?;
+    say!(
         "accuracy on images that it has not seen, after training on {} devices: {:.1} %",
         args.devices,
         100.0 * accuracy
@@ -200,6 +206,45 @@ fn main() -> Result<()> {
 mod tests {
     use super::*;
 
+    use std::io;
+    use std::sync::{Mutex, PoisonError};
+
+    /// A text that the renderer writes and the test reads.
+    #[derive(Clone, Default)]
+    struct Text(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Text {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let mut text = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            text.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn progress_ends_at_all_images() {
+        for devices in [2, 7] {
+            let folder = tempfile::tempdir().unwrap();
+            let args = Args {
+                devices,
+                strategy: Strategy::Main,
+            };
+            let text = Text::default();
+            train(&args, folder.path(), text.clone()).unwrap();
+            let text = String::from_utf8(text.0.lock().unwrap().clone()).unwrap();
+            let percents: Vec<u32> = text
+                .lines()
+                .filter_map(|line| line.split_once(" (")?.1.split_once("%)"))
+                .map(|(percent, _)| percent.parse().unwrap())
+                .collect();
+            assert!(percents.len() > 1 && percents.is_sorted(), "{text}");
+            assert_eq!(percents.last(), Some(&100), "{text}");
+        }
+    }
+
     #[test]
     fn two_devices_learn() {
         for strategy in [Strategy::Main, Strategy::Sharded] {
@@ -208,7 +253,7 @@ mod tests {
                 devices: 2,
                 strategy,
             };
-            let accuracy = train(&args, folder.path()).unwrap();
+            let accuracy = train(&args, folder.path(), io::sink()).unwrap();
             assert!(accuracy > 0.8, "{strategy:?}: {accuracy}");
         }
     }
@@ -221,7 +266,9 @@ mod tests {
             devices: 2,
             strategy: Strategy::AllReduce,
         };
-        let error = train(&args, folder.path()).unwrap_err().to_string();
+        let error = train(&args, folder.path(), io::sink())
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains("CUDA") && error.contains("sharded"),
             "{error}"

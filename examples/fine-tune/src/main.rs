@@ -10,7 +10,7 @@ use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig};
-use stripes::{CLASSES, Example, SIZE};
+use stripes::{CLASSES, Example, SIZE, say};
 
 const CHANNELS: usize = 24;
 
@@ -86,7 +86,7 @@ fn train(
         let (images, classes) = stripes::batch(&examples, device);
         let error = loss.forward(network.forward(images), classes);
         if step % 20 == 0 {
-            println!(
+            say!(
                 "  step {step:>3}: loss {:.3}",
                 error.clone().into_scalar::<f32>()
             );
@@ -102,7 +102,7 @@ fn fine_tune() -> ([f64; 2], bool) {
     const SMALL_BATCH: usize = 4;
     let device = Device::flex().autodiff();
     device.seed(1);
-    println!("first training, batches of 64:");
+    say!("first training, batches of 64:");
     let network = train(Network::new(&device), 64, 60, &device, |examples| examples);
 
     let (images, classes) =
@@ -113,14 +113,14 @@ fn fine_tune() -> ([f64; 2], bool) {
     let before = accuracy(&network);
     let means = network.running_means();
 
-    println!("fine-tuning on another task with frozen norms, batches of {SMALL_BATCH}:");
+    say!("fine-tuning on another task with frozen norms, batches of {SMALL_BATCH}:");
     let network = network.freeze_norms();
     for tensor in network
         .block2
         .saved_for_backward([SMALL_BATCH, CHANNELS, SIZE - 2, SIZE - 2])
     {
         let kind = if tensor.shared { "(shared)" } else { "" };
-        println!(
+        say!(
             "  keeps {:<9} {:>7} bytes {kind}",
             tensor.name,
             tensor.bytes()
@@ -133,12 +133,12 @@ fn fine_tune() -> ([f64; 2], bool) {
 
 fn main() {
     let ([before, after], stayed) = fine_tune();
-    println!(
+    say!(
         "accuracy on the second task: {:.1} % before, {:.1} % after",
         100.0 * before,
         100.0 * after
     );
-    println!(
+    say!(
         "running statistics {}",
         if stayed { "unchanged" } else { "CHANGED" }
     );

@@ -7,6 +7,7 @@ use burn::nn::PaddingConfig2d;
 use burn::nn::conv::Conv2d;
 use burn::tensor::{Device, Distribution, Tensor};
 use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, FoldError};
+use stripes::say;
 
 #[derive(Module, Debug)]
 struct Blocks {
@@ -97,7 +98,7 @@ fn compare(size: usize, rounds: usize) -> Result<Vec<f64>, FoldError> {
 
     let x = images(&device);
     let (base, wanted) = time(rounds, || blocks.forward_unfused(x.clone()));
-    println!("Conv2d, BatchNorm, relu: {base:>7.1} ms");
+    say!("Conv2d, BatchNorm, relu: {base:>7.1} ms");
     let mut differences = Vec::new();
     let forms: [(&str, &dyn Fn() -> Tensor<4>); 2] = [
         ("ConvBn2d", &|| blocks.forward(x.clone())),
@@ -107,7 +108,7 @@ fn compare(size: usize, rounds: usize) -> Result<Vec<f64>, FoldError> {
         let (milliseconds, result) = time(rounds, run);
         let largest = |tensor: Tensor<4>| f64::from(tensor.abs().max().into_scalar::<f32>());
         let difference = largest(result - wanted.clone()) / largest(wanted.clone());
-        println!(
+        say!(
             "{name:>23}: {milliseconds:>7.1} ms, x{:.2} of the first, {difference:.0e} off",
             milliseconds / base
         );

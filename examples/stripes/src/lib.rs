@@ -1,8 +1,33 @@
-//! The data of the examples: small images of noisy stripes, to be told apart by their direction.
+//! The data of the examples: small images of noisy stripes, to be told apart by their direction. And
+//! the lines that they print.
+
+use std::fmt::Arguments;
+use std::io::{self, ErrorKind, Write};
+use std::process;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+/// `println!` for output that may be a closed pipe, as after `| head -1`: ends the program, without a
+/// panic.
+#[macro_export]
+macro_rules! say {
+    ($($text:tt)*) => { $crate::line(format_args!($($text)*)) };
+}
+
+#[doc(hidden)]
+pub fn line(text: Arguments<'_>) {
+    if let Err(error) = writeln!(io::stdout(), "{text}") {
+        if error.kind() != ErrorKind::BrokenPipe {
+            let _ = writeln!(
+                io::stderr(),
+                "error: cannot write to standard output: {error}"
+            );
+        }
+        process::exit(1);
+    }
+}
 
 /// Height and width of an image.
 pub const SIZE: usize = 16;

@@ -137,25 +137,31 @@ fn gpu(device: &str) -> Option<String> {
     names.lines().next().map(|name| name.trim().to_string())
 }
 
-/// The commit of this repository, unless something was changed since.
-pub fn clean_commit() -> Option<String> {
-    let changes = answer(in_root("git", &["status", "--porcelain"]))?;
-    let commit = answer(in_root("git", &["rev-parse", "HEAD"]))?;
-    changes.is_empty().then_some(commit)
+/// The commit of this repository, with `-dirty` behind it if something was changed since.
+pub fn commit() -> Option<String> {
+    commit_of(root())
+}
+
+fn commit_of(folder: &Path) -> Option<String> {
+    let git = |args: &[&str]| answer(in_folder(folder, "git", args));
+    let mut commit = git(&["rev-parse", "HEAD"])?;
+    if !git(&["status", "--porcelain"])?.is_empty() {
+        commit.push_str("-dirty");
+    }
+    Some(commit)
 }
 
 /// The compiler's version, by its name.
 pub fn rustc_version() -> Option<(String, String)> {
-    let version = answer(in_root("rustc", &["--version"]))?;
+    let version = answer(in_folder(root(), "rustc", &["--version"]))?;
     let number = version.split_whitespace().nth(1)?;
     Some(("rustc".to_string(), number.to_string()))
 }
 
-/// A program in the workspace's root, which need not be there where a bundle runs: then it answers
-/// nothing.
-fn in_root(program: &str, args: &[&str]) -> Command {
+/// A program in a folder, which need not be there where a bundle runs: then it answers nothing.
+fn in_folder(folder: &Path, program: &str, args: &[&str]) -> Command {
     let mut command = Command::new(program);
-    command.args(args).current_dir(root());
+    command.args(args).current_dir(folder);
     command
 }
 
@@ -253,8 +259,28 @@ mod tests {
     }
 
     #[test]
+    fn a_commit_says_whether_something_was_changed_since() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        assert_eq!(commit_of(&folder.join("none")), None);
+        fs::write(folder.join("file"), "one").unwrap();
+        for args in ["init", "add file", "commit -m one"] {
+            let names = ["-c", "user.name=a", "-c", "user.email=a@b.c"];
+            let args: Vec<&str> = names.into_iter().chain(args.split(' ')).collect();
+            answer(in_folder(folder, "git", &args)).unwrap();
+        }
+        let clean = commit_of(folder).unwrap();
+        assert!(
+            clean.chars().all(|digit| digit.is_ascii_hexdigit()),
+            "{clean}"
+        );
+        fs::write(folder.join("file"), "two").unwrap();
+        assert_eq!(commit_of(folder), Some(format!("{clean}-dirty")));
+    }
+
+    #[test]
     fn a_program_that_is_not_there_answers_nothing() {
-        assert_eq!(answer(in_root("no-such-program", &[])), None);
+        assert_eq!(answer(in_folder(root(), "no-such-program", &[])), None);
         let machine = describe(3, "flex", BTreeMap::new());
         assert_eq!((machine.threads, machine.gpu), (3, None));
     }

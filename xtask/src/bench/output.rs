@@ -1,65 +1,60 @@
 //! The files that `--json`, `--csv` and `--plot` name.
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use burn_conv_bn_bench::protocol::Contender;
 use burn_conv_bn_bench::report::{ContenderReport, EntryReport, Report};
 use burn_conv_bn_bench::statistics::Spread;
 use burn_conv_bn_bench::table;
-use tempfile::NamedTempFile;
+use burn_conv_bn_files::{self as files, Survives};
 
 /// A report in one of its forms, as bytes.
 pub type Form = fn(&Report) -> Result<Vec<u8>>;
 
-/// A file that is whole whenever somebody reads it.
-pub struct OutputFile {
-    path: PathBuf,
-    form: Form,
-}
+/// The files of a run.
+#[derive(Debug, Default)]
+pub struct Outputs(Vec<(PathBuf, Form)>);
 
-impl OutputFile {
-    /// Makes sure that the file can be written, before there is anything to write.
-    pub fn create(path: &Path, form: Form) -> Result<Self> {
-        if path.is_dir() {
-            bail!("cannot write {}: it is a folder", path.display());
+impl Outputs {
+    /// Files with their options and forms. Checks that they can be written, before there is anything
+    /// to write.
+    pub fn new(outputs: &[(&'static str, &Path, Form)]) -> Result<Self> {
+        for (_, path, _) in outputs {
+            files::check(path)?;
         }
-        let file = Self {
-            path: path.to_path_buf(),
-            form,
-        };
-        file.temporary()?;
-        Ok(file)
+        let named: Vec<_> = outputs
+            .iter()
+            .map(|(option, path, _)| (*option, *path))
+            .collect();
+        files::check_distinct(&named)?;
+        let outputs = outputs.iter();
+        let outputs = outputs.map(|(_, path, form)| (path.to_path_buf(), *form));
+        Ok(Self(outputs.collect()))
     }
 
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// Where they are.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.0.iter().map(|(path, _)| path.as_path())
     }
 
-    /// Puts a report in the place of what was there.
-    pub fn write(&self, report: &Report) -> Result<()> {
-        let failed = || format!("cannot write {}", self.path.display());
-        let bytes = (self.form)(report).with_context(failed)?;
-        let mut file = self.temporary()?;
-        file.write_all(&bytes).with_context(failed)?;
-        file.persist(&self.path).with_context(failed)?;
+    /// Writes an unfinished report to the files that it can be replaced in later: not to a pipe.
+    pub fn save(&self, report: &Report) -> Result<()> {
+        for (path, form) in &self.0 {
+            if files::replaces(path)? {
+                files::write(path, &form(report)?, Survives::Kill)?;
+            }
+        }
         Ok(())
     }
 
-    fn temporary(&self) -> Result<NamedTempFile> {
-        let folder = match self.path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        let mut builder = tempfile::Builder::new();
-        // A report is no secret, which temporary files are taken for.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder.tempfile_in(folder);
-        file.with_context(|| format!("cannot write to the folder {}", folder.display()))
+    /// Writes the report.
+    pub fn finish(&self, report: &Report) -> Result<()> {
+        for (path, form) in &self.0 {
+            files::write(path, &form(report)?, Survives::Kill)?;
+        }
+        Ok(())
     }
 }
 
@@ -103,6 +98,8 @@ impl Line {
         let mut line = Self::default();
         line.put("date", Some(&report.date));
         line.put("commit", report.commit.as_ref());
+        line.put("version", Some(&report.version));
+        line.put("seed", Some(report.seed));
         line.put("device", Some(&report.device));
         line.put("precision", Some(report.precision));
         line.put("quick", Some(report.quick));
@@ -115,6 +112,7 @@ impl Line {
         line.put("environment", Some(pairs(&machine.environment)));
         line.put("entry", Some(&entry.entry.id));
         line.put("title", Some(&entry.title));
+        line.put("batch", Some(entry.entry.work.batch()));
         line.put("contender", contender.map(|report| report.contender));
         line.put("rounds", Some(entry.rounds));
 
@@ -196,12 +194,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("report.json");
         fs::write(&path, "old").unwrap();
-        let file = OutputFile::create(&path, json).unwrap();
+        let outputs = Outputs::new(&[("--json", &path, json)]).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "old");
         let mut report = testing::report();
         for quick in [true, false] {
             report.quick = quick;
-            file.write(&report).unwrap();
+            outputs.save(&report).unwrap();
             let json = fs::read(&path).unwrap();
             assert_eq!(serde_json::from_slice::<Report>(&json).unwrap(), report);
         }
@@ -222,6 +220,11 @@ mod tests {
             ("date", "2026-01-02T03:04:05Z"),
             ("versions", "burn 0.22.1"),
             ("precision", "f32"),
+            ("version", "0.1.0"),
+            ("seed", "7"),
+            ("quick", "true"),
+            ("entry", "tutorial-k3"),
+            ("batch", "32"),
             ("contender", "fused"),
             ("step_ms", "6"),
             ("step_ms_max", "6"),
@@ -252,7 +255,17 @@ mod tests {
     #[test]
     fn what_cannot_be_written_is_refused_at_once() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(OutputFile::create(folder.path(), json).is_err());
-        assert!(OutputFile::create(&folder.path().join("none").join("report.json"), json).is_err());
+        let folder = folder.path();
+        let refused = |outputs: &[(&'static str, &Path, Form)]| {
+            Outputs::new(outputs).unwrap_err().to_string()
+        };
+        refused(&[("--json", folder, json)]);
+        refused(&[("--json", &folder.join("none").join("report.json"), json)]);
+        let same = folder.join("same");
+        let error = refused(&[("--json", &same, json), ("--csv", &same, csv)]);
+        assert!(
+            error.contains("--json") && error.contains("--csv"),
+            "{error}"
+        );
     }
 }

@@ -21,6 +21,7 @@ const LINE_HEIGHT: u32 = 16;
 const LEGEND_HEIGHT: u32 = 40;
 const LEFT: u32 = 60;
 const MARGIN: u32 = 14;
+const LABELS_HEIGHT: u32 = 56;
 
 /// Most that a character takes of a line of text, in pixels.
 const CHARACTER_WIDTH: u32 = 7;
@@ -94,10 +95,12 @@ pub fn svg(report: &Report) -> Result<Vec<u8>> {
     let columns = report.entries.len().clamp(1, ROW) as u32;
     let width = LEFT + 2 * MARGIN + columns * LEAST_GROUP_WIDTH.max(bars);
     let width = width.max(LEAST_WIDTH);
-    let setting = wrapped(
-        &table::setting(report),
-        ((width - 2 * MARGIN) / CHARACTER_WIDTH) as usize,
-    );
+    let columns = ((width - 2 * MARGIN) / CHARACTER_WIDTH) as usize;
+    let lines = [vec![table::setting(report)], table::missing(report)].concat();
+    let setting: Vec<String> = lines
+        .iter()
+        .flat_map(|line| wrapped(line, columns))
+        .collect();
     let mut rows: Vec<&[EntryReport]> = report.entries.chunks(ROW).collect();
     if rows.is_empty() {
         // Charts without bars.
@@ -170,7 +173,7 @@ fn highest(report: &Report, quantity: &Quantity) -> f64 {
     bars.map(Bar::top).fold(1.0, f64::max)
 }
 
-/// What it was measured on, and whose colours these are.
+/// What it was measured on, what is missing, and whose colours these are.
 fn header(area: &Area<'_>, report: &Report, setting: &[String]) -> Drawn {
     let left = MARGIN as i32;
     let mut y = MARGIN as i32;
@@ -204,7 +207,7 @@ fn chart(
         .margin(8)
         .margin_right(MARGIN)
         .y_label_area_size(LEFT)
-        .x_label_area_size(40)
+        .x_label_area_size(LABELS_HEIGHT)
         .build_cartesian_2d(0.0..columns, 0.0..1.12 * highest)?;
     chart
         .configure_mesh()
@@ -253,9 +256,11 @@ fn chart(
         let (x, y) = (x - base_x, y - base_y);
         let id = entry.entry.id.clone();
         area.draw(&Text::new(id, (x, y + 5), style(13, VPos::Top)))?;
+        let batch = format!("batch {}", entry.entry.work.batch());
+        area.draw(&Text::new(batch, (x, y + 21), style(12, VPos::Top)))?;
         let unfused = entry.contender(Contender::Unfused);
         if let Some(base) = unfused.and_then(quantity.base) {
-            area.draw(&Text::new(base, (x, y + 21), style(12, VPos::Top)))?;
+            area.draw(&Text::new(base, (x, y + 37), style(12, VPos::Top)))?;
         }
     }
     Ok(())
@@ -321,11 +326,21 @@ mod tests {
             "12 ms",
             "4.0 MiB",
             "2026-01-02T03:04:05Z",
+            "quick run",
+            "batch 32",
             report.entries[0].entry.id.as_str(),
         ] {
             assert!(svg.contains(text), "no {text:?} in {svg}");
         }
         assert!(!svg.contains("eager"), "{svg}");
+    }
+
+    #[test]
+    fn a_picture_says_what_is_missing_and_why() {
+        let mut report = testing::whole();
+        report.entries[11].contenders.clear();
+        report.entries[11].problem = Some("not run: interrupted".to_string());
+        assert!(draw(&report).contains("missing: mobilenet-v2 (not run: interrupted)"));
     }
 
     #[test]

@@ -2,13 +2,15 @@
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, Error, Result, anyhow};
 use burn_conv_bn_bench::protocol::{Reply, Request};
+
+use crate::interrupt::Guarded;
 
 /// How many of a process's last words are kept.
 const LAST_LINES: usize = 8;
@@ -17,12 +19,10 @@ const LAST_LINES: usize = 8;
 const TICK: Duration = Duration::from_millis(10);
 const MOMENT: usize = 100;
 
-/// A process that speaks the protocol. It ends when this is dropped.
-///
-/// After Ctrl-C on a terminal it gets the signal too, and otherwise the end of its input.
+/// A process that speaks the protocol. It ends when this is dropped, and at an interrupt.
 pub struct Process {
     name: &'static str,
-    child: Child,
+    child: Guarded,
     requests: ChildStdin,
     replies: BufReader<ChildStdout>,
     last_words: LastWords,
@@ -31,19 +31,23 @@ pub struct Process {
 impl Process {
     /// Starts it.
     pub fn start(mut command: Command, name: &'static str) -> Result<Self> {
-        let mut child = command
+        command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+            .stderr(Stdio::piped());
+        let guarded = Guarded::spawn(command)?;
+        let mut child = guarded.child();
         let no_pipe = || format!("{name} has no pipe");
+        let requests = child.stdin.take().with_context(no_pipe)?;
+        let replies = BufReader::new(child.stdout.take().with_context(no_pipe)?);
+        let last_words = LastWords::of(child.stderr.take().with_context(no_pipe)?);
+        drop(child);
         Ok(Self {
             name,
-            requests: child.stdin.take().with_context(no_pipe)?,
-            replies: BufReader::new(child.stdout.take().with_context(no_pipe)?),
-            last_words: LastWords::of(child.stderr.take().with_context(no_pipe)?),
-            child,
+            child: guarded,
+            requests,
+            replies,
+            last_words,
         })
     }
 
@@ -76,19 +80,12 @@ impl Process {
     /// How the process ended, by itself if it does so within a moment.
     fn end(&mut self) -> String {
         for _ in 0..MOMENT {
-            if let Ok(Some(status)) = self.child.try_wait() {
+            if let Ok(Some(status)) = self.child.child().try_wait() {
                 return status.to_string();
             }
             thread::sleep(TICK);
         }
         "it closed its output, and was killed".to_string()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

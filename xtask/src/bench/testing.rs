@@ -72,6 +72,8 @@ fn of(entries: Vec<EntryReport>) -> Report {
         machine: machine::describe(3, FLEX, BTreeMap::new()),
         versions: BTreeMap::from([("burn".to_string(), "0.22.1".to_string())]),
         commit: None,
+        version: "0.1.0".to_string(),
+        seed: 7,
         entries,
         summary: Vec::new(),
     }
