@@ -1,0 +1,79 @@
+//! Requests to stop a run before its end.
+//!
+//! Each is made through Burn's [`Interrupter`], with a reason, and ends the run after the batch that
+//! is running: by the signals here, by the keys of the [`dashboard`], or by a log that cannot be
+//! written.
+
+use std::io;
+use std::process::exit;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::train::Interrupter;
+
+use crate::dashboard;
+
+static LISTENING: AtomicBool = AtomicBool::new(false);
+
+/// Whether SIGINT stops a run, rather than ending the process with the terminal as it is.
+pub(crate) fn listening() -> bool {
+    LISTENING.load(Ordering::Relaxed)
+}
+
+/// Listens for Ctrl-C. If `trains`, also for SIGTERM and for the loss of the terminal: a run can be
+/// resumed, where other commands have nothing to save.
+pub(crate) fn listen(trains: bool) -> io::Result<Interrupter> {
+    let interrupter = Interrupter::new();
+    on_signals(interrupter.clone(), trains)?;
+    LISTENING.store(true, Ordering::Relaxed);
+    Ok(interrupter)
+}
+
+#[cfg(unix)]
+fn on_signals(interrupter: Interrupter, trains: bool) -> io::Result<()> {
+    use std::io::IsTerminal;
+    use std::thread;
+
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    use signal_hook::iterator::Signals;
+
+    let mut signals = Signals::new([SIGINT])?;
+    if trains {
+        signals.add_signal(SIGTERM)?;
+        // Under nohup, which ignores SIGHUP, standard output is no terminal.
+        if io::stdout().is_terminal() {
+            signals.add_signal(SIGHUP)?;
+        }
+    }
+    let listen = move || {
+        for signal in signals.forever() {
+            let reason = match signal {
+                SIGINT => "Ctrl-C",
+                SIGTERM => "SIGTERM",
+                // Sent by the kernel and again by the shell: a second one is no impatience.
+                _ if interrupter.should_stop() => continue,
+                _ => "the terminal is gone",
+            };
+            stop_or_exit(&interrupter, reason, 128 + signal);
+        }
+    };
+    thread::Builder::new()
+        .name("signals".to_string())
+        .spawn(listen)?;
+    Ok(())
+}
+
+#[cfg(not(unix))]
+fn on_signals(interrupter: Interrupter, _trains: bool) -> io::Result<()> {
+    ctrlc::set_handler(move || stop_or_exit(&interrupter, "Ctrl-C", 130)).map_err(io::Error::other)
+}
+
+/// Stops the run; ends the process if that was asked before, by somebody who does not want to wait
+/// for the batch.
+fn stop_or_exit(interrupter: &Interrupter, reason: &str, status: i32) {
+    if interrupter.should_stop() {
+        // Held until the end, so that the dashboard draws no more.
+        let _screen = dashboard::is_shown().then(dashboard::restore_terminal);
+        exit(status);
+    }
+    interrupter.stop(Some(reason));
+}
