@@ -4,9 +4,8 @@ use std::env;
 use std::error::Error;
 use std::io::{self, IsTerminal, StdoutLock};
 use std::panic::{self, AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
 
 use burn::train::logger::{EvaluationProgressLogger, TrainingProgressLogger};
 use burn::train::metric::MetricDefinition;
@@ -25,9 +24,6 @@ use crossterm::terminal::{
 
 use crate::interrupt;
 use crate::print::say;
-
-/// Most time for the dashboard's thread to end. It draws ten times a second.
-const CLOSING: Duration = Duration::from_secs(5);
 
 /// Whether a dashboard has the terminal.
 pub(crate) fn is_shown() -> bool {
@@ -79,19 +75,13 @@ impl Dashboard {
         let Some(tui) = self.lock().take() else {
             return;
         };
-        // On a thread of its own: after the user's kill this panics, and where the terminal is gone
-        // it waits for crossterm, which reads from it in a loop.
-        let (done, closed) = mpsc::channel();
-        thread::spawn(move || {
-            drop(tui);
-            let _ = done.send(());
-        });
-        let closed = closed.recv_timeout(CLOSING).is_ok();
-        if !closed {
-            // The dashboard's hook, which is silent about every panic after the user's kill.
+        // On a thread of its own: after the user's kill this panics.
+        let killed = thread::spawn(move || drop(tui)).join().is_err();
+        if killed {
+            // The dashboard's hook, which is silent about every panic from now on.
             drop(panic::take_hook());
         }
-        if !closed || is_shown() {
+        if killed || is_shown() {
             drop(restore_terminal());
         }
     }

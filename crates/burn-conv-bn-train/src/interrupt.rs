@@ -19,8 +19,9 @@ pub(crate) fn listening() -> bool {
     LISTENING.load(Ordering::Relaxed)
 }
 
-/// Listens for Ctrl-C. If `trains`, also for SIGTERM and for the loss of the terminal: a run can be
-/// resumed, where other commands have nothing to save.
+/// Listens for Ctrl-C and, if `trains`, for SIGTERM, at which other commands have nothing to save.
+///
+/// SIGHUP is left alone: `nohup` ignores it, and who has lost the terminal reads no message.
 pub(crate) fn listen(trains: bool) -> io::Result<Interrupter> {
     let interrupter = Interrupter::new();
     on_signals(interrupter.clone(), trains)?;
@@ -30,28 +31,21 @@ pub(crate) fn listen(trains: bool) -> io::Result<Interrupter> {
 
 #[cfg(unix)]
 fn on_signals(interrupter: Interrupter, trains: bool) -> io::Result<()> {
-    use std::io::IsTerminal;
     use std::thread;
 
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    use signal_hook::consts::{SIGINT, SIGTERM};
     use signal_hook::iterator::Signals;
 
     let mut signals = Signals::new([SIGINT])?;
     if trains {
         signals.add_signal(SIGTERM)?;
-        // Under nohup, which ignores SIGHUP, standard output is no terminal.
-        if io::stdout().is_terminal() {
-            signals.add_signal(SIGHUP)?;
-        }
     }
     let listen = move || {
         for signal in signals.forever() {
-            let reason = match signal {
-                SIGINT => "Ctrl-C",
-                SIGTERM => "SIGTERM",
-                // Sent by the kernel and again by the shell: a second one is no impatience.
-                _ if interrupter.should_stop() => continue,
-                _ => "the terminal is gone",
+            let reason = if signal == SIGINT {
+                "Ctrl-C"
+            } else {
+                "SIGTERM"
             };
             stop_or_exit(&interrupter, reason, 128 + signal);
         }
