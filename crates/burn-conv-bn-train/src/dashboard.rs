@@ -19,7 +19,7 @@ use crossterm::cursor::Show;
 use crossterm::event::DisableMouseCapture;
 use crossterm::execute;
 use crossterm::terminal::{
-    LeaveAlternateScreen, disable_raw_mode, enable_raw_mode, is_raw_mode_enabled,
+    Clear, ClearType, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode, is_raw_mode_enabled,
 };
 
 use crate::interrupt;
@@ -34,7 +34,14 @@ pub(crate) fn is_shown() -> bool {
 pub(crate) fn restore_terminal() -> StdoutLock<'static> {
     let mut out = io::stdout().lock();
     let _ = disable_raw_mode();
-    let _ = execute!(out, DisableMouseCapture, LeaveAlternateScreen, Show);
+    let _ = execute!(
+        out,
+        DisableMouseCapture,
+        LeaveAlternateScreen,
+        // Leaving twice puts the cursor back above what a killed dashboard said.
+        Clear(ClearType::FromCursorDown),
+        Show
+    );
     out
 }
 
