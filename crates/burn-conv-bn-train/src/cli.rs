@@ -1,7 +1,7 @@
 //! The command line of the `mnist` binary.
 
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -19,6 +19,7 @@ use crate::config::{self, ConfigError, DataIdentity, Options, RunFile, RunFileEr
 use crate::data::DatasetChoice;
 use crate::device::{DeviceChoice, DeviceError};
 use crate::fit::{FitOutcome, Resume};
+use crate::interrupt;
 use crate::job::{Job, Norm, Precision, RecomputePolicy, RunOptions, Variant, run};
 use crate::model::ModelChoice;
 use crate::optim::OptimizerChoice;
@@ -460,7 +461,8 @@ pub fn main(allocator: &'static CountingAllocator) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", message(&error));
+            // The terminal may be gone.
+            let _ = writeln!(io::stderr(), "error: {}", message(&error));
             ExitCode::FAILURE
         }
     }
@@ -577,22 +579,13 @@ fn stored_run(directory: &Path) -> Result<Option<RunFile>, RunFileError> {
 }
 
 fn execute(invocation: Invocation, allocator: &'static CountingAllocator) -> Result<()> {
-    let interrupter = Interrupter::new();
-    let on_signal = interrupter.clone();
-    ctrlc::set_handler(move || {
-        // A second one is from somebody who does not want to wait for the batch.
-        if on_signal.should_stop() {
-            std::process::exit(130);
-        }
-        on_signal.stop(Some("Ctrl-C"));
-    })
-    .context("cannot listen for Ctrl-C")?;
-
     let Invocation {
         command,
         options,
         stored,
     } = invocation;
+    let trains = matches!(command, Some(Subcommands::Train(_)));
+    let interrupter = interrupt::listen(trains).context("cannot listen for Ctrl-C")?;
     match command {
         Some(Subcommands::Worker) => work(allocator, interrupter),
         Some(Subcommands::Compare(args)) => run_compare(args, allocator, &interrupter),

@@ -2,17 +2,16 @@
 
 use std::any::Any;
 use std::fs;
-use std::io::{self, IsTerminal};
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use burn::data::dataset::DatasetError;
 use burn::lr_scheduler::step::StepLrSchedulerConfig;
 use burn::module::Module;
 use burn::store::RecordError;
 use burn::tensor::{DType, Device, FloatDType, TensorReadError};
-use burn::train::logger::TrainingProgressLogger;
 use burn::train::metric::{
     AccuracyMetric, Adaptor, LossMetric, Metric, MetricMetadata, SerializedEntry,
 };
@@ -24,6 +23,7 @@ use burn::train::{
 use crate::batch::{BatchLoader, EpochLoader, test_loader};
 use crate::checkpoint::{self, Damaged, KeepLatestAndBest, Set, SetFile, Store, checkpointers};
 use crate::config::RUN_FILE;
+use crate::dashboard::Dashboard;
 use crate::data::Digits;
 use crate::durable::{self, FirstFailure, Lock, Survives, WriteFailure, sweep};
 use crate::history::{EpochEnd, EpochTotals, History, is_exhausted};
@@ -82,7 +82,7 @@ pub struct FitOptions {
     pub resume: Resume,
     /// Stop when the test loss has not improved for so many epochs.
     pub patience: Option<usize>,
-    /// Show Burn's dashboard if standard output is a terminal.
+    /// Show Burn's dashboard if standard input and output are a terminal that can show it.
     pub dashboard: bool,
     /// Without a dashboard: print every so many batches; never if 0.
     pub log_interval: usize,
@@ -446,14 +446,16 @@ pub fn fit(
         patience: options.patience,
         failure: failure.clone(),
     };
-    let witness = Witness::new(options.interrupter.clone());
-    let stop = witness.stop.clone();
+    let dashboard = if options.dashboard {
+        Dashboard::open(&options.interrupter, finished)
+    } else {
+        None
+    };
     let launched = guarded(|| {
         let mut training = SupervisedTraining::<Classifier>::new(&options.directory, train, test)
             .with_training_strategy(ExecutionStrategy::single(device).into())
             .with_application_logger(None)
             .with_interrupter(options.interrupter.clone())
-            .with_progress_logger(witness)
             .with_metric_logger(logs)
             .early_stopping(epoch_end)
             .metrics((LossMetric::new(), AccuracyMetric::new()))
@@ -475,9 +477,10 @@ pub fn fit(
         if finished > 0 {
             training = training.checkpoint(finished);
         }
-        if !(options.dashboard && io::stdout().is_terminal()) {
-            training = training.renderer(Box::new(LineRenderer::new(options.log_interval)));
-        }
+        training = training.renderer(match &dashboard {
+            Some(dashboard) => Box::new(dashboard.clone()),
+            None => Box::new(LineRenderer::new(options.log_interval)),
+        });
         if options.summary {
             training = training.summary();
         }
@@ -488,12 +491,14 @@ pub fn fit(
         let result = training.launch(learner);
         (result.model, result.interrupted, result.error)
     });
+    if let Some(dashboard) = dashboard {
+        dashboard.close();
+    }
     if let Some(failure) = failure.take() {
         return Err(failure.into());
     }
     let (model, interrupted, error) = launched?;
-    let stop = std::mem::take(&mut *stop.lock().unwrap_or_else(PoisonError::into_inner));
-    if let Some(error) = stop.error.or(error) {
+    if let Some(error) = error {
         return Err(FitError::Training(error));
     }
 
@@ -517,7 +522,6 @@ pub fn fit(
         })
         .collect();
 
-    let interrupted = stop.interruption.or(interrupted);
     Ok(FitOutcome {
         model,
         epochs,
@@ -805,58 +809,6 @@ fn message(payload: &(dyn Any + Send)) -> String {
     } else {
         "for a reason that is not text".to_string()
     }
-}
-
-/// Notes why a training ended before the dashboard forgets it.
-///
-/// Burn's dashboard resets the interrupter at the end of a training, just before Burn reads
-/// from it what to return: a training that failed would pass for one that did not.
-struct Witness {
-    interrupter: Interrupter,
-    stop: Arc<Mutex<Stop>>,
-}
-
-#[derive(Default)]
-struct Stop {
-    interruption: Option<Interruption>,
-    error: Option<Arc<TrainingError>>,
-}
-
-impl Witness {
-    fn new(interrupter: Interrupter) -> Self {
-        Self {
-            interrupter,
-            stop: Arc::default(),
-        }
-    }
-}
-
-impl TrainingProgressLogger for Witness {
-    fn start(
-        &mut self,
-        _total_epochs: usize,
-        _starting_epoch: usize,
-        _total_items: Option<usize>,
-        _label: Option<&str>,
-    ) {
-    }
-
-    fn update_epoch(&mut self, _epoch: usize) {}
-
-    fn start_split(&mut self, _split: &str, _total_items: usize) {}
-
-    fn update_split(&mut self, _items_processed: usize) {}
-
-    fn end_split(&mut self) {}
-
-    fn end(&mut self) {
-        *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = Stop {
-            interruption: self.interrupter.interruption(),
-            error: self.interrupter.error(),
-        };
-    }
-
-    fn log_event_training(&mut self, _event: String) {}
 }
 
 #[cfg(test)]
