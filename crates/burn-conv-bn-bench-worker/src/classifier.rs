@@ -22,7 +22,7 @@ use crate::files::{read, write};
 use crate::meter::Meter;
 use crate::network::{form, loss, recompute};
 use crate::precision::Computing;
-use crate::saved::{self, Kept};
+use crate::saved;
 use crate::session::Workload;
 use crate::tensors::{into_values, tensor, values, write_tensor};
 
@@ -228,8 +228,7 @@ impl Workload for ClassifierWork {
     fn saved(&self) -> u64 {
         let model = self.computing.module(self.model());
         let listed = model.saved_for_backward(self.images.dims());
-        let kept = listed.iter().map(|(block, kept)| Kept::new(block, kept));
-        saved::bytes(&kept.collect::<Vec<_>>(), true)
+        saved::bytes(listed.iter().map(|(_, kept)| kept))
     }
 }
 
@@ -336,6 +335,8 @@ impl ModuleVisitor for WriteGradients<'_> {
 mod tests {
     use super::*;
 
+    use std::collections::BTreeSet;
+
     /// Counts the values that [`Parameters`] collects.
     struct Count(usize);
 
@@ -361,7 +362,15 @@ mod tests {
             model.visit(&mut values);
             // Unfused, each block lists its convolution's input, output and weight.
             let (mut operations, mut activations, mut output) = (0, 0, 0);
-            for (_, tensor) in &saved {
+            let blocks: BTreeSet<&str> = saved
+                .iter()
+                .filter(|(_, tensor)| tensor.name == "conv_output")
+                .map(|(block, _)| block.as_str())
+                .collect();
+            for (_, tensor) in saved
+                .iter()
+                .filter(|(name, _)| blocks.contains(name.as_str()))
+            {
                 let count = tensor.shape.num_elements();
                 match tensor.name {
                     "input" => activations += count,

@@ -271,7 +271,11 @@ impl Parity {
             ..job.clone()
         };
         Self::of_runs(job.model, job.precision, |precision, variant, order| {
-            let job = if precision == job.precision { job } else { &double };
+            let job = if precision == job.precision {
+                job
+            } else {
+                &double
+            };
             losses(job, &digits, variant, steps, order, interrupter)
         })
     }
@@ -358,8 +362,8 @@ impl Parity {
                     self.unfused.len(),
                     self.spread()
                 );
-                let floor = F32_FLOOR * exact.iter().fold(0.0, |max: f64, loss| max.max(loss.abs()));
-                // A NaN of either run stays, as infinity.
+                let floor =
+                    F32_FLOOR * exact.iter().fold(0.0, |max: f64, loss| max.max(loss.abs()));
                 (2.0 * farthest).max(floor)
             }
         };

@@ -54,35 +54,52 @@ impl MaxPoolProblem {
     /// What a tracked node keeps on Flex, where activations are of `dtype`: a place for each output,
     /// or, for a window that Burn's own op pools, Burn's list.
     pub(crate) fn saved(&self, dtype: DType) -> Vec<SavedTensor> {
-        let copied = self.options.is_asymmetric();
         let [rows, columns] = self.options.kernel_size;
+        if self.options.is_asymmetric() || rows.saturating_mul(columns) > MOST_PLACES {
+            return self.saved_by_burn(dtype);
+        }
+        vec![SavedTensor {
+            name: "places",
+            shape: self.output(),
+            dtype: DType::U8,
+            shared: false,
+        }]
+    }
+
+    /// What Burn's own op keeps.
+    pub(crate) fn saved_by_burn(&self, dtype: DType) -> Vec<SavedTensor> {
+        let copied = self.options.is_asymmetric();
+        vec![
+            SavedTensor {
+                name: "input",
+                shape: if copied {
+                    self.padded()
+                } else {
+                    self.input.clone()
+                },
+                dtype,
+                shared: !copied,
+            },
+            SavedTensor {
+                name: "indices",
+                shape: self.output(),
+                // Burn counts pixels in the device's integers, of which these are Flex's.
+                dtype: DType::I32,
+                shared: false,
+            },
+        ]
+    }
+
+    pub(crate) fn output(&self) -> Shape {
         // Burn pads by a copy where the two sides differ, and pools that without padding.
-        let (input, padding) = match copied {
-            true => (self.padded(), [0; 2]),
-            false => (
-                self.input.clone(),
-                self.options.padding.map(|(before, _)| before),
-            ),
+        let (input, padding) = if self.options.is_asymmetric() {
+            (self.padded(), [0; 2])
+        } else {
+            let padding = self.options.padding.map(|(before, _)| before);
+            (self.input.clone(), padding)
         };
         let count = |dim: usize| self.windows(dim, input[dim + 2], padding[dim]);
-        let output = Shape::new([input[0], input[1], count(0), count(1)]);
-        let own = |name, shape, dtype| SavedTensor {
-            name,
-            shape,
-            dtype,
-            shared: false,
-        };
-        match !copied && rows.saturating_mul(columns) <= MOST_PLACES {
-            true => vec![own("places", output, DType::U8)],
-            false => vec![
-                SavedTensor {
-                    shared: !copied,
-                    ..own("input", input, dtype)
-                },
-                // Burn counts pixels in the device's integers, of which these are Flex's.
-                own("indices", output, DType::I32),
-            ],
-        }
+        Shape::new([input[0], input[1], count(0), count(1)])
     }
 
     /// Extent of the dilated window.
