@@ -232,8 +232,8 @@ fn alone(what: &str, form: Form, block: &ConvBn2d, input: &Tensor<4>) {
     assert_listed(what, kept, saved.iter());
 
     let output = block.output_shape(INPUT);
-    let residual = Tensor::random(output, Distribution::Default, &input.device());
-    let residual: Tensor<4> = residual.cast(input.dtype()).require_grad();
+    let residual = Tensor::<4>::random(output, Distribution::Default, &input.device());
+    let residual = residual.cast(input.dtype()).require_grad();
     let saved = form.saved_for_backward_residual(block, INPUT);
     let forward = || form.forward_residual(block, input.clone(), residual.clone());
     let kept = kept_beside_output(forward);
