@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use burn::backend::ExecutionError;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::{FloatDType, Tensor};
 use burn::train::metric::{AccuracyInput, Adaptor, ItemLazy, LossInput};
 use burn::train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep};
 use burn_conv_bn::ConvBnModule;
@@ -269,12 +269,12 @@ mod tests {
 
     use burn::data::dataloader::batcher::Batcher;
     use burn::data::dataset::Dataset;
-    use burn::tensor::Device;
+    use burn::tensor::{DType, Device};
 
     use crate::batch::{DigitItem, MnistBatcher};
     use crate::data::generate;
     use crate::job::tests::job;
-    use crate::job::{Job, Precision, Variant};
+    use crate::job::{Job, Variant};
     use crate::model::ModelChoice;
 
     const HALVES: [FloatDType; 2] = [FloatDType::F16, FloatDType::BF16];
