@@ -183,9 +183,14 @@ fn unfused_saved(
     let norm = &block.norm;
     let dtype = block.conv.weight.val().dtype();
     let norm_dtype = norm.gamma.val().dtype();
+    let is_frozen = block.settings.track_running_stats && !norm.training.is_enabled();
+    // A frozen norm divides by the standard deviation, and needs no mean.
+    saved.retain(|tensor| !(is_frozen && tensor.name == "mean"));
     for tensor in &mut saved {
-        if tensor.name == "conv_output" {
-            tensor.dtype = norm_dtype;
+        match tensor.name {
+            "conv_output" => tensor.dtype = norm_dtype,
+            "variance" if is_frozen => tensor.name = "std",
+            _ => {}
         }
     }
     // Burn's convolution keeps its input for the weight's gradient, wanted or not.
@@ -198,7 +203,6 @@ fn unfused_saved(
         };
         saved.insert(0, input);
     }
-    let is_frozen = block.settings.track_running_stats && !norm.training.is_enabled();
     let normalized = is_frozen && norm.gamma.val().is_tracked();
     let normalized = normalized.then_some(("normalized", norm_dtype));
     let activation = kept_by_activation(block.settings.activation, activation_input, dtype);
