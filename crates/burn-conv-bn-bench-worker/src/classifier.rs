@@ -22,7 +22,7 @@ use crate::files::{read, write};
 use crate::meter::Meter;
 use crate::network::{form, loss, recompute};
 use crate::precision::Computing;
-use crate::saved::{self, Kept};
+use crate::saved;
 use crate::session::Workload;
 use crate::tensors::{into_values, tensor, values, write_tensor};
 
@@ -228,8 +228,7 @@ impl Workload for ClassifierWork {
     fn saved(&self) -> u64 {
         let model = self.computing.module(self.model());
         let listed = model.saved_for_backward(self.images.dims());
-        let kept = listed.iter().map(|(block, kept)| Kept::new(block, kept));
-        saved::bytes(&kept.collect::<Vec<_>>(), true)
+        saved::bytes(listed.iter().map(|(_, kept)| kept))
     }
 }
 

@@ -17,7 +17,7 @@ use crate::device::{Stopwatch, is_cube};
 use crate::meter::Meter;
 use crate::network::{form, recompute};
 use crate::precision::Computing;
-use crate::saved::{self, Kept};
+use crate::saved;
 use crate::session::Workload;
 use crate::tensors::{parameter, tensor, write_tensor};
 use crate::upstream::backward_from;
@@ -162,10 +162,13 @@ impl Workload for LayerWork {
 
     fn saved(&self) -> u64 {
         let block = self.computing.module(&self.block);
-        let listed = self
+        let mut listed = self
             .form
             .saved_for_backward(&block, self.layer.input_shape());
-        let kept: Vec<Kept<'_>> = listed.iter().map(|kept| Kept::new("", kept)).collect();
-        saved::bytes(&kept, !self.layer.input_grad)
+        // In a network an input whose gradient is wanted is no data, and there for the block.
+        for tensor in listed.iter_mut().filter(|tensor| tensor.name == "input") {
+            tensor.shared = !self.layer.input_grad;
+        }
+        saved::bytes(&listed)
     }
 }

@@ -18,7 +18,7 @@ use burn_conv_bn_train::optim::AdadeltaConfig;
 use crate::device::{Stopwatch, is_cube};
 use crate::meter::Meter;
 use crate::precision::Computing;
-use crate::saved::{self, Kept};
+use crate::saved;
 use crate::session::Workload;
 use crate::tensors::{parameter, tensor, values, write_tensor};
 
@@ -239,7 +239,6 @@ impl Workload for NetworkWork {
         let [batch, ..] = self.images.dims();
         let net = self.computing.module(self.net());
         let listed = net.saved_for_backward(batch, Network::IMAGE_SIZE);
-        let kept = listed.iter().map(|(block, kept)| Kept::new(block, kept));
-        saved::bytes(&kept.collect::<Vec<_>>(), true)
+        saved::bytes(listed.iter().map(|(_, kept)| kept))
     }
 }

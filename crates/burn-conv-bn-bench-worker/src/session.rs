@@ -380,12 +380,16 @@ mod tests {
 
     #[test]
     fn memory_has_what_a_network_lists_as_kept() {
-        // Inputs of the second block, outputs of both convolutions; statistics.
+        // The second block's input, the pooled output, places or indices; outputs of both convolutions and
+        // norms, and what Burn's pool reads; statistics, and the linear layers' part.
         let (first, second) = (4 * 32 * 26 * 26 * 4, 4 * 64 * 24 * 24 * 4);
-        let statistics = 2 * (32 + 64) * 4;
-        let fused = first + statistics;
+        let pooled = second / 4;
+        // Dropout's draws, ReLU's input and output, log-softmax's scores and their sums.
+        let head = 4 * (3 * 128 + 10 + 1) * 4;
+        let rest = 2 * (32 + 64) * 4 + head;
+        let fused = first + pooled + pooled / 4 + rest;
         let never = fused + first + second;
-        let unfused = never + first + second;
+        let unfused = 3 * first + 3 * second + 2 * pooled + rest;
         let wanted = [Some(fused), Some(never), Some(unfused), None];
         assert_eq!(saved(&small_network(), Precision::F32), wanted);
 

@@ -16,12 +16,13 @@ pub use pool::PoolMeter;
 pub use trace::{Launch, TraceError};
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::{AcqRel, Relaxed};
 
 /// The system's allocator, with a count of live bytes and of their peak.
 ///
 /// Bytes are those that were asked for, without the allocator's own overhead. Each allocation
-/// costs two relaxed atomic operations. A snapshot taken while other threads allocate is a moment
+/// costs two atomic operations. A snapshot taken while other threads allocate is a moment
 /// of theirs; nothing is lost.
 ///
 /// A program declares it with `#[global_allocator]`, as in [the crate's example](crate). Here it is
@@ -68,9 +69,8 @@ impl CountingAllocator {
 
     /// Starts a new peak at the bytes alive now, which it returns.
     pub fn reset_peak(&self) -> usize {
-        let current = self.current();
-        self.peak.store(current, Relaxed);
-        current
+        let (_, level) = self.restart_peak(|| self.current());
+        level
     }
 
     /// As [`reset_peak`](Self::reset_peak), but returns the peak that ends.
@@ -78,12 +78,25 @@ impl CountingAllocator {
     /// Called again and again, it gives the curve of what is alive, without a peak missed in
     /// between.
     pub fn take_peak(&self) -> usize {
-        self.peak.swap(self.current(), Relaxed)
+        let (ended, _) = self.restart_peak(|| self.current());
+        ended
+    }
+
+    /// Ends the peak and starts one at `level()`: returns both.
+    ///
+    /// The old peak goes first. A level read before it would overwrite the peak of an allocation in
+    /// between, and the new peak would be below what is alive.
+    fn restart_peak(&self, level: impl FnOnce() -> usize) -> (usize, usize) {
+        // Acquire and release: each allocation whose peak is taken here is in the level read below.
+        let ended = self.peak.swap(0, AcqRel);
+        let level = level();
+        self.peak.fetch_max(level, AcqRel);
+        (ended, level)
     }
 
     fn grow(&self, bytes: usize) {
         let current = self.current.fetch_add(bytes, Relaxed) + bytes;
-        self.peak.fetch_max(current, Relaxed);
+        self.peak.fetch_max(current, AcqRel);
     }
 
     fn shrink(&self, bytes: usize) {
@@ -135,6 +148,20 @@ unsafe impl GlobalAlloc for CountingAllocator {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_allocation_while_a_peak_restarts_is_not_lost() {
+        let allocator = CountingAllocator::new();
+        allocator.grow(100);
+        // As another thread's, right after the level was read.
+        let interrupted = || {
+            let level = allocator.current();
+            allocator.grow(50);
+            level
+        };
+        assert_eq!(allocator.restart_peak(interrupted), (100, 100));
+        assert_eq!((allocator.current(), allocator.peak()), (150, 150));
+    }
 
     #[test]
     #[allow(unsafe_code)]

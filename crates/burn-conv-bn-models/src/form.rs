@@ -1,8 +1,8 @@
 use burn::config::Config;
-use burn::nn::{PaddingConfig2d, pool};
+use burn::nn::pool;
 use burn::tensor::activation::{gelu, hard_swish, leaky_relu, relu, relu6, silu};
 use burn::tensor::module::batch_norm_train;
-use burn::tensor::{Shape, Tensor};
+use burn::tensor::{BoolStore, DType, Shape, Tensor};
 use burn_conv_bn::functional::batch_norm;
 use burn_conv_bn::{
     Activation, ConvBn2d, MaxPool2d, NormSpec, NormVariant, Recompute, SavedTensor,
@@ -114,11 +114,14 @@ impl Form {
     /// What a block keeps for the backward pass in this form, for a tracked input of that shape.
     ///
     /// The unfused form's list is Burn 0.22.1's: the convolution keeps its input and weight, batch
-    /// norm its input, gamma and its statistics, an activation its input. In mixed precision the
-    /// norm's input is a cast of the convolution's output, in f32. A frozen norm is composed of
-    /// several ops, which keep the normalized values where gamma is tracked, and what belongs to
-    /// channels. Of activations that Burn composes of several ops only their input is listed, which
-    /// they all keep.
+    /// norm its input, gamma and its statistics, an activation its input, or masks of what it clamps, and
+    /// SiLU and HardSwish the gate as well. In mixed precision the norm's input is a cast of the
+    /// convolution's output, in f32. A frozen norm is composed of several ops, which keep the normalized
+    /// values where gamma is tracked, and what belongs to channels.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), for the shape.
     pub fn saved_for_backward(self, block: &ConvBn2d, input_shape: [usize; 4]) -> Vec<SavedTensor> {
         match self {
             Self::Fused => block.saved_for_backward(input_shape),
@@ -138,79 +141,32 @@ impl Form {
             Self::Unfused => unfused_saved(block, input_shape, "sum"),
         }
     }
-}
 
-/// Goes through a network with its input's shape and lists what its blocks keep for the backward
-/// pass.
-pub(crate) struct Walk {
-    form: Form,
-    /// Shape of what the next layer gets.
-    pub(crate) shape: [usize; 4],
-    /// What was kept so far, by the block's name.
-    pub(crate) saved: Vec<(String, SavedTensor)>,
-}
-
-impl Walk {
-    pub(crate) fn new(form: Form, input_shape: [usize; 4]) -> Self {
-        Self {
-            form,
-            shape: input_shape,
-            saved: Vec::new(),
+    /// As [`saved_for_backward`](Self::saved_for_backward), for a block with a max pool behind it; see
+    /// [`ConvBn2d::saved_for_backward_max_pool`]. Unfused, the pool keeps the block's output and an index
+    /// for each of its own.
+    pub fn saved_for_backward_max_pool(
+        self,
+        block: &ConvBn2d,
+        input_shape: [usize; 4],
+        pool: &MaxPool2d,
+    ) -> Vec<SavedTensor> {
+        match self {
+            Self::Fused => block.saved_for_backward_max_pool(input_shape, pool),
+            Self::Unfused => {
+                let mut saved = self.saved_for_backward(block, input_shape);
+                for mut tensor in pool.saved_by_burn(block.output_shape(input_shape)) {
+                    if tensor.name == "input" {
+                        tensor.name = "output";
+                        tensor.dtype = block.conv.weight.val().dtype();
+                        tensor.shared = false;
+                    }
+                    saved.push(tensor);
+                }
+                saved
+            }
         }
     }
-
-    /// Passes a block.
-    pub(crate) fn block(&mut self, name: String, block: &ConvBn2d) {
-        let saved = self.form.saved_for_backward(block, self.shape);
-        self.pass(name, block, saved);
-    }
-
-    /// Passes a block that adds a residual.
-    pub(crate) fn block_residual(&mut self, name: String, block: &ConvBn2d) {
-        let saved = self.form.saved_for_backward_residual(block, self.shape);
-        self.pass(name, block, saved);
-    }
-
-    /// Passes a pool over square windows.
-    pub(crate) fn pool(&mut self, kernel: usize, stride: usize, padding: usize) {
-        let [batch, channels, height, width] = self.shape;
-        let [height, width] =
-            [height, width].map(|size| windows(size + 2 * padding, kernel, stride));
-        self.shape = [batch, channels, height, width];
-    }
-
-    fn pass(&mut self, name: String, block: &ConvBn2d, saved: Vec<SavedTensor>) {
-        let saved = saved.into_iter().map(|tensor| (name.clone(), tensor));
-        self.saved.extend(saved);
-        self.shape = output_shape(block, self.shape);
-    }
-}
-
-/// Shape of a block's output for an input of that shape.
-fn output_shape(block: &ConvBn2d, [batch, _, height, width]: [usize; 4]) -> [usize; 4] {
-    let conv = &block.conv;
-    let [channels, ..] = conv.weight.lazy_shape().dims::<4>();
-    let size = |dim: usize, size: usize| {
-        let kernel = conv.dilation[dim] * (conv.kernel_size[dim] - 1) + 1;
-        let padding = match conv.padding {
-            PaddingConfig2d::Valid => 0,
-            PaddingConfig2d::Explicit(top, left, bottom, right) => {
-                [top + bottom, left + right][dim]
-            }
-            PaddingConfig2d::Same => return size.div_ceil(conv.stride[dim]),
-        };
-        windows(size + padding, kernel, conv.stride[dim])
-    };
-    [batch, channels, size(0, height), size(1, width)]
-}
-
-/// Number of windows of that size in a padded length.
-fn windows(padded: usize, kernel: usize, stride: usize) -> usize {
-    assert!(
-        kernel <= padded,
-        "a window of {kernel} does not fit into {padded}"
-    );
-    (padded - kernel) / stride + 1
 }
 
 /// What Burn's own layers keep, with that name for the activation's input.
@@ -227,9 +183,14 @@ fn unfused_saved(
     let norm = &block.norm;
     let dtype = block.conv.weight.val().dtype();
     let norm_dtype = norm.gamma.val().dtype();
+    let is_frozen = block.settings.track_running_stats && !norm.training.is_enabled();
+    // A frozen norm divides by the standard deviation, and needs no mean.
+    saved.retain(|tensor| !(is_frozen && tensor.name == "mean"));
     for tensor in &mut saved {
-        if tensor.name == "conv_output" {
-            tensor.dtype = norm_dtype;
+        match tensor.name {
+            "conv_output" => tensor.dtype = norm_dtype,
+            "variance" if is_frozen => tensor.name = "std",
+            _ => {}
         }
     }
     // Burn's convolution keeps its input for the weight's gradient, wanted or not.
@@ -242,24 +203,42 @@ fn unfused_saved(
         };
         saved.insert(0, input);
     }
-    let is_frozen = block.settings.track_running_stats && !norm.training.is_enabled();
-    let normalized = is_frozen && norm.gamma.val().is_require_grad();
-    let activated = block.settings.activation != Activation::Identity;
-    for (name, dtype) in [
-        normalized.then_some(("normalized", norm_dtype)),
-        activated.then_some((activation_input, dtype)),
-    ]
-    .into_iter()
-    .flatten()
-    {
-        saved.push(SavedTensor {
-            name,
-            shape: Shape::from(output_shape(block, input_shape)),
-            dtype,
-            shared: false,
-        });
-    }
+    let normalized = is_frozen && norm.gamma.val().is_tracked();
+    let normalized = normalized.then_some(("normalized", norm_dtype));
+    let activation = kept_by_activation(block.settings.activation, activation_input, dtype);
+    let shape = Shape::from(block.output_shape(input_shape));
+    saved.extend(
+        normalized
+            .into_iter()
+            .chain(activation)
+            .map(|(name, dtype)| SavedTensor {
+                name,
+                shape: shape.clone(),
+                dtype,
+                shared: false,
+            }),
+    );
     saved
+}
+
+/// Names and types of what Burn's activation keeps, for an input of that name and type.
+fn kept_by_activation(
+    activation: Activation,
+    input: &'static str,
+    dtype: DType,
+) -> Vec<(&'static str, DType)> {
+    // Of Flex, a byte for each value.
+    let mask = DType::Bool(BoolStore::Native);
+    let clamped = [("above", mask), ("below", mask)];
+    match activation {
+        Activation::Identity => Vec::new(),
+        Activation::Relu | Activation::Gelu => vec![(input, dtype)],
+        Activation::Relu6 => clamped.to_vec(),
+        Activation::LeakyRelu { .. } => vec![clamped[1]],
+        Activation::Silu => vec![(input, dtype), ("gate", dtype)],
+        Activation::HardSwish => [&[(input, dtype), ("gate", dtype)], &clamped[..]].concat(),
+        other => panic!("{other:?} has no unfused form yet"),
+    }
 }
 
 /// The activation as a user of Burn calls it.

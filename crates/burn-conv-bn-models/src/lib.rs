@@ -52,6 +52,7 @@ mod mobilenet;
 mod net;
 mod resnet;
 mod vgg;
+mod walk;
 
 #[cfg(all(test, feature = "flex"))]
 mod tests;

@@ -6,9 +6,9 @@ use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{Activation, ConvBn2d, Recompute, SavedTensor};
 
 use crate::Form;
-use crate::form::Walk;
 use crate::head::rows;
 use crate::init::{block, draw, zeros};
+use crate::walk::Walk;
 
 /// Table 2 of the paper: expansion, output channels, number of blocks, stride of the first.
 const STAGES: [(usize, usize, usize, usize); 7] = [
@@ -291,19 +291,27 @@ impl MobileNetV2 {
         self
     }
 
-    /// What each convolution's block keeps for the backward pass in this form, for images of that
-    /// shape, `[batch, input_channels, height, width]`: by name, as `features.1.conv.0`, role and
-    /// bytes. Each block's input counts as tracked.
+    /// What a training step keeps for the backward pass in this form, for images of that shape,
+    /// `[batch, input_channels, height, width]`:
+    /// by layer, as `features.1.conv.0`, role and bytes. Each block's input counts as tracked.
+    ///
+    /// Each buffer is listed as its own (not [`shared`](SavedTensor::shared)) by the first that keeps it;
+    /// parameters and images are shared. On Flex, the sum of what is not shared is what the step has
+    /// allocated at the end of the forward pass, beside graph nodes and the result.
     ///
     /// # Panics
     ///
     /// As [`forward`](Self::forward), for the shape.
     pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
-        let mut walk = Walk::new(self.form, input_shape);
+        let mut walk = Walk::new(self.form, input_shape, &self.features[0].conv[0]);
         for (index, block) in self.features.iter().enumerate() {
             block.walk(&format!("features.{index}"), &mut walk);
         }
-        walk.saved
+        walk.average_pool([1, 1]);
+        walk.rows(&self.classifier);
+        walk.dropout(&self.dropout);
+        walk.linear("classifier", &self.classifier);
+        walk.into_saved()
     }
 }
 
@@ -320,14 +328,16 @@ impl MobileNetV2Block {
 
     /// Lists what it keeps, in the order of [`forward`](Self::forward).
     fn walk(&self, name: &str, walk: &mut Walk) {
+        let input = walk.current.clone();
         let (last, first) = self.parts();
         for (index, conv) in first.iter().enumerate() {
-            walk.block(format!("{name}.conv.{index}"), conv);
+            walk.block(&format!("{name}.conv.{index}"), conv);
         }
         let name = format!("{name}.conv.{}", first.len());
-        match self.residual {
-            true => walk.block_residual(name, last),
-            false => walk.block(name, last),
+        if self.residual {
+            walk.block_residual(&name, last, &input);
+        } else {
+            walk.block(&name, last);
         }
     }
 

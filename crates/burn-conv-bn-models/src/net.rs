@@ -4,12 +4,14 @@ use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
 use burn::tensor::activation::{log_softmax, relu};
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{
-    Activation, ConvBn2d, ConvBn2dConfig, MaxPool2dConfig, NormVariant, Recompute, SavedTensor,
+    Activation, ConvBn2d, ConvBn2dConfig, MaxPool2d, MaxPool2dConfig, NormVariant, Recompute,
+    SavedTensor,
 };
 
 use crate::Form;
 use crate::head::rows;
 use crate::init::draw;
+use crate::walk::Walk;
 
 /// Configuration of [`Net`], made by [`init`](Self::init).
 ///
@@ -72,7 +74,7 @@ pub struct NetConfig {
 /// let bytes = |form| -> usize {
 ///     let saved = net.clone().with_form(form);
 ///     let saved = saved.saved_for_backward(4, 28);
-///     let second = saved.iter().filter(|(block, _)| *block == "conv2");
+///     let second = saved.iter().filter(|(block, _)| block == "conv2");
 ///     second.map(|(_, tensor)| tensor.bytes()).sum()
 /// };
 /// assert!(bytes(Form::Fused) < bytes(Form::Unfused) / 3);
@@ -148,8 +150,7 @@ impl Net {
     /// - output: `[batch, classes]`
     pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
         let x = self.form.forward(&self.conv1, images);
-        let pool = MaxPool2dConfig::new([2, 2]).init();
-        let x = self.form.forward_max_pool(&self.conv2, x, &pool);
+        let x = self.form.forward_max_pool(&self.conv2, x, &pool());
         let x = self.fc1.forward(rows(x, &self.fc1));
         let x = relu(self.dropout.forward(x));
         log_softmax(self.fc2.forward(x), 1)
@@ -167,25 +168,37 @@ impl Net {
         self
     }
 
-    /// What each block keeps for the backward pass in this form, for a batch of that many images
-    /// of that height and width: by block, name and bytes. Each block's input counts as tracked. The
-    /// max pool is no block, and not in the list.
-    pub fn saved_for_backward(&self, batch: usize, image_size: usize) -> Vec<(&str, SavedTensor)> {
-        let [first, ..] = self.conv1.conv.weight.dims();
-        let blocks = [
-            ("conv1", &self.conv1, [batch, 1, image_size, image_size]),
-            (
-                "conv2",
-                &self.conv2,
-                [batch, first, image_size - 2, image_size - 2],
-            ),
-        ];
-        blocks
-            .into_iter()
-            .flat_map(|(name, block, shape)| {
-                let saved = self.form.saved_for_backward(block, shape);
-                saved.into_iter().map(move |tensor| (name, tensor))
-            })
-            .collect()
+    /// What a training step keeps for the backward pass in this form, for a batch of that many images
+    /// of that height and width:
+    /// by layer, role and bytes. Each block's input counts as tracked.
+    ///
+    /// Each buffer is listed as its own (not [`shared`](SavedTensor::shared)) by the first that keeps it;
+    /// parameters and images are shared. On Flex, the sum of what is not shared is what the step has
+    /// allocated at the end of the forward pass, beside graph nodes and the result.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), for the shape.
+    pub fn saved_for_backward(
+        &self,
+        batch: usize,
+        image_size: usize,
+    ) -> Vec<(String, SavedTensor)> {
+        let images = [batch, 1, image_size, image_size];
+        let mut walk = Walk::new(self.form, images, &self.conv1);
+        walk.block("conv1", &self.conv1);
+        walk.block_max_pool("conv2", &self.conv2, &pool());
+        walk.rows(&self.fc1);
+        walk.linear("fc1", &self.fc1);
+        walk.dropout(&self.dropout);
+        walk.relu();
+        walk.linear("fc2", &self.fc2);
+        walk.log_softmax();
+        walk.into_saved()
     }
+}
+
+/// Behind the second block.
+fn pool() -> MaxPool2d {
+    MaxPool2dConfig::new([2, 2]).init()
 }

@@ -1,14 +1,18 @@
+use std::mem::replace;
+
 use burn::config::Config;
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig, PaddingConfig2d};
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, MaxPool2dConfig, Recompute, SavedTensor};
+use burn_conv_bn::{
+    Activation, ConvBn2d, ConvBn2dConfig, MaxPool2d, MaxPool2dConfig, Recompute, SavedTensor,
+};
 
 use crate::Form;
-use crate::form::Walk;
 use crate::head::rows;
 use crate::init::{block, draw, zeros};
+use crate::walk::Walk;
 
 /// What the blocks of a [`ResNet`] are made of.
 ///
@@ -268,11 +272,7 @@ impl ResNet {
     /// As [`ConvBn2d::forward`]: among others if a training batch leaves a single value per
     /// channel, as one image of up to 32x32 does.
     pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
-        let pool = MaxPool2dConfig::new([3, 3])
-            .with_strides([2, 2])
-            .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
-            .init();
-        let x = self.form.forward_max_pool(&self.conv1, images, &pool);
+        let x = self.form.forward_max_pool(&self.conv1, images, &pool());
         let x = self
             .layers()
             .into_iter()
@@ -294,24 +294,29 @@ impl ResNet {
         self
     }
 
-    /// What each fused block keeps for the backward pass in this form, for images of that shape,
-    /// `[batch, input_channels, height, width]`: by the block's name, as `layer1.0.conv1`, its
-    /// role and bytes. A tensor that two blocks read is listed by both, and each block's input
-    /// counts as tracked. Pools are no blocks, and not in the list.
+    /// What a training step keeps for the backward pass in this form, for images of that shape,
+    /// `[batch, input_channels, height, width]`:
+    /// by layer, as `layer1.0.conv1`, role and bytes. Each block's input counts as tracked.
+    ///
+    /// Each buffer is listed as its own (not [`shared`](SavedTensor::shared)) by the first that keeps it;
+    /// parameters and images are shared. On Flex, the sum of what is not shared is what the step has
+    /// allocated at the end of the forward pass, beside graph nodes and the result.
     ///
     /// # Panics
     ///
     /// As [`forward`](Self::forward), for the shape.
     pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
-        let mut walk = Walk::new(self.form, input_shape);
-        walk.block("conv1".into(), &self.conv1);
-        walk.pool(3, 2, 1);
+        let mut walk = Walk::new(self.form, input_shape, &self.conv1);
+        walk.block_max_pool("conv1", &self.conv1, &pool());
         for (name, layer) in self.layers() {
             for (index, block) in layer.iter().enumerate() {
                 block.walk(&format!("{name}.{index}"), &mut walk);
             }
         }
-        walk.saved
+        walk.average_pool([1, 1]);
+        walk.rows(&self.fc);
+        walk.linear("fc", &self.fc);
+        walk.into_saved()
     }
 
     fn layers(&self) -> [(&'static str, &Vec<ResNetBlock>); 4] {
@@ -322,6 +327,14 @@ impl ResNet {
             ("layer4", &self.layer4),
         ]
     }
+}
+
+/// Behind the first block.
+fn pool() -> MaxPool2d {
+    MaxPool2dConfig::new([3, 3])
+        .with_strides([2, 2])
+        .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
+        .init()
 }
 
 impl ResNetBlock {
@@ -342,17 +355,18 @@ impl ResNetBlock {
 
     /// Lists what it keeps, in the order of [`forward`](Self::forward).
     fn walk(&self, name: &str, walk: &mut Walk) {
-        let input_shape = walk.shape;
+        let input = walk.current.clone();
+        let mut shortcut = input.clone();
         if let Some(downsample) = &self.downsample {
-            walk.block(format!("{name}.downsample"), downsample);
-            walk.shape = input_shape;
+            walk.block(&format!("{name}.downsample"), downsample);
+            shortcut = replace(&mut walk.current, input);
         }
-        walk.block(format!("{name}.conv1"), &self.conv1);
+        walk.block(&format!("{name}.conv1"), &self.conv1);
         match &self.conv3 {
-            None => walk.block_residual(format!("{name}.conv2"), &self.conv2),
+            None => walk.block_residual(&format!("{name}.conv2"), &self.conv2, &shortcut),
             Some(conv3) => {
-                walk.block(format!("{name}.conv2"), &self.conv2);
-                walk.block_residual(format!("{name}.conv3"), conv3);
+                walk.block(&format!("{name}.conv2"), &self.conv2);
+                walk.block_residual(&format!("{name}.conv3"), conv3, &shortcut);
             }
         }
     }

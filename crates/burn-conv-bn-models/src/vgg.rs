@@ -4,12 +4,12 @@ use burn::nn::{Dropout, DropoutConfig, Initializer, Linear, LinearConfig};
 use burn::tensor::activation::relu;
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, MaxPool2dConfig, Recompute, SavedTensor};
+use burn_conv_bn::{Activation, ConvBn2d, MaxPool2d, MaxPool2dConfig, Recompute, SavedTensor};
 
 use crate::Form;
-use crate::form::Walk;
 use crate::head::rows;
 use crate::init::{block, draw, zeros};
+use crate::walk::Walk;
 
 /// Channels of the convolutions between two pools.
 const WIDTHS: [usize; 5] = [64, 128, 256, 512, 512];
@@ -200,7 +200,7 @@ impl Vgg {
     /// As [`ConvBn2d::forward`].
     pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
         let mut features = self.features.iter();
-        let pool = MaxPool2dConfig::new([2, 2]).init();
+        let pool = pool();
         let mut x = images;
         for count in self.blocks {
             for (index, block) in features.by_ref().take(count).enumerate() {
@@ -233,22 +233,44 @@ impl Vgg {
         self
     }
 
-    /// What each block keeps for the backward pass in this form, for images of that shape,
-    /// `[batch, input_channels, height, width]`: by the block's name, as `features.0`, its role
-    /// and bytes. Each block's input counts as tracked. Pools are no blocks, and not in the list.
+    /// What a training step keeps for the backward pass in this form, for images of that shape,
+    /// `[batch, input_channels, height, width]`:
+    /// by layer, as `features.0`, role and bytes. Each block's input counts as tracked.
+    ///
+    /// Each buffer is listed as its own (not [`shared`](SavedTensor::shared)) by the first that keeps it;
+    /// parameters and images are shared. On Flex, the sum of what is not shared is what the step has
+    /// allocated at the end of the forward pass, beside graph nodes and the result.
     ///
     /// # Panics
     ///
     /// As [`forward`](Self::forward), for the shape.
     pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
-        let mut walk = Walk::new(self.form, input_shape);
+        let mut walk = Walk::new(self.form, input_shape, &self.features[0]);
         let mut features = self.features.iter().enumerate();
         for count in self.blocks {
-            for (index, block) in features.by_ref().take(count) {
-                walk.block(format!("features.{index}"), block);
+            for (place, (index, block)) in features.by_ref().take(count).enumerate() {
+                let name = format!("features.{index}");
+                if place + 1 == count {
+                    walk.block_max_pool(&name, block, &pool());
+                } else {
+                    walk.block(&name, block);
+                }
             }
-            walk.pool(2, 2, 0);
         }
-        walk.saved
+        walk.average_pool([POOLED; 2]);
+        walk.rows(&self.classifier[0]);
+        for (index, linear) in self.classifier.iter().enumerate() {
+            if index > 0 {
+                walk.relu();
+                walk.dropout(&self.dropout);
+            }
+            walk.linear(&format!("classifier.{index}"), linear);
+        }
+        walk.into_saved()
     }
+}
+
+/// Behind the last convolution of each size.
+fn pool() -> MaxPool2d {
+    MaxPool2dConfig::new([2, 2]).init()
 }

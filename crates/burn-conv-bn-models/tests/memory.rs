@@ -1,42 +1,27 @@
-//! What whole networks keep, counted by the allocator, against their lists.
+//! What blocks and whole networks keep, counted by the allocator, against their lists.
 //!
 //! One test, so that no other allocates at the same time.
 
 use burn::module::{Flag, Module, ModuleMapper, Param};
 use burn::nn::PaddingConfig2d;
-use burn::tensor::{Device, Distribution, Tensor};
-use burn_conv_bn::{MaxPool2dConfig, SavedTensor};
+use burn::tensor::{Device, Distribution, FloatDType, Tensor};
+use burn_conv_bn::{
+    Activation, ConvBn2d, ConvBn2dConfig, ConvBnModule, MaxPool2dConfig, Recompute, SavedTensor,
+};
 use burn_conv_bn_memory::CountingAllocator;
-use burn_conv_bn_models::{Form, MobileNetV2Config, ResNet, ResNetBlockKind, ResNetConfig};
+use burn_conv_bn_models::{
+    Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+};
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator::new();
 
-/// Images more in the second run than in the first. What does not depend on their number, graph nodes
-/// and what belongs to channels, comes out of the difference, which is some 20 MiB of activations.
-const MORE: usize = 8;
-
-/// What tables may grow by meanwhile.
-const OVERHEAD: usize = 48 << 10;
-
-fn shape(batch: usize) -> [usize; 4] {
-    [batch, 3, 64, 64]
-}
-
-/// Asserts that what is kept for `MORE` images more is what is listed for them.
-#[track_caller]
-fn assert_bytes(what: &str, got: impl Fn(usize) -> usize, listed: impl Fn(usize) -> usize) {
-    let [got, listed] = [&got as &dyn Fn(usize) -> usize, &listed]
-        .map(|bytes| bytes(2 * MORE).saturating_sub(bytes(MORE)));
-    println!("{what}: {got} bytes for {MORE} images more, {listed} listed");
-    assert!(
-        got.abs_diff(listed) < OVERHEAD,
-        "{what}: got {got} bytes, {listed} are listed"
-    );
-}
+/// What graph nodes, with their shapes and the tables that they are in, may take for each listed tensor:
+/// a node has some hundreds of bytes, and there are up to four of them between two that keep a tensor.
+const NODES: usize = 2 << 10;
 
 /// Bytes that are left of a forward pass while its loss is held.
-fn kept(forward: impl Fn() -> Tensor<2>) -> usize {
+fn kept<const D: usize>(forward: impl Fn() -> Tensor<D>) -> usize {
     // The first run pays for running statistics, and any may for what a thread keeps from then on:
     // the least is without.
     let runs = (0..3).map(|_| {
@@ -49,6 +34,59 @@ fn kept(forward: impl Fn() -> Tensor<2>) -> usize {
     runs.min().unwrap_or_default()
 }
 
+/// Asserts that what is kept is what is listed as nobody else's.
+#[track_caller]
+fn assert_listed<'a>(what: &str, kept: usize, saved: impl Iterator<Item = &'a SavedTensor>) {
+    let (mut listed, mut entries) = (0, 0);
+    for tensor in saved {
+        entries += 1;
+        if !tensor.shared {
+            listed += tensor.bytes();
+        }
+    }
+    println!("{what}: got {kept} bytes, {listed} listed, {entries} entries");
+    let more = kept.checked_sub(listed);
+    assert!(
+        more.is_some_and(|more| more < NODES * entries),
+        "{what}: got {kept} bytes, {listed} are listed in {entries} entries"
+    );
+}
+
+/// A network that lists what it keeps.
+trait Lists: Module + ConvBnModule {
+    fn in_form(self, form: Form) -> Self;
+    fn forward(&self, images: Tensor<4>) -> Tensor<2>;
+    fn saved(&self, images: [usize; 4]) -> Vec<(String, SavedTensor)>;
+}
+
+macro_rules! lists {
+    ($($network:ty, |$this:ident, $images:ident| $saved:expr;)*) => {
+        $(
+            impl Lists for $network {
+                fn in_form(self, form: Form) -> Self {
+                    self.with_form(form)
+                }
+
+                fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+                    self.forward(images)
+                }
+
+                fn saved(&self, $images: [usize; 4]) -> Vec<(String, SavedTensor)> {
+                    let $this = self;
+                    $saved
+                }
+            }
+        )*
+    };
+}
+
+lists! {
+    Net, |net, images| net.saved_for_backward(images[0], images[2]);
+    ResNet, |net, images| net.saved_for_backward(images);
+    Vgg, |net, images| net.saved_for_backward(images);
+    MobileNetV2, |net, images| net.saved_for_backward(images);
+}
+
 /// Turns norms to their running statistics; gamma and beta go on being trained.
 struct FixStatistics;
 
@@ -59,95 +97,158 @@ impl ModuleMapper for FixStatistics {
 }
 
 #[test]
-fn networks_keep_what_they_list() {
+fn blocks_and_networks_keep_what_they_list() {
     let device = Device::flex().autodiff();
-    a_chain_of_fused_blocks(&device);
-    let resnet = |kind| {
-        ResNetConfig::new(Form::Fused, kind, [1; 4])
-            .with_classes(10)
-            .init(&device)
-    };
-    let batch = resnet(ResNetBlockKind::Bottleneck);
-    forms_differ_by_what_is_their_own("statistics of the batch", &batch, &device);
-    let running = resnet(ResNetBlockKind::Basic).map(&mut FixStatistics);
-    forms_differ_by_what_is_their_own("running statistics", &running, &device);
-}
+    for form in [Form::Fused, Form::Unfused] {
+        blocks(form, &device);
+        norms_of_no_leaves(form, &device);
+    }
+    let (form, classes) = (Form::Fused, 10);
+    for recompute in [Recompute::Conv, Recompute::Never] {
+        let name = |network: &str| format!("{network}, {recompute:?}");
+        let net = NetConfig::new(form).with_recompute(recompute);
+        network(&name("tutorial"), net.init(&device), [16, 1, 28, 28]);
 
-fn images(batch: usize, device: &Device) -> Tensor<4> {
-    Tensor::random(shape(batch), Distribution::Default, device)
-}
-
-/// MobileNetV2 has nothing between its blocks: each keeps its input, which is its alone, shortcuts
-/// or not.
-fn a_chain_of_fused_blocks(device: &Device) {
-    const LAST: usize = 1280;
-    let network = MobileNetV2Config::new(Form::Fused)
-        .with_classes(10)
-        .with_dropout(0.0)
-        .init(device);
-    let listed = |batch: usize| {
-        let saved = network.saved_for_backward(shape(batch));
-        let inputs = saved.iter().filter(|(_, tensor)| tensor.name == "input");
-        // The images are there before. After the blocks, the pool keeps the last one's output of 2x2
-        // positions, and the linear layer what the pool makes of it.
-        let blocks: usize = inputs.skip(1).map(|(_, tensor)| tensor.bytes()).sum();
-        blocks + 4 * batch * LAST * (2 * 2 + 1)
-    };
-    let got = |batch| {
-        let images = images(batch, device);
-        kept(|| network.forward(images.clone()))
-    };
-    assert_bytes("fused MobileNetV2", got, listed);
-}
-
-/// What is listed as shared both forms of a ResNet hold: as a block's input, or as the handle of a block
-/// that adds its shortcut. The rest is each form's own, and so is what the pool after the first block
-/// keeps.
-fn forms_differ_by_what_is_their_own(what: &str, network: &ResNet, device: &Device) {
-    let forms = [Form::Unfused, Form::Fused].map(|form| network.clone().with_form(form));
-    let got = |batch| {
-        let images = images(batch, device);
-        let [unfused, fused] = [0, 1].map(|form| kept(|| forms[form].forward(images.clone())));
-        unfused - fused
-    };
-    let listed = |batch| {
-        let [unfused, fused] = [0, 1].map(|form| forms[form].saved_for_backward(shape(batch)));
-        let own = |saved: &[(String, SavedTensor)]| -> usize {
-            let own = saved.iter().filter(|(_, tensor)| !tensor.shared);
-            own.map(|(_, tensor)| tensor.bytes()).sum()
+        let images = [4, 3, 64, 64];
+        let resnet = |config: ResNetConfig| {
+            let config = config.with_classes(classes).with_recompute(recompute);
+            config.init(&device)
         };
-        let (of_burns_pool, of_ours) = kept_by_the_pool(batch, &fused);
-        own(&unfused) + of_burns_pool - own(&fused) - of_ours
-    };
-    assert_bytes(
-        &format!("ResNet with {what}, unfused above fused"),
-        got,
-        listed,
-    );
+        let resnet18 = resnet(ResNetConfig::resnet18(form));
+        network(&name("ResNet-18"), resnet18, images);
+        let resnet50 = resnet(ResNetConfig::resnet50(form));
+        network(&name("ResNet-50"), resnet50, images);
+        let vgg = VggConfig::vgg16_bn(form)
+            .with_classes(classes)
+            .with_hidden(64)
+            .with_recompute(recompute);
+        network(&name("VGG-16"), vgg.init(&device), images);
+        let mobilenet = MobileNetV2Config::new(form)
+            .with_classes(classes)
+            .with_recompute(recompute);
+        network(&name("MobileNetV2"), mobilenet.init(&device), images);
+    }
 }
 
-/// Bytes that Burn's pool after the first block keeps and ours does not, and the other way round.
-///
-/// Burn's keeps an index of 32 bits for each output, where ours keeps a place of 8, and the output of the
-/// block. Fused, nothing else does, unless the block itself holds it, as one with running statistics.
-fn kept_by_the_pool(batch: usize, fused: &[(String, SavedTensor)]) -> (usize, usize) {
-    let [_, _, height, width] = shape(batch);
-    let output = [batch, 64, height / 2, width / 2];
-    let pool = MaxPool2dConfig::new([3, 3])
-        .with_strides([2, 2])
-        .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
-        .init();
-    let places: usize = pool
-        .saved_for_backward(output)
-        .iter()
-        .map(SavedTensor::bytes)
-        .sum();
-    let is_held = fused
-        .iter()
-        .any(|(block, tensor)| block == "conv1" && tensor.name == "output");
-    let of_block = match is_held {
-        true => 0,
-        false => size_of::<f32>() * output.iter().product::<usize>(),
-    };
-    (size_of::<i32>() * places + of_block, places)
+/// In both forms, each also in half, with parameters that are no leaves, and with running statistics.
+fn network<M: Lists>(what: &str, network: M, images: [usize; 4]) {
+    let device = network.devices()[0].clone();
+    let images = Tensor::<4>::random(images, Distribution::Default, &device);
+    for form in [Form::Fused, Form::Unfused] {
+        let network = network.clone().in_form(form);
+        let half = images.clone().cast(FloatDType::BF16);
+        let frozen = network.clone().map(&mut FixStatistics);
+        for (what, network, images) in [
+            (format!("{what}, {form:?}"), &network, &images),
+            (
+                format!("{what}, {form:?}, bf16"),
+                &network.autocast(FloatDType::BF16),
+                &half,
+            ),
+            (format!("{what}, {form:?}, frozen"), &frozen, &images),
+        ] {
+            let saved = network.saved(images.dims());
+            let kept = kept(|| network.forward(images.clone()));
+            assert_listed(&what, kept, saved.iter().map(|(_, tensor)| tensor));
+        }
+    }
+}
+
+const INPUT: [usize; 4] = [8, 8, 32, 31];
+
+/// Lists of a block alone, whose neighbours' tensors exist anyway, with every activation, pool and type.
+fn blocks(form: Form, device: &Device) {
+    let input = Tensor::<4>::random(INPUT, Distribution::Default, device).require_grad();
+    let config = ConvBn2dConfig::new([8, 12], [3, 3]);
+    let dilated = config
+        .clone()
+        .with_dilation([2, 2])
+        .with_padding(PaddingConfig2d::Same);
+    let window = |size| MaxPool2dConfig::new([size; 2]).with_strides([2, 2]);
+    let uneven = window(2).with_padding(PaddingConfig2d::Explicit(0, 0, 1, 1));
+    for activation in [
+        Activation::Identity,
+        Activation::Relu,
+        Activation::Relu6,
+        Activation::LeakyRelu {
+            negative_slope: 0.1,
+        },
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::HardSwish,
+    ] {
+        for config in [&config, &dilated] {
+            for fixed in [false, true] {
+                let block = config.clone().with_activation(activation).init(device);
+                let block = if fixed {
+                    block.map(&mut FixStatistics)
+                } else {
+                    block
+                };
+                for dtype in [FloatDType::F32, FloatDType::F16] {
+                    let block = block.clone().autocast(dtype);
+                    let input = input.clone().cast(dtype).detach().require_grad();
+                    let what = format!("{form:?}, {dtype:?}, fixed {fixed}, {block}");
+                    alone(&what, form, &block, &input);
+                    for pool in [window(2), window(17), uneven.clone()] {
+                        let pool = pool.init();
+                        let saved = form.saved_for_backward_max_pool(&block, INPUT, &pool);
+                        let kept = kept_beside_output(|| {
+                            form.forward_max_pool(&block, input.clone(), &pool)
+                        });
+                        assert_listed(&format!("{what}, {pool}"), kept, saved.iter());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A scale and a shift that lead back to the parameters, through an op that keeps nothing.
+fn norms_of_no_leaves(form: Form, device: &Device) {
+    let input = Tensor::<4>::random(INPUT, Distribution::Default, device).require_grad();
+    for fixed in [false, true] {
+        let config = ConvBn2dConfig::new([8, 12], [3, 3]).with_activation(Activation::Relu);
+        let mut block = config.init(device);
+        if fixed {
+            block = block.map(&mut FixStatistics);
+        }
+        // Where the norm alone is trained, what is kept depends on it.
+        block.conv = block.conv.freeze();
+        block.norm.gamma = block.norm.gamma.map(|gamma| gamma.mul_scalar(2.0));
+        block.norm.beta = block.norm.beta.map(|beta| beta.mul_scalar(2.0));
+        alone(
+            &format!("{form:?}, no leaves, fixed {fixed}"),
+            form,
+            &block,
+            &input,
+        );
+    }
+}
+
+fn alone(what: &str, form: Form, block: &ConvBn2d, input: &Tensor<4>) {
+    let saved = form.saved_for_backward(block, INPUT);
+    let kept = kept_beside_output(|| form.forward(block, input.clone()));
+    assert_listed(what, kept, saved.iter());
+
+    let output = block.output_shape(INPUT);
+    let residual = Tensor::<4>::random(output, Distribution::Default, &input.device());
+    let residual = residual.cast(input.dtype()).require_grad();
+    let saved = form.saved_for_backward_residual(block, INPUT);
+    let forward = || form.forward_residual(block, input.clone(), residual.clone());
+    let kept = kept_beside_output(forward);
+    assert_listed(&format!("{what}, residual"), kept, saved.iter());
+}
+
+/// As [`kept`], while the output is held as well, without its bytes.
+fn kept_beside_output(forward: impl Fn() -> Tensor<4>) -> usize {
+    let runs = (0..3).map(|_| {
+        let start = ALLOCATOR.current();
+        let output = forward();
+        let kept = ALLOCATOR.current().saturating_sub(start);
+        let own = output.shape().num_elements() * output.dtype().size();
+        output.sum().backward();
+        kept.saturating_sub(own)
+    });
+    runs.min().unwrap_or_default()
 }

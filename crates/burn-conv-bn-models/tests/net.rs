@@ -246,23 +246,35 @@ fn fused_blocks_keep_one_activation_and_unfused_ones_three() {
     let image = BATCH * 28 * 28 * 4;
     let first = BATCH * 32 * 26 * 26 * 4;
     let second = BATCH * 64 * 24 * 24 * 4;
-    let fused = vec![("conv1", "input", image), ("conv2", "input", first)];
+    let pooled = second / 4;
+    // Where the linear layer's input is the block's own handle, one of the two shares the other's buffer.
+    let fused = vec![
+        ("conv1", "input", image, true),
+        ("conv2", "input", first, false),
+        ("conv2", "pooled", pooled, false),
+        ("conv2", "places", pooled / 4, false),
+        ("fc1", "input", pooled, true),
+    ];
     let unfused = vec![
-        ("conv1", "input", image),
-        ("conv1", "conv_output", first),
-        ("conv1", "norm_output", first),
-        ("conv2", "input", first),
-        ("conv2", "conv_output", second),
-        ("conv2", "norm_output", second),
+        ("conv1", "input", image, true),
+        ("conv1", "conv_output", first, false),
+        ("conv1", "norm_output", first, false),
+        ("conv2", "input", first, false),
+        ("conv2", "conv_output", second, false),
+        ("conv2", "norm_output", second, false),
+        ("conv2", "output", second, false),
+        ("conv2", "indices", pooled, false),
+        ("fc1", "input", pooled, false),
     ];
     for norm in NORMS {
         for (form, wanted) in [(Form::Fused, &fused), (Form::Unfused, &unfused)] {
             let net = init(NetConfig::new(form).with_norm(norm), 1);
-            let activations: Vec<_> = net
-                .saved_for_backward(BATCH, 28)
-                .into_iter()
-                .map(|(block, tensor)| (block, tensor.name, tensor.bytes()))
-                .filter(|(_, name, _)| !["weight", "mean", "variance"].contains(name))
+            let saved = net.saved_for_backward(BATCH, 28);
+            let activations: Vec<_> = saved
+                .iter()
+                .map(|(layer, kept)| (layer.as_str(), kept.name, kept.bytes(), kept.shared))
+                .filter(|(_, name, ..)| !["weight", "mean", "variance"].contains(name))
+                .take_while(|(layer, ..)| *layer != "dropout")
                 .collect();
             assert_eq!(&activations, wanted, "{norm:?}, {form:?}");
         }

@@ -264,11 +264,17 @@ fn what_the_blocks_of_a_resnet_keep() {
     for (block, fused_wanted, unfused_wanted) in [
         (
             "conv1",
-            vec![input(&images)],
+            vec![
+                input(&images),
+                ("pooled", wide.clone()),
+                ("places", wide.clone()),
+            ],
             vec![
                 input(&images),
                 ("conv_output", stem.clone()),
                 ("norm_output", stem.clone()),
+                ("output", stem.clone()),
+                ("indices", wide.clone()),
             ],
         ),
         (
@@ -316,5 +322,13 @@ fn what_the_blocks_of_vgg_keep() {
     let network = config.init(&Device::flex().autodiff());
     let saved = network.saved_for_backward([2, 3, 64, 64]);
     let last = activations(&saved, "features.12");
-    assert_eq!(last, [("input", vec![2, 512, 4, 4])]);
+    let pooled = vec![2, 512, 2, 2];
+    assert_eq!(
+        last,
+        [
+            ("input", vec![2, 512, 4, 4]),
+            ("pooled", pooled.clone()),
+            ("places", pooled),
+        ]
+    );
 }

@@ -1,4 +1,4 @@
-//! What a job will take, from a step on a few digits.
+//! What a job will take, from steps on its first digits.
 
 use std::time::{Duration, Instant};
 
@@ -11,13 +11,19 @@ use burn_conv_bn_memory::CountingAllocator;
 
 use crate::batch::{DigitItem, MnistBatch, MnistBatcher};
 use crate::data::MnistData;
+use crate::device::DeviceChoice;
 use crate::job::{Job, Variant};
 use crate::memory::MemoryProbe;
 
-/// Digits of the step that is measured.
-const SAMPLE: usize = 64;
+/// Most digits of a measured step. Scratch that grows with small batches is at its full size by half of it.
+const SAMPLE: usize = 512;
 
-/// What one variant will take, by a measured step on a few digits and in proportion.
+/// Most bytes of a recomputed output that Flex stores, by
+/// [`ConvBnOptions::max_workspace`](burn_conv_bn::ConvBnOptions::max_workspace).
+const LARGEST_STORED: usize = 128 << 20;
+
+/// What one variant will take, by a measured step: of a whole batch, or of a few hundred digits and in
+/// proportion.
 ///
 /// [`Job`] has an example.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +36,8 @@ pub struct Estimate {
 
 /// Estimates one variant of a job.
 ///
-/// Costs two small steps and a test of as many digits.
+/// Costs three steps of a batch, of up to 512 digits, and a test of as many. The peak of a larger batch is
+/// on the line through those of 256 and 512: parameters' gradients and scratch do not grow with the batch.
 ///
 /// # Panics
 ///
@@ -45,31 +52,58 @@ pub fn estimate(
     data: &MnistData,
     allocator: &'static CountingAllocator,
 ) -> Estimate {
-    let sample = SAMPLE.min(data.train.len()).min(job.batch_size);
+    let batch = job.batch_size.min(data.train.len());
+    let sample = SAMPLE.min(batch);
     let items: Vec<DigitItem> = (0..sample).filter_map(|i| data.train.get(i).ok()).collect();
     let batcher = MnistBatcher::new(job.precision.activations());
-    let batch = |device: &Device| -> MnistBatch { batcher.batch(items.clone(), device) };
+    let digits = |count: usize, device: &Device| -> MnistBatch {
+        batcher.batch(items.iter().take(count).cloned().collect(), device)
+    };
 
     let device = job.device();
-    let classifier = job.classifier(variant, MemoryProbe::of(&device, allocator));
-    // The first step pays for what is set up once.
-    let mut step = None;
-    for _ in 0..2 {
-        step = Some(TrainStep::step(&classifier, batch(&device)).item.measure);
+    let classifier = Job {
+        // It bounds what is stored of a batch: as much for each digit.
+        max_workspace: workspace(job).map(|bytes| bytes / batch * sample),
+        ..job.clone()
     }
+    .classifier(variant, MemoryProbe::of(&device, allocator));
+    let step = |count| {
+        TrainStep::step(&classifier, digits(count, &device))
+            .item
+            .measure
+    };
+    // The first step pays for what is set up once.
+    let first = if sample < batch { sample / 2 } else { sample };
+    step(first);
+    let [less, measure] = [first, sample].map(step);
     let started = Instant::now();
-    InferenceStep::step(&classifier.valid(), batch(&device.without_autodiff()));
+    InferenceStep::step(
+        &classifier.valid(),
+        digits(sample, &device.without_autodiff()),
+    );
     let test = started.elapsed();
 
-    let measure = step.expect("two steps were made");
     let times = |count: usize| count as f64 / sample as f64;
     let epoch =
         measure.duration.mul_f64(times(data.train.len())) + test.mul_f64(times(data.test.len()));
-    let fixed = classifier.fixed_bytes().min(measure.memory.peak_bytes);
-    let growing = (measure.memory.peak_bytes - fixed) as f64;
-    let batch = job.batch_size.min(data.train.len());
+    let peak = measure.memory.peak_bytes;
     Estimate {
         duration: epoch.mul_f64(job.epochs as f64),
-        peak_bytes: fixed + (growing * times(batch)) as usize,
+        peak_bytes: match sample - first {
+            0 => peak,
+            more => {
+                let growth = peak.saturating_sub(less.memory.peak_bytes);
+                peak + (growth as f64 * (batch - sample) as f64 / more as f64) as usize
+            }
+        },
     }
+}
+
+/// The bound on the workspace of a whole batch, Flex's own included.
+fn workspace(job: &Job) -> Option<usize> {
+    if job.device == DeviceChoice::Flex {
+        let bytes = job.max_workspace.unwrap_or(LARGEST_STORED);
+        return Some(bytes.min(LARGEST_STORED));
+    }
+    job.max_workspace
 }

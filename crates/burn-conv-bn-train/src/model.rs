@@ -315,25 +315,24 @@ impl Network {
         }
     }
 
-    /// What each block keeps for the backward pass in this form, for a batch of that many digits:
-    /// by block, name and bytes.
+    /// What a training step keeps for the backward pass in this form, for a batch of that many digits, as
+    /// [`ResNet::saved_for_backward`] and its like list it.
     ///
-    /// Without the digits themselves, which are data and there in any case. Padded ones are made in
-    /// the forward pass and stay because the first block keeps them, so they are listed.
+    /// The digits themselves are shared: they are data and there in any case. Padded ones are made in the
+    /// forward pass and stay because the first block keeps them, so they are its own.
     pub fn saved_for_backward(&self, batch: usize) -> Vec<(String, SavedTensor)> {
         let side = SIDE + 2 * PADDING;
         let shape = [batch, 1, side, side];
-        match self {
-            Self::Tutorial(net) => net
-                .saved_for_backward(batch, SIDE)
-                .into_iter()
-                .filter(|(block, tensor)| !(*block == "conv1" && tensor.name == "input"))
-                .map(|(block, tensor)| (block.to_string(), tensor))
-                .collect(),
+        let mut saved = match self {
+            Self::Tutorial(net) => return net.saved_for_backward(batch, SIDE),
             Self::ResNet(net) => net.saved_for_backward(shape),
             Self::Vgg(net) => net.saved_for_backward(shape),
             Self::MobileNetV2(net) => net.saved_for_backward(shape),
+        };
+        if let Some((_, padded)) = saved.iter_mut().find(|(_, kept)| kept.name == "input") {
+            padded.shared = false;
         }
+        saved
     }
 }
 
@@ -441,24 +440,21 @@ mod tests {
         }
     }
 
-    /// One channel and padding change nothing but the first block's input.
+    /// Padding makes a tensor of its own of the digits, which are there before.
     #[test]
     fn networks_list_what_they_keep() {
         let device = Device::flex().autodiff();
-        let saved = |choice: ModelChoice, form| {
-            let network = choice.init(&options(choice, form), &device);
-            network.saved_for_backward(3)
-        };
-        let first = saved(ModelChoice::Resnet18, Form::Fused);
-        let (block, tensor) = &first[0];
-        assert_eq!((block.as_str(), tensor.name), ("conv1", "input"));
-        assert_eq!(tensor.shape.to_vec(), [3, 1, 32, 32]);
-        let tutorial = saved(ModelChoice::Tutorial, Form::Fused);
-        let inputs: Vec<_> = tutorial
-            .iter()
-            .filter(|(_, tensor)| tensor.name == "input")
-            .map(|(block, _)| block.as_str())
-            .collect();
-        assert_eq!(inputs, ["conv2"]);
+        for form in [Form::Fused, Form::Unfused] {
+            for (choice, shape, shared) in [
+                (ModelChoice::Resnet18, [3, 1, 32, 32], false),
+                (ModelChoice::Tutorial, [3, 1, 28, 28], true),
+            ] {
+                let network = choice.init(&options(choice, form), &device);
+                let (block, tensor) = &network.saved_for_backward(3)[0];
+                assert_eq!((block.as_str(), tensor.name), ("conv1", "input"));
+                assert_eq!(tensor.shape.to_vec(), shape);
+                assert_eq!(tensor.shared, shared, "{choice:?}, {form:?}");
+            }
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use burn::backend::ExecutionError;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::{FloatDType, Tensor};
 use burn::train::metric::{AccuracyInput, Adaptor, ItemLazy, LossInput};
 use burn::train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep};
 use burn_conv_bn::ConvBnModule;
@@ -104,15 +104,6 @@ impl Classifier {
         }
     }
 
-    /// Bytes of a training step that are the same whatever the batch: the parameters' gradients,
-    /// and what is cast of the parameters.
-    pub(crate) fn fixed_bytes(&self) -> usize {
-        let dtype = DType::from(self.dtype());
-        let mut casts = Casts { dtype, bytes: 0 };
-        self.computing().visit(&mut casts);
-        self.num_params() * dtype.size() + casts.bytes
-    }
-
     /// The gradients of a training step's loss.
     pub(crate) fn gradients(&self, loss: Tensor<1>) -> GradientsParams {
         let scale = LossScale::of(self.activations);
@@ -154,22 +145,6 @@ impl ModuleVisitor for FirstDtype {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if self.0.is_none() {
             self.0 = Some(param.val().dtype().into());
-        }
-    }
-}
-
-/// Counts the bytes of parameters that are not of their own type, but casts.
-struct Casts {
-    dtype: DType,
-    bytes: usize,
-}
-
-impl ModuleVisitor for Casts {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let tensor = param.val();
-        let dtype = tensor.dtype();
-        if dtype != self.dtype {
-            self.bytes += tensor.shape().num_elements() * dtype.size();
         }
     }
 }
@@ -294,12 +269,12 @@ mod tests {
 
     use burn::data::dataloader::batcher::Batcher;
     use burn::data::dataset::Dataset;
-    use burn::tensor::Device;
+    use burn::tensor::{DType, Device};
 
     use crate::batch::{DigitItem, MnistBatcher};
     use crate::data::generate;
     use crate::job::tests::job;
-    use crate::job::{Job, Precision, Variant};
+    use crate::job::{Job, Variant};
     use crate::model::ModelChoice;
 
     const HALVES: [FloatDType; 2] = [FloatDType::F16, FloatDType::BF16];
@@ -450,24 +425,5 @@ mod tests {
                 }
             }
         }
-    }
-
-    /// Casts of the two convolutions beside the gradients of all parameters.
-    #[test]
-    fn what_a_batch_does_not_change_is_counted() {
-        let single = classifier(ModelChoice::Tutorial, Variant::Fused);
-        let gradients = 4 * single.num_params();
-        assert_eq!(single.fixed_bytes(), gradients);
-        let convolutions = 9 * 32 + 9 * 32 * 64;
-        for half in HALVES {
-            let mixed = single.clone().with_activations(half);
-            assert_eq!(mixed.fixed_bytes(), gradients + 2 * convolutions);
-        }
-        let job = Job {
-            precision: Precision::F64,
-            ..job(1, 16)
-        };
-        let double = job.classifier(Variant::Fused, MemoryProbe::off());
-        assert_eq!(double.fixed_bytes(), 2 * gradients);
     }
 }

@@ -168,13 +168,24 @@ fn compare_tells_and_reports() {
     );
     assert!(fused.peak_bytes < unfused.peak_bytes, "{json}");
 
-    // The second block's input, and in both forms each channel's mean and variance.
-    let first = 32 * 32 * 26 * 26 * 4;
-    let second = 32 * 64 * 24 * 24 * 4;
-    let statistics = 2 * (32 + 64) * 4;
-    assert_eq!(fused.saved_bytes, first + statistics);
-    assert_eq!(unfused.saved_bytes, 3 * first + 2 * second + statistics);
+    // The second block's input, the pooled output and its places; and in both forms each channel's mean
+    // and variance, and what the linear layers keep.
+    let rest = CHANNELS_AND_HEAD;
+    assert_eq!(fused.saved_bytes, 4 * (FIRST + POOLED) + POOLED + rest);
+    assert_eq!(
+        unfused.saved_bytes,
+        4 * 3 * (FIRST + SECOND) + (4 + 4) * POOLED + rest
+    );
 }
+
+/// Values of the outputs of the tutorial's two blocks and of its pool, of a batch of 32.
+const FIRST: usize = 32 * 32 * 26 * 26;
+const SECOND: usize = 32 * 64 * 24 * 24;
+const POOLED: usize = SECOND / 4;
+
+/// Bytes in f32: means and variances; dropout's draws, ReLU's input and output, and log-softmax's scores
+/// and sums.
+const CHANNELS_AND_HEAD: usize = 4 * (2 * (32 + 64) + 32 * (3 * 128 + 10 + 1));
 
 #[test]
 fn parity_in_double_and_single_precision() {
@@ -321,15 +332,13 @@ fn mixed_precision_is_compared() {
     let [fused, unfused] = mixed.variants.as_slice() else {
         panic!("two variants in {mixed:?}");
     };
-    // The second block's input, in half; in Burn's own layers both norms' inputs in f32, and what
-    // goes into ReLU in half.
-    let first = 32 * 32 * 26 * 26;
-    let second = 32 * 64 * 24 * 24;
-    let statistics = 2 * (32 + 64) * 4;
-    assert_eq!(fused.saved_bytes, 2 * first + statistics);
+    // The second block's input and the pooled output, in half; in Burn's own layers both norms' inputs in
+    // f32, and what goes into and out of ReLU in half. The linear layer's input is a cast.
+    let rest = 4 * POOLED + CHANNELS_AND_HEAD;
+    assert_eq!(fused.saved_bytes, 2 * (FIRST + POOLED) + POOLED + rest);
     assert_eq!(
         unfused.saved_bytes,
-        (4 + 2 + 2) * first + (4 + 2) * second + statistics
+        (4 + 2 + 2) * (FIRST + SECOND) + 4 * POOLED + rest
     );
     assert!(fused.forward_end_bytes < unfused.forward_end_bytes);
     // Fused, the pooled output is there twice: as the second block's handle, and cast for the linear layer.

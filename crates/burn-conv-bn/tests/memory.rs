@@ -329,7 +329,7 @@ fn nothing_is_kept_between_block_and_pool(device: &Device) {
 fn a_block_joined_with_its_pool_keeps_what_it_lists(device: &Device) {
     let pool = MaxPool2dConfig::new([2, 2]).init();
     for (activation, names) in [
-        (Activation::Relu, &["input", "output", "places"][..]),
+        (Activation::Relu, &["input", "pooled", "places"][..]),
         (Activation::Silu, &["input", "places"][..]),
     ] {
         let block = ConvBn2dConfig::new([WEIGHT[1], WEIGHT[0]], [3, 3])

@@ -55,27 +55,35 @@ impl MaxPoolProblem {
     /// What a tracked node keeps on Flex, where activations are of `dtype`: a place for each output,
     /// or, for a window that Burn's own op pools, Burn's list.
     pub(crate) fn saved(&self, dtype: DType) -> Vec<SavedTensor> {
-        let copied = self.options.is_asymmetric();
         let [rows, columns] = self.options.kernel_size;
-        let (input, _) = self.pooled();
-        let output = self.output();
-        let own = |name, shape, dtype| SavedTensor {
-            name,
-            shape,
-            dtype,
-            shared: false,
-        };
-        match !copied && rows.saturating_mul(columns) <= MOST_PLACES {
-            true => vec![own("places", output, DType::U8)],
-            false => vec![
-                SavedTensor {
-                    shared: !copied,
-                    ..own("input", input, dtype)
-                },
-                // Burn counts pixels in the device's integers, of which these are Flex's.
-                own("indices", output, DType::I32),
-            ],
+        if self.options.is_asymmetric() || rows.saturating_mul(columns) > MOST_PLACES {
+            return self.saved_by_burn(dtype);
         }
+        vec![SavedTensor {
+            name: "places",
+            shape: self.output(),
+            dtype: DType::U8,
+            shared: false,
+        }]
+    }
+
+    /// What Burn's own op keeps.
+    pub(crate) fn saved_by_burn(&self, dtype: DType) -> Vec<SavedTensor> {
+        vec![
+            SavedTensor {
+                name: "input",
+                shape: self.pooled().0,
+                dtype,
+                shared: !self.options.is_asymmetric(),
+            },
+            SavedTensor {
+                name: "indices",
+                shape: self.output(),
+                // Burn counts pixels in the device's integers, of which these are Flex's.
+                dtype: DType::I32,
+                shared: false,
+            },
+        ]
     }
 
     /// `[batch, channels, height_out, width_out]`.

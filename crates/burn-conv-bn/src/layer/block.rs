@@ -244,8 +244,8 @@ impl<C> Block<'_, C> {
             // Not only where they are leaves: casts lead back to them.
             weight: weight.is_tracked(),
             bias: bias.is_some_and(|bias| bias.val().is_tracked()),
-            gamma: affine && self.norm.gamma.val().is_require_grad(),
-            beta: affine && self.norm.beta.val().is_require_grad(),
+            gamma: affine && self.norm.gamma.val().is_tracked(),
+            beta: affine && self.norm.beta.val().is_tracked(),
             residual,
         };
         (
@@ -273,26 +273,46 @@ impl<C> Block<'_, C> {
         }
         let pooled = pool.problem(problem.output.clone());
         let mut plan = SavePlan::new(&options, statistics, present, tracked);
-        let dtype = self.weight().dtype();
-        let of_pool = pooled.saved(dtype);
-        let mut output = None;
-        if SavePlan::joins_max_pool(&options, statistics, false) && pooled.joins_a_block() {
+        let joined =
+            SavePlan::joins_max_pool(&options, statistics, false) && pooled.joins_a_block();
+        if joined {
             plan = plan.with_max_pool(&options, present);
-            // Of the pool, which has as many places as outputs.
-            output = of_pool
-                .first()
-                .filter(|_| plan.output)
-                .map(|places| SavedTensor {
-                    name: "output",
-                    shape: places.shape.clone(),
-                    dtype,
-                    shared: true,
-                });
-            plan.output = false;
         }
+        let dtype = self.weight().dtype();
         let mut saved = self.tensors(plan, &problem);
-        saved.extend(output);
-        saved.extend(of_pool);
+        for tensor in &mut saved {
+            match (tensor.name, joined) {
+                ("output", true) => {
+                    tensor.name = "pooled";
+                    tensor.shape = pooled.output();
+                }
+                // The pool alone reads it.
+                ("output", false) => tensor.shared = false,
+                _ => {}
+            }
+        }
+        for tensor in pooled.saved(dtype) {
+            let is_output = tensor.name == "input";
+            // The block may keep the very buffer that Burn's pool does.
+            if is_output && tensor.shared && plan.output {
+                continue;
+            }
+            saved.push(SavedTensor {
+                name: if is_output { "output" } else { tensor.name },
+                shared: false,
+                ..tensor
+            });
+        }
         saved
+    }
+
+    #[track_caller]
+    pub(super) fn output_shape<const D: usize>(&self, input_shape: [usize; D]) -> [usize; D]
+    where
+        C: Convolution<D>,
+    {
+        // What batch statistics ask of the shape does not change the output's.
+        let problem = self.problem(Shape::from(input_shape), StatisticsKind::Fixed);
+        problem.output.dims()
     }
 }

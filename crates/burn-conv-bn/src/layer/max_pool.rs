@@ -140,6 +140,47 @@ impl MaxPool2d {
         self.problem(Shape::from(input_shape)).saved(DType::F32)
     }
 
+    /// As [`saved_for_backward`](Self::saved_for_backward), of Burn's own max pool with the same options.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), for the shape.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn_conv_bn::MaxPool2dConfig;
+    ///
+    /// let kept = MaxPool2dConfig::new([2, 2]).init().saved_by_burn([2, 8, 14, 14]);
+    /// let bytes = kept.iter().map(|tensor| (tensor.name, tensor.bytes()));
+    /// let input = 4 * 2 * 8 * 14 * 14;
+    /// assert!(bytes.eq([("input", input), ("indices", input / 4)]));
+    /// ```
+    #[track_caller]
+    pub fn saved_by_burn(&self, input_shape: [usize; 4]) -> Vec<SavedTensor> {
+        self.problem(Shape::from(input_shape))
+            .saved_by_burn(DType::F32)
+    }
+
+    /// Shape of the output for an input of that shape.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), for the shape.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn_conv_bn::MaxPool2dConfig;
+    ///
+    /// let pool = MaxPool2dConfig::new([3, 3]).with_strides([2, 2]).init();
+    /// assert_eq!(pool.output_shape([2, 8, 15, 9]), [2, 8, 7, 4]);
+    /// ```
+    #[track_caller]
+    pub fn output_shape(&self, input_shape: [usize; 4]) -> [usize; 4] {
+        self.problem(Shape::from(input_shape)).output().dims()
+    }
+
     #[track_caller]
     pub(super) fn problem(&self, input: Shape) -> MaxPoolProblem {
         let options = self.options(&input);

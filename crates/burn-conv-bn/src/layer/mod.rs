@@ -306,6 +306,29 @@ macro_rules! conv_bn_layer {
                 self.block().saved_for_backward(input_shape, true)
             }
 
+            /// Shape of the output for an input of that shape.
+            ///
+            /// # Panics
+            ///
+            /// As [`forward`](Self::forward), for the shape.
+            ///
+            /// # Examples
+            ///
+            /// ```
+            /// # #[cfg(feature = "flex")] {
+            /// use burn::tensor::Device;
+            /// use burn_conv_bn::ConvBn2dConfig;
+            ///
+            /// let block = ConvBn2dConfig::new([3, 8], [3, 3])
+            ///     .with_stride([2, 2])
+            ///     .init(&Device::flex());
+            /// assert_eq!(block.output_shape([2, 3, 16, 16]), [2, 8, 7, 7]);
+            /// # }
+            /// ```
+            pub fn output_shape(&self, input_shape: [usize; $rank]) -> [usize; $rank] {
+                self.block().output_shape(input_shape)
+            }
+
             /// For inference: one convolution, with a bias, that computes `norm(conv(input))` of
             /// the evaluation mode. The activation is not part of it; apply
             /// `settings.activation.forward(..)`, after adding a residual if there is one.
@@ -578,7 +601,7 @@ impl ConvBn2d {
     /// let kept = block.saved_for_backward_max_pool([2, 3, 16, 16], &pool);
     /// let activations = kept.iter().filter(|tensor| tensor.shape[0] == 2);
     /// let names: Vec<_> = activations.map(|tensor| tensor.name).collect();
-    /// assert_eq!(names, ["input", "output", "places"]);
+    /// assert_eq!(names, ["input", "pooled", "places"]);
     /// # }
     /// ```
     #[track_caller]
@@ -587,7 +610,8 @@ impl ConvBn2d {
     }
 
     /// As [`saved_for_backward`](Self::saved_for_backward), of
-    /// [`forward_max_pool`](Self::forward_max_pool) on Flex.
+    /// [`forward_max_pool`](Self::forward_max_pool) on Flex. `pooled` is what that returns, and `output`
+    /// the block's, with the padding that Burn's pool adds, where it is kept between the two.
     ///
     /// # Panics
     ///

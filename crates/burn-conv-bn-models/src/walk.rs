@@ -1,0 +1,166 @@
+//! What a network keeps for its backward pass, each buffer counted once.
+
+use std::mem::replace;
+
+use burn::nn::{Dropout, Linear};
+use burn::tensor::{DType, Shape};
+use burn_conv_bn::{ConvBn2d, MaxPool2d, SavedTensor};
+
+use crate::Form;
+
+/// A tensor on its way through a network.
+#[derive(Clone)]
+pub(crate) struct Activation {
+    shape: Shape,
+    dtype: DType,
+    /// Its index in [`Walk::held`]. Views have their tensor's.
+    buffer: usize,
+}
+
+/// Goes through a network in the order of its forward pass, without running it, and lists what it keeps.
+///
+/// In a block's own list its neighbours' tensors are shared. Here the first to keep such a tensor lists it
+/// as its own, and what comes later shares it: all that is not shared is alive at the end of the forward
+/// pass and was not before.
+pub(crate) struct Walk {
+    form: Form,
+    pub(crate) current: Activation,
+    /// For each buffer, whether an entry lists it as its own, or it was there before.
+    held: Vec<bool>,
+    saved: Vec<(String, SavedTensor)>,
+}
+
+impl Walk {
+    /// Starts with images in the type of `first`, a block's weight.
+    pub(crate) fn new(form: Form, images: [usize; 4], first: &ConvBn2d) -> Self {
+        Self {
+            form,
+            current: Activation {
+                shape: images.into(),
+                dtype: first.conv.weight.val().dtype(),
+                buffer: 0,
+            },
+            held: vec![true],
+            saved: Vec::new(),
+        }
+    }
+
+    pub(crate) fn into_saved(self) -> Vec<(String, SavedTensor)> {
+        self.saved
+    }
+
+    pub(crate) fn block(&mut self, name: &str, block: &ConvBn2d) {
+        let input = self.current.shape.dims();
+        let saved = self.form.saved_for_backward(block, input);
+        self.pass(name, saved, None, block.output_shape(input));
+    }
+
+    pub(crate) fn block_residual(&mut self, name: &str, block: &ConvBn2d, residual: &Activation) {
+        let input = self.current.shape.dims();
+        let saved = self.form.saved_for_backward_residual(block, input);
+        let residual = Some(residual.buffer);
+        self.pass(name, saved, residual, block.output_shape(input));
+    }
+
+    pub(crate) fn block_max_pool(&mut self, name: &str, block: &ConvBn2d, pool: &MaxPool2d) {
+        let input = self.current.shape.dims();
+        let saved = self.form.saved_for_backward_max_pool(block, input, pool);
+        let output = pool.output_shape(block.output_shape(input));
+        self.pass(name, saved, None, output);
+    }
+
+    /// Passes Burn's adaptive average pool, which keeps its input.
+    pub(crate) fn average_pool(&mut self, [height, width]: [usize; 2]) {
+        self.keep_input("average_pool");
+        let [batch, channels, ..] = self.current.shape.dims::<4>();
+        self.advance([batch, channels, height, width]);
+    }
+
+    /// Passes [`rows`](crate::head::rows): a view, or a cast.
+    pub(crate) fn rows(&mut self, layer: &Linear) {
+        let weight = layer.weight.val();
+        let rows = [self.current.shape[0], weight.dims()[0]];
+        self.current.shape = rows.into();
+        if self.current.dtype != weight.dtype() {
+            self.advance(rows);
+            self.current.dtype = weight.dtype();
+        }
+    }
+
+    /// Passes a linear layer, which keeps its input.
+    pub(crate) fn linear(&mut self, name: &str, layer: &Linear) {
+        let weight = layer.weight.val();
+        if weight.is_tracked() {
+            self.keep_input(name);
+        }
+        self.keep(name, "weight", weight.shape(), true);
+        self.advance([self.current.shape[0], weight.dims()[1]]);
+    }
+
+    pub(crate) fn relu(&mut self) {
+        self.keep_input("relu");
+        self.advance(self.current.shape.clone());
+    }
+
+    /// Passes a dropout, which keeps its draws.
+    pub(crate) fn dropout(&mut self, dropout: &Dropout) {
+        if dropout.training.is_enabled() && dropout.prob > 0.0 {
+            self.keep("dropout", "mask", self.current.shape.clone(), false);
+            self.advance(self.current.shape.clone());
+        }
+    }
+
+    /// Passes Burn's log-softmax, which keeps the scores below their maximum and the sum of exponentials.
+    pub(crate) fn log_softmax(&mut self) {
+        self.keep("log_softmax", "shifted", self.current.shape.clone(), false);
+        let sums = [self.current.shape[0], 1];
+        self.keep("log_softmax", "sum", sums.into(), false);
+        self.advance(self.current.shape.clone());
+    }
+
+    fn pass(
+        &mut self,
+        name: &str,
+        saved: Vec<SavedTensor>,
+        residual: Option<usize>,
+        output: [usize; 4],
+    ) {
+        let input = self.current.buffer;
+        self.advance(output);
+        for mut tensor in saved {
+            let neighbour = match tensor.name {
+                "input" => Some(input),
+                "output" | "pooled" => Some(self.current.buffer),
+                "residual" => residual,
+                _ => None,
+            };
+            if let Some(buffer) = neighbour.filter(|_| tensor.shared) {
+                tensor.shared = replace(&mut self.held[buffer], true);
+            }
+            self.saved.push((name.to_owned(), tensor));
+        }
+    }
+
+    fn keep_input(&mut self, name: &str) {
+        let shared = replace(&mut self.held[self.current.buffer], true);
+        self.keep(name, "input", self.current.shape.clone(), shared);
+    }
+
+    /// Adds an entry in the current type.
+    fn keep(&mut self, name: &str, role: &'static str, shape: Shape, shared: bool) {
+        let tensor = SavedTensor {
+            name: role,
+            shape,
+            dtype: self.current.dtype,
+            shared,
+        };
+        self.saved.push((name.to_owned(), tensor));
+    }
+
+    /// Goes on with a buffer that nothing keeps yet.
+    fn advance(&mut self, shape: impl Into<Shape>) {
+        self.current.shape = shape.into();
+        self.current.buffer = self.held.len();
+        self.held.push(false);
+    }
+}

@@ -1,0 +1,65 @@
+//! The estimate before a run, held against a step of the whole batch.
+//!
+//! One test, so that no other allocates at the same time.
+
+use burn::data::dataloader::batcher::Batcher;
+use burn::data::dataset::Dataset;
+use burn::train::TrainStep;
+use burn_conv_bn_memory::CountingAllocator;
+use burn_conv_bn_train::batch::MnistBatcher;
+use burn_conv_bn_train::data::DatasetChoice;
+use burn_conv_bn_train::device::DeviceChoice;
+use burn_conv_bn_train::estimate::estimate;
+use burn_conv_bn_train::job::{Job, Norm, Precision, RecomputePolicy, Variant};
+use burn_conv_bn_train::memory::MemoryProbe;
+use burn_conv_bn_train::model::ModelChoice;
+use burn_conv_bn_train::optim::OptimizerChoice;
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator::new();
+
+#[test]
+fn the_estimated_peak_is_that_of_a_step() {
+    // One that is measured as a whole, and one that is more than the largest sample.
+    for batch_size in [96, 1024] {
+        let job = Job {
+            dataset: DatasetChoice::Synthetic,
+            data_dir: None,
+            download: false,
+            train_limit: Some(batch_size),
+            test_limit: Some(8),
+            epochs: 1,
+            batch_size,
+            model: ModelChoice::Tutorial,
+            optimizer: OptimizerChoice::Adadelta,
+            learning_rate: 1.0,
+            decay: 0.7,
+            norm: Norm::Burn,
+            dropout: 0.5,
+            precision: Precision::F32,
+            recompute: RecomputePolicy::Conv,
+            device: DeviceChoice::Flex,
+            max_workspace: None,
+            seed: 1,
+            log_interval: 0,
+        };
+        let data = job.data().unwrap();
+        let items = data.train.get_many((0..batch_size).collect()).unwrap();
+        for variant in [Variant::Fused, Variant::Unfused] {
+            let estimated = estimate(&job, variant, &data, &ALLOCATOR).peak_bytes;
+
+            let device = job.device();
+            let classifier = job.classifier(variant, MemoryProbe::of(&device, &ALLOCATOR));
+            let batcher = MnistBatcher::new(classifier.activations());
+            // The first step pays for what is set up once.
+            let [_, measured] = [(); 2].map(|()| {
+                let batch = batcher.batch(items.clone(), &device);
+                let step = TrainStep::step(&classifier, batch);
+                step.item.measure.memory.peak_bytes
+            });
+            let what = format!("{variant:?} of {batch_size}: {estimated} for {measured} bytes");
+            println!("{what}");
+            assert!(estimated.abs_diff(measured) < measured / 10, "{what}");
+        }
+    }
+}
