@@ -314,18 +314,18 @@ impl Parity {
             "fused",
             "unfused",
             "|fused - it|"
-        );
+        )?;
         for (step, (fused, unfused)) in self.fused.iter().zip(unfused).enumerate() {
             let difference = (fused - reference[step]).abs();
             say!(
                 "{step:>4} {fused:>14.9} {unfused:>14.9} {:>14.9} {difference:>12.1e}",
                 reference[step]
-            );
+            )?;
         }
         let difference = largest(&self.fused, reference);
         let limit = match &self.exact {
             None => {
-                say!("largest difference {difference:.1e}, allowed {F64_TOLERANCE:.0e}");
+                say!("largest difference {difference:.1e}, allowed {F64_TOLERANCE:.0e}")?;
                 F64_TOLERANCE
             }
             Some(exact) => {
@@ -337,7 +337,7 @@ impl Parity {
                      {:.1e} from each other)",
                     self.unfused.len(),
                     self.spread()
-                );
+                )?;
                 2.0 * farthest
             }
         };
