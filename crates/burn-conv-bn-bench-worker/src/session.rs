@@ -10,8 +10,8 @@ use burn_conv_bn_bench::protocol::{
     Checked, Contender, Reply, Request, StepMemory, StepTime, TensorError,
 };
 use burn_conv_bn_memory::CountingAllocator;
-use burn_conv_bn_train::compare::BURN_VERSION;
 use burn_conv_bn_train::device::DeviceError;
+use burn_conv_bn_train::report::BURN_VERSION;
 
 use crate::classifier::ClassifierWork;
 use crate::device::{open, vectors};

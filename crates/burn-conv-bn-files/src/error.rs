@@ -1,5 +1,5 @@
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Why an output cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +38,8 @@ pub enum OutputError {
 }
 
 impl OutputError {
-    pub(crate) fn io(path: &Path, source: io::Error) -> Self {
+    /// The system's error for a path.
+    pub fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {
         Self::Io {
             path: path.into(),
             source,

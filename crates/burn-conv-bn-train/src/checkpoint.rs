@@ -2,7 +2,7 @@
 //!
 //! A checkpoint is a set of files in the folder `checkpoint` of a run. After epoch 3 they are
 //! Burn's records `model-3.bpk`, `optim-3.bpk` and `scheduler-3.bpk`, and `epoch-3.json`, which
-//! lists them with their sizes and checksums and has the totals of the epochs so far. Each file
+//! lists them with their sizes and checksums and has the totals and steps of the epochs so far. Each file
 //! appears whole or not at all, the list last: a set without a list is not complete. Older sets are
 //! removed when a newer one is complete and on the disk, their lists first. What stays are the two
 //! newest, and that of the best epoch. A run that has finished no epoch yet has the list of a set
@@ -23,11 +23,11 @@ use burn::train::checkpoint::{
     Checkpoint, Checkpointer, CheckpointerError, CheckpointingAction, CheckpointingStrategy,
 };
 use burn::train::metric::store::EventStoreClient;
+use burn_conv_bn_files::{OutputError, Survives, sync_folder, write};
 use serde::{Deserialize, Serialize};
 
-use crate::durable::{FirstFailure, Survives, WriteFailure, sync_folder, write_whole};
+use crate::durable::FirstFailure;
 use crate::history::{EpochTotals, History, best_epoch, wait_for_logs};
-use crate::metrics::Evaluation;
 
 /// What Burn calls the files of a checkpoint.
 const PARTS: [&str; 3] = [MODEL, OPTIMIZER, SCHEDULER];
@@ -128,12 +128,6 @@ pub(crate) fn read(directory: &Path, epoch: usize) -> Result<Set, Damaged> {
     if contents.epoch != epoch || contents.history.len() != epoch {
         return Err(damaged("is the list of another epoch".to_string()));
     }
-    let history: Option<Vec<EpochTotals>> =
-        contents.history.iter().map(StoredEpoch::totals).collect();
-    let Some(history) = history else {
-        return Err(damaged("has totals that are no numbers".to_string()));
-    };
-
     let records = match epoch {
         0 => None,
         _ => Some(Records {
@@ -144,7 +138,7 @@ pub(crate) fn read(directory: &Path, epoch: usize) -> Result<Set, Damaged> {
     };
     Ok(Set {
         epoch,
-        history,
+        history: contents.history,
         records,
     })
 }
@@ -179,12 +173,12 @@ pub(crate) fn files(directory: &Path) -> io::Result<Vec<SetFile>> {
 }
 
 /// Removes files of checkpoints, so that a set which is not whole any more has no list either.
-pub(crate) fn remove(mut files: Vec<SetFile>) -> Result<(), WriteFailure> {
+pub(crate) fn remove(mut files: Vec<SetFile>) -> Result<(), OutputError> {
     files.sort_by_key(|file| !file.is_list);
     for file in files {
         match fs::remove_file(&file.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(WriteFailure::new(file.path, error));
+                return Err(OutputError::io(file.path, error));
             }
             _ => {}
         }
@@ -199,9 +193,9 @@ pub(crate) fn prune(
     directory: &Path,
     epoch: usize,
     history: &[EpochTotals],
-) -> Result<(), WriteFailure> {
+) -> Result<(), OutputError> {
     let kept = [epoch.checked_sub(1), best_epoch(history)];
-    let files = files(directory).map_err(|error| WriteFailure::new(folder(directory), error))?;
+    let files = files(directory).map_err(|error| OutputError::io(folder(directory), error))?;
     let old = |file: &SetFile| file.epoch < epoch && !kept.contains(&Some(file.epoch));
     remove(files.into_iter().filter(old).collect())
 }
@@ -234,11 +228,11 @@ impl Store {
     }
 
     /// Begins a run: makes the folder, and the set of no epoch.
-    pub(crate) fn begin(&self) -> Result<(), WriteFailure> {
+    pub(crate) fn begin(&self) -> Result<(), OutputError> {
         let folder = folder(&self.directory);
         fs::create_dir_all(&folder)
             .and_then(|()| sync_folder(&self.directory))
-            .map_err(|error| WriteFailure::new(folder, error))?;
+            .map_err(|error| OutputError::io(folder, error))?;
         self.complete(0, Pending::default())
     }
 
@@ -253,15 +247,15 @@ impl Store {
         part: &'static str,
         epoch: usize,
         record: R,
-    ) -> Result<(), WriteFailure> {
+    ) -> Result<(), OutputError> {
         let name = part_name(part, epoch);
         let path = folder(&self.directory).join(&name);
-        let failed = |error| WriteFailure::new(&path, error);
+        let failed = |error| OutputError::io(&path, error);
 
         let bytes = record
             .checkpoint_into_bytes()
             .map_err(|error| failed(io::Error::other(error)))?;
-        write_whole(&path, &bytes, Survives::PowerLoss).map_err(failed)?;
+        write(&path, &bytes, Survives::PowerLoss)?;
         let file = StoredFile {
             name,
             bytes: bytes.len() as u64,
@@ -286,19 +280,19 @@ impl Store {
     }
 
     /// Writes the list of a set whose files are all on the disk, and removes those it replaces.
-    fn complete(&self, epoch: usize, set: Pending) -> Result<(), WriteFailure> {
+    fn complete(&self, epoch: usize, set: Pending) -> Result<(), OutputError> {
         let Pending { history, mut files } = set;
         files.sort_by(|a, b| a.name.cmp(&b.name));
         let list = List::of(Contents {
             epoch,
-            history: history.iter().map(StoredEpoch::of).collect(),
+            history,
             files,
         });
         let path = folder(&self.directory).join(list_name(epoch));
-        list.to_json()
-            .and_then(|json| write_whole(&path, &json, Survives::PowerLoss))
-            .map_err(|error| WriteFailure::new(path, error))?;
-        prune(&self.directory, epoch, &history)
+        let json =
+            serde_json::to_vec(&list).map_err(|error| OutputError::io(&path, error.into()))?;
+        write(&path, &json, Survives::PowerLoss)?;
+        prune(&self.directory, epoch, &list.set.history)
     }
 
     fn pending(&self) -> MutexGuard<'_, BTreeMap<usize, Pending>> {
@@ -308,7 +302,7 @@ impl Store {
     }
 
     /// Keeps a failure for whoever started the training, and tells Burn, which stops it.
-    fn report(&self, failure: WriteFailure) -> CheckpointerError {
+    fn report(&self, failure: OutputError) -> CheckpointerError {
         let error = CheckpointerError::Unknown(failure.to_string());
         self.failure.report(failure);
         error
@@ -413,7 +407,7 @@ struct List {
 #[derive(Serialize, Deserialize)]
 struct Contents {
     epoch: usize,
-    history: Vec<StoredEpoch>,
+    history: Vec<EpochTotals>,
     files: Vec<StoredFile>,
 }
 
@@ -424,32 +418,12 @@ struct StoredFile {
     md5: String,
 }
 
-#[derive(Serialize, Deserialize)]
-struct StoredEpoch {
-    train: StoredTotals,
-    test: StoredTotals,
-}
-
-#[derive(Serialize, Deserialize)]
-struct StoredTotals {
-    /// As text: JSON has no infinity, and nothing that is not a number.
-    loss_sum: String,
-    correct: usize,
-    total: usize,
-}
-
 impl List {
     fn of(set: Contents) -> Self {
         Self {
             md5: set.checksum(),
             set,
         }
-    }
-
-    fn to_json(&self) -> io::Result<Vec<u8>> {
-        let mut json = serde_json::to_vec_pretty(self)?;
-        json.push(b'\n');
-        Ok(json)
     }
 
     fn parse(json: &[u8]) -> Result<Contents, &'static str> {
@@ -497,41 +471,6 @@ impl Contents {
     }
 }
 
-impl StoredEpoch {
-    fn of(epoch: &EpochTotals) -> Self {
-        Self {
-            train: StoredTotals::of(&epoch.train),
-            test: StoredTotals::of(&epoch.test),
-        }
-    }
-
-    fn totals(&self) -> Option<EpochTotals> {
-        Some(EpochTotals {
-            train: self.train.totals()?,
-            test: self.test.totals()?,
-        })
-    }
-}
-
-impl StoredTotals {
-    fn of(totals: &Evaluation) -> Self {
-        Self {
-            // The shortest text that reads as the same number.
-            loss_sum: format!("{:?}", totals.loss_sum),
-            correct: totals.correct,
-            total: totals.total,
-        }
-    }
-
-    fn totals(&self) -> Option<Evaluation> {
-        Some(Evaluation {
-            loss_sum: self.loss_sum.parse().ok()?,
-            correct: self.correct,
-            total: self.total,
-        })
-    }
-}
-
 fn checksum(bytes: &[u8]) -> String {
     format!("{:x}", md5::compute(bytes))
 }
@@ -566,10 +505,16 @@ fn epoch_of(name: &str) -> Option<(usize, bool)> {
 mod tests {
     use super::*;
 
+    use std::time::Duration;
+
     use burn::module::Module;
     use burn::nn::LinearConfig;
     use burn::tensor::Device;
     use tempfile::TempDir;
+
+    use crate::memory::StepMemory;
+    use crate::metrics::{Evaluation, SplitRecord, StepRecord};
+    use crate::step::StepMeasure;
 
     fn totals(test_loss: f64) -> EpochTotals {
         let evaluation = |loss_sum| Evaluation {
@@ -577,8 +522,21 @@ mod tests {
             correct: 1,
             total: 3,
         };
+        let step = StepRecord {
+            evaluation: evaluation(test_loss),
+            measure: StepMeasure {
+                memory: StepMemory {
+                    forward_end_bytes: 7,
+                    peak_bytes: 9,
+                },
+                duration: Duration::from_nanos(1_234_567_891),
+            },
+        };
         EpochTotals {
-            train: evaluation(0.1),
+            train: SplitRecord {
+                evaluation: evaluation(0.1),
+                steps: vec![step; 2],
+            },
             test: evaluation(test_loss),
         }
     }
@@ -659,11 +617,18 @@ mod tests {
         assert!(damaged.is_empty(), "{damaged:?}");
         let set = set.unwrap();
         assert_eq!(set.epoch, 4);
-        let bits = |history: &[EpochTotals]| -> Vec<u64> {
-            let losses = history.iter().map(|epoch| epoch.test.loss_sum.to_bits());
-            losses.collect()
+        let bits = |history: &[EpochTotals]| -> Vec<[u64; 2]> {
+            let losses = |epoch: &EpochTotals| {
+                let step = epoch.train.steps[1].evaluation;
+                [epoch.test, step].map(|evaluation| evaluation.loss_sum.to_bits())
+            };
+            history.iter().map(losses).collect()
         };
         assert_eq!(bits(&set.history), bits(&run.history));
+        // All but the loss that is not a number.
+        for epoch in [0, 2, 3] {
+            assert_eq!(set.history[epoch], run.history[epoch]);
+        }
         let records = set.records.unwrap();
         assert_eq!(records.model.len(), 2);
         assert!(records.optimizer.is_empty());
@@ -724,7 +689,7 @@ mod tests {
         let empty = |path: &Path| fs::write(path, "").unwrap();
         let forge = |path: &Path| {
             let text = fs::read_to_string(path).unwrap();
-            let forged = text.replace("\"correct\": 1", "\"correct\": 2");
+            let forged = text.replace("\"correct\":1", "\"correct\":2");
             assert_ne!(text, forged);
             fs::write(path, forged).unwrap();
         };
@@ -794,7 +759,8 @@ mod tests {
         fs::write(&real, "").unwrap();
         run.finish_epoch(3.0).unwrap_err();
         let failure = run.store.failure.take().unwrap();
-        assert_eq!(failure.path, real.join("model-3.bpk"));
+        let model = real.join("model-3.bpk").display().to_string();
+        assert!(failure.to_string().starts_with(&model), "{failure}");
 
         fs::remove_file(&real).unwrap();
         fs::rename(&aside, &real).unwrap();

@@ -14,7 +14,7 @@ use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Su
 use serde_json::Value;
 
 use crate::checkpoint;
-use crate::compare::{CompareOptions, Output, WORKER, compare, work};
+use crate::compare::{CompareOptions, WORKER, compare, work};
 use crate::config::{self, ConfigError, DataIdentity, Options, RunFile, RunFileError};
 use crate::data::DatasetChoice;
 use crate::device::{DeviceChoice, DeviceError};
@@ -23,9 +23,10 @@ use crate::interrupt;
 use crate::job::{Job, Norm, Precision, RecomputePolicy, RunOptions, Variant, run};
 use crate::model::ModelChoice;
 use crate::optim::OptimizerChoice;
+use crate::output;
 use crate::parity::Parity;
 use crate::predict::{PredictForm, PredictOptions, Source, predict};
-use crate::print::{message, say};
+use crate::print::{PrintError, message, say, warn};
 
 /// How long the job without a subcommand may take.
 const DEFAULT_TIME_LIMIT: Duration = Duration::from_secs(8 * 60);
@@ -44,7 +45,11 @@ Examples:
   mnist train --variant fused --epochs 5
   mnist predict --test-set --mistakes mistakes.svg
 
-`mnist <COMMAND> --help` lists the options of a command.";
+`mnist <COMMAND> --help` lists the options of a command.
+
+Exit status: 0 if all went well; 1 after an error, which is named, after Ctrl-C, where a loss diverged
+(files that were asked for are written all the same), where a picture could not be read, and where
+nobody reads the output any more; 2 for a command line that makes no sense.";
 
 const COMPARE_EXAMPLES: &str = "\
 Examples:
@@ -461,8 +466,13 @@ pub fn main(allocator: &'static CountingAllocator) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // The terminal may be gone.
-            let _ = writeln!(io::stderr(), "error: {}", message(&error));
+            // Whoever closed the pipe has seen enough.
+            let mut printing = error
+                .chain()
+                .filter_map(|cause| cause.downcast_ref::<PrintError>());
+            if !printing.any(PrintError::is_closed) {
+                warn(format_args!("error: {}", message(&error)));
+            }
             ExitCode::FAILURE
         }
     }
@@ -482,7 +492,13 @@ impl Invocation {
     /// sense, or asks for help.
     fn read(mut arguments: Vec<OsString>) -> Result<Self> {
         let command = Cli::command();
-        let mut matches = command.clone().get_matches_from(&arguments);
+        let mut matches = match command.clone().try_get_matches_from(&arguments) {
+            Ok(matches) => matches,
+            Err(error) => {
+                error.print().map_err(PrintError::from)?;
+                std::process::exit(error.exit_code());
+            }
+        };
         if let Some(path) = given::<PathBuf>(&matches, "config") {
             let options = config::read(path)?;
             let origin = path.display().to_string();
@@ -511,7 +527,7 @@ impl Invocation {
             }
         }
         if given::<bool>(&matches, "print_config") == Some(&true) {
-            say!("{}", config::to_toml(&options).trim_end());
+            say!("{}", config::to_toml(&options).trim_end())?;
             std::process::exit(0);
         }
         Ok(Self {
@@ -670,19 +686,18 @@ fn train(
     if let Some(stored) = &stored {
         stored.check_options(&directory, given)?;
     }
-    let report_path = json;
-    let json = report_path.as_deref().map(Output::create).transpose()?;
+    output::check(&[("--json", json.as_deref())])?;
     let job = job.into_job(epochs)?;
     job.check()?;
     let data = job.data()?;
-    say!("Data: {}", data.origin);
-    job.precision.announce();
+    say!("Data: {}", data.origin)?;
+    job.precision.announce()?;
     job.check_digits(data.train.len())?;
+    let mut report = job.report(&data);
     let identity = DataIdentity::of(&data);
     if let Some(stored) = &stored {
         stored.check_data(&directory, &identity)?;
     }
-    let dataset = data.origin.name();
     let steps = job.steps(data.train.len());
     let options = RunOptions {
         directory: directory.clone(),
@@ -697,37 +712,34 @@ fn train(
         run_file: Some(RunFile::new(given, identity)),
         interrupter,
     };
-    let (report, outcome) = run(&job, variant, data, allocator, options)?;
-    if let Some(epoch) = outcome.history.last() {
-        say!("Test set ({dataset}): {}", epoch.test);
-    }
-    if let Some(json) = json {
-        json.write_json("Report", &report)?;
-    }
+    let (trained, outcome) = run(&job, variant, data, allocator, options)?;
+    report.variants.push(trained);
+    let tested = outcome.history.last();
+    let tested = tested.map(|epoch| format!("Test set ({}): {}", report.dataset, epoch.test));
+    let json = json.as_deref();
+    let files = json.map(|path| ("Report", path, output::json(&report)));
+    output::finish(tested, Vec::from_iter(files))?;
     let kept = kept_epochs(&directory)
         .with_context(|| format!("cannot read {}", checkpoint::folder(&directory).display()))?;
     // Ctrl-C may have come when everything was done.
     if outcome.interrupted.is_some() && kept.last() != Some(&epochs) {
-        bail!(
-            "{}",
-            interruption(&outcome, steps, &kept, &directory, report_path.as_deref())
-        );
+        bail!("{}", interruption(&outcome, steps, &kept, &directory, json));
     }
     match outcome.epochs.last().map(|epoch| epoch.epoch) {
         None if outcome.stopped_early => say!(
             "Nothing to do: the run that was resumed stopped early after epoch {}.",
             outcome.history.len()
-        ),
+        )?,
         None => say!(
             "Nothing to do: the run that was resumed has {} epochs already.",
             outcome.history.len()
-        ),
+        )?,
         Some(epoch) if epoch < epochs => {
-            say!("Stopped early after epoch {epoch}: the test loss no longer improves.");
+            say!("Stopped early after epoch {epoch}: the test loss no longer improves.")?;
         }
         Some(_) => {}
     }
-    Ok(())
+    report.check_finite()
 }
 
 /// The epochs of a run of which there is a complete checkpoint, in order.
@@ -800,7 +812,7 @@ fn parity(args: ParityArgs, interrupter: &Interrupter) -> Result<()> {
     job.check()?;
     Parity::check(job.precision)?;
     let data = job.data()?;
-    say!("Data: {}", data.origin);
+    say!("Data: {}", data.origin)?;
     job.check_digits(data.train.len())?;
     Parity::measure(&job, Arc::new(data.train), args.steps, interrupter)?.judge()
 }

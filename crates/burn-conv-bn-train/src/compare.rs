@@ -4,32 +4,25 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use burn::train::Interrupter;
+use burn_conv_bn_files::Survives;
 use burn_conv_bn_memory::CountingAllocator;
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
 
 use crate::data::{DataOrigin, DatasetChoice, MnistData};
 use crate::estimate::estimate;
 use crate::fit::Resume;
 use crate::job::{Job, RunOptions, Variant, record, run};
+use crate::output;
 use crate::plot::picture;
-use crate::print::{message, say};
+use crate::predict::mistakes::PictureFormat;
+use crate::print::{PrintError, loss, message, say};
 use crate::report::{Report, VariantReport};
-
-/// Version of Burn that this is built with: the one that the workspace pins.
-///
-/// ```
-/// use burn_conv_bn_train::compare::BURN_VERSION;
-///
-/// assert!(BURN_VERSION.starts_with("0.22."));
-/// ```
-pub const BURN_VERSION: &str = "0.22.1";
 
 /// Points of the curve of a step's memory.
 const CURVE: usize = 500;
@@ -85,7 +78,8 @@ struct Task {
 ///
 /// # Errors
 ///
-/// A message for people. What can be checked is checked before anything is trained.
+/// A message for people, also where a variant diverged. What can be checked is checked before anything is
+/// trained.
 ///
 /// # Examples
 ///
@@ -122,8 +116,18 @@ pub fn compare(
     allocator: &'static CountingAllocator,
     interrupter: &Interrupter,
 ) -> Result<()> {
-    let json = options.json.as_deref().map(Output::create).transpose()?;
-    let plot = options.plot.as_deref().map(Output::create).transpose()?;
+    if let Some(path) = &options.plot
+        && PictureFormat::of(path).ok() != Some(PictureFormat::Svg)
+    {
+        bail!(
+            "--plot draws SVG, to a file that ends in .svg, which {} does not",
+            path.display()
+        );
+    }
+    output::check(&[
+        ("--json", options.json.as_deref()),
+        ("--plot", options.plot.as_deref()),
+    ])?;
     for variant in &options.variants {
         let folder = options.artifacts.join(variant.name()).join("checkpoint");
         if folder.exists() {
@@ -140,42 +144,29 @@ pub fn compare(
 
     job.check()?;
     let mut data = job.data()?;
-    say!("Data: {}", data.origin);
-    job.precision.announce();
+    say!("Data: {}", data.origin)?;
+    job.precision.announce()?;
     job.check_digits(data.train.len())?;
-    announce(&mut job, options, &mut data, allocator);
+    announce(&mut job, options, &mut data, allocator)?;
     // The variants' processes look for the data again: what they find must be the same.
     job.dataset = match data.origin {
         DataOrigin::Synthetic { .. } => DatasetChoice::Synthetic,
         _ => DatasetChoice::Mnist,
     };
 
-    let mut report = Report {
-        dataset: data.origin.name().to_string(),
-        train_digits: data.train.len(),
-        test_digits: data.test.len(),
-        device: job.device.name().to_string(),
-        dtype: job.precision.dtype_name(),
-        batch_size: job.batch_size,
-        model: job.model.name().to_string(),
-        optimizer: job.optimizer.name().to_string(),
-        norm: job.norm.name().to_string(),
-        threads: rayon::current_num_threads(),
-        burn_version: BURN_VERSION.to_string(),
-        variants: Vec::new(),
-    };
+    let mut report = job.report(&data);
     drop(data);
     let mut failure = None;
     for &variant in &options.variants {
         if interrupter.should_stop() {
             break;
         }
-        say!("\n== {} ==", variant.name());
+        say!("\n== {} ==", variant.name())?;
         let task = Task {
             job: job.clone(),
             variant,
             directory: options.artifacts.join(variant.name()),
-            record: plot.is_some(),
+            record: options.plot.is_some(),
             result: scratch.path().join(format!("{}.json", variant.name())),
         };
         let result = match spawn(&task, options.threads) {
@@ -187,11 +178,11 @@ pub fn compare(
         };
         if let Some(epoch) = result.epochs.last() {
             say!(
-                "Test set ({}): Average loss: {:.4}, Accuracy: {:.2} %",
+                "Test set ({}): Average loss: {}, Accuracy: {:.2} %",
                 report.dataset,
-                epoch.test_loss,
+                loss(epoch.test_loss),
                 100.0 * epoch.test_accuracy
-            );
+            )?;
         }
         let interrupted = result.interrupted;
         report.variants.push(result);
@@ -201,14 +192,15 @@ pub fn compare(
     }
     // What was finished is kept, whatever became of the rest.
     if !report.variants.is_empty() {
-        say!("\n{}", summary(&report));
-        if let Some(json) = json {
-            json.write_json("Report", &report)?;
+        let mut files = Vec::new();
+        if let Some(path) = &options.json {
+            files.push(("Report", path.as_path(), output::json(&report)));
         }
-        if let Some(plot) = plot {
-            let picture = picture(&report).context("cannot draw the picture")?;
-            plot.write("Picture", picture.as_bytes())?;
+        if let Some(path) = &options.plot {
+            let picture = picture(&report).context("cannot draw the picture");
+            files.push(("Picture", path, picture.map(String::into_bytes)));
         }
+        output::finish(Some(format!("\n{}", summary(&report))), files)?;
     }
     if let Some(failure) = failure {
         return Err(failure);
@@ -216,7 +208,7 @@ pub fn compare(
     if interrupter.should_stop() || report.variants.iter().any(|variant| variant.interrupted) {
         bail!("{}", interruption(&job, options, &report));
     }
-    Ok(())
+    report.check_finite()
 }
 
 /// What became of each variant of a comparison that was interrupted, and what is left of it.
@@ -259,7 +251,7 @@ fn announce(
     options: &CompareOptions,
     data: &mut MnistData,
     allocator: &'static CountingAllocator,
-) {
+) -> Result<(), PrintError> {
     let estimates: Vec<_> = options
         .variants
         .iter()
@@ -284,7 +276,7 @@ fn announce(
         "Estimate for {} digits: {}.",
         data.train.len(),
         each.join("; ")
-    );
+    )?;
     if let Some(limit) = options.time_limit
         && total > limit
     {
@@ -297,10 +289,11 @@ fn announce(
              digits only. `compare` without --time-limit trains on all of them.",
             minutes(total),
             minutes(limit)
-        );
+        )?;
         job.train_limit = Some(digits);
         data.train.truncate(digits);
     }
+    Ok(())
 }
 
 fn spawn(task: &Task, threads: Option<usize>) -> Result<VariantReport> {
@@ -351,8 +344,8 @@ pub fn work(allocator: &'static CountingAllocator, interrupter: Interrupter) -> 
     let task: Task = serde_json::from_reader(std::io::stdin().lock())
         .context("run-variant is started by compare, which tells it what to do")?;
     let result = train(&task, allocator, interrupter).map_err(|error| message(&error));
-    fs::write(&task.result, serde_json::to_vec(&result)?)
-        .with_context(|| format!("cannot write {}", task.result.display()))
+    let json = serde_json::to_vec(&result)?;
+    burn_conv_bn_files::write(&task.result, &json, Survives::Kill).context("cannot write")
 }
 
 fn train(
@@ -381,82 +374,6 @@ fn train(
     Ok(VariantReport { timeline, ..report })
 }
 
-/// A file that appears whole or not at all.
-///
-/// ```
-/// use burn_conv_bn_train::compare::Output;
-///
-/// let folder = tempfile::tempdir()?;
-/// let path = folder.path().join("figures.json");
-/// // Before hours of work, whose result could not be written.
-/// let output = Output::create(&path)?;
-/// assert!(!path.exists());
-/// output.write_json("Figures", &[1, 2, 3])?;
-/// let figures: Vec<u32> = serde_json::from_slice(&std::fs::read(&path)?)?;
-/// assert_eq!(figures, [1, 2, 3]);
-/// # Ok::<(), anyhow::Error>(())
-/// ```
-pub struct Output {
-    file: NamedTempFile,
-    path: PathBuf,
-}
-
-impl Output {
-    /// Makes sure that the file can be written, before there is anything to write.
-    ///
-    /// # Errors
-    ///
-    /// If its folder does not exist or cannot be written to, or a folder is in its place.
-    pub fn create(path: &Path) -> Result<Self> {
-        if path.is_dir() {
-            bail!("cannot write {}: it is a folder", path.display());
-        }
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        let mut builder = tempfile::Builder::new();
-        // A report is no secret, which temporary files are taken for.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder
-            .tempfile_in(folder)
-            .with_context(|| format!("cannot write to the folder {}", folder.display()))?;
-        Ok(Self {
-            file,
-            path: path.to_path_buf(),
-        })
-    }
-
-    /// Writes `value` as JSON; see [`write`](Self::write).
-    ///
-    /// # Errors
-    ///
-    /// As [`write`](Self::write).
-    pub fn write_json(self, what: &str, value: &impl Serialize) -> Result<()> {
-        let mut json = serde_json::to_vec_pretty(value)?;
-        json.push(b'\n');
-        self.write(what, &json)
-    }
-
-    /// Writes the file, puts it in its place, and says where it is.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be written, as on a full disk; what was at the path before is still there.
-    pub fn write(mut self, what: &str, bytes: &[u8]) -> Result<()> {
-        let failed = || format!("cannot write {}", self.path.display());
-        self.file.write_all(bytes).with_context(failed)?;
-        self.file.as_file().sync_all().with_context(failed)?;
-        let path = self.path.clone();
-        self.file
-            .persist(&self.path)
-            .with_context(|| format!("cannot write {}", path.display()))?;
-        say!("{what}: {}", path.display());
-        Ok(())
-    }
-}
-
 /// The tutorial's closing lines, and a table with what else was measured.
 fn summary(report: &Report) -> String {
     let mut text = String::new();
@@ -480,16 +397,16 @@ fn summary(report: &Report) -> String {
         "variant", "end of forward", "peak", "saved", "step", "test loss", "accuracy"
     );
     for variant in &report.variants {
-        let (loss, accuracy) = match variant.epochs.last() {
+        let (test_loss, accuracy) = match variant.epochs.last() {
             Some(epoch) => (
-                format!("{:.4}", epoch.test_loss),
+                loss(epoch.test_loss),
                 format!("{:.2} %", 100.0 * epoch.test_accuracy),
             ),
             None => ("-".to_string(), "-".to_string()),
         };
         let _ = writeln!(
             text,
-            "{:<8} {:>14} {:>12} {:>12} {:>10.3} s {loss:>11} {accuracy:>10}",
+            "{:<8} {:>14} {:>12} {:>12} {:>10.3} s {test_loss:>11} {accuracy:>10}",
             variant.name,
             mebibytes(variant.forward_end_bytes),
             mebibytes(variant.peak_bytes),
@@ -572,7 +489,7 @@ mod tests {
             peak_bytes: 2,
             saved_bytes: 1,
             interrupted,
-            timeline: None,
+            ..VariantReport::default()
         }
     }
 
@@ -588,18 +505,8 @@ mod tests {
             threads: None,
         };
         let mut report = Report {
-            dataset: "synthetic".to_string(),
             train_digits: 100,
-            test_digits: 10,
-            device: "flex".to_string(),
-            dtype: "F32".to_string(),
-            batch_size: 32,
-            model: "tutorial".to_string(),
-            optimizer: "adadelta".to_string(),
-            norm: "burn".to_string(),
-            threads: 2,
-            burn_version: BURN_VERSION.to_string(),
-            variants: Vec::new(),
+            ..Report::default()
         };
         let text = interruption(&job, &options, &report);
         for part in [

@@ -19,20 +19,19 @@ use burn::train::{
     ExecutionStrategy, InferenceStep, Interrupter, Interruption, Learner, SupervisedTraining,
     TrainingError,
 };
+use burn_conv_bn_files::{OutputError, Survives, check_room, sweep};
 
 use crate::batch::{BatchLoader, EpochLoader, test_loader};
 use crate::checkpoint::{self, Damaged, KeepLatestAndBest, Set, SetFile, Store, checkpointers};
 use crate::config::RUN_FILE;
 use crate::dashboard::Dashboard;
 use crate::data::Digits;
-use crate::durable::{self, FirstFailure, Lock, Survives, WriteFailure, sweep};
+use crate::durable::{FirstFailure, Lock};
 use crate::history::{EpochEnd, EpochTotals, History, is_exhausted};
 use crate::metric_log::{self, MetricLog};
-use crate::metrics::{
-    Evaluation, ForwardMemoryMetric, PeakMemoryMetric, SplitRecord, StepTimeMetric, Tally,
-    TallyMetric,
-};
+use crate::metrics::{Evaluation, SplitRecord, StepMetric, Tally, TallyMetric};
 use crate::optim::OptimizerChoice;
+pub use crate::print::PrintError;
 use crate::print::say;
 use crate::renderer::LineRenderer;
 use crate::step::Classifier;
@@ -154,6 +153,21 @@ pub struct FitOutcome {
     pub interrupted: Option<Interruption>,
 }
 
+impl FitOutcome {
+    /// The passes of all epochs, those of the run that was resumed and the one that was interrupted included.
+    pub(crate) fn passes(&self) -> impl Iterator<Item = (&SplitRecord, Option<Evaluation>)> {
+        let finished = self
+            .history
+            .iter()
+            .map(|epoch| (&epoch.train, Some(epoch.test)));
+        let begun = self
+            .epochs
+            .iter()
+            .filter(|epoch| epoch.epoch > self.history.len());
+        finished.chain(begun.map(|epoch| (&epoch.train, epoch.test)))
+    }
+}
+
 /// Why a training or an evaluation failed.
 ///
 /// ```
@@ -241,16 +255,11 @@ pub enum FitError {
     OptimizerPrecision(&'static str),
     /// A checkpoint or a log could not be written, as on a full disk. The training was stopped;
     /// every checkpoint that was complete is as it was.
-    #[error(
-        "cannot write {}: {source} (the training has stopped; complete checkpoints are kept)",
-        .path.display()
-    )]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
+    #[error("cannot write {0} (the training has stopped; complete checkpoints are kept)")]
+    Write(#[from] OutputError),
+    /// Standard output took no line.
+    #[error("{0}")]
+    Print(#[from] PrintError),
     /// The learning rate's schedule is not valid.
     #[error("invalid learning rate: {0}")]
     Schedule(String),
@@ -266,12 +275,6 @@ pub enum FitError {
     /// Burn panicked.
     #[error("training panicked: {0}")]
     Panicked(String),
-}
-
-impl From<WriteFailure> for FitError {
-    fn from(WriteFailure { path, source }: WriteFailure) -> Self {
-        Self::Write { path, source }
-    }
 }
 
 fn listed(damaged: &[Damaged]) -> String {
@@ -335,6 +338,8 @@ fn listed(damaged: &[Damaged]) -> String {
 ///
 /// let loader = test_loader(test, options.batch_size, FloatDType::F32);
 /// let evaluation = evaluate(&outcome.model, &loader)?;
+/// // The first one with its steps, from the checkpoint.
+/// assert_eq!(outcome.history[0].train.steps.len(), 64 / 16);
 /// let last = outcome.history[1].test;
 /// assert_eq!((evaluation.total, evaluation.correct), (last.total, last.correct));
 /// # }
@@ -383,8 +388,8 @@ pub fn fit(
                 return Err(FitError::OptimizerPrecision(options.optimizer.name()));
             }
             match set.epoch {
-                0 => say!("Resuming a run that has not finished its first epoch."),
-                epoch => say!("Resuming after epoch {epoch}."),
+                0 => say!("Resuming a run that has not finished its first epoch.")?,
+                epoch => say!("Resuming after epoch {epoch}.")?,
             }
             let classifier = load_model(&options.directory, &set, classifier)?;
             (Some(set.epoch), set.history, classifier, set.records)
@@ -411,8 +416,7 @@ pub fn fit(
     prepare_directory(options, resumed, checkpoints.then_some(&classifier))?;
     if let Some(json) = &options.run_file {
         let path = options.directory.join(RUN_FILE);
-        durable::write_whole(&path, json, Survives::PowerLoss)
-            .map_err(|error| WriteFailure::new(path, error))?;
+        burn_conv_bn_files::write(&path, json, Survives::PowerLoss)?;
     }
 
     let failure = FirstFailure::default();
@@ -459,9 +463,9 @@ pub fn fit(
             .with_metric_logger(logs)
             .early_stopping(epoch_end)
             .metrics((LossMetric::new(), AccuracyMetric::new()))
-            .metric_train_numeric(ForwardMemoryMetric::new())
-            .metric_train_numeric(PeakMemoryMetric::new())
-            .metric_train_numeric(StepTimeMetric::new())
+            .metric_train_numeric(StepMetric::forward_memory())
+            .metric_train_numeric(StepMetric::peak_memory())
+            .metric_train_numeric(StepMetric::time())
             .metric_train(TallyMetric::new(train_tally.clone()))
             .metric_valid(TallyMetric::new(test_tally.clone()))
             .num_epochs(options.epochs);
@@ -507,9 +511,9 @@ pub fn fit(
         // The last test may have been interrupted.
         history.pop_if(|last| last.test.total < test_items);
     }
-    let mut tests = test_tally.take_finished().into_iter();
+    let mut tests = test_tally.finished().into_iter();
     let epochs = train_tally
-        .take_finished()
+        .finished()
         .into_iter()
         .zip(finished + 1..)
         .map(|(train, epoch)| EpochRecord {
@@ -587,7 +591,7 @@ pub fn evaluate_logged(
     name: &str,
 ) -> Result<Evaluation, FitError> {
     fs::create_dir_all(directory)
-        .and_then(|()| durable::check_room(directory, MIB))
+        .and_then(|()| check_room(directory, MIB))
         .map_err(|source| not_writable(directory, source))?;
     let model = model.valid();
     let loader = loader.to_device(&device_of(&model));
@@ -678,7 +682,7 @@ fn resumed_set(options: &FitOptions) -> Result<Option<Set>, FitError> {
         say!(
             "Passed over the checkpoint of epoch {}: {damaged}",
             damaged.epoch
-        );
+        )?;
     }
     Ok(set)
 }
@@ -745,7 +749,7 @@ fn prepare_directory(
     let checkpoint = saved.map_or(0, |model| {
         3 * model.num_params() * DType::from(model.dtype()).size()
     });
-    durable::check_room(directory, MIB + checkpoint.min(MOST_ROOM))
+    check_room(directory, MIB + checkpoint.min(MOST_ROOM))
         .map_err(|source| not_writable(directory, source))?;
 
     checkpoint::remove(old_sets)?;

@@ -3,15 +3,16 @@
 use burn::train::EarlyStoppingStrategy;
 use burn::train::metric::store::{Aggregate, EventStoreClient, Split};
 use burn::train::metric::{LossMetric, Metric};
+use serde::{Deserialize, Serialize};
 
 use crate::durable::FirstFailure;
-use crate::metrics::{Evaluation, Tally};
+use crate::metrics::{Evaluation, SplitRecord, Tally};
 
-/// Totals of one finished epoch.
+/// One finished epoch, as every checkpoint after it holds it.
 ///
 /// ```
 /// use burn_conv_bn_train::history::EpochTotals;
-/// use burn_conv_bn_train::metrics::Evaluation;
+/// use burn_conv_bn_train::metrics::{Evaluation, SplitRecord};
 ///
 /// let half = Evaluation {
 ///     loss_sum: 32.0,
@@ -19,15 +20,18 @@ use crate::metrics::{Evaluation, Tally};
 ///     total: 64,
 /// };
 /// let epoch = EpochTotals {
-///     train: half,
+///     train: SplitRecord {
+///         evaluation: half,
+///         steps: Vec::new(),
+///     },
 ///     test: half,
 /// };
 /// assert_eq!(epoch.test.average_loss(), 0.5);
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EpochTotals {
-    /// Over the training digits, each before its step.
-    pub train: Evaluation,
+    /// Over the training digits, each before its step, with the steps.
+    pub train: SplitRecord,
     /// Over the test digits, after the epoch.
     pub test: Evaluation,
 }
@@ -49,8 +53,11 @@ impl History {
     /// The epochs that are over, the first one first.
     pub(crate) fn finished(&self) -> Vec<EpochTotals> {
         let since = self.train.finished().into_iter().zip(self.test.finished());
-        let since = since.map(|(train, test)| EpochTotals { train, test });
-        self.past.iter().copied().chain(since).collect()
+        let since = since.map(|(train, test)| EpochTotals {
+            train,
+            test: test.evaluation,
+        });
+        self.past.iter().cloned().chain(since).collect()
     }
 }
 
@@ -107,7 +114,7 @@ mod tests {
 
     fn history(losses: &[f64]) -> Vec<EpochTotals> {
         let epoch = |&loss| EpochTotals {
-            train: Evaluation::default(),
+            train: SplitRecord::default(),
             test: Evaluation {
                 loss_sum: 4.0 * loss,
                 correct: 2,

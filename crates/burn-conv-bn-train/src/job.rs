@@ -20,10 +20,13 @@ use crate::data::{DataError, DataRequest, DatasetChoice, Digits, MnistData, reso
 use crate::device::DeviceChoice;
 use crate::fit::{FitError, FitOptions, FitOutcome, Resume, fit};
 use crate::memory::MemoryProbe;
+use crate::metrics::StepRecord;
 use crate::model::{ModelChoice, ModelError, Network, NetworkOptions};
 use crate::optim::OptimizerChoice;
-use crate::print::say;
-use crate::report::{EpochReport, StepSummary, VariantReport};
+use crate::print::{PrintError, say};
+use crate::report::{
+    BURN_VERSION, Divergence, EpochReport, Report, SCHEMA, StepSummary, VariantReport,
+};
 use crate::step::Classifier;
 use crate::timeline::Timeline;
 
@@ -156,10 +159,11 @@ impl Precision {
     }
 
     /// Says so if it is mixed.
-    pub(crate) fn announce(self) {
+    pub(crate) fn announce(self) -> Result<(), PrintError> {
         if self.is_mixed() {
-            say!("Precision: {}", self.describe());
+            say!("Precision: {}", self.describe())?;
         }
+        Ok(())
     }
 }
 
@@ -333,6 +337,27 @@ impl Job {
         }
     }
 
+    /// A report on these data, without variants yet.
+    pub fn report(&self, data: &MnistData) -> Report {
+        Report {
+            schema: SCHEMA,
+            dataset: data.origin.name().to_string(),
+            train_digits: data.train.len(),
+            test_digits: data.test.len(),
+            device: self.device.name().to_string(),
+            dtype: self.precision.dtype_name(),
+            batch_size: self.batch_size,
+            model: self.model.name().to_string(),
+            optimizer: self.optimizer.name().to_string(),
+            norm: self.norm.name().to_string(),
+            seed: self.seed,
+            threads: rayon::current_num_threads(),
+            burn_version: BURN_VERSION.to_string(),
+            version: env!("CARGO_PKG_VERSION").to_string(),
+            variants: Vec::new(),
+        }
+    }
+
     /// A network in its initial state: the same for both variants, and, where Flex was compiled
     /// in, on all devices.
     pub fn network(&self, form: Form) -> Network {
@@ -491,11 +516,11 @@ pub fn run(
     let classifier = job.classifier(variant, MemoryProbe::of(&job.device(), allocator));
     let (train, test): (Digits, Digits) = (data.train, data.test);
     let outcome = fit(&fit_options, classifier, Arc::new(train), Arc::new(test))?;
-    let steps: Vec<_> = outcome
-        .epochs
-        .iter()
-        .flat_map(|epoch| epoch.train.steps.iter().copied())
-        .collect();
+    let steps = outcome
+        .passes()
+        .flat_map(|(train, _)| &train.steps)
+        .copied();
+    let steps: Vec<StepRecord> = steps.collect();
     let summary = StepSummary::of(&steps, job.batch_size);
     let report = VariantReport {
         name: variant.name().to_string(),
@@ -503,7 +528,7 @@ pub fn run(
             .history
             .iter()
             .map(|epoch| EpochReport {
-                train_loss: epoch.train.average_loss(),
+                train_loss: epoch.train.evaluation.average_loss(),
                 test_loss: epoch.test.average_loss(),
                 test_accuracy: epoch.test.accuracy(),
             })
@@ -517,6 +542,7 @@ pub fn run(
         peak_bytes: summary.memory.peak_bytes,
         saved_bytes: job.saved_bytes(variant),
         interrupted: outcome.interrupted.is_some(),
+        diverged: Divergence::of(outcome.passes()),
         timeline: None,
     };
     Ok((report, outcome))

@@ -9,13 +9,14 @@ use burn::tensor::Device;
 use burn_conv_bn_memory::CountingAllocator;
 #[cfg(feature = "cubecl")]
 use burn_conv_bn_memory::PoolMeter;
+use serde::{Deserialize, Serialize};
 
 /// Memory of one training step, in bytes above the level just before its forward pass.
 ///
 /// Parameters, optimizer state and data were there before and do not count.
 ///
 /// [`MemoryProbe`] has an example.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepMemory {
     /// At the end of the forward pass: what the graph holds for backward, and the result.
     pub forward_end_bytes: usize,

@@ -1,106 +1,24 @@
 //! Metrics of a training step, and exact totals of a whole set.
 
 use std::fmt;
-use std::marker::PhantomData;
 use std::ops::AddAssign;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{Int, Tensor, TensorReadError};
 use burn::train::ClassificationOutput;
-use burn::train::metric::state::{FormatOptions, NumericMetricState};
 use burn::train::metric::{
     Metric, MetricAttributes, MetricMetadata, MetricName, Numeric, NumericAttributes, NumericEntry,
-    SerializedEntry,
+    SerializedEntry, format_float,
 };
+use serde::{Deserialize, Serialize};
 
+use crate::number;
+use crate::print::loss;
 use crate::step::StepMeasure;
 
 const MIB: f64 = (1 << 20) as f64;
 
-/// Something a [`StepMetric`] takes from a [`StepMeasure`].
-///
-/// ```
-/// use burn::train::metric::Metric;
-/// use burn_conv_bn_train::metrics::{Quantity, StepMetric};
-/// use burn_conv_bn_train::step::StepMeasure;
-///
-/// /// How many steps a second would have.
-/// #[derive(Clone)]
-/// struct Rate;
-///
-/// impl Quantity for Rate {
-///     const NAME: &'static str = "Rate";
-///     const UNIT: &'static str = "1/s";
-///     const PRECISION: usize = 2;
-///
-///     fn of(measure: &StepMeasure) -> f64 {
-///         1.0 / measure.duration.as_secs_f64()
-///     }
-/// }
-///
-/// assert_eq!(StepMetric::<Rate>::new().name().as_str(), "Rate");
-/// ```
-pub trait Quantity: Clone + Send + Sync + 'static {
-    /// Name of the metric.
-    const NAME: &'static str;
-    /// Unit of the value.
-    const UNIT: &'static str;
-    /// Digits after the point.
-    const PRECISION: usize;
-
-    /// The value, in the unit.
-    fn of(measure: &StepMeasure) -> f64;
-}
-
-/// Memory at the end of forward, in MiB.
-///
-/// [`StepMetric`] shows it, and has an example.
-#[derive(Clone, Copy, Debug)]
-pub struct ForwardMemory;
-
-impl Quantity for ForwardMemory {
-    const NAME: &'static str = "Memory end of forward";
-    const UNIT: &'static str = "MiB";
-    const PRECISION: usize = 2;
-
-    fn of(measure: &StepMeasure) -> f64 {
-        measure.memory.forward_end_bytes as f64 / MIB
-    }
-}
-
-/// Peak of memory in forward and backward, in MiB.
-///
-/// [`StepMetric`] shows it, and has an example.
-#[derive(Clone, Copy, Debug)]
-pub struct PeakMemory;
-
-impl Quantity for PeakMemory {
-    const NAME: &'static str = "Memory peak";
-    const UNIT: &'static str = "MiB";
-    const PRECISION: usize = 2;
-
-    fn of(measure: &StepMeasure) -> f64 {
-        measure.memory.peak_bytes as f64 / MIB
-    }
-}
-
-/// Time for forward and backward, in seconds.
-///
-/// [`StepMetric`] shows it, and has an example.
-#[derive(Clone, Copy, Debug)]
-pub struct StepTime;
-
-impl Quantity for StepTime {
-    const NAME: &'static str = "Step time";
-    const UNIT: &'static str = "s";
-    const PRECISION: usize = 3;
-
-    fn of(measure: &StepMeasure) -> f64 {
-        measure.duration.as_secs_f64()
-    }
-}
-
-/// Shows one [`Quantity`] of every training step; an epoch's value is the mean over its steps.
+/// Shows one quantity of every training step, and of an epoch their mean or maximum.
 ///
 /// ```
 /// use std::time::Duration;
@@ -108,10 +26,10 @@ impl Quantity for StepTime {
 /// use burn::data::dataloader::Progress;
 /// use burn::train::metric::{Metric, MetricMetadata, Numeric};
 /// use burn_conv_bn_train::memory::StepMemory;
-/// use burn_conv_bn_train::metrics::StepTimeMetric;
+/// use burn_conv_bn_train::metrics::StepMetric;
 /// use burn_conv_bn_train::step::StepMeasure;
 ///
-/// let mut metric = StepTimeMetric::new();
+/// let mut metric = StepMetric::time();
 /// for (step, millis) in [100, 300].into_iter().enumerate() {
 ///     let measure = StepMeasure {
 ///         memory: StepMemory::default(),
@@ -128,51 +46,95 @@ impl Quantity for StepTime {
 /// assert!((metric.final_value().current() - 0.2).abs() < 1e-12);
 /// ```
 #[derive(Clone)]
-pub struct StepMetric<Q: Quantity> {
+pub struct StepMetric {
     name: MetricName,
-    state: NumericMetricState,
-    quantity: PhantomData<Q>,
+    unit: &'static str,
+    /// Digits after the point.
+    precision: usize,
+    of: fn(&StepMeasure) -> f64,
+    reduction: Reduction,
+    steps: Steps,
 }
 
-/// Shows the memory in use at the end of every forward.
-///
-/// [`StepMetric`] has an example.
-pub type ForwardMemoryMetric = StepMetric<ForwardMemory>;
+#[derive(Clone, Copy)]
+enum Reduction {
+    Mean,
+    Maximum,
+}
 
-/// Shows the peak of memory in every training step.
-///
-/// [`StepMetric`] has an example.
-pub type PeakMemoryMetric = StepMetric<PeakMemory>;
+/// The steps of an epoch so far.
+#[derive(Clone, Copy)]
+struct Steps {
+    count: usize,
+    sum: f64,
+    maximum: f64,
+    last: f64,
+}
 
-/// Shows how long forward and backward of every training step took.
-///
-/// [`StepMetric`] has an example.
-pub type StepTimeMetric = StepMetric<StepTime>;
+impl Steps {
+    const NONE: Self = Self {
+        count: 0,
+        sum: 0.0,
+        maximum: f64::NAN,
+        last: f64::NAN,
+    };
+}
 
-impl<Q: Quantity> StepMetric<Q> {
-    /// Create the metric.
-    pub fn new() -> Self {
+impl StepMetric {
+    /// Memory in use at the end of forward; of an epoch the mean.
+    pub fn forward_memory() -> Self {
+        Self::new("Memory end of forward", "MiB", 2, Reduction::Mean, |step| {
+            step.memory.forward_end_bytes as f64 / MIB
+        })
+    }
+
+    /// Peak of memory in forward and backward; of an epoch the maximum, as in a
+    /// [report](crate::report::VariantReport::peak_bytes).
+    pub fn peak_memory() -> Self {
+        Self::new("Memory peak", "MiB", 2, Reduction::Maximum, |step| {
+            step.memory.peak_bytes as f64 / MIB
+        })
+    }
+
+    /// Time for forward and backward; of an epoch the mean.
+    pub fn time() -> Self {
+        Self::new("Step time", "s", 3, Reduction::Mean, |step| {
+            step.duration.as_secs_f64()
+        })
+    }
+
+    fn new(
+        name: &str,
+        unit: &'static str,
+        precision: usize,
+        reduction: Reduction,
+        of: fn(&StepMeasure) -> f64,
+    ) -> Self {
         Self {
-            name: Arc::new(Q::NAME.to_string()),
-            state: NumericMetricState::new(),
-            quantity: PhantomData,
+            name: Arc::new(name.to_string()),
+            unit,
+            precision,
+            of,
+            reduction,
+            steps: Steps::NONE,
         }
     }
 
-    fn format(&self) -> FormatOptions {
-        FormatOptions::new(self.name())
-            .unit(Q::UNIT)
-            .precision(Q::PRECISION)
+    fn epoch(&self) -> f64 {
+        match self.reduction {
+            Reduction::Mean => self.steps.sum / self.steps.count as f64,
+            Reduction::Maximum => self.steps.maximum,
+        }
+    }
+
+    fn entry(&self, value: &NumericEntry) -> SerializedEntry {
+        let text = |value| format!("{} {}", format_float(value, self.precision), self.unit);
+        let (epoch, batch) = (text(self.epoch()), text(self.steps.last));
+        SerializedEntry::new(format!("epoch {epoch} - batch {batch}"), value.serialize())
     }
 }
 
-impl<Q: Quantity> Default for StepMetric<Q> {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl<Q: Quantity> Metric for StepMetric<Q> {
+impl Metric for StepMetric {
     type Input = StepMeasure;
 
     fn name(&self) -> MetricName {
@@ -181,7 +143,7 @@ impl<Q: Quantity> Metric for StepMetric<Q> {
 
     fn attributes(&self) -> MetricAttributes {
         NumericAttributes {
-            unit: Some(Q::UNIT.to_string()),
+            unit: Some(self.unit.to_string()),
             higher_is_better: false,
         }
         .into()
@@ -192,30 +154,43 @@ impl<Q: Quantity> Metric for StepMetric<Q> {
         measure: &StepMeasure,
         _metadata: &MetricMetadata,
     ) -> Result<SerializedEntry, TensorReadError> {
-        self.state.update(Q::of(measure), 1);
-        Ok(self.state.compute_update(self.format()))
+        let value = (self.of)(measure);
+        self.steps = Steps {
+            count: self.steps.count + 1,
+            sum: self.steps.sum + value,
+            maximum: self.steps.maximum.max(value),
+            last: value,
+        };
+        Ok(self.entry(&aggregated(value, 1)))
     }
 
     fn compute(&mut self) -> Result<SerializedEntry, TensorReadError> {
-        Ok(self.state.compute_final(self.format()))
+        Ok(self.entry(&self.final_value()))
     }
 
     fn clear(&mut self) {
-        self.state.reset();
+        self.steps = Steps::NONE;
     }
 }
 
-impl<Q: Quantity> Numeric for StepMetric<Q> {
+impl Numeric for StepMetric {
     fn value(&self) -> Option<NumericEntry> {
-        Some(self.state.current_value())
+        Some(aggregated(self.steps.last, 1))
     }
 
     fn running_value(&self) -> Option<NumericEntry> {
-        Some(self.state.running_value())
+        Some(aggregated(self.epoch(), self.steps.count))
     }
 
     fn final_value(&self) -> NumericEntry {
-        self.state.final_value()
+        NumericEntry::Final(self.epoch())
+    }
+}
+
+fn aggregated(aggregated_value: f64, count: usize) -> NumericEntry {
+    NumericEntry::Aggregated {
+        aggregated_value,
+        count,
     }
 }
 
@@ -241,9 +216,10 @@ impl<Q: Quantity> Numeric for StepMetric<Q> {
 ///     "Average loss: 0.5000, Accuracy: 90/200 (45%)"
 /// );
 /// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// Sum of the digits' losses.
+    #[serde(with = "number")]
     pub loss_sum: f64,
     /// Digits classified correctly.
     pub correct: usize,
@@ -304,8 +280,8 @@ impl fmt::Display for Evaluation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "Average loss: {:.4}, Accuracy: {}/{} ({:.0}%)",
-            self.average_loss(),
+            "Average loss: {}, Accuracy: {}/{} ({:.0}%)",
+            loss(self.average_loss()),
             self.correct,
             self.total,
             100.0 * self.accuracy()
@@ -316,7 +292,7 @@ impl fmt::Display for Evaluation {
 /// One training step.
 ///
 /// The example of [`fit`](crate::fit::fit) counts them.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
     /// Loss and accuracy of the batch, before the step.
     pub evaluation: Evaluation,
@@ -327,7 +303,7 @@ pub struct StepRecord {
 /// One pass over a set.
 ///
 /// The example of [`fit`](crate::fit::fit) has one.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SplitRecord {
     /// Totals over the digits seen.
     pub evaluation: Evaluation,
@@ -347,7 +323,7 @@ pub struct SplitRecord {
 /// // For the metrics of a `SupervisedTraining`.
 /// let metric = TallyMetric::new(tally.clone());
 /// assert_eq!(tally.running().total, 0);
-/// assert!(tally.take_finished().is_empty());
+/// assert!(tally.finished().is_empty());
 /// # drop(metric);
 /// ```
 #[derive(Clone, Debug, Default)]
@@ -372,15 +348,9 @@ impl Tally {
         self.lock().running.evaluation
     }
 
-    /// The totals of the passes that have ended and are still here, oldest first.
-    pub fn finished(&self) -> Vec<Evaluation> {
-        let passes = self.lock();
-        passes.finished.iter().map(|pass| pass.evaluation).collect()
-    }
-
-    /// Takes out the passes that have ended, oldest first.
-    pub fn take_finished(&self) -> Vec<SplitRecord> {
-        std::mem::take(&mut self.lock().finished)
+    /// The passes that have ended, oldest first.
+    pub fn finished(&self) -> Vec<SplitRecord> {
+        self.lock().finished.clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Passes> {
@@ -513,21 +483,38 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_shown_in_mebibytes_and_averaged() {
-        let mut metric = ForwardMemoryMetric::new();
-        for mebibytes in [10, 20] {
-            metric
-                .update(&measure(mebibytes), &metadata())
-                .expect("nothing is read from a device");
+    fn an_epoch_has_the_mean_at_the_end_of_forward_and_the_highest_peak() {
+        // The peak is twice as high as the end of forward.
+        for (mut metric, current, epoch, text) in [
+            (
+                StepMetric::forward_memory(),
+                10.0,
+                15.0,
+                "epoch 15.00 MiB - batch 10.00 MiB",
+            ),
+            (
+                StepMetric::peak_memory(),
+                20.0,
+                40.0,
+                "epoch 40.00 MiB - batch 20.00 MiB",
+            ),
+        ] {
+            // The second epoch knows nothing of the first.
+            for first in [90, 20] {
+                metric.clear();
+                for mebibytes in [first, 10] {
+                    metric
+                        .update(&measure(mebibytes), &metadata())
+                        .expect("nothing is read from a device");
+                }
+            }
+            assert_eq!(metric.value().expect("updated").current(), current);
+            assert_eq!(metric.running_value().expect("updated").current(), epoch);
+            assert_eq!(metric.final_value().current(), epoch);
+            let entry = metric.compute().expect("nothing is read from a device");
+            assert_eq!(entry.formatted, text);
+            assert_eq!(entry.serialized, format!("{epoch},final"));
         }
-        assert_eq!(metric.value().expect("updated").current(), 20.0);
-        assert_eq!(metric.final_value().current(), 15.0);
-
-        let mut metric = PeakMemoryMetric::new();
-        let entry = metric
-            .update(&measure(10), &metadata())
-            .expect("nothing is read from a device");
-        assert_eq!(entry.formatted, "epoch 20.00 MiB - batch 20.00 MiB");
     }
 
     #[test]
@@ -561,8 +548,7 @@ mod tests {
 
         metric.compute().expect("nothing is read");
         metric.clear();
-        assert_eq!(tally.finished(), [expected]);
-        let finished = tally.take_finished();
+        let finished = tally.finished();
         assert_eq!(finished.len(), 1);
         assert_eq!(finished[0].evaluation, expected);
         assert_eq!(finished[0].steps.len(), 2);

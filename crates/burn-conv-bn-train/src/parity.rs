@@ -338,18 +338,18 @@ impl Parity {
             "fused",
             "unfused",
             "|fused - it|"
-        );
+        )?;
         for (step, (fused, unfused)) in self.fused.iter().zip(unfused).enumerate() {
             let difference = (fused - reference[step]).abs();
             say!(
                 "{step:>4} {fused:>14.9} {unfused:>14.9} {:>14.9} {difference:>12.1e}",
                 reference[step]
-            );
+            )?;
         }
         let difference = largest(&self.fused, reference);
         let limit = match &self.exact {
             None => {
-                say!("largest difference {difference:.1e}, allowed {F64_TOLERANCE:.0e}");
+                say!("largest difference {difference:.1e}, allowed {F64_TOLERANCE:.0e}")?;
                 F64_TOLERANCE
             }
             Some(exact) => {
@@ -361,7 +361,7 @@ impl Parity {
                      {:.1e} from each other)",
                     self.unfused.len(),
                     self.spread()
-                );
+                )?;
                 let floor =
                     F32_FLOOR * exact.iter().fold(0.0, |max: f64, loss| max.max(loss.abs()));
                 (2.0 * farthest).max(floor)

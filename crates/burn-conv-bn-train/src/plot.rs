@@ -35,7 +35,8 @@ type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 type DrawResult = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
-/// Memory over one training step where it was recorded, and below it the losses.
+/// Memory over one training step where it was recorded, and below it the losses, with a gap where one is not
+/// finite.
 ///
 /// # Errors
 ///
@@ -193,7 +194,8 @@ fn draw_losses(area: &Area<'_>, report: &Report) -> DrawResult {
     let losses = || report.variants.iter().map(|v| v.step_losses.as_slice());
     let steps = losses().map(<[f64]>::len).max().unwrap_or_default();
     let finite = losses().flatten().copied().filter(|loss| loss.is_finite());
-    let highest = finite.fold(f64::MIN_POSITIVE, f64::max);
+    // Room above it must be finite, too.
+    let highest = finite.fold(f64::MIN_POSITIVE, f64::max).min(f64::MAX / 2.0);
     let title = format!(
         "Loss of every training step ({}, {})",
         report.dataset, report.optimizer
@@ -216,12 +218,23 @@ fn draw_losses(area: &Area<'_>, report: &Report) -> DrawResult {
         let line = colour(index).stroke_width(2 + 3 * index as u32);
         let every = variant.step_losses.len().div_ceil(LOSS_POINTS).max(1);
         let points = variant.step_losses.iter().enumerate().step_by(every);
-        let points = points
-            .filter(|(_, loss)| loss.is_finite())
-            .map(|(step, loss)| (step as f64 + 1.0, *loss));
+        let points: Vec<(f64, f64)> = points
+            .map(|(step, loss)| (step as f64 + 1.0, *loss))
+            .collect();
+        // A gap where the loss is not finite.
+        for curve in points.split(|(_, loss)| !loss.is_finite()) {
+            match curve {
+                [point] => chart.draw_series([Circle::new(*point, 3, line.filled())])?,
+                _ => chart.draw_series(LineSeries::new(curve.iter().copied(), line))?,
+            };
+        }
+        let label = match variant.diverged {
+            Some(divergence) => format!("{} ({divergence})", variant.name),
+            None => variant.name.clone(),
+        };
         chart
-            .draw_series(LineSeries::new(points, line))?
-            .label(variant.name.as_str())
+            .draw_series(LineSeries::new([], line))?
+            .label(label)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], line));
     }
     chart
@@ -253,18 +266,13 @@ fn chart<'a, 'b>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::Divergence;
     use crate::timeline::Point;
 
     fn variant(name: &str, seconds: f64, bytes: usize) -> VariantReport {
         VariantReport {
             name: name.to_string(),
-            epochs: Vec::new(),
-            step_losses: vec![2.3, f64::NAN, 0.5],
-            step_seconds_median: seconds,
-            forward_end_bytes: bytes / 2,
-            peak_bytes: bytes,
-            saved_bytes: 0,
-            interrupted: false,
+            step_losses: vec![2.3, 1.1, 0.5],
             timeline: Some(Timeline {
                 points: vec![
                     Point {
@@ -280,23 +288,16 @@ mod tests {
                 backward_end: 0.9 * seconds,
                 optimizer_end: seconds,
             }),
+            ..VariantReport::default()
         }
     }
 
     fn report(variants: Vec<VariantReport>) -> Report {
         Report {
             dataset: "synthetic".to_string(),
-            train_digits: 10,
-            test_digits: 10,
-            device: "Flex".to_string(),
-            dtype: "F32".to_string(),
             batch_size: 7,
-            model: "tutorial".to_string(),
-            optimizer: "adadelta".to_string(),
-            norm: "burn".to_string(),
-            threads: 2,
-            burn_version: "0".to_string(),
             variants,
+            ..Report::default()
         }
     }
 
@@ -319,6 +320,41 @@ mod tests {
             "synthetic",
         ] {
             assert!(svg.contains(text), "{text} is missing in {svg}");
+        }
+    }
+
+    #[test]
+    fn a_curve_has_a_gap_where_the_loss_is_not_finite() {
+        let drawn = |losses: &[f64]| {
+            let mut variant = variant("fused", 1.0, 300 << 20);
+            variant.timeline = None;
+            variant.step_losses = losses.to_vec();
+            let step = losses.iter().position(|loss| !loss.is_finite());
+            variant.diverged = step.map(|step| Divergence {
+                epoch: 1,
+                step: Some(step + 1),
+            });
+            picture(&report(vec![variant])).unwrap()
+        };
+        let colour = "stroke=\"#0072B2\" stroke-width=\"2\"";
+        let curves = |svg: &str| -> usize {
+            let lines = svg.lines().filter(|line| line.starts_with("<polyline"));
+            lines.filter(|line| line.contains(colour)).count()
+        };
+        let whole = drawn(&[3.0, 2.0, 1.0, 2.0, 1.0]);
+        let gap = drawn(&[3.0, 2.0, f64::NAN, 2.0, 1.0]);
+        assert_eq!(curves(&gap), curves(&whole) + 1, "{gap}");
+        assert!(
+            gap.contains("fused (diverged in epoch 1 at step 3)"),
+            "{gap}"
+        );
+        assert!(!whole.contains("diverged"), "{whole}");
+        // A loss between two others that are not finite is a dot.
+        let dots = |svg: &str| svg.matches("<circle").count();
+        let alone = drawn(&[f64::NAN, 2.0, f64::INFINITY, 2.0, 1.0]);
+        assert_eq!((dots(&alone), dots(&gap)), (1, 0), "{alone}");
+        for losses in [[f64::NAN; 2], [f64::MAX, 1.0]] {
+            assert!(drawn(&losses).contains("</svg>"));
         }
     }
 

@@ -1,18 +1,37 @@
 //! Results as data: what `--json` writes.
 
+use std::fmt;
+
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::data::CLASSES;
 use crate::memory::StepMemory;
-use crate::metrics::StepRecord;
+use crate::metrics::{Evaluation, SplitRecord, StepRecord};
+use crate::number;
 use crate::timeline::Timeline;
 
-/// A comparison of variants on the same data.
+/// Version of Burn that this is built with: the one that the workspace pins.
 ///
 /// ```
-/// use burn_conv_bn_train::compare::BURN_VERSION;
+/// use burn_conv_bn_train::report::BURN_VERSION;
+///
+/// assert!(BURN_VERSION.starts_with("0.22."));
+/// ```
+pub const BURN_VERSION: &str = "0.22.1";
+
+/// Version of the form of [`Report`]: another one where a field was removed or has another meaning.
+///
+/// [`Report`] has an example.
+pub const SCHEMA: u32 = 1;
+
+/// Trained variants on the same data: what `mnist train --json` and `mnist compare --json` write.
+///
+/// A loss that is NaN or infinite is one of the texts `"NaN"`, `"Infinity"` and `"-Infinity"` in JSON.
+///
+/// ```
 /// use burn_conv_bn_train::plot::picture;
-/// use burn_conv_bn_train::report::{EpochReport, Report, VariantReport};
+/// use burn_conv_bn_train::report::{BURN_VERSION, EpochReport, Report, SCHEMA, VariantReport};
 ///
 /// let variant = VariantReport {
 ///     name: "fused".into(),
@@ -26,22 +45,16 @@ use crate::timeline::Timeline;
 ///     forward_end_bytes: 160 << 20,
 ///     peak_bytes: 240 << 20,
 ///     saved_bytes: 150 << 20,
-///     interrupted: false,
-///     timeline: None,
+///     ..VariantReport::default()
 /// };
 /// let report = Report {
+///     schema: SCHEMA,
 ///     dataset: "synthetic".into(),
-///     train_digits: 6000,
-///     test_digits: 1000,
-///     device: "flex".into(),
-///     dtype: "F32".into(),
 ///     batch_size: 2000,
 ///     model: "tutorial".into(),
-///     optimizer: "adadelta".into(),
-///     norm: "burn".into(),
-///     threads: 2,
 ///     burn_version: BURN_VERSION.into(),
 ///     variants: vec![variant],
+///     ..Report::default()
 /// };
 /// // As `mnist compare --json` writes it, and as whoever evaluates it reads it.
 /// let json = serde_json::to_string(&report)?;
@@ -50,8 +63,10 @@ use crate::timeline::Timeline;
 /// assert!(picture(&report)?.contains("Loss of every training step"));
 /// # Ok::<(), anyhow::Error>(())
 /// ```
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct Report {
+    /// [`SCHEMA`].
+    pub schema: u32,
     /// `mnist`, `synthetic` or `custom`.
     pub dataset: String,
     /// Training digits seen an epoch.
@@ -71,36 +86,63 @@ pub struct Report {
     pub optimizer: String,
     /// Variant of the norm, `burn` or `tutorial`.
     pub norm: String,
+    /// Seed of weights, order, dropout and drawn digits.
+    pub seed: u64,
     /// Threads of the CPU.
     pub threads: usize,
     /// Version of Burn.
     pub burn_version: String,
-    /// What was compared, in the order of the runs.
+    /// Version of this crate.
+    pub version: String,
+    /// What was trained, in the order of the runs.
     pub variants: Vec<VariantReport>,
+}
+
+impl Report {
+    /// Checks that no variant diverged.
+    ///
+    /// # Errors
+    ///
+    /// A message for people that names those that did.
+    pub(crate) fn check_finite(&self) -> Result<()> {
+        let diverged =
+            |variant: &VariantReport| Some(format!("{} {}", variant.name, variant.diverged?));
+        let diverged: Vec<String> = self.variants.iter().filter_map(diverged).collect();
+        if !diverged.is_empty() {
+            bail!(
+                "{}: the loss is not a finite number any more; try a lower --lr",
+                diverged.join(", ")
+            );
+        }
+        Ok(())
+    }
 }
 
 /// One trained variant.
 ///
 /// [`Report`] has an example.
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct VariantReport {
     /// `fused` or `unfused`.
     pub name: String,
     /// The epochs that were finished, in order; with those of a run that was resumed.
     pub epochs: Vec<EpochReport>,
-    /// Loss of every training step; without those of a run that was resumed.
+    /// Loss of every training step; with those of a run that was resumed.
+    #[serde(with = "number::list")]
     pub step_losses: Vec<f64>,
     /// Median over full batches of the seconds that forward and backward took.
     pub step_seconds_median: f64,
     /// Bytes above the level before forward at its end, mean over full batches.
     pub forward_end_bytes: usize,
-    /// Most bytes above that level at any moment of forward and backward, over full batches.
+    /// Most bytes above that level at any moment of forward and backward, over all steps.
     pub peak_bytes: usize,
     /// Bytes that the convolution, norm and activation nodes list as saved for backward in a full
     /// batch, parameters left out.
     pub saved_bytes: usize,
     /// Whether the run was stopped before its end.
     pub interrupted: bool,
+    /// Where the loss ceased to be a finite number, if it did.
+    pub diverged: Option<Divergence>,
     /// Memory over one training step, if that was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeline: Option<Timeline>,
@@ -112,11 +154,60 @@ pub struct VariantReport {
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq)]
 pub struct EpochReport {
     /// Mean loss of a training digit over the epoch, before each step.
+    #[serde(with = "number")]
     pub train_loss: f64,
     /// Mean loss of a test digit after the epoch.
+    #[serde(with = "number")]
     pub test_loss: f64,
     /// Fraction of the test digits classified correctly after the epoch.
     pub test_accuracy: f64,
+}
+
+/// Where a loss ceased to be a finite number.
+///
+/// ```
+/// use burn_conv_bn_train::report::Divergence;
+///
+/// let divergence = Divergence {
+///     epoch: 2,
+///     step: Some(17),
+/// };
+/// assert_eq!(divergence.to_string(), "diverged in epoch 2 at step 17");
+/// ```
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct Divergence {
+    /// The epoch, from 1.
+    pub epoch: usize,
+    /// The training step in it, from 1; none if all were finite, and the test after it was not.
+    pub step: Option<usize>,
+}
+
+impl Divergence {
+    /// The first in the passes of some epochs.
+    pub(crate) fn of<'a>(
+        epochs: impl Iterator<Item = (&'a SplitRecord, Option<Evaluation>)>,
+    ) -> Option<Self> {
+        let finite = |evaluation: &Evaluation| evaluation.loss_sum.is_finite();
+        (1..).zip(epochs).find_map(|(epoch, (train, test))| {
+            let step = train
+                .steps
+                .iter()
+                .position(|step| !finite(&step.evaluation));
+            let step = step.map(|index| index + 1);
+            let diverged = step.is_some() || test.is_some_and(|test| !finite(&test));
+            diverged.then_some(Self { epoch, step })
+        })
+    }
+}
+
+impl fmt::Display for Divergence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { epoch, step } = self;
+        match step {
+            Some(step) => write!(f, "diverged in epoch {epoch} at step {step}"),
+            None => write!(f, "diverged in epoch {epoch}, in the test"),
+        }
+    }
 }
 
 /// What a trained network made of digits: what `mnist predict --json` writes.
@@ -203,6 +294,7 @@ pub struct TestReport {
     /// Their fraction.
     pub accuracy: f64,
     /// Mean loss of a digit.
+    #[serde(with = "number")]
     pub average_loss: f64,
     /// Numbers of digits, by what they are and then by what they were taken for.
     pub confusion: [[usize; CLASSES]; CLASSES],
@@ -252,7 +344,7 @@ pub struct SkippedReport {
     pub reason: String,
 }
 
-/// Medians and means of steps.
+/// Time and memory of steps.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct StepSummary {
     pub(crate) seconds_median: f64,
@@ -260,8 +352,11 @@ pub(crate) struct StepSummary {
 }
 
 impl StepSummary {
-    /// Over the steps of `batch_size` digits; of all steps where none has that size.
+    /// Median and mean over the steps of `batch_size` digits, or over all where none has that size; the peak of
+    /// all steps.
     pub(crate) fn of(steps: &[StepRecord], batch_size: usize) -> Self {
+        let peaks = steps.iter().map(|step| step.measure.memory.peak_bytes);
+        let peak_bytes = peaks.max().unwrap_or_default();
         let full = |step: &&StepRecord| step.evaluation.total == batch_size;
         let full_steps: Vec<&StepRecord> = steps.iter().filter(full).collect();
         let steps = match full_steps.is_empty() {
@@ -276,13 +371,14 @@ impl StepSummary {
             .map(|step| step.measure.duration.as_secs_f64())
             .collect();
         seconds.sort_by(f64::total_cmp);
-        let memory =
-            |of: fn(&StepMemory) -> usize| steps.iter().map(move |s| of(&s.measure.memory));
+        let forward_ends = steps
+            .iter()
+            .map(|step| step.measure.memory.forward_end_bytes);
         Self {
             seconds_median: median(&seconds),
             memory: StepMemory {
-                forward_end_bytes: memory(|m| m.forward_end_bytes).sum::<usize>() / steps.len(),
-                peak_bytes: memory(|m| m.peak_bytes).max().unwrap_or_default(),
+                forward_end_bytes: forward_ends.sum::<usize>() / steps.len(),
+                peak_bytes,
             },
         }
     }
@@ -301,7 +397,6 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::metrics::Evaluation;
     use crate::step::StepMeasure;
 
     fn step(total: usize, millis: u64, bytes: usize) -> StepRecord {
@@ -321,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn a_smaller_last_batch_does_not_count() {
+    fn a_smaller_last_batch_counts_for_the_peak_alone() {
         let steps = [
             step(8, 30, 100),
             step(8, 10, 200),
@@ -331,43 +426,98 @@ mod tests {
         let summary = StepSummary::of(&steps, 8);
         assert_eq!(summary.seconds_median, 0.020);
         assert_eq!(summary.memory.forward_end_bytes, 200);
-        assert_eq!(summary.memory.peak_bytes, 600);
+        assert_eq!(summary.memory.peak_bytes, 18000);
+        assert_eq!(StepSummary::of(&steps[..3], 8).memory.peak_bytes, 600);
         assert_eq!(StepSummary::of(&steps[..2], 8).seconds_median, 0.020);
         assert_eq!(StepSummary::of(&steps[3..], 8).memory.peak_bytes, 18000);
         assert_eq!(StepSummary::of(&[], 8), StepSummary::default());
     }
 
     #[test]
-    fn a_report_survives_json() {
+    fn a_report_of_a_run_that_diverged_survives_json() {
         let report = Report {
-            dataset: "synthetic".into(),
-            train_digits: 10,
-            test_digits: 5,
-            device: "Flex".into(),
-            dtype: "F32".into(),
-            batch_size: 2,
-            model: "tutorial".into(),
-            optimizer: "adadelta".into(),
-            norm: "burn".into(),
-            threads: 2,
-            burn_version: "0".into(),
+            schema: SCHEMA,
+            seed: u64::MAX,
             variants: vec![VariantReport {
-                name: "fused".into(),
                 epochs: vec![EpochReport {
-                    train_loss: 0.1,
+                    train_loss: f64::INFINITY,
                     test_loss: 1.0 / 3.0,
                     test_accuracy: 0.9,
                 }],
-                step_losses: vec![2.3, 1e-7],
-                step_seconds_median: 0.5,
-                forward_end_bytes: 7,
-                peak_bytes: 9,
-                saved_bytes: 3,
-                interrupted: false,
-                timeline: None,
+                step_losses: vec![2.3, 1e-7, f64::NEG_INFINITY],
+                diverged: Some(Divergence {
+                    epoch: 1,
+                    step: Some(3),
+                }),
+                ..VariantReport::default()
             }],
+            ..Report::default()
         };
         let json = serde_json::to_string(&report).unwrap();
         assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);
+        // Only what was not there is null.
+        assert!(!json.contains("null"), "{json}");
+    }
+
+    #[test]
+    fn a_run_diverges_at_its_first_loss_that_is_not_finite() {
+        let evaluation = |loss_sum| Evaluation {
+            loss_sum,
+            ..Evaluation::default()
+        };
+        let epoch = |losses: [f64; 2]| SplitRecord {
+            evaluation: evaluation(losses[0] + losses[1]),
+            steps: losses
+                .map(|loss| StepRecord {
+                    evaluation: evaluation(loss),
+                    ..step(8, 1, 1)
+                })
+                .to_vec(),
+        };
+        let at = |epoch, step| Some(Divergence { epoch, step });
+        for (epochs, diverged) in [
+            ([(2.0, 1.0, Some(1.0)), (1.0, 0.5, None)], None),
+            (
+                [(2.0, 1.0, Some(1.0)), (1.0, f64::NAN, None)],
+                at(2, Some(2)),
+            ),
+            (
+                [(f64::INFINITY, 1.0, None), (f64::NAN, 1.0, None)],
+                at(1, Some(1)),
+            ),
+            (
+                [(2.0, 1.0, Some(f64::NAN)), (f64::NAN, 1.0, None)],
+                at(1, None),
+            ),
+        ] {
+            let epochs =
+                epochs.map(|(first, last, test)| (epoch([first, last]), test.map(evaluation)));
+            let passes = epochs.iter().map(|(train, test)| (train, *test));
+            assert_eq!(Divergence::of(passes), diverged, "{epochs:?}");
+        }
+    }
+
+    #[test]
+    fn a_report_names_the_variants_that_diverged() {
+        let variant = |name: &str, diverged| VariantReport {
+            name: name.into(),
+            diverged,
+            ..VariantReport::default()
+        };
+        let mut report = Report {
+            variants: vec![variant("fused", None)],
+            ..Report::default()
+        };
+        report.check_finite().unwrap();
+        let diverged = Divergence {
+            epoch: 3,
+            step: None,
+        };
+        report.variants.push(variant("unfused", Some(diverged)));
+        let error = report.check_finite().unwrap_err().to_string();
+        assert!(
+            error.starts_with("unfused diverged in epoch 3, in the test: "),
+            "{error}"
+        );
     }
 }

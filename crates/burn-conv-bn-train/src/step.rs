@@ -9,6 +9,7 @@ use burn::tensor::{FloatDType, Tensor};
 use burn::train::metric::{AccuracyInput, Adaptor, ItemLazy, LossInput};
 use burn::train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep};
 use burn_conv_bn::ConvBnModule;
+use serde::{Deserialize, Serialize};
 
 use crate::batch::MnistBatch;
 use crate::loss_scale::LossScale;
@@ -152,7 +153,7 @@ impl ModuleVisitor for FirstDtype {
 /// What one training step took.
 ///
 /// [`Classifier`] has an example.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepMeasure {
     /// Memory above the level just before forward.
     pub memory: StepMemory,

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use burn_conv_bn_train::data::{OFFLINE, PIXELS, SIDE, generate};
-use burn_conv_bn_train::report::{PredictionReport, Report, VariantReport};
+use burn_conv_bn_train::report::{BURN_VERSION, PredictionReport, Report, SCHEMA, VariantReport};
 use burn_pack::{DType, Reader};
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -254,15 +254,15 @@ fn mixed_precision_trains_and_predicts() {
         mnist(&folder, &arguments).printed()
     };
     train("f32", 1);
-    let single: VariantReport = json(&folder, "f32.json");
+    let single = trained(&folder, "f32.json");
     for precision in ["bf16", "f16"] {
         let words = format!("{precision} activations, f32 parameters");
-        let trained = train(precision, 4);
+        let printed = train(precision, 4);
         assert!(
-            trained.contains(&format!("Precision: {words}")),
-            "{trained}"
+            printed.contains(&format!("Precision: {words}")),
+            "{printed}"
         );
-        let report: VariantReport = json(&folder, &format!("{precision}.json"));
+        let report = trained(&folder, &format!("{precision}.json"));
         // From the same weights on the same digits, with the same values dropped.
         let difference = (report.step_losses[0] - single.step_losses[0]).abs();
         assert!(0.0 < difference && difference < 5e-2, "{difference}");
@@ -281,7 +281,7 @@ fn mixed_precision_trains_and_predicts() {
 
         let predict = format!("predict --artifacts {precision} --test-set --json out.json");
         let predicted = mnist(&folder, &predict).printed();
-        assert_eq!(test_line(&predicted), test_line(&trained));
+        assert_eq!(test_line(&predicted), test_line(&printed));
         assert!(predicted.contains(&words), "{predicted}");
         let report: PredictionReport = json(&folder, "out.json");
         assert_eq!(report.dtype, precision.to_uppercase());
@@ -756,6 +756,10 @@ fn the_test_set_is_predicted() {
         ("--epoch 7", ["no complete checkpoint", "epoch-7.json"]),
         ("--mistakes worst.jpg", [".svg or .png", "worst.jpg"]),
         ("--mistakes absent/worst.svg", ["cannot write", "absent"]),
+        (
+            "--mistakes a.svg --json a.svg",
+            ["--json and --mistakes", "the same file"],
+        ),
     ] {
         predict(options).assert_refused(&parts);
     }
@@ -1040,6 +1044,291 @@ fn an_interrupted_comparison_says_what_it_has() {
         panic!("one variant in {report:?}");
     };
     assert!(fused.interrupted && !fused.epochs.is_empty());
+}
+
+/// The same training, by either command, in one form.
+#[test]
+fn train_and_compare_report_in_one_form() {
+    let folder = tempdir().unwrap();
+    let job = format!("{SMALL} --seed 11 --optimizer sgd");
+    mnist(
+        &folder,
+        &format!("train {job} --epochs 1 --plain --json train.json"),
+    )
+    .printed();
+    mnist(&folder, &format!("compare {job} --json compare.json")).printed();
+    let [train, compare] = ["train.json", "compare.json"].map(|name| {
+        let value: serde_json::Value = json(&folder, name);
+        assert_eq!(value["schema"], SCHEMA, "{value}");
+        json::<Report>(&folder, name)
+    });
+    assert_eq!(train.burn_version, BURN_VERSION);
+    assert_eq!(train.version, env!("CARGO_PKG_VERSION"));
+    assert_eq!((train.seed, train.batch_size), (11, 32));
+    let about = |report: &Report| Report {
+        variants: Vec::new(),
+        ..report.clone()
+    };
+    assert_eq!(about(&train), about(&compare));
+    let [alone] = train.variants.as_slice() else {
+        panic!("one variant in {train:?}");
+    };
+    let fused = &compare.variants[0];
+    assert_eq!(alone.name, fused.name);
+    assert_eq!(alone.step_losses, fused.step_losses);
+    assert_eq!(alone.epochs, fused.epochs);
+    assert_eq!(alone.saved_bytes, fused.saved_bytes);
+}
+
+/// The last batch is smaller, and its peak lower.
+#[test]
+fn an_epochs_line_and_the_report_have_the_same_peak() {
+    let folder = tempdir().unwrap();
+    let stdout = mnist(
+        &folder,
+        "train --dataset synthetic --train-limit 40 --test-limit 8 --batch-size 32 --epochs 1 --plain \
+         --json out.json",
+    )
+    .printed();
+    let (_, peak) = stdout.split_once("Memory peak ").expect(&stdout);
+    let peak: f64 = peak.split_whitespace().next().unwrap().parse().unwrap();
+    let reported = trained(&folder, "out.json").peak_bytes as f64 / f64::from(1 << 20);
+    // To the digits of the line.
+    assert!((peak - reported).abs() < 0.06, "{peak}, {reported}");
+}
+
+#[test]
+fn a_report_is_of_the_whole_run() {
+    let folder = tempdir().unwrap();
+    let train = |options: &str| {
+        let arguments = format!("train {SMALL} --plain --optimizer sgd {options}");
+        mnist(&folder, &arguments).printed()
+    };
+    train("--epochs 3 --artifacts whole --json whole.json");
+    train("--epochs 1 --artifacts parts");
+    train("--epochs 3 --artifacts parts --resume --json parts.json");
+    let [whole, parts] = ["whole.json", "parts.json"].map(|name| trained(&folder, name));
+    assert_eq!(parts.step_losses.len(), 3 * 2);
+    assert_eq!(parts.step_losses, whole.step_losses);
+    assert_eq!(parts.epochs, whole.epochs);
+
+    // There is nothing to do, and nothing new to report.
+    let before = fs::read_to_string(folder.path().join("parts.json")).unwrap();
+    let stdout = train("--epochs 3 --artifacts parts --resume --json parts.json");
+    assert!(stdout.contains("Nothing to do"), "{stdout}");
+    let after = fs::read_to_string(folder.path().join("parts.json")).unwrap();
+    assert_eq!(after, before);
+}
+
+#[test]
+fn a_run_that_diverges_is_reported() {
+    let folder = tempdir().unwrap();
+    let job = format!("{SMALL} --optimizer sgd --lr 1e30");
+    let assert_diverged = |report: &Report| {
+        for variant in &report.variants {
+            let diverged = variant.diverged.expect(&variant.name);
+            assert_eq!(diverged.epoch, 1, "{variant:?}");
+            assert!(!variant.epochs[0].test_loss.is_finite(), "{variant:?}");
+        }
+    };
+
+    let outcome = mnist(
+        &folder,
+        &format!("compare {job} --json c.json --plot c.svg"),
+    );
+    outcome.assert_exit(1);
+    let error = &outcome.stderr;
+    for part in [
+        "error: fused diverged in epoch 1",
+        "unfused diverged in epoch 1",
+        "--lr",
+    ] {
+        assert!(error.contains(part), "no {part:?} in {error}");
+    }
+    assert!(
+        outcome.stdout.contains("Peak memory allocated:"),
+        "{}",
+        outcome.stdout
+    );
+    let compared: Report = json(&folder, "c.json");
+    assert_eq!(compared.variants.len(), 2);
+    assert_diverged(&compared);
+    let svg = fs::read_to_string(folder.path().join("c.svg")).unwrap();
+    assert!(svg.contains("fused (diverged in epoch 1"), "{svg}");
+
+    // The losses are read back from the checkpoint, too.
+    let train = |options: &str| {
+        let job = format!("{SMALL} --optimizer sgd --lr 1e300");
+        let arguments = format!("train {job} --plain --artifacts run --json t.json {options}");
+        let outcome = mnist(&folder, &arguments);
+        outcome.assert_exit(1);
+        let error = &outcome.stderr;
+        assert!(
+            error.starts_with("error: fused diverged in epoch 1"),
+            "{error}"
+        );
+        let report: Report = json(&folder, "t.json");
+        assert_diverged(&report);
+        report.variants[0].epochs.len()
+    };
+    assert_eq!(train("--epochs 1"), 1);
+    assert_eq!(train("--epochs 2 --resume"), 2);
+}
+
+/// What a FIFO was given.
+#[cfg(target_os = "linux")]
+struct Fifo(fs::File);
+
+#[cfg(target_os = "linux")]
+impl Fifo {
+    fn new(path: &Path) -> Self {
+        let made = Command::new("mkfifo").arg(path).status().unwrap();
+        assert!(made.success());
+        // Opened for both, so that neither side waits for the other.
+        let file = fs::OpenOptions::new().read(true).write(true).open(path);
+        Self(file.unwrap())
+    }
+
+    /// Reads what is in it, which may be nothing.
+    fn read(&mut self) -> String {
+        use std::io::Read;
+
+        self.0.write_all(b"\0").unwrap();
+        let mut bytes = Vec::new();
+        while bytes.pop_if(|last| *last == 0).is_none() {
+            let mut some = [0; 1 << 16];
+            let count = self.0.read(&mut some).unwrap();
+            bytes.extend_from_slice(&some[..count]);
+        }
+        String::from_utf8(bytes).unwrap()
+    }
+}
+
+/// The JSON among the lines of standard output.
+#[cfg(target_os = "linux")]
+fn printed_json<T: DeserializeOwned>(stdout: &str) -> T {
+    let start = stdout.find("{\n").expect(stdout);
+    let end = stdout.find("\n}\n").expect(stdout);
+    serde_json::from_str(&stdout[start..end + 2]).unwrap()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn outputs_that_are_no_regular_files() {
+    use std::os::unix::fs::{FileTypeExt, symlink};
+
+    let folder = tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let mut fifo = Fifo::new(&path("fifo"));
+    fs::create_dir(path("real")).unwrap();
+    symlink("real/report.json", path("link")).unwrap();
+    let mut check = |first: &str, command: &str, wanted: &[&str]| {
+        let run = |command: &str, output: &str| {
+            mnist(&folder, &format!("{command} --json {output}")).printed()
+        };
+        run(first, "fifo");
+        let by_fifo = fifo.read();
+        run(command, "link");
+        let by_link = fs::read_to_string(path("real/report.json")).unwrap();
+        let by_stdout: serde_json::Value = printed_json(&run(command, "/dev/stdout"));
+        for json in [by_fifo, by_link, by_stdout.to_string()] {
+            let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+            for field in wanted {
+                assert!(!json[field].is_null(), "{command}: no {field} in {json}");
+            }
+        }
+        assert!(fs::metadata(path("fifo")).unwrap().file_type().is_fifo());
+        assert!(fs::symlink_metadata(path("link")).unwrap().is_symlink());
+        fs::remove_file(path("real/report.json")).unwrap();
+    };
+    let train = format!("train {SMALL} --epochs 1 --plain --artifacts run");
+    // A run that is over needs no more training.
+    check(
+        &train,
+        &format!("{train} --resume"),
+        &["schema", "variants"],
+    );
+    let predict = "predict --artifacts run --test-set";
+    check(predict, predict, &["test", "epoch"]);
+    let compare = "compare --dataset synthetic --train-limit 16 --test-limit 8 --batch-size 8";
+    check(compare, compare, &["schema", "variants"]);
+}
+
+#[test]
+fn two_outputs_are_two_files() {
+    let folder = tempdir().unwrap();
+    for outputs in [
+        "--plot s.svg --json s.svg",
+        "--plot ./s.svg --json s.svg",
+        "--json s.svg --plot artifacts/../s.svg",
+    ] {
+        fs::create_dir_all(folder.path().join("artifacts")).unwrap();
+        mnist(&folder, &format!("compare {SMALL} {outputs}")).assert_refused(&[
+            "--json",
+            "--plot",
+            "the same file",
+            "s.svg",
+        ]);
+    }
+    for name in ["x.png", "x", "x.svg.gz"] {
+        mnist(&folder, &format!("compare {SMALL} --plot {name}"))
+            .assert_refused(&["--plot", ".svg", name]);
+    }
+    assert_eq!(entries(folder.path()), ["artifacts"]);
+}
+
+/// What cannot be printed is an error, and what was asked for as a file is there all the same.
+#[cfg(target_os = "linux")]
+#[test]
+fn output_that_nobody_takes() {
+    let folder = tempdir().unwrap();
+    mnist(
+        &folder,
+        &format!("train {SMALL} --epochs 1 --plain --artifacts run"),
+    )
+    .printed();
+    let predict = "predict --artifacts run --test-set";
+    let run = |arguments: &str, stdout: Stdio| {
+        Command::new(env!("CARGO_BIN_EXE_mnist"))
+            .args(arguments.split_whitespace())
+            .current_dir(&folder)
+            .env(OFFLINE, "1")
+            .stdin(Stdio::null())
+            .stdout(stdout)
+            .stderr(Stdio::piped())
+            .output()
+            .unwrap()
+    };
+    for arguments in [predict, "train --print-config", "--help"] {
+        let full = fs::OpenOptions::new()
+            .write(true)
+            .open("/dev/full")
+            .unwrap();
+        let output = run(arguments, full.into());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments}: {error}");
+        assert_eq!(
+            error,
+            "error: cannot print: No space left on device (os error 28)\n"
+        );
+
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = run(arguments, writer.into());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(
+            (output.status.code(), error.as_str()),
+            (Some(1), ""),
+            "{arguments}"
+        );
+    }
+}
+
+/// The one variant in the report of a training.
+fn trained(folder: &TempDir, name: &str) -> VariantReport {
+    let report: Report = json(folder, name);
+    let [variant] = <[VariantReport; 1]>::try_from(report.variants).expect(name);
+    variant
 }
 
 /// Reads a file that the binary wrote.

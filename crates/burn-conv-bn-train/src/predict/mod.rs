@@ -23,13 +23,13 @@ pub use folded::FoldedNetwork;
 
 use crate::batch::{DigitItem, MnistBatcher};
 use crate::checkpoint::{self, Damaged};
-use crate::compare::Output;
 use crate::data::{CLASSES, DataRequest, Digits, MnistData, PIXELS, resolve};
 use crate::job::{Job, Norm, Variant};
 use crate::memory::MemoryProbe;
 use crate::metrics::Evaluation;
 use crate::model::Network;
-use crate::print::say;
+use crate::output;
+use crate::print::{say, warn};
 use crate::report::{ImageReport, MistakeReport, PredictionReport, SkippedReport, TestReport};
 use images::{FolderError, Picture, read_folder};
 use mistakes::{PictureFormat, PictureFormatError, SHOWN, Tile, draw};
@@ -452,14 +452,12 @@ pub fn predict(job: &Job, options: &PredictOptions, interrupter: &Interrupter) -
     if !testing && options.mistakes.is_some() {
         bail!("nobody knows what the pictures of a folder are; --mistakes needs --test-set");
     }
-    let json = options.json.as_deref().map(Output::create).transpose()?;
-    let mistakes = match &options.mistakes {
-        Some(path) => Some((
-            PictureFormat::of(path).map_err(PredictError::from)?,
-            Output::create(path)?,
-        )),
-        None => None,
-    };
+    let format = options.mistakes.as_deref().map(PictureFormat::of);
+    let format = format.transpose().map_err(PredictError::from)?;
+    output::check(&[
+        ("--json", options.json.as_deref()),
+        ("--mistakes", options.mistakes.as_deref()),
+    ])?;
     let pictures = match &options.source {
         Source::Images(folder) => read_folder(folder).map_err(PredictError::from)?,
         Source::TestSet => Vec::new(),
@@ -494,13 +492,13 @@ pub fn predict(job: &Job, options: &PredictOptions, interrupter: &Interrupter) -
         predictor.epoch(),
         options.form.name(),
         job.precision.describe()
-    );
+    )?;
     if let Some(reference) = &reference {
         say!(
             "This model keeps no statistics for evaluation: each picture is normalized with those \
              of the first {} test digits, whatever else is in its folder.",
             reference.len()
-        );
+        )?;
     }
 
     let mut report = PredictionReport {
@@ -513,20 +511,28 @@ pub fn predict(job: &Job, options: &PredictOptions, interrupter: &Interrupter) -
         images: Vec::new(),
         skipped: Vec::new(),
     };
-    if let Some(data) = data.filter(|_| testing) {
-        let test = test_set(&predictor, job, &data, interrupter)?;
-        if let Some((format, output)) = mistakes {
+    let mut files = Vec::new();
+    let text = if let Some(data) = data.filter(|_| testing) {
+        let (test, evaluation) = test_set(&predictor, job, &data, interrupter)?;
+        if let (Some(format), Some(path)) = (format, &options.mistakes) {
             let tiles: Vec<Tile> = test.mistakes.iter().map(|m| tile(&data.test, m)).collect();
-            let picture = draw(format, &heading(&report, &test), &tiles)?;
-            output.write("Mistakes", &picture)?;
+            let picture = draw(format, &heading(&report, &test), &tiles);
+            files.push(("Mistakes", path.as_path(), picture));
         }
+        let matrix = confusion_matrix(&test.confusion);
         report.test = Some(test);
+        format!(
+            "Test set ({}): {evaluation}\n\n{matrix}",
+            data.origin.name()
+        )
     } else {
         classify_pictures(&predictor, job, pictures, &mut report, interrupter)?;
+        table(&report.images)
+    };
+    if let Some(path) = &options.json {
+        files.push(("Predictions", path, output::json(&report)));
     }
-    if let Some(json) = json {
-        json.write_json("Predictions", &report)?;
-    }
+    output::finish(Some(text), files)?;
     match report.skipped.len() {
         0 => Ok(()),
         skipped => bail!(
@@ -542,12 +548,12 @@ fn test_digits(job: &Job, trained_on: &str) -> Result<MnistData> {
         train_limit: Some(1),
         ..job.data_request()
     })?;
-    say!("Data: {}", data.origin);
+    say!("Data: {}", data.origin)?;
     if data.origin.name() != trained_on {
         say!(
             "Note: the model was trained on {trained_on} digits, and these are {}.",
             data.origin.name()
-        );
+        )?;
     }
     Ok(data)
 }
@@ -559,7 +565,7 @@ fn test_set(
     job: &Job,
     data: &MnistData,
     interrupter: &Interrupter,
-) -> Result<TestReport> {
+) -> Result<(TestReport, Evaluation)> {
     let digits = &data.test;
     let mut confusion = [[0; CLASSES]; CLASSES];
     let mut evaluation = Evaluation::default();
@@ -590,16 +596,15 @@ fn test_set(
         }
     }
     mistakes.sort_by(|(a, _), (b, _)| b.total_cmp(a));
-    say!("Test set ({}): {evaluation}", data.origin.name());
-    say!("\n{}", confusion_matrix(&confusion));
-    Ok(TestReport {
+    let report = TestReport {
         digits: evaluation.total,
         correct: evaluation.correct,
         accuracy: evaluation.accuracy(),
         average_loss: evaluation.average_loss(),
         confusion,
         mistakes: mistakes.into_iter().map(|(_, mistake)| mistake).collect(),
-    })
+    };
+    Ok((report, evaluation))
 }
 
 /// A table with a row for each class and a column for what its digits were taken for.
@@ -662,7 +667,7 @@ fn classify_pictures(
         match digit {
             Ok(digit) => read.push((name, digit)),
             Err(error) => {
-                eprintln!("skipped: {name} {error}");
+                warn(format_args!("skipped: {name} {error}"));
                 report.skipped.push(SkippedReport {
                     file: name,
                     reason: error.to_string(),
@@ -670,7 +675,6 @@ fn classify_pictures(
             }
         }
     }
-    say!("\n{:>5} {:>12}  file", "digit", "probability");
     for (first, chunk) in (0..)
         .step_by(job.batch_size)
         .zip(read.chunks(job.batch_size))
@@ -682,16 +686,10 @@ fn classify_pictures(
         });
         let predictions = predictor.predict(items.collect(), first)?;
         for ((file, _), prediction) in chunk.iter().zip(predictions) {
-            let probability = prediction.probability();
-            say!(
-                "{:>5} {:>10.2} %  {file}",
-                prediction.digit,
-                100.0 * probability
-            );
             report.images.push(ImageReport {
                 file: file.clone(),
                 prediction: prediction.digit,
-                probability,
+                probability: prediction.probability(),
                 probabilities: prediction.probabilities(),
             });
         }
@@ -699,9 +697,22 @@ fn classify_pictures(
     Ok(())
 }
 
+/// A line for each picture.
+fn table(images: &[ImageReport]) -> String {
+    let mut lines = vec![format!("\n{:>5} {:>12}  file", "digit", "probability")];
+    for image in images {
+        let percent = 100.0 * image.probability;
+        lines.push(format!(
+            "{:>5} {percent:>10.2} %  {}",
+            image.prediction, image.file
+        ));
+    }
+    lines.join("\n")
+}
+
 fn stop_if_asked(interrupter: &Interrupter) -> Result<()> {
     if interrupter.should_stop() {
-        bail!("interrupted: what was not printed yet is lost, and no file was written");
+        bail!("interrupted: no prediction was printed, and no file was written");
     }
     Ok(())
 }

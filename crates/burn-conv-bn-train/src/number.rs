@@ -1,0 +1,113 @@
+//! Floats in JSON, which has no NaN and no infinity: these are the texts `"NaN"`, `"Infinity"` and `"-Infinity"`.
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Stored {
+    Finite(f64),
+    Text(NonFinite),
+}
+
+#[derive(Serialize, Deserialize)]
+enum NonFinite {
+    NaN,
+    Infinity,
+    #[serde(rename = "-Infinity")]
+    NegativeInfinity,
+}
+
+impl From<f64> for Stored {
+    fn from(value: f64) -> Self {
+        if value.is_finite() {
+            Self::Finite(value)
+        } else if value.is_nan() {
+            Self::Text(NonFinite::NaN)
+        } else if value > 0.0 {
+            Self::Text(NonFinite::Infinity)
+        } else {
+            Self::Text(NonFinite::NegativeInfinity)
+        }
+    }
+}
+
+impl From<Stored> for f64 {
+    fn from(stored: Stored) -> Self {
+        match stored {
+            Stored::Finite(value) => value,
+            Stored::Text(NonFinite::NaN) => f64::NAN,
+            Stored::Text(NonFinite::Infinity) => f64::INFINITY,
+            Stored::Text(NonFinite::NegativeInfinity) => f64::NEG_INFINITY,
+        }
+    }
+}
+
+/// For `#[serde(with = "number")]`.
+pub(crate) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    Stored::from(*value).serialize(serializer)
+}
+
+pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Stored::deserialize(deserializer).map(f64::from)
+}
+
+/// The same for a list: `#[serde(with = "number::list")]`.
+pub(crate) mod list {
+    use super::*;
+
+    pub(crate) fn serialize<S: Serializer>(
+        values: &[f64],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(values.iter().map(|&value| Stored::from(value)))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<f64>, D::Error> {
+        let stored = Vec::<Stored>::deserialize(deserializer)?;
+        Ok(stored.into_iter().map(f64::from).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Serialize, Deserialize)]
+    struct Values {
+        #[serde(with = "super")]
+        one: f64,
+        #[serde(with = "list")]
+        many: Vec<f64>,
+    }
+
+    #[test]
+    fn every_float_survives_json() {
+        let finite = [1.0 / 3.0, -0.0, 2.0, 1e-300, f64::MAX];
+        let others = [f64::INFINITY, f64::NEG_INFINITY, f64::NAN];
+        let many: Vec<f64> = finite.into_iter().chain(others).collect();
+        for &one in &many {
+            let many = many.clone();
+            let json = serde_json::to_string(&Values { one, many }).unwrap();
+            let texts = r#""Infinity","-Infinity","NaN"]"#;
+            assert!(json.contains(texts), "{json}");
+            let read: Values = serde_json::from_str(&json).unwrap();
+            assert_eq!(read.one.to_bits(), one.to_bits(), "{json}");
+        }
+        let json = serde_json::to_string(&Values {
+            one: 0.0,
+            many: many.clone(),
+        })
+        .unwrap();
+        let read: Values = serde_json::from_str(&json).unwrap();
+        let bits =
+            |values: &[f64]| -> Vec<u64> { values.iter().map(|value| value.to_bits()).collect() };
+        assert_eq!(bits(&read.many), bits(&many), "{json}");
+
+        for wrong in ["\"nan\"", "null", "\"1\""] {
+            let json = format!("{{\"one\": {wrong}, \"many\": []}}");
+            assert!(serde_json::from_str::<Values>(&json).is_err(), "{json}");
+        }
+    }
+}
