@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::fs;
-use std::io::{self, IsTerminal};
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,7 +33,7 @@ use crate::metrics::{
     TallyMetric,
 };
 use crate::optim::OptimizerChoice;
-use crate::print::say;
+use crate::print::{has_dashboard, say};
 use crate::renderer::LineRenderer;
 use crate::step::Classifier;
 
@@ -82,7 +82,7 @@ pub struct FitOptions {
     pub resume: Resume,
     /// Stop when the test loss has not improved for so many epochs.
     pub patience: Option<usize>,
-    /// Show Burn's dashboard if standard output is a terminal.
+    /// Show Burn's dashboard if standard output is a terminal that moves its cursor.
     pub dashboard: bool,
     /// Without a dashboard: print every so many batches; never if 0.
     pub log_interval: usize,
@@ -475,7 +475,7 @@ pub fn fit(
         if finished > 0 {
             training = training.checkpoint(finished);
         }
-        if !(options.dashboard && io::stdout().is_terminal()) {
+        if !(options.dashboard && has_dashboard()) {
             training = training.renderer(Box::new(LineRenderer::new(options.log_interval)));
         }
         if options.summary {
@@ -650,6 +650,28 @@ fn lock(options: &FitOptions) -> Result<Lock, FitError> {
     Lock::of(directory).ok_or_else(|| FitError::Busy {
         path: directory.clone(),
     })
+}
+
+/// Checks, before any data are loaded, that a run may begin or go on in the directory.
+pub(crate) fn check_directory(
+    directory: &Path,
+    resume: Resume,
+    overwrite: bool,
+) -> Result<(), FitError> {
+    let sets = checkpoint::files(directory)
+        .map_err(|source| not_writable(&checkpoint::folder(directory), source))?;
+    match resume {
+        Resume::No if !overwrite && !(sets.is_empty() && logs(directory)?.is_empty()) => {
+            Err(FitError::DirectoryInUse {
+                path: directory.to_path_buf(),
+            })
+        }
+        Resume::Latest | Resume::Epoch(_) if sets.is_empty() => Err(FitError::NoCheckpoint {
+            path: checkpoint::folder(directory),
+            damaged: Vec::new(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// The checkpoint to go on from, if one is asked for. Says which newer ones are damaged.

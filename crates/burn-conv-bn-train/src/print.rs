@@ -1,10 +1,12 @@
 //! Lines for people.
 
+use std::ffi::OsStr;
 use std::fmt::Arguments;
-use std::io::{ErrorKind, Write, stdout};
+use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
 
 /// Prints a line, and ends the process if nobody reads any more, as in `mnist | head -1`.
 pub(crate) fn line(text: Arguments<'_>) {
+    let text = escaped(&text.to_string(), &['\n', '\t']);
     let mut out = stdout().lock();
     let written = writeln!(out, "{text}").and_then(|()| out.flush());
     if written.is_err_and(|error| error.kind() == ErrorKind::BrokenPipe) {
@@ -12,13 +14,59 @@ pub(crate) fn line(text: Arguments<'_>) {
     }
 }
 
-/// `println!`, without its panic.
+/// Prints a line to standard error.
+pub(crate) fn error_line(text: Arguments<'_>) {
+    // Without a reader the exit status is left.
+    let _ = writeln!(stderr(), "{}", escaped(&text.to_string(), &['\n', '\t']));
+}
+
+/// `println!`, without its panic, and with control characters of names escaped.
 macro_rules! say {
     ($($text:tt)*) => {
         $crate::print::line(format_args!($($text)*))
     };
 }
 pub(crate) use say;
+
+/// `eprintln!`, as [`say`] is `println!`.
+macro_rules! complain {
+    ($($text:tt)*) => {
+        $crate::print::error_line(format_args!($($text)*))
+    };
+}
+pub(crate) use complain;
+
+/// A text whose control characters, but for some, are written as Rust writes them.
+pub(crate) fn escaped(text: &str, allowed: &[char]) -> String {
+    text.chars().fold(String::new(), |mut text, char| {
+        if char.is_control() && !allowed.contains(&char) {
+            text.extend(char.escape_default());
+        } else {
+            text.push(char);
+        }
+        text
+    })
+}
+
+/// A number for a column: with decimals, or with an exponent where it would not fit.
+pub(crate) fn number(value: f64, width: usize, decimals: usize) -> String {
+    let fixed = format!("{value:>width$.decimals$}");
+    if fixed.len() <= width {
+        return fixed;
+    }
+    // `-1.`, then the digits, then `e-308`.
+    let digits = width.saturating_sub(8);
+    format!("{value:>width$.digits$e}")
+}
+
+/// Whether Burn's dashboard can be shown: standard output is a terminal that moves its cursor.
+pub(crate) fn has_dashboard() -> bool {
+    stdout().is_terminal() && moves_cursor(std::env::var_os("TERM").as_deref())
+}
+
+fn moves_cursor(term: Option<&OsStr>) -> bool {
+    term.is_none_or(|term| term != "dumb")
+}
 
 /// An error and its causes on one line, without those that its text names already.
 pub(crate) fn message(error: &anyhow::Error) -> String {
@@ -32,4 +80,42 @@ pub(crate) fn message(error: &anyhow::Error) -> String {
         }
         text
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_are_escaped() {
+        let text = "a\u{1b}[31mb\u{9b}2J\r\n\té";
+        assert_eq!(
+            escaped(text, &['\n', '\t']),
+            "a\\u{1b}[31mb\\u{9b}2J\\r\n\té"
+        );
+        assert_eq!(escaped("a\n\t", &[]), "a\\n\\t");
+    }
+
+    #[test]
+    fn a_number_keeps_its_column() {
+        for (value, text) in [
+            (2.25, "   2.2500"),
+            (-2.25, "  -2.2500"),
+            (1234.5678, "1234.5678"),
+            (12345.678, "    1.2e4"),
+            (1e30, "   1.0e30"),
+            (-f64::MAX, "-1.8e308"),
+            (f64::NAN, "      NaN"),
+            (f64::NEG_INFINITY, "     -inf"),
+        ] {
+            assert_eq!(number(value, 9, 4).trim_start(), text.trim_start());
+            assert_eq!(number(value, 9, 4).len(), 9, "{value}");
+        }
+    }
+
+    #[test]
+    fn a_dumb_terminal_has_no_dashboard() {
+        assert!(!moves_cursor(Some(OsStr::new("dumb"))));
+        assert!(moves_cursor(Some(OsStr::new("xterm-256color"))) && moves_cursor(None));
+    }
 }
