@@ -25,7 +25,7 @@ use crate::model::ModelChoice;
 use crate::optim::OptimizerChoice;
 use crate::parity::Parity;
 use crate::predict::{PredictForm, PredictOptions, Source, predict};
-use crate::print::{complain, message, say};
+use crate::print::{message, say, warn};
 
 /// Time limit without a command, in minutes.
 const DEFAULT_TIME_LIMIT: f64 = 8.0;
@@ -501,7 +501,7 @@ pub fn main(allocator: &'static CountingAllocator) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            complain!("error: {}", message(&error));
+            warn(format_args!("error: {}", message(&error)));
             ExitCode::FAILURE
         }
     }

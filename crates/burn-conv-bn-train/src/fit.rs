@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::fs;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,7 +33,7 @@ use crate::metrics::{
     TallyMetric,
 };
 use crate::optim::OptimizerChoice;
-use crate::print::{has_dashboard, say};
+use crate::print::say;
 use crate::renderer::LineRenderer;
 use crate::step::Classifier;
 
@@ -82,7 +82,7 @@ pub struct FitOptions {
     pub resume: Resume,
     /// Stop when the test loss has not improved for so many epochs.
     pub patience: Option<usize>,
-    /// Show Burn's dashboard if standard output is a terminal that moves its cursor.
+    /// Show Burn's dashboard if standard output is a terminal.
     pub dashboard: bool,
     /// Without a dashboard: print every so many batches; never if 0.
     pub log_interval: usize,
@@ -475,7 +475,7 @@ pub fn fit(
         if finished > 0 {
             training = training.checkpoint(finished);
         }
-        if !(options.dashboard && has_dashboard()) {
+        if !(options.dashboard && io::stdout().is_terminal()) {
             training = training.renderer(Box::new(LineRenderer::new(options.log_interval)));
         }
         if options.summary {

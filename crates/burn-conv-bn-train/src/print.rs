@@ -1,8 +1,7 @@
 //! Lines for people.
 
-use std::ffi::OsStr;
 use std::fmt::Arguments;
-use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
+use std::io::{ErrorKind, Write, stderr, stdout};
 
 /// Prints a line, and ends the process if nobody reads any more, as in `mnist | head -1`.
 pub(crate) fn line(text: Arguments<'_>) {
@@ -14,12 +13,6 @@ pub(crate) fn line(text: Arguments<'_>) {
     }
 }
 
-/// Prints a line to standard error.
-pub(crate) fn error_line(text: Arguments<'_>) {
-    // Without a reader the exit status is left.
-    let _ = writeln!(stderr(), "{}", escaped(&text.to_string(), &['\n', '\t']));
-}
-
 /// `println!`, without its panic, and with control characters of names escaped.
 macro_rules! say {
     ($($text:tt)*) => {
@@ -28,13 +21,10 @@ macro_rules! say {
 }
 pub(crate) use say;
 
-/// `eprintln!`, as [`say`] is `println!`.
-macro_rules! complain {
-    ($($text:tt)*) => {
-        $crate::print::error_line(format_args!($($text)*))
-    };
+/// Prints a line on standard error. A failure has no place left to be told.
+pub(crate) fn warn(text: Arguments<'_>) {
+    let _ = writeln!(stderr(), "{}", escaped(&text.to_string(), &['\n', '\t']));
 }
-pub(crate) use complain;
 
 /// A text whose control characters, but for some, are written as Rust writes them.
 pub(crate) fn escaped(text: &str, allowed: &[char]) -> String {
@@ -57,15 +47,6 @@ pub(crate) fn number(value: f64, width: usize, decimals: usize) -> String {
     // `-1.`, then the digits, then `e-308`.
     let digits = width.saturating_sub(8);
     format!("{value:>width$.digits$e}")
-}
-
-/// Whether Burn's dashboard can be shown: standard output is a terminal that moves its cursor.
-pub(crate) fn has_dashboard() -> bool {
-    stdout().is_terminal() && moves_cursor(std::env::var_os("TERM").as_deref())
-}
-
-fn moves_cursor(term: Option<&OsStr>) -> bool {
-    term.is_none_or(|term| term != "dumb")
 }
 
 /// An error and its causes on one line, without those that its text names already.
@@ -111,11 +92,5 @@ mod tests {
             assert_eq!(number(value, 9, 4).trim_start(), text.trim_start());
             assert_eq!(number(value, 9, 4).len(), 9, "{value}");
         }
-    }
-
-    #[test]
-    fn a_dumb_terminal_has_no_dashboard() {
-        assert!(!moves_cursor(Some(OsStr::new("dumb"))));
-        assert!(moves_cursor(Some(OsStr::new("xterm-256color"))) && moves_cursor(None));
     }
 }

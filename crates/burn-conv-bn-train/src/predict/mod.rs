@@ -29,7 +29,7 @@ use crate::job::{Job, Norm, Variant};
 use crate::memory::MemoryProbe;
 use crate::metrics::Evaluation;
 use crate::model::Network;
-use crate::print::{complain, escaped, say};
+use crate::print::{escaped, say, warn};
 use crate::report::{ImageReport, MistakeReport, PredictionReport, SkippedReport, TestReport};
 use images::{FolderError, Picture, read_folder};
 use mistakes::{PictureFormat, PictureFormatError, SHOWN, Tile, draw};
@@ -687,7 +687,7 @@ fn classify_pictures(
         match digit {
             Ok(digit) => read.push((name, digit)),
             Err(error) => {
-                complain!("skipped: {} {error}", escaped(&name, &[]));
+                warn(format_args!("skipped: {} {error}", escaped(&name, &[])));
                 report.skipped.push(SkippedReport {
                     file: name,
                     reason: error.to_string(),
