@@ -1,7 +1,6 @@
 //! The command line of the `mnist` binary.
 
 use std::ffi::OsString;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -876,7 +875,7 @@ mod tests {
     fn help_has_every_option_under_a_heading_and_fits_the_terminal() {
         let mut command = Cli::command();
         command.build();
-        let own = |command: &&Command| command.get_name() != "help";
+        let own = |command: &&clap::Command| command.get_name() != "help";
         for subcommand in command.get_subcommands().filter(own) {
             for arg in subcommand.get_arguments() {
                 let own = ["help", "version"].contains(&arg.get_id().as_str());
