@@ -143,6 +143,29 @@ pub(crate) fn read(directory: &Path, epoch: usize) -> Result<Set, Damaged> {
     })
 }
 
+/// The epochs of a run with a complete checkpoint, in order, without that of no epoch.
+pub(crate) fn epochs(directory: &Path) -> io::Result<Vec<usize>> {
+    let mut epochs: Vec<usize> = files(directory)?
+        .into_iter()
+        .filter(|file| file.is_list && file.epoch > 0)
+        .map(|file| file.epoch)
+        .collect();
+    epochs.sort_unstable();
+    Ok(epochs)
+}
+
+/// The checkpoints of some epochs, in words.
+pub(crate) fn named(epochs: &[usize]) -> String {
+    let texts: Vec<String> = epochs.iter().map(usize::to_string).collect();
+    match texts.split_last() {
+        Some((last, [])) => format!("the checkpoint of epoch {last}"),
+        Some((last, others)) => {
+            format!("the checkpoints of epochs {} and {last}", others.join(", "))
+        }
+        None => "no checkpoint".to_string(),
+    }
+}
+
 /// A file of a checkpoint, complete or not.
 #[derive(Clone, Debug)]
 pub(crate) struct SetFile {

@@ -1,7 +1,6 @@
 //! The command line of the `mnist` binary.
 
 use std::ffi::OsString;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -10,15 +9,16 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use burn::train::Interrupter;
 use burn_conv_bn_memory::CountingAllocator;
-use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
-use serde_json::Value;
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint;
 use crate::compare::{CompareOptions, WORKER, compare, work};
-use crate::config::{self, ConfigError, DataIdentity, Options, RunFile, RunFileError};
+use crate::config::{self, DataIdentity, Layers, Options, RUN_FILE, RunFile, RunFileError};
 use crate::data::DatasetChoice;
-use crate::device::{DeviceChoice, DeviceError};
-use crate::fit::{FitOutcome, Resume};
+use crate::device::DeviceChoice;
+use crate::fit::{FitOutcome, Resume, check_directory};
 use crate::interrupt;
 use crate::job::{Job, Norm, Precision, RecomputePolicy, RunOptions, Variant, run};
 use crate::model::ModelChoice;
@@ -28,8 +28,8 @@ use crate::parity::Parity;
 use crate::predict::{PredictForm, PredictOptions, Source, predict};
 use crate::print::{PrintError, message, say, warn};
 
-/// How long the job without a subcommand may take.
-const DEFAULT_TIME_LIMIT: Duration = Duration::from_secs(8 * 60);
+/// Time limit without a command, in minutes.
+const DEFAULT_TIME_LIMIT: f64 = 8.0;
 
 /// Where `train` keeps a run, and `predict` looks for it.
 const RUN: &str = "artifacts/train";
@@ -38,10 +38,17 @@ const RUN: &str = "artifacts/train";
 const ON_RUN: &str = "Run";
 const ON_OUTPUT: &str = "Output";
 const ON_NETWORK: &str = "Network";
+const ON_TRAINING: &str = "Training";
+const ON_DATA: &str = "Data";
+
+const USAGE: &str = "\
+mnist <COMMAND>
+       mnist [OPTIONS of compare]";
 
 const EXAMPLES: &str = "\
 Examples:
   mnist
+  mnist --epochs 2 --plot memory.svg
   mnist train --variant fused --epochs 5
   mnist predict --test-set --mistakes mistakes.svg
 
@@ -67,9 +74,8 @@ Examples:
   mnist train --lr 0.5 --print-config
   mnist train --config job.toml --seed 7
 
-A run is resumed with the options that it was started with, which its folder has in job.json.
-Options that decide what is computed cannot be changed; others, such as --epochs, --device or
---early-stopping, can.";
+A run is resumed with its own options, from job.json in its folder. Options that decide the result are
+refused if they differ; others, such as --epochs, --device or --early-stopping, may change.";
 
 const PARITY_EXAMPLES: &str = "\
 Examples:
@@ -82,29 +88,30 @@ Examples:
   mnist predict --images scans --json predictions.json
   mnist predict --artifacts runs/mobilenet --form folded --test-set --dataset synthetic
 
-Pictures are made what MNIST's digits are: grey, the ink white on black whichever way it was, scaled
-to 20 pixels, and centred by its mass on 28x28. The background is what is along the edges; each
-picture should show one digit and nothing else. One that cannot be read is named and left out, and
-makes the exit status 1.
+Pictures are converted to MNIST's form: grey, white ink on black, scaled to 20 pixels, centred by mass
+on 28x28. The edges are the background; a picture shows one digit. Pictures that cannot be read, of
+other formats too, are named, and the exit status is 1.
 
-The tutorial's network keeps no statistics for evaluation: it normalizes a batch with the batch's
-own. The test set is therefore classified in batches as large as those of the training, and a
-picture with the statistics of as many test digits (--dataset, --data-dir): what it is taken for
-depends on no other picture. Such a network cannot be folded. The other networks keep running
-statistics, and need no test digits to classify pictures.";
+The tutorial's network has no running statistics and normalizes by batch. The test set is therefore
+classified in batches of the training's size, and a picture with the statistics of as many test digits
+(--dataset, --data-dir), so that pictures do not affect each other. It cannot be folded. The other
+networks have running statistics, and need no test digits for pictures.";
 
 /// Trains the network of the PyTorch tutorial "Fusing Convolution and Batch Norm using Custom
 /// Function" on MNIST, fused and unfused, and compares memory, time and accuracy.
 ///
-/// Without a command it does the tutorial's job: `compare`, cut down to end within minutes.
+/// Without a command it does the tutorial's job: `compare`, with its options, on as few digits as end
+/// within 8 minutes.
 #[derive(Parser, Debug)]
-#[command(name = "mnist", version, after_help = EXAMPLES)]
+#[command(name = "mnist", version, after_help = EXAMPLES, override_usage = USAGE)]
 struct Cli {
     #[command(subcommand)]
-    command: Option<Subcommands>,
+    command: Subcommands,
 }
 
-#[derive(Subcommand, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one of it")]
+#[derive(Subcommand, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 enum Subcommands {
     /// Train fused, then unfused, each in a fresh process, and compare.
     #[command(after_help = COMPARE_EXAMPLES)]
@@ -123,19 +130,34 @@ enum Subcommands {
 }
 
 impl Subcommands {
-    /// The job, of those that have one.
-    fn job(&self) -> Option<&JobArgs> {
+    /// Sets the options whose defaults depend on other options.
+    fn complete(&mut self) {
+        let (job, learning) = match self {
+            Self::Compare(args) => (&mut args.job, Some(&mut args.learning)),
+            Self::Train(args) => (&mut args.job, Some(&mut args.learning)),
+            Self::Parity(args) => (&mut args.job, None),
+            Self::Predict(_) | Self::Worker => return,
+        };
+        job.training.lr = Some(job.learning_rate());
+        if let Some(learning) = learning {
+            learning.dropout = Some(learning.dropout(job.network.model));
+        }
+    }
+
+    fn take_config(&mut self) -> ConfigArgs {
         match self {
-            Self::Compare(args) => Some(&args.job),
-            Self::Train(args) => Some(&args.job),
-            Self::Parity(args) => Some(&args.job),
-            Self::Predict(_) | Self::Worker => None,
+            Self::Compare(args) => std::mem::take(&mut args.job.config),
+            Self::Train(args) => std::mem::take(&mut args.job.config),
+            Self::Parity(args) => std::mem::take(&mut args.job.config),
+            Self::Predict(args) => std::mem::take(&mut args.config),
+            Self::Worker => ConfigArgs::default(),
         }
     }
 }
 
-#[derive(Args, Debug)]
-#[command(next_help_heading = "Network")]
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[command(next_help_heading = ON_NETWORK)]
 struct NetworkArgs {
     /// Which network. Torchvision's take one channel, and digits padded with black to 32x32.
     #[arg(long, value_enum, default_value = "tutorial")]
@@ -143,37 +165,32 @@ struct NetworkArgs {
     /// Batch norm: Burn's, or the tutorial's (unbiased variance, epsilon outside the root).
     #[arg(long, value_enum, default_value = "burn")]
     norm: Norm,
-    /// Probability of dropping a hidden value [default: 0.5 for tutorial and vgg16-bn, 0.2 for
-    /// mobilenet-v2; the residual networks have no dropout].
-    #[arg(long, value_name = "P", value_parser = probability)]
-    dropout: Option<f64>,
 }
 
-#[derive(Args, Debug)]
-#[command(next_help_heading = "Training")]
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[command(next_help_heading = ON_TRAINING)]
 struct TrainingArgs {
     /// Which optimizer.
     #[arg(long, value_enum, default_value = "adadelta")]
     optimizer: OptimizerChoice,
     /// Learning rate of the first epoch [default: 1 for adadelta, 0.001 for adam and adamw, 0.05
     /// for sgd].
-    #[arg(long, value_name = "RATE", value_parser = positive_number)]
+    #[arg(long, value_name = "RATE", value_parser = finite)]
     lr: Option<f64>,
-    /// Factor on the learning rate after every epoch.
-    #[arg(long, value_name = "FACTOR", default_value_t = 0.7, value_parser = positive_number)]
-    gamma: f64,
     /// Digits a step.
-    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = positive)]
+    #[arg(long, value_name = "N", default_value_t = 2048)]
     batch_size: usize,
     /// Seed of weights, order, dropout and built-in digits.
     #[arg(long, default_value_t = 123_456)]
     seed: u64,
 }
 
-#[derive(Args, Debug)]
-#[command(next_help_heading = "Data")]
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[command(next_help_heading = ON_DATA)]
 struct DataArgs {
-    /// MNIST if it can be had and built-in digits otherwise, or one of them for sure.
+    /// MNIST if it is found or downloaded and built-in digits otherwise, or one of the two.
     #[arg(long, value_enum, default_value = "auto")]
     dataset: DatasetChoice,
     /// Folder with MNIST's four IDX files, plain or .gz.
@@ -185,60 +202,85 @@ struct DataArgs {
     /// Train on the first N digits only.
     #[arg(long, value_name = "N")]
     train_limit: Option<usize>,
-    /// Test on the first N digits only.
-    #[arg(long, value_name = "N")]
-    test_limit: Option<usize>,
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[command(next_help_heading = "Computation")]
 struct ComputeArgs {
-    /// Where to compute. A device needs Burn's feature of the same name in this build.
+    /// Device. Each needs Burn's feature of the same name in this build.
     #[arg(long, value_enum, default_value = "flex")]
     device: DeviceChoice,
-    /// What to compute in. f16 and bf16 are mixed precision: convolutions and what is kept for the
-    /// backward pass in that type; parameters, norms, linear layers and checkpoints in f32.
+    /// Element type. f16 and bf16 are mixed precision: convolutions and saved tensors in that type;
+    /// parameters, norms, linear layers and checkpoints in f32.
     #[arg(long, value_enum, default_value = "f32")]
     precision: Precision,
-    /// Threads of the CPU [default: as many as the machine runs at once].
-    #[arg(long, value_name = "N", value_parser = positive)]
+    /// CPU threads [default: one per hardware thread].
+    #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// What fused blocks do with the convolution's output: recompute it in the backward pass, or
-    /// never.
+    /// Whether fused blocks recompute the convolution's output in the backward pass, or keep it.
     #[arg(long, value_enum, default_value = "conv")]
     recompute: RecomputePolicy,
     /// Most bytes of workspace in the backward pass of a fused block.
-    #[arg(long, value_name = "BYTES", value_parser = positive)]
+    #[arg(long, value_name = "BYTES")]
     max_workspace: Option<usize>,
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Default)]
 #[command(next_help_heading = "Options as a file")]
 struct ConfigArgs {
-    /// Read options from this TOML file, or JSON if it ends in .json: their long names, each with
-    /// its value or, for a switch, true or false. What is on the command line wins.
+    /// Options from this TOML file, or JSON if it ends in .json: long names with values, true or
+    /// false for a switch. The command line wins.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Print all options with the values that they have, as such a file, and do nothing else.
+    /// Print the options in effect as such a file, and exit.
     #[arg(long)]
     print_config: bool,
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 struct JobArgs {
     #[command(flatten)]
+    #[serde(flatten)]
     network: NetworkArgs,
     #[command(flatten)]
+    #[serde(flatten)]
     training: TrainingArgs,
     #[command(flatten)]
+    #[serde(flatten)]
     data: DataArgs,
     #[command(flatten)]
+    #[serde(flatten)]
     compute: ComputeArgs,
     #[command(flatten)]
+    #[serde(skip)]
     config: ConfigArgs,
+}
+
+/// Options of a training to its end, which `parity` has not.
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct LearningArgs {
+    /// Probability of dropping a hidden value [default: 0.5 for tutorial and vgg16-bn, 0.2 for
+    /// mobilenet-v2; the residual networks have no dropout].
+    #[arg(long, value_name = "P", value_parser = finite, help_heading = ON_NETWORK)]
+    dropout: Option<f64>,
+    /// Factor on the learning rate after every epoch.
+    #[arg(long, value_name = "FACTOR", default_value_t = 0.7, value_parser = finite, help_heading = ON_TRAINING)]
+    gamma: f64,
+    /// Test on the first N digits only.
+    #[arg(long, value_name = "N", help_heading = ON_DATA)]
+    test_limit: Option<usize>,
     /// Print the loss of every so many batches; 0 for none.
     #[arg(long, value_name = "N", default_value_t = 2, help_heading = ON_OUTPUT)]
     log_interval: usize,
+}
+
+impl LearningArgs {
+    fn dropout(&self, model: ModelChoice) -> f64 {
+        self.dropout.unwrap_or_else(|| model.default_dropout())
+    }
 }
 
 impl JobArgs {
@@ -249,53 +291,51 @@ impl JobArgs {
             .unwrap_or_else(|| optimizer.default_learning_rate())
     }
 
-    fn dropout(&self) -> f64 {
-        let model = self.network.model;
-        self.network
-            .dropout
-            .unwrap_or_else(|| model.default_dropout())
-    }
-
     /// The job, on a device that is there and computes in its precision.
-    fn into_job(self, epochs: usize) -> Result<Job, DeviceError> {
+    fn into_job(self, epochs: usize, learning: LearningArgs) -> Result<Job> {
         self.compute.device.open_for(self.compute.precision)?;
         Ok(Job {
             learning_rate: self.learning_rate(),
-            dropout: self.dropout(),
+            dropout: learning.dropout(self.network.model),
             dataset: self.data.dataset,
             data_dir: self.data.data_dir,
             download: !self.data.no_download,
             train_limit: self.data.train_limit,
-            test_limit: self.data.test_limit,
+            test_limit: learning.test_limit,
             epochs,
             batch_size: self.training.batch_size,
             model: self.network.model,
             optimizer: self.training.optimizer,
-            decay: self.training.gamma,
+            decay: learning.gamma,
             norm: self.network.norm,
             precision: self.compute.precision,
             device: self.compute.device,
             recompute: self.compute.recompute,
             max_workspace: self.compute.max_workspace,
             seed: self.training.seed,
-            log_interval: self.log_interval,
+            log_interval: learning.log_interval,
         })
     }
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 struct Compare {
     /// Epochs.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive, help_heading = ON_RUN)]
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = ON_RUN)]
     epochs: usize,
-    /// If it would take longer than this many minutes by the estimate, train on fewer digits.
-    #[arg(long, value_name = "MINUTES", value_parser = positive_number, help_heading = ON_RUN)]
+    /// Limit on the estimated duration, in minutes; above it, training is on fewer digits.
+    #[arg(long, value_name = "MINUTES", value_parser = finite, help_heading = ON_RUN)]
     time_limit: Option<f64>,
     /// Folder for the logs of the metrics.
     #[arg(long, value_name = "DIR", default_value = "artifacts/compare", help_heading = ON_RUN)]
     artifacts: PathBuf,
     #[command(flatten)]
+    #[serde(flatten)]
     job: JobArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    learning: LearningArgs,
     /// Write the results to this file.
     #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
     json: Option<PathBuf>,
@@ -304,18 +344,19 @@ struct Compare {
     plot: Option<PathBuf>,
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 struct Train {
     /// Epochs, those of a resumed run included.
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = positive, help_heading = ON_RUN)]
+    #[arg(long, value_name = "N", default_value_t = 5, help_heading = ON_RUN)]
     epochs: usize,
     /// Stop when the test loss has not improved for N epochs.
-    #[arg(long, value_name = "N", value_parser = positive, help_heading = ON_RUN)]
+    #[arg(long, value_name = "N", help_heading = ON_RUN)]
     early_stopping: Option<usize>,
     /// Folder for checkpoints and logs.
     #[arg(long, value_name = "DIR", default_value = RUN, help_heading = ON_RUN)]
     artifacts: PathBuf,
-    /// Go on from the newest complete checkpoint in the folder, with the run's own options.
+    /// Resume the run in the folder from its newest complete checkpoint, with its options.
     #[arg(long, conflicts_with = "overwrite", help_heading = ON_RUN)]
     resume: bool,
     /// Remove an earlier run in the folder.
@@ -325,7 +366,11 @@ struct Train {
     #[arg(long, value_enum, default_value = "fused", help_heading = ON_NETWORK)]
     variant: Variant,
     #[command(flatten)]
+    #[serde(flatten)]
     job: JobArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    learning: LearningArgs,
     /// Print lines even on a terminal, where Burn's dashboard is shown otherwise.
     #[arg(long, help_heading = ON_OUTPUT)]
     plain: bool,
@@ -334,29 +379,36 @@ struct Train {
     json: Option<PathBuf>,
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 struct ParityArgs {
     /// Training steps.
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = positive, help_heading = ON_RUN)]
+    #[arg(long, value_name = "N", default_value_t = 30, help_heading = ON_RUN)]
     steps: usize,
     #[command(flatten)]
+    #[serde(flatten)]
     job: JobArgs,
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 struct Predict {
     #[command(flatten)]
+    #[serde(flatten)]
     what: WhatArgs,
     #[command(flatten)]
+    #[serde(flatten)]
     trained: TrainedArgs,
     #[command(flatten)]
+    #[serde(flatten)]
     data: TestDataArgs,
     #[command(flatten)]
+    #[serde(flatten)]
     compute: PredictComputeArgs,
     #[command(flatten)]
+    #[serde(skip)]
     config: ConfigArgs,
-    /// Draw the digits of the test set that were taken for others, the worst first, to this SVG or
-    /// PNG file.
+    /// Draw the misclassified digits of the test set, highest loss first, to this SVG or PNG file.
     #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
     mistakes: Option<PathBuf>,
     /// Write the predictions to this file.
@@ -364,7 +416,8 @@ struct Predict {
     json: Option<PathBuf>,
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[command(next_help_heading = "What to classify")]
 struct WhatArgs {
     /// The pictures in this folder: .png, .pgm, .ppm, .pbm and .pnm files of any size.
@@ -375,25 +428,27 @@ struct WhatArgs {
     test_set: bool,
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[command(next_help_heading = "Trained model")]
 struct TrainedArgs {
     /// Folder of the training: its --artifacts.
     #[arg(long, value_name = "DIR", default_value = RUN)]
     artifacts: PathBuf,
     /// Take the checkpoint after this epoch [default: the newest complete one].
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N")]
     epoch: Option<usize>,
     /// In which form to run it [default: the one that was trained].
     #[arg(long, value_enum)]
     form: Option<PredictForm>,
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[command(next_help_heading = "Test digits")]
 struct TestDataArgs {
-    /// MNIST if it can be had and built-in digits otherwise, or one of them for sure [default: as
-    /// in the training].
+    /// MNIST if it is found or downloaded and built-in digits otherwise, or one of the two [default:
+    /// as in the training].
     #[arg(long, value_enum)]
     dataset: Option<DatasetChoice>,
     /// Folder with MNIST's four IDX files, plain or .gz [default: as in the training].
@@ -407,42 +462,27 @@ struct TestDataArgs {
     test_limit: Option<usize>,
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[command(next_help_heading = "Computation")]
 struct PredictComputeArgs {
-    /// Where to compute [default: as in the training].
+    /// Device [default: as in the training].
     #[arg(long, value_enum)]
     device: Option<DeviceChoice>,
-    /// Threads of the CPU [default: as many as the machine runs at once].
-    #[arg(long, value_name = "N", value_parser = positive)]
+    /// CPU threads [default: one per hardware thread].
+    #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Digits at a time, on which the results of the tutorial's network depend [default: as in the
-    /// training].
-    #[arg(long, value_name = "N", value_parser = positive)]
+    /// Digits a batch; the tutorial's network normalizes by batch [default: as in the training].
+    #[arg(long, value_name = "N")]
     batch_size: Option<usize>,
 }
 
-fn positive(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(0) => Err("must be at least 1".to_string()),
-        Ok(number) => Ok(number),
-        Err(error) => Err(format!("{error}")),
-    }
-}
-
-fn positive_number(text: &str) -> Result<f64, String> {
+/// A number that JSON has.
+fn finite(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
-        Ok(number) if number.is_finite() && number > 0.0 => Ok(number),
-        Ok(_) => Err("must be a finite number above 0".to_string()),
-        Err(error) => Err(format!("{error}")),
-    }
-}
-
-fn probability(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
-        Ok(_) => Err("must be at least 0 and less than 1".to_string()),
-        Err(error) => Err(format!("{error}")),
+        Ok(number) if number.is_finite() => Ok(number),
+        Ok(_) => Err("must be finite".to_string()),
+        Err(error) => Err(error.to_string()),
     }
 }
 
@@ -478,114 +518,88 @@ pub fn main(allocator: &'static CountingAllocator) -> ExitCode {
     }
 }
 
-/// A command line, with what files add to it: its configuration, and the run that it resumes.
+/// A command, with what files add to it: its configuration, and the run that it resumes.
 struct Invocation {
-    command: Option<Subcommands>,
+    command: Subcommands,
     /// All options of the command with their values.
     options: Options,
-    /// What the run was started with that is to be resumed.
+    /// The run to be resumed.
     stored: Option<RunFile>,
 }
 
 impl Invocation {
-    /// Reads a command line and its files. Ends the process if the command line alone makes no
-    /// sense, or asks for help.
+    /// Reads a command line and its files. Ends the process if the command line alone is wrong, or asks
+    /// for help.
     fn read(mut arguments: Vec<OsString>) -> Result<Self> {
-        let command = Cli::command();
-        let mut matches = match command.clone().try_get_matches_from(&arguments) {
+        let bare = is_bare(&arguments);
+        if bare {
+            arguments.insert(arguments.len().min(1), "compare".into());
+        }
+        let matches = match Cli::command().try_get_matches_from(arguments) {
             Ok(matches) => matches,
             Err(error) => {
                 error.print().map_err(PrintError::from)?;
                 std::process::exit(error.exit_code());
             }
         };
-        if let Some(path) = given::<PathBuf>(&matches, "config") {
-            let options = config::read(path)?;
-            let origin = path.display().to_string();
-            matches = with(&command, &mut arguments, &matches, &options, &origin)?;
+        let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+        let mut command = cli.command;
+        if let (true, Subcommands::Compare(args)) = (bare, &mut command) {
+            args.time_limit.get_or_insert(DEFAULT_TIME_LIMIT);
+        }
+        let mut layers = Layers::new(&command, matches.subcommand().map(|(_, given)| given))?;
+        if let Err(error) = layers.check() {
+            Cli::command()
+                .error(ErrorKind::ValueValidation, error)
+                .exit();
+        }
+        let ConfigArgs {
+            config,
+            print_config,
+        } = command.take_config();
+        if let Some(path) = config {
+            command = layers.add(&config::read(&path)?, &path.display().to_string())?;
+        }
+        if layers.options.get("dataset") == Some(&"synthetic".into()) && layers.is_given("data-dir")
+        {
+            bail!("--dataset synthetic draws its digits, and reads none from --data-dir");
         }
         let mut stored = None;
-        if given::<bool>(&matches, "resume") == Some(&true)
-            && let Some(directory) = given::<PathBuf>(&matches, "artifacts")
+        if let Subcommands::Train(Train {
+            resume: true,
+            artifacts,
+            ..
+        }) = &command
+            && let Some(file) = stored_run(artifacts)?
         {
-            stored = stored_run(directory)?;
+            let origin = artifacts.join(RUN_FILE).display().to_string();
+            command = layers.add(&file.options, &origin)?;
+            stored = Some(file);
         }
-        if let Some(file) = &stored {
-            let origin = config::RUN_FILE;
-            matches = with(&command, &mut arguments, &matches, &file.options, origin)?;
-        }
-
-        let mut options = match subcommand(&command, &matches) {
-            Some((subcommand, matches)) => config::effective(subcommand, matches)?,
-            None => Options::new(),
-        };
-        let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-        if let Some(job) = cli.command.as_ref().and_then(Subcommands::job) {
-            // What depends on other options.
-            for (option, value) in [("lr", job.learning_rate()), ("dropout", job.dropout())] {
-                options.insert(option.to_string(), Value::from(value));
-            }
-        }
-        if given::<bool>(&matches, "print_config") == Some(&true) {
+        command.complete();
+        let options = config::effective(&command)?;
+        if print_config {
             say!("{}", config::to_toml(&options).trim_end())?;
             std::process::exit(0);
         }
         Ok(Self {
-            command: cli.command,
+            command,
             options,
             stored,
         })
     }
 }
 
-/// The value of an option of the subcommand; none if it has no such option.
-fn given<'a, T: Clone + Send + Sync + 'static>(
-    matches: &'a ArgMatches,
-    option: &str,
-) -> Option<&'a T> {
-    let (_, matches) = matches.subcommand()?;
-    matches.try_get_one(option).ok().flatten()
+/// Whether a command line has no command, but options of `compare` or nothing.
+fn is_bare(arguments: &[OsString]) -> bool {
+    const OWN: [&str; 4] = ["-h", "--help", "-V", "--version"];
+
+    arguments.get(1).is_none_or(|first| {
+        first.as_encoded_bytes().starts_with(b"-") && OWN.iter().all(|own| first != own)
+    })
 }
 
-fn subcommand<'a>(
-    command: &'a Command,
-    matches: &'a ArgMatches,
-) -> Option<(&'a Command, &'a ArgMatches)> {
-    let (name, matches) = matches.subcommand()?;
-    Some((command.find_subcommand(name)?, matches))
-}
-
-/// Adds options to a command line that has a subcommand, where it has nothing else.
-fn with(
-    command: &Command,
-    arguments: &mut Vec<OsString>,
-    matches: &ArgMatches,
-    options: &Options,
-    origin: &str,
-) -> Result<ArgMatches, ConfigError> {
-    let (subcommand, matches) = subcommand(command, matches).expect("it has a subcommand");
-    let added = config::arguments(options, origin, subcommand, matches)?;
-    // Behind the program and the subcommand.
-    drop(arguments.splice(2..2, added));
-    command
-        .clone()
-        .try_get_matches_from(&*arguments)
-        .map_err(|error| ConfigError::Refused {
-            origin: origin.to_string(),
-            reason: reason(&error),
-        })
-}
-
-/// What clap says first, on one line.
-fn reason(error: &clap::Error) -> String {
-    let text = error.to_string();
-    let text = text.split("\n\n").next().unwrap_or_default();
-    let text = text.strip_prefix("error: ").unwrap_or(text);
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
-/// What the run in a folder was started with. None if there is no run: that it cannot be resumed is
-/// found out where runs are.
+/// What the run in a folder was started with. None if there is no run.
 fn stored_run(directory: &Path) -> Result<Option<RunFile>, RunFileError> {
     match RunFile::read(directory) {
         Ok(file) => Ok(Some(file)),
@@ -595,34 +609,20 @@ fn stored_run(directory: &Path) -> Result<Option<RunFile>, RunFileError> {
 }
 
 fn execute(invocation: Invocation, allocator: &'static CountingAllocator) -> Result<()> {
-    let Invocation {
-        command,
-        options,
-        stored,
-    } = invocation;
-    let trains = matches!(command, Some(Subcommands::Train(_)));
+    let trains = matches!(invocation.command, Subcommands::Train(_));
     let interrupter = interrupt::listen(trains).context("cannot listen for Ctrl-C")?;
-    match command {
-        Some(Subcommands::Worker) => work(allocator, interrupter),
-        Some(Subcommands::Compare(args)) => run_compare(args, allocator, &interrupter),
-        Some(Subcommands::Train(args)) => train(args, &options, stored, allocator, interrupter),
-        Some(Subcommands::Parity(args)) => parity(args, &interrupter),
-        Some(Subcommands::Predict(args)) => run_predict(args, &interrupter),
-        None => {
-            let mut args = Compare::parse_defaults();
-            args.time_limit = Some(DEFAULT_TIME_LIMIT.as_secs_f64() / 60.0);
-            run_compare(args, allocator, &interrupter)
-        }
-    }
-}
-
-impl Compare {
-    /// What `mnist compare` without options is.
-    fn parse_defaults() -> Self {
-        match Cli::parse_from(["mnist", "compare"]).command {
-            Some(Subcommands::Compare(args)) => args,
-            _ => unreachable!("the command line just written is a comparison"),
-        }
+    match invocation.command {
+        Subcommands::Worker => work(allocator, interrupter),
+        Subcommands::Compare(args) => run_compare(args, allocator, &interrupter),
+        Subcommands::Train(args) => train(
+            args,
+            &invocation.options,
+            invocation.stored,
+            allocator,
+            interrupter,
+        ),
+        Subcommands::Parity(args) => parity(args, &interrupter),
+        Subcommands::Predict(args) => run_predict(args, &interrupter),
     }
 }
 
@@ -656,12 +656,8 @@ fn run_compare(
         time_limit,
         threads,
     };
-    compare(
-        args.job.into_job(args.epochs)?,
-        &options,
-        allocator,
-        interrupter,
-    )
+    let job = args.job.into_job(args.epochs, args.learning)?;
+    compare(job, &options, allocator, interrupter)
 }
 
 fn train(
@@ -679,15 +675,22 @@ fn train(
         overwrite,
         variant,
         job,
+        learning,
         plain,
         json,
     } = args;
+    if resume && overwrite {
+        bail!("--resume goes on with the run that --overwrite removes; use one of them");
+    }
     set_threads(job.compute.threads)?;
+    let resume = if resume { Resume::Latest } else { Resume::No };
+    // Before the digits are drawn or downloaded.
     if let Some(stored) = &stored {
         stored.check_options(&directory, given)?;
     }
+    check_directory(&directory, resume, overwrite)?;
     output::check(&[("--json", json.as_deref())])?;
-    let job = job.into_job(epochs)?;
+    let job = job.into_job(epochs, learning)?;
     job.check()?;
     let data = job.data()?;
     say!("Data: {}", data.origin)?;
@@ -703,13 +706,10 @@ fn train(
         directory: directory.clone(),
         overwrite,
         checkpoints: true,
-        resume: match resume {
-            true => Resume::Latest,
-            false => Resume::No,
-        },
+        resume,
         patience: early_stopping,
         dashboard: !plain,
-        run_file: Some(RunFile::new(given, identity)),
+        run_file: Some(RunFile::new(given, identity).to_json()),
         interrupter,
     };
     let (trained, outcome) = run(&job, variant, data, allocator, options)?;
@@ -719,7 +719,7 @@ fn train(
     let json = json.as_deref();
     let files = json.map(|path| ("Report", path, output::json(&report)));
     output::finish(tested, Vec::from_iter(files))?;
-    let kept = kept_epochs(&directory)
+    let kept = checkpoint::epochs(&directory)
         .with_context(|| format!("cannot read {}", checkpoint::folder(&directory).display()))?;
     // Ctrl-C may have come when everything was done.
     if outcome.interrupted.is_some() && kept.last() != Some(&epochs) {
@@ -740,19 +740,6 @@ fn train(
         Some(_) => {}
     }
     report.check_finite()
-}
-
-/// The epochs of a run of which there is a complete checkpoint, in order.
-fn kept_epochs(directory: &Path) -> io::Result<Vec<usize>> {
-    // The list of a checkpoint's files comes last, and completes it. One without files is of a run
-    // that has finished no epoch.
-    let mut epochs: Vec<usize> = checkpoint::files(directory)?
-        .into_iter()
-        .filter(|file| file.epoch > 0 && file.path.extension().is_some_and(|end| end == "json"))
-        .map(|file| file.epoch)
-        .collect();
-    epochs.sort_unstable();
-    Ok(epochs)
 }
 
 /// What was lost of a training that was interrupted, and what is left of it.
@@ -783,7 +770,7 @@ fn interruption(
         ),
         [.., last] => format!(
             "kept in {directory}: {} and the logs; --resume goes on with epoch {}",
-            checkpoints_of(kept),
+            checkpoint::named(kept),
             last + 1
         ),
     };
@@ -794,21 +781,16 @@ fn interruption(
     format!("interrupted {lost}; {left}{report}")
 }
 
-/// The checkpoints of some epochs, in words.
-fn checkpoints_of(epochs: &[usize]) -> String {
-    let texts: Vec<String> = epochs.iter().map(usize::to_string).collect();
-    match texts.split_last() {
-        Some((last, [])) => format!("the checkpoint of epoch {last}"),
-        Some((last, others)) => {
-            format!("the checkpoints of epochs {} and {last}", others.join(", "))
-        }
-        None => "no checkpoint".to_string(),
-    }
-}
-
 fn parity(args: ParityArgs, interrupter: &Interrupter) -> Result<()> {
     set_threads(args.job.compute.threads)?;
-    let job = args.job.into_job(1)?;
+    let learning = LearningArgs {
+        // Trained without, whatever the network has.
+        dropout: None,
+        gamma: 1.0,
+        test_limit: Some(1),
+        log_interval: 0,
+    };
+    let job = args.job.into_job(1, learning)?;
     job.check()?;
     Parity::check(job.precision)?;
     let data = job.data()?;
@@ -819,8 +801,9 @@ fn parity(args: ParityArgs, interrupter: &Interrupter) -> Result<()> {
 
 fn run_predict(args: Predict, interrupter: &Interrupter) -> Result<()> {
     let source = match (args.what.images, args.what.test_set) {
-        (Some(folder), _) => Source::Images(folder),
+        (Some(folder), false) => Source::Images(folder),
         (None, true) => Source::TestSet,
+        (Some(_), true) => bail!("--images and --test-set exclude each other"),
         (None, false) => bail!("there is nothing to classify; use --images DIR or --test-set"),
     };
     set_threads(args.compute.threads)?;
@@ -830,13 +813,28 @@ fn run_predict(args: Predict, interrupter: &Interrupter) -> Result<()> {
         variant,
         epochs,
         mut job,
+        mut learning,
         ..
     } = stored_options(&file, &directory)?;
+    if matches!(source, Source::Images(_)) && job.network.model.tracks_statistics() {
+        for (option, is_given) in [
+            ("--dataset", args.data.dataset.is_some()),
+            ("--data-dir", args.data.data_dir.is_some()),
+            ("--test-limit", args.data.test_limit.is_some()),
+        ] {
+            if is_given {
+                bail!(
+                    "{option} is about test digits, of which {} needs none for pictures",
+                    job.network.model.name()
+                );
+            }
+        }
+    }
     let (data, compute) = (&mut job.data, &mut job.compute);
     data.dataset = args.data.dataset.unwrap_or(data.dataset);
     data.data_dir = args.data.data_dir.or(data.data_dir.take());
     data.no_download |= args.data.no_download;
-    data.test_limit = args.data.test_limit.or(data.test_limit);
+    learning.test_limit = args.data.test_limit.or(learning.test_limit);
     compute.device = args.compute.device.unwrap_or(compute.device);
     let batch_size = args.compute.batch_size;
     job.training.batch_size = batch_size.unwrap_or(job.training.batch_size);
@@ -849,25 +847,24 @@ fn run_predict(args: Predict, interrupter: &Interrupter) -> Result<()> {
         json: args.json,
         mistakes: args.mistakes,
     };
-    predict(&job.into_job(epochs)?, &options, interrupter)
+    predict(&job.into_job(epochs, learning)?, &options, interrupter)
 }
 
 /// The options of `mnist train` that a run was started with.
 fn stored_options(file: &RunFile, directory: &Path) -> Result<Train> {
-    let command = Cli::command();
-    let mut arguments: Vec<OsString> = vec!["mnist".into(), "train".into()];
-    let matches = command.clone().get_matches_from(&arguments);
-    let origin = directory.join(config::RUN_FILE).display().to_string();
-    let matches = with(&command, &mut arguments, &matches, &file.options, &origin)?;
-    match Cli::from_arg_matches(&matches)?.command {
-        Some(Subcommands::Train(train)) => Ok(train),
-        _ => unreachable!("the command line just written is a training"),
+    let defaults = Cli::try_parse_from(["mnist", "train"])?.command;
+    let origin = directory.join(RUN_FILE).display().to_string();
+    match Layers::new(&defaults, None)?.add(&file.options, &origin)? {
+        Subcommands::Train(train) => Ok(train),
+        _ => unreachable!("options do not change the command"),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use std::any::TypeId;
 
     use clap::ValueEnum;
 
@@ -883,7 +880,7 @@ mod tests {
     fn help_has_every_option_under_a_heading_and_fits_the_terminal() {
         let mut command = Cli::command();
         command.build();
-        let own = |command: &&Command| command.get_name() != "help";
+        let own = |command: &&clap::Command| command.get_name() != "help";
         for subcommand in command.get_subcommands().filter(own) {
             for arg in subcommand.get_arguments() {
                 let own = ["help", "version"].contains(&arg.get_id().as_str());
@@ -914,11 +911,50 @@ mod tests {
             let Some(example) = line.strip_prefix("  ") else {
                 continue;
             };
-            Cli::try_parse_from(example.split_whitespace())
-                .unwrap_or_else(|error| panic!("{example}: {error}"));
+            let mut arguments: Vec<OsString> = example.split_whitespace().map(Into::into).collect();
+            if is_bare(&arguments) {
+                arguments.insert(1, "compare".into());
+            }
+            Cli::try_parse_from(arguments).unwrap_or_else(|error| panic!("{example}: {error}"));
             count += 1;
         }
         assert!(count > 10, "{count}");
+    }
+
+    /// Files have the options and values of the command line, and every number has bounds.
+    #[test]
+    fn files_and_the_command_line_agree() {
+        let options = |arguments: &[&str]| {
+            let cli = Cli::try_parse_from(["mnist"].iter().chain(arguments)).unwrap();
+            Layers::new(&cli.command, None).unwrap().options
+        };
+        let command = Cli::command();
+        for name in ["compare", "train", "parity", "predict"] {
+            let args = command.find_subcommand(name).unwrap().get_arguments();
+            let mut names = Vec::new();
+            for arg in args {
+                let long = arg.get_long().unwrap();
+                if ["config", "print-config"].contains(&long) {
+                    continue;
+                }
+                names.push(long);
+                for value in arg.get_possible_values() {
+                    let value = value.get_name();
+                    // A switch has true and false.
+                    if arg.get_action().takes_values() {
+                        let set = options(&[name, &format!("--{long}={value}")]);
+                        assert_eq!(set[long], value, "{name} --{long}");
+                    }
+                }
+                let kind = arg.get_value_parser().type_id();
+                let number = kind == TypeId::of::<usize>() || kind == TypeId::of::<f64>();
+                let bounded = config::check(long, &(-1.0).into()).is_err();
+                assert_eq!(bounded, number, "{name} --{long}");
+            }
+            names.sort_unstable();
+            let keys: Vec<String> = options(&[name]).into_iter().map(|(key, _)| key).collect();
+            assert_eq!(keys, names, "{name}");
+        }
     }
 
     /// What help says of defaults that depend on other options.

@@ -381,7 +381,7 @@ fn summary(report: &Report) -> String {
         let each: Vec<String> = report
             .variants
             .iter()
-            .map(|variant| format!("{}: {:.2}GB", variant.name, gigabytes(of(variant))))
+            .map(|variant| format!("{}: {:.2} GiB", variant.name, gibibytes(of(variant))))
             .collect();
         each.join(", ")
     };
@@ -451,7 +451,7 @@ fn plural(count: usize, what: &str) -> String {
     }
 }
 
-fn gigabytes(bytes: usize) -> f64 {
+fn gibibytes(bytes: usize) -> f64 {
     bytes as f64 / (1u64 << 30) as f64
 }
 

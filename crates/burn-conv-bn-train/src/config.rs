@@ -1,358 +1,329 @@
-//! Options as files: configurations that people write, and what a run was started with.
+//! Options as files: configurations that people write, and the options of a run in its folder.
 
-use std::any::TypeId;
-use std::collections::BTreeMap;
-use std::ffi::OsString;
-use std::fs;
-use std::io;
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use clap::ArgMatches;
 use clap::parser::ValueSource;
-use clap::{Arg, ArgAction, ArgMatches, Command};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Number, Value, json};
 
 use crate::data::{Digits, MnistData};
 
-/// Options of a subcommand with their values, by their long names.
-///
-/// [`read`] has an example.
-pub type Options = BTreeMap<String, Value>;
+/// Options of a command with their values, by their long names.
+pub(crate) type Options = Map<String, Value>;
 
-/// Options that are about the command line itself.
-const UNCONFIGURABLE: [&str; 4] = ["config", "help", "print-config", "version"];
+/// Options of which a command takes one.
+const RIVALS: [[&str; 2]; 2] = [["resume", "overwrite"], ["images", "test-set"]];
+
+/// A check of a number, and what it asks for.
+type Bounds = (fn(f64) -> bool, &'static str);
+
+const COUNT: Bounds = (|n| (1.0..=1e6).contains(&n), "from 1 to 1000000");
+const INTERVAL: Bounds = (|n| (0.0..=1e6).contains(&n), "from 0 to 1000000");
+const THREADS: Bounds = (|n| (1.0..=1024.0).contains(&n), "from 1 to 1024");
+const BYTES: Bounds = (|n| n >= 1.0, "at least 1");
+const POSITIVE: Bounds = (|n| n > 0.0, "above 0");
+const PROBABILITY: Bounds = (|n| (0.0..1.0).contains(&n), "at least 0 and less than 1");
+
+/// Bounds of the options that are numbers, on the command line and in files alike. A seed has none.
+const BOUNDS: [(&str, Bounds); 14] = [
+    ("batch-size", COUNT),
+    ("dropout", PROBABILITY),
+    ("early-stopping", COUNT),
+    ("epoch", COUNT),
+    ("epochs", COUNT),
+    ("gamma", POSITIVE),
+    ("log-interval", INTERVAL),
+    ("lr", POSITIVE),
+    ("max-workspace", BYTES),
+    ("steps", COUNT),
+    ("test-limit", COUNT),
+    ("threads", THREADS),
+    ("time-limit", POSITIVE),
+    ("train-limit", COUNT),
+];
+
+/// Most bytes of a file of options.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// Why a configuration cannot be used.
-///
-/// [`read`] has an example.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ConfigError {
+pub(crate) enum ConfigError {
     /// The file cannot be read.
     #[error("cannot read {}: {source}", .path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system reported.
-        source: io::Error,
-    },
+    Io { path: PathBuf, source: io::Error },
     /// The file is neither TOML nor, if its name ends in `.json`, JSON.
     #[error("{} is not valid {language}: {reason}", .path.display())]
     Syntax {
-        /// The file.
         path: PathBuf,
-        /// `"TOML"` or `"JSON"`.
         language: &'static str,
-        /// What is wrong with it, and where.
         reason: String,
     },
     /// There are keys that are no options.
-    #[error("{origin} has what `mnist {subcommand}` does not: {unknown}; it has {allowed}")]
+    #[error("{origin} has what `mnist {command}` does not: {unknown}; it has {allowed}")]
     Unknown {
-        /// Where the options come from.
         origin: String,
-        /// The subcommand.
-        subcommand: String,
-        /// The keys.
+        command: String,
         unknown: String,
-        /// All options of the subcommand.
         allowed: String,
     },
-    /// An option has a value of a kind that no option has, or that this one has not.
-    #[error("{origin} sets {option} to {value}, which should be {wanted}")]
-    Kind {
-        /// Where the options come from.
-        origin: String,
-        /// The option.
-        option: String,
-        /// Its value.
-        value: Value,
-        /// What would have been right.
-        wanted: &'static str,
-    },
-    /// An option's value was refused.
-    #[error("{origin} cannot be used: {reason}")]
+    /// An option's value is of a wrong kind or out of bounds.
+    #[error("{origin} sets {option} to {value}: {reason}")]
     Refused {
-        /// Where the options come from.
         origin: String,
-        /// Why.
+        option: String,
+        value: String,
         reason: String,
     },
     /// An option's value is not text that a file could hold.
-    #[error("the value of --{option} is not UTF-8, and cannot be written to a file")]
-    NotText {
-        /// The option.
-        option: String,
-    },
+    #[error("the options cannot be written to a file: {0}")]
+    NotText(#[source] serde_json::Error),
 }
 
-/// Reads a configuration: JSON if the file's name ends in `.json`, otherwise TOML.
-///
-/// # Errors
-///
-/// [`ConfigError::Io`] or [`ConfigError::Syntax`].
-///
-/// # Examples
-///
-/// ```
-/// use burn_conv_bn_train::config::{ConfigError, read};
-///
-/// let file = tempfile::NamedTempFile::new()?;
-/// std::fs::write(file.path(), "model = 'resnet18'\nbatch-size = 256\n")?;
-/// let options = read(file.path())?;
-/// assert_eq!(options["model"], "resnet18");
-/// assert_eq!(options["batch-size"], 256);
-///
-/// std::fs::write(file.path(), "batch-size =\n")?;
-/// assert!(matches!(
-///     read(file.path()),
-///     Err(ConfigError::Syntax { language: "TOML", .. })
-/// ));
-/// # Ok::<(), anyhow::Error>(())
-/// ```
-pub fn read(path: &Path) -> Result<Options, ConfigError> {
-    let text = fs::read_to_string(path).map_err(|source| ConfigError::Io {
+/// Reads a configuration of at most 1 MiB: JSON if the file's name ends in `.json`, otherwise TOML.
+pub(crate) fn read(path: &Path) -> Result<Options, ConfigError> {
+    let text = read_text(path).map_err(|source| ConfigError::Io {
         path: path.to_path_buf(),
         source,
     })?;
-    let json = path
-        .extension()
-        .is_some_and(|extension| extension.eq_ignore_ascii_case("json"));
-    let (language, parsed) = match json {
-        true => (
-            "JSON",
-            serde_json::from_str(&text).map_err(|error| error.to_string()),
-        ),
-        false => ("TOML", from_toml(&text)),
-    };
-    parsed.map_err(|reason| ConfigError::Syntax {
+    let syntax = |language, reason| ConfigError::Syntax {
         path: path.to_path_buf(),
         language,
         reason,
-    })
+    };
+    let extension = path.extension().unwrap_or_default();
+    if extension.eq_ignore_ascii_case("json") {
+        return serde_json::from_str(&text).map_err(|error| syntax("JSON", error.to_string()));
+    }
+    let table: toml::Table = toml::from_str(&text).map_err(|error| {
+        let before = error.span().and_then(|span| text.get(..span.start));
+        let line = before.unwrap_or_default().matches('\n').count() + 1;
+        let reason = error.message().replace('\n', ", ");
+        syntax("TOML", format!("{reason} (line {line})"))
+    })?;
+    let options = table.into_iter().map(|(option, value)| {
+        let value = match value {
+            toml::Value::String(text) => Value::from(text),
+            toml::Value::Integer(integer) => Value::from(integer),
+            toml::Value::Boolean(switch) => Value::from(switch),
+            toml::Value::Float(float) if float.is_finite() => Value::from(float),
+            other => {
+                return Err(ConfigError::Refused {
+                    origin: path.display().to_string(),
+                    option,
+                    value: other.to_string(),
+                    reason: "an option is a text, a finite number, true or false".to_string(),
+                });
+            }
+        };
+        Ok((option, value))
+    });
+    options.collect()
 }
 
-fn from_toml(text: &str) -> Result<Options, String> {
-    toml::from_str(text).map_err(|error| {
-        let start = error.span().map_or(0, |span| span.start);
-        let before = text.get(..start).unwrap_or(text);
-        let line = before.matches('\n').count() + 1;
-        format!("{} (line {line})", error.message().replace('\n', ", "))
-    })
+/// Reads a file of options, which is no device that never ends.
+fn read_text(path: &Path) -> io::Result<String> {
+    let kind = fs::metadata(path)?.file_type();
+    #[cfg(unix)]
+    let pipe = std::os::unix::fs::FileTypeExt::is_fifo(&kind);
+    #[cfg(not(unix))]
+    let pipe = false;
+    if !kind.is_file() && !pipe {
+        return Err(io::Error::other("it is neither a regular file nor a pipe"));
+    }
+    let mut bytes = Vec::new();
+    File::open(path)?
+        .take(MOST_BYTES + 1)
+        .read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MOST_BYTES {
+        return Err(io::Error::other("it is larger than 1 MiB"));
+    }
+    String::from_utf8(bytes).map_err(|_| io::Error::other("it is not UTF-8"))
 }
 
 /// As text that [`read`] reads: TOML.
+pub(crate) fn to_toml(options: &Options) -> String {
+    let mut options = options.clone();
+    for value in options.values_mut() {
+        // An integer that is too large for TOML.
+        if value.is_u64() && !value.is_i64() {
+            *value = Value::from(value.to_string());
+        }
+    }
+    toml::to_string(&options).expect("options are texts, numbers and switches")
+}
+
+/// The options of a command, put together from the command line and files.
 ///
-/// ```
-/// use burn_conv_bn_train::config::{Options, to_toml};
-/// use serde_json::json;
-///
-/// let options = Options::from([
-///     ("lr".to_string(), json!(0.5)),
-///     ("norm".to_string(), json!("burn")),
-/// ]);
-/// assert_eq!(to_toml(&options), "lr = 0.5\nnorm = \"burn\"\n");
-/// ```
-pub fn to_toml(options: &Options) -> String {
-    let mut table = toml::Table::new();
-    for (option, value) in options {
-        let value = match value {
-            Value::Bool(value) => toml::Value::Boolean(*value),
-            Value::Number(number) => match (number.as_i64(), number.as_f64()) {
-                (Some(integer), _) => toml::Value::Integer(integer),
-                // An integer that is too large for TOML.
-                (None, _) if number.is_u64() => toml::Value::String(number.to_string()),
-                (None, float) => toml::Value::Float(float.unwrap_or(f64::NAN)),
-            },
-            Value::String(text) => toml::Value::String(text.clone()),
-            other => toml::Value::String(other.to_string()),
+/// The command is an enum whose variants are commands, by their names, with structs of options by their
+/// long names.
+pub(crate) struct Layers {
+    command: String,
+    pub(crate) options: Options,
+    /// Options that further files do not set.
+    given: BTreeSet<String>,
+}
+
+impl Layers {
+    /// A command as parsed from the command line, whose matches tell what was given there; none was
+    /// without them.
+    pub(crate) fn new(
+        command: &impl Serialize,
+        matches: Option<&ArgMatches>,
+    ) -> Result<Self, ConfigError> {
+        let (command, options) = parts(command)?;
+        let on_line = |option: &&String| {
+            let source =
+                matches.and_then(|matches| matches.value_source(&option.replace('-', "_")));
+            source == Some(ValueSource::CommandLine)
         };
-        table.insert(option.clone(), value);
-    }
-    table.to_string()
-}
-
-/// The options that files may set.
-fn configurable(command: &Command) -> impl Iterator<Item = (&str, &Arg)> {
-    command
-        .get_arguments()
-        .filter_map(|arg| Some((arg.get_long()?, arg)))
-        .filter(|(option, _)| !UNCONFIGURABLE.contains(option))
-}
-
-/// What has to go before the arguments of a subcommand, so that it has `options` where nothing
-/// else is given: an option is left out if it is on the command line, or another one with which it
-/// cannot be.
-///
-/// # Errors
-///
-/// [`ConfigError::Unknown`] or [`ConfigError::Kind`], with `origin` for where the options come
-/// from.
-pub(crate) fn arguments(
-    options: &Options,
-    origin: &str,
-    command: &Command,
-    given: &ArgMatches,
-) -> Result<Vec<OsString>, ConfigError> {
-    let known: BTreeMap<&str, &Arg> = configurable(command).collect();
-    let unknown: Vec<&str> = options
-        .keys()
-        .map(String::as_str)
-        .filter(|option| !known.contains_key(option))
-        .collect();
-    if !unknown.is_empty() {
-        let allowed: Vec<&str> = known.into_keys().collect();
-        return Err(ConfigError::Unknown {
-            origin: origin.to_string(),
-            subcommand: command.get_name().to_string(),
-            unknown: unknown.join(", "),
-            allowed: allowed.join(", "),
-        });
-    }
-
-    let on_command_line = |arg: &Arg| {
-        let source = given.value_source(arg.get_id().as_str());
-        source == Some(ValueSource::CommandLine)
-    };
-    let given: Vec<&Arg> = known
-        .values()
-        .copied()
-        .filter(|arg| on_command_line(arg))
-        .collect();
-    let excluded = |arg: &Arg| {
-        given.iter().any(|given| {
-            let conflicts = |a: &Arg, b: &Arg| {
-                let conflicts = command.get_arg_conflicts_with(a);
-                conflicts.iter().any(|c| c.get_id() == b.get_id())
-            };
-            given.get_id() == arg.get_id() || conflicts(given, arg) || conflicts(arg, given)
+        Ok(Self {
+            given: options.keys().filter(on_line).cloned().collect(),
+            command,
+            options,
         })
-    };
-    let mut arguments: Vec<OsString> = Vec::new();
-    for (option, value) in options {
-        let arg = known[option.as_str()];
-        if excluded(arg) {
-            continue;
-        }
-        let wrong = |wanted| ConfigError::Kind {
-            origin: origin.to_string(),
-            option: option.clone(),
-            value: value.clone(),
-            wanted,
-        };
-        match (arg.get_action(), value) {
-            (ArgAction::SetTrue, Value::Bool(true)) => {
-                arguments.push(format!("--{option}").into());
-            }
-            (ArgAction::SetTrue, Value::Bool(false)) => {}
-            (ArgAction::SetTrue, _) => return Err(wrong("true or false")),
-            (_, Value::String(text)) => arguments.push(format!("--{option}={text}").into()),
-            (_, Value::Number(number)) => arguments.push(format!("--{option}={number}").into()),
-            _ => return Err(wrong("a text or a number")),
-        }
     }
-    Ok(arguments)
+
+    pub(crate) fn is_given(&self, option: &str) -> bool {
+        self.given.contains(option)
+    }
+
+    /// Checks the bounds of every option.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let mut options = self.options.iter();
+        options.try_for_each(|(option, value)| {
+            check(option, value).map_err(|reason| format!("--{option} {value}: {reason}"))
+        })
+    }
+
+    /// Sets options that neither the command line nor an earlier file has set, nor a rival of which the
+    /// command line has, and returns the command.
+    pub(crate) fn add<T: DeserializeOwned>(
+        &mut self,
+        added: &Options,
+        origin: &str,
+    ) -> Result<T, ConfigError> {
+        let unknown: Vec<&str> = added
+            .keys()
+            .filter(|option| !self.options.contains_key(*option))
+            .map(String::as_str)
+            .collect();
+        if !unknown.is_empty() {
+            let allowed: Vec<&str> = self.options.keys().map(String::as_str).collect();
+            return Err(ConfigError::Unknown {
+                origin: origin.to_string(),
+                command: self.command.clone(),
+                unknown: unknown.join(", "),
+                allowed: allowed.join(", "),
+            });
+        }
+        let excluded = |option: &str| {
+            let rivals = RIVALS.iter().filter(|pair| pair.contains(&option));
+            self.is_given(option) || rivals.flatten().any(|rival| self.is_given(rival))
+        };
+        let free: Vec<_> = added
+            .iter()
+            .filter(|(option, _)| !excluded(option))
+            .collect();
+        for (option, value) in free {
+            // One at a time, so that an error names the option.
+            self.set::<T>(option, value.clone())
+                .or_else(|reason| match value {
+                    // As numbers too large for TOML are written.
+                    Value::String(text) if let Ok(number) = text.parse::<Number>() => {
+                        self.set::<T>(option, Value::Number(number))
+                    }
+                    _ => Err(reason),
+                })
+                .map_err(|reason| ConfigError::Refused {
+                    origin: origin.to_string(),
+                    option: option.clone(),
+                    value: value.to_string(),
+                    reason,
+                })?;
+        }
+        self.given.extend(added.keys().cloned());
+        self.build().map_err(ConfigError::NotText)
+    }
+
+    fn set<T: DeserializeOwned>(&mut self, option: &str, value: Value) -> Result<(), String> {
+        check(option, &value)?;
+        self.options.insert(option.to_string(), value);
+        self.build::<T>()
+            .map(drop)
+            .map_err(|error| error.to_string())
+    }
+
+    fn build<T: DeserializeOwned>(&self) -> serde_json::Result<T> {
+        serde_json::from_value(json!({ &self.command: &self.options }))
+    }
 }
 
-/// All options of a subcommand with the values that they have now, defaults among them. What has
-/// none is left out.
-///
-/// # Errors
-///
-/// [`ConfigError::NotText`].
-pub(crate) fn effective(command: &Command, matches: &ArgMatches) -> Result<Options, ConfigError> {
-    let mut options = Options::new();
-    for (option, arg) in configurable(command) {
-        let id = arg.get_id().as_str();
-        if let ArgAction::SetTrue = arg.get_action() {
-            options.insert(option.to_string(), Value::Bool(matches.get_flag(id)));
-            continue;
-        }
-        let Some(value) = matches.get_raw(id).and_then(|mut values| values.next()) else {
-            continue;
-        };
-        let text = value.to_str().ok_or_else(|| ConfigError::NotText {
-            option: option.to_string(),
-        })?;
-        options.insert(option.to_string(), typed(arg, text));
-    }
+/// All options of a command that have a value.
+pub(crate) fn effective(command: &impl Serialize) -> Result<Options, ConfigError> {
+    let (_, mut options) = parts(command)?;
+    options.retain(|_, value| !value.is_null());
     Ok(options)
 }
 
-/// A value as a number if the option takes one, so that it is written in one way only.
-fn typed(arg: &Arg, text: &str) -> Value {
-    let kind = arg.get_value_parser().type_id();
-    let number = if kind == TypeId::of::<f64>() {
-        text.parse::<f64>().ok().map(Value::from)
-    } else if kind == TypeId::of::<usize>() || kind == TypeId::of::<u64>() {
-        text.parse::<u64>().ok().map(Value::from)
-    } else {
-        None
-    };
-    number.unwrap_or_else(|| Value::from(text))
+/// The name of a command and its options, null where one has no value.
+fn parts(command: &impl Serialize) -> Result<(String, Options), ConfigError> {
+    if let Value::Object(command) = serde_json::to_value(command).map_err(ConfigError::NotText)?
+        && let Some((name, Value::Object(options))) = command.into_iter().next()
+    {
+        return Ok((name, options));
+    }
+    // A command without options.
+    Ok(Default::default())
+}
+
+/// Checks a number's bounds.
+pub(crate) fn check(option: &str, value: &Value) -> Result<(), String> {
+    let bounds = BOUNDS.iter().find(|(bounded, _)| *bounded == option);
+    match (bounds, value.as_f64()) {
+        (Some((_, (within, words))), Some(number)) if !within(number) => {
+            Err(format!("it must be {words}"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Name of the file that [`RunFile`] is in.
-///
-/// [`RunFile`] has an example.
-pub const RUN_FILE: &str = "job.json";
+pub(crate) const RUN_FILE: &str = "job.json";
 
 /// What a training was started with; [`RUN_FILE`] in its folder.
-///
-/// ```
-/// use burn_conv_bn_train::config::{DataIdentity, Options, RUN_FILE, RunFile, RunFileError};
-/// use burn_conv_bn_train::data::{DataRequest, DatasetChoice, resolve};
-///
-/// let data = resolve(&DataRequest {
-///     choice: DatasetChoice::Synthetic,
-///     train_limit: Some(8),
-///     test_limit: Some(4),
-///     ..DataRequest::default()
-/// })?;
-/// let options = |batch_size: u64| {
-///     Options::from([("batch-size".to_string(), serde_json::Value::from(batch_size))])
-/// };
-/// let folder = tempfile::tempdir()?;
-/// let file = RunFile::new(&options(256), DataIdentity::of(&data));
-/// std::fs::write(folder.path().join(RUN_FILE), file.to_json())?;
-///
-/// // Later, to go on with it. Batches of another size would make it another run.
-/// let file = RunFile::read(folder.path())?;
-/// file.check_data(folder.path(), &DataIdentity::of(&data))?;
-/// let other = file.check_options(folder.path(), &options(512));
-/// assert!(matches!(other, Err(RunFileError::Differs { .. })));
-/// # Ok::<(), anyhow::Error>(())
-/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct RunFile {
+pub(crate) struct RunFile {
     /// Version of the program that wrote it.
-    pub version: String,
+    pub(crate) version: String,
     /// Options of `mnist train`: those that say what is computed, and where.
-    pub options: Options,
+    pub(crate) options: Options,
     /// The digits.
-    pub data: DataIdentity,
+    pub(crate) data: DataIdentity,
 }
 
 /// Which digits a model was trained and tested on.
-///
-/// [`RunFile`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DataIdentity {
+pub(crate) struct DataIdentity {
     /// `mnist`, `synthetic` or `custom`.
-    pub name: String,
+    pub(crate) name: String,
     /// Training digits.
-    pub train_digits: usize,
+    pub(crate) train_digits: usize,
     /// MD5 of their images and labels.
-    pub train_md5: String,
+    pub(crate) train_md5: String,
     /// Test digits.
-    pub test_digits: usize,
+    pub(crate) test_digits: usize,
     /// MD5 of their images and labels.
-    pub test_md5: String,
+    pub(crate) test_md5: String,
 }
 
 impl DataIdentity {
     /// Of data that were found.
-    pub fn of(data: &MnistData) -> Self {
+    pub(crate) fn of(data: &MnistData) -> Self {
         let digest = |digits: &Digits| {
             let mut context = md5::Context::new();
             context.consume(digits.images());
@@ -388,52 +359,34 @@ impl DataIdentity {
 }
 
 /// Why a folder's run cannot be gone on with.
-///
-/// [`RunFile`] has an example.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum RunFileError {
+pub(crate) enum RunFileError {
     /// There is no such file.
     #[error(
         "{} has no {RUN_FILE}, which says what its checkpoints are of: they were not written by \
          `mnist train`, or by an older one", .directory.display()
     )]
-    Missing {
-        /// The folder.
-        directory: PathBuf,
-    },
+    Missing { directory: PathBuf },
     /// The file cannot be read.
     #[error("cannot read {}: {source}", .path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system reported.
-        source: io::Error,
-    },
+    Io { path: PathBuf, source: io::Error },
     /// The file is not one that was written for a run.
     #[error("{} is damaged: {source}", .path.display())]
     Damaged {
-        /// The file.
         path: PathBuf,
-        /// What is wrong with it.
         source: serde_json::Error,
     },
     /// The run was started with other options.
     #[error("cannot resume the run in {}: it was started with {differences}", .directory.display())]
     Differs {
-        /// The folder.
         directory: PathBuf,
-        /// The options, with both values of each.
         differences: String,
     },
     /// The run was started on other digits.
     #[error("cannot resume the run in {}: it was started on {stored}, and these are {found}", .directory.display())]
     Data {
-        /// The folder.
         directory: PathBuf,
-        /// The run's digits.
         stored: String,
-        /// The digits that were found now.
         found: String,
     },
 }
@@ -461,7 +414,7 @@ impl RunFile {
     const PASSING: [&str; 5] = ["artifacts", "json", "overwrite", "plain", "resume"];
 
     /// Of a run that starts now, with all options of `mnist train`.
-    pub fn new(options: &Options, data: DataIdentity) -> Self {
+    pub(crate) fn new(options: &Options, data: DataIdentity) -> Self {
         let mut options = options.clone();
         options.retain(|option, _| !Self::PASSING.contains(&option.as_str()));
         // A run may be resumed from another folder.
@@ -479,37 +432,32 @@ impl RunFile {
     }
 
     /// Reads the file in the folder of a run.
-    ///
-    /// # Errors
-    ///
-    /// [`RunFileError`].
-    pub fn read(directory: &Path) -> Result<Self, RunFileError> {
+    pub(crate) fn read(directory: &Path) -> Result<Self, RunFileError> {
         let path = directory.join(RUN_FILE);
-        let json = match fs::read(&path) {
-            Ok(json) => json,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(RunFileError::Missing {
-                    directory: directory.to_path_buf(),
-                });
+        match read_text(&path) {
+            Ok(json) => {
+                serde_json::from_str(&json).map_err(|source| RunFileError::Damaged { path, source })
             }
-            Err(source) => return Err(RunFileError::Io { path, source }),
-        };
-        serde_json::from_slice(&json).map_err(|source| RunFileError::Damaged { path, source })
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(RunFileError::Missing {
+                directory: directory.to_path_buf(),
+            }),
+            Err(source) => Err(RunFileError::Io { path, source }),
+        }
     }
 
     /// What goes into the file.
-    pub fn to_json(&self) -> Vec<u8> {
+    pub(crate) fn to_json(&self) -> Vec<u8> {
         let mut json = serde_json::to_vec_pretty(self).expect("texts and numbers are JSON");
         json.push(b'\n');
         json
     }
 
     /// Checks that all of `options` that decide what is computed are this run's.
-    ///
-    /// # Errors
-    ///
-    /// [`RunFileError::Differs`], with every option that is not.
-    pub fn check_options(&self, directory: &Path, options: &Options) -> Result<(), RunFileError> {
+    pub(crate) fn check_options(
+        &self,
+        directory: &Path,
+        options: &Options,
+    ) -> Result<(), RunFileError> {
         let differences: Vec<String> = Self::FIXED
             .iter()
             .map(|option| (option, self.options.get(*option), options.get(*option)))
@@ -523,29 +471,29 @@ impl RunFile {
                 (None, None) => unreachable!("they differ"),
             })
             .collect();
-        match differences.is_empty() {
-            true => Ok(()),
-            false => Err(RunFileError::Differs {
-                directory: directory.to_path_buf(),
-                differences: differences.join(", and with "),
-            }),
+        if differences.is_empty() {
+            return Ok(());
         }
+        Err(RunFileError::Differs {
+            directory: directory.to_path_buf(),
+            differences: differences.join(", and with "),
+        })
     }
 
     /// Checks that `data` are this run's.
-    ///
-    /// # Errors
-    ///
-    /// [`RunFileError::Data`].
-    pub fn check_data(&self, directory: &Path, data: &DataIdentity) -> Result<(), RunFileError> {
-        match self.data == *data {
-            true => Ok(()),
-            false => Err(RunFileError::Data {
-                directory: directory.to_path_buf(),
-                stored: self.data.describe(),
-                found: data.describe(),
-            }),
+    pub(crate) fn check_data(
+        &self,
+        directory: &Path,
+        data: &DataIdentity,
+    ) -> Result<(), RunFileError> {
+        if self.data == *data {
+            return Ok(());
         }
+        Err(RunFileError::Data {
+            directory: directory.to_path_buf(),
+            stored: self.data.describe(),
+            found: data.describe(),
+        })
     }
 }
 
@@ -561,111 +509,142 @@ fn shown(value: &Value) -> String {
 mod tests {
     use super::*;
 
-    use serde_json::json;
-
-    fn command() -> Command {
-        Command::new("train")
-            .arg(
-                Arg::new("lr")
-                    .long("lr")
-                    .value_parser(clap::value_parser!(f64)),
-            )
-            .arg(
-                Arg::new("batch_size")
-                    .long("batch-size")
-                    .value_parser(clap::value_parser!(usize))
-                    .default_value("2048"),
-            )
-            .arg(
-                Arg::new("seed")
-                    .long("seed")
-                    .value_parser(clap::value_parser!(u64)),
-            )
-            .arg(Arg::new("norm").long("norm").default_value("burn"))
-            .arg(
-                Arg::new("resume")
-                    .long("resume")
-                    .action(ArgAction::SetTrue)
-                    .conflicts_with("overwrite"),
-            )
-            .arg(
-                Arg::new("overwrite")
-                    .long("overwrite")
-                    .action(ArgAction::SetTrue),
-            )
-            .arg(Arg::new("config").long("config"))
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    enum Command {
+        Train(Train),
     }
 
-    fn matches(arguments: &[OsString]) -> ArgMatches {
-        let program = [OsString::from("train")];
-        command()
-            .try_get_matches_from(program.iter().chain(arguments))
-            .unwrap()
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Train {
+        batch_size: usize,
+        lr: Option<f64>,
+        norm: String,
+        overwrite: bool,
+        resume: bool,
+        seed: u64,
     }
 
-    fn given(arguments: &[&str]) -> ArgMatches {
-        let arguments: Vec<OsString> = arguments.iter().map(Into::into).collect();
-        matches(&arguments)
+    fn defaults() -> Command {
+        Command::Train(Train {
+            batch_size: 2048,
+            lr: None,
+            norm: "burn".to_string(),
+            overwrite: false,
+            resume: false,
+            seed: 1,
+        })
+    }
+
+    fn layers(given: &[&str]) -> Layers {
+        let mut layers = Layers::new(&defaults(), None).unwrap();
+        layers.given = given.iter().map(ToString::to_string).collect();
+        layers
     }
 
     fn options(value: Value) -> Options {
         serde_json::from_value(value).unwrap()
     }
 
+    fn add(given: &[&str], added: Value) -> Result<Command, ConfigError> {
+        layers(given).add(&options(added), "job.toml")
+    }
+
     #[test]
     fn what_is_written_reads_the_same() {
         let folder = tempfile::tempdir().unwrap();
-        let set = given(&["--lr", "5e-1", "--seed", "18446744073709551615", "--resume"]);
-        let written = effective(&command(), &set).unwrap();
-        assert_eq!(
-            written,
-            options(json!({
-                "lr": 0.5,
-                "batch-size": 2048,
-                "seed": u64::MAX,
-                "norm": "burn",
-                "resume": true,
-                "overwrite": false,
-            }))
-        );
+        let job = json!({"lr": 5e-1, "seed": u64::MAX, "resume": true});
+        let command = add(&[], job).unwrap();
+        let written = effective(&command).unwrap();
+        let all = json!({
+            "batch-size": 2048, "lr": 0.5, "norm": "burn", "overwrite": false, "resume": true,
+            "seed": u64::MAX,
+        });
+        assert_eq!(written, options(all));
         let json = serde_json::to_string(&written).unwrap();
         for (name, text) in [("job.toml", to_toml(&written)), ("job.JSON", json)] {
             let path = folder.path().join(name);
             fs::write(&path, text).unwrap();
-            let read = read(&path).unwrap();
-            let arguments = arguments(&read, name, &command(), &given(&[])).unwrap();
-            let again = effective(&command(), &matches(&arguments)).unwrap();
-            assert_eq!(again, written, "{name}");
+            let again: Command = layers(&[]).add(&read(&path).unwrap(), name).unwrap();
+            assert_eq!(again, command, "{name}");
+        }
+        assert_eq!(effective(&defaults()).unwrap().get("lr"), None);
+    }
+
+    #[test]
+    fn the_first_layer_wins() {
+        let mut layers = layers(&["lr", "resume"]);
+        let file = json!({"lr": 0.5, "norm": "tutorial", "overwrite": true});
+        let _: Command = layers.add(&options(file), "job.toml").unwrap();
+        let stored = json!({"norm": "burn", "seed": 7});
+        let Command::Train(train) = layers.add(&options(stored), "job.json").unwrap();
+        assert_eq!(
+            (train.lr, train.norm.as_str(), train.seed),
+            (None, "tutorial", 7)
+        );
+        assert!(!train.overwrite, "the line has resume");
+        // Rivals in one file are the command's to refuse.
+        let both = json!({"overwrite": false, "resume": true});
+        let Command::Train(train) = add(&[], both).unwrap();
+        assert!(train.resume);
+    }
+
+    #[test]
+    fn an_error_names_the_option() {
+        for (file, parts) in [
+            (
+                json!({"learning-rate": 1, "lr": 1, "config": "x"}),
+                vec![
+                    "mnist train",
+                    "config, learning-rate;",
+                    "batch-size, lr, norm",
+                ],
+            ),
+            (json!({"resume": 1}), vec!["resume to 1:", "a boolean"]),
+            (json!({"seed": 2, "lr": [1]}), vec!["lr to [1]:", "f64"]),
+            (json!({"lr": true}), vec!["lr to true:", "f64"]),
+            (json!({"batch-size": -1}), vec!["batch-size to -1:"]),
+            (
+                json!({"batch-size": 0}),
+                vec!["batch-size to 0:", "from 1 to"],
+            ),
+            (json!({"batch-size": null}), vec!["batch-size to null:"]),
+        ] {
+            let error = add(&[], file).unwrap_err().to_string();
+            for part in parts.into_iter().chain(["job.toml"]) {
+                assert!(error.contains(part), "no {part:?} in {error}");
+            }
         }
     }
 
     #[test]
-    fn the_command_line_wins() {
-        let file = options(json!({"lr": 0.5, "norm": "tutorial", "overwrite": true}));
-        let line = given(&["--lr", "1", "--resume"]);
-        let arguments = arguments(&file, "job.toml", &command(), &line).unwrap();
-        assert_eq!(arguments, ["--norm=tutorial"]);
-    }
-
-    #[test]
-    fn what_is_no_option_is_named() {
-        for (file, parts) in [
+    fn bounds_are_inclusive() {
+        for (option, allowed, refused) in [
             (
-                json!({"learning-rate": 1, "lr": 1, "config": "x"}),
-                vec!["config, learning-rate;", "batch-size, lr, norm", "job.toml"],
+                "batch-size",
+                vec![json!(1), json!(1_000_000)],
+                vec![json!(0), json!(1_000_001)],
             ),
-            (json!({"resume": 1}), vec!["resume", "1", "true or false"]),
-            (json!({"lr": [1]}), vec!["lr", "[1]", "a text or a number"]),
             (
-                json!({"lr": true}),
-                vec!["lr", "true", "a text or a number"],
+                "threads",
+                vec![json!(1024)],
+                vec![json!(0), json!(u64::MAX)],
             ),
+            ("log-interval", vec![json!(0)], vec![json!(1_000_001)]),
+            (
+                "dropout",
+                vec![json!(0.0), json!(0.99)],
+                vec![json!(1.0), json!(-0.1)],
+            ),
+            ("lr", vec![json!(1e-30)], vec![json!(0), json!(-1)]),
+            ("seed", vec![json!(0), json!(u64::MAX)], vec![]),
         ] {
-            let file = options(file);
-            let refused = arguments(&file, "job.toml", &command(), &given(&[]));
-            let error = refused.unwrap_err().to_string();
-            for part in parts {
-                assert!(error.contains(part), "no {part:?} in {error}");
+            for value in allowed {
+                assert_eq!(check(option, &value), Ok(()), "{option} {value}");
+            }
+            for value in refused {
+                assert!(check(option, &value).is_err(), "{option} {value}");
             }
         }
     }
@@ -674,18 +653,66 @@ mod tests {
     fn files_that_cannot_be_read() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
-        fs::write(path("job.toml"), "lr = 1\nnorm = tutorial\n").unwrap();
-        fs::write(path("job.json"), "{\"lr\": }").unwrap();
-        for (name, parts) in [
-            ("job.toml", ["job.toml is not valid TOML", "(line 2)"]),
-            ("job.json", ["job.json is not valid JSON", "line 1"]),
+        let large = vec![b'#'; MOST_BYTES as usize + 1];
+        let files: [(&str, &[u8], [&str; 2]); 8] = [
+            (
+                "a.toml",
+                b"lr = 1\nnorm = tutorial\n",
+                ["a.toml is not valid TOML", "(line 2)"],
+            ),
+            (
+                "a.json",
+                b"{\"lr\": }",
+                ["a.json is not valid JSON", "line 1"],
+            ),
+            ("nan.toml", b"lr = nan\n", ["lr to nan:", "a finite number"]),
+            (
+                "inf.toml",
+                b"lr = -inf\n",
+                ["lr to -inf:", "a finite number"],
+            ),
+            (
+                "list.toml",
+                b"lr = [1, nan]\n",
+                ["lr to [1, nan]:", "a finite number"],
+            ),
+            (
+                "date.toml",
+                b"lr = 1979-05-27\n",
+                ["lr to 1979-05-27:", "a finite number"],
+            ),
+            ("text.toml", b"norm = \"\xff\"\n", ["cannot read", "UTF-8"]),
+            ("large.toml", &large, ["cannot read", "1 MiB"]),
+        ];
+        for (name, bytes, _) in files {
+            fs::write(path(name), bytes).unwrap();
+        }
+        let absent = [
             ("absent.toml", ["cannot read", "absent.toml"]),
-        ] {
+            (".", ["cannot read", "neither a regular file nor a pipe"]),
+        ];
+        for (name, parts) in files
+            .iter()
+            .map(|(name, _, parts)| (*name, *parts))
+            .chain(absent)
+        {
             let error = read(&path(name)).unwrap_err().to_string();
             for part in parts {
                 assert!(error.contains(part), "no {part:?} in {error}");
             }
             assert_eq!(error.lines().count(), 1, "{error}");
+        }
+        // The largest file.
+        fs::write(path("large.toml"), &large[1..]).unwrap();
+        assert!(read(&path("large.toml")).unwrap().is_empty());
+        if cfg!(target_os = "linux") {
+            for device in ["/dev/null", "/dev/full", "/dev/zero"] {
+                let error = read(Path::new(device)).unwrap_err().to_string();
+                assert!(
+                    error.contains(device) && error.contains("neither"),
+                    "{error}"
+                );
+            }
         }
     }
 

@@ -660,6 +660,28 @@ fn lock(options: &FitOptions) -> Result<Lock, FitError> {
     })
 }
 
+/// Checks, before any data are loaded, that a run may begin or go on in the directory.
+pub(crate) fn check_directory(
+    directory: &Path,
+    resume: Resume,
+    overwrite: bool,
+) -> Result<(), FitError> {
+    let sets = checkpoint::files(directory)
+        .map_err(|source| not_writable(&checkpoint::folder(directory), source))?;
+    match resume {
+        Resume::No if !overwrite && !(sets.is_empty() && logs(directory)?.is_empty()) => {
+            Err(FitError::DirectoryInUse {
+                path: directory.to_path_buf(),
+            })
+        }
+        Resume::Latest | Resume::Epoch(_) if sets.is_empty() => Err(FitError::NoCheckpoint {
+            path: checkpoint::folder(directory),
+            damaged: Vec::new(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// The checkpoint to go on from, if one is asked for. Says which newer ones are damaged.
 fn resumed_set(options: &FitOptions) -> Result<Option<Set>, FitError> {
     let directory = &options.directory;

@@ -15,7 +15,6 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{DigitItem, MnistBatcher};
-use crate::config::RunFile;
 use crate::data::{DataError, DataRequest, DatasetChoice, Digits, MnistData, resolve};
 use crate::device::DeviceChoice;
 use crate::fit::{FitError, FitOptions, FitOutcome, Resume, fit};
@@ -34,6 +33,7 @@ use crate::timeline::Timeline;
 ///
 /// [`Job`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Variant {
     /// Each block one op that recomputes its convolution.
     Fused,
@@ -62,6 +62,7 @@ impl Variant {
 ///
 /// [`Job`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Norm {
     /// Burn's and PyTorch's: biased variance, epsilon under the root.
     Burn,
@@ -98,6 +99,7 @@ impl Norm {
 /// assert_eq!(precision.parameters(), FloatDType::F32);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// Single precision.
     F32,
@@ -171,6 +173,7 @@ impl Precision {
 ///
 /// [`Job`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum RecomputePolicy {
     /// Recompute it in the backward pass.
     Conv,
@@ -473,9 +476,8 @@ pub struct RunOptions {
     pub patience: Option<usize>,
     /// Show Burn's dashboard on a terminal.
     pub dashboard: bool,
-    /// What to put into `job.json` in the directory, when nothing stands against the training any
-    /// more.
-    pub run_file: Option<RunFile>,
+    /// Contents of `job.json` in the directory, written before the first step.
+    pub run_file: Option<Vec<u8>>,
     /// Stops the run after the batch that is running.
     pub interrupter: Interrupter,
 }
@@ -508,7 +510,7 @@ pub fn run(
     fit_options.resume = options.resume;
     fit_options.patience = options.patience;
     fit_options.dashboard = options.dashboard;
-    fit_options.run_file = options.run_file.map(|file| file.to_json());
+    fit_options.run_file = options.run_file;
     fit_options.log_interval = job.log_interval;
     fit_options.label = Some(variant.name().to_string());
     fit_options.interrupter = options.interrupter;

@@ -8,7 +8,7 @@ pub mod batch;
 pub mod checkpoint;
 pub mod cli;
 pub mod compare;
-pub mod config;
+mod config;
 mod dashboard;
 pub mod data;
 pub mod device;

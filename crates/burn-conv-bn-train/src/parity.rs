@@ -16,7 +16,7 @@ use crate::device::DeviceChoice;
 use crate::job::{Job, Precision, Variant};
 use crate::memory::MemoryProbe;
 use crate::model::{ModelChoice, Network};
-use crate::print::say;
+use crate::print::{number, say};
 use crate::step::Classifier;
 
 /// Largest difference of losses that double precision may show.
@@ -341,10 +341,10 @@ impl Parity {
         )?;
         for (step, (fused, unfused)) in self.fused.iter().zip(unfused).enumerate() {
             let difference = (fused - reference[step]).abs();
-            say!(
-                "{step:>4} {fused:>14.9} {unfused:>14.9} {:>14.9} {difference:>12.1e}",
-                reference[step]
-            )?;
+            let [fused, unfused, it] =
+                [*fused, *unfused, reference[step]].map(|loss| number(loss, 14, 9));
+            let step = step + 1;
+            say!("{step:>4} {fused} {unfused} {it} {difference:>12.1e}")?;
         }
         let difference = largest(&self.fused, reference);
         let limit = match &self.exact {

@@ -15,10 +15,10 @@ impl PrintError {
     }
 }
 
-/// Prints a line.
+/// Prints a line, with control characters of names escaped.
 pub(crate) fn line(text: Arguments<'_>) -> Result<(), PrintError> {
     let mut out = io::stdout().lock();
-    writeln!(out, "{text}")?;
+    writeln!(out, "{}", escaped(&text.to_string(), &['\n', '\t']))?;
     Ok(out.flush()?)
 }
 
@@ -32,7 +32,11 @@ pub(crate) use say;
 
 /// Prints a line on standard error. A failure has no place left to be told.
 pub(crate) fn warn(text: Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "{text}");
+    let _ = writeln!(
+        io::stderr(),
+        "{}",
+        escaped(&text.to_string(), &['\n', '\t'])
+    );
 }
 
 /// A loss in the few letters of a table, also where it has diverged.
@@ -42,6 +46,29 @@ pub(crate) fn loss(value: f64) -> String {
     } else {
         format!("{value:.4}")
     }
+}
+
+/// A text whose control characters, but for some, are written as Rust writes them.
+pub(crate) fn escaped(text: &str, allowed: &[char]) -> String {
+    text.chars().fold(String::new(), |mut text, char| {
+        if char.is_control() && !allowed.contains(&char) {
+            text.extend(char.escape_default());
+        } else {
+            text.push(char);
+        }
+        text
+    })
+}
+
+/// A number for a column: with decimals, or with an exponent where it would not fit.
+pub(crate) fn number(value: f64, width: usize, decimals: usize) -> String {
+    let fixed = format!("{value:>width$.decimals$}");
+    if fixed.len() <= width {
+        return fixed;
+    }
+    // `-1.`, then the digits, then `e-308`.
+    let digits = width.saturating_sub(8);
+    format!("{value:>width$.digits$e}")
 }
 
 /// An error and its causes on one line, without those that its text names already.
@@ -56,4 +83,36 @@ pub(crate) fn message(error: &anyhow::Error) -> String {
         }
         text
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_are_escaped() {
+        let text = "a\u{1b}[31mb\u{9b}2J\r\n\té";
+        assert_eq!(
+            escaped(text, &['\n', '\t']),
+            "a\\u{1b}[31mb\\u{9b}2J\\r\n\té"
+        );
+        assert_eq!(escaped("a\n\t", &[]), "a\\n\\t");
+    }
+
+    #[test]
+    fn a_number_keeps_its_column() {
+        for (value, text) in [
+            (2.25, "   2.2500"),
+            (-2.25, "  -2.2500"),
+            (1234.5678, "1234.5678"),
+            (12345.678, "    1.2e4"),
+            (1e30, "   1.0e30"),
+            (-f64::MAX, "-1.8e308"),
+            (f64::NAN, "      NaN"),
+            (f64::NEG_INFINITY, "     -inf"),
+        ] {
+            assert_eq!(number(value, 9, 4).trim_start(), text.trim_start());
+            assert_eq!(number(value, 9, 4).len(), 9, "{value}");
+        }
+    }
 }

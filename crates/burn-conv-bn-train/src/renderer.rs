@@ -19,11 +19,11 @@ const LOSS: &str = "Loss";
 /// Prints the tutorial's lines while it trains, and one line at the end of every epoch.
 ///
 /// ```text
-/// Train Epoch: 0 [4096/60000 (7%)]    Loss: 7.435781
+/// Train Epoch: 1 [4096/60000 (7%)]    Loss: 7.435781
 /// ```
 ///
-/// As in the tutorial, epochs on these lines count from 0, the loss is that of one batch, the
-/// numbers are those before it, and the percentage is that of the batches.
+/// As in the tutorial, the loss is that of one batch, the numbers are those before it, and the
+/// percentage is that of the batches. Epochs count from 1, the tutorial's from 0.
 ///
 /// Nothing is printed about an evaluation: whoever evaluates has the result. A failure to print
 /// is ignored; it is no reason to end a training.
@@ -196,7 +196,7 @@ impl<W: Write + Send> TrainingProgressLogger for LineRenderer<W> {
             // Not of the steps, which are more where devices have unequal shares.
             let done = before.div_ceil(split.batch_size.max(1));
             let percent = 100.0 * done as f64 / batches as f64;
-            let epoch = self.epoch - 1;
+            let epoch = self.epoch;
             self.line(format_args!(
                 "Train Epoch: {epoch} [{before}/{total} ({percent:.0}%)]\tLoss: {loss:.6}"
             ));
@@ -318,11 +318,11 @@ mod tests {
         let output = output(renderer);
         let lines: Vec<&str> = output.lines().collect();
         assert_eq!(lines.len(), 15);
-        assert_eq!(lines[0], "Train Epoch: 0 [0/60000 (0%)]\tLoss: 0.000000");
-        assert_eq!(lines[1], "Train Epoch: 0 [4096/60000 (7%)]\tLoss: 2.000000");
+        assert_eq!(lines[0], "Train Epoch: 1 [0/60000 (0%)]\tLoss: 0.000000");
+        assert_eq!(lines[1], "Train Epoch: 1 [4096/60000 (7%)]\tLoss: 2.000000");
         assert_eq!(
             lines[14],
-            "Train Epoch: 0 [57344/60000 (93%)]\tLoss: 28.000000"
+            "Train Epoch: 1 [57344/60000 (93%)]\tLoss: 28.000000"
         );
     }
 
@@ -385,7 +385,7 @@ mod tests {
         train(&mut renderer, 2048, &[1.5]);
         assert_eq!(
             output(renderer),
-            "Train Epoch: 3 [0/2048 (0%)]\tLoss: 1.500000\n"
+            "Train Epoch: 4 [0/2048 (0%)]\tLoss: 1.500000\n"
         );
     }
 

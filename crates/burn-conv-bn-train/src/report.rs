@@ -278,6 +278,7 @@ pub struct PredictionReport {
 ///         label: 4,
 ///         prediction: 9,
 ///         probability: 0.75,
+///         loss: 1.5,
 ///     }],
 /// };
 /// let mistaken: usize = (0..10)
@@ -298,8 +299,7 @@ pub struct TestReport {
     pub average_loss: f64,
     /// Numbers of digits, by what they are and then by what they were taken for.
     pub confusion: [[usize; CLASSES]; CLASSES],
-    /// The digits that were taken for others, the worst first: those whose own class got the least
-    /// probability.
+    /// The digits that were taken for others, the highest loss first.
     pub mistakes: Vec<MistakeReport>,
 }
 
@@ -316,6 +316,8 @@ pub struct MistakeReport {
     pub prediction: u8,
     /// Probability of that, from 0 to 1.
     pub probability: f64,
+    /// Loss: minus the logarithm of the label's probability.
+    pub loss: f64,
 }
 
 /// Prediction for a picture.

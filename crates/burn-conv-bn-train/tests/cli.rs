@@ -16,6 +16,9 @@ use tempfile::{TempDir, tempdir};
 
 const SMALL: &str = "--dataset synthetic --train-limit 64 --test-limit 32 --batch-size 32";
 
+/// As [`SMALL`], without a test.
+const SMALL_PARITY: &str = "--dataset synthetic --train-limit 64 --batch-size 32";
+
 struct Outcome {
     arguments: String,
     code: Option<i32>,
@@ -123,8 +126,12 @@ fn compare_tells_and_reports() {
     let folder = tempdir().unwrap();
     let arguments = format!("compare {SMALL} --json report.json --artifacts logs");
     let stdout = mnist(&folder, &arguments).printed();
+    assert!(!stdout.contains("GB"), "{stdout}");
     for part in [
         "Data: built-in synthetic digits",
+        "Train Epoch: 1 [0/64 (0%)]",
+        "fused: 0.0",
+        " GiB, unfused: ",
         "Estimate",
         "== fused ==",
         "== unfused ==",
@@ -191,8 +198,29 @@ const CHANNELS_AND_HEAD: usize = 4 * (2 * (32 + 64) + 32 * (3 * 128 + 10 + 1));
 fn parity_in_double_and_single_precision() {
     let folder = tempdir().unwrap();
     for options in ["--precision f64 --steps 5", "--precision f32 --steps 3"] {
-        let stdout = mnist(&folder, &format!("parity {SMALL} {options}")).printed();
+        let stdout = mnist(&folder, &format!("parity {SMALL_PARITY} {options}")).printed();
         assert!(stdout.contains("largest difference"), "{stdout}");
+    }
+}
+
+/// Losses that are as wide as numbers can be.
+#[test]
+fn a_diverged_parity_keeps_its_columns() {
+    let folder = tempdir().unwrap();
+    let arguments =
+        format!("parity {SMALL_PARITY} --precision f64 --steps 4 --optimizer sgd --lr 1e30");
+    let outcome = mnist(&folder, &arguments);
+    outcome.assert_exit(1);
+    let lines = outcome.stdout.lines();
+    let table: Vec<&str> = lines
+        .skip_while(|line| !line.starts_with("step "))
+        .take(1 + 4)
+        .collect();
+    assert_eq!(table.len(), 5, "{}", outcome.stdout);
+    for (step, line) in table.iter().enumerate() {
+        assert_eq!(line.len(), table[0].len(), "{}", outcome.stdout);
+        let first = line.split_whitespace().next().unwrap();
+        assert!(step == 0 || first == step.to_string(), "{line}");
     }
 }
 
@@ -201,8 +229,8 @@ fn parity_in_double_and_single_precision() {
 fn parity_is_not_of_mixed_precision() {
     let folder = tempdir().unwrap();
     for precision in ["f16", "bf16"] {
-        mnist(&folder, &format!("parity {SMALL} --precision {precision}"))
-            .assert_refused(&[precision, "--precision f32 or f64"]);
+        let arguments = format!("parity {SMALL_PARITY} --precision {precision}");
+        mnist(&folder, &arguments).assert_refused(&[precision, "--precision f32 or f64"]);
     }
 }
 
@@ -237,6 +265,9 @@ fn a_resumed_training_is_an_uninterrupted_one() {
     used.assert_refused(&["whole", "already holds a run"]);
     let absent = train("--epochs 2 --artifacts absent --resume");
     absent.assert_refused(&["absent", "no complete checkpoint"]);
+    for refused in [used, absent] {
+        assert_eq!(refused.stdout, "", "no digits were drawn");
+    }
     let anew = train("--epochs 1 --artifacts whole --overwrite").printed();
     assert_eq!(test_line(&anew), test_line(&first));
 }
@@ -369,6 +400,15 @@ fn options_that_make_no_sense() {
         ("compare --lr 0", "--lr"),
         ("predict --images a --test-set", "--test-set"),
         ("predict --test-set --form melted", "--form"),
+        ("compare --lr nan", "--lr"),
+        // What a command would ignore.
+        ("parity --dropout 0.9", "--dropout"),
+        ("parity --gamma 0.5", "--gamma"),
+        ("parity --log-interval 1", "--log-interval"),
+        ("parity --test-limit 9", "--test-limit"),
+        // Without a command they are options of compare.
+        ("--frobnicate", "compare"),
+        ("--resume", "compare"),
     ] {
         let outcome = mnist(&folder, arguments);
         outcome.assert_exit(2);
@@ -380,6 +420,96 @@ fn options_that_make_no_sense() {
         assert_eq!(outcome.stdout, "", "{arguments}");
     }
     assert!(entries(folder.path()).is_empty());
+}
+
+#[test]
+fn counts_have_bounds() {
+    let folder = tempdir().unwrap();
+    for (arguments, option, bound) in [
+        ("compare --batch-size 100000000", "--batch-size", "1000000"),
+        ("train --epochs 18446744073709551615", "--epochs", "1000000"),
+        ("parity --steps 100000000000", "--steps", "1000000"),
+        ("train --threads 100000", "--threads", "1024"),
+        (
+            "train --early-stopping 1000001",
+            "--early-stopping",
+            "1000000",
+        ),
+        ("train --log-interval 1000001", "--log-interval", "1000000"),
+        (
+            "train --train-limit 18446744073709551615",
+            "--train-limit",
+            "1000000",
+        ),
+        ("train --test-limit 0", "--test-limit", "from 1"),
+        (
+            "predict --test-set --epoch 18446744073709551615",
+            "--epoch",
+            "1000000",
+        ),
+        (
+            "predict --test-set --batch-size 100000000",
+            "--batch-size",
+            "1000000",
+        ),
+        ("--batch-size 100000000", "--batch-size", "1000000"),
+    ] {
+        let outcome = mnist(&folder, arguments);
+        outcome.assert_exit(2);
+        let value = arguments.rsplit(' ').next().unwrap();
+        for part in [option, value, bound] {
+            let error = &outcome.stderr;
+            assert!(error.contains(part), "{arguments}: no {part:?} in {error}");
+        }
+    }
+    // A file's are the same.
+    fs::write(folder.path().join("job.toml"), "batch-size = 100000000\n").unwrap();
+    mnist(&folder, "train --config job.toml").assert_refused(&[
+        "job.toml",
+        "batch-size",
+        "100000000",
+        "1000000",
+    ]);
+    // Any seed will do, and comes back.
+    let seed = format!("seed = \"{}\"\n", u64::MAX);
+    let printed = mnist(
+        &folder,
+        &format!("train --seed {} --print-config", u64::MAX),
+    )
+    .printed();
+    assert!(printed.contains(&seed), "{printed}");
+    fs::write(folder.path().join("seed.toml"), &printed).unwrap();
+    let again = mnist(&folder, "train --config seed.toml --print-config").printed();
+    assert_eq!(again, printed);
+}
+
+/// The options of `compare` need no command.
+#[test]
+fn options_alone_are_those_of_compare() {
+    let folder = tempdir().unwrap();
+    let bare = mnist(&folder, "--epochs 2 --print-config").printed();
+    let named = mnist(&folder, "compare --epochs 2 --time-limit 8 --print-config").printed();
+    assert_eq!(bare, named);
+    assert!(bare.contains("epochs = 2\n"), "{bare}");
+    let own = mnist(&folder, "--epochs 2 --time-limit 3 --print-config").printed();
+    assert!(own.contains("time-limit = 3.0\n"), "{own}");
+
+    mnist(&folder, &format!("{SMALL} --json report.json")).printed();
+    let report: Report = json(&folder, "report.json");
+    assert_eq!((report.train_digits, report.variants.len()), (64, 2));
+    assert!(mnist(&folder, "--version").printed().starts_with("mnist "));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_configuration_from_a_pipe_ends() {
+    let folder = tempdir().unwrap();
+    let pipe = folder.path().join("pipe");
+    make_pipe(&pipe);
+    let writer = std::thread::spawn(move || fs::write(pipe, "epochs = 3\n"));
+    let printed = mnist(&folder, "train --config pipe --print-config").printed();
+    writer.join().unwrap().unwrap();
+    assert!(printed.contains("epochs = 3\n"), "{printed}");
 }
 
 #[test]
@@ -540,9 +670,15 @@ fn networks_that_there_are_not() {
             ["64 digits in batches of 63", "mobilenet-v2"],
         ),
     ] {
-        for job in ["train --plain", "compare", "parity"] {
-            let arguments =
-                format!("{job} --dataset synthetic --train-limit 64 --test-limit 8 {options}");
+        for job in [
+            "train --plain --test-limit 8",
+            "compare --test-limit 8",
+            "parity",
+        ] {
+            if job == "parity" && options.contains("--dropout") {
+                continue;
+            }
+            let arguments = format!("{job} --dataset synthetic --train-limit 64 {options}");
             mnist(&folder, &arguments).assert_refused(&parts);
         }
     }
@@ -599,6 +735,9 @@ fn configurations_that_make_no_sense() {
     write("variant.toml", "variant = \"fused\"\n");
     write("value.toml", "batch-size = 0\n");
     write("kind.toml", "lr = [1, 2]\n");
+    write("nan.toml", "lr = nan\n");
+    write("both.toml", "resume = true\noverwrite = true\n");
+    write("large.toml", &"#".repeat((1 << 20) + 1));
     write("syntax.toml", "lr = = 1\n");
     write("syntax.json", "{\"lr\": }");
     for (arguments, parts) in [
@@ -610,8 +749,33 @@ fn configurations_that_make_no_sense() {
             "compare --config variant.toml",
             ["variant;", "mnist compare"],
         ),
-        ("parity --config value.toml", ["value.toml", "at least 1"]),
-        ("train --config kind.toml", ["lr", "a text or a number"]),
+        (
+            "parity --config value.toml",
+            ["value.toml sets batch-size to 0", "from 1 to"],
+        ),
+        (
+            "train --config kind.toml",
+            ["lr to [1, 2]", "a finite number"],
+        ),
+        (
+            "train --config nan.toml",
+            ["nan.toml sets lr to nan:", "a finite number"],
+        ),
+        ("train --config both.toml", ["--resume", "--overwrite"]),
+        ("train --config large.toml", ["large.toml", "1 MiB"]),
+        (
+            "train --config .",
+            ["cannot read .", "neither a regular file"],
+        ),
+        #[cfg(target_os = "linux")]
+        (
+            "train --config /dev/full",
+            ["/dev/full", "neither a regular file"],
+        ),
+        (
+            "train --dataset synthetic --data-dir .",
+            ["synthetic", "--data-dir"],
+        ),
         ("train --config syntax.toml", ["syntax.toml", "TOML"]),
         ("train --config syntax.json", ["syntax.json", "line 1"]),
         (
@@ -669,7 +833,18 @@ fn a_run_is_resumed_with_its_own_options() {
 
     let stored = folder.path().join("parts/job.json");
     let text = fs::read_to_string(&stored).unwrap();
-    assert!(text.contains("\"epochs\": 2"), "{text}");
+    // As every version before has written them.
+    let options = serde_json::json!({
+        "batch-size": 32, "dataset": "synthetic", "device": "flex", "dropout": 0.5, "epochs": 2,
+        "gamma": 0.7, "log-interval": 1, "lr": 0.02, "model": "tutorial", "no-download": false,
+        "norm": "burn", "optimizer": "sgd", "precision": "f32", "recompute": "conv", "seed": 5,
+        "test-limit": 32, "train-limit": 64, "variant": "fused",
+    });
+    let job: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(job["options"], options);
+    let unknown = text.replace("\"seed\"", "\"sead\"");
+    fs::write(&stored, unknown).unwrap();
+    resume("--epochs 3").assert_refused(&["parts/job.json has what", "sead;"]);
     fs::write(&stored, &text[..text.len() / 2]).unwrap();
     resume("--epochs 3").assert_refused(&["job.json is damaged"]);
     fs::remove_file(&stored).unwrap();
@@ -717,6 +892,18 @@ fn the_test_set_is_predicted() {
     let worst = test.mistakes[0];
     let label = format!(">{} read as {}</text>", worst.label, worst.prediction);
     assert!(svg.contains(&label), "no {label} in {svg}");
+    // The order is that of the losses, which are in the picture.
+    let losses: Vec<f64> = test.mistakes.iter().map(|mistake| mistake.loss).collect();
+    assert!(losses.is_sorted_by(|a, b| a >= b), "{losses:?}");
+    let shown: Vec<f64> = svg
+        .split(">loss ")
+        .skip(1)
+        .map(|text| text.split('<').next().unwrap().parse().unwrap())
+        .collect();
+    assert_eq!(shown.len(), losses.len().min(40));
+    for (shown, loss) in shown.iter().zip(&losses) {
+        assert!((shown - loss).abs() < 1e-3, "{shown} for {loss}");
+    }
     assert_eq!(svg.matches("<g ").count(), test.mistakes.len().min(40));
     assert!(svg.contains("96 digits of synthetic"), "{svg}");
     predict("--mistakes worst.png").printed();
@@ -753,7 +940,10 @@ fn the_test_set_is_predicted() {
             "--form folded",
             ["tutorial cannot be folded", "running statistics"],
         ),
-        ("--epoch 7", ["no complete checkpoint", "epoch-7.json"]),
+        (
+            "--epoch 7",
+            ["of epoch 7", "the checkpoints of epochs 1 and 2"],
+        ),
         ("--mistakes worst.jpg", [".svg or .png", "worst.jpg"]),
         ("--mistakes absent/worst.svg", ["cannot write", "absent"]),
         (
@@ -878,6 +1068,49 @@ fn pictures_in_a_folder_are_predicted() {
     let skipped: Vec<&str> = rest.skipped.iter().map(|s| s.file.as_str()).collect();
     assert_eq!(skipped, ["broken.png", "empty.png"]);
 
+    let odd = folder.path().join("odd");
+    fs::create_dir(&odd).unwrap();
+    fs::copy(scans.join("black-2.png"), odd.join("a.png")).unwrap();
+    fs::write(odd.join("photo.jpg"), b"\xff\xd8\xff\xe0\0\x10JFIF\0").unwrap();
+    fs::write(odd.join("notes.txt"), "no picture").unwrap();
+    let mut skipped = vec!["photo.jpg is of a format that is not read here"];
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("absent", odd.join("link.png")).unwrap();
+        make_pipe(&odd.join("pipe.png"));
+        fs::copy(scans.join("black-2.png"), odd.join("\u{1b}[31mred.png")).unwrap();
+        fs::write(odd.join("\u{1b}]0;x\n.png"), "no picture").unwrap();
+        skipped.extend([
+            "link.png cannot be read: No such file",
+            "pipe.png is no regular file",
+            "\\u{1b}]0;x\\n.png cannot be decoded",
+        ]);
+    }
+    let outcome = predict("--images odd --json odd.json");
+    outcome.assert_exit(1);
+    let mut named: Vec<&str> = outcome.stderr.lines().collect();
+    let count = named.pop().unwrap();
+    assert_eq!(named.len(), skipped.len(), "{}", outcome.stderr);
+    for part in &skipped {
+        let has = |line: &&str| line.starts_with(&format!("skipped: {part}"));
+        assert!(named.iter().any(has), "no {part:?} in {}", outcome.stderr);
+    }
+    assert!(
+        count.starts_with(&format!("error: {} of ", skipped.len())),
+        "{count}"
+    );
+    for output in [&outcome.stdout, &outcome.stderr] {
+        assert!(!output.contains('\u{1b}'), "{output:?}");
+    }
+    #[cfg(unix)]
+    assert!(
+        outcome.stdout.contains("\\u{1b}[31mred.png"),
+        "{}",
+        outcome.stdout
+    );
+    let report: PredictionReport = json(&folder, "odd.json");
+    assert_eq!(report.skipped.len(), skipped.len());
+
     fs::create_dir(folder.path().join("none")).unwrap();
     for (options, parts) in [
         ("--images none", ["none", "no pictures"]),
@@ -934,6 +1167,21 @@ fn a_network_with_statistics_is_folded() {
         }
     }
     mnist(&folder, "predict --artifacts run --test-set --form folded").printed();
+    for (options, option) in [
+        ("--dataset synthetic", "--dataset"),
+        ("--data-dir .", "--data-dir"),
+        ("--test-limit 8", "--test-limit"),
+    ] {
+        let arguments = format!("predict --artifacts run --images scans {options}");
+        mnist(&folder, &arguments).assert_refused(&[option, "mobilenet-v2 needs none"]);
+    }
+}
+
+/// Makes a FIFO.
+#[cfg(unix)]
+fn make_pipe(path: &Path) {
+    let made = Command::new("mkfifo").arg(path).status().unwrap();
+    assert!(made.success(), "{}", path.display());
 }
 
 /// Runs the binary in a process group of its own, as a terminal does, waits for a line that starts

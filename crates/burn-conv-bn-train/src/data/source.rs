@@ -50,6 +50,7 @@ const TEST_SEED: u64 = 0x7465_7374_5f70_6172;
     serde::Serialize,
     serde::Deserialize,
 )]
+#[serde(rename_all = "lowercase")]
 pub enum DatasetChoice {
     /// MNIST if it can be had, else drawn digits.
     #[default]

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use image::imageops::{self, FilterType};
-use image::{DynamicImage, GrayImage, ImageReader, Luma};
+use image::{DynamicImage, GrayImage, ImageError, ImageFormat, ImageReader, Luma};
 
 use crate::data::{PIXELS, SIDE};
 
@@ -50,9 +50,15 @@ pub enum PictureError {
     /// The file cannot be opened or read.
     #[error("cannot be read: {0}")]
     Io(#[from] io::Error),
-    /// The file is no picture of a format that is read here, or damaged.
+    /// A FIFO, a socket or a device.
+    #[error("is no regular file")]
+    NotAFile,
+    /// A picture of another format.
+    #[error("is of a format that is not read here, which are {}", endings())]
+    Format,
+    /// A damaged picture.
     #[error("cannot be decoded: {0}")]
-    Decode(#[from] image::ImageError),
+    Decode(ImageError),
     /// Nothing stands out from the background.
     #[error("is empty: nothing in it differs from its background by more than {found} of 255")]
     Empty {
@@ -77,7 +83,7 @@ pub enum FolderError {
     },
     /// The folder has no pictures.
     #[error(
-        "the folder {} has no pictures: none of its {files} files ends in {}", .path.display(),
+        "the folder {} has no pictures: none of its {files} files is one of {}", .path.display(),
         endings()
     )]
     NoPictures {
@@ -94,7 +100,10 @@ fn endings() -> String {
         .join(" ")
 }
 
-/// The pictures of a folder, not of those in it, by their names. One that cannot be read says why.
+/// The pictures of a folder, sorted by name, each with its digit or the reason why there is none.
+///
+/// A regular file is a picture if its ending or its content is that of a picture format, also of one
+/// that is not read here. Subfolders are left out; FIFOs, devices and dangling links are not.
 ///
 /// # Errors
 ///
@@ -132,45 +141,51 @@ pub fn read_folder(path: &Path) -> Result<Vec<Picture>, FolderError> {
         path: path.to_path_buf(),
         source,
     };
-    let mut files = Vec::new();
+    let mut files = 0;
+    let mut pictures = Vec::new();
     for entry in fs::read_dir(path).map_err(failed)? {
-        let file = entry.map_err(failed)?.path();
-        if file.is_file() {
-            files.push(file);
+        let entry = entry.map_err(failed)?;
+        let file = entry.path();
+        if file.is_dir() {
+            continue;
+        }
+        files += 1;
+        if let Some(digit) = read(&file).transpose() {
+            pictures.push((entry.file_name(), digit));
         }
     }
-    let count = files.len();
-    files.retain(|file| is_picture(file));
-    if files.is_empty() {
+    if pictures.is_empty() {
         return Err(FolderError::NoPictures {
             path: path.to_path_buf(),
-            files: count,
+            files,
         });
     }
-    files.sort();
-    let pictures = files.into_iter().map(|file| Picture {
-        name: file
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
-        digit: read(&file),
+    pictures.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let pictures = pictures.into_iter().map(|(name, digit)| Picture {
+        name: name.to_string_lossy().into_owned(),
+        digit,
     });
     Ok(pictures.collect())
 }
 
-fn is_picture(file: &Path) -> bool {
-    file.extension().is_some_and(|extension| {
-        EXTENSIONS
-            .iter()
-            .any(|known| extension.eq_ignore_ascii_case(known))
-    })
-}
-
-fn read(file: &Path) -> Result<[u8; PIXELS], PictureError> {
+/// The digit in a file; none if it is no picture.
+fn read(file: &Path) -> Result<Option<[u8; PIXELS]>, PictureError> {
+    // Opening a FIFO would wait for whoever writes to it.
+    if !fs::metadata(file)?.is_file() {
+        return Err(PictureError::NotAFile);
+    }
     // By content: the names of Netpbm's files are often wrong about which of the formats it is.
-    let picture = ImageReader::open(file)?.with_guessed_format()?.decode()?;
-    normalize(&picture)
+    let reader = ImageReader::open(file)?.with_guessed_format()?;
+    let named = ImageFormat::from_path(file).is_ok();
+    if !named && reader.format().is_none() {
+        return Ok(None);
+    }
+    let picture = reader.decode().map_err(|error| match error {
+        ImageError::Unsupported(_) => PictureError::Format,
+        ImageError::IoError(error) => PictureError::Io(error),
+        error => PictureError::Decode(error),
+    })?;
+    normalize(&picture).map(Some)
 }
 
 /// Makes of a picture of one digit what MNIST would have made of it.
@@ -484,6 +499,11 @@ mod tests {
         fs::write(path("notes.txt"), "no picture").unwrap();
         fs::create_dir(path("folder.png")).unwrap();
         let none = read_folder(folder.path()).unwrap_err();
+        let text = none.to_string();
+        assert!(
+            text.contains("none of its 1 files") && text.contains(".png"),
+            "{text}"
+        );
         assert!(
             matches!(none, FolderError::NoPictures { files: 1, .. }),
             "{none}"
@@ -510,6 +530,18 @@ mod tests {
         assert_eq!(digits[0].unwrap(), digits[1].unwrap());
         assert!(matches!(digits[2], Err(PictureError::Decode(_))));
         assert!(digits[3].is_ok(), "{:?}", digits[3]);
+
+        // By content alone, and of a format that is not read.
+        fs::rename(path("b.PNG"), path("b")).unwrap();
+        fs::write(path("c.png"), b"\xff\xd8\xff\xe0\0\x10JFIF\0").unwrap();
+        fs::write(path("e.jpg"), "").unwrap();
+        let pictures = read_folder(folder.path()).unwrap();
+        let names: Vec<&str> = pictures.iter().map(|p| p.name.as_str()).collect();
+        assert_eq!(names, ["a.pgm", "b", "c.png", "d.png", "e.jpg"]);
+        assert!(pictures[1].digit.is_ok(), "{:?}", pictures[1]);
+        for jpeg in [&pictures[2], &pictures[4]] {
+            assert!(matches!(jpeg.digit, Err(PictureError::Format)), "{jpeg:?}");
+        }
 
         let absent = read_folder(&path("absent")).unwrap_err();
         assert!(matches!(absent, FolderError::Io { .. }), "{absent}");

@@ -8,6 +8,7 @@ use image::{GrayImage, ImageFormat, Luma};
 
 use super::font;
 use crate::data::{PIXELS, SIDE};
+use crate::print::number;
 
 /// Digits that a picture shows at most.
 ///
@@ -35,9 +36,9 @@ const LINE: u32 = 22;
 /// Height and width of a digit.
 const DIGIT: u32 = SIDE as u32 * ZOOM;
 
-/// From one digit to the next, right and down, with room for its two lines.
+/// From one digit to the next, right and down, with room for its three lines.
 const RIGHT: u32 = 12 * ADVANCE + 4;
-const DOWN: u32 = DIGIT + GAP + 2 * LINE + 12;
+const DOWN: u32 = DIGIT + GAP + 3 * LINE + 12;
 
 /// Between a digit and the line below it.
 const GAP: u32 = 6;
@@ -101,14 +102,17 @@ pub struct Tile {
     pub prediction: u8,
     /// With which probability, from 0 to 1.
     pub probability: f64,
+    /// Loss of the digit, which orders them.
+    pub loss: f64,
 }
 
 impl Tile {
     /// What stands below the digit.
-    fn lines(&self) -> [String; 2] {
+    fn lines(&self) -> [String; 3] {
         [
             format!("{} read as {}", self.label, self.prediction),
             format!("{:.2} %", 100.0 * self.probability),
+            format!("loss {}", number(self.loss, 6, 3).trim_start()),
         ]
     }
 }
@@ -149,10 +153,12 @@ enum Mark<'a> {
 ///     label: 4,
 ///     prediction: 9,
 ///     probability: 0.75,
+///     loss: 1.5,
 /// };
 /// let svg = draw(format, &["1 of 10 digits".to_string()], &[tile])?;
 /// let svg = String::from_utf8(svg)?;
 /// assert!(svg.contains("4 read as 9") && svg.contains("75.00 %"));
+/// assert!(svg.contains("loss 1.500"));
 /// # Ok::<(), anyhow::Error>(())
 /// ```
 pub fn draw(format: PictureFormat, heading: &[String], tiles: &[Tile]) -> anyhow::Result<Vec<u8>> {
@@ -310,13 +316,14 @@ mod tests {
                 label: digits.label(index),
                 prediction: 9 - digits.label(index),
                 probability: 1.0 - index as f64 / 1000.0,
+                loss: 16.0 - index as f64 / 10.0,
             })
             .collect()
     }
 
     fn heading() -> Vec<String> {
         vec![
-            "The 40 worst of 132 mistakes on 10000 digits of mnist".to_string(),
+            "The 40 with the highest loss of 132 mistakes on 10000 digits".to_string(),
             "mobilenet-v2, unfused, epoch 12 (f64)".to_string(),
         ]
     }
@@ -373,15 +380,20 @@ mod tests {
         let tiles = tiles(60);
         let svg = draw(PictureFormat::Svg, &heading(), &tiles).unwrap();
         let svg = String::from_utf8(svg).unwrap();
-        assert!(svg.contains("the 40 worst of 132 mistakes"), "{svg}");
+        assert!(
+            svg.contains("the 40 with the highest loss of 132 mistakes"),
+            "{svg}"
+        );
         assert!(svg.ends_with("</svg>\n"));
         assert_eq!(svg.matches("<g ").count(), SHOWN);
         for (index, tile) in tiles.iter().enumerate() {
-            let [what, probability] = tile.lines();
+            let [what, probability, loss] = tile.lines();
             let shown = index < SHOWN;
             assert!(!shown || svg.contains(&format!(">{what}</text>")), "{what}");
             let shows = svg.contains(&format!(">{probability}</text>"));
             assert_eq!(shows, shown, "{probability}");
+            let shows = svg.contains(&format!(">{loss}</text>"));
+            assert_eq!(shows, shown, "{loss}");
         }
     }
 

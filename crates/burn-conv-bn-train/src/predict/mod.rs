@@ -29,7 +29,7 @@ use crate::memory::MemoryProbe;
 use crate::metrics::Evaluation;
 use crate::model::Network;
 use crate::output;
-use crate::print::{say, warn};
+use crate::print::{escaped, say, warn};
 use crate::report::{ImageReport, MistakeReport, PredictionReport, SkippedReport, TestReport};
 use images::{FolderError, Picture, read_folder};
 use mistakes::{PictureFormat, PictureFormatError, SHOWN, Tile, draw};
@@ -85,6 +85,19 @@ pub enum PredictError {
         directory: PathBuf,
         /// Checkpoints that are there and cannot be read, the newest first.
         damaged: Vec<Damaged>,
+    },
+    /// There is no complete checkpoint of the epoch that was asked for.
+    #[error(
+        "{} has no complete checkpoint of epoch {epoch}, but {}", .directory.display(),
+        checkpoint::named(.kept)
+    )]
+    NoEpoch {
+        /// The folder of the run.
+        directory: PathBuf,
+        /// The epoch.
+        epoch: usize,
+        /// Epochs with a complete checkpoint.
+        kept: Vec<usize>,
     },
     /// The folder of the checkpoints cannot be read.
     #[error("cannot read {}: {source}", .path.display())]
@@ -336,11 +349,22 @@ fn records(
     directory: &Path,
     epoch: Option<usize>,
 ) -> Result<(checkpoint::Records, usize), PredictError> {
+    let folder = |source| PredictError::Folder {
+        path: checkpoint::folder(directory),
+        source,
+    };
+    if let Some(epoch) = epoch {
+        let kept = checkpoint::epochs(directory).map_err(folder)?;
+        if !kept.contains(&epoch) {
+            return Err(PredictError::NoEpoch {
+                directory: directory.to_path_buf(),
+                epoch,
+                kept,
+            });
+        }
+    }
     let (set, damaged) = match epoch {
-        None => checkpoint::newest(directory).map_err(|source| PredictError::Folder {
-            path: checkpoint::folder(directory),
-            source,
-        })?,
+        None => checkpoint::newest(directory).map_err(folder)?,
         Some(epoch) => match checkpoint::read(directory, epoch) {
             Ok(set) => (Some(set), Vec::new()),
             Err(damaged) => (None, vec![damaged]),
@@ -569,7 +593,7 @@ fn test_set(
     let digits = &data.test;
     let mut confusion = [[0; CLASSES]; CLASSES];
     let mut evaluation = Evaluation::default();
-    let mut mistakes: Vec<(f64, MistakeReport)> = Vec::new();
+    let mut mistakes: Vec<MistakeReport> = Vec::new();
     for first in (0..digits.len()).step_by(job.batch_size) {
         stop_if_asked(interrupter)?;
         let end = digits.len().min(first + job.batch_size);
@@ -585,24 +609,24 @@ fn test_set(
                 total: 1,
             };
             if prediction.digit != label {
-                let mistake = MistakeReport {
+                mistakes.push(MistakeReport {
                     index,
                     label,
                     prediction: prediction.digit,
                     probability: prediction.probability(),
-                };
-                mistakes.push((loss, mistake));
+                    loss,
+                });
             }
         }
     }
-    mistakes.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+    mistakes.sort_by(|a, b| b.loss.total_cmp(&a.loss));
     let report = TestReport {
         digits: evaluation.total,
         correct: evaluation.correct,
         accuracy: evaluation.accuracy(),
         average_loss: evaluation.average_loss(),
         confusion,
-        mistakes: mistakes.into_iter().map(|(_, mistake)| mistake).collect(),
+        mistakes,
     };
     Ok((report, evaluation))
 }
@@ -632,6 +656,7 @@ fn tile(digits: &Digits, mistake: &MistakeReport) -> Tile {
         label: mistake.label,
         prediction: mistake.prediction,
         probability: mistake.probability,
+        loss: mistake.loss,
     }
 }
 
@@ -645,11 +670,11 @@ fn heading(report: &PredictionReport, test: &TestReport) -> [String; 2] {
     let what = match test.mistakes.len() {
         0 => format!("no mistakes on {digits}"),
         1 => format!("1 mistake on {digits}"),
-        all if all <= SHOWN => format!("{all} mistakes on {digits}, the worst first"),
-        all => format!("the {SHOWN} worst of {all} mistakes on {digits}"),
+        all if all <= SHOWN => format!("{all} mistakes on {digits}, highest loss first"),
+        all => format!("the {SHOWN} with the highest loss of {all} mistakes on {digits}"),
     };
     let of = format!(
-        "{}, {}, epoch {} (below: its probability for what it read)",
+        "{}, {}, epoch {} (below: probability of the class read, loss of the digit)",
         report.model, report.form, report.epoch
     );
     [what, of]
@@ -667,7 +692,7 @@ fn classify_pictures(
         match digit {
             Ok(digit) => read.push((name, digit)),
             Err(error) => {
-                warn(format_args!("skipped: {name} {error}"));
+                warn(format_args!("skipped: {} {error}", escaped(&name, &[])));
                 report.skipped.push(SkippedReport {
                     file: name,
                     reason: error.to_string(),
@@ -704,7 +729,8 @@ fn table(images: &[ImageReport]) -> String {
         let percent = 100.0 * image.probability;
         lines.push(format!(
             "{:>5} {percent:>10.2} %  {}",
-            image.prediction, image.file
+            image.prediction,
+            escaped(&image.file, &[])
         ));
     }
     lines.join("\n")
@@ -819,6 +845,7 @@ mod tests {
                 label: 4,
                 prediction: 9,
                 probability: 0.5,
+                loss: 0.7,
             };
             let test = TestReport {
                 digits: 100,
@@ -849,6 +876,6 @@ mod tests {
         assert_eq!(report(0), "no mistakes on 100 digits of synthetic");
         assert_eq!(report(1), "1 mistake on 100 digits of synthetic");
         assert!(report(SHOWN).starts_with("40 mistakes on"));
-        assert!(report(41).starts_with("the 40 worst of 41 mistakes on"));
+        assert!(report(41).starts_with("the 40 with the highest loss of 41 mistakes on"));
     }
 }
