@@ -149,7 +149,7 @@ impl MetricsRendererTraining for Dashboard {
     fn on_train_end(&mut self, summary: Option<LearnerSummary>) -> Result<(), Box<dyn Error>> {
         self.close();
         if let Some(summary) = summary {
-            say!("{summary}");
+            say!("{summary}")?;
         }
         Ok(())
     }

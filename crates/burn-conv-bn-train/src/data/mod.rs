@@ -13,7 +13,7 @@ mod glyphs;
 mod idx;
 mod source;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use digits::generate;
 #[doc(hidden)]

@@ -1,4 +1,4 @@
-//! Helpers of the tests in this module.
+//! Helpers of tests.
 
 use std::env;
 use std::fs;
@@ -82,7 +82,7 @@ pub(super) fn refusing_mirror() -> String {
 }
 
 /// The folder with the real MNIST, if this machine has one.
-pub(super) fn real_mnist() -> Option<PathBuf> {
+pub(crate) fn real_mnist() -> Option<PathBuf> {
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/mnist");
     let dir = env::var_os("BURN_CONV_BN_MNIST").map_or(beside, PathBuf::from);
     if dir.is_dir() {

@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::io;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
-use image::imageops::{self, FilterType};
+use image::imageops;
 use image::{DynamicImage, GrayImage, ImageError, ImageFormat, ImageReader, Luma};
 
 use crate::data::{PIXELS, SIDE};
@@ -18,17 +19,23 @@ use crate::data::{PIXELS, SIDE};
 /// ```
 pub const EXTENSIONS: [&str; 5] = ["png", "pgm", "ppm", "pbm", "pnm"];
 
-/// Height and width of the box that MNIST scales a digit to.
+/// Longer side of MNIST's digits, in pixels.
 const BOX: u32 = 20;
 
-/// Least height or width of a digit that was scaled like that already.
-const SCALED: u32 = 16;
+/// Longer sides that are left as they are: scaling by a tenth would blur more than it gains.
+const UNSCALED: RangeInclusive<u32> = 18..=BOX;
+
+/// Centre of mass of MNIST's digits, in pixels from the upper left corner.
+const CENTRE: f64 = 14.5;
 
 /// Least difference between ink and background, of 255: less is taken for an empty page.
 const CONTRAST: u8 = 32;
 
-/// Ink, of 255, that is taken for dirt on the background.
-const DIRT: u8 = 32;
+/// Least ink, of 255, that counts wherever it is; less is dirt, unless it is the edge of a stroke.
+const STRONG: u8 = 32;
+
+/// Strongest ink of a picture, of 255, that is not stretched.
+const FULL: u8 = 240;
 
 /// A digit from a file.
 ///
@@ -191,13 +198,15 @@ fn read(file: &Path) -> Result<Option<[u8; PIXELS]>, PictureError> {
 /// Makes of a picture of one digit what MNIST would have made of it.
 ///
 /// - Colours become grey, and transparent parts the opposite of what is drawn on them.
-/// - The frame, one pixel wide, is taken for background. Ink is what differs from it towards the
-///   side, darker or lighter, on which something differs most: black on white and white on black
-///   come out the same.
-/// - The ink is stretched to white on black, the smallest box around it scaled to 20 pixels in its
-///   longer direction, and its centre of mass put in the middle of 28x28.
+/// - The median of the frame, one pixel wide, is taken for background. Ink is what differs from it
+///   towards the side, darker or lighter, on which something differs most. Black on white and white
+///   on black give the same digit.
+/// - Ink whose strongest pixel is faint is stretched to white on black. Faint ink apart from strong
+///   ink, or within the frame's noise, is dirt and goes.
+/// - The smallest box around the ink is scaled to 20 pixels in its longer direction, by averages
+///   over areas, unless it has 18 to 20; its centre of mass is put where MNIST has it.
 ///
-/// A picture that is like that already stays as it is.
+/// A digit of MNIST stays as it is, byte by byte.
 ///
 /// ```
 /// use burn_conv_bn_train::predict::images::{PictureError, normalize};
@@ -218,23 +227,19 @@ fn read(file: &Path) -> Result<Option<[u8; PIXELS]>, PictureError> {
 ///
 /// [`PictureError::Empty`].
 pub fn normalize(picture: &DynamicImage) -> Result<[u8; PIXELS], PictureError> {
-    let grey = grey(picture);
-    if let Some(digit) = as_in_mnist(&grey) {
-        return Ok(digit);
+    let ink = ink(&grey(picture))?;
+    if is_in_place(&ink) {
+        return Ok(pixels(&ink));
     }
-    let ink = ink(&grey)?;
-    let (x, y, width, height) = inked(&ink).expect("there is ink");
+    let ink = cleaned(&ink);
+    let (x, y, width, height) = inked(&ink, 1).expect("strong ink stays");
     let cut = imageops::crop_imm(&ink, x, y, width, height).to_image();
     let longer = width.max(height);
-    let scaled = |length: u32| {
-        let scaled = f64::from(length) * f64::from(BOX) / f64::from(longer);
-        (scaled.round() as u32).clamp(1, BOX)
-    };
-    // Averages where it shrinks.
-    let small = imageops::resize(&cut, scaled(width), scaled(height), FilterType::Triangle);
-    // Thin strokes are faint by now.
-    let strongest = small.pixels().map(|pixel| pixel.0[0]).max().unwrap_or(0);
-    Ok(centred(&stretched(&small, strongest)))
+    if UNSCALED.contains(&longer) {
+        return Ok(centred(&cut));
+    }
+    // Averages make thin strokes faint.
+    Ok(centred(&stretched(&scaled(&cut, longer))))
 }
 
 /// Grey, with what is transparent filled in.
@@ -257,23 +262,7 @@ fn grey(picture: &DynamicImage) -> GrayImage {
     })
 }
 
-/// The picture itself, if MNIST could have made it.
-fn as_in_mnist(grey: &GrayImage) -> Option<[u8; PIXELS]> {
-    if grey.dimensions() != (SIDE as u32, SIDE as u32) || background(grey) != 0 {
-        return None;
-    }
-    let (_, _, width, height) = inked(grey)?;
-    let fits = (SCALED..=BOX).contains(&width.max(height));
-    let middle = SIDE as f64 / 2.0;
-    let (x, y) = centre_of_mass(grey);
-    let centred = (x - middle).abs() <= 1.0 && (y - middle).abs() <= 1.0;
-    match fits && centred {
-        true => Some(pixels(grey)),
-        false => None,
-    }
-}
-
-/// White ink on black, stretched to all of the range.
+/// White ink on black, stretched to all of the range where it is faint.
 fn ink(grey: &GrayImage) -> Result<GrayImage, PictureError> {
     let background = background(grey);
     let values = || grey.pixels().map(|pixel| pixel.0[0]);
@@ -283,47 +272,116 @@ fn ink(grey: &GrayImage) -> Result<GrayImage, PictureError> {
     if strongest < CONTRAST {
         return Err(PictureError::Empty { found: strongest });
     }
+    let dark =
+        darker > lighter || darker == lighter && sum(grey) < area(grey) * u64::from(background);
     let ink = GrayImage::from_fn(grey.width(), grey.height(), |x, y| {
         let value = grey.get_pixel(x, y).0[0];
-        Luma([match darker >= lighter {
-            true => background.saturating_sub(value),
-            false => value.saturating_sub(background),
+        Luma([if dark {
+            background.saturating_sub(value)
+        } else {
+            value.saturating_sub(background)
         }])
     });
-    let mut ink = stretched(&ink, strongest);
-    for pixel in ink.pixels_mut() {
-        if pixel.0[0] < DIRT {
-            pixel.0[0] = 0;
-        }
-    }
-    Ok(ink)
+    Ok(stretched(&ink))
 }
 
-/// Median of the outermost pixels.
+/// Median of the frame. Of an even number's two middle values it is the one nearer to the picture's
+/// mean, so that an inverted picture has the inverted background.
 fn background(grey: &GrayImage) -> u8 {
-    let (width, height) = grey.dimensions();
-    let mut frame: Vec<u8> = grey
+    let frame = frame(grey);
+    let middle = |at: usize| frame.get(at).copied().unwrap_or(0);
+    let (low, high) = (
+        middle(frame.len().saturating_sub(1) / 2),
+        middle(frame.len() / 2),
+    );
+    let off = |value: u8| sum(grey).abs_diff(area(grey) * u64::from(value));
+    if off(low) <= off(high) { low } else { high }
+}
+
+/// The outermost pixels' values, in ascending order.
+fn frame(picture: &GrayImage) -> Vec<u8> {
+    let (width, height) = picture.dimensions();
+    let mut frame: Vec<u8> = picture
         .enumerate_pixels()
         .filter(|(x, y, _)| [0, width - 1].contains(x) || [0, height - 1].contains(y))
         .map(|(_, _, pixel)| pixel.0[0])
         .collect();
     frame.sort_unstable();
-    frame.get(frame.len() / 2).copied().unwrap_or(0)
+    frame
 }
 
-fn stretched(ink: &GrayImage, strongest: u8) -> GrayImage {
-    let (strongest, half) = (u32::from(strongest.max(1)), u32::from(strongest) / 2);
+fn sum(picture: &GrayImage) -> u64 {
+    picture.pixels().map(|pixel| u64::from(pixel.0[0])).sum()
+}
+
+fn area(picture: &GrayImage) -> u64 {
+    u64::from(picture.width()) * u64::from(picture.height())
+}
+
+/// The ink with its strongest pixel white, unless that is nearly white.
+fn stretched(ink: &GrayImage) -> GrayImage {
+    let strongest = ink.pixels().map(|pixel| pixel.0[0]).max().unwrap_or(0);
+    if strongest == 0 || strongest >= FULL {
+        return ink.clone();
+    }
+    let (strongest, half) = (u32::from(strongest), u32::from(strongest) / 2);
     GrayImage::from_fn(ink.width(), ink.height(), |x, y| {
         let value = u32::from(ink.get_pixel(x, y).0[0]);
-        Luma([((255 * value + half) / strongest).min(255) as u8])
+        Luma([((255 * value + half) / strongest) as u8])
     })
 }
 
-/// Corner, width and height of the smallest box around all ink.
-fn inked(ink: &GrayImage) -> Option<(u32, u32, u32, u32)> {
+/// Whether a digit is scaled and placed as MNIST's are.
+fn is_in_place(ink: &GrayImage) -> bool {
+    // Half a pixel by MNIST's own rounding, and a little for the tools that made it.
+    let near = |centre: f64| (centre - CENTRE).abs() <= 0.6;
+    let (x, y) = centre_of_mass(ink);
+    let is_scaled = inked(ink, 1).is_some_and(|(.., w, h)| UNSCALED.contains(&w.max(h)));
+    ink.dimensions() == (SIDE as u32, SIDE as u32) && is_scaled && near(x) && near(y)
+}
+
+/// Without dirt: of ink that is not strong, only the edges of strokes stay.
+fn cleaned(ink: &GrayImage) -> GrayImage {
+    let frame = frame(ink);
+    let noise = frame[frame.len() * 9 / 10].saturating_mul(3);
+    let (left, top, width, height) = inked(ink, STRONG).expect("there is strong ink");
+    // Cells as large as a pixel of the scaled digit, with one more all around the strong ink.
+    let cell = width.max(height).div_ceil(BOX);
+    let [columns, rows] = [width, height].map(|length| length.div_ceil(cell) + 2);
+    let cell_at = |x: u32, y: u32| {
+        let column = (x + cell).checked_sub(left)? / cell;
+        let row = (y + cell).checked_sub(top)? / cell;
+        (column < columns && row < rows).then_some((column, row))
+    };
+    let mut near = GrayImage::new(columns, rows);
+    for (x, y, _) in ink
+        .enumerate_pixels()
+        .filter(|(.., pixel)| pixel.0[0] >= STRONG)
+    {
+        let (column, row) = cell_at(x, y).expect("strong ink is within its box");
+        for (x, y) in
+            (column - 1..=column + 1).flat_map(|x| (row - 1..=row + 1).map(move |y| (x, y)))
+        {
+            near.put_pixel(x, y, Luma([1]));
+        }
+    }
+    GrayImage::from_fn(ink.width(), ink.height(), |x, y| {
+        let value = ink.get_pixel(x, y).0[0];
+        let is_edge =
+            || value > noise && cell_at(x, y).is_some_and(|(x, y)| near.get_pixel(x, y).0[0] == 1);
+        Luma([if value >= STRONG || is_edge() {
+            value
+        } else {
+            0
+        }])
+    })
+}
+
+/// Corner, width and height of the smallest box around ink of at least `least`.
+fn inked(ink: &GrayImage, least: u8) -> Option<(u32, u32, u32, u32)> {
     let (mut low, mut high) = ([u32::MAX; 2], [0; 2]);
     for (x, y, pixel) in ink.enumerate_pixels() {
-        if pixel.0[0] > 0 {
+        if pixel.0[0] >= least {
             for (axis, at) in [x, y].into_iter().enumerate() {
                 low[axis] = low[axis].min(at);
                 high[axis] = high[axis].max(at);
@@ -335,6 +393,29 @@ fn inked(ink: &GrayImage) -> Option<(u32, u32, u32, u32)> {
     (x <= last_x).then(|| (x, y, last_x - x + 1, last_y - y + 1))
 }
 
+/// Scales by [`BOX`] / `longer`: each pixel is the mean of the area that it covers.
+fn scaled(ink: &GrayImage, longer: u32) -> GrayImage {
+    // The unit of length is a pixel's of the picture, divided by BOX.
+    let length = |length: u32| (length * BOX).div_ceil(longer);
+    let covered = |at: u32, length: u32| {
+        let (start, end) = (at * longer, (at + 1) * longer);
+        (start / BOX..end.div_ceil(BOX).min(length))
+            .map(move |i| (i, u64::from(end.min((i + 1) * BOX) - start.max(i * BOX))))
+    };
+    let area = u64::from(longer) * u64::from(longer);
+    GrayImage::from_fn(length(ink.width()), length(ink.height()), |x, y| {
+        let columns = covered(x, ink.width());
+        let parts = covered(y, ink.height()).flat_map(|(row, high)| {
+            let columns = columns.clone();
+            columns.map(move |(column, wide)| (column, row, wide * high))
+        });
+        let sum: u64 = parts
+            .map(|(column, row, part)| part * u64::from(ink.get_pixel(column, row).0[0]))
+            .sum();
+        Luma([((sum + area / 2) / area) as u8])
+    })
+}
+
 /// In pixels from the upper left corner; the middle if there is no ink.
 fn centre_of_mass(ink: &GrayImage) -> (f64, f64) {
     let (mut mass, mut moments) = (0.0, [0.0; 2]);
@@ -344,17 +425,17 @@ fn centre_of_mass(ink: &GrayImage) -> (f64, f64) {
         moments[0] += value * (f64::from(x) + 0.5);
         moments[1] += value * (f64::from(y) + 0.5);
     }
-    match mass > 0.0 {
-        true => (moments[0] / mass, moments[1] / mass),
-        false => (f64::from(ink.width()) / 2.0, f64::from(ink.height()) / 2.0),
+    if mass > 0.0 {
+        (moments[0] / mass, moments[1] / mass)
+    } else {
+        (f64::from(ink.width()) / 2.0, f64::from(ink.height()) / 2.0)
     }
 }
 
 /// Puts a digit of at most [`BOX`] pixels on 28x28 black ones, by its centre of mass.
 fn centred(small: &GrayImage) -> [u8; PIXELS] {
-    let middle = SIDE as f64 / 2.0;
     let place = |centre: f64, length: u32| {
-        let first = (middle - centre).round().max(0.0) as u32;
+        let first = (CENTRE - centre).round().max(0.0) as u32;
         // A digit with all its weight at one end keeps its other end.
         first.min(SIDE as u32 - length)
     };
@@ -377,7 +458,10 @@ mod tests {
 
     use image::{ImageFormat, Rgba, RgbaImage};
 
-    use crate::data::generate;
+    use image::imageops::FilterType;
+
+    use crate::data::testing::real_mnist;
+    use crate::data::{Digits, generate};
 
     /// A drawn digit in one tone, enlarged and put somewhere on a page.
     fn page(index: usize, scale: u32, paper: u8, pen: u8) -> GrayImage {
@@ -408,10 +492,10 @@ mod tests {
     fn a_digit_is_scaled_and_centred() {
         for index in 0..20 {
             let digit = as_image(&digit(page(index, 5, 0, 255)));
-            let (_, _, width, height) = inked(&digit).unwrap();
+            let (_, _, width, height) = inked(&digit, 1).unwrap();
             assert_eq!(width.max(height), 20, "{index}: {width}x{height}");
             let (x, y) = centre_of_mass(&digit);
-            let off = (x - 14.0).abs().max((y - 14.0).abs());
+            let off = (x - 14.5).abs().max((y - 14.5).abs());
             assert!(off <= 0.5 + 1e-9, "{index}: {x}, {y}");
             assert_eq!(digit.pixels().map(|pixel| pixel.0[0]).max(), Some(255));
         }
@@ -441,17 +525,187 @@ mod tests {
         }
     }
 
+    /// A picture on black paper with a margin.
+    fn padded(digit: &GrayImage, margin: u32) -> GrayImage {
+        let mut padded = GrayImage::new(28 + 2 * margin, 28 + 2 * margin);
+        imageops::replace(&mut padded, digit, i64::from(margin), i64::from(margin));
+        padded
+    }
+
+    fn enlarged(digit: &GrayImage, times: u32, filter: FilterType) -> GrayImage {
+        imageops::resize(digit, 28 * times, 28 * times, filter)
+    }
+
+    fn inverted(page: &GrayImage) -> GrayImage {
+        GrayImage::from_fn(page.width(), page.height(), |x, y| {
+            Luma([255 - page.get_pixel(x, y).0[0]])
+        })
+    }
+
+    /// Mean difference of two digits' pixels, of 255.
+    fn difference(a: &[u8; PIXELS], b: &[u8; PIXELS]) -> f64 {
+        let sum: u64 = a
+            .iter()
+            .zip(b)
+            .map(|(a, b)| u64::from(a.abs_diff(*b)))
+            .sum();
+        sum as f64 / PIXELS as f64
+    }
+
+    type Change = Box<dyn Fn(&GrayImage) -> GrayImage>;
+
+    /// MNIST's own digits, as they are and as files of them come: they differ from what MNIST made of
+    /// them by no more than rounding where the pixels are still there, and a little where they were
+    /// smoothed.
+    #[test]
+    fn mnist_digits_come_back_from_other_pictures_of_them() {
+        let Some(real) = real_mnist() else { return };
+        let [images, labels] =
+            ["images-idx3", "labels-idx1"].map(|name| real.join(format!("t10k-{name}-ubyte.gz")));
+        let digits = Digits::read(&images, &labels).unwrap();
+        let changes: [(&str, f64, Change); 8] = [
+            ("nothing", 0.0, Box::new(GrayImage::clone)),
+            (
+                "1 pixel of padding",
+                0.0,
+                Box::new(|digit| padded(digit, 1)),
+            ),
+            (
+                "3 pixels of padding",
+                0.0,
+                Box::new(|digit| padded(digit, 3)),
+            ),
+            (
+                "10 pixels of padding",
+                0.0,
+                Box::new(|digit| padded(digit, 10)),
+            ),
+            (
+                "2 times",
+                0.0,
+                Box::new(|digit| enlarged(digit, 2, FilterType::Nearest)),
+            ),
+            (
+                "4 times",
+                0.0,
+                Box::new(|digit| enlarged(digit, 4, FilterType::Nearest)),
+            ),
+            (
+                "4 times, smooth",
+                12.0,
+                Box::new(|digit| enlarged(digit, 4, FilterType::Triangle)),
+            ),
+            (
+                "4 times, sharp",
+                12.0,
+                Box::new(|digit| enlarged(digit, 4, FilterType::CatmullRom)),
+            ),
+        ];
+        for (name, bound, change) in changes {
+            let mut total = 0.0;
+            for index in 0..1000 {
+                let page = change(&as_image(digits.image(index)));
+                let normalized = digit(page.clone());
+                assert_eq!(
+                    digit(inverted(&page)),
+                    normalized,
+                    "{index}, inverted, {name}"
+                );
+                total += difference(&normalized, digits.image(index));
+            }
+            let mean = total / 1000.0;
+            eprintln!("{name}: {mean}");
+            assert!(mean <= bound, "{name}: {mean} off, {bound} allowed");
+        }
+    }
+
     #[test]
     fn what_mnist_could_have_made_stays() {
-        let made = digit(page(4, 6, 255, 0));
-        let again = digit(as_image(&made));
-        assert_eq!(again, made);
-        // But not on paper, nor off the middle.
-        let inverted = GrayImage::from_fn(28, 28, |x, y| Luma([255 - made[(y * 28 + x) as usize]]));
-        assert!(as_in_mnist(&inverted).is_none());
+        let made = as_image(&digit(page(4, 6, 255, 0)));
+        let same = |page: GrayImage| assert_eq!(as_image(&digit(page)), made);
+        same(made.clone());
+        same(inverted(&made));
+        // But not off its place.
         let mut moved = GrayImage::new(28, 28);
-        imageops::replace(&mut moved, &as_image(&made), 3, 0);
-        assert!(as_in_mnist(&moved).is_none());
+        imageops::replace(&mut moved, &made, 2, -1);
+        same(moved);
+    }
+
+    /// Half of the frame is ink, so that its median lies between ink and background.
+    #[test]
+    fn a_digit_on_the_frame_is_the_same_inverted() {
+        let corner = GrayImage::from_fn(30, 30, |x, y| Luma([if x + y < 29 { 200 } else { 0 }]));
+        let mut corner = corner;
+        corner.put_pixel(20, 20, Luma([200]));
+        assert_eq!(digit(corner.clone()), digit(inverted(&corner)));
+        // As much lighter as darker than its background: more of it is dark.
+        let mut both = GrayImage::from_pixel(30, 30, Luma([100]));
+        for (x, value) in [(8, 200), (10, 0), (11, 0)] {
+            for y in 5..25 {
+                both.put_pixel(x, y, Luma([value]));
+            }
+        }
+        assert_eq!(digit(both.clone()), digit(inverted(&both)));
+    }
+
+    #[test]
+    fn dirt_moves_no_digit() {
+        let clean = page(3, 5, 0, 255);
+        let wanted = digit(clean.clone());
+        // Specks far from the digit, and paper that is nowhere quite black.
+        let mut specks = clean.clone();
+        for (x, y) in [(2, 3), (190, 160), (5, 170)] {
+            specks.put_pixel(x, y, Luma([25]));
+        }
+        assert_eq!(digit(specks), wanted);
+        let rough = GrayImage::from_fn(clean.width(), clean.height(), |x, y| {
+            let noise = ((x * 7 + y * 13) % 11) as u8;
+            Luma([clean.get_pixel(x, y).0[0].max(noise)])
+        });
+        let off = difference(&digit(rough), &wanted);
+        assert!(off < 2.0, "{off}");
+        // Faint edges of a stroke are a part of it, on clean paper.
+        let stroke = GrayImage::from_fn(60, 60, |x, y| {
+            let edge = (19..41).contains(&x) && (9..51).contains(&y);
+            let core = (20..40).contains(&x) && (10..50).contains(&y);
+            Luma([if core {
+                255
+            } else if edge {
+                20
+            } else {
+                0
+            }])
+        });
+        let (.., width, height) = inked(&cleaned(&stroke), 1).unwrap();
+        assert_eq!((width, height), (22, 42));
+    }
+
+    #[test]
+    fn areas_are_averaged() {
+        let picture = GrayImage::from_fn(50, 30, |x, _| Luma([if x % 5 < 2 { 250 } else { 0 }]));
+        // Two and a half pixels to one: 2 of them white, and then none.
+        let small = scaled(&picture, 50);
+        assert_eq!(small.dimensions(), (20, 12));
+        assert!(
+            small
+                .enumerate_pixels()
+                .all(|(x, _, pixel)| pixel.0[0] == [200, 0][x as usize % 2])
+        );
+        // Pixels that are cut at the end count by what is there.
+        let odd = scaled(&GrayImage::from_pixel(40, 21, Luma([200])), 40);
+        assert_eq!(odd.dimensions(), (20, 11));
+        assert_eq!(
+            (odd.get_pixel(3, 9).0[0], odd.get_pixel(3, 10).0[0]),
+            (200, 100)
+        );
+        // Enlarged, pixels are repeated.
+        let large = scaled(&GrayImage::from_fn(5, 5, |x, _| Luma([40 * x as u8])), 5);
+        assert_eq!(large.dimensions(), (20, 20));
+        assert!(
+            large
+                .enumerate_pixels()
+                .all(|(x, _, pixel)| u32::from(pixel.0[0]) == x / 4 * 40)
+        );
     }
 
     #[test]
@@ -461,7 +715,7 @@ mod tests {
             Luma([if inside { 0 } else { 255 }])
         });
         let digit = as_image(&digit(stroke));
-        assert_eq!(inked(&digit), Some((13, 4, 2, 20)));
+        assert_eq!(inked(&digit, 1), Some((14, 5, 2, 20)));
     }
 
     #[test]
@@ -473,7 +727,7 @@ mod tests {
             Luma([if heavy || tail { 255 } else { 0 }])
         });
         let digit = as_image(&digit(block));
-        let (x, _, width, _) = inked(&digit).unwrap();
+        let (x, _, width, _) = inked(&digit, 1).unwrap();
         assert_eq!((x, width), (8, 20));
     }
 
