@@ -12,9 +12,7 @@ use burn::lr_scheduler::step::StepLrSchedulerConfig;
 use burn::module::Module;
 use burn::store::RecordError;
 use burn::tensor::{DType, Device, FloatDType, TensorReadError};
-use burn::train::metric::{
-    AccuracyMetric, Adaptor, LossMetric, Metric, MetricMetadata, SerializedEntry,
-};
+use burn::train::metric::{AccuracyMetric, LossMetric};
 use burn::train::{
     ExecutionStrategy, InferenceStep, Interrupter, Interruption, Learner, SupervisedTraining,
     TrainingError,
@@ -28,7 +26,7 @@ use crate::dashboard::Dashboard;
 use crate::data::Digits;
 use crate::durable::{FirstFailure, Lock};
 use crate::history::{EpochEnd, EpochTotals, History, is_exhausted};
-use crate::metric_log::{self, MetricLog};
+use crate::metric_log::MetricLog;
 use crate::metrics::{Evaluation, SplitRecord, StepMetric, Tally, TallyMetric};
 use crate::optim::OptimizerChoice;
 pub use crate::print::PrintError;
@@ -85,8 +83,6 @@ pub struct FitOptions {
     pub dashboard: bool,
     /// Without a dashboard: print every so many batches; never if 0.
     pub log_interval: usize,
-    /// Print Burn's summary at the end.
-    pub summary: bool,
     /// What to call the run.
     pub label: Option<String>,
     /// What to put into [`RUN_FILE`] in the directory before anything is trained. A run that can be
@@ -114,7 +110,6 @@ impl FitOptions {
             patience: None,
             dashboard: false,
             log_interval: 2,
-            summary: false,
             label: None,
             run_file: None,
             interrupter: Interrupter::new(),
@@ -485,9 +480,6 @@ pub fn fit(
             Some(dashboard) => Box::new(dashboard.clone()),
             None => Box::new(LineRenderer::new(options.log_interval)),
         });
-        if options.summary {
-            training = training.summary();
-        }
         if let Some(label) = &options.label {
             training = training.label(label);
         }
@@ -554,78 +546,6 @@ pub fn evaluate(model: &Classifier, loader: &BatchLoader) -> Result<Evaluation, 
         evaluation += Evaluation::of(&InferenceStep::step(&model, batch?))?;
     }
     Ok(evaluation)
-}
-
-/// As [`evaluate`], and logs loss and accuracy of every batch to `test/<name>` in `directory`.
-///
-/// The logs are those of Burn's `Evaluator`, which itself panics when the disk is full, one time
-/// while it is unwinding.
-///
-/// # Errors
-///
-/// [`FitError::Directory`] before anything is evaluated, [`FitError::Write`] after it, and the
-/// errors of [`evaluate`].
-///
-/// # Examples
-///
-/// ```no_run
-/// use std::path::Path;
-/// use std::sync::Arc;
-///
-/// use burn_conv_bn_train::batch::test_loader;
-/// use burn_conv_bn_train::data::Digits;
-/// use burn_conv_bn_train::fit::{FitError, evaluate_logged};
-/// use burn_conv_bn_train::step::Classifier;
-///
-/// /// The accuracy, with a log of every batch in `run/test/held-out`.
-/// fn accuracy(model: &Classifier, digits: Arc<Digits>) -> Result<f64, FitError> {
-///     let loader = test_loader(digits, 256, model.activations());
-///     let evaluation = evaluate_logged(model, &loader, Path::new("run"), "held out")?;
-///     Ok(evaluation.accuracy())
-/// }
-/// ```
-pub fn evaluate_logged(
-    model: &Classifier,
-    loader: &BatchLoader,
-    directory: &Path,
-    name: &str,
-) -> Result<Evaluation, FitError> {
-    fs::create_dir_all(directory)
-        .and_then(|()| check_room(directory, MIB))
-        .map_err(|source| not_writable(directory, source))?;
-    let model = model.valid();
-    let loader = loader.to_device(&device_of(&model));
-
-    let (mut loss, mut accuracy) = (LossMetric::new(), AccuracyMetric::new());
-    let (mut losses, mut accuracies) = (String::new(), String::new());
-    let mut evaluation = Evaluation::default();
-    let mut batches = loader.iter();
-    while let Some(batch) = batches.next() {
-        let output = InferenceStep::step(&model, batch?);
-        let metadata = MetricMetadata {
-            progress: batches.progress(),
-            iteration: None,
-            lr: None,
-        };
-        evaluation += Evaluation::of(&output)?;
-        add_line(&mut losses, &loss.update(&output.adapt(), &metadata)?);
-        add_line(
-            &mut accuracies,
-            &accuracy.update(&output.adapt(), &metadata)?,
-        );
-    }
-
-    let tag = name.trim().replace(' ', "-").to_lowercase();
-    let folder = directory.join("test").join(tag);
-    for (name, lines) in [(loss.name(), losses), (accuracy.name(), accuracies)] {
-        metric_log::write(&folder.join(metric_log::file_name(&name)), &lines)?;
-    }
-    Ok(evaluation)
-}
-
-fn add_line(lines: &mut String, entry: &SerializedEntry) {
-    lines.push_str(&entry.serialized);
-    lines.push('\n');
 }
 
 /// The last finished epoch of which `directory` has a checkpoint that is complete and can be read.

@@ -40,13 +40,9 @@ impl Log {
     fn path(&self, directory: &Path) -> PathBuf {
         let folder = directory.join(&self.split);
         let folder = folder.join(format!("epoch-{}", self.epoch));
-        folder.join(file_name(&self.metric))
+        // As Burn names it.
+        folder.join(format!("{}.log", self.metric.replace(' ', "_")))
     }
-}
-
-/// What Burn calls the log of a metric.
-pub(crate) fn file_name(metric: &str) -> String {
-    format!("{}.log", metric.replace(' ', "_"))
 }
 
 impl MetricLog {
@@ -137,7 +133,7 @@ impl MetricLogger for MetricLog {
 }
 
 /// Writes one log, in a folder that need not exist.
-pub(crate) fn write(path: &Path, lines: &str) -> Result<(), OutputError> {
+fn write(path: &Path, lines: &str) -> Result<(), OutputError> {
     let made = path.parent().map_or(Ok(()), fs::create_dir_all);
     made.map_err(|source| OutputError::io(path, source))?;
     burn_conv_bn_files::write(path, lines.as_bytes(), Survives::Kill)

@@ -160,6 +160,7 @@ pub struct EpochReport {
     #[serde(with = "number")]
     pub test_loss: f64,
     /// Fraction of the test digits classified correctly after the epoch.
+    #[serde(with = "number")]
     pub test_accuracy: f64,
 }
 
@@ -292,7 +293,8 @@ pub struct TestReport {
     pub digits: usize,
     /// Those classified correctly.
     pub correct: usize,
-    /// Their fraction.
+    /// Their fraction; NaN of no digits.
+    #[serde(with = "number")]
     pub accuracy: f64,
     /// Mean loss of a digit.
     #[serde(with = "number")]
