@@ -9,12 +9,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use burn_conv_bn_train::data::OFFLINE;
 use nix::pty::{Winsize, openpty};
 use nix::sys::termios::{Termios, tcgetattr};
+use rustix::io::{FdFlags, fcntl_setfd, ioctl_fionbio};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::{TempDir, tempdir};
 
@@ -31,6 +33,10 @@ const ALTERNATE_SCREEN: &str = "\x1b[?1049h";
 
 /// Most time for anything that is waited for.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Held from the making of a terminal to the start of its training: another test's training must not
+/// inherit it, or it would outlive its session.
+static STARTING: Mutex<()> = Mutex::new(());
 
 /// A training that has a terminal of its own, and the terminal's other end.
 struct Session {
@@ -79,9 +85,12 @@ impl Session {
             ws_xpixel: 0,
             ws_ypixel: 0,
         };
+        let starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
         let pty = openpty(&size, None).unwrap();
         let (ours, theirs) = (File::from(pty.master), pty.slave);
-        rustix::io::ioctl_fionbio(&ours, true).unwrap();
+        fcntl_setfd(&ours, FdFlags::CLOEXEC).unwrap();
+        fcntl_setfd(&theirs, FdFlags::CLOEXEC).unwrap();
+        ioctl_fionbio(&ours, true).unwrap();
         let before = tcgetattr(&theirs).unwrap();
 
         let folder = tempdir().unwrap();
@@ -104,6 +113,7 @@ impl Session {
             .spawn()
             .unwrap();
         drop(command);
+        drop(starting);
         Some(Self {
             folder,
             child,
