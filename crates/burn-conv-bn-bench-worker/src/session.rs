@@ -37,7 +37,7 @@ pub trait Workload {
     /// devices kernels are compiled and tried for each shape, so it is one of the full size.
     fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory;
 
-    /// Bytes that its blocks list as kept for the backward pass, as [`StepMemory::saved`].
+    /// Bytes that its layers list as kept for the backward pass, as [`StepMemory::saved`].
     fn saved(&self) -> u64;
 }
 

@@ -276,7 +276,7 @@ pub struct StepMemory {
     pub heap_forward_end: Option<u64>,
     /// As [`resident_peak`](Self::resident_peak), counted by the allocator or the pool.
     pub heap_peak: Option<u64>,
-    /// What the blocks list as kept for the backward pass, each buffer once, without parameters and
+    /// What the layers list as kept for the backward pass, each buffer once, without parameters and
     /// images. It follows from shapes, and leaves out what a network's other layers keep.
     pub saved: Option<u64>,
 }

@@ -33,7 +33,7 @@ tensor; for PyTorch's tutorial, whose norm is another, from its own formula.";
 const HOST_MEMORY: &str = "\
 Memory is in MiB above the level just before forward, in a fresh process: rss is the resident set at
 the end of forward and at its peak up to the end of backward, heap the same counted by the
-allocator, and x unfused the ratio of the peaks of rss. saved is what the blocks list as kept for
+allocator, and x unfused the ratio of the peaks of rss. saved is what the layers list as kept for
 the backward pass, each buffer once, without parameters and images; there is no such list of what
 Burn's gradient checkpointing keeps, and none of PyTorch's.";
 
@@ -41,7 +41,7 @@ const POOL_MEMORY: &str = "\
 Memory is in MiB above the level just before forward, in a fresh process that has run one step: pool
 is what is in use of the device's memory pool at the end of forward and at its peak up to the end of
 backward, and x unfused the ratio of the peaks; rss, where PyTorch is on the CPU, is the resident
-set at the same times. saved is what the blocks list as kept for the backward pass, each buffer
+set at the same times. saved is what the layers list as kept for the backward pass, each buffer
 once, without parameters and images; there is no such list of what Burn's gradient checkpointing
 keeps, and none of PyTorch's.";
 
