@@ -137,7 +137,7 @@ pub enum ConvBnError {
         got: DType,
     },
     /// A tensor is on another device than the input.
-    #[error("{what}: expected device {expected} (the input's), got {got}")]
+    #[error("input is on {expected}, {what} is on {got}: move one of the two with `to_device`")]
     Device {
         /// Which tensor.
         what: &'static str,

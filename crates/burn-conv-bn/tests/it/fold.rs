@@ -181,7 +181,7 @@ fn same_padding_folds_where_burn_has_it() {
                 .with_stride(stride)
                 .with_padding(PaddingConfig1d::Same)
                 .init(&device);
-            let x = Tensor::<3>::from_data(random(&[1, 2, size], 1), &device);
+            let x = Tensor::<3>::from_data(random(&[1, 2, size], 1), (&device, DType::F32));
             let folded = line.fold().unwrap().forward(x.clone());
             assert_close(
                 &context,
@@ -194,7 +194,7 @@ fn same_padding_folds_where_burn_has_it() {
                 .with_stride([stride, 1])
                 .with_padding(PaddingConfig2d::Same)
                 .init(&device);
-            let x = Tensor::<4>::from_data(random(&[1, 2, size, 6], 1), &device);
+            let x = Tensor::<4>::from_data(random(&[1, 2, size, 6], 1), (&device, DType::F32));
             let folded = plane.fold().unwrap().forward(x.clone());
             assert_close(
                 &context,
@@ -209,7 +209,7 @@ fn same_padding_folds_where_burn_has_it() {
             .with_stride([1, 2, 1])
             .with_padding(PaddingConfig3d::Same)
             .init(&device);
-        let x = Tensor::<5>::from_data(random(&[1, 1, size, size, 6], 1), &device);
+        let x = Tensor::<5>::from_data(random(&[1, 1, size, size, 6], 1), (&device, DType::F32));
         let folded = volume.fold().unwrap().forward(x.clone());
         assert_close(
             "3-D",
