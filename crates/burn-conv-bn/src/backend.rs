@@ -734,7 +734,8 @@ pub trait ConvBnBackend: Backend {
     ///
     /// # Panics
     ///
-    /// Panics on a backend whose `conv_bn_max_pool_forward` supports nothing.
+    /// Panics on a backend whose `conv_bn_max_pool_forward` supports nothing, and without the statistics that the plan
+    /// keeps for the wanted gradients.
     #[fusion(default)]
     fn conv_bn_max_pool_backward(
         #[extension_type] saved: ConvBnSaved<Self>,

@@ -932,6 +932,7 @@ mod tests {
             assert_all_close(&what, grads, portable);
         }
     }
+
     /// What the plan keeps of a forward pass.
     fn saved(
         plan: &SavePlan,
