@@ -273,7 +273,7 @@ fn ink(grey: &GrayImage) -> Result<GrayImage, PictureError> {
         return Err(PictureError::Empty { found: strongest });
     }
     let dark =
-        darker > lighter || darker == lighter && sum(grey) < area(grey) * u64::from(background);
+        darker > lighter || (darker == lighter && sum(grey) < area(grey) * u64::from(background));
     let ink = GrayImage::from_fn(grey.width(), grey.height(), |x, y| {
         let value = grey.get_pixel(x, y).0[0];
         Luma([if dark {
