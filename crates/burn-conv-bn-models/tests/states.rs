@@ -2,7 +2,7 @@
 //! autodiff: nothing panics, and both forms agree.
 
 use burn::module::Module;
-use burn::optim::{GradientsParams, Optimizer, SgdConfig};
+use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{Device, Distribution, Tensor};
 use burn_conv_bn::{ConvBnModule, Recompute};
 use burn_conv_bn_models::{

@@ -163,7 +163,9 @@ fn running_statistics_take_every_threads_update() {
     };
     let in_order = |batches: [u64; 2]| {
         let layer = init(&config, 1);
-        batches.map(|batch| step(&layer, batch));
+        for batch in batches {
+            step(&layer, batch);
+        }
         statistics(&layer)
     };
     let orders = [in_order([0, 1]), in_order([1, 0])];

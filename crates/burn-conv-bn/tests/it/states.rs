@@ -4,7 +4,7 @@
 use std::thread;
 
 use burn::module::Module;
-use burn::optim::{GradientsParams, ModuleOptimizer, Optimizer, SgdConfig};
+use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn_conv_bn::{
     Activation, ConvBn1d, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3d, ConvBn3dConfig,
