@@ -563,7 +563,10 @@ mod tests {
     fn runs_that_agree_by_chance_allow_an_ulp_or_two() {
         let exact = 2.301_234_567;
         let unfused = [exact + 2.75e-9];
-        let fused_off_by = |off| parity(&[exact + off], &[&unfused; 4], Some(&[exact])).judge();
+        let fused_off_by = |off: f64| {
+            let fused = [exact + off];
+            parity(&fused, &[&unfused[..]; 4], Some(&[exact])).judge()
+        };
         assert!(fused_off_by(2.4e-7).is_ok());
         assert!(fused_off_by(-2.4e-7).is_ok());
         assert!(fused_off_by(1.3e-6).is_err());
