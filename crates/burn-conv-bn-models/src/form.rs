@@ -1,4 +1,5 @@
 use burn::config::Config;
+use burn::module::Param;
 use burn::nn::pool;
 use burn::tensor::activation::{gelu, hard_swish, leaky_relu, relu, relu6, silu};
 use burn::tensor::module::batch_norm_train;
@@ -203,7 +204,7 @@ fn unfused_saved(
         };
         saved.insert(0, input);
     }
-    let normalized = is_frozen && norm.gamma.val().is_tracked();
+    let normalized = is_frozen && block.settings.affine && norm.gamma.val().is_tracked();
     let normalized = normalized.then_some(("normalized", norm_dtype));
     let activation = kept_by_activation(block.settings.activation, activation_input, dtype);
     let shape = Shape::from(block.output_shape(input_shape));
@@ -257,7 +258,13 @@ fn unfused_activation(activation: Activation, value: Tensor<4>) -> Tensor<4> {
 
 /// The norm, in the type of its parameters, between casts where that is not the input's.
 fn unfused_norm(block: &ConvBn2d, input: Tensor<4>) -> Tensor<4> {
-    let (norm, settings) = (&block.norm, &block.settings);
+    let settings = &block.settings;
+    let mut norm = block.norm.clone();
+    if !settings.affine {
+        // Burn's norm has a scale and a shift in any case: constants, which no optimizer moves.
+        norm.gamma = Param::initialized(norm.gamma.id, norm.gamma.val().ones_like());
+        norm.beta = Param::initialized(norm.beta.id, norm.beta.val().zeros_like());
+    }
     let affine = || (norm.gamma.val(), norm.beta.val());
     let dtype = input.dtype();
     let input = input.cast(norm.gamma.val().dtype());
