@@ -5,10 +5,8 @@ use burn::backend::{Backend, ExtensionType, TensorMetadata, backend_extension};
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Shape};
 
-use crate::definition::{
-    ConvBnOptions, ConvSpec, NormSpec, Parents, StatisticsKind, accumulator_dtype,
-};
 use crate::portable;
+use crate::spec::{ConvBnOptions, ConvSpec, NormSpec, Parents, StatisticsKind, accumulator_dtype};
 
 /// A tensor that may be missing.
 ///

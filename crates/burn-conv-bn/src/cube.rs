@@ -14,11 +14,11 @@ use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
     NormOutput, OptionalTensor,
 };
-use crate::definition::{
-    Activation, ConvBnOptions, NormSpec, NormVariant, StatisticsKind, values_per_channel,
-};
 use crate::portable::conv_bn::{backward_by, forward_by};
 use crate::portable::sweeps::{Affine, Argument, Moments, Sweeps};
+use crate::spec::{
+    Activation, ConvBnOptions, NormSpec, NormVariant, StatisticsKind, values_per_channel,
+};
 
 impl ConvBnBackend for CubeBackend {
     fn batch_normalize(

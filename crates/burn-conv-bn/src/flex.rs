@@ -23,11 +23,11 @@ use crate::backend::{
     ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved, MaxPoolBackwardOptions,
     MaxPoolForward, OptionalTensor, Statistics,
 };
-use crate::definition::{
+use crate::portable::{self, cast};
+use crate::spec::{
     Activation, ConvBnOptions, ConvSpec, Derivative, NormSpec, NormVariant, Parents, SavePlan,
     StatisticsKind,
 };
-use crate::portable::{self, cast};
 
 impl ConvBnBackend for Flex {
     fn conv_bn_forward(
@@ -723,7 +723,7 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
-    use crate::definition::{Parents, Recompute, SavePlan};
+    use crate::spec::{Parents, Recompute, SavePlan};
 
     fn random(shape: &[usize], seed: u64) -> FlexTensor {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);

@@ -34,7 +34,7 @@ use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Device, Shape, Tensor};
 
 use crate::backend::{ConvBnBackend, ConvBnInputs, NormOutput, OptionalTensor, Statistics};
-use crate::definition::{
+use crate::spec::{
     ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPoolProblem, NormSpec,
     accumulator_dtype, check_epsilon, check_values,
 };

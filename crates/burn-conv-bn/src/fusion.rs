@@ -7,7 +7,7 @@ use crate::backend::{
     ConvBnBackwardOptions, ConvBnForwardMetadata, ConvBnGradsMetadata, ConvBnInputsMetadata,
     ConvBnSavedMetadata, OptionalTensorMetadata,
 };
-use crate::definition::{ConvBnOptions, ConvBnProblem, accumulator_dtype};
+use crate::spec::{ConvBnOptions, ConvBnProblem, accumulator_dtype};
 
 pub(crate) fn conv_bn_forward(
     inputs: &ConvBnInputsMetadata,

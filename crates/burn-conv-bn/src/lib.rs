@@ -63,9 +63,9 @@ mod autodiff;
 mod backend;
 #[cfg(feature = "cubecl")]
 mod cube;
-mod definition;
 mod layer;
 mod portable;
+mod spec;
 
 #[cfg(feature = "flex")]
 mod flex;
@@ -80,13 +80,13 @@ pub use backend::{
     ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved, MaxPoolBackwardOptions,
     MaxPoolForward, NormOutput, OptionalTensor, Statistics,
 };
-pub use definition::{
-    Activation, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, NormSpec, NormVariant,
-    Parents, Recompute, SavePlan, SavedTensor, StatisticsKind,
-};
 pub use layer::{
     ConvBn1d, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3d, ConvBn3dConfig, ConvBnModule,
     ConvBnSettings, FoldError, MaxPool2d, MaxPool2dConfig, RunningVariance,
+};
+pub use spec::{
+    Activation, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, NormSpec, NormVariant,
+    Parents, Recompute, SavePlan, SavedTensor, StatisticsKind,
 };
 
 /// The code of the package's Markdown page.

@@ -12,8 +12,8 @@ use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnInputs,
     ConvBnMaxPoolBackwardOptions, ConvBnSaved, NormOutput, OptionalTensor, Statistics,
 };
-use crate::definition::{ConvBnOptions, Parents, SavePlan};
 use crate::portable::{bias_shift, shifted_mean};
+use crate::spec::{ConvBnOptions, Parents, SavePlan};
 
 /// The node of the op, or of the op and a max pool behind it.
 #[derive(Debug)]

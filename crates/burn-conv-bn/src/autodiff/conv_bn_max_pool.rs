@@ -6,8 +6,8 @@ use burn::tensor::ops::MaxPoolOptions;
 use super::conv_bn::{ConvBnBackward, Pool, inner_inputs, parents, plan, state};
 use super::{conv_bn, max_pool, untracked};
 use crate::backend::{ConvBnBackend, ConvBnInputs, ConvBnMaxPoolForward, NormOutput};
-use crate::definition::ConvBnOptions;
 use crate::portable::{bias_shift, shifted_mean};
+use crate::spec::ConvBnOptions;
 
 /// As the node of the fused op, with the pool's places and output in its state; or that node and the
 /// pool's.

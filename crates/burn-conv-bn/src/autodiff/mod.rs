@@ -21,7 +21,7 @@ use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
     NormOutput, OptionalTensor,
 };
-use crate::definition::{ConvBnOptions, ConvSpec, NormSpec};
+use crate::spec::{ConvBnOptions, ConvSpec, NormSpec};
 
 impl<B: ConvBnBackend, C: CheckpointStrategy> ConvBnBackend for Autodiff<B, C> {
     fn conv(

@@ -6,7 +6,7 @@ use burn::tensor::{DType, Tensor, TensorData, bf16, f16};
 use super::FoldError;
 use super::block::{Block, current};
 use super::convolution::Convolution;
-use crate::definition::{NormVariant, check_epsilon};
+use crate::spec::{NormVariant, check_epsilon};
 
 /// Largest rounding error of a channel's weights, relative to its output. Normal numbers of every dtype round
 /// by less.

@@ -16,7 +16,7 @@ use burn::nn::{
 };
 use burn::tensor::{Device, Tensor};
 
-use crate::definition::{
+use crate::spec::{
     Activation, NormVariant, Recompute, SavedTensor, check_epsilon, check_geometry, check_momentum,
 };
 use block::Block;

@@ -8,7 +8,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{FloatDType, Tensor};
 
 use super::{ConvBnSettings, RunningVariance};
-use crate::definition::Recompute;
+use crate::spec::Recompute;
 
 /// Changes to every fused layer of a module, which may be a whole model or a layer itself.
 ///

@@ -5,7 +5,7 @@ use core::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
 use burn::backend::tensor::{BoolTensor, FloatTensor};
 use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 
-use crate::definition::Activation;
+use crate::spec::Activation;
 
 /// `y = activation(value)`, in place where `value` is the only handle.
 pub(crate) fn forward<B: Backend>(activation: Activation, value: FloatTensor<B>) -> FloatTensor<B> {

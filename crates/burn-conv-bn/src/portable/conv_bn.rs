@@ -12,7 +12,7 @@ use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
     OptionalTensor, Statistics,
 };
-use crate::definition::{
+use crate::spec::{
     ConvBnOptions, ConvSpec, Derivative, NormSpec, StatisticsKind, accumulator_dtype,
 };
 

@@ -13,7 +13,7 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, Shape};
 
 use crate::backend::{ConvBnInputs, Statistics};
-use crate::definition::accumulator_dtype;
+use crate::spec::accumulator_dtype;
 
 /// Casts unless the tensor is of that dtype already.
 pub(crate) fn cast<B: Backend>(tensor: FloatTensor<B>, dtype: DType) -> FloatTensor<B> {

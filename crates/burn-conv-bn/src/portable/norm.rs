@@ -8,7 +8,7 @@ use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 
 use super::{broadcast, cast, channel_sum, channels};
 use crate::backend::NormOutput;
-use crate::definition::{NormSpec, NormVariant, accumulator_dtype, values_per_channel};
+use crate::spec::{NormSpec, NormVariant, accumulator_dtype, values_per_channel};
 
 /// The input less its mean, the mean, and the biased variance.
 pub(crate) struct Centered<B: Backend> {
