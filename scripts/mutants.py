@@ -44,8 +44,8 @@ MUTANTS = [
     ("spec/save_plan.rs", "gamma: present.gamma && («input || weight || bias || value→input || weight || value»),"),
     ("spec/save_plan.rs", "statistics: «input || weight || bias || gamma || value→input || weight || gamma || value»,"),
     ("spec/save_plan.rs", "output: «any→true» && derivative == Derivative::OfOutput,"),
-    ("spec/save_plan.rs", "gamma: present.gamma && («self.gamma || told→self.gamma»),"),
-    ("spec/save_plan.rs", "beta: present.beta && («self.beta || told→self.beta»),"),
+    ("spec/save_plan.rs", "gamma: present.gamma && («self.gamma || inverts→self.gamma»),"),
+    ("spec/save_plan.rs", "beta: present.beta && («self.beta || inverts→self.beta»),"),
     ("spec/save_plan.rs", "statistics == StatisticsKind::Batch && «options.recompute == Recompute::Conv→true» && !residual"),
     # Shapes.
     ("spec/problem.rs", "let (channels_out, expected) = (weight[0], «weight[1] * conv.groups→weight[1]»);"),

@@ -654,7 +654,7 @@ fn kernel_activation(activation: Activation) -> KernelActivation {
 }
 
 /// The kernels' geometry, with missing leading dimensions of size 1. The shapes were checked by
-/// [`ConvBnProblem`](crate::ConvBnProblem).
+/// [`ConvBnProblem`](crate::backend::ConvBnProblem).
 fn geometry(input: &Shape, weight: &Shape, spec: &ConvSpec) -> Geometry {
     fn lifted<T: Copy>(values: &[T], missing: T) -> [T; 3] {
         let mut all = [missing; 3];

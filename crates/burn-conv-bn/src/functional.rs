@@ -265,7 +265,7 @@ pub fn batch_norm<const D: usize>(
 }
 
 /// `activation(norm(conv(input)) + residual)`, keeping for the backward pass what
-/// [`SavePlan`](crate::SavePlan) lists: by default the input alone.
+/// [`SavePlan`](crate::backend::SavePlan) lists: by default the input alone.
 ///
 /// # Shapes
 ///

@@ -27,9 +27,8 @@
 //!   follows a block, nothing keeps the tensor between the two.
 //! - [`functional`]: the same on plain tensors, and its two halves on their own, convolution and
 //!   batch norm with an explicit backward pass each.
-//! - [`ConvBnBackend`]: the backend trait; what a new backend or kernel implements.
-//! - [`SavePlan`]: what is kept for the backward pass, as a table.
-//! - [`gradcheck`]: analytic against numerical gradients.
+//! - [`backend`]: the trait of a backend; for whoever writes one, or a kernel.
+//! - `gradcheck`: analytic against numerical gradients, behind the feature of that name.
 //!
 //! The op is differentiable once.
 //!
@@ -44,6 +43,8 @@
 //! - `ndarray`, `tch`: the op composed of Burn's own.
 //! - `fusion`: needed with a CubeCL runtime wherever Burn's own `fusion` is on, as it is by default.
 //!
+//! And `gradcheck`, the module of that name.
+//!
 //! # Versions
 //!
 //! One version of Burn is supported at a time, to the patch: backend extensions reach into what Burn
@@ -52,7 +53,7 @@
 //!
 //! Errors, configurations, settings and results may get more variants and fields; they are
 //! `#[non_exhaustive]`, and so are [`Activation`] and [`Recompute`]. The tensors that pass through
-//! [`ConvBnBackend`] and the variants of the norm are not: what computes with them must not overlook
+//! [`backend::ConvBnBackend`] and the variants of the norm are not: what computes with them must not overlook
 //! one.
 
 #![deny(missing_docs)]
@@ -60,33 +61,24 @@
 #![cfg_attr(feature = "ndarray", allow(deprecated))]
 
 mod autodiff;
-mod backend;
 #[cfg(feature = "cubecl")]
 mod cube;
+#[cfg(feature = "flex")]
+mod flex;
 mod layer;
 mod portable;
 mod spec;
 
-#[cfg(feature = "flex")]
-mod flex;
-#[cfg(feature = "fusion")]
-mod fusion;
-
+pub mod backend;
 pub mod functional;
 pub mod gradcheck;
 
-pub use backend::{
-    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs,
-    ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved, MaxPoolBackwardOptions,
-    MaxPoolForward, NormOutput, OptionalTensor, Statistics,
-};
 pub use layer::{
     ConvBn1d, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3d, ConvBn3dConfig, ConvBnModule,
     ConvBnSettings, FoldError, MaxPool2d, MaxPool2dConfig, RunningVariance,
 };
 pub use spec::{
-    Activation, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, NormSpec, NormVariant,
-    Parents, Recompute, SavePlan, SavedTensor, StatisticsKind,
+    Activation, ConvBnError, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute, SavedTensor,
 };
 
 /// The code of the package's Markdown page.

@@ -8,16 +8,16 @@ use burn::tensor::{DType, Shape, Slice};
 
 use super::sweeps::{Affine, Argument, Composed, Moments, Sweeps};
 use super::{cast, channels, conv, norm};
-use crate::backend::{
-    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
-    OptionalTensor, Statistics,
+use crate::backend::tensors::{
+    ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved, OptionalTensor,
+    Statistics,
 };
 use crate::spec::{
     ConvBnOptions, ConvSpec, Derivative, NormSpec, StatisticsKind, accumulator_dtype,
 };
 
 /// Forward with Burn's own ops.
-pub(crate) fn forward<B: ConvBnBackend>(
+pub(crate) fn forward<B: Backend>(
     inputs: ConvBnInputs<B>,
     options: &ConvBnOptions,
     keep_conv_output: bool,
@@ -26,14 +26,14 @@ pub(crate) fn forward<B: ConvBnBackend>(
 }
 
 /// Backward with Burn's own ops.
-pub(crate) fn backward<B: ConvBnBackend>(
+pub(crate) fn backward<B: Backend>(
     saved: ConvBnSaved<B>,
     options: &ConvBnBackwardOptions,
 ) -> ConvBnGrads<B> {
     backward_by::<B, Composed>(saved, options)
 }
 
-pub(crate) fn forward_by<B: ConvBnBackend, S: Sweeps<B>>(
+pub(crate) fn forward_by<B: Backend, S: Sweeps<B>>(
     inputs: ConvBnInputs<B>,
     options: &ConvBnOptions,
     keep_conv_output: bool,
@@ -96,7 +96,7 @@ fn folds(dtype: DType) -> bool {
 }
 
 /// The norm of given statistics, over the convolution's output without its bias.
-fn given_norm<B: ConvBnBackend, S: Sweeps<B>>(
+fn given_norm<B: Backend, S: Sweeps<B>>(
     affine: Affine<B>,
     bias: Option<&FloatTensor<B>>,
     (mean, variance): (&FloatTensor<B>, &FloatTensor<B>),
@@ -146,7 +146,7 @@ struct Folded<B: Backend> {
     dtype: DType,
 }
 
-impl<B: ConvBnBackend> Folded<B> {
+impl<B: Backend> Folded<B> {
     fn new(
         affine: Affine<B>,
         bias: Option<&FloatTensor<B>>,
@@ -209,7 +209,7 @@ fn center<B: Backend>(
 /// them and then, with the sums known, turns each chunk's `g` into the gradient of the
 /// convolution's output; a single chunk is kept from the first walk to the second, several are
 /// recomputed.
-pub(crate) fn backward_by<B: ConvBnBackend, S: Sweeps<B>>(
+pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
     saved: ConvBnSaved<B>,
     options: &ConvBnBackwardOptions,
 ) -> ConvBnGrads<B> {
@@ -294,7 +294,7 @@ struct ParameterGrads<B: Backend> {
 }
 
 /// What both walks over the batch share.
-struct Pass<'a, B: ConvBnBackend, S: Sweeps<B>> {
+struct Pass<'a, B: Backend, S: Sweeps<B>> {
     options: &'a ConvBnBackwardOptions,
     saved: ConvBnSaved<B>,
     dtype: DType,
@@ -309,7 +309,7 @@ struct Pass<'a, B: ConvBnBackend, S: Sweeps<B>> {
     input_weight: Option<FloatTensor<B>>,
 }
 
-impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
+impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
     fn new(saved: ConvBnSaved<B>, options: &'a ConvBnBackwardOptions) -> Self {
         let spec = options.options.norm;
         let dtype = saved.output_grad.dtype();

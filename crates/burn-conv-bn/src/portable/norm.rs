@@ -7,7 +7,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 
 use super::{broadcast, cast, channel_sum, channels};
-use crate::backend::NormOutput;
+use crate::backend::tensors::NormOutput;
 use crate::spec::{NormSpec, NormVariant, accumulator_dtype, values_per_channel};
 
 /// The input less its mean, the mean, and the biased variance.

@@ -6,7 +6,7 @@ use burn::tensor::{DType, Shape};
 
 use super::norm::{self, ChannelNorm, GradSums, InputGrad};
 use super::{activation, broadcast, cast, channels};
-use crate::backend::NormOutput;
+use crate::backend::tensors::NormOutput;
 use crate::spec::{Activation, NormSpec, StatisticsKind, accumulator_dtype, values_per_channel};
 
 /// The passes over activations that forward and backward are made of, as a backend does them.

@@ -4,7 +4,8 @@ use burn::tensor::{DType, Shape};
 ///
 /// ```
 /// use burn::tensor::Shape;
-/// use burn_conv_bn::{ConvBnError, ConvBnProblem, ConvSpec};
+/// use burn_conv_bn::backend::ConvBnProblem;
+/// use burn_conv_bn::{ConvBnError, ConvSpec};
 ///
 /// let (input, weight) = (Shape::new([8, 3, 32, 32]), Shape::new([16, 4, 3, 3]));
 /// let error = ConvBnProblem::conv(input, weight, &ConvSpec::unit(2)).unwrap_err();

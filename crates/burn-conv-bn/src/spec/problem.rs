@@ -3,18 +3,6 @@ use burn::tensor::Shape;
 use super::{ConvBnError, ConvBnOptions, ConvSpec};
 
 /// The shapes of one application of the op, checked against each other.
-///
-/// ```
-/// use burn::tensor::Shape;
-/// use burn_conv_bn::{ConvBnOptions, ConvBnProblem, ConvSpec};
-///
-/// let (input, weight) = (Shape::new([8, 3, 32, 32]), Shape::new([16, 3, 3, 3]));
-/// let options = ConvBnOptions::new(ConvSpec::unit(2));
-/// let problem = ConvBnProblem::conv_bn(input, weight, &options, true)?;
-/// assert_eq!(problem.output, Shape::new([8, 16, 30, 30]));
-/// assert_eq!(problem.values_per_channel(), 8 * 30 * 30);
-/// # Ok::<(), burn_conv_bn::ConvBnError>(())
-/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConvBnProblem {
@@ -174,20 +162,22 @@ pub(crate) fn check_geometry(
             return Err(ConvBnError::Zero { what, got });
         }
     }
-    match channels_in.is_multiple_of(groups) && channels_out.is_multiple_of(groups) {
-        true => Ok(()),
-        false => Err(ConvBnError::Channels {
+    if channels_in.is_multiple_of(groups) && channels_out.is_multiple_of(groups) {
+        Ok(())
+    } else {
+        Err(ConvBnError::Channels {
             channels_in,
             channels_out,
             groups,
-        }),
+        })
     }
 }
 
 pub(crate) fn check_momentum(momentum: f64) -> Result<(), ConvBnError> {
-    match (0.0..=1.0).contains(&momentum) {
-        true => Ok(()),
-        false => Err(ConvBnError::Momentum { got: momentum }),
+    if (0.0..=1.0).contains(&momentum) {
+        Ok(())
+    } else {
+        Err(ConvBnError::Momentum { got: momentum })
     }
 }
 
@@ -198,5 +188,20 @@ pub(crate) fn check_epsilon(epsilon: f64, batch_statistics: bool) -> Result<(), 
         Ok(())
     } else {
         Err(ConvBnError::Epsilon { got: epsilon })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_of_a_block() -> Result<(), ConvBnError> {
+        let (input, weight) = (Shape::new([8, 3, 32, 32]), Shape::new([16, 3, 3, 3]));
+        let options = ConvBnOptions::new(ConvSpec::unit(2));
+        let problem = ConvBnProblem::conv_bn(input, weight, &options, true)?;
+        assert_eq!(problem.output, Shape::new([8, 16, 30, 30]));
+        assert_eq!(problem.values_per_channel(), 8 * 30 * 30);
+        Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use burn::backend::fusion::custom::TensorSpec;
 use burn::tensor::{DType, Shape};
 
-use crate::backend::{
+use super::tensors::{
     ConvBnBackwardOptions, ConvBnForwardMetadata, ConvBnGradsMetadata, ConvBnInputsMetadata,
     ConvBnSavedMetadata, OptionalTensorMetadata,
 };
@@ -52,8 +52,9 @@ pub(crate) fn conv_bn_backward(
 }
 
 fn optional(present: bool, spec: impl FnOnce() -> TensorSpec) -> OptionalTensorMetadata {
-    match present {
-        true => OptionalTensorMetadata::Present(spec()),
-        false => OptionalTensorMetadata::Absent,
+    if present {
+        OptionalTensorMetadata::Present(spec())
+    } else {
+        OptionalTensorMetadata::Absent
     }
 }
