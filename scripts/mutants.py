@@ -80,18 +80,18 @@ MUTANTS = [
     ("layer/block.rs", "running.update((old * (1.0 - momentum) + new * «momentum→(1.0 - momentum)»).detach());"),
     ("layer/block.rs", "            «take_pending(running)→()»;\n        }\n    }"),
     # Flex.
-    ("flex.rs", "&& «scale >= least_scale→true»"),
-    ("flex.rs", "&& «shift <= MOST_SHIFT * spread→true»"),
-    ("flex.rs", "«spread.is_finite()→true»\n"),
-    ("flex.rs", "&& «spread >= LEAST_SPREAD * least→true»"),
-    ("flex.rs", "&& «geometry.is_worth_storing(bytes)→true»"),
-    ("flex.rs", ".is_none_or(|most| «bytes <= most→true»);"),
-    ("flex.rs", "&& «options.options.activation.passes_unchanged()→true»"),
-    ("flex.rs", "let wants_fixed_gamma = «wanted.gamma && batch_norm.is_none()→wanted.gamma»;"),
-    ("flex.rs", "let wants_fixed_gamma = «wanted.gamma && batch_norm.is_none()→false»;"),
-    ("flex.rs", "NormVariant::Tutorial if «*variance == 0.0→false» => 0.0,"),
-    ("flex.rs", "let degrees = (self.values - «self.norm.variant.degrees_of_freedom()→0») as f64;"),
-    ("flex.rs", "let degrees = values - «norm.variant.degrees_of_freedom()→0»;"),
+    ("flex/backward.rs", "&& «scale >= least_scale→true»"),
+    ("flex/backward.rs", "&& «shift <= MOST_SHIFT * spread→true»"),
+    ("flex/backward.rs", "«spread.is_finite()→true»\n"),
+    ("flex/backward.rs", "&& «spread >= LEAST_SPREAD * least→true»"),
+    ("flex/backward.rs", "&& «geometry.is_worth_storing(bytes)→true»"),
+    ("flex/backward.rs", ".is_none_or(|most| «bytes <= most→true»);"),
+    ("flex/backward.rs", "&& «options.options.activation.passes_unchanged()→true»"),
+    ("flex/backward.rs", "let wants_fixed_gamma = «wanted.gamma && batch_norm.is_none()→wanted.gamma»;"),
+    ("flex/backward.rs", "let wants_fixed_gamma = «wanted.gamma && batch_norm.is_none()→false»;"),
+    ("spec/norm.rs", "NormVariant::Tutorial if «variance == 0.0→false» => 0.0,"),
+    ("flex/norm.rs", "let degrees = (self.values - «self.norm.variant.degrees_of_freedom()→0») as f64;"),
+    ("flex/norm.rs", "let degrees = values - «norm.variant.degrees_of_freedom()→0»;"),
 ]
 
 # Faults that no result can show, and why.
@@ -140,7 +140,7 @@ pub(crate) fn mutant(index: usize) -> bool {
 def build(folder, target):
     """Builds the test programs; returns them by name."""
     command = ["cargo", "test", "--release", "--no-run", "--message-format", "json", "-p", "burn-conv-bn"]
-    command += ["--features", "flex", "--lib", "--tests"]
+    command += ["--features", "flex,gradcheck", "--lib", "--tests"]
     environment = dict(os.environ, CARGO_TARGET_DIR=str(target), RUSTFLAGS="-Awarnings")
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:

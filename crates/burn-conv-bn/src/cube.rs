@@ -207,6 +207,7 @@ fn kernel_affine(affine: &Affine<CubeBackend>) -> KernelAffine<'_> {
     }
 }
 
+/// [`NormSpec::inv_std`] for the kernels: epsilon inside or outside the root.
 fn kernel_norm(norm: NormSpec) -> Norm {
     let (inner_epsilon, outer_epsilon) = match norm.variant {
         NormVariant::BatchNorm => (norm.epsilon, 0.0),

@@ -587,13 +587,14 @@ impl Check {
         expected: Shape,
     ) -> Result<(), ConvBnError> {
         let got = tensor.shape();
-        match got == expected {
-            true => Ok(()),
-            false => Err(ConvBnError::Shape {
+        if got == expected {
+            Ok(())
+        } else {
+            Err(ConvBnError::Shape {
                 what,
                 expected,
                 got,
-            }),
+            })
         }
     }
 
@@ -614,13 +615,14 @@ impl Check {
             });
         }
         let device = tensor.device();
-        match device == self.device {
-            true => Ok(()),
-            false => Err(ConvBnError::Device {
+        if device == self.device {
+            Ok(())
+        } else {
+            Err(ConvBnError::Device {
                 what,
                 expected: format!("{:?}", self.device),
                 got: format!("{device:?}"),
-            }),
+            })
         }
     }
 }

@@ -299,12 +299,13 @@ impl GradCheck {
             let grads = (function(&inputs) * weights).sum().backward();
             let mut per_input = Vec::new();
             for (input, leaf) in self.inputs.iter().zip(&inputs.leaves) {
-                per_input.push(match input.differentiated {
-                    false => Vec::new(),
-                    true => match leaf.grad(&grads) {
+                per_input.push(if input.differentiated {
+                    match leaf.grad(&grads) {
                         Some(grad) => floats(grad),
                         None => return Err(GradCheckError::NoGradient { input: input.name }),
-                    },
+                    }
+                } else {
+                    Vec::new()
                 });
             }
             analytic.push(per_input);
@@ -356,9 +357,10 @@ impl GradCheck {
             .zip(values)
             .map(|(input, values)| {
                 let leaf = self.tensor(values);
-                match input.differentiated {
-                    true => leaf.require_grad(),
-                    false => leaf,
+                if input.differentiated {
+                    leaf.require_grad()
+                } else {
+                    leaf
                 }
             })
             .collect();

@@ -6,7 +6,7 @@ use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Shape, bf16, f16};
 use burn_conv_bn_cpu::{PoolGeometry, max_pool, max_pool_backward};
 
-use super::{Kernel, contiguous, slice, tensor};
+use super::tensor::{Kernel, contiguous, slice, tensor};
 use crate::backend::{MaxPoolBackwardOptions, MaxPoolForward};
 use crate::portable;
 

@@ -107,9 +107,10 @@ impl<C> Block<'_, C> {
     }
 
     fn statistics(&self, training: bool) -> StatisticsKind {
-        match training || !self.settings.track_running_stats {
-            true => StatisticsKind::Batch,
-            false => StatisticsKind::Fixed,
+        if training || !self.settings.track_running_stats {
+            StatisticsKind::Batch
+        } else {
+            StatisticsKind::Fixed
         }
     }
 

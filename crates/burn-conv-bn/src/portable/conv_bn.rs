@@ -550,9 +550,10 @@ impl<B: Backend> Batch<B> {
 /// Images `chunk` of a tensor whose first axis is the batch; the tensor itself if that is all.
 fn rows<B: Backend>(tensor: FloatTensor<B>, chunk: &Range<usize>) -> FloatTensor<B> {
     let shape = tensor.shape();
-    match chunk.len() == shape[0] {
-        true => tensor,
-        false => B::float_slice(tensor, &row_slices(&shape, chunk)),
+    if chunk.len() == shape[0] {
+        tensor
+    } else {
+        B::float_slice(tensor, &row_slices(&shape, chunk))
     }
 }
 
@@ -565,9 +566,10 @@ fn row_slices(shape: &Shape, chunk: &Range<usize>) -> Vec<Slice> {
 
 /// The tensor, moved out if this is its last use.
 fn take<B: Backend>(tensor: &mut OptionalTensor<B>, last: bool) -> Option<FloatTensor<B>> {
-    match last {
-        true => core::mem::replace(tensor, OptionalTensor::Absent).into_option(),
-        false => tensor.as_option().cloned(),
+    if last {
+        core::mem::replace(tensor, OptionalTensor::Absent).into_option()
+    } else {
+        tensor.as_option().cloned()
     }
 }
 

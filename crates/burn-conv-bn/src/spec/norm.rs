@@ -53,6 +53,47 @@ impl NormSpec {
     pub fn new(variant: NormVariant, epsilon: f64) -> Self {
         Self { variant, epsilon }
     }
+
+    /// `s`, the inverse standard deviation, from the variance with the variant's degrees of freedom.
+    ///
+    /// ```
+    /// use burn_conv_bn::{NormSpec, NormVariant};
+    ///
+    /// assert_eq!(NormSpec::new(NormVariant::BatchNorm, 0.75).inv_std(0.25), 1.0);
+    /// assert_eq!(NormSpec::new(NormVariant::Tutorial, 0.5).inv_std(0.25), 1.0);
+    /// ```
+    pub fn inv_std(self, variance: f64) -> f64 {
+        1.0 / self.std(variance)
+    }
+
+    /// `1 / s`: the standard deviation with epsilon.
+    pub(crate) fn std(self, variance: f64) -> f64 {
+        match self.variant {
+            NormVariant::BatchNorm => (variance + self.epsilon).sqrt(),
+            NormVariant::Tutorial => variance.sqrt() + self.epsilon,
+        }
+    }
+
+    /// `ds/dvar * 2 / degrees`, with `degrees` the number of values less the degrees of freedom: the
+    /// factor of `gamma * sum(g * (z - mean)) * (z - mean)` in the gradient of the norm's input.
+    ///
+    /// ```
+    /// use burn_conv_bn::{NormSpec, NormVariant};
+    ///
+    /// assert_eq!(NormSpec::new(NormVariant::BatchNorm, 0.75).slope_factor(0.25, 4.0), -0.25);
+    /// assert_eq!(NormSpec::new(NormVariant::Tutorial, 0.5).slope_factor(0.25, 4.0), -0.5);
+    /// assert_eq!(NormSpec::new(NormVariant::Tutorial, 0.5).slope_factor(0.0, 4.0), 0.0);
+    /// ```
+    pub fn slope_factor(self, variance: f64, degrees: f64) -> f64 {
+        let s = self.inv_std(variance);
+        match self.variant {
+            // s = (var + eps)^(-1/2), ds/dvar = -s^3 / 2
+            NormVariant::BatchNorm => -s * s * s / degrees,
+            // s = 1 / (sqrt(var) + eps), ds/dvar = -s^2 / (2 sqrt(var)), taken as 0 at var = 0
+            NormVariant::Tutorial if variance == 0.0 => 0.0,
+            NormVariant::Tutorial => -s * s / (variance.sqrt() * degrees),
+        }
+    }
 }
 
 impl Default for NormSpec {
