@@ -23,8 +23,8 @@
 //!
 //! - [`ConvBn1d`], [`ConvBn2d`], [`ConvBn3d`] and their configurations: the layer.
 //! - [`ConvBnModule`]: settings and precision of every such layer of a model, in one call.
-//! - [`MaxPool2d`]: Burn's max pool, which on Flex keeps one byte for each output and no input: where it
-//!   follows a block, nothing keeps the tensor between the two.
+//! - [`MaxPool2d`]: Burn's max pool. On Flex it keeps one byte for each output and no input; behind a
+//!   block, nothing keeps the tensor between the two.
 //! - [`functional`]: the same on plain tensors, and its two halves on their own, convolution and
 //!   batch norm with an explicit backward pass each.
 //! - [`backend`]: the trait of a backend; for whoever writes one, or a kernel.
@@ -43,7 +43,7 @@
 //! - `ndarray`, `tch`: the op composed of Burn's own.
 //! - `fusion`: needed with a CubeCL runtime wherever Burn's own `fusion` is on, as it is by default.
 //!
-//! And `gradcheck`, the module of that name.
+//! `gradcheck` is no backend, but turns on the module of that name.
 //!
 //! # Versions
 //!
@@ -53,8 +53,8 @@
 //!
 //! Errors, configurations, settings and results may get more variants and fields; they are
 //! `#[non_exhaustive]`, and so are [`Activation`] and [`Recompute`]. The tensors that pass through
-//! [`backend::ConvBnBackend`] and the variants of the norm are not: what computes with them must not overlook
-//! one.
+//! [`backend::ConvBnBackend`] and the variants of the norm are not: code that computes with them must handle
+//! each.
 
 #![deny(missing_docs)]
 // Burn deprecates its NdArray backend; it stays selectable here for as long as Burn has it.
@@ -71,6 +71,7 @@ mod spec;
 
 pub mod backend;
 pub mod functional;
+#[cfg(feature = "gradcheck")]
 pub mod gradcheck;
 
 pub use layer::{
