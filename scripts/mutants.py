@@ -63,7 +63,7 @@ MUTANTS = [
     ("spec/activation.rs", "if «negative_slope >= 0.0→true» => Derivative::OfOutput,"),
     # The nodes.
     ("autodiff/conv_bn.rs", "if «plan.statistics→true» {"),
-    ("autodiff/conv_bn.rs", "state.output = «plan.output→true».then(|| forward.output.clone());"),
+    ("autodiff/conv_bn.rs", "self.output = «plan.output→true».then(|| output.clone());"),
     ("autodiff/conv_bn.rs", "tensor.filter(|_| «kept→true»).map(&mut checkpoint)"),
     ("autodiff/conv_bn.rs", "let (forward, shift) = forward(inputs, options, «plan.conv_output→true»);"),
     ("autodiff/conv.rs", "input: «weight.is_tracked()→true».then(|| prep.checkpoint(&input)),"),
