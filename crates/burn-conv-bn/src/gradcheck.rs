@@ -92,8 +92,6 @@ struct Input {
 }
 
 /// A check that passed.
-///
-/// [`GradCheck`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct GradCheckReport {
@@ -165,8 +163,6 @@ pub enum GradCheckError {
 }
 
 /// The inputs as tensors, by name, as the checked function sees them.
-///
-/// [`GradCheck`] has an example.
 #[derive(Clone, Debug)]
 pub struct Inputs<'a> {
     inputs: &'a [Input],

@@ -36,10 +36,10 @@ pub enum Activation {
     HardSwish,
 }
 
-/// What an activation's derivative at a value can be told from.
+/// Source of an activation's derivative at a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Derivative {
-    /// Nothing: it is 1 everywhere.
+    /// None: the derivative is 1 everywhere.
     One,
     /// The activation's output as well as the value: both lie in the same piece of the function.
     OfOutput,
@@ -48,7 +48,7 @@ pub(crate) enum Derivative {
 }
 
 impl Activation {
-    /// `activation(value)` with Burn's own ops, as after a convolution that the norm was folded into.
+    /// `activation(value)` with Burn's own ops, for use behind a folded convolution.
     pub fn forward<const D: usize>(self, value: Tensor<D>) -> Tensor<D> {
         match self {
             Self::Identity => value,
@@ -66,7 +66,7 @@ impl Activation {
         }
     }
 
-    /// Whether the output is the value itself wherever a gradient passes.
+    /// Whether the output equals the value wherever the derivative is not 0.
     pub(crate) fn passes_unchanged(self) -> bool {
         matches!(self, Self::Identity | Self::Relu)
     }

@@ -16,7 +16,7 @@ use super::{Activation, NormSpec};
 /// let spec = ConvSpec::from(ConvOptions::new([2, 2], [1, 1], [1, 1], 1));
 /// assert_eq!(spec.padding, vec![(1, 1), (1, 1)]);
 ///
-/// // What Burn's layers for volumes do not take: more padding before than after.
+/// // Asymmetric padding over three dimensions, which Burn's layers do not take.
 /// let mut spec = ConvSpec::unit(3);
 /// spec.padding[0] = (2, 0);
 /// assert_eq!(spec.rank(), 3);
@@ -81,7 +81,7 @@ impl<const N: usize> From<ConvOptions<N>> for ConvSpec {
     }
 }
 
-/// What happens to the convolution's output between forward and backward.
+/// Treatment of the convolution's output between forward and backward.
 ///
 /// ```
 /// # #[cfg(feature = "flex")] {
@@ -110,7 +110,7 @@ pub enum Recompute {
     Never,
 }
 
-/// Everything about the fused op that is not a tensor.
+/// Options of the fused op.
 ///
 /// ```
 /// use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, Recompute};

@@ -1,6 +1,6 @@
 use burn::tensor::{DType, Shape};
 
-/// Why an op or a layer refuses its arguments. Every message names what was seen and wanted.
+/// Invalid arguments of an op or a layer. Every message names the expected and the actual value.
 ///
 /// ```
 /// use burn::tensor::Shape;
@@ -181,8 +181,8 @@ pub enum ConvBnError {
     },
 }
 
-/// The casts that make `what` of dtype `got` and the input fit. Which of the two to cast is the user's choice
-/// where `what` is a convolution's parameter.
+/// The cast that makes `what` of dtype `got` fit the input; both choices where `what` is a convolution's
+/// parameter.
 fn cast(what: &str, expected: &str, got: DType) -> String {
     match what {
         "weight" | "bias" => format!(

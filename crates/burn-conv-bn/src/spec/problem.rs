@@ -129,7 +129,8 @@ pub(crate) fn values_per_channel(shape: &Shape) -> usize {
         .product()
 }
 
-/// Checks that the norm of `output`, made from `input`, has values to take batch statistics of.
+/// Checks that each channel of `output` has more than one value, as batch statistics need. `input` is for the
+/// message.
 pub(crate) fn check_values(input: &Shape, output: &Shape) -> Result<(), ConvBnError> {
     match values_per_channel(output) {
         0 => Err(ConvBnError::EmptyBatch {
@@ -143,7 +144,7 @@ pub(crate) fn check_values(input: &Shape, output: &Shape) -> Result<(), ConvBnEr
     }
 }
 
-/// Checks what a convolution's configuration says before there is an input.
+/// Checks a convolution's configuration, which depends on no input.
 pub(crate) fn check_geometry(
     [channels_in, channels_out]: [usize; 2],
     kernel_size: Vec<usize>,
@@ -181,7 +182,7 @@ pub(crate) fn check_momentum(momentum: f64) -> Result<(), ConvBnError> {
     }
 }
 
-/// Checks epsilon. With given statistics it may also be 0: then no channel need have a variance of 0.
+/// Checks epsilon. It may be 0 with given statistics, whose variance need not be 0.
 pub(crate) fn check_epsilon(epsilon: f64, batch_statistics: bool) -> Result<(), ConvBnError> {
     let allowed = epsilon > 0.0 || (epsilon == 0.0 && !batch_statistics);
     if epsilon.is_finite() && allowed {

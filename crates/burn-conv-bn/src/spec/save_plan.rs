@@ -31,7 +31,7 @@ pub enum StatisticsKind {
 
 /// Which tensors one node of the fused op keeps for its backward pass.
 ///
-/// This is the one place that decides it: the autodiff node saves what is set here, and
+/// The autodiff node saves the tensors that are set here, and
 /// [`tensors`](Self::tensors) lists the same with shapes and bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
