@@ -456,7 +456,7 @@ fn checked<const D: usize>(
 /// Burn 0.22.1 keeps the input, and for each output the index of the pixel that it is, in the device's
 /// integers. On Flex this keeps one byte for each output: the place of the maximum in its window. The
 /// input is then free as soon as nothing else holds it, as the output of a block of this crate that
-/// keeps its own input alone. Neither is kept for an input that is not tracked, nor looked for.
+/// keeps its own input alone. An untracked input keeps neither, and no argmax is computed.
 ///
 /// Of equal values the first wins, and NaN wins over all, as in Burn. Results are Burn's to the bit, but
 /// for gradients in f16 where windows overlap: Burn rounds after each sum, and this sums in f32.

@@ -108,7 +108,7 @@ pub struct GradCheckReport {
 /// use burn::tensor::{Device, TensorData};
 /// use burn_conv_bn::gradcheck::{GradCheck, GradCheckError};
 ///
-/// // The gradient of x * x, of which one factor was forgotten.
+/// // The gradient of x * x with one factor missing.
 /// let error = GradCheck::new(&Device::flex())
 ///     .input("x", TensorData::from([1.0, 2.0]))
 ///     .check(|inputs| {

@@ -265,8 +265,8 @@ struct Given {
 }
 
 impl Given {
-    /// The output and all gradients that are wanted, on values that `dtype` holds; with
-    /// `computes_in_f64` the same values in f64.
+    /// The output and the requested gradients, on values rounded to `dtype`; with `computes_in_f64` the same
+    /// values in f64.
     fn run(
         &self,
         dtype: DType,
@@ -464,7 +464,7 @@ fn a_max_pool_returns_the_argmax_of_each_window() {
         panic!("expected a kernel for windows of 2x2");
     };
     assert_eq!(host::<f32>(&output), [2.0, 3.0]);
-    assert_eq!(slice::<u8>(&places), [1, 2]);
+    assert_eq!(slice::<u8>(&places), [1u8, 2]);
 }
 
 #[test]

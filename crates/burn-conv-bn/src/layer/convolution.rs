@@ -102,7 +102,7 @@ convolution!(
     }
 );
 
-/// Sizes of the spatial dimensions, of which Burn's one-dimensional modules give a bare one.
+/// Sizes of the spatial dimensions; Burn's one-dimensional modules hold a bare number.
 pub(super) trait Sizes {
     fn sizes(&self) -> Vec<usize>;
 }

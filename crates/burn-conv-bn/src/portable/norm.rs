@@ -231,8 +231,8 @@ pub(crate) fn forward<B: Backend>(
     }
 }
 
-/// What [`backward`] returns: the input's gradient in the input's dtype, if it was wanted, and
-/// those of gamma and beta as `[channels]` in the accumulator's dtype.
+/// Results of [`backward`]: the input's gradient in the input's dtype, if requested, and those of
+/// gamma and beta as `[channels]` in the accumulator's dtype.
 pub(crate) struct NormGrads<B: Backend> {
     pub(crate) input: Option<FloatTensor<B>>,
     pub(crate) gamma: FloatTensor<B>,

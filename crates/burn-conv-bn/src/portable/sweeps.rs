@@ -76,7 +76,7 @@ pub(crate) trait Sweeps<B: Backend> {
     fn grad_sum(sums: Self::Sums) -> FloatTensor<B>;
 
     /// The gradient of the norm's input (without a norm, of the pre-activation), and that of the
-    /// residual if it is wanted.
+    /// residual if requested.
     fn norm_input_grad(
         norm: Option<&Self::Norm>,
         chunk: Self::Chunk,

@@ -31,9 +31,9 @@ pub enum ConvBnError {
         what: &'static str,
         /// The input's shape.
         input: Shape,
-        /// Dimensions wanted.
+        /// Expected dimensions.
         expected: usize,
-        /// Dimensions seen.
+        /// Actual dimensions.
         got: usize,
     },
     /// A size that must be positive is zero.
@@ -56,9 +56,9 @@ pub enum ConvBnError {
         weight: Shape,
         /// Number of groups.
         groups: usize,
-        /// Channels wanted.
+        /// Expected channels.
         expected: usize,
-        /// Channels seen.
+        /// Actual channels.
         got: usize,
     },
     /// The output channels do not divide into the groups.
@@ -120,9 +120,9 @@ pub enum ConvBnError {
     Shape {
         /// Which tensor.
         what: &'static str,
-        /// Shape wanted.
+        /// Expected shape.
         expected: Shape,
-        /// Shape seen.
+        /// Actual shape.
         got: Shape,
     },
     /// A tensor's dtype does not fit the input's.
@@ -132,9 +132,9 @@ pub enum ConvBnError {
         what: &'static str,
         /// The input's dtype.
         input: DType,
-        /// Dtypes wanted.
+        /// Expected dtypes.
         expected: String,
-        /// Dtype seen.
+        /// Actual dtype.
         got: DType,
     },
     /// A tensor is on another device than the input.
@@ -144,7 +144,7 @@ pub enum ConvBnError {
         what: &'static str,
         /// The input's device.
         expected: String,
-        /// Device seen.
+        /// Actual device.
         got: String,
     },
     /// Epsilon is not a finite positive number, or 0 with given statistics.

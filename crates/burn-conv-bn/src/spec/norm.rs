@@ -43,7 +43,7 @@ impl NormVariant {
 pub struct NormSpec {
     /// How the inverse standard deviation is formed.
     pub variant: NormVariant,
-    /// Added for numerical stability, where the variant says. Finite and positive, or 0 with given
+    /// Added for numerical stability, in or outside the root by variant. Finite and positive, or 0 with given
     /// statistics.
     pub epsilon: f64,
 }
