@@ -14,11 +14,11 @@ use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
     NormOutput, OptionalTensor,
 };
-use crate::definition::{
-    Activation, ConvBnOptions, NormSpec, NormVariant, StatisticsKind, values_per_channel,
-};
 use crate::portable::conv_bn::{backward_by, forward_by};
 use crate::portable::sweeps::{Affine, Argument, Moments, Sweeps};
+use crate::spec::{
+    Activation, ConvBnOptions, NormSpec, NormVariant, StatisticsKind, values_per_channel,
+};
 
 impl ConvBnBackend for CubeBackend {
     fn batch_normalize(
@@ -207,6 +207,7 @@ fn kernel_affine(affine: &Affine<CubeBackend>) -> KernelAffine<'_> {
     }
 }
 
+/// [`NormSpec::inv_std`] for the kernels: epsilon inside or outside the root.
 fn kernel_norm(norm: NormSpec) -> Norm {
     let (inner_epsilon, outer_epsilon) = match norm.variant {
         NormVariant::BatchNorm => (norm.epsilon, 0.0),

@@ -34,7 +34,7 @@ use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Device, Shape, Tensor};
 
 use crate::backend::{ConvBnBackend, ConvBnInputs, NormOutput, OptionalTensor, Statistics};
-use crate::definition::{
+use crate::spec::{
     ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPoolProblem, NormSpec,
     accumulator_dtype, check_epsilon, check_values,
 };
@@ -265,7 +265,7 @@ pub fn batch_norm<const D: usize>(
 }
 
 /// `activation(norm(conv(input)) + residual)`, keeping for the backward pass what
-/// [`SavePlan`](crate::SavePlan) lists: by default the input alone.
+/// [`SavePlan`](crate::backend::SavePlan) lists: by default the input alone.
 ///
 /// # Shapes
 ///
@@ -456,7 +456,7 @@ fn checked<const D: usize>(
 /// Burn 0.22.1 keeps the input, and for each output the index of the pixel that it is, in the device's
 /// integers. On Flex this keeps one byte for each output: the place of the maximum in its window. The
 /// input is then free as soon as nothing else holds it, as the output of a block of this crate that
-/// keeps its own input alone. Neither is kept for an input that is not tracked, nor looked for.
+/// keeps its own input alone. An untracked input keeps neither, and no argmax is computed.
 ///
 /// Of equal values the first wins, and NaN wins over all, as in Burn. Results are Burn's to the bit, but
 /// for gradients in f16 where windows overlap: Burn rounds after each sum, and this sums in f32.
@@ -587,13 +587,14 @@ impl Check {
         expected: Shape,
     ) -> Result<(), ConvBnError> {
         let got = tensor.shape();
-        match got == expected {
-            true => Ok(()),
-            false => Err(ConvBnError::Shape {
+        if got == expected {
+            Ok(())
+        } else {
+            Err(ConvBnError::Shape {
                 what,
                 expected,
                 got,
-            }),
+            })
         }
     }
 
@@ -614,13 +615,14 @@ impl Check {
             });
         }
         let device = tensor.device();
-        match device == self.device {
-            true => Ok(()),
-            false => Err(ConvBnError::Device {
+        if device == self.device {
+            Ok(())
+        } else {
+            Err(ConvBnError::Device {
                 what,
                 expected: format!("{:?}", self.device),
                 got: format!("{device:?}"),
-            }),
+            })
         }
     }
 }

@@ -92,8 +92,6 @@ struct Input {
 }
 
 /// A check that passed.
-///
-/// [`GradCheck`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct GradCheckReport {
@@ -110,7 +108,7 @@ pub struct GradCheckReport {
 /// use burn::tensor::{Device, TensorData};
 /// use burn_conv_bn::gradcheck::{GradCheck, GradCheckError};
 ///
-/// // The gradient of x * x, of which one factor was forgotten.
+/// // The gradient of x * x with one factor missing.
 /// let error = GradCheck::new(&Device::flex())
 ///     .input("x", TensorData::from([1.0, 2.0]))
 ///     .check(|inputs| {
@@ -165,8 +163,6 @@ pub enum GradCheckError {
 }
 
 /// The inputs as tensors, by name, as the checked function sees them.
-///
-/// [`GradCheck`] has an example.
 #[derive(Clone, Debug)]
 pub struct Inputs<'a> {
     inputs: &'a [Input],
@@ -299,12 +295,13 @@ impl GradCheck {
             let grads = (function(&inputs) * weights).sum().backward();
             let mut per_input = Vec::new();
             for (input, leaf) in self.inputs.iter().zip(&inputs.leaves) {
-                per_input.push(match input.differentiated {
-                    false => Vec::new(),
-                    true => match leaf.grad(&grads) {
+                per_input.push(if input.differentiated {
+                    match leaf.grad(&grads) {
                         Some(grad) => floats(grad),
                         None => return Err(GradCheckError::NoGradient { input: input.name }),
-                    },
+                    }
+                } else {
+                    Vec::new()
                 });
             }
             analytic.push(per_input);
@@ -356,9 +353,10 @@ impl GradCheck {
             .zip(values)
             .map(|(input, values)| {
                 let leaf = self.tensor(values);
-                match input.differentiated {
-                    true => leaf.require_grad(),
-                    false => leaf,
+                if input.differentiated {
+                    leaf.require_grad()
+                } else {
+                    leaf
                 }
             })
             .collect();

@@ -23,13 +23,12 @@
 //!
 //! - [`ConvBn1d`], [`ConvBn2d`], [`ConvBn3d`] and their configurations: the layer.
 //! - [`ConvBnModule`]: settings and precision of every such layer of a model, in one call.
-//! - [`MaxPool2d`]: Burn's max pool, which on Flex keeps one byte for each output and no input: where it
-//!   follows a block, nothing keeps the tensor between the two.
+//! - [`MaxPool2d`]: Burn's max pool. On Flex it keeps one byte for each output and no input; behind a
+//!   block, nothing keeps the tensor between the two.
 //! - [`functional`]: the same on plain tensors, and its two halves on their own, convolution and
 //!   batch norm with an explicit backward pass each.
-//! - [`ConvBnBackend`]: the backend trait; what a new backend or kernel implements.
-//! - [`SavePlan`]: what is kept for the backward pass, as a table.
-//! - [`gradcheck`]: analytic against numerical gradients.
+//! - [`backend`]: the trait of a backend; for whoever writes one, or a kernel.
+//! - `gradcheck`: analytic against numerical gradients, behind the feature of that name.
 //!
 //! The op is differentiable once.
 //!
@@ -44,6 +43,8 @@
 //! - `ndarray`, `tch`: the op composed of Burn's own.
 //! - `fusion`: needed with a CubeCL runtime wherever Burn's own `fusion` is on, as it is by default.
 //!
+//! `gradcheck` is no backend, but turns on the module of that name.
+//!
 //! # Versions
 //!
 //! One version of Burn is supported at a time, to the patch: backend extensions reach into what Burn
@@ -52,41 +53,33 @@
 //!
 //! Errors, configurations, settings and results may get more variants and fields; they are
 //! `#[non_exhaustive]`, and so are [`Activation`] and [`Recompute`]. The tensors that pass through
-//! [`ConvBnBackend`] and the variants of the norm are not: what computes with them must not overlook
-//! one.
+//! [`backend::ConvBnBackend`] and the variants of the norm are not: code that computes with them must handle
+//! each.
 
 #![deny(missing_docs)]
 // Burn deprecates its NdArray backend; it stays selectable here for as long as Burn has it.
 #![cfg_attr(feature = "ndarray", allow(deprecated))]
 
 mod autodiff;
-mod backend;
 #[cfg(feature = "cubecl")]
 mod cube;
-mod definition;
-mod layer;
-mod portable;
-
 #[cfg(feature = "flex")]
 mod flex;
-#[cfg(feature = "fusion")]
-mod fusion;
+mod layer;
+mod portable;
+mod spec;
 
+pub mod backend;
 pub mod functional;
+#[cfg(feature = "gradcheck")]
 pub mod gradcheck;
 
-pub use backend::{
-    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs,
-    ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved, MaxPoolBackwardOptions,
-    MaxPoolForward, NormOutput, OptionalTensor, Statistics,
-};
-pub use definition::{
-    Activation, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, NormSpec, NormVariant,
-    Parents, Recompute, SavePlan, SavedTensor, StatisticsKind,
-};
 pub use layer::{
     ConvBn1d, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3d, ConvBn3dConfig, ConvBnModule,
     ConvBnSettings, FoldError, MaxPool2d, MaxPool2dConfig, RunningVariance,
+};
+pub use spec::{
+    Activation, ConvBnError, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute, SavedTensor,
 };
 
 /// The code of the package's Markdown page.

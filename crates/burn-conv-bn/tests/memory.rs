@@ -5,10 +5,10 @@
 use burn::module::{Module, Param};
 use burn::nn::PaddingConfig2d;
 use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
+use burn_conv_bn::backend::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
 use burn_conv_bn::functional::{ConvBnParams, conv_bn};
 use burn_conv_bn::{
-    Activation, ConvBn2dConfig, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPool2dConfig, Parents,
-    Recompute, SavePlan, SavedTensor, StatisticsKind,
+    Activation, ConvBn2dConfig, ConvBnOptions, ConvSpec, MaxPool2dConfig, Recompute, SavedTensor,
 };
 use burn_conv_bn_memory::CountingAllocator;
 

@@ -18,7 +18,8 @@ mod checks;
 mod strategy;
 
 use burn::tensor::{DType, Device};
-use burn_conv_bn::{Activation, ConvSpec, NormSpec, NormVariant, Parents, Recompute};
+use burn_conv_bn::backend::Parents;
+use burn_conv_bn::{Activation, ConvSpec, NormSpec, NormVariant, Recompute};
 
 use reference::Number;
 use reference::case::{Case, Expected, Gamma, Layout, Results, Values, flex_unit};

@@ -13,7 +13,8 @@ use burn::module::{Param, RunningState};
 use burn::nn::conv::Conv2dConfig;
 use burn::nn::{BatchNormConfig, PaddingConfig2d};
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use burn_conv_bn::{Activation, ConvBn2d, ConvSpec, NormSpec, NormVariant, Parents, Recompute};
+use burn_conv_bn::backend::Parents;
+use burn_conv_bn::{Activation, ConvBn2d, ConvSpec, NormSpec, NormVariant, Recompute};
 use rayon::ThreadPoolBuilder;
 
 use reference::case::{Case, Data, Gamma, Layout, NAMES, Results, Tally, Values, flex_unit, host};

@@ -9,8 +9,8 @@ use burn::tensor::Shape;
 
 use super::{inner, node_or_untracked, retrieve};
 use crate::backend::{ConvBnBackend, OptionalTensor};
-use crate::definition::ConvSpec;
 use crate::portable::{channel_sum, channels, conv};
+use crate::spec::ConvSpec;
 
 #[derive(Debug)]
 struct ConvBackward;

@@ -7,41 +7,59 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, TensorMetadata};
 use burn::tensor::ops::MaxPoolOptions;
 
-use super::{inner, is_tracked, node_or_untracked, retrieve, untracked};
+use super::{inner, is_tracked, max_pool, node_or_untracked, retrieve, untracked};
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnInputs,
-    ConvBnMaxPoolBackwardOptions, ConvBnSaved, NormOutput, OptionalTensor, Statistics,
+    ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved, NormOutput, OptionalTensor,
+    Statistics,
 };
-use crate::definition::{ConvBnOptions, Parents, SavePlan};
 use crate::portable::{bias_shift, shifted_mean};
+use crate::spec::{ConvBnOptions, Parents, SavePlan};
 
 /// The node of the op, or of the op and a max pool behind it.
 #[derive(Debug)]
-pub(super) struct ConvBnBackward;
+struct ConvBnBackward;
 
-/// What [`SavePlan`] says, and nothing else but a pool's places: parents as checkpoints, the op's own
-/// tensors as they are.
+/// What [`SavePlan`] keeps, and a joined pool's argmax: parents as checkpoints, the op's own tensors as
+/// they are.
 #[derive(Clone, Debug)]
-pub(super) struct State<B: ConvBnBackend> {
+struct State<B: ConvBnBackend> {
     input: Option<NodeId>,
     weight: Option<NodeId>,
     bias: Option<NodeId>,
     gamma: Option<NodeId>,
     beta: Option<NodeId>,
     residual: Option<NodeId>,
-    pub(super) mean: Option<FloatTensor<B>>,
-    pub(super) variance: Option<FloatTensor<B>>,
+    mean: Option<FloatTensor<B>>,
+    variance: Option<FloatTensor<B>>,
     conv_output: Option<FloatTensor<B>>,
-    pub(super) output: Option<FloatTensor<B>>,
-    pub(super) pool: Option<Pool<B>>,
+    output: Option<FloatTensor<B>>,
+    pool: Option<Pool<B>>,
     options: ConvBnBackwardOptions,
 }
 
-/// A max pool that is one op with it.
+/// A max pool that is one op with the block.
 #[derive(Clone, Debug)]
-pub(super) struct Pool<B: ConvBnBackend> {
-    pub(super) places: IntTensor<B>,
-    pub(super) options: MaxPoolOptions<2>,
+struct Pool<B: ConvBnBackend> {
+    places: IntTensor<B>,
+    options: MaxPoolOptions<2>,
+}
+
+impl<B: ConvBnBackend> State<B> {
+    /// Adds what the plan keeps of the result.
+    fn keep(
+        &mut self,
+        plan: &SavePlan,
+        output: &FloatTensor<B>,
+        mean: &FloatTensor<B>,
+        variance: &FloatTensor<B>,
+    ) {
+        if plan.statistics {
+            self.mean = Some(mean.clone());
+            self.variance = Some(variance.clone());
+        }
+        self.output = plan.output.then(|| output.clone());
+    }
 }
 
 impl<B: ConvBnBackend> Backward<B, 6> for ConvBnBackward {
@@ -106,11 +124,7 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
             let plan = plan(&inputs, &options);
             let mut state = state(&inputs, &options, &plan, |tensor| prep.checkpoint(tensor));
             let (forward, shift) = forward(inputs, options, plan.conv_output);
-            if plan.statistics {
-                state.mean = Some(forward.mean.clone());
-                state.variance = Some(forward.variance.clone());
-            }
-            state.output = plan.output.then(|| forward.output.clone());
+            state.keep(&plan, &forward.output, &forward.mean, &forward.variance);
             state.conv_output = forward.conv_output.into_option();
             let output = prep.finish(state, forward.output);
             (output, forward.mean, forward.variance, shift)
@@ -128,6 +142,59 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
     }
 }
 
+/// Joined with a max pool behind it; without a kernel for the two, a node for each.
+pub(super) fn register_max_pool<B: ConvBnBackend, C: CheckpointStrategy>(
+    inputs: ConvBnInputs<Autodiff<B, C>>,
+    options: ConvBnOptions,
+    pool: MaxPoolOptions<2>,
+) -> NormOutput<Autodiff<B, C>> {
+    match ConvBnBackward
+        .prepare::<C>(parents(&inputs))
+        .compute_bound()
+        .stateful()
+    {
+        OpsKind::Tracked(mut prep) => {
+            let plain = inner_inputs(inputs.clone());
+            let shift = bias_shift::<B>(&plain);
+            let forward = B::conv_bn_max_pool_forward(plain, options.clone(), pool.clone());
+            let ConvBnMaxPoolForward::Pooled {
+                output,
+                places,
+                mean,
+                variance,
+            } = forward
+            else {
+                // This node was never registered; those of the two ops are.
+                let normalized = register::<B, C>(inputs, options);
+                return NormOutput {
+                    output: max_pool::register::<B, C>(normalized.output, pool),
+                    ..normalized
+                };
+            };
+            let plan = plan(&inputs, &options).with_max_pool(&options, inputs.present());
+            let mut state = state(&inputs, &options, &plan, |tensor| prep.checkpoint(tensor));
+            state.keep(&plan, &output, &mean, &variance);
+            state.pool = Some(Pool {
+                places,
+                options: pool,
+            });
+            NormOutput {
+                output: prep.finish(state, output),
+                mean: untracked::<B, C>(shifted_mean::<B>(mean, shift)),
+                variance: untracked::<B, C>(variance),
+            }
+        }
+        OpsKind::UnTracked(prep) => {
+            let result = B::conv_bn_max_pool(inner_inputs(inputs), options, pool);
+            NormOutput {
+                output: prep.finish(result.output),
+                mean: untracked::<B, C>(result.mean),
+                variance: untracked::<B, C>(result.variance),
+            }
+        }
+    }
+}
+
 /// Runs the forward kernel on the inner backend. Returns the bias's shift of the mean as well.
 fn forward<B: ConvBnBackend, C: CheckpointStrategy>(
     inputs: ConvBnInputs<Autodiff<B, C>>,
@@ -140,7 +207,7 @@ fn forward<B: ConvBnBackend, C: CheckpointStrategy>(
 }
 
 /// The inputs on the inner backend.
-pub(super) fn inner_inputs<B: ConvBnBackend, C: CheckpointStrategy>(
+fn inner_inputs<B: ConvBnBackend, C: CheckpointStrategy>(
     inputs: ConvBnInputs<Autodiff<B, C>>,
 ) -> ConvBnInputs<B> {
     ConvBnInputs {
@@ -161,7 +228,7 @@ pub(super) fn inner_inputs<B: ConvBnBackend, C: CheckpointStrategy>(
 }
 
 /// The nodes that may want a gradient.
-pub(super) fn parents<B: ConvBnBackend, C: CheckpointStrategy>(
+fn parents<B: ConvBnBackend, C: CheckpointStrategy>(
     inputs: &ConvBnInputs<Autodiff<B, C>>,
 ) -> [NodeGuard; 6] {
     let weight = inputs.weight.primitive();
@@ -175,8 +242,8 @@ pub(super) fn parents<B: ConvBnBackend, C: CheckpointStrategy>(
     ]
 }
 
-/// What the op keeps, without a pool.
-pub(super) fn plan<B: ConvBnBackend, C: CheckpointStrategy>(
+/// The plan of the op without a pool.
+fn plan<B: ConvBnBackend, C: CheckpointStrategy>(
     inputs: &ConvBnInputs<Autodiff<B, C>>,
     options: &ConvBnOptions,
 ) -> SavePlan {
@@ -185,7 +252,7 @@ pub(super) fn plan<B: ConvBnBackend, C: CheckpointStrategy>(
 }
 
 /// The state with the parents that the plan keeps, before the forward pass.
-pub(super) fn state<B: ConvBnBackend, C: CheckpointStrategy>(
+fn state<B: ConvBnBackend, C: CheckpointStrategy>(
     inputs: &ConvBnInputs<Autodiff<B, C>>,
     options: &ConvBnOptions,
     plan: &SavePlan,
@@ -217,7 +284,7 @@ pub(super) fn state<B: ConvBnBackend, C: CheckpointStrategy>(
     }
 }
 
-/// Which of the inputs are tracked.
+/// Flags of the tracked inputs.
 fn tracked<B: ConvBnBackend, C: CheckpointStrategy>(
     inputs: &ConvBnInputs<Autodiff<B, C>>,
 ) -> Parents {

@@ -6,7 +6,6 @@
 
 mod conv;
 mod conv_bn;
-mod conv_bn_max_pool;
 mod max_pool;
 mod norm;
 
@@ -21,7 +20,7 @@ use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
     NormOutput, OptionalTensor,
 };
-use crate::definition::{ConvBnOptions, ConvSpec, NormSpec};
+use crate::spec::{ConvBnOptions, ConvSpec, NormSpec};
 
 impl<B: ConvBnBackend, C: CheckpointStrategy> ConvBnBackend for Autodiff<B, C> {
     fn conv(
@@ -71,7 +70,7 @@ impl<B: ConvBnBackend, C: CheckpointStrategy> ConvBnBackend for Autodiff<B, C> {
         options: ConvBnOptions,
         pool: MaxPoolOptions<2>,
     ) -> NormOutput<Self> {
-        conv_bn_max_pool::register::<B, C>(inputs, options, pool)
+        conv_bn::register_max_pool::<B, C>(inputs, options, pool)
     }
 }
 

@@ -9,8 +9,8 @@ use burn::tensor::DType;
 
 use super::{inner, is_tracked, node_or_untracked, retrieve, untracked};
 use crate::backend::{ConvBnBackend, NormOutput, OptionalTensor};
-use crate::definition::NormSpec;
 use crate::portable::{cast, channel_sum, channels, norm};
+use crate::spec::NormSpec;
 
 #[derive(Debug)]
 struct BatchNormBackward;

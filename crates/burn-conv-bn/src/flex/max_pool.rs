@@ -1,4 +1,4 @@
-//! The max pool by the kernels of `burn-conv-bn-cpu`, and by Burn's own where these have none.
+//! The max pool by the kernels of `burn-conv-bn-cpu`; by Burn's op where there is none.
 
 use burn::backend::flex::FlexTensor;
 use burn::backend::{Flex, TensorMetadata};
@@ -6,11 +6,11 @@ use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Shape, bf16, f16};
 use burn_conv_bn_cpu::{PoolGeometry, max_pool, max_pool_backward};
 
-use super::{Kernel, contiguous, slice, tensor};
+use super::tensor::{Kernel, contiguous, slice, tensor};
 use crate::backend::{MaxPoolBackwardOptions, MaxPoolForward};
 use crate::portable;
 
-/// The output alone: no places are found.
+/// The output, without the argmax.
 pub(super) fn untracked(input: FlexTensor, options: &MaxPoolOptions<2>) -> FlexTensor {
     match pooled(&input, options, None) {
         Some(output) => output,
@@ -90,8 +90,8 @@ fn kernel_backward<E: Kernel>(
     tensor(input_grad, &options.input_shape)
 }
 
-/// The kernels' geometry, of windows that they take. What they refuse, as one with more places than a
-/// byte tells apart, is Burn's.
+/// The kernels' geometry, unless they refuse the window, as one whose argmax does not fit a byte: Burn's op
+/// pools those.
 pub(super) fn geometry(input: &Shape, options: &MaxPoolOptions<2>) -> Option<PoolGeometry> {
     PoolGeometry::new(
         input[0] * input[1],

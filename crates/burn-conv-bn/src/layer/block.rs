@@ -9,11 +9,11 @@ use burn::tensor::{DType, Shape, Tensor};
 use super::convolution::Convolution;
 use super::error::or_panic;
 use super::{ConvBnSettings, MaxPool2d, RunningVariance};
-use crate::definition::{
+use crate::functional::{ConvBnParams, Normalized, conv_bn, conv_bn_max_pool2d};
+use crate::spec::{
     ConvBnError, ConvBnOptions, ConvBnProblem, NormSpec, Parents, SavePlan, SavedTensor,
     StatisticsKind, values_per_channel,
 };
-use crate::functional::{ConvBnParams, Normalized, conv_bn, conv_bn_max_pool2d};
 
 /// The parts of a layer.
 pub(super) struct Block<'a, C> {
@@ -107,9 +107,10 @@ impl<C> Block<'_, C> {
     }
 
     fn statistics(&self, training: bool) -> StatisticsKind {
-        match training || !self.settings.track_running_stats {
-            true => StatisticsKind::Batch,
-            false => StatisticsKind::Fixed,
+        if training || !self.settings.track_running_stats {
+            StatisticsKind::Batch
+        } else {
+            StatisticsKind::Fixed
         }
     }
 

@@ -4,7 +4,7 @@ use burn::nn::{PaddingConfig1d, PaddingConfig2d, PaddingConfig3d};
 use burn::tensor::{Shape, Tensor};
 
 use super::FoldError;
-use crate::definition::ConvSpec;
+use crate::spec::ConvSpec;
 
 /// What the layers take from Burn's convolutions, over tensors of rank `D`.
 pub(super) trait Convolution<const D: usize>: Clone {
@@ -102,7 +102,7 @@ convolution!(
     }
 );
 
-/// Sizes of the spatial dimensions, of which Burn's one-dimensional modules give a bare one.
+/// Sizes of the spatial dimensions; Burn's one-dimensional modules hold a bare number.
 pub(super) trait Sizes {
     fn sizes(&self) -> Vec<usize>;
 }

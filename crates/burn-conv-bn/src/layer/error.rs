@@ -1,6 +1,6 @@
 use burn::tensor::DType;
 
-use crate::definition::ConvBnError;
+use crate::spec::ConvBnError;
 
 /// Why a layer cannot be folded into one convolution.
 ///

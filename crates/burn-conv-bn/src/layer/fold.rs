@@ -6,7 +6,7 @@ use burn::tensor::{DType, Tensor, TensorData, bf16, f16};
 use super::FoldError;
 use super::block::{Block, current};
 use super::convolution::Convolution;
-use crate::definition::{NormVariant, check_epsilon};
+use crate::spec::{NormSpec, check_epsilon};
 
 /// Largest rounding error of a channel's weights, relative to its output. Normal numbers of every dtype round
 /// by less.
@@ -25,6 +25,7 @@ impl<C> Block<'_, C> {
         self.conv.check_padding()?;
         let epsilon = self.norm.epsilon;
         check_epsilon(epsilon, false).map_err(|_| FoldError::Epsilon { got: epsilon })?;
+        let norm = NormSpec::new(self.settings.norm_variant, epsilon);
         let weight = self.weight();
         let (shape, dtype, device) = (weight.shape(), weight.dtype(), weight.device());
         let channels = shape[0];
@@ -60,11 +61,7 @@ impl<C> Block<'_, C> {
         for channel in 0..channels {
             let variance = variance[channel];
             let (gamma, beta) = (gamma[channel], beta[channel]);
-            let deviation = match self.settings.norm_variant {
-                NormVariant::BatchNorm => (variance + epsilon).sqrt(),
-                NormVariant::Tutorial => variance.sqrt() + epsilon,
-            };
-            let scale = gamma / deviation;
+            let scale = gamma / norm.std(variance);
             let shift = scale * (bias[channel] - mean[channel]) + beta;
             if !(scale.is_finite() && shift.is_finite()) {
                 return Err(FoldError::NotFinite {

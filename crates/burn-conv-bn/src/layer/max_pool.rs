@@ -6,8 +6,8 @@ use burn::tensor::{DType, Shape, Tensor};
 
 use super::convolution::{plane_padding, same_padding};
 use super::error::or_panic;
-use crate::definition::{MaxPoolProblem, SavedTensor, check_window};
 use crate::functional::max_pool2d;
+use crate::spec::{MaxPoolProblem, SavedTensor, check_window};
 
 /// Configuration of [`MaxPool2d`], made by [`init`](Self::init).
 ///

@@ -16,7 +16,7 @@ use burn::nn::{
 };
 use burn::tensor::{Device, Tensor};
 
-use crate::definition::{
+use crate::spec::{
     Activation, NormVariant, Recompute, SavedTensor, check_epsilon, check_geometry, check_momentum,
 };
 use block::Block;
@@ -203,15 +203,11 @@ macro_rules! conv_bn_layer {
 
         impl $layer {
             /// Fuses a convolution and the norm after it.
-            ///
-            /// [`ConvBn2d`](crate::ConvBn2d#examples) has an example.
             pub fn from_parts(conv: $conv, norm: BatchNorm, activation: Activation) -> Self {
                 Self::with_settings(conv, norm, ConvBnSettings::new(activation))
             }
 
             /// Fuses a convolution and the norm after it, with every setting.
-            ///
-            /// [`ConvBnSettings`] has an example.
             pub fn with_settings(
                 conv: $conv,
                 norm: BatchNorm,
@@ -226,8 +222,6 @@ macro_rules! conv_bn_layer {
 
             /// The convolution and the norm. What follows them is in
             /// [`settings`](Self::settings).
-            ///
-            /// [`ConvBn2d`](crate::ConvBn2d#examples) has an example.
             pub fn into_parts(self) -> ($conv, BatchNorm) {
                 (self.conv, self.norm)
             }
@@ -259,10 +253,6 @@ macro_rules! conv_bn_layer {
             /// # Panics
             ///
             /// As [`forward`](Self::forward).
-            ///
-            /// # Examples
-            ///
-            /// [`ConvBn2d`](crate::ConvBn2d#examples) has one.
             #[track_caller]
             pub fn forward_residual(
                 &self,
@@ -279,10 +269,6 @@ macro_rules! conv_bn_layer {
             /// # Panics
             ///
             /// As [`forward`](Self::forward), for the shape.
-            ///
-            /// # Examples
-            ///
-            /// [`ConvBn2d`](crate::ConvBn2d#examples) has one.
             #[track_caller]
             pub fn saved_for_backward(&self, input_shape: [usize; $rank]) -> Vec<SavedTensor> {
                 self.block().saved_for_backward(input_shape, false)
@@ -294,10 +280,6 @@ macro_rules! conv_bn_layer {
             /// # Panics
             ///
             /// As [`forward`](Self::forward), for the shape.
-            ///
-            /// # Examples
-            ///
-            /// [`ConvBn2d`](crate::ConvBn2d#examples) has one.
             #[track_caller]
             pub fn saved_for_backward_residual(
                 &self,
@@ -344,10 +326,6 @@ macro_rules! conv_bn_layer {
             /// channel's scale or shift is not finite, as from a negative running variance;
             /// [`FoldError::OutOfRange`] if the weight's dtype does not hold a folded value;
             /// [`FoldError::SamePadding`] for `Same` padding that Burn's `Conv3d` does not have.
-            ///
-            /// # Examples
-            ///
-            /// [`ConvBn2d`](crate::ConvBn2d#examples) has one.
             pub fn fold(&self) -> Result<$conv, FoldError> {
                 self.block().fold()
             }
@@ -616,10 +594,6 @@ impl ConvBn2d {
     /// # Panics
     ///
     /// As [`forward_max_pool`](Self::forward_max_pool), for the shape.
-    ///
-    /// # Examples
-    ///
-    /// [`forward_max_pool`](Self::forward_max_pool) has one.
     #[track_caller]
     pub fn saved_for_backward_max_pool(
         &self,

@@ -8,7 +8,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{FloatDType, Tensor};
 
 use super::{ConvBnSettings, RunningVariance};
-use crate::definition::Recompute;
+use crate::spec::Recompute;
 
 /// Changes to every fused layer of a module, which may be a whole model or a layer itself.
 ///
@@ -204,7 +204,7 @@ pub(super) fn edit(settings: &mut ConvBnSettings) {
 }
 
 thread_local! {
-    // The settings visited last, while layers are looked for.
+    // The settings visited last, during the search for layers.
     static VISITED: RefCell<Option<ConvBnSettings>> = const { RefCell::new(None) };
 }
 
@@ -232,7 +232,7 @@ impl ModuleVisitor for Layers {
         self.path.push(name.to_string());
     }
 
-    // A layer is told from a user's struct of its name by the settings among its fields.
+    // A layer has settings among its fields; a user's struct of the same name has none.
     fn exit_module(&mut self, _name: &str, container_type: &str) {
         self.path.pop();
         let settings = VISITED.take();

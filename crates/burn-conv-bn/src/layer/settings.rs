@@ -5,7 +5,7 @@ use burn::module::{
 use burn::tensor::Device;
 
 use super::module::{edit, report};
-use crate::definition::{Activation, NormVariant, Recompute};
+use crate::spec::{Activation, NormVariant, Recompute};
 
 /// Which variance of a batch goes into the running variance.
 ///

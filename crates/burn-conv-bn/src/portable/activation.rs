@@ -5,7 +5,7 @@ use core::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
 use burn::backend::tensor::{BoolTensor, FloatTensor};
 use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 
-use crate::definition::Activation;
+use crate::spec::Activation;
 
 /// `y = activation(value)`, in place where `value` is the only handle.
 pub(crate) fn forward<B: Backend>(activation: Activation, value: FloatTensor<B>) -> FloatTensor<B> {
@@ -34,8 +34,8 @@ pub(crate) fn forward<B: Backend>(activation: Activation, value: FloatTensor<B>)
     }
 }
 
-/// `output_grad * activation'(value)`, and 0 where the derivative is 0, whatever the gradient. Where the
-/// derivative can be told from the output, `value` may be the output.
+/// `output_grad * activation'(value)`, and 0 where the derivative is 0, even for infinite gradients. With
+/// [`Derivative::OfOutput`](crate::spec::Derivative::OfOutput) `value` may be the output.
 pub(crate) fn backward<B: Backend>(
     activation: Activation,
     value: FloatTensor<B>,

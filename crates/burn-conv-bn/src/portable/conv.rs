@@ -8,7 +8,7 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::ops::PadMode;
 use burn::tensor::{Shape, Slice};
 
-use crate::definition::ConvSpec;
+use crate::spec::ConvSpec;
 
 /// `input`: `[batch, channels_in, spatial..]`, `weight`: `[channels_out, channels_in / groups,
 /// kernel..]`, `bias`: `[channels_out]`.

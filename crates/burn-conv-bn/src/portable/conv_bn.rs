@@ -8,16 +8,16 @@ use burn::tensor::{DType, Shape, Slice};
 
 use super::sweeps::{Affine, Argument, Composed, Moments, Sweeps};
 use super::{cast, channels, conv, norm};
-use crate::backend::{
-    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
-    OptionalTensor, Statistics,
+use crate::backend::tensors::{
+    ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved, OptionalTensor,
+    Statistics,
 };
-use crate::definition::{
+use crate::spec::{
     ConvBnOptions, ConvSpec, Derivative, NormSpec, StatisticsKind, accumulator_dtype,
 };
 
 /// Forward with Burn's own ops.
-pub(crate) fn forward<B: ConvBnBackend>(
+pub(crate) fn forward<B: Backend>(
     inputs: ConvBnInputs<B>,
     options: &ConvBnOptions,
     keep_conv_output: bool,
@@ -26,14 +26,14 @@ pub(crate) fn forward<B: ConvBnBackend>(
 }
 
 /// Backward with Burn's own ops.
-pub(crate) fn backward<B: ConvBnBackend>(
+pub(crate) fn backward<B: Backend>(
     saved: ConvBnSaved<B>,
     options: &ConvBnBackwardOptions,
 ) -> ConvBnGrads<B> {
     backward_by::<B, Composed>(saved, options)
 }
 
-pub(crate) fn forward_by<B: ConvBnBackend, S: Sweeps<B>>(
+pub(crate) fn forward_by<B: Backend, S: Sweeps<B>>(
     inputs: ConvBnInputs<B>,
     options: &ConvBnOptions,
     keep_conv_output: bool,
@@ -89,14 +89,14 @@ pub(crate) fn forward_by<B: ConvBnBackend, S: Sweeps<B>>(
     }
 }
 
-/// Whether given statistics are folded into a weight of that dtype. Half precision ends where a folded
-/// weight or offset may lie: there the norm is a sweep in the accumulator's dtype.
+/// Whether given statistics are folded into a weight of that dtype. In half precision a folded weight or
+/// offset may overflow: the norm is then a sweep in the accumulator's dtype.
 fn folds(dtype: DType) -> bool {
     accumulator_dtype(dtype) == dtype
 }
 
 /// The norm of given statistics, over the convolution's output without its bias.
-fn given_norm<B: ConvBnBackend, S: Sweeps<B>>(
+fn given_norm<B: Backend, S: Sweeps<B>>(
     affine: Affine<B>,
     bias: Option<&FloatTensor<B>>,
     (mean, variance): (&FloatTensor<B>, &FloatTensor<B>),
@@ -112,7 +112,7 @@ fn given_norm<B: ConvBnBackend, S: Sweeps<B>>(
     S::norm(moments, affine, norm, StatisticsKind::Fixed, shape)
 }
 
-/// What a norm with given statistics multiplies by: `[channels]` in the accumulator's dtype.
+/// Factors of a norm with given statistics: `[channels]` in the accumulator's dtype.
 struct Scales<B: Backend> {
     /// `s`.
     inv_std: FloatTensor<B>,
@@ -137,7 +137,7 @@ impl<B: Backend> Scales<B> {
     }
 }
 
-/// A norm with given statistics as the affine map that it is, to be folded into the convolution.
+/// A norm with given statistics as an affine map, to be folded into the convolution.
 struct Folded<B: Backend> {
     /// `gamma * s`.
     scale: FloatTensor<B>,
@@ -146,7 +146,7 @@ struct Folded<B: Backend> {
     dtype: DType,
 }
 
-impl<B: ConvBnBackend> Folded<B> {
+impl<B: Backend> Folded<B> {
     fn new(
         affine: Affine<B>,
         bias: Option<&FloatTensor<B>>,
@@ -169,7 +169,7 @@ impl<B: ConvBnBackend> Folded<B> {
         }
     }
 
-    /// The norm of the convolution, as one convolution.
+    /// The convolution with the norm folded in.
     fn conv(
         &self,
         input: FloatTensor<B>,
@@ -205,11 +205,10 @@ fn center<B: Backend>(
     }
 }
 
-/// The backward pass walks the batch in chunks. Under batch statistics it first sums over all of
-/// them and then, with the sums known, turns each chunk's `g` into the gradient of the
-/// convolution's output; a single chunk is kept from the first walk to the second, several are
-/// recomputed.
-pub(crate) fn backward_by<B: ConvBnBackend, S: Sweeps<B>>(
+/// Backward over the batch in chunks, in two passes: the first sums over all chunks, the second turns each
+/// chunk's `g` into the gradient of the convolution's output. A single chunk is kept between the two,
+/// several are recomputed.
+pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
     saved: ConvBnSaved<B>,
     options: &ConvBnBackwardOptions,
 ) -> ConvBnGrads<B> {
@@ -242,7 +241,7 @@ pub(crate) fn backward_by<B: ConvBnBackend, S: Sweeps<B>>(
         (None, _) => (None, None),
     };
 
-    let mut grads = Walk {
+    let mut grads = BatchGrads {
         input: wanted.input.then(|| Batch::new(&options.input_shape)),
         residual: wanted.residual.then(|| Batch::new(&output_shape)),
         weight: None,
@@ -252,7 +251,7 @@ pub(crate) fn backward_by<B: ConvBnBackend, S: Sweeps<B>>(
             let part = kept_chunk
                 .take()
                 .unwrap_or_else(|| pass.chunk(chunk, single));
-            pass.walk(chunk, part, &mut grads, single);
+            pass.propagate(chunk, part, &mut grads, single);
         }
     }
 
@@ -293,23 +292,23 @@ struct ParameterGrads<B: Backend> {
     gamma: Option<FloatTensor<B>>,
 }
 
-/// What both walks over the batch share.
-struct Pass<'a, B: ConvBnBackend, S: Sweeps<B>> {
+/// State of both passes over the batch.
+struct Pass<'a, B: Backend, S: Sweeps<B>> {
     options: &'a ConvBnBackwardOptions,
     saved: ConvBnSaved<B>,
     dtype: DType,
-    /// The norm, where something is needed of its statistics and it is not folded into the weight.
+    /// The norm, if its statistics are needed and it is not folded into the weight.
     norm: Option<S::Norm>,
-    /// Whether that norm needs its input: for gradients of the batch's statistics or of gamma, or for
-    /// the activation's derivative.
+    /// Whether `norm` needs its input: for gradients of the batch's statistics or of gamma, or for the
+    /// activation's derivative.
     needs_conv_output: bool,
-    /// The norm, where it is folded into the weight and the activation's derivative needs its output.
+    /// The norm folded into the weight, if the activation's derivative needs its output.
     folded: Option<Folded<B>>,
     /// The weight that the gradient of the input goes through.
     input_weight: Option<FloatTensor<B>>,
 }
 
-impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
+impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
     fn new(saved: ConvBnSaved<B>, options: &'a ConvBnBackwardOptions) -> Self {
         let spec = options.options.norm;
         let dtype = saved.output_grad.dtype();
@@ -368,12 +367,12 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
         }
     }
 
-    /// Whether the gradient of the weight is needed: for itself, or, of a folded one, for gamma's.
+    /// Whether the weight's gradient is needed: requested, or folded for gamma's.
     fn wants_weight(&self) -> bool {
         self.options.wanted.weight || (self.norm.is_none() && self.options.wanted.gamma)
     }
 
-    /// Takes one chunk in hand. With `last`, what is only needed here is freed.
+    /// One chunk's gradient at the pre-activation. With `last`, its tensors are freed.
     fn chunk(&mut self, chunk: &Range<usize>, last: bool) -> S::Chunk {
         let norm_input = self.norm_input(chunk, last);
         let argument = self.argument(chunk, last);
@@ -388,7 +387,7 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
         )
     }
 
-    /// Where the activation's derivative is taken in one chunk.
+    /// Argument of the activation's derivative in one chunk.
     fn argument(&mut self, chunk: &Range<usize>, last: bool) -> Argument<B> {
         if let Some(output) = take(&mut self.saved.output, last) {
             return Argument::Value(rows::<B>(output, chunk));
@@ -426,7 +425,13 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
 
     /// Carries one chunk's gradient through the norm and the convolution. With `last`, the input
     /// is freed between the weight's gradient and its own.
-    fn walk(&mut self, chunk: &Range<usize>, part: S::Chunk, grads: &mut Walk<B>, last: bool) {
+    fn propagate(
+        &mut self,
+        chunk: &Range<usize>,
+        part: S::Chunk,
+        grads: &mut BatchGrads<B>,
+        last: bool,
+    ) {
         let spec = &self.options.options.conv;
         let wants_conv = self.options.wanted.input || self.options.wanted.weight;
         let norm = self.norm.as_ref().filter(|_| wants_conv);
@@ -507,8 +512,8 @@ impl<'a, B: ConvBnBackend, S: Sweeps<B>> Pass<'a, B, S> {
     }
 }
 
-/// Gradients that the second walk collects.
-struct Walk<B: Backend> {
+/// Gradients that the second pass collects.
+struct BatchGrads<B: Backend> {
     input: Option<Batch<B>>,
     residual: Option<Batch<B>>,
     weight: Option<FloatTensor<B>>,
@@ -543,16 +548,17 @@ impl<B: Backend> Batch<B> {
     }
 
     fn finish(self) -> FloatTensor<B> {
-        self.tensor.expect("the walk wrote every chunk")
+        self.tensor.expect("the second pass wrote every chunk")
     }
 }
 
 /// Images `chunk` of a tensor whose first axis is the batch; the tensor itself if that is all.
 fn rows<B: Backend>(tensor: FloatTensor<B>, chunk: &Range<usize>) -> FloatTensor<B> {
     let shape = tensor.shape();
-    match chunk.len() == shape[0] {
-        true => tensor,
-        false => B::float_slice(tensor, &row_slices(&shape, chunk)),
+    if chunk.len() == shape[0] {
+        tensor
+    } else {
+        B::float_slice(tensor, &row_slices(&shape, chunk))
     }
 }
 
@@ -565,9 +571,10 @@ fn row_slices(shape: &Shape, chunk: &Range<usize>) -> Vec<Slice> {
 
 /// The tensor, moved out if this is its last use.
 fn take<B: Backend>(tensor: &mut OptionalTensor<B>, last: bool) -> Option<FloatTensor<B>> {
-    match last {
-        true => core::mem::replace(tensor, OptionalTensor::Absent).into_option(),
-        false => tensor.as_option().cloned(),
+    if last {
+        core::mem::replace(tensor, OptionalTensor::Absent).into_option()
+    } else {
+        tensor.as_option().cloned()
     }
 }
 

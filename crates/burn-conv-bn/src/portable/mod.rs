@@ -1,4 +1,4 @@
-//! The ops composed of Burn's own: the default bodies of [`ConvBnBackend`](crate::ConvBnBackend),
+//! The ops composed of Burn's own: the default bodies of [`ConvBnBackend`](crate::backend::ConvBnBackend),
 //! and the reference that kernels are compared with.
 
 pub(crate) mod activation;
@@ -12,14 +12,15 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, Shape};
 
-use crate::backend::{ConvBnInputs, Statistics};
-use crate::definition::accumulator_dtype;
+use crate::backend::tensors::{ConvBnInputs, Statistics};
+use crate::spec::accumulator_dtype;
 
 /// Casts unless the tensor is of that dtype already.
 pub(crate) fn cast<B: Backend>(tensor: FloatTensor<B>, dtype: DType) -> FloatTensor<B> {
-    match tensor.dtype() == dtype {
-        true => tensor,
-        false => B::float_cast(tensor, dtype.into()),
+    if tensor.dtype() == dtype {
+        tensor
+    } else {
+        B::float_cast(tensor, dtype.into())
     }
 }
 

@@ -1,14 +1,14 @@
 //! Batch normalization: statistics, normalization and their gradient.
 //!
 //! Per-channel quantities are `[1, channels, 1..]` here. The variants of the norm differ only in
-//! [`inv_std`] and [`ChannelNorm::slope_factor`], which are maths on `channels` values.
+//! [`inv_std`] and [`ChannelNorm::slope_factor`]: the formulas of [`NormSpec`] on `channels` values.
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 
 use super::{broadcast, cast, channel_sum, channels};
-use crate::backend::NormOutput;
-use crate::definition::{NormSpec, NormVariant, accumulator_dtype, values_per_channel};
+use crate::backend::tensors::NormOutput;
+use crate::spec::{NormSpec, NormVariant, accumulator_dtype, values_per_channel};
 
 /// The input less its mean, the mean, and the biased variance.
 pub(crate) struct Centered<B: Backend> {
@@ -36,7 +36,7 @@ pub(crate) fn center<B: Backend>(input: FloatTensor<B>) -> Centered<B> {
     }
 }
 
-/// `s` of [`NormVariant`] from a variance that is used as it is.
+/// [`NormSpec::inv_std`] of each channel, from the variance with the variant's degrees of freedom.
 pub(crate) fn inv_std<B: Backend>(variance: FloatTensor<B>, norm: NormSpec) -> FloatTensor<B> {
     let epsilon = norm.epsilon.into();
     B::float_recip(match norm.variant {
@@ -106,7 +106,7 @@ pub(crate) struct ChannelNorm<B: Backend> {
     norm: NormSpec,
     values: usize,
     gamma: Option<FloatTensor<B>>,
-    /// Of the variant, that is with its degrees of freedom.
+    /// With the variant's degrees of freedom.
     variance: FloatTensor<B>,
     pub(crate) inv_std: FloatTensor<B>,
 }
@@ -129,7 +129,7 @@ impl<B: Backend> ChannelNorm<B> {
         Self::of(norm, values, gamma, variance)
     }
 
-    /// From a given variance, which is used as it is.
+    /// From a given variance, without a correction.
     pub(crate) fn given(
         norm: NormSpec,
         gamma: Option<FloatTensor<B>>,
@@ -158,7 +158,7 @@ impl<B: Backend> ChannelNorm<B> {
         scale::<B>(self.gamma.as_ref(), self.inv_std.clone())
     }
 
-    /// `ds/dvar * 2 / (m - ddof)`.
+    /// [`NormSpec::slope_factor`] of each channel.
     fn slope_factor(&self) -> FloatTensor<B> {
         let values = (self.values - self.norm.variant.degrees_of_freedom()) as f64;
         let squared = B::float_mul(self.inv_std.clone(), self.inv_std.clone());
@@ -231,8 +231,8 @@ pub(crate) fn forward<B: Backend>(
     }
 }
 
-/// What [`backward`] returns: the input's gradient in the input's dtype, if it was wanted, and
-/// those of gamma and beta as `[channels]` in the accumulator's dtype.
+/// Results of [`backward`]: the input's gradient in the input's dtype, if requested, and those of
+/// gamma and beta as `[channels]` in the accumulator's dtype.
 pub(crate) struct NormGrads<B: Backend> {
     pub(crate) input: Option<FloatTensor<B>>,
     pub(crate) gamma: FloatTensor<B>,

@@ -1,4 +1,4 @@
-//! What the op does with activations besides its convolutions.
+//! The op's passes over activations besides its convolutions.
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
@@ -6,23 +6,21 @@ use burn::tensor::{DType, Shape};
 
 use super::norm::{self, ChannelNorm, GradSums, InputGrad};
 use super::{activation, broadcast, cast, channels};
-use crate::backend::NormOutput;
-use crate::definition::{
-    Activation, NormSpec, StatisticsKind, accumulator_dtype, values_per_channel,
-};
+use crate::backend::tensors::NormOutput;
+use crate::spec::{Activation, NormSpec, StatisticsKind, accumulator_dtype, values_per_channel};
 
-/// The passes over activations that forward and backward are made of, as a backend does them.
+/// The passes over activations of forward and backward, by backend.
 ///
 /// Activations are `[batch, channels, spatial..]`, everything of a channel is `[channels]`.
 pub(crate) trait Sweeps<B: Backend> {
     /// A norm whose statistics are known: from the forward pass, or given.
     type Norm;
-    /// What the gradient of one chunk of the batch is made of.
+    /// The gradient at the pre-activation of one chunk of the batch, perhaps implicit.
     type Chunk;
-    /// The sums that the gradients of the norm are made of.
+    /// The sums for the norm's gradients.
     type Sums;
 
-    /// `activation(norm(input) + residual)` with the statistics of `input`, and these.
+    /// `activation(norm(input) + residual)` with the statistics of `input`, which are returned too.
     fn normalize(
         input: FloatTensor<B>,
         affine: Affine<B>,
@@ -31,7 +29,7 @@ pub(crate) trait Sweeps<B: Backend> {
         function: Activation,
     ) -> NormOutput<B>;
 
-    /// `activation(norm(input) + residual)` with that norm.
+    /// `activation(norm(input) + residual)` with a known norm.
     fn normalize_by(
         norm: &Self::Norm,
         input: FloatTensor<B>,
@@ -46,7 +44,7 @@ pub(crate) trait Sweeps<B: Backend> {
         function: Activation,
     ) -> FloatTensor<B>;
 
-    /// The norm of known statistics, over inputs of that shape in all.
+    /// The norm of known statistics. `shape` is the whole batch's.
     fn norm(
         moments: Moments<B>,
         affine: Affine<B>,
@@ -55,7 +53,7 @@ pub(crate) trait Sweeps<B: Backend> {
         shape: &Shape,
     ) -> Self::Norm;
 
-    /// Takes a chunk in hand.
+    /// Prepares a chunk.
     fn chunk(
         norm: Option<&Self::Norm>,
         output_grad: FloatTensor<B>,
@@ -70,23 +68,22 @@ pub(crate) trait Sweeps<B: Backend> {
     /// The sums of two chunks.
     fn add(sums: Self::Sums, other: Self::Sums) -> Self::Sums;
 
-    /// The gradients of gamma and beta from the sums over all chunks, of which the norm's input is known.
-    /// Under batch statistics they complete the norm for [`norm_input_grad`](Self::norm_input_grad).
+    /// The gradients of gamma and beta, from the sums over all chunks with the norm's input.
+    /// Under batch statistics this completes the norm for [`norm_input_grad`](Self::norm_input_grad).
     fn affine_grads(norm: &mut Self::Norm, sums: Self::Sums) -> [FloatTensor<B>; 2];
 
     /// The sum of the gradient of the pre-activation.
     fn grad_sum(sums: Self::Sums) -> FloatTensor<B>;
 
     /// The gradient of the norm's input (without a norm, of the pre-activation), and that of the
-    /// residual if it is wanted.
+    /// residual if requested.
     fn norm_input_grad(
         norm: Option<&Self::Norm>,
         chunk: Self::Chunk,
         wants_residual: bool,
     ) -> (FloatTensor<B>, Option<FloatTensor<B>>);
 
-    /// Bytes of `values` values of a norm's input, and of what is made of them, at the worst moment
-    /// of a backward pass.
+    /// Peak bytes of a backward pass for `values` values of the norm's input and their temporaries.
     fn workspace(values: usize, dtype: DType) -> usize;
 }
 
@@ -97,18 +94,17 @@ pub(crate) struct Affine<B: Backend> {
     pub(crate) beta: Option<FloatTensor<B>>,
 }
 
-/// The norm's mean and variance: biased where they are the batch's, as it is used where they are given.
+/// The norm's mean and variance: the batch's, biased, or the given ones.
 pub(crate) struct Moments<B: Backend> {
     pub(crate) mean: FloatTensor<B>,
     pub(crate) variance: FloatTensor<B>,
 }
 
-/// Where the activation's derivative is taken.
+/// Argument of the activation's derivative.
 pub(crate) enum Argument<B: Backend> {
-    /// At the norm's output, rebuilt from its input, with what was added to it. Without an
-    /// activation neither is needed.
+    /// The norm's output, rebuilt from its input, plus the residual. Unused without an activation.
     Norm { residual: Option<FloatTensor<B>> },
-    /// At this value: the pre-activation, or the activation's output where that serves as well.
+    /// The pre-activation, or the activation's output where the derivative follows from it.
     Value(FloatTensor<B>),
 }
 

@@ -5,11 +5,13 @@ use burn::module::{Module, Param};
 use burn::nn::PaddingConfig2d;
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn_conv_bn::backend::{
+    ConvBnBackend, ConvBnInputs, ConvBnMaxPoolForward, OptionalTensor, Statistics,
+};
 use burn_conv_bn::functional::{ConvBnParams, conv_bn_max_pool2d};
 use burn_conv_bn::{
-    Activation, ConvBn2d, ConvBn2dConfig, ConvBnBackend, ConvBnError, ConvBnInputs,
-    ConvBnMaxPoolForward, ConvBnOptions, ConvSpec, MaxPool2d, MaxPool2dConfig, NormVariant,
-    OptionalTensor, Recompute, RunningVariance, Statistics,
+    Activation, ConvBn2d, ConvBn2dConfig, ConvBnError, ConvBnOptions, ConvSpec, MaxPool2d,
+    MaxPool2dConfig, NormVariant, Recompute, RunningVariance,
 };
 
 use crate::common::{assert_close, device, random, tensor, values};

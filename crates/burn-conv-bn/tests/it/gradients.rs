@@ -354,7 +354,7 @@ fn fused(
     frozen: bool,
 ) -> Result<(), GradCheckError> {
     let channels = &weight[..1];
-    let problem = burn_conv_bn::ConvBnProblem::conv(
+    let problem = burn_conv_bn::backend::ConvBnProblem::conv(
         burn::tensor::Shape::from(*input),
         burn::tensor::Shape::from(*weight),
         &options.conv,

@@ -4,8 +4,9 @@ use std::fmt;
 use std::ops::Add;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn_conv_bn::backend::Parents;
 use burn_conv_bn::functional::{ConvBnParams, conv_bn};
-use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, NormSpec, Parents, Recompute};
+use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, NormSpec, Recompute};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -6,7 +6,8 @@ use std::cell::Cell;
 use std::env;
 use std::ops::RangeInclusive;
 
-use burn_conv_bn::{Activation, ConvSpec, NormSpec, NormVariant, Parents, Recompute};
+use burn_conv_bn::backend::Parents;
+use burn_conv_bn::{Activation, ConvSpec, NormSpec, NormVariant, Recompute};
 use proptest::arbitrary::any;
 use proptest::array::{uniform4, uniform6};
 use proptest::bool::weighted;

@@ -1,6 +1,7 @@
 use burn::config::Config;
 use burn::tensor::ops::ConvOptions;
-use burn::tensor::{Tensor, activation};
+
+use super::{Activation, NormSpec};
 
 /// Geometry of a convolution over one, two or three spatial dimensions.
 ///
@@ -15,7 +16,7 @@ use burn::tensor::{Tensor, activation};
 /// let spec = ConvSpec::from(ConvOptions::new([2, 2], [1, 1], [1, 1], 1));
 /// assert_eq!(spec.padding, vec![(1, 1), (1, 1)]);
 ///
-/// // What Burn's layers for volumes do not take: more padding before than after.
+/// // Asymmetric padding over three dimensions, which Burn's layers do not take.
 /// let mut spec = ConvSpec::unit(3);
 /// spec.padding[0] = (2, 0);
 /// assert_eq!(spec.rank(), 3);
@@ -80,152 +81,7 @@ impl<const N: usize> From<ConvOptions<N>> for ConvSpec {
     }
 }
 
-/// How the inverse standard deviation `s` follows from the sum of squared deviations `M2` over
-/// the `m` values of a channel.
-///
-/// ```
-/// use burn_conv_bn::NormVariant;
-///
-/// assert_eq!(NormVariant::BatchNorm.degrees_of_freedom(), 0);
-/// assert_eq!(NormVariant::Tutorial.degrees_of_freedom(), 1);
-/// ```
-#[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
-pub enum NormVariant {
-    /// `s = 1 / sqrt(M2 / m + epsilon)`: batch normalization as in Burn, PyTorch and the paper
-    /// ([Ioffe and Szegedy 2015](https://arxiv.org/abs/1502.03167), algorithm 1).
-    BatchNorm,
-    /// `s = 1 / (sqrt(M2 / (m - 1)) + epsilon)`: the PyTorch tutorial "Fusing Convolution and
-    /// Batch Norm using Custom Function" takes the unbiased variance and adds epsilon outside
-    /// the root. Where the variance is zero, `ds/dvar` is infinite; the backward pass takes the
-    /// corresponding term of the gradient as zero.
-    Tutorial,
-}
-
-impl NormVariant {
-    /// Degrees of freedom taken off the number of values in the variance: 0 or 1.
-    pub fn degrees_of_freedom(self) -> usize {
-        match self {
-            Self::BatchNorm => 0,
-            Self::Tutorial => 1,
-        }
-    }
-}
-
-/// The norm's variant and its epsilon.
-///
-/// ```
-/// use burn_conv_bn::{NormSpec, NormVariant};
-///
-/// let burns = NormSpec::new(NormVariant::BatchNorm, 1e-5);
-/// assert_eq!(burns, NormSpec::default());
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct NormSpec {
-    /// How the inverse standard deviation is formed.
-    pub variant: NormVariant,
-    /// Added for numerical stability, where the variant says. Finite and positive, or 0 with given
-    /// statistics.
-    pub epsilon: f64,
-}
-
-impl NormSpec {
-    /// A norm of that variant and epsilon.
-    pub fn new(variant: NormVariant, epsilon: f64) -> Self {
-        Self { variant, epsilon }
-    }
-}
-
-impl Default for NormSpec {
-    /// Burn's batch norm with its epsilon, 1e-5.
-    fn default() -> Self {
-        Self::new(NormVariant::BatchNorm, 1e-5)
-    }
-}
-
-/// Element-wise function applied to the normalized (and residual-added) value.
-///
-/// ```
-/// # #[cfg(feature = "flex")] {
-/// use burn::tensor::{Device, Tensor};
-/// use burn_conv_bn::Activation;
-///
-/// let value = Tensor::<1>::from_floats([-2.0, 0.5, 8.0], &Device::flex());
-/// let output = Activation::Relu6.forward(value).into_data();
-/// assert_eq!(output.iter::<f32>().collect::<Vec<_>>(), [0.0, 0.5, 6.0]);
-/// # }
-/// ```
-#[derive(Config, Debug, Copy, PartialEq)]
-#[non_exhaustive]
-pub enum Activation {
-    /// `y = v`.
-    Identity,
-    /// `y = max(v, 0)`, with derivative 0 at 0. NaN stays NaN.
-    Relu,
-    /// `y = min(max(v, 0), 6)`, with derivative 0 at 0 and 6. NaN stays NaN. MobileNetV2's.
-    Relu6,
-    /// `y = v` where `v > 0`, `negative_slope * v` elsewhere, at 0 with that derivative.
-    LeakyRelu {
-        /// Slope where the value is not positive. Burn's and PyTorch's default is 0.01.
-        negative_slope: f64,
-    },
-    /// `y = v / (1 + exp(-v))`, also called swish.
-    Silu,
-    /// `y = v * Phi(v)` with the normal distribution's `Phi(v) = (1 + erf(v / sqrt(2))) / 2`:
-    /// exact, not the approximation by tanh.
-    Gelu,
-    /// `y = v * clamp(v / 6 + 1/2, 0, 1)`, with derivative 0 at -3 and 1 at 3. MobileNetV3's.
-    HardSwish,
-}
-
-/// What an activation's derivative at a value can be told from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Derivative {
-    /// Nothing: it is 1 everywhere.
-    One,
-    /// The activation's output as well as the value: both lie in the same piece of the function.
-    OfOutput,
-    /// The value only.
-    OfValue,
-}
-
-impl Activation {
-    /// `activation(value)` with Burn's own ops, as after a convolution that the norm was folded into.
-    pub fn forward<const D: usize>(self, value: Tensor<D>) -> Tensor<D> {
-        match self {
-            Self::Identity => value,
-            Self::Relu => activation::relu(value),
-            // Bounds by selection keep NaN; a maximum may drop it.
-            Self::Relu6 => {
-                let value = activation::relu(value);
-                let above = value.clone().greater_elem(6.0);
-                value.mask_fill(above, 6.0)
-            }
-            Self::LeakyRelu { negative_slope } => activation::leaky_relu(value, negative_slope),
-            Self::Silu => activation::silu(value),
-            Self::Gelu => activation::gelu(value),
-            Self::HardSwish => activation::hard_swish(value),
-        }
-    }
-
-    /// Whether the output is the value itself wherever a gradient passes.
-    pub(crate) fn passes_unchanged(self) -> bool {
-        matches!(self, Self::Identity | Self::Relu)
-    }
-
-    pub(crate) fn derivative(self) -> Derivative {
-        match self {
-            Self::Identity => Derivative::One,
-            Self::Relu | Self::Relu6 => Derivative::OfOutput,
-            // A negative slope makes both pieces positive.
-            Self::LeakyRelu { negative_slope } if negative_slope >= 0.0 => Derivative::OfOutput,
-            Self::LeakyRelu { .. } | Self::Silu | Self::Gelu | Self::HardSwish => {
-                Derivative::OfValue
-            }
-        }
-    }
-}
-
-/// What happens to the convolution's output between forward and backward.
+/// Treatment of the convolution's output between forward and backward.
 ///
 /// ```
 /// # #[cfg(feature = "flex")] {
@@ -254,7 +110,7 @@ pub enum Recompute {
     Never,
 }
 
-/// Everything about the fused op that is not a tensor.
+/// Options of the fused op.
 ///
 /// ```
 /// use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, Recompute};

@@ -3,10 +3,10 @@ use burn::tensor::{DType, Shape};
 
 use super::{ConvBnError, SavedTensor};
 
-/// A place in a window is kept as one byte.
+/// Largest window, in pixels, whose argmax fits a byte.
 const MOST_PLACES: usize = 1 << u8::BITS;
 
-/// A max pool over height and width, checked.
+/// A checked max pool over height and width.
 #[derive(Clone, Debug)]
 pub(crate) struct MaxPoolProblem {
     /// `[batch, channels, height, width]`.
@@ -38,8 +38,8 @@ impl MaxPoolProblem {
         Ok(problem)
     }
 
-    /// Whether the pool can be one op with a block before it: there is an input, each window meets it, none
-    /// reaches beyond the padding, and a byte tells its places apart.
+    /// Whether the pool can join with a block before it: the input has elements, each window overlaps it and
+    /// stays within the padding, and the argmax fits a byte.
     pub(crate) fn joins_a_block(&self) -> bool {
         let options = &self.options;
         let [rows, columns] = options.kernel_size;
@@ -52,8 +52,8 @@ impl MaxPoolProblem {
             && (0..2).all(is_narrow)
     }
 
-    /// What a tracked node keeps on Flex, where activations are of `dtype`: a place for each output,
-    /// or, for a window that Burn's own op pools, Burn's list.
+    /// Saved tensors of a tracked node on Flex, with activations of `dtype`: the argmax, or those of Burn's
+    /// op where Flex has no kernel for the window.
     pub(crate) fn saved(&self, dtype: DType) -> Vec<SavedTensor> {
         let [rows, columns] = self.options.kernel_size;
         if self.options.is_asymmetric() || rows.saturating_mul(columns) > MOST_PLACES {
@@ -67,7 +67,7 @@ impl MaxPoolProblem {
         }]
     }
 
-    /// What Burn's own op keeps.
+    /// Saved tensors of Burn's op.
     pub(crate) fn saved_by_burn(&self, dtype: DType) -> Vec<SavedTensor> {
         vec![
             SavedTensor {
@@ -79,7 +79,7 @@ impl MaxPoolProblem {
             SavedTensor {
                 name: "indices",
                 shape: self.output(),
-                // Burn counts pixels in the device's integers, of which these are Flex's.
+                // The device's integers: here Flex's.
                 dtype: DType::I32,
                 shared: false,
             },
@@ -93,8 +93,7 @@ impl MaxPoolProblem {
         Shape::new([input[0], input[1], count(0), count(1)])
     }
 
-    /// Shape and padding of the tensor that is pooled: where the two sides differ, Burn pads by a copy, and
-    /// pools that without padding.
+    /// Shape and padding of the tensor that is pooled. For asymmetric padding Burn pools a padded copy.
     fn pooled(&self) -> (Shape, [usize; 2]) {
         if self.options.is_asymmetric() {
             (self.padded(), [0; 2])
@@ -130,14 +129,14 @@ impl MaxPoolProblem {
             Some(slack) if !self.options.ceil_mode => slack / stride + 1,
             Some(slack) => {
                 let count = slack.div_ceil(stride);
-                // But not one that begins in the padding behind.
+                // No window begins in the padding at the end.
                 count + usize::from(count * stride < size + padding)
             }
         }
     }
 }
 
-/// Checks what a max pool's options say before there is an input.
+/// Checks a max pool's options that depend on no input.
 pub(crate) fn check_window(
     kernel_size: [usize; 2],
     stride: [usize; 2],

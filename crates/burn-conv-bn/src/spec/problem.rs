@@ -3,18 +3,6 @@ use burn::tensor::Shape;
 use super::{ConvBnError, ConvBnOptions, ConvSpec};
 
 /// The shapes of one application of the op, checked against each other.
-///
-/// ```
-/// use burn::tensor::Shape;
-/// use burn_conv_bn::{ConvBnOptions, ConvBnProblem, ConvSpec};
-///
-/// let (input, weight) = (Shape::new([8, 3, 32, 32]), Shape::new([16, 3, 3, 3]));
-/// let options = ConvBnOptions::new(ConvSpec::unit(2));
-/// let problem = ConvBnProblem::conv_bn(input, weight, &options, true)?;
-/// assert_eq!(problem.output, Shape::new([8, 16, 30, 30]));
-/// assert_eq!(problem.values_per_channel(), 8 * 30 * 30);
-/// # Ok::<(), burn_conv_bn::ConvBnError>(())
-/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConvBnProblem {
@@ -141,7 +129,8 @@ pub(crate) fn values_per_channel(shape: &Shape) -> usize {
         .product()
 }
 
-/// Checks that the norm of `output`, made from `input`, has values to take batch statistics of.
+/// Checks that each channel of `output` has more than one value, as batch statistics need. `input` is for the
+/// message.
 pub(crate) fn check_values(input: &Shape, output: &Shape) -> Result<(), ConvBnError> {
     match values_per_channel(output) {
         0 => Err(ConvBnError::EmptyBatch {
@@ -155,7 +144,7 @@ pub(crate) fn check_values(input: &Shape, output: &Shape) -> Result<(), ConvBnEr
     }
 }
 
-/// Checks what a convolution's configuration says before there is an input.
+/// Checks a convolution's configuration, which depends on no input.
 pub(crate) fn check_geometry(
     [channels_in, channels_out]: [usize; 2],
     kernel_size: Vec<usize>,
@@ -174,29 +163,46 @@ pub(crate) fn check_geometry(
             return Err(ConvBnError::Zero { what, got });
         }
     }
-    match channels_in.is_multiple_of(groups) && channels_out.is_multiple_of(groups) {
-        true => Ok(()),
-        false => Err(ConvBnError::Channels {
+    if channels_in.is_multiple_of(groups) && channels_out.is_multiple_of(groups) {
+        Ok(())
+    } else {
+        Err(ConvBnError::Channels {
             channels_in,
             channels_out,
             groups,
-        }),
+        })
     }
 }
 
 pub(crate) fn check_momentum(momentum: f64) -> Result<(), ConvBnError> {
-    match (0.0..=1.0).contains(&momentum) {
-        true => Ok(()),
-        false => Err(ConvBnError::Momentum { got: momentum }),
+    if (0.0..=1.0).contains(&momentum) {
+        Ok(())
+    } else {
+        Err(ConvBnError::Momentum { got: momentum })
     }
 }
 
-/// Checks epsilon. With given statistics it may also be 0: then no channel need have a variance of 0.
+/// Checks epsilon. It may be 0 with given statistics, whose variance need not be 0.
 pub(crate) fn check_epsilon(epsilon: f64, batch_statistics: bool) -> Result<(), ConvBnError> {
     let allowed = epsilon > 0.0 || (epsilon == 0.0 && !batch_statistics);
     if epsilon.is_finite() && allowed {
         Ok(())
     } else {
         Err(ConvBnError::Epsilon { got: epsilon })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_of_a_block() -> Result<(), ConvBnError> {
+        let (input, weight) = (Shape::new([8, 3, 32, 32]), Shape::new([16, 3, 3, 3]));
+        let options = ConvBnOptions::new(ConvSpec::unit(2));
+        let problem = ConvBnProblem::conv_bn(input, weight, &options, true)?;
+        assert_eq!(problem.output, Shape::new([8, 16, 30, 30]));
+        assert_eq!(problem.values_per_channel(), 8 * 30 * 30);
+        Ok(())
     }
 }

@@ -2,18 +2,8 @@ use burn::tensor::{DType, Shape};
 
 use super::{ConvBnOptions, ConvBnProblem, Derivative, Recompute};
 
-/// One flag for each differentiable input of the fused op: which are given, or which are tracked
-/// and so want a gradient.
-///
-/// ```
-/// use burn_conv_bn::Parents;
-///
-/// let input_alone = Parents {
-///     input: true,
-///     ..Parents::default()
-/// };
-/// assert!(!input_alone.weight);
-/// ```
+/// One flag for each differentiable input of the fused op: the given ones, or the tracked ones, which
+/// want a gradient.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Parents {
     /// The convolution's input.
@@ -31,19 +21,6 @@ pub struct Parents {
 }
 
 /// Where mean and variance come from.
-///
-/// ```
-/// use burn_conv_bn::{ConvBnOptions, ConvSpec, Parents, SavePlan, StatisticsKind};
-///
-/// let options = ConvBnOptions::new(ConvSpec::unit(2));
-/// let shift = Parents {
-///     beta: true,
-///     ..Parents::default()
-/// };
-/// let plan = |kind| SavePlan::new(&options, kind, shift, shift);
-/// // The gradient of the shift is a sum over the output's, whatever the statistics.
-/// assert_eq!(plan(StatisticsKind::Batch), plan(StatisticsKind::Fixed));
-/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StatisticsKind {
     /// From this batch; gradients flow through them.
@@ -54,33 +31,8 @@ pub enum StatisticsKind {
 
 /// Which tensors one node of the fused op keeps for its backward pass.
 ///
-/// This is the one place that decides it: the autodiff node saves what is set here, and
+/// The autodiff node saves the tensors that are set here, and
 /// [`tensors`](Self::tensors) lists the same with shapes and bytes.
-///
-/// ```
-/// use burn_conv_bn::{
-///     Activation, ConvBnOptions, ConvSpec, Parents, SavePlan, StatisticsKind,
-/// };
-///
-/// let options = ConvBnOptions::new(ConvSpec::unit(2)).with_activation(Activation::Relu);
-/// let given = Parents {
-///     input: true,
-///     weight: true,
-///     gamma: true,
-///     beta: true,
-///     ..Parents::default()
-/// };
-/// let plan = SavePlan::new(&options, StatisticsKind::Batch, given, given);
-/// assert!(plan.input && !plan.conv_output && !plan.output);
-///
-/// // Where the input alone is tracked and the norm is frozen, the sign of the output is enough.
-/// let tracked = Parents {
-///     input: true,
-///     ..Parents::default()
-/// };
-/// let plan = SavePlan::new(&options, StatisticsKind::Fixed, given, tracked);
-/// assert!(!plan.input && plan.output);
-/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SavePlan {
@@ -98,8 +50,8 @@ pub struct SavePlan {
     pub statistics: bool,
     /// The convolution's output.
     pub conv_output: bool,
-    /// The op's own output, which tells the derivative of a ReLU and its kin. Its consumer usually
-    /// keeps it anyway: then it is the same buffer.
+    /// The op's own output, for the derivative of a ReLU and its kin. Its consumer usually keeps it
+    /// anyway: then it is the same buffer.
     pub output: bool,
     /// The tensor added before the activation, where the derivative needs the sum itself.
     pub residual: bool,
@@ -161,38 +113,22 @@ impl SavePlan {
         }
     }
 
-    /// The plan with a max pool right behind, as one op: it keeps the pool's output, and what tells how that
-    /// was made, instead of nothing of the op's own. The pool's places come on top.
-    ///
-    /// ```
-    /// use burn_conv_bn::{ConvBnOptions, ConvSpec, Parents, SavePlan, StatisticsKind};
-    ///
-    /// let options = ConvBnOptions::new(ConvSpec::unit(2));
-    /// let given = Parents {
-    ///     input: true,
-    ///     weight: true,
-    ///     gamma: true,
-    ///     beta: true,
-    ///     ..Parents::default()
-    /// };
-    /// let plan = SavePlan::new(&options, StatisticsKind::Batch, given, given);
-    /// let joined = plan.with_max_pool(&options, given);
-    /// assert!(joined.output && joined.beta && !plan.output && !plan.beta);
-    /// ```
+    /// Plan for the op joined with a max pool: also saves the pooled output and the parameters that
+    /// invert it. The pool's argmax comes on top.
     #[must_use]
     pub fn with_max_pool(self, options: &ConvBnOptions, present: Parents) -> Self {
-        let told = self.statistics && options.activation.passes_unchanged();
+        let inverts = self.statistics && options.activation.passes_unchanged();
         Self {
-            gamma: present.gamma && (self.gamma || told),
-            beta: present.beta && (self.beta || told),
-            output: told,
+            gamma: present.gamma && (self.gamma || inverts),
+            beta: present.beta && (self.beta || inverts),
+            output: inverts,
             ..self
         }
     }
 
-    /// Whether the op is one with the max pool behind it, where the backend has kernels for that and
-    /// the pool permits it: there is a convolution's output to recompute in the gradient, of the batch's
-    /// statistics.
+    /// Whether the op joins with the max pool behind it, given kernels and
+    /// [`MaxPoolProblem::joins_a_block`](super::MaxPoolProblem::joins_a_block): under batch statistics,
+    /// with recompute and without a residual.
     pub(crate) fn joins_max_pool(
         options: &ConvBnOptions,
         statistics: StatisticsKind,
@@ -203,28 +139,6 @@ impl SavePlan {
 
     /// The kept tensors by name, largest kinds first, for data of `dtype` with gamma and beta in
     /// `norm_dtype`. The statistics are f32, or f64 with data of f64.
-    ///
-    /// ```
-    /// use burn::tensor::{DType, Shape};
-    /// use burn_conv_bn::{
-    ///     ConvBnOptions, ConvBnProblem, ConvSpec, Parents, SavePlan, StatisticsKind,
-    /// };
-    ///
-    /// let options = ConvBnOptions::new(ConvSpec::unit(2));
-    /// let (input, weight) = (Shape::new([8, 3, 32, 32]), Shape::new([16, 3, 3, 3]));
-    /// let problem = ConvBnProblem::conv_bn(input, weight, &options, true)?;
-    /// let given = Parents {
-    ///     input: true,
-    ///     weight: true,
-    ///     ..Parents::default()
-    /// };
-    /// let plan = SavePlan::new(&options, StatisticsKind::Batch, given, given);
-    /// let tensors = plan.tensors(&problem, DType::BF16, DType::F32);
-    /// let names: Vec<_> = tensors.iter().map(|tensor| tensor.name).collect();
-    /// assert_eq!(names, ["input", "weight", "mean", "variance"]);
-    /// assert_eq!(tensors[0].bytes(), 2 * 8 * 3 * 32 * 32);
-    /// # Ok::<(), burn_conv_bn::ConvBnError>(())
-    /// ```
     pub fn tensors(
         &self,
         problem: &ConvBnProblem,
@@ -310,5 +224,73 @@ pub(crate) fn accumulator_dtype(dtype: DType) -> DType {
     match dtype {
         DType::F64 => DType::F64,
         _ => DType::F32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{Activation, ConvSpec};
+
+    fn given() -> Parents {
+        Parents {
+            input: true,
+            weight: true,
+            gamma: true,
+            beta: true,
+            ..Parents::default()
+        }
+    }
+
+    #[test]
+    fn relu_saves_the_input_or_the_output() {
+        let options = ConvBnOptions::new(ConvSpec::unit(2)).with_activation(Activation::Relu);
+        let plan = SavePlan::new(&options, StatisticsKind::Batch, given(), given());
+        assert!(plan.input && !plan.conv_output && !plan.output);
+
+        // Frozen norm and only the input tracked: the sign of the output is enough.
+        let tracked = Parents {
+            input: true,
+            ..Parents::default()
+        };
+        assert!(!tracked.weight);
+        let plan = SavePlan::new(&options, StatisticsKind::Fixed, given(), tracked);
+        assert!(!plan.input && plan.output);
+    }
+
+    #[test]
+    fn beta_alone_needs_no_statistics() {
+        let options = ConvBnOptions::new(ConvSpec::unit(2));
+        let shift = Parents {
+            beta: true,
+            ..Parents::default()
+        };
+        let plan = |kind| SavePlan::new(&options, kind, shift, shift);
+        assert_eq!(plan(StatisticsKind::Batch), plan(StatisticsKind::Fixed));
+    }
+
+    #[test]
+    fn a_joined_pool_saves_output_and_beta() {
+        let options = ConvBnOptions::new(ConvSpec::unit(2));
+        let plan = SavePlan::new(&options, StatisticsKind::Batch, given(), given());
+        let joined = plan.with_max_pool(&options, given());
+        assert!(joined.output && joined.beta && !plan.output && !plan.beta);
+    }
+
+    #[test]
+    fn tensors_of_a_plan() {
+        let options = ConvBnOptions::new(ConvSpec::unit(2));
+        let (input, weight) = (Shape::new([8, 3, 32, 32]), Shape::new([16, 3, 3, 3]));
+        let problem = ConvBnProblem::conv_bn(input, weight, &options, true).unwrap();
+        let given = Parents {
+            input: true,
+            weight: true,
+            ..Parents::default()
+        };
+        let plan = SavePlan::new(&options, StatisticsKind::Batch, given, given);
+        let tensors = plan.tensors(&problem, DType::BF16, DType::F32);
+        let names: Vec<_> = tensors.iter().map(|tensor| tensor.name).collect();
+        assert_eq!(names, ["input", "weight", "mean", "variance"]);
+        assert_eq!(tensors[0].bytes(), 2 * 8 * 3 * 32 * 32);
     }
 }

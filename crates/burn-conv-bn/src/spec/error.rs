@@ -1,10 +1,11 @@
 use burn::tensor::{DType, Shape};
 
-/// Why an op or a layer refuses its arguments. Every message names what was seen and wanted.
+/// Invalid arguments of an op or a layer. Every message names the expected and the actual value.
 ///
 /// ```
 /// use burn::tensor::Shape;
-/// use burn_conv_bn::{ConvBnError, ConvBnProblem, ConvSpec};
+/// use burn_conv_bn::backend::ConvBnProblem;
+/// use burn_conv_bn::{ConvBnError, ConvSpec};
 ///
 /// let (input, weight) = (Shape::new([8, 3, 32, 32]), Shape::new([16, 4, 3, 3]));
 /// let error = ConvBnProblem::conv(input, weight, &ConvSpec::unit(2)).unwrap_err();
@@ -30,9 +31,9 @@ pub enum ConvBnError {
         what: &'static str,
         /// The input's shape.
         input: Shape,
-        /// Dimensions wanted.
+        /// Expected dimensions.
         expected: usize,
-        /// Dimensions seen.
+        /// Actual dimensions.
         got: usize,
     },
     /// A size that must be positive is zero.
@@ -55,9 +56,9 @@ pub enum ConvBnError {
         weight: Shape,
         /// Number of groups.
         groups: usize,
-        /// Channels wanted.
+        /// Expected channels.
         expected: usize,
-        /// Channels seen.
+        /// Actual channels.
         got: usize,
     },
     /// The output channels do not divide into the groups.
@@ -119,9 +120,9 @@ pub enum ConvBnError {
     Shape {
         /// Which tensor.
         what: &'static str,
-        /// Shape wanted.
+        /// Expected shape.
         expected: Shape,
-        /// Shape seen.
+        /// Actual shape.
         got: Shape,
     },
     /// A tensor's dtype does not fit the input's.
@@ -131,9 +132,9 @@ pub enum ConvBnError {
         what: &'static str,
         /// The input's dtype.
         input: DType,
-        /// Dtypes wanted.
+        /// Expected dtypes.
         expected: String,
-        /// Dtype seen.
+        /// Actual dtype.
         got: DType,
     },
     /// A tensor is on another device than the input.
@@ -143,7 +144,7 @@ pub enum ConvBnError {
         what: &'static str,
         /// The input's device.
         expected: String,
-        /// Device seen.
+        /// Actual device.
         got: String,
     },
     /// Epsilon is not a finite positive number, or 0 with given statistics.
@@ -180,8 +181,8 @@ pub enum ConvBnError {
     },
 }
 
-/// The casts that make `what` of dtype `got` and the input fit. Which of the two to cast is the user's choice
-/// where `what` is a convolution's parameter.
+/// The cast that makes `what` of dtype `got` fit the input; both choices where `what` is a convolution's
+/// parameter.
 fn cast(what: &str, expected: &str, got: DType) -> String {
     match what {
         "weight" | "bias" => format!(

@@ -3,11 +3,11 @@
 use burn::backend::fusion::custom::TensorSpec;
 use burn::tensor::{DType, Shape};
 
-use crate::backend::{
+use super::tensors::{
     ConvBnBackwardOptions, ConvBnForwardMetadata, ConvBnGradsMetadata, ConvBnInputsMetadata,
     ConvBnSavedMetadata, OptionalTensorMetadata,
 };
-use crate::definition::{ConvBnOptions, ConvBnProblem, accumulator_dtype};
+use crate::spec::{ConvBnOptions, ConvBnProblem, accumulator_dtype};
 
 pub(crate) fn conv_bn_forward(
     inputs: &ConvBnInputsMetadata,
@@ -52,8 +52,9 @@ pub(crate) fn conv_bn_backward(
 }
 
 fn optional(present: bool, spec: impl FnOnce() -> TensorSpec) -> OptionalTensorMetadata {
-    match present {
-        true => OptionalTensorMetadata::Present(spec()),
-        false => OptionalTensorMetadata::Absent,
+    if present {
+        OptionalTensorMetadata::Present(spec())
+    } else {
+        OptionalTensorMetadata::Absent
     }
 }

@@ -1,0 +1,304 @@
+//! The trait of a backend, its tensors and options, and the plan of what is saved for the backward pass.
+//!
+//! For whoever writes a backend or a kernel; the layers need none of it.
+
+#[cfg(feature = "fusion")]
+mod fusion;
+pub(crate) mod tensors;
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, backend_extension};
+use burn::tensor::ops::MaxPoolOptions;
+
+use crate::portable;
+use crate::spec::{ConvBnOptions, ConvSpec, NormSpec};
+
+pub use self::tensors::{
+    ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions,
+    ConvBnMaxPoolForward, ConvBnSaved, MaxPoolBackwardOptions, MaxPoolForward, NormOutput,
+    OptionalTensor, Statistics,
+};
+pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
+
+/// Burn's [`Backend`], extended with the fused op, its two halves, and a max pool.
+///
+/// | Differentiable     | Kernels                                                 | Without kernels          |
+/// |--------------------|---------------------------------------------------------|--------------------------|
+/// | `conv`             |                                                         | Burn's ops               |
+/// | `batch_normalize`  |                                                         | Burn's ops               |
+/// | `conv_bn`          | `conv_bn_forward`, `conv_bn_backward`                   | Burn's ops               |
+/// | `max_pool`         | `max_pool_forward`, `max_pool_backward`                 | Burn's pool and its node |
+/// | `conv_bn_max_pool` | `conv_bn_max_pool_forward`, `conv_bn_max_pool_backward` | `conv_bn`, `max_pool`    |
+///
+/// `Autodiff<B>` registers one node for each differentiable method. Kernels do not differentiate. Every
+/// method has a default body: `impl ConvBnBackend for MyBackend {}` is complete. A backend overrides the
+/// two kernels of an op together; with those of the max pool also `max_pool`, for untracked inputs.
+///
+/// The methods trust their arguments; [`functional`](crate::functional) checks them. Tensors of Burn's
+/// `Tensor` reach only the backends that Burn's `Dispatch` lists.
+///
+/// # Examples
+///
+/// The calls of the autodiff node for a layer whose weight alone is tracked:
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::backend::flex::FlexTensor;
+/// use burn::backend::{Flex, TensorMetadata};
+/// use burn::tensor::TensorData;
+/// use burn_conv_bn::backend::{
+///     ConvBnBackend, ConvBnBackwardOptions, ConvBnInputs, ConvBnSaved, OptionalTensor, Parents,
+///     SavePlan, Statistics,
+/// };
+/// use burn_conv_bn::{ConvBnOptions, ConvSpec};
+///
+/// let tensor = |shape: [usize; 4]| {
+///     let values = (0..shape.iter().product::<usize>()).map(|i| (i as f32).sin());
+///     FlexTensor::from_data(TensorData::new(values.collect::<Vec<f32>>(), shape))
+/// };
+/// let (input, weight) = (tensor([2, 3, 8, 8]), tensor([4, 3, 3, 3]));
+/// let inputs = ConvBnInputs::<Flex> {
+///     input: input.clone(),
+///     weight: weight.clone(),
+///     bias: OptionalTensor::Absent,
+///     gamma: OptionalTensor::Absent,
+///     beta: OptionalTensor::Absent,
+///     residual: OptionalTensor::Absent,
+///     statistics: Statistics::Batch,
+/// };
+/// let options = ConvBnOptions::new(ConvSpec::unit(2));
+/// let wanted = Parents {
+///     weight: true,
+///     ..Parents::default()
+/// };
+/// let statistics = inputs.statistics.kind();
+/// let (present, norm_dtype) = (inputs.present(), inputs.norm_dtype());
+/// let plan = SavePlan::new(&options, statistics, present, wanted);
+///
+/// let forward = Flex::conv_bn_forward(inputs, options.clone(), plan.conv_output);
+/// assert_eq!(forward.output.shape().to_vec(), [2, 4, 6, 6]);
+/// assert!(!forward.conv_output.is_present());
+///
+/// // The plan: recompute the convolution.
+/// assert!(plan.input && plan.weight && plan.statistics && !plan.output);
+/// let saved = ConvBnSaved::<Flex> {
+///     output_grad: tensor([2, 4, 6, 6]),
+///     input: OptionalTensor::Present(input.clone()),
+///     weight: OptionalTensor::Present(weight.clone()),
+///     bias: OptionalTensor::Absent,
+///     gamma: OptionalTensor::Absent,
+///     beta: OptionalTensor::Absent,
+///     mean: OptionalTensor::Present(forward.mean),
+///     variance: OptionalTensor::Present(forward.variance),
+///     conv_output: forward.conv_output,
+///     output: OptionalTensor::Absent,
+///     residual: OptionalTensor::Absent,
+/// };
+/// let options = ConvBnBackwardOptions {
+///     options,
+///     statistics,
+///     input_shape: input.shape(),
+///     weight_shape: weight.shape(),
+///     norm_dtype,
+///     wanted,
+/// };
+/// let grads = Flex::conv_bn_backward(saved, options);
+/// assert!(!grads.input.is_present());
+/// let grad = grads.weight.into_option().expect("requested above");
+///
+/// // The norm cancels the weight's length: the gradient is orthogonal to the weight.
+/// let (grad, weight) = (grad.into_data(), weight.into_data());
+/// let products = grad.iter::<f64>().zip(weight.iter::<f64>()).map(|(g, w)| g * w);
+/// let products: Vec<f64> = products.collect();
+/// let along: f64 = products.iter().sum();
+/// let size: f64 = products.iter().map(|product| product.abs()).sum();
+/// assert!(along.abs() < 1e-3 * size, "{along} of {size}");
+/// # }
+/// ```
+#[backend_extension(
+    Autodiff,
+    Flex: cfg(feature = "flex"),
+    NdArray: cfg(feature = "ndarray"),
+    LibTorch: cfg(feature = "tch"),
+    Cube: cfg(feature = "cubecl"),
+    Fusion: cfg(feature = "fusion"),
+)]
+pub trait ConvBnBackend: Backend {
+    /// Convolution over one to three spatial dimensions, with an explicit backward pass.
+    ///
+    /// # Shapes
+    ///
+    /// - `input`: `[batch, channels_in, spatial..]`
+    /// - `weight`: `[channels_out, channels_in / groups, kernel..]`
+    /// - `bias`: `[channels_out]`
+    /// - output: `[batch, channels_out, spatial_out..]`
+    #[fusion(default)]
+    fn conv(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        #[extension_type] bias: OptionalTensor<Self>,
+        spec: ConvSpec,
+    ) -> FloatTensor<Self> {
+        portable::conv::forward::<Self>(input, weight, bias.into_option(), &spec)
+    }
+
+    /// Batch normalization with batch statistics, with an explicit backward pass.
+    ///
+    /// # Shapes
+    ///
+    /// - `input`, output: `[batch, channels, spatial..]`
+    /// - `gamma`, `beta`, mean, variance: `[channels]`
+    #[fusion(default)]
+    fn batch_normalize(
+        input: FloatTensor<Self>,
+        #[extension_type] gamma: OptionalTensor<Self>,
+        #[extension_type] beta: OptionalTensor<Self>,
+        norm: NormSpec,
+    ) -> NormOutput<Self> {
+        portable::norm::forward::<Self>(input, gamma.into_option(), beta.into_option(), norm)
+    }
+
+    /// `activation(norm(conv(input)) + residual)`, with a backward pass that recomputes the
+    /// convolution.
+    ///
+    /// The mean in the result includes the convolution's bias.
+    #[fusion(default)]
+    fn conv_bn(
+        #[extension_type] inputs: ConvBnInputs<Self>,
+        options: ConvBnOptions,
+    ) -> NormOutput<Self> {
+        let shift = portable::bias_shift::<Self>(&inputs);
+        let forward = Self::conv_bn_forward(inputs, options, false);
+        NormOutput {
+            output: forward.output,
+            mean: portable::shifted_mean::<Self>(forward.mean, shift),
+            variance: forward.variance,
+        }
+    }
+
+    /// Forward kernel of `conv_bn`. Also returns the convolution's output if `keep_conv_output`.
+    #[fusion(meta = crate::backend::fusion::conv_bn_forward)]
+    fn conv_bn_forward(
+        #[extension_type] inputs: ConvBnInputs<Self>,
+        options: ConvBnOptions,
+        keep_conv_output: bool,
+    ) -> ConvBnForward<Self> {
+        portable::conv_bn::forward::<Self>(inputs, &options, keep_conv_output)
+    }
+
+    /// Backward kernel of `conv_bn`: the gradients in `options.wanted`, from the tensors of a
+    /// [`SavePlan`].
+    #[fusion(meta = crate::backend::fusion::conv_bn_backward)]
+    fn conv_bn_backward(
+        #[extension_type] saved: ConvBnSaved<Self>,
+        options: ConvBnBackwardOptions,
+    ) -> ConvBnGrads<Self> {
+        portable::conv_bn::backward::<Self>(saved, &options)
+    }
+
+    /// Max pool over height and width. With kernels, its backward pass needs the argmax and no input.
+    ///
+    /// `options` pads both sides of a dimension alike.
+    ///
+    /// # Shapes
+    ///
+    /// - `input`: `[batch, channels, height, width]`
+    /// - output: `[batch, channels, height_out, width_out]`
+    #[fusion(default)]
+    fn max_pool(input: FloatTensor<Self>, options: MaxPoolOptions<2>) -> FloatTensor<Self> {
+        portable::max_pool::forward::<Self>(input, &options)
+    }
+
+    /// Forward kernel of `max_pool`: the output and its argmax, if there is a kernel for this dtype and
+    /// window.
+    #[fusion(default)]
+    fn max_pool_forward(
+        input: FloatTensor<Self>,
+        options: MaxPoolOptions<2>,
+    ) -> MaxPoolForward<Self> {
+        let _ = (input, options);
+        MaxPoolForward::Unsupported
+    }
+
+    /// Backward kernel of `max_pool`: the input's gradient, from the output's and the argmax that
+    /// `max_pool_forward` returned.
+    ///
+    /// # Panics
+    ///
+    /// Panics on a backend without the kernel.
+    #[fusion(default)]
+    fn max_pool_backward(
+        output_grad: FloatTensor<Self>,
+        places: IntTensor<Self>,
+        options: MaxPoolBackwardOptions,
+    ) -> FloatTensor<Self> {
+        let _ = (output_grad, places);
+        panic!("max_pool_backward: this backend's forward kernel keeps no places ({options:?})");
+    }
+
+    /// [`conv_bn`](Self::conv_bn) over height and width, and [`max_pool`](Self::max_pool) of its output.
+    /// With kernels it is one op, without the tensor between the two.
+    ///
+    /// The statistics are those of the convolution's output, as in `conv_bn`.
+    #[fusion(default)]
+    fn conv_bn_max_pool(
+        #[extension_type] inputs: ConvBnInputs<Self>,
+        options: ConvBnOptions,
+        pool: MaxPoolOptions<2>,
+    ) -> NormOutput<Self> {
+        let shift = portable::bias_shift::<Self>(&inputs);
+        match Self::conv_bn_max_pool_forward(inputs.clone(), options.clone(), pool.clone()) {
+            ConvBnMaxPoolForward::Pooled {
+                output,
+                mean,
+                variance,
+                ..
+            } => NormOutput {
+                output,
+                mean: portable::shifted_mean::<Self>(mean, shift),
+                variance,
+            },
+            ConvBnMaxPoolForward::Unsupported => {
+                let normalized = Self::conv_bn(inputs, options);
+                NormOutput {
+                    output: Self::max_pool(normalized.output, pool),
+                    ..normalized
+                }
+            }
+        }
+    }
+
+    /// Forward kernel of `conv_bn_max_pool`, if there is one for these inputs and options.
+    #[fusion(default)]
+    fn conv_bn_max_pool_forward(
+        #[extension_type] inputs: ConvBnInputs<Self>,
+        options: ConvBnOptions,
+        pool: MaxPoolOptions<2>,
+    ) -> ConvBnMaxPoolForward<Self> {
+        let _ = (inputs, options, pool);
+        ConvBnMaxPoolForward::Unsupported
+    }
+
+    /// Backward kernel of `conv_bn_max_pool`: the requested gradients, from the argmax and the tensors of
+    /// [`SavePlan::with_max_pool`]. `saved.output` and `saved.output_grad` are the pool's.
+    ///
+    /// # Panics
+    ///
+    /// Panics on a backend without the kernel, and without the statistics that the plan keeps for the
+    /// requested gradients.
+    #[fusion(default)]
+    fn conv_bn_max_pool_backward(
+        #[extension_type] saved: ConvBnSaved<Self>,
+        places: IntTensor<Self>,
+        options: ConvBnMaxPoolBackwardOptions,
+    ) -> ConvBnGrads<Self> {
+        let _ = (saved, places);
+        panic!("conv_bn_max_pool_backward: this backend has no kernel for it ({options:?})");
+    }
+}
+
+#[cfg(feature = "ndarray")]
+impl ConvBnBackend for burn::backend::NdArray {}
+
+#[cfg(feature = "tch")]
+impl ConvBnBackend for burn::backend::LibTorch {}

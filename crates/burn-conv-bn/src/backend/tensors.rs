@@ -1,0 +1,288 @@
+//! The structs and enums of tensors that pass through the trait.
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, ExtensionType, TensorMetadata};
+use burn::tensor::ops::MaxPoolOptions;
+use burn::tensor::{DType, Shape};
+
+use crate::spec::{ConvBnOptions, Parents, StatisticsKind, accumulator_dtype};
+
+/// A tensor that may be missing.
+///
+/// Burn's extension macro passes enums of tensors across backends, but no `Option`.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub enum OptionalTensor<B: Backend> {
+    /// No tensor.
+    Absent,
+    /// A tensor.
+    Present(FloatTensor<B>),
+}
+
+impl<B: Backend> OptionalTensor<B> {
+    /// Borrows the tensor, if there is one.
+    pub fn as_option(&self) -> Option<&FloatTensor<B>> {
+        match self {
+            Self::Absent => None,
+            Self::Present(tensor) => Some(tensor),
+        }
+    }
+
+    /// The tensor, if there is one.
+    pub fn into_option(self) -> Option<FloatTensor<B>> {
+        match self {
+            Self::Absent => None,
+            Self::Present(tensor) => Some(tensor),
+        }
+    }
+
+    /// Whether there is a tensor.
+    pub fn is_present(&self) -> bool {
+        matches!(self, Self::Present(_))
+    }
+}
+
+impl<B: Backend> From<Option<FloatTensor<B>>> for OptionalTensor<B> {
+    fn from(tensor: Option<FloatTensor<B>>) -> Self {
+        match tensor {
+            None => Self::Absent,
+            Some(tensor) => Self::Present(tensor),
+        }
+    }
+}
+
+/// Where the norm's mean and variance come from.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub enum Statistics<B: Backend> {
+    /// From this batch.
+    Batch,
+    /// Given, as in evaluation and with a frozen norm; no gradient flows to them.
+    Fixed {
+        /// `[channels_out]`.
+        mean: FloatTensor<B>,
+        /// `[channels_out]`; the variant's formula takes it as it is.
+        variance: FloatTensor<B>,
+    },
+}
+
+impl<B: Backend> Statistics<B> {
+    /// The kind of statistics.
+    pub fn kind(&self) -> StatisticsKind {
+        match self {
+            Self::Batch => StatisticsKind::Batch,
+            Self::Fixed { .. } => StatisticsKind::Fixed,
+        }
+    }
+}
+
+/// Tensors of the fused op.
+///
+/// `input`, `weight`, `bias` and `residual` share one dtype. Gamma, beta and fixed statistics are
+/// of that dtype too, or f32 where it is f16 or bf16.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub struct ConvBnInputs<B: Backend> {
+    /// `[batch, channels_in, spatial..]`.
+    pub input: FloatTensor<B>,
+    /// `[channels_out, channels_in / groups, kernel..]`.
+    pub weight: FloatTensor<B>,
+    /// The convolution's bias, `[channels_out]`.
+    #[extension_type]
+    pub bias: OptionalTensor<B>,
+    /// The norm's scale, `[channels_out]`; 1 if absent.
+    #[extension_type]
+    pub gamma: OptionalTensor<B>,
+    /// The norm's shift, `[channels_out]`; 0 if absent.
+    #[extension_type]
+    pub beta: OptionalTensor<B>,
+    /// Added before the activation, of the output's shape.
+    #[extension_type]
+    pub residual: OptionalTensor<B>,
+    /// Where mean and variance come from.
+    #[extension_type]
+    pub statistics: Statistics<B>,
+}
+
+impl<B: Backend> ConvBnInputs<B> {
+    /// Flags of the differentiable inputs that are given.
+    pub fn present(&self) -> Parents {
+        Parents {
+            input: true,
+            weight: true,
+            bias: self.bias.is_present(),
+            gamma: self.gamma.is_present(),
+            beta: self.beta.is_present(),
+            residual: self.residual.is_present(),
+        }
+    }
+
+    /// Dtype of gamma and beta, or of the accumulators without them.
+    pub fn norm_dtype(&self) -> DType {
+        match self.gamma.as_option().or(self.beta.as_option()) {
+            Some(tensor) => tensor.dtype(),
+            None => accumulator_dtype(self.input.dtype()),
+        }
+    }
+}
+
+/// Output and statistics of a normalizing op.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub struct NormOutput<B: Backend> {
+    /// The normalized and activated output.
+    pub output: FloatTensor<B>,
+    /// Mean of the norm's input, `[channels]`, in f32 or f64. Not differentiable.
+    pub mean: FloatTensor<B>,
+    /// Biased variance of the norm's input (sum of squared deviations over the number of
+    /// values), `[channels]`, in f32 or f64. Not differentiable.
+    pub variance: FloatTensor<B>,
+}
+
+/// Results of `conv_bn_forward`.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub struct ConvBnForward<B: Backend> {
+    /// `[batch, channels_out, spatial_out..]`.
+    pub output: FloatTensor<B>,
+    /// `[channels_out]`, f32 or f64: with batch statistics the mean of the convolution's output
+    /// *without* its bias, otherwise the given mean.
+    pub mean: FloatTensor<B>,
+    /// `[channels_out]`, f32 or f64: with batch statistics the biased variance, otherwise the
+    /// given variance.
+    pub variance: FloatTensor<B>,
+    /// The convolution's output without its bias, if requested.
+    #[extension_type]
+    pub conv_output: OptionalTensor<B>,
+}
+
+/// Tensors for the backward kernel: the output's gradient, and what
+/// [`SavePlan`](crate::backend::SavePlan) kept.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub struct ConvBnSaved<B: Backend> {
+    /// Gradient of the output, `[batch, channels_out, spatial_out..]`.
+    pub output_grad: FloatTensor<B>,
+    /// The convolution's input.
+    #[extension_type]
+    pub input: OptionalTensor<B>,
+    /// The convolution's weight.
+    #[extension_type]
+    pub weight: OptionalTensor<B>,
+    /// The convolution's bias.
+    #[extension_type]
+    pub bias: OptionalTensor<B>,
+    /// The norm's scale.
+    #[extension_type]
+    pub gamma: OptionalTensor<B>,
+    /// The norm's shift.
+    #[extension_type]
+    pub beta: OptionalTensor<B>,
+    /// As [`ConvBnForward::mean`].
+    #[extension_type]
+    pub mean: OptionalTensor<B>,
+    /// As [`ConvBnForward::variance`].
+    #[extension_type]
+    pub variance: OptionalTensor<B>,
+    /// As [`ConvBnForward::conv_output`].
+    #[extension_type]
+    pub conv_output: OptionalTensor<B>,
+    /// The op's output.
+    #[extension_type]
+    pub output: OptionalTensor<B>,
+    /// The tensor added before the activation.
+    #[extension_type]
+    pub residual: OptionalTensor<B>,
+}
+
+/// Options of `conv_bn_backward`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConvBnBackwardOptions {
+    /// The forward's options.
+    pub options: ConvBnOptions,
+    /// Where mean and variance came from.
+    pub statistics: StatisticsKind,
+    /// `[batch, channels_in, spatial..]`.
+    pub input_shape: Shape,
+    /// `[channels_out, channels_in / groups, kernel..]`.
+    pub weight_shape: Shape,
+    /// Dtype of gamma and beta, and so of their gradients.
+    pub norm_dtype: DType,
+    /// Requested gradients.
+    pub wanted: Parents,
+}
+
+/// Requested gradients, each with its parent's shape and dtype.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub struct ConvBnGrads<B: Backend> {
+    /// Of the convolution's input.
+    #[extension_type]
+    pub input: OptionalTensor<B>,
+    /// Of the convolution's weight.
+    #[extension_type]
+    pub weight: OptionalTensor<B>,
+    /// Of the convolution's bias. Exactly zero with batch statistics, which subtract it.
+    #[extension_type]
+    pub bias: OptionalTensor<B>,
+    /// Of the norm's scale.
+    #[extension_type]
+    pub gamma: OptionalTensor<B>,
+    /// Of the norm's shift.
+    #[extension_type]
+    pub beta: OptionalTensor<B>,
+    /// Of the residual.
+    #[extension_type]
+    pub residual: OptionalTensor<B>,
+}
+
+/// Results of `max_pool_forward`.
+#[derive(Clone, Debug, ExtensionType)]
+pub enum MaxPoolForward<B: Backend> {
+    /// No kernel for this dtype or window.
+    Unsupported,
+    /// The pooled input, and its argmax for the backward kernel.
+    Pooled {
+        /// `[batch, channels, height_out, width_out]`.
+        output: FloatTensor<B>,
+        /// Argmax of each window, `[batch, channels, height_out, width_out]`, U8:
+        /// `row * kernel_width + column`.
+        places: IntTensor<B>,
+    },
+}
+
+/// Options of `max_pool_backward`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MaxPoolBackwardOptions {
+    /// The forward's options.
+    pub options: MaxPoolOptions<2>,
+    /// `[batch, channels, height, width]`.
+    pub input_shape: Shape,
+}
+
+/// Results of `conv_bn_max_pool_forward`.
+#[derive(Clone, Debug, ExtensionType)]
+pub enum ConvBnMaxPoolForward<B: Backend> {
+    /// No kernel for these inputs and options: the two ops run one after the other.
+    Unsupported,
+    /// The pooled output, its argmax, and the statistics.
+    Pooled {
+        /// `[batch, channels_out, height_out, width_out]`.
+        output: FloatTensor<B>,
+        /// Argmax, as in [`MaxPoolForward::Pooled`].
+        places: IntTensor<B>,
+        /// As [`ConvBnForward::mean`].
+        mean: FloatTensor<B>,
+        /// As [`ConvBnForward::variance`].
+        variance: FloatTensor<B>,
+    },
+}
+
+/// Options of `conv_bn_max_pool_backward`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConvBnMaxPoolBackwardOptions {
+    /// Options of `conv_bn_backward`.
+    pub conv_bn: ConvBnBackwardOptions,
+    /// Options of the max pool.
+    pub pool: MaxPoolOptions<2>,
+}

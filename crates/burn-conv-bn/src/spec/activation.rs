@@ -1,0 +1,85 @@
+use burn::config::Config;
+use burn::tensor::{Tensor, activation};
+
+/// Element-wise function applied to the normalized (and residual-added) value.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Tensor};
+/// use burn_conv_bn::Activation;
+///
+/// let value = Tensor::<1>::from_floats([-2.0, 0.5, 8.0], &Device::flex());
+/// let output = Activation::Relu6.forward(value).into_data();
+/// assert_eq!(output.iter::<f32>().collect::<Vec<_>>(), [0.0, 0.5, 6.0]);
+/// # }
+/// ```
+#[derive(Config, Debug, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Activation {
+    /// `y = v`.
+    Identity,
+    /// `y = max(v, 0)`, with derivative 0 at 0. NaN stays NaN.
+    Relu,
+    /// `y = min(max(v, 0), 6)`, with derivative 0 at 0 and 6. NaN stays NaN. MobileNetV2's.
+    Relu6,
+    /// `y = v` where `v > 0`, `negative_slope * v` elsewhere, at 0 with that derivative.
+    LeakyRelu {
+        /// Slope where the value is not positive. Burn's and PyTorch's default is 0.01.
+        negative_slope: f64,
+    },
+    /// `y = v / (1 + exp(-v))`, also called swish.
+    Silu,
+    /// `y = v * Phi(v)` with the normal distribution's `Phi(v) = (1 + erf(v / sqrt(2))) / 2`:
+    /// exact, not the approximation by tanh.
+    Gelu,
+    /// `y = v * clamp(v / 6 + 1/2, 0, 1)`, with derivative 0 at -3 and 1 at 3. MobileNetV3's.
+    HardSwish,
+}
+
+/// Source of an activation's derivative at a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Derivative {
+    /// None: the derivative is 1 everywhere.
+    One,
+    /// The activation's output as well as the value: both lie in the same piece of the function.
+    OfOutput,
+    /// The value only.
+    OfValue,
+}
+
+impl Activation {
+    /// `activation(value)` with Burn's own ops, for use behind a folded convolution.
+    pub fn forward<const D: usize>(self, value: Tensor<D>) -> Tensor<D> {
+        match self {
+            Self::Identity => value,
+            Self::Relu => activation::relu(value),
+            // Bounds by selection keep NaN; a maximum may drop it.
+            Self::Relu6 => {
+                let value = activation::relu(value);
+                let above = value.clone().greater_elem(6.0);
+                value.mask_fill(above, 6.0)
+            }
+            Self::LeakyRelu { negative_slope } => activation::leaky_relu(value, negative_slope),
+            Self::Silu => activation::silu(value),
+            Self::Gelu => activation::gelu(value),
+            Self::HardSwish => activation::hard_swish(value),
+        }
+    }
+
+    /// Whether the output equals the value wherever the derivative is not 0.
+    pub(crate) fn passes_unchanged(self) -> bool {
+        matches!(self, Self::Identity | Self::Relu)
+    }
+
+    pub(crate) fn derivative(self) -> Derivative {
+        match self {
+            Self::Identity => Derivative::One,
+            Self::Relu | Self::Relu6 => Derivative::OfOutput,
+            // A negative slope makes both pieces positive.
+            Self::LeakyRelu { negative_slope } if negative_slope >= 0.0 => Derivative::OfOutput,
+            Self::LeakyRelu { .. } | Self::Silu | Self::Gelu | Self::HardSwish => {
+                Derivative::OfValue
+            }
+        }
+    }
+}
