@@ -2,8 +2,10 @@ use std::mem::MaybeUninit;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use pulp::Arch;
 
-use crate::{Real, simd};
+use crate::Real;
+use crate::simd::sweeps::{self, Sweep};
 
 /// The types that activations are stored in: `f32` and `f64`, which are computed in as they are,
 /// and `f16` and `bf16`, which pass through tiles of `f32`.
@@ -63,6 +65,14 @@ pub trait Element: Copy + Default + Send + Sync + private::Sealed + 'static {
     );
 }
 
+/// [`Element::write`], compiled for the vector unit.
+pub(crate) fn write_vectorized<E: Element>(values: &[E::Real], target: &mut [MaybeUninit<E>]) {
+    Arch::new().dispatch(Sweep(
+        #[inline(always)]
+        || E::write(values, target),
+    ));
+}
+
 mod private {
     pub trait Sealed {}
 }
@@ -76,12 +86,12 @@ macro_rules! computed_as_stored {
 
             #[inline(always)]
             fn store(values: &[$real], target: &mut [Self]) {
-                simd::copy(values, target);
+                sweeps::copy(values, target);
             }
 
             #[inline(always)]
             fn write(values: &[$real], target: &mut [MaybeUninit<Self>]) {
-                simd::write(values, target);
+                sweeps::write(values, target);
             }
 
             #[inline(always)]
@@ -91,7 +101,7 @@ macro_rules! computed_as_stored {
 
             #[inline(always)]
             fn load(values: &[Self], target: &mut [$real]) {
-                simd::copy(values, target);
+                sweeps::copy(values, target);
             }
 
             #[inline(always)]

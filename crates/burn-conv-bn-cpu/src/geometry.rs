@@ -1,11 +1,3 @@
-use std::ops::Range;
-
-/// Most blocks of images that sums are taken over: enough for the threads of large machines.
-pub(crate) const BLOCKS: usize = 64;
-
-/// Output positions that make a block worth its overhead.
-const FILLED_POSITIONS: usize = 512;
-
 /// Most taps of an output value that are summed twice in less time than the value takes on its way to
 /// memory and back: depthwise convolutions, and first layers of one or three channels.
 const FEW_TAPS: usize = 32;
@@ -13,10 +5,6 @@ const FEW_TAPS: usize = 32;
 /// Most bytes of an output that are stored in less time than it is recomputed in: larger ones come from
 /// the system as fresh pages and go back to it in every step, and take the peak with them.
 const LARGEST_STORED: usize = 128 << 20;
-
-/// Blocks that small images are not put together below: more would keep more threads busy, but read
-/// large weights once for each.
-const LEAST_BLOCKS: usize = 2;
 
 /// Why a geometry is refused.
 ///
@@ -224,26 +212,5 @@ impl Geometry {
     /// Taps of an output value.
     pub(crate) fn depth(&self) -> usize {
         self.group_in() * self.kernel.iter().product::<usize>()
-    }
-
-    /// Images of each of at most `most` blocks, which sums are taken over in order. They depend on
-    /// nothing but the geometry, so that results do not depend on the number of threads.
-    ///
-    /// Small images are put together so that they fill a tile, as long as [`LEAST_BLOCKS`] remain.
-    pub(crate) fn images_per_block(&self, most: usize) -> usize {
-        let filling = FILLED_POSITIONS
-            .div_ceil(self.positions())
-            .min(self.batch.div_ceil(LEAST_BLOCKS));
-        // A power of two of blocks, so that two threads, or four, have the same to do.
-        let blocks = self.batch.div_ceil(filling).next_power_of_two().min(most);
-        self.batch.div_ceil(blocks)
-    }
-
-    /// The images of each block, of `images` each but the last.
-    pub(crate) fn blocks(&self, images: usize) -> Vec<Range<usize>> {
-        (0..self.batch)
-            .step_by(images)
-            .map(|start| start..(start + images).min(self.batch))
-            .collect()
     }
 }

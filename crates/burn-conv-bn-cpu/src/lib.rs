@@ -10,11 +10,11 @@
 //!
 //! - [`Geometry`]: shapes of a convolution over one to three spatial dimensions.
 //! - [`conv_moments`]: the convolution, with mean and squared deviations of its channels.
-//! - [`conv`]: the convolution alone.
+//! - [`conv()`]: the convolution alone.
 //! - [`normalize`]: norm, residual and activation, in place.
 //! - [`grad_sums`]: recomputes the convolution and sums what the norm's gradient needs.
 //! - [`backward`]: recomputes it again, or takes what [`grad_sums`] kept, and makes the gradients.
-//! - [`PoolGeometry`], [`max_pool()`], [`max_pool_backward`]: max pooling, which keeps a byte for each
+//! - [`PoolGeometry`], [`max_pool`], [`max_pool_backward`]: max pooling, which keeps a byte for each
 //!   output in the place of its input.
 //! - [`normalize_max_pool`], [`pooled_grad_sums`], [`OutputGrad::Pooled`]: the norm with a max pool right
 //!   behind it, between which no tensor is made, nor its gradient.
@@ -92,55 +92,33 @@
 #![deny(missing_docs)]
 
 mod activation;
-mod algorithm;
-mod backward;
-mod buffer;
-mod direct;
+mod blocks;
+mod conv;
 mod element;
-mod forward;
 mod geometry;
-mod layout;
-mod max_pool;
-mod minimal;
-mod moments;
+mod norm;
 mod pool;
-mod pooled;
 mod real;
-mod shifted;
+mod scratch;
 mod simd;
 
 pub use activation::Activation;
-pub use backward::{
-    Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, OutputGrad, backward,
-    grad_sums,
-};
 pub use element::Element;
-pub use forward::{conv, conv_moments, normalize};
 pub use geometry::{Geometry, GeometryError};
-pub use max_pool::{PoolGeometry, PoolGeometryError, max_pool, max_pool_backward};
-pub use moments::Moments;
-pub use pooled::{PooledGrad, normalize_max_pool, pooled_grad_sums};
+pub use norm::affine::Affine;
+pub use norm::backward::{backward, grad_sums};
+pub use norm::forward::{conv, conv_moments, normalize};
+pub use norm::gradient::{
+    Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, OutputGrad, PooledGrad,
+};
+pub use norm::moments::Moments;
+pub use pool::backward::max_pool_backward;
+pub use pool::forward::max_pool;
+pub use pool::geometry::{PoolGeometry, PoolGeometryError};
+pub use pool::joined::{normalize_max_pool, pooled_grad_sums};
 pub use real::Real;
 
 /// The code of the package's Markdown page.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 mod readme {}
-
-/// Per-channel affine map with the mean kept apart: `scale * (z - mean) + shift`.
-///
-/// ```
-/// use burn_conv_bn_cpu::Affine;
-///
-/// let identity = Affine { mean: &[0.0, 0.0], scale: &[1.0, 1.0], shift: &[0.0, 0.0] };
-/// assert_eq!(identity.scale.len(), 2);
-/// ```
-#[derive(Clone, Copy, Debug)]
-pub struct Affine<'a, T> {
-    /// `[channels_out]`.
-    pub mean: &'a [T],
-    /// `[channels_out]`.
-    pub scale: &'a [T],
-    /// `[channels_out]`.
-    pub shift: &'a [T],
-}

@@ -1,15 +1,15 @@
 //! Any convolution, as sums of planes, which are shifted or, in a layout without gaps, one for each
-//! tap: see [`layout`](crate::layout).
+//! tap: see [`layout`](super::layout).
 
 use std::mem::MaybeUninit;
 
 use pulp::Arch;
 
-use crate::algorithm::{Algorithm, Piece};
-use crate::buffer::Aligned;
-use crate::layout::{Copy, Layout, Run, Source, Tile};
-use crate::shifted::{Filter, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache};
-use crate::simd::{self, Sweep, zero};
+use super::layout::{Copy, Layout, Run, Source, Tile};
+use super::tile::{Algorithm, Piece};
+use crate::scratch::Aligned;
+use crate::simd::planes::{Filter, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache};
+use crate::simd::sweeps::{self, Sweep, zero};
 use crate::{Element, Geometry, Real};
 
 /// Bytes of planes, of input and output together, that a tile aims at: most of a core's
@@ -237,7 +237,7 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
             || {
                 let mut start = 0;
                 for run in &tile.output[tile.runs[piece].clone()] {
-                    simd::copy(&plane[run.wide..][..run.len], &mut line[start..][..run.len]);
+                    sweeps::copy(&plane[run.wide..][..run.len], &mut line[start..][..run.len]);
                     start += run.len;
                 }
             },
@@ -266,7 +266,7 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
             || {
                 let mut start = 0;
                 for run in &tile.output[tile.runs[piece].clone()] {
-                    simd::copy(&line[start..][..run.len], &mut plane[run.wide..][..run.len]);
+                    sweeps::copy(&line[start..][..run.len], &mut plane[run.wide..][..run.len]);
                     start += run.len;
                 }
             },
@@ -374,7 +374,7 @@ fn copy_shifted<T: Real>(
                 let from = (image * output[0] + place(0, slice)) * output[1] + place(1, row);
                 let source = &source[from * output[2] + place(2, columns.start)..];
                 let target = &mut target[to * copy.extents[2] + columns.start..];
-                simd::copy(&source[..columns.len()], &mut target[..columns.len()]);
+                sweeps::copy(&source[..columns.len()], &mut target[..columns.len()]);
             }
         }
     }

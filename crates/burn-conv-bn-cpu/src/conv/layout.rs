@@ -24,8 +24,8 @@
 
 use std::ops::{Range, RangeInclusive};
 
+use super::tile::Piece;
 use crate::Geometry;
-use crate::algorithm::Piece;
 
 /// Fewest channels, in and out, for which a layout without gaps outweighs its copies.
 const LEAST_CHANNELS: usize = 16;

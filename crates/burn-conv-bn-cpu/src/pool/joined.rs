@@ -6,11 +6,11 @@ use std::ops::Range;
 use pulp::Arch;
 use rayon::prelude::*;
 
-use crate::backward::{Backward, GradSums, OutputGrad};
-use crate::geometry::BLOCKS;
-use crate::max_pool::{Planes, Routes, pool_all};
-use crate::pool::Pool;
-use crate::simd::{self, ChannelAffine, Gate};
+use super::forward::{Planes, pool_all};
+use crate::blocks::BLOCKS;
+use crate::norm::gradient::{Backward, GradSums, OutputGrad, PooledGrad};
+use crate::scratch::ScratchPool;
+use crate::simd::sweeps::{self, ChannelAffine, Gate};
 use crate::{Activation, Affine, Element, Geometry, PoolGeometry, Real};
 
 /// [`normalize`](crate::normalize) without a residual and [`max_pool()`](crate::max_pool()), of planes
@@ -49,7 +49,7 @@ pub fn normalize_max_pool<E: Element>(
     places: &mut Vec<u8>,
 ) {
     assert_eq!(values.len(), geometry.batch() * geometry.output_len());
-    check(geometry, pool);
+    pool.check_joins(geometry);
     let normalized = Normalized {
         geometry,
         values,
@@ -78,56 +78,9 @@ impl<E: Element> Planes<E> for Normalized<'_, E> {
         plane.extend_from_slice(&self.values[index * len..][..len]);
         let affine = self.affine.channel(index % self.geometry.channels_out());
         E::update(plane, converted, |values| {
-            simd::normalize(Arch::new(), values, affine, None, self.activation);
+            sweeps::normalize(Arch::new(), values, affine, None, self.activation);
         });
         plane
-    }
-}
-
-/// The gradient of a max pool's input, of which nothing is in memory but what it is made of.
-///
-/// [`pooled_grad_sums`] has an example.
-#[derive(Clone, Copy, Debug)]
-pub struct PooledGrad<'a, E> {
-    /// Shapes.
-    pub geometry: &'a PoolGeometry,
-    /// Gradient of the pool's output.
-    pub output_grad: &'a [E],
-    /// The places that [`normalize_max_pool`] found.
-    pub places: &'a [u8],
-}
-
-impl<E: Element> PooledGrad<'_, E> {
-    pub(crate) fn check(&self, geometry: &Geometry) {
-        check(geometry, self.geometry);
-        let len = self.geometry.output_len();
-        assert_eq!(self.output_grad.len(), len, "the pool's output gradient");
-        assert_eq!(self.places.len(), len, "the pool's places");
-    }
-
-    /// The values of all planes from `start` on.
-    pub(crate) fn lay(
-        &self,
-        routes: &Routes,
-        start: usize,
-        line: &mut [E::Real],
-        converted: &mut Vec<E::Real>,
-    ) {
-        let (plane_len, pooled_len) = (self.geometry.input_plane(), self.geometry.output_plane());
-        let mut laid = 0;
-        while laid < line.len() {
-            let (plane, from) = ((start + laid) / plane_len, (start + laid) % plane_len);
-            let len = (plane_len - from).min(line.len() - laid);
-            let of_plane = plane * pooled_len..(plane + 1) * pooled_len;
-            routes.lay(
-                &self.output_grad[of_plane.clone()],
-                &self.places[of_plane],
-                from..from + len,
-                &mut line[laid..laid + len],
-                converted,
-            );
-            laid += len;
-        }
     }
 }
 
@@ -196,7 +149,7 @@ pub fn pooled_grad_sums<E: Element>(pass: &Backward<'_, E>, output: &[E]) -> Gra
     };
     let geometry = pass.geometry;
     let images = geometry.images_per_block(BLOCKS);
-    let pool = Pool::<(Vec<E::Real>, Vec<E::Real>)>::new();
+    let pool = ScratchPool::<(Vec<E::Real>, Vec<E::Real>)>::new();
     let sum = |images: Range<usize>| {
         pool.with(|scratch| {
             let mut sums = GradSums::new(geometry.channels_out());
@@ -239,23 +192,8 @@ fn add_image<E: Element>(
             scale: E::Real::ONE,
             shift: E::Real::ZERO,
         };
-        let (grad, deviation) = simd::grad_sums(Arch::new(), output, grad, affine, gate);
+        let (grad, deviation) = sweeps::grad_sums(Arch::new(), output, grad, affine, gate);
         sums.grad[channel] += grad.to_f64();
         sums.grad_deviation[channel] += deviation.to_f64();
     }
-}
-
-fn check(geometry: &Geometry, pool: &PoolGeometry) {
-    assert!(
-        pool.is_regular(),
-        "a window that misses the input, or reaches beyond its padding"
-    );
-    assert_eq!(
-        (pool.planes, pool.input_plane()),
-        (
-            geometry.batch() * geometry.channels_out(),
-            geometry.positions()
-        ),
-        "planes of the convolution's output, and values of each"
-    );
 }

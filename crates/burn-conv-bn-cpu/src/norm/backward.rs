@@ -6,146 +6,22 @@ use std::ops::Range;
 use pulp::Arch;
 use rayon::prelude::*;
 
-use crate::algorithm::{Algorithm, Chosen, choose};
-use crate::buffer::room;
-use crate::forward::check;
-use crate::geometry::BLOCKS;
-use crate::max_pool::Routes;
-use crate::pool::Pool;
-use crate::pooled::PooledGrad;
-use crate::simd::{self, Argument, ChannelGrad, Gate};
-use crate::{Activation, Affine, Element, Geometry, Real};
+use super::gradient::{
+    Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, OutputGrad,
+};
+use crate::blocks::{BLOCKS, split};
+use crate::conv::tile::Algorithm;
+use crate::conv::{Chosen, choose};
+use crate::pool::backward::Routes;
+use crate::scratch::{ScratchPool, room};
+use crate::simd::sweeps::{self, Argument, ChannelGrad, Gate};
+use crate::{Activation, Element, Real};
 
 /// Bytes that the blocks' weight gradients may take together, beyond two of them.
 const WEIGHT_BYTES: usize = 16 << 20;
 
 /// Sums of the weight's gradient that a thread adds up at a time: 64 KiB in single precision.
 const SUMS: usize = 16 << 10;
-
-/// What both steps of the backward pass read.
-///
-/// [`grad_sums`] has an example, and [the crate](crate) one of the whole pass.
-#[derive(Clone, Copy, Debug)]
-pub struct Backward<'a, E: Element> {
-    /// Shapes.
-    pub geometry: &'a Geometry,
-    /// The convolution's input; not needed where its output is kept and no gradient of the weight
-    /// is wanted.
-    pub input: Option<&'a [E]>,
-    /// The convolution's weight; not needed where its output is kept.
-    pub weight: Option<&'a [E::Real]>,
-    /// Gradient of the output.
-    pub output_grad: OutputGrad<'a, E>,
-    /// The norm, as in forward.
-    pub affine: Affine<'a, E::Real>,
-    /// The activation.
-    pub activation: Activation,
-    /// What was added before the activation, if its derivative is to be told from the
-    /// pre-activation.
-    pub residual: Option<&'a [E]>,
-    /// The output, if its derivative is to be told from that: possible for Relu, Relu6 and a
-    /// LeakyRelu whose slope is not negative.
-    pub output: Option<&'a [E]>,
-}
-
-/// Gradient of the output, `[batch, channels_out, output..]`.
-///
-/// [`grad_sums`] and [`pooled_grad_sums`](crate::pooled_grad_sums) have examples.
-#[derive(Clone, Copy, Debug)]
-pub enum OutputGrad<'a, E> {
-    /// It is here.
-    Whole(&'a [E]),
-    /// A max pool follows: it is made of that one's, piece by piece.
-    Pooled(PooledGrad<'a, E>),
-}
-
-/// The convolution's output in [`grad_sums`].
-///
-/// [`grad_sums`] has an example.
-#[derive(Debug)]
-pub enum ConvOutput<'a, T> {
-    /// Recompute it, tile by tile, and keep none of it.
-    Recompute,
-    /// Recompute it into this buffer, in the place of what that holds, for [`backward`].
-    Store(&'a mut Vec<T>),
-    /// It is here.
-    Kept(&'a [T]),
-}
-
-/// The two sums of each channel that the norm's gradient is made of, `[channels_out]` each.
-///
-/// [`grad_sums`] has an example.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GradSums {
-    /// `sum(g)`.
-    pub grad: Vec<f64>,
-    /// `sum(g * (z - mean))`.
-    pub grad_deviation: Vec<f64>,
-}
-
-/// Per-channel coefficients of the gradient of the convolution's output under batch statistics,
-/// `scale * g + slope * (z - mean) + offset`, `[channels_out]` each.
-///
-/// [The crate's example](crate) makes them of the two sums, for batch norm.
-#[derive(Clone, Copy, Debug)]
-pub struct InputGradCoefficients<'a, T> {
-    /// Of `g`.
-    pub scale: &'a [T],
-    /// Of `z - mean`.
-    pub slope: &'a [T],
-    /// Constant.
-    pub offset: &'a [T],
-}
-
-/// Where the wanted gradients go, in the place of what the buffers hold.
-///
-/// [The crate's example](crate) makes one.
-#[derive(Debug)]
-pub struct Gradients<'a, E: Element> {
-    /// The input's, and the weight that it goes through.
-    pub input: Option<(&'a mut Vec<E>, &'a [E::Real])>,
-    /// The weight's.
-    pub weight: Option<&'a mut Vec<E::Real>>,
-    /// The residual's: `g`.
-    pub residual: Option<&'a mut Vec<E>>,
-}
-
-impl<'a, E: Element> Backward<'a, E> {
-    fn check(&self, recomputes: bool, wants_weight: bool) {
-        check(self.geometry, self.input, self.weight);
-        let len = self.output_len();
-        let output_grad = match self.output_grad {
-            OutputGrad::Whole(values) => Some(values),
-            OutputGrad::Pooled(pooled) => {
-                pooled.check(self.geometry);
-                None
-            }
-        };
-        for values in [output_grad, self.output, self.residual] {
-            assert!(values.is_none_or(|values| values.len() == len), "output");
-        }
-        assert!(
-            self.weight.is_some() || !recomputes,
-            "the convolution's output can only be recomputed with its weight"
-        );
-        assert!(
-            self.input.is_some() || !(recomputes || wants_weight),
-            "the convolution's output can only be recomputed, and its weight's gradient made, with \
-             its input"
-        );
-    }
-
-    /// Values of the output.
-    fn output_len(&self) -> usize {
-        self.geometry.batch() * self.geometry.output_len()
-    }
-
-    /// Some images of the input, which is there as [`check`](Self::check) made sure.
-    fn input(&self, images: &Range<usize>) -> &'a [E] {
-        let len = self.geometry.input_len();
-        &self.input.unwrap_or_default()[images.start * len..images.end * len]
-    }
-}
 
 /// Sums of `g` and of `g * (z - mean)`, with the convolution's output `z` recomputed or at hand.
 /// The first step of the backward pass, which [the crate's example](crate) shows.
@@ -216,7 +92,7 @@ fn sum<E: Element>(pass: &Backward<'_, E>, source: Source<'_, E>) -> GradSums {
     let weight = pass.weight.filter(|_| !matches!(source, Source::Kept(_)));
     match choose(pass.geometry, weight, None) {
         Chosen::Direct(algorithm) => sum_blocks(pass, &algorithm, source),
-        Chosen::Minimal(algorithm) => sum_blocks(pass, &algorithm, source),
+        Chosen::Winograd(algorithm) => sum_blocks(pass, &algorithm, source),
     }
 }
 
@@ -234,7 +110,7 @@ fn sum_blocks<E: Element, A: Algorithm<E>>(
         Source::Store(all) => all.chunks_mut(len).map(Source::Store).collect(),
         Source::Kept(all) => all.chunks(len).map(Source::Kept).collect(),
     };
-    let pool = Pool::<Scratch<A::Scratch, E>>::new();
+    let pool = ScratchPool::<Scratch<A::Scratch, E>>::new();
     let parts: Vec<GradSums> = blocks
         .into_par_iter()
         .zip(sources)
@@ -250,27 +126,6 @@ fn sum_blocks<E: Element, A: Algorithm<E>>(
 }
 
 impl GradSums {
-    pub(crate) fn new(channels: usize) -> Self {
-        Self {
-            grad: vec![0.0; channels],
-            grad_deviation: vec![0.0; channels],
-        }
-    }
-
-    /// The sum of what blocks have, in their order.
-    pub(crate) fn total(channels: usize, parts: &[Self]) -> Self {
-        let mut sums = Self::new(channels);
-        for part in parts {
-            for (sum, part) in sums.grad.iter_mut().zip(&part.grad) {
-                *sum += part;
-            }
-            for (sum, part) in sums.grad_deviation.iter_mut().zip(&part.grad_deviation) {
-                *sum += part;
-            }
-        }
-        sums
-    }
-
     /// Adds `conv_output`'s values of one channel, which stand at `start` in the whole.
     fn add<E: Element>(
         &mut self,
@@ -281,7 +136,7 @@ impl GradSums {
         converted: &mut Converted<E::Real>,
     ) {
         let Gated { output_grad, gate } = gated(pass, channel, start, conv_output, converted);
-        let (grad, grad_deviation) = simd::grad_sums(
+        let (grad, grad_deviation) = sweeps::grad_sums(
             Arch::new(),
             conv_output,
             output_grad,
@@ -338,7 +193,7 @@ fn gated<'a, E: Element>(
             };
             let grad = &mut converted.grad;
             grad.resize(len, E::Real::ZERO);
-            simd::activation_grad(
+            sweeps::activation_grad(
                 Arch::new(),
                 conv_output,
                 output_grad,
@@ -384,7 +239,7 @@ pub fn backward<E: Element>(
         Chosen::Direct(algorithm) => {
             backward_blocks(pass, &algorithm, kept, coefficients, gradients);
         }
-        Chosen::Minimal(algorithm) => {
+        Chosen::Winograd(algorithm) => {
             backward_blocks(pass, &algorithm, kept, coefficients, gradients);
         }
     }
@@ -421,7 +276,7 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
     let residual = gradients.residual.as_mut();
     let residual = residual.map(|grad| room(grad, batch * output_len));
     let residual_blocks = split(residual, images * output_len, blocks.len());
-    let pool = Pool::<Scratch<A::Scratch, E>>::new();
+    let pool = ScratchPool::<Scratch<A::Scratch, E>>::new();
     let parts: Vec<Vec<E::Real>> = blocks
         .into_par_iter()
         .zip(input_blocks)
@@ -452,7 +307,7 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
             .enumerate()
             .for_each(|(index, sums)| {
                 for part in &parts {
-                    simd::add(Arch::new(), sums, &part[index * SUMS..][..sums.len()]);
+                    sweeps::add(Arch::new(), sums, &part[index * SUMS..][..sums.len()]);
                 }
             });
         algorithm.weight_grad(sums, grad);
@@ -466,13 +321,6 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
         // SAFETY: there is room for so many values, all of which belong to the blocks; and a block's
         // tiles have pieces for all of its channels and positions, which `conv_output_grad` writes.
         unsafe { grad.set_len(batch * output_len) };
-    }
-}
-
-pub(crate) fn split<T>(all: Option<&mut [T]>, len: usize, blocks: usize) -> Vec<Option<&mut [T]>> {
-    match all {
-        Some(all) => all.chunks_mut(len).map(Some).collect(),
-        None => (0..blocks).map(|_| None).collect(),
     }
 }
 
@@ -657,12 +505,12 @@ impl<S: Default, E: Element> Scratch<S, E> {
                             let masked = &mut self.residual_grad;
                             masked.resize(piece.len, E::Real::ZERO);
                             let relu = (Activation::Relu, argument);
-                            simd::activation_grad(arch, line, output_grad, affine, relu, masked);
+                            sweeps::activation_grad(arch, line, output_grad, affine, relu, masked);
                             E::write(masked, grad);
                         }
                     }
                 }
-                simd::conv_output_grad(arch, line, output_grad, affine, gate, coefficients);
+                sweeps::conv_output_grad(arch, line, output_grad, affine, gate, coefficients);
                 algorithm.scatter(&mut self.algorithm, tile, number, index, line);
             }
             algorithm.seal(&mut self.algorithm, tile, index);

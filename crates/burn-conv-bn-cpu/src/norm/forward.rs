@@ -5,11 +5,11 @@ use std::mem::MaybeUninit;
 use pulp::Arch;
 use rayon::prelude::*;
 
-use crate::algorithm::{Algorithm, Chosen, choose};
-use crate::buffer::room;
-use crate::geometry::BLOCKS;
-use crate::pool::Pool;
-use crate::simd::{self, ChannelAffine};
+use crate::blocks::BLOCKS;
+use crate::conv::tile::Algorithm;
+use crate::conv::{Chosen, check, choose};
+use crate::scratch::{ScratchPool, room};
+use crate::simd::sweeps;
 use crate::{Activation, Affine, Element, Geometry, Moments, Real};
 
 /// Buffers of one thread.
@@ -92,7 +92,7 @@ pub fn conv_moments<E: Element>(
     let arch = Arch::new();
     let new = || Moments::new(geometry.channels_out());
     let see = |moments: &mut Moments, channel: usize, values: &[E::Real]| {
-        let (mean, squares) = simd::moments(arch, values);
+        let (mean, squares) = sweeps::moments(arch, values);
         moments.add(channel, values.len(), mean, squares);
     };
     let blocks = conv_seeing(geometry, input, weight, output, new, see);
@@ -115,7 +115,7 @@ fn conv_seeing<E: Element, S: Send>(
     let room = room(output, len);
     let seen = match choose(geometry, Some(weight), None) {
         Chosen::Direct(algorithm) => conv_blocks(&algorithm, input, room, new, see),
-        Chosen::Minimal(algorithm) => conv_blocks(&algorithm, input, room, new, see),
+        Chosen::Winograd(algorithm) => conv_blocks(&algorithm, input, room, new, see),
     };
     // SAFETY: there is room for `len` values, all of which belong to the blocks; and a block's tiles
     // have pieces for all of its channels and positions, which `conv_block` writes.
@@ -132,7 +132,7 @@ fn conv_blocks<E: Element, A: Algorithm<E>, S: Send>(
 ) -> Vec<S> {
     let geometry = algorithm.geometry();
     let images = geometry.images_per_block(BLOCKS);
-    let pool = Pool::<Scratch<A::Scratch, E>>::new();
+    let pool = ScratchPool::<Scratch<A::Scratch, E>>::new();
     output
         .par_chunks_mut(images * geometry.output_len())
         .zip(input.par_chunks(images * geometry.input_len()))
@@ -186,34 +186,9 @@ pub fn normalize<E: Element>(
                 let residual = residual
                     .map(|residual| E::read(&residual[start..][..positions], converted_residual));
                 E::update(values, converted, |values| {
-                    simd::normalize(arch, values, affine.channel(channel), residual, activation);
+                    sweeps::normalize(arch, values, affine.channel(channel), residual, activation);
                 });
             }
         },
     );
-}
-
-impl<T: Real> Affine<'_, T> {
-    pub(crate) fn channel(&self, channel: usize) -> ChannelAffine<T> {
-        ChannelAffine {
-            mean: self.mean[channel],
-            scale: self.scale[channel],
-            shift: self.shift[channel],
-        }
-    }
-}
-
-/// Panics if what is given is not of the geometry's size.
-pub(crate) fn check<E: Element>(
-    geometry: &Geometry,
-    input: Option<&[E]>,
-    weight: Option<&[E::Real]>,
-) {
-    let batch = geometry.batch();
-    if let Some(input) = input {
-        assert_eq!(input.len(), batch * geometry.input_len(), "input");
-    }
-    if let Some(weight) = weight {
-        assert_eq!(weight.len(), geometry.weight_len(), "weight");
-    }
 }

@@ -12,8 +12,8 @@
 //!
 //! The matrices' elements are 0, 1, -1 and, in `G`, 1/2. With matrices like these the output and
 //! the input's gradient come out nearer the exact result than a direct sum's, since fewer terms are
-//! rounded, and the weight's gradient up to 1.5 times as far from it, as the test beside
-//! [`Algorithm`] measures; larger tiles of outputs would save more and lose digits.
+//! rounded, and the weight's gradient up to 1.5 times as far from it, as the test of
+//! `conv` measures; larger tiles of outputs would save more and lose digits.
 //!
 //! For each of the products, the sum over channels is a matrix product, which the kernels for
 //! shifted planes do, without any shift.
@@ -21,19 +21,25 @@
 // Blocks of registers are addressed by their place in the block.
 #![allow(clippy::needless_range_loop)]
 
+mod rows;
+mod transforms;
+
 use std::mem::MaybeUninit;
-use std::ops::{Add, Neg, Range, Sub};
+use std::ops::Range;
 
 use pulp::Arch;
 use rayon::prelude::*;
 
-use crate::algorithm::{Algorithm, Piece};
-use crate::buffer::{Aligned, room};
-use crate::geometry::BLOCKS;
-use crate::shifted::{
+use self::rows::Lines;
+use self::transforms::{E, STEP, filter_transposed, output, output_transposed, transformed};
+use super::tile::{Algorithm, Piece};
+use crate::blocks::BLOCKS;
+use crate::scratch::{Aligned, room};
+use crate::simd::chunk::{CHUNK, Chunk, copy_short, deinterleave, interleave};
+use crate::simd::planes::{
     CHANNELS, Filter, LINE, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache,
 };
-use crate::simd::{Sweep, zero};
+use crate::simd::sweeps::{Sweep, zero};
 use crate::{Element, Geometry, Real};
 
 /// Bytes of scratch that a thread's tile aims at.
@@ -50,191 +56,8 @@ const MOST_POSITIONS: usize = 1024;
 /// Kernels whose gradients a thread makes at a time.
 const KERNELS: usize = 1024;
 
-/// Values that are transformed at a time.
-pub(crate) const CHUNK: usize = 8;
-
-/// Inputs that a pair of outputs meets.
-const N: usize = 4;
-
-/// Products for a pair of outputs.
-const E: usize = 4;
-
-/// Inputs from one pair of outputs to the next.
-const STEP: usize = 2;
-
-/// `B x`.
-#[inline(always)]
-fn input<T: Real>([x0, x1, x2, x3]: [Chunk<T>; N]) -> [Chunk<T>; E] {
-    [x0 - x2, x1 + x2, x2 - x1, x1 - x3]
-}
-
-/// `B' v`.
-#[inline(always)]
-fn input_transposed<T: Real>([v0, v1, v2, v3]: [Chunk<T>; E]) -> [Chunk<T>; N] {
-    [v0, v1 - v2 + v3, v1 + v2 - v0, -v3]
-}
-
-/// `A m`.
-#[inline(always)]
-fn output<T: Real>([m0, m1, m2, m3]: [Chunk<T>; E]) -> [Chunk<T>; STEP] {
-    [m0 + m1 + m2, m1 - m2 - m3]
-}
-
-/// `A' y`.
-#[inline(always)]
-fn output_transposed<T: Real>([y0, y1]: [Chunk<T>; STEP]) -> [Chunk<T>; E] {
-    [y0, y0 + y1, y0 - y1, -y1]
-}
-
-/// One value of each of a block's channels.
-type Lanes = [f64; CHANNELS];
-
-#[inline(always)]
-fn lanes(value: impl Fn(usize) -> f64) -> Lanes {
-    std::array::from_fn(value)
-}
-
-/// `G w`.
-#[inline(always)]
-fn filter([w0, w1, w2]: [Lanes; 3]) -> [Lanes; E] {
-    let sum = |sign: f64| lanes(|lane| (w0[lane] + w2[lane]) / 2.0 + sign * (w1[lane] / 2.0));
-    [w0, sum(1.0), sum(-1.0), w2]
-}
-
-/// `G' u`.
-fn filter_transposed([u0, u1, u2, u3]: [f64; E]) -> [f64; 3] {
-    let (sum, difference) = ((u1 + u2) / 2.0, (u1 - u2) / 2.0);
-    [u0 + sum, difference, sum + u3]
-}
-
-/// `G w G'` of some kernels.
-#[inline(always)]
-fn transformed<T: Real>(kernels: &[&[T; 9]; CHANNELS]) -> [[T; CHANNELS]; E * E] {
-    let columns: [[Lanes; E]; 3] = std::array::from_fn(
-        #[inline(always)]
-        |column| {
-            filter(std::array::from_fn(
-                #[inline(always)]
-                |row| lanes(|lane| kernels[lane][3 * row + column].to_f64()),
-            ))
-        },
-    );
-    let mut products = [[T::ZERO; CHANNELS]; E * E];
-    for row in 0..E {
-        let values = filter([columns[0][row], columns[1][row], columns[2][row]]);
-        for column in 0..E {
-            for lane in 0..CHANNELS {
-                products[row * E + column][lane] = T::from_f64(values[column][lane]);
-            }
-        }
-    }
-    products
-}
-
-/// [`CHUNK`] neighbouring values.
-#[derive(Clone, Copy)]
-pub(crate) struct Chunk<T>([T; CHUNK]);
-
-impl<T: Real> Chunk<T> {
-    const ZERO: Self = Self([T::ZERO; CHUNK]);
-
-    /// The values at `start` of `K` lines, `pitch` apart.
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    fn load<const K: usize>(values: &[T], start: usize, pitch: usize) -> [Self; K] {
-        assert!(start + (K - 1) * pitch + CHUNK <= values.len());
-        std::array::from_fn(
-            #[inline(always)]
-            |k| {
-                // SAFETY: the last of the chunks ends within the slice, as was just checked; an
-                // array is aligned as its values are.
-                Self(unsafe {
-                    values
-                        .as_ptr()
-                        .add(start + k * pitch)
-                        .cast::<[T; CHUNK]>()
-                        .read()
-                })
-            },
-        )
-    }
-
-    /// Puts chunks to `start` of `K` lines, `pitch` apart.
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    pub(crate) fn store<const K: usize>(
-        chunks: [Self; K],
-        values: &mut [T],
-        start: usize,
-        pitch: usize,
-    ) {
-        assert!(start + (K - 1) * pitch + CHUNK <= values.len());
-        for (k, chunk) in chunks.into_iter().enumerate() {
-            // SAFETY: the last of the chunks ends within the slice, as was just checked; an array
-            // is aligned as its values are.
-            unsafe {
-                let at = values.as_mut_ptr().add(start + k * pitch);
-                at.cast::<[T; CHUNK]>().write(chunk.0);
-            }
-        }
-    }
-
-    /// As [`store`](Self::store), the first `len` values of each.
-    #[inline(always)]
-    fn store_part<const K: usize>(
-        chunks: [Self; K],
-        values: &mut [T],
-        start: usize,
-        pitch: usize,
-        len: usize,
-    ) {
-        if len >= CHUNK {
-            return Self::store(chunks, values, start, pitch);
-        }
-        for (k, chunk) in chunks.into_iter().enumerate() {
-            copy_short(&chunk.0, &mut values[start + k * pitch..][..len]);
-        }
-    }
-}
-
-impl<T: Real> Add for Chunk<T> {
-    type Output = Self;
-
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        Self(std::array::from_fn(
-            #[inline(always)]
-            |lane| self.0[lane] + other.0[lane],
-        ))
-    }
-}
-
-impl<T: Real> Sub for Chunk<T> {
-    type Output = Self;
-
-    #[inline(always)]
-    fn sub(self, other: Self) -> Self {
-        Self(std::array::from_fn(
-            #[inline(always)]
-            |lane| self.0[lane] - other.0[lane],
-        ))
-    }
-}
-
-impl<T: Real> Neg for Chunk<T> {
-    type Output = Self;
-
-    #[inline(always)]
-    fn neg(self) -> Self {
-        Self(std::array::from_fn(
-            #[inline(always)]
-            |lane| T::ZERO - self.0[lane],
-        ))
-    }
-}
-
 /// A convolution made ready. Its positions are pairs of rows by pairs of columns of the output.
-pub(crate) struct Minimal<'a, T> {
+pub(crate) struct Winograd<'a, T> {
     geometry: &'a Geometry,
     /// Pairs of output rows.
     rows: usize,
@@ -284,18 +107,7 @@ pub(crate) struct Scratch<T> {
     lines: Lines<T>,
 }
 
-/// Some rows on their way.
-#[derive(Default)]
-struct Lines<T> {
-    /// Rows of the input with their padding.
-    padded: Aligned<T>,
-    /// The even and the odd values of a row.
-    phases: Aligned<T>,
-    /// Rows transformed along the columns.
-    rows: Aligned<T>,
-}
-
-impl<'a, T: Real> Minimal<'a, T> {
+impl<'a, T: Real> Winograd<'a, T> {
     /// `weight` is what is convolved with, and `input_weight` what the input's gradient goes
     /// through, each if that is wanted.
     pub(crate) fn new(
@@ -362,164 +174,6 @@ impl<'a, T: Real> Minimal<'a, T> {
             })
             .collect()
     }
-
-    /// Length of rows that are dealt with in whole chunks.
-    fn padded_columns(&self) -> usize {
-        self.columns.next_multiple_of(CHUNK)
-    }
-
-    /// From one line of [`store_rows`](Self::store_rows) to the next: a chunk of zeros stands on
-    /// either side of each.
-    fn store_pitch(&self) -> usize {
-        self.padded_columns() + 2 * CHUNK
-    }
-
-    /// Even and odd values of two rows.
-    fn phases_len(&self) -> usize {
-        2 * STEP * self.store_pitch()
-    }
-
-    /// Values of a row of the input with its padding, and zeros up to whole chunks.
-    fn padded_pitch(&self) -> usize {
-        let [_, _, (before, _)] = self.geometry.padding;
-        (STEP * self.store_pitch()).max(before + self.geometry.input[2])
-    }
-
-    /// One padded row of the input, transformed along the columns: `E` lines of `rows`.
-    #[inline(always)]
-    fn load_row(&self, padded: &[T], phases: &mut [T], rows: &mut [T]) {
-        let columns = self.padded_columns();
-        // By way of memory: what is taken apart and added up at once, the compiler does value by value.
-        let pitch = columns + CHUNK;
-        for start in (0..pitch).step_by(CHUNK) {
-            Chunk::store(split(padded, STEP * start), phases, start, pitch);
-        }
-        for start in (0..columns).step_by(CHUNK) {
-            let [x0, x1] = Chunk::load(phases, start, pitch);
-            let [x2, x3] = Chunk::load(phases, start + 1, pitch);
-            Chunk::store(input([x0, x1, x2, x3]), rows, start, columns);
-        }
-    }
-
-    /// The part of [`Algorithm::load`] for one channel and one image.
-    #[inline(always)]
-    fn load_part<F: Element<Real = T>>(
-        &self,
-        source: &[F],
-        part: &Part,
-        channel: usize,
-        planes: &mut [T],
-        lines: &mut Lines<T>,
-    ) {
-        let [_, height, width] = self.geometry.input;
-        let columns = self.padded_columns();
-        let pitch = E * columns;
-        let padded = self.padded_pitch();
-        let [_, (above, _), (left, _)] = self.geometry.padding;
-        let count = (part.rows.len() - 1) * STEP + N;
-        // All rows at first, one after the other, so that memory is asked for many lines at a time.
-        for (line, padded) in lines
-            .padded
-            .chunks_exact_mut(padded)
-            .take(count)
-            .enumerate()
-        {
-            let target = &mut padded[left..][..width];
-            match (part.rows.start * STEP + line).checked_sub(above) {
-                Some(at) if at < height => F::load(&source[at * width..][..width], target),
-                _ => zero(target),
-            }
-        }
-        let rows = lines.rows.chunks_exact_mut(pitch);
-        for (padded, rows) in lines.padded.chunks_exact(padded).take(count).zip(rows) {
-            self.load_row(padded, &mut lines.phases, rows);
-        }
-        let first = channel * self.plane + part.position;
-        for row in 0..part.rows.len() {
-            for column in 0..E {
-                let source = row * STEP * pitch + column * columns;
-                let target = first + row * self.columns + column * self.input_product;
-                for start in (0..columns).step_by(CHUNK) {
-                    let values = Chunk::load::<N>(&lines.rows, source + start, pitch);
-                    // What this writes beyond the row, the next one overwrites.
-                    let products = input(values);
-                    Chunk::store(products, planes, target + start, E * self.input_product);
-                }
-            }
-        }
-    }
-
-    /// Writes the rows of the input's gradient that begin with a row of pairs: those that `row` and
-    /// the one before it meet. `planes` has the row at `position`, less than a row after the one
-    /// before it.
-    #[inline(always)]
-    fn store_rows<F: Element<Real = T>>(
-        &self,
-        planes: &[T],
-        row: usize,
-        position: usize,
-        grad: &mut [MaybeUninit<F>],
-        lines: &mut Lines<T>,
-    ) {
-        let columns = self.padded_columns();
-        let pitch = self.store_pitch();
-        let product = E * self.input_product;
-        for column in 0..E {
-            let line = column * pitch + CHUNK;
-            let from = position + column * self.input_product;
-            for start in (0..columns).step_by(CHUNK) {
-                let this = match row < self.rows {
-                    true => Chunk::load::<E>(planes, from + self.columns + start, product),
-                    false => [Chunk::ZERO; E],
-                };
-                let before = match row > 0 {
-                    true => Chunk::load::<E>(planes, from + start, product),
-                    false => [Chunk::ZERO; E],
-                };
-                let this = input_transposed(this);
-                let before = input_transposed(before);
-                let (lines, at) = (&mut lines.rows, line + start);
-                Chunk::store(sums(this, before), lines, at, E * pitch);
-            }
-            for n in 0..STEP {
-                let line = line + n * E * pitch;
-                zero(&mut lines.rows[line + self.columns..line + columns + CHUNK]);
-            }
-        }
-        let [_, height, width] = self.geometry.input;
-        let [_, (above, _), (left, _)] = self.geometry.padding;
-        for n in 0..STEP {
-            let Some(at) = (row * STEP + n)
-                .checked_sub(above)
-                .filter(|at| *at < height)
-            else {
-                continue;
-            };
-            let line = n * E * pitch + CHUNK;
-            for start in (0..columns + CHUNK).step_by(CHUNK) {
-                let this = Chunk::load::<E>(&lines.rows, line + start, pitch);
-                let before = Chunk::load::<E>(&lines.rows, line + start - 1, pitch);
-                let this = input_transposed(this);
-                let before = input_transposed(before);
-                Chunk::store(sums(this, before), &mut lines.phases, start, pitch);
-            }
-            join(&lines.phases, pitch, &mut lines.padded[..left + width]);
-            F::write(
-                &lines.padded[left..][..width],
-                &mut grad[at * width..][..width],
-            );
-        }
-    }
-
-    fn reserve(&self, lines: &mut Lines<T>) {
-        let len = self.store_pitch();
-        let most_rows = (self.tile.min(self.rows) - 1) * STEP + N;
-        lines.rows.resize(most_rows * E * len, T::ZERO);
-        lines
-            .padded
-            .resize(most_rows * self.padded_pitch(), T::ZERO);
-        lines.phases.resize(self.phases_len(), T::ZERO);
-    }
 }
 
 /// A length from one product's planes to the next: the same position of each is in another place
@@ -530,62 +184,7 @@ fn product_len(len: usize) -> usize {
     (lines + (PLACES + 3 - lines % PLACES) % PLACES) * LINE
 }
 
-/// As many values as both hold, fewer than two chunks.
-#[inline(always)]
-fn copy_short<T: Real>(source: &[T], target: &mut [T]) {
-    match (
-        source.first_chunk::<CHUNK>(),
-        target.first_chunk_mut::<CHUNK>(),
-    ) {
-        (Some(first), Some(to)) => {
-            *to = *first;
-            for (target, source) in target.iter_mut().zip(source).skip(CHUNK) {
-                *target = *source;
-            }
-        }
-        _ => {
-            for (target, source) in target.iter_mut().zip(source) {
-                *target = *source;
-            }
-        }
-    }
-}
-
-/// What a pair and the one before it contribute to the inputs from the pair's first one to the next
-/// pair's first one.
-#[inline(always)]
-fn sums<T: Real>(this: [Chunk<T>; N], before: [Chunk<T>; N]) -> [Chunk<T>; STEP] {
-    [this[0] + before[2], this[1] + before[3]]
-}
-
-/// Every `STEP`-th value, from each of the first `STEP` after `start` on.
-#[inline(always)]
-pub(crate) fn split<T: Real>(source: &[T], start: usize) -> [Chunk<T>; STEP] {
-    let (groups, _) = source[start..][..STEP * CHUNK].as_chunks::<STEP>();
-    let mut chunks = [Chunk::ZERO; STEP];
-    for phase in 0..STEP {
-        for lane in 0..CHUNK {
-            chunks[phase].0[lane] = groups[lane][phase];
-        }
-    }
-    chunks
-}
-
-/// A row from its even values and its odd ones, which lie `pitch` after them: the inverse of
-/// [`split`], which compilers do well by whole rows.
-#[inline(always)]
-fn join<T: Real>(phases: &[T], pitch: usize, row: &mut [T]) {
-    let (even, odd) = phases.split_at(pitch);
-    let (pairs, rest) = row.as_chunks_mut::<STEP>();
-    for ((pair, even), odd) in pairs.iter_mut().zip(even).zip(odd) {
-        *pair = [*even, *odd];
-    }
-    if let ([last], Some(even)) = (rest, even.get(pairs.len())) {
-        *last = *even;
-    }
-}
-
-impl<F: Element> Algorithm<F> for Minimal<'_, F::Real> {
+impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
     type Tile = Tile;
     type Scratch = Scratch<F::Real>;
 
@@ -704,7 +303,7 @@ impl<F: Element> Algorithm<F> for Minimal<'_, F::Real> {
                     }
                     let phases = phases.chunks_exact(STEP * pitch);
                     for (line, phases) in lines.chunks_exact_mut(width).zip(phases) {
-                        join(phases, pitch, line);
+                        interleave(phases, pitch, line);
                     }
                 }
             },
@@ -744,7 +343,7 @@ impl<F: Element> Algorithm<F> for Minimal<'_, F::Real> {
                                     pairs
                                 }
                             };
-                            *row = output_transposed(split(&pairs, 0));
+                            *row = output_transposed(deinterleave(&pairs, 0));
                         }
                         for column in 0..E {
                             let values = output_transposed([rows[0][column], rows[1][column]]);

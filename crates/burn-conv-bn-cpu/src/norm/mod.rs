@@ -1,0 +1,7 @@
+//! The convolution with norm and activation, parallel over blocks of images: forward and backward.
+
+pub(crate) mod affine;
+pub(crate) mod backward;
+pub(crate) mod forward;
+pub(crate) mod gradient;
+pub(crate) mod moments;
