@@ -60,7 +60,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
-    use super::tile::Algorithm;
+    use super::tile::{Algorithm, BlockGrads, TileScratch, Work};
     use super::*;
 
     fn random(len: usize, seed: u64) -> Vec<f64> {
@@ -86,31 +86,26 @@ mod tests {
         A: Algorithm<E>,
     {
         let geometry = algorithm.geometry();
-        let positions = geometry.positions();
         let input = rounded::<E>(input);
         let grad = rounded::<E>(grad);
-        let mut scratch = A::Scratch::default();
         let mut output = vec![E::ZERO; grad.len()];
         let mut sums = vec![E::ZERO; algorithm.weight_grad_len()];
         // What is not written shows.
         let mut input_grad = vec![MaybeUninit::new(E::from_f64(f64::NAN)); input.len()];
-        algorithm.begin(&mut scratch);
-        for tile in algorithm.tiles(geometry.batch()) {
-            algorithm.load(&mut scratch, &input, 0, &tile);
-            algorithm.convolve(&mut scratch, 0, &tile);
-            for channel in 0..geometry.channels_out() {
-                for (number, piece) in algorithm.pieces(&tile).iter().enumerate() {
-                    let range = channel * positions + piece.start..;
-                    let line = &mut output[range.clone()][..piece.len];
-                    algorithm.gather(&mut scratch, &tile, number, channel, line);
-                    let line = &grad[range][..piece.len];
-                    algorithm.scatter(&mut scratch, &tile, number, channel, line);
-                }
-                algorithm.seal(&mut scratch, &tile, channel);
-            }
-            algorithm.add_weight_grad(&mut scratch, &tile, &mut sums);
-            algorithm.input_grad(&mut scratch, 0, &tile, &mut input_grad);
-        }
+        let work = Work {
+            images: geometry.batch(),
+            input: Some(&input),
+            convolves: true,
+            grads: Some(BlockGrads {
+                weight: Some(&mut sums),
+                input: Some(&mut input_grad),
+            }),
+        };
+        let mut scratch = TileScratch::<A::Scratch, E>::default();
+        scratch.run(algorithm, work, |_, range, line| {
+            output[range.clone()].copy_from_slice(line);
+            line.copy_from_slice(&grad[range]);
+        });
         let mut weight_grad = Vec::new();
         algorithm.weight_grad(sums, &mut weight_grad);
         let input_grad = input_grad.into_iter().map(|value| {

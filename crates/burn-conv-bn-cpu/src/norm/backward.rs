@@ -10,7 +10,7 @@ use super::gradient::{
     Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, OutputGrad,
 };
 use crate::blocks::{BLOCKS, split};
-use crate::conv::tile::Algorithm;
+use crate::conv::tile::{Algorithm, BlockGrads, TileScratch, Work};
 use crate::conv::{Chosen, choose};
 use crate::pool::backward::Routes;
 use crate::scratch::{ScratchPool, room};
@@ -254,11 +254,7 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
     mut gradients: Gradients<'_, E>,
 ) {
     let geometry = pass.geometry;
-    let step = Step {
-        pass,
-        algorithm,
-        coefficients,
-    };
+    let step = Step { pass, coefficients };
     let sums_len = match &gradients.weight {
         Some(_) => algorithm.weight_grad_len(),
         None => 0,
@@ -287,6 +283,7 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
                 let outputs = images.start * output_len..images.end * output_len;
                 scratch.backward_block(
                     &step,
+                    algorithm,
                     Block {
                         images,
                         conv_output: kept.map(|kept| &kept[outputs]),
@@ -325,9 +322,8 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
 }
 
 /// What the backward pass of each block reads.
-struct Step<'a, E: Element, A> {
+struct Step<'a, E: Element> {
     pass: &'a Backward<'a, E>,
-    algorithm: &'a A,
     coefficients: Option<InputGradCoefficients<'a, E::Real>>,
 }
 
@@ -345,10 +341,7 @@ struct Block<'a, E: Element> {
 /// Buffers of one thread.
 #[derive(Default)]
 struct Scratch<S, E: Element> {
-    algorithm: S,
-    /// A piece of one channel's output.
-    line: Vec<E::Real>,
-    rounded: Vec<E>,
+    tiles: TileScratch<S, E>,
     converted: Converted<E::Real>,
     residual_grad: Vec<E::Real>,
 }
@@ -377,143 +370,102 @@ impl<S: Default, E: Element> Scratch<S, E> {
         mut source: Source<'_, E>,
         sums: &mut GradSums,
     ) {
-        let geometry = pass.geometry;
-        let (group_out, positions) = (geometry.group_out(), geometry.positions());
-        let start = images.start * geometry.output_len();
+        let start = images.start * pass.geometry.output_len();
         let recomputes = !matches!(source, Source::Kept(_));
-        let input = recomputes.then(|| pass.input(images));
-        let tiles = algorithm.tiles(images.len());
-        for group in 0..geometry.groups() {
-            for tile in &tiles {
-                if let Some(input) = input {
-                    algorithm.load(&mut self.algorithm, input, group, tile);
-                    algorithm.convolve(&mut self.algorithm, group, tile);
+        let work = Work {
+            images: images.len(),
+            input: recomputes.then(|| pass.input(images)),
+            convolves: recomputes,
+            grads: None,
+        };
+        let converted = &mut self.converted;
+        self.tiles.run(algorithm, work, |channel, range, line| {
+            let at = start + range.start;
+            let values: &[E::Real] = match &mut source {
+                Source::Kept(block) => E::read(&block[range], line),
+                Source::Recompute => line,
+                Source::Store(block) => {
+                    E::write(line, &mut block[range]);
+                    line
                 }
-                for index in 0..group_out {
-                    let channel = group * group_out + index;
-                    for (number, piece) in algorithm.pieces(tile).iter().enumerate() {
-                        let from = channel * positions + piece.start;
-                        if recomputes {
-                            self.recomputed(algorithm, tile, number, piece.len, index);
-                        }
-                        let values = match &mut source {
-                            Source::Kept(block) => {
-                                E::read(&block[from..][..piece.len], &mut self.line)
-                            }
-                            Source::Recompute => &self.line,
-                            Source::Store(block) => {
-                                E::write(&self.line, &mut block[from..][..piece.len]);
-                                &self.line
-                            }
-                        };
-                        sums.add(pass, channel, start + from, values, &mut self.converted);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Takes a piece of one of the group's channels to `self.line`, rounded as it was in forward.
-    fn recomputed<A: Algorithm<E, Scratch = S>>(
-        &mut self,
-        algorithm: &A,
-        tile: &A::Tile,
-        piece: usize,
-        len: usize,
-        channel: usize,
-    ) {
-        self.line.resize(len, E::Real::ZERO);
-        algorithm.gather(&mut self.algorithm, tile, piece, channel, &mut self.line);
-        E::round(&mut self.line, &mut self.rounded);
+            };
+            sums.add(pass, channel, at, values, converted);
+        });
     }
 
     fn backward_block<A: Algorithm<E, Scratch = S>>(
         &mut self,
-        step: &Step<'_, E, A>,
-        mut block: Block<'_, E>,
+        step: &Step<'_, E>,
+        algorithm: &A,
+        block: Block<'_, E>,
     ) {
-        let (algorithm, geometry) = (step.algorithm, step.pass.geometry);
-        let tiles = algorithm.tiles(block.images.len());
-        let loads = block.conv_output.is_none() || block.weight_grad.is_some();
-        let input = loads.then(|| step.pass.input(&block.images));
-        let group_sums = algorithm.weight_grad_len() / geometry.groups();
-        for group in 0..geometry.groups() {
-            algorithm.begin(&mut self.algorithm);
-            for tile in &tiles {
-                if let Some(input) = input {
-                    algorithm.load(&mut self.algorithm, input, group, tile);
-                }
-                if block.conv_output.is_none() {
-                    algorithm.convolve(&mut self.algorithm, group, tile);
-                }
-                self.conv_output_grad(step, &mut block, group, tile);
-                if let Some(sums) = &mut block.weight_grad {
-                    let sums = &mut sums[group * group_sums..][..group_sums];
-                    algorithm.add_weight_grad(&mut self.algorithm, tile, sums);
-                }
-                if let Some(grad) = &mut block.input_grad {
-                    algorithm.input_grad(&mut self.algorithm, group, tile, grad);
-                }
+        let Block {
+            images,
+            conv_output,
+            input_grad,
+            weight_grad,
+            mut residual_grad,
+        } = block;
+        let start = images.start * step.pass.geometry.output_len();
+        let loads = conv_output.is_none() || weight_grad.is_some();
+        let work = Work {
+            images: images.len(),
+            input: loads.then(|| step.pass.input(&images)),
+            convolves: conv_output.is_none(),
+            grads: Some(BlockGrads {
+                weight: weight_grad,
+                input: input_grad,
+            }),
+        };
+        let (converted, masked) = (&mut self.converted, &mut self.residual_grad);
+        self.tiles.run(algorithm, work, |channel, range, line| {
+            let at = start + range.start;
+            if let Some(kept) = conv_output {
+                line.resize(range.len(), E::Real::ZERO);
+                E::load(&kept[range.clone()], line);
             }
-        }
+            let residual_grad = residual_grad.as_deref_mut();
+            let residual_grad = residual_grad.map(|grad| &mut grad[range]);
+            conv_output_grad(step, channel, at, line, residual_grad, converted, masked);
+        });
     }
+}
 
-    /// Makes the gradient of the convolution's output at a tile of one group, in the place of that
-    /// output if it is not at hand.
-    fn conv_output_grad<A: Algorithm<E, Scratch = S>>(
-        &mut self,
-        step: &Step<'_, E, A>,
-        block: &mut Block<'_, E>,
-        group: usize,
-        tile: &A::Tile,
-    ) {
-        let (pass, algorithm, coefficients) = (step.pass, step.algorithm, step.coefficients);
-        let (group_out, positions) = (pass.geometry.group_out(), pass.geometry.positions());
-        let arch = Arch::new();
-        let start = block.images.start * pass.geometry.output_len();
-        for index in 0..group_out {
-            let channel = group * group_out + index;
-            for (number, piece) in algorithm.pieces(tile).iter().enumerate() {
-                let from = channel * positions + piece.start;
-                let at = start + from;
-                match block.conv_output {
-                    Some(kept) => {
-                        self.line.resize(piece.len, E::Real::ZERO);
-                        E::load(&kept[from..][..piece.len], &mut self.line);
-                    }
-                    None => self.recomputed(algorithm, tile, number, piece.len, index),
-                }
-                let converted = &mut self.converted;
-                let Gated { output_grad, gate } = gated(pass, channel, at, &self.line, converted);
-                let affine = pass.affine.channel(channel);
-                let coefficients = coefficients.map(|all| ChannelGrad {
-                    scale: all.scale[channel],
-                    slope: all.slope[channel],
-                    offset: all.offset[channel],
-                });
-                let line = &mut self.line;
-                if let Some(grad) = &mut block.residual_grad {
-                    let grad = &mut grad[from..][..piece.len];
-                    let argument = match gate {
-                        Gate::Open => None,
-                        Gate::PreActivation => Some(Argument::PreActivation(None)),
-                        Gate::Output(output) => Some(Argument::Output(output)),
-                    };
-                    match argument {
-                        None => E::write(output_grad, grad),
-                        Some(argument) => {
-                            let masked = &mut self.residual_grad;
-                            masked.resize(piece.len, E::Real::ZERO);
-                            let relu = (Activation::Relu, argument);
-                            sweeps::activation_grad(arch, line, output_grad, affine, relu, masked);
-                            E::write(masked, grad);
-                        }
-                    }
-                }
-                sweeps::conv_output_grad(arch, line, output_grad, affine, gate, coefficients);
-                algorithm.scatter(&mut self.algorithm, tile, number, index, line);
+/// Turns a piece of one channel of the convolution's output, which starts at `at` in the whole, into its
+/// gradient, and writes that of the residual. `masked` is scratch.
+fn conv_output_grad<E: Element>(
+    step: &Step<'_, E>,
+    channel: usize,
+    at: usize,
+    line: &mut [E::Real],
+    residual_grad: Option<&mut [MaybeUninit<E>]>,
+    converted: &mut Converted<E::Real>,
+    masked: &mut Vec<E::Real>,
+) {
+    let pass = step.pass;
+    let arch = Arch::new();
+    let Gated { output_grad, gate } = gated(pass, channel, at, line, converted);
+    let affine = pass.affine.channel(channel);
+    let coefficients = step.coefficients.map(|all| ChannelGrad {
+        scale: all.scale[channel],
+        slope: all.slope[channel],
+        offset: all.offset[channel],
+    });
+    if let Some(grad) = residual_grad {
+        let argument = match gate {
+            Gate::Open => None,
+            Gate::PreActivation => Some(Argument::PreActivation(None)),
+            Gate::Output(output) => Some(Argument::Output(output)),
+        };
+        match argument {
+            None => E::write(output_grad, grad),
+            Some(argument) => {
+                masked.resize(line.len(), E::Real::ZERO);
+                let relu = (Activation::Relu, argument);
+                sweeps::activation_grad(arch, line, output_grad, affine, relu, masked);
+                E::write(masked, grad);
             }
-            algorithm.seal(&mut self.algorithm, tile, index);
         }
     }
+    sweeps::conv_output_grad(arch, line, output_grad, affine, gate, coefficients);
 }

@@ -6,54 +6,11 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use crate::blocks::BLOCKS;
-use crate::conv::tile::Algorithm;
+use crate::conv::tile::{Algorithm, TileScratch, Work};
 use crate::conv::{Chosen, check, choose};
 use crate::scratch::{ScratchPool, room};
 use crate::simd::sweeps;
-use crate::{Activation, Affine, Element, Geometry, Moments, Real};
-
-/// Buffers of one thread.
-#[derive(Default)]
-struct Scratch<S, E: Element> {
-    algorithm: S,
-    line: Vec<E::Real>,
-    rounded: Vec<E>,
-}
-
-impl<S: Default, E: Element> Scratch<S, E> {
-    /// Convolves a block of images, and shows each channel's values, of a piece of it at a time, to
-    /// `see`.
-    fn conv_block<A: Algorithm<E, Scratch = S>>(
-        &mut self,
-        algorithm: &A,
-        input: &[E],
-        output: &mut [MaybeUninit<E>],
-        mut see: impl FnMut(usize, &[E::Real]),
-    ) {
-        let geometry = algorithm.geometry();
-        let (group_out, positions) = (geometry.group_out(), geometry.positions());
-        let tiles = algorithm.tiles(input.len() / geometry.input_len());
-        for group in 0..geometry.groups() {
-            for tile in &tiles {
-                let scratch = &mut self.algorithm;
-                algorithm.load(scratch, input, group, tile);
-                algorithm.convolve(scratch, group, tile);
-                for index in 0..group_out {
-                    let channel = group * group_out + index;
-                    for (number, piece) in algorithm.pieces(tile).iter().enumerate() {
-                        let line = &mut self.line;
-                        line.resize(piece.len, E::Real::ZERO);
-                        algorithm.gather(scratch, tile, number, index, line);
-                        E::round(line, &mut self.rounded);
-                        let target = &mut output[channel * positions + piece.start..];
-                        E::write(line, &mut target[..piece.len]);
-                        see(channel, line);
-                    }
-                }
-            }
-        }
-    }
-}
+use crate::{Activation, Affine, Element, Geometry, Moments};
 
 /// The convolution: `[batch, channels_out, output..]`, in the place of what `output` holds.
 ///
@@ -118,7 +75,7 @@ fn conv_seeing<E: Element, S: Send>(
         Chosen::Winograd(algorithm) => conv_blocks(&algorithm, input, room, new, see),
     };
     // SAFETY: there is room for `len` values, all of which belong to the blocks; and a block's tiles
-    // have pieces for all of its channels and positions, which `conv_block` writes.
+    // have pieces for all of its channels and positions, which `conv_blocks` writes.
     unsafe { output.set_len(len) };
     seen
 }
@@ -132,15 +89,23 @@ fn conv_blocks<E: Element, A: Algorithm<E>, S: Send>(
 ) -> Vec<S> {
     let geometry = algorithm.geometry();
     let images = geometry.images_per_block(BLOCKS);
-    let pool = ScratchPool::<Scratch<A::Scratch, E>>::new();
+    let pool = ScratchPool::<TileScratch<A::Scratch, E>>::new();
     output
         .par_chunks_mut(images * geometry.output_len())
         .zip(input.par_chunks(images * geometry.input_len()))
         .map(|(output, input)| {
             let mut seen = new();
+            let work = Work {
+                images: input.len() / geometry.input_len(),
+                input: Some(input),
+                convolves: true,
+                grads: None,
+            };
             pool.with(|scratch| {
-                let see = |channel: usize, values: &[E::Real]| see(&mut seen, channel, values);
-                scratch.conv_block(algorithm, input, output, see);
+                scratch.run(algorithm, work, |channel, range, line| {
+                    E::write(line, &mut output[range]);
+                    see(&mut seen, channel, line);
+                });
             });
             seen
         })
