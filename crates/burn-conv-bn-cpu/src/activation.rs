@@ -79,10 +79,13 @@ impl Activation {
     pub(crate) fn forward<T: Real>(self, value: T) -> T {
         match self {
             Self::Identity => value,
-            Self::Relu => match is_above(value, T::ZERO) {
-                true => value,
-                false => T::ZERO,
-            },
+            Self::Relu => {
+                if is_above(value, T::ZERO) {
+                    value
+                } else {
+                    T::ZERO
+                }
+            }
             Self::Relu6 => {
                 let six = T::from_f64(6.0);
                 match (is_above(value, T::ZERO), value >= six) {
@@ -91,10 +94,13 @@ impl Activation {
                     (true, false) => value,
                 }
             }
-            Self::LeakyRelu { negative_slope } => match is_above(value, T::ZERO) {
-                true => value,
-                false => value * T::from_f64(negative_slope),
-            },
+            Self::LeakyRelu { negative_slope } => {
+                if is_above(value, T::ZERO) {
+                    value
+                } else {
+                    value * T::from_f64(negative_slope)
+                }
+            }
             Self::Silu => value * sigmoid(value),
             Self::Gelu => value * normal_cdf(value),
             Self::HardSwish => match (
@@ -114,18 +120,24 @@ impl Activation {
     pub(crate) fn backward<T: Real>(self, value: T, grad: T) -> T {
         match self {
             Self::Identity => grad,
-            Self::Relu => match is_above(value, T::ZERO) {
-                true => grad,
-                false => T::ZERO,
-            },
+            Self::Relu => {
+                if is_above(value, T::ZERO) {
+                    grad
+                } else {
+                    T::ZERO
+                }
+            }
             Self::Relu6 => match (is_above(value, T::ZERO), value >= T::from_f64(6.0)) {
                 (true, false) => grad,
                 _ => T::ZERO,
             },
-            Self::LeakyRelu { negative_slope } => match is_above(value, T::ZERO) {
-                true => grad,
-                false => sloped(grad, T::from_f64(negative_slope)),
-            },
+            Self::LeakyRelu { negative_slope } => {
+                if is_above(value, T::ZERO) {
+                    grad
+                } else {
+                    sloped(grad, T::from_f64(negative_slope))
+                }
+            }
             Self::Silu => {
                 let sigmoid = sigmoid(value);
                 sloped(grad, sigmoid + value * sigmoid * (T::ONE - sigmoid))

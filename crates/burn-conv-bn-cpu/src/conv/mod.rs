@@ -32,9 +32,10 @@ pub(crate) fn choose<'a, T: Real>(
         && geometry.input[0] == 1
         && geometry.padding[0] == (0, 0)
         && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS;
-    match plain {
-        true => Chosen::Winograd(Winograd::new(geometry, weight, input_weight)),
-        false => Chosen::Direct(Direct::new(geometry, weight, input_weight)),
+    if plain {
+        Chosen::Winograd(Winograd::new(geometry, weight, input_weight))
+    } else {
+        Chosen::Direct(Direct::new(geometry, weight, input_weight))
     }
 }
 

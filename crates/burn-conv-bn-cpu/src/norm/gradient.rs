@@ -163,7 +163,7 @@ pub struct PooledGrad<'a, E> {
     pub geometry: &'a PoolGeometry,
     /// Gradient of the pool's output.
     pub output_grad: &'a [E],
-    /// The places that [`normalize_max_pool`](crate::normalize_max_pool) found.
+    /// Argmax of [`normalize_max_pool`](crate::normalize_max_pool).
     pub places: &'a [u8],
 }
 

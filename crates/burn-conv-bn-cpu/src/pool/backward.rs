@@ -1,4 +1,4 @@
-//! The max pool's gradient: each output's goes to the place of its maximum.
+//! The max pool's gradient: each output's is added at its argmax.
 
 // Lanes are addressed by their place in the chunk.
 #![allow(clippy::needless_range_loop)]
@@ -9,7 +9,7 @@ use std::ops::Range;
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::geometry::{MOST, PLACES, PoolGeometry};
+use super::geometry::{MOST, MOST_TAPS, PoolGeometry};
 use crate::element::write_vectorized;
 use crate::scratch::{ScratchPool, room};
 use crate::simd::chunk::CHUNK;
@@ -17,10 +17,10 @@ use crate::simd::sweeps::Sweep;
 use crate::{Element, Real};
 
 /// The gradient of [`max_pool`](crate::max_pool)'s input: `[planes, input..]` of the output's gradient
-/// `[planes, output..]`, in the place of what `input_grad` holds. Each gradient goes to the place of its
-/// maximum, where those of overlapping windows are added up, and the others get zero.
+/// `[planes, output..]`; overwrites `input_grad`. Each gradient is added at the argmax of its window, and
+/// the rest is zero.
 ///
-/// A gradient whose place is not in its window, or not in the input, goes nowhere.
+/// A gradient whose argmax is outside its window, or outside the input, is dropped.
 ///
 /// # Panics
 ///
@@ -34,12 +34,12 @@ use crate::{Element, Real};
 /// // Two windows of three values, which share the one in the middle.
 /// let one = [1, 1];
 /// let geometry = PoolGeometry::new(1, [1, 5], [1, 3], [1, 2], [0, 0], one, false)?;
-/// let (mut output, mut places) = (Vec::new(), Vec::new());
-/// max_pool(&geometry, &[0.0f32, 1.0, 9.0, 2.0, 3.0], &mut output, Some(&mut places));
-/// assert_eq!((output.as_slice(), places.as_slice()), (&[9.0, 9.0][..], &[2, 0][..]));
+/// let (mut output, mut argmax) = (Vec::new(), Vec::new());
+/// max_pool(&geometry, &[0.0f32, 1.0, 9.0, 2.0, 3.0], &mut output, Some(&mut argmax));
+/// assert_eq!((output.as_slice(), argmax.as_slice()), (&[9.0, 9.0][..], &[2, 0][..]));
 ///
 /// let mut input_grad = Vec::new();
-/// max_pool_backward(&geometry, &[0.5, 0.25], &places, &mut input_grad);
+/// max_pool_backward(&geometry, &[0.5, 0.25], &argmax, &mut input_grad);
 /// assert_eq!(input_grad, [0.0, 0.0, 0.75, 0.0, 0.0]);
 /// # Ok::<(), burn_conv_bn_cpu::PoolGeometryError>(())
 /// ```
@@ -47,11 +47,11 @@ use crate::{Element, Real};
 pub fn max_pool_backward<E: Element>(
     geometry: &PoolGeometry,
     output_grad: &[E],
-    places: &[u8],
+    argmax: &[u8],
     input_grad: &mut Vec<E>,
 ) {
     assert_eq!(output_grad.len(), geometry.output_len(), "output gradient");
-    assert_eq!(places.len(), geometry.output_len(), "places");
+    assert_eq!(argmax.len(), geometry.output_len(), "places");
     let len = geometry.input_len();
     let grads = room(input_grad, len);
     if len == 0 {
@@ -69,8 +69,8 @@ pub fn max_pool_backward<E: Element>(
                 for (index, grad) in grads.chunks_exact_mut(input_plane).enumerate() {
                     let start = (task * planes + index) * output_plane;
                     let outputs = start..start + output_plane;
-                    let (output_grad, places) = (&output_grad[outputs.clone()], &places[outputs]);
-                    routes.input_grad(output_grad, places, grad, scratch);
+                    let (output_grad, argmax) = (&output_grad[outputs.clone()], &argmax[outputs]);
+                    routes.input_grad(output_grad, argmax, grad, scratch);
                 }
             });
         });
@@ -82,15 +82,15 @@ pub fn max_pool_backward<E: Element>(
 /// Where gradients go.
 pub(crate) struct Routes {
     geometry: PoolGeometry,
-    /// For each place.
-    taps: [Tap; PLACES],
+    /// For each argmax.
+    taps: [Tap; MOST_TAPS],
     /// Whether windows of 2x2 values lie side by side from the first value on.
     is_tiled: bool,
     /// Output rows of a band.
     rows: usize,
 }
 
-/// Where a place is within its window.
+/// Offset of a tap in its window.
 #[derive(Clone, Copy)]
 struct Tap {
     row: usize,
@@ -108,16 +108,19 @@ struct GradScratch<T> {
 impl Routes {
     pub(crate) fn new<T: Real>(geometry: &PoolGeometry) -> Self {
         let [rows, columns] = geometry.kernel;
-        let taps = std::array::from_fn(|place| match place < rows * columns {
-            true => Tap {
-                row: place / columns * geometry.dilation[0],
-                column: place % columns * geometry.dilation[1],
-            },
-            // Behind any input.
-            false => Tap {
-                row: MOST,
-                column: MOST,
-            },
+        let taps = std::array::from_fn(|index| {
+            if index < rows * columns {
+                Tap {
+                    row: index / columns * geometry.dilation[0],
+                    column: index % columns * geometry.dilation[1],
+                }
+            } else {
+                // Behind any input.
+                Tap {
+                    row: MOST,
+                    column: MOST,
+                }
+            }
         });
         let is_tiled = geometry.kernel == [2, 2]
             && geometry.stride == [2, 2]
@@ -135,14 +138,14 @@ impl Routes {
     fn input_grad<E: Element>(
         &self,
         output_grad: &[E],
-        places: &[u8],
+        argmax: &[u8],
         input_grad: &mut [MaybeUninit<E>],
         scratch: &mut GradScratch<E::Real>,
     ) {
         if self.is_tiled {
-            self.lay_tiles(output_grad, places, input_grad, scratch);
+            self.lay_tiles(output_grad, argmax, input_grad, scratch);
         } else {
-            self.add_up(output_grad, places, input_grad, scratch);
+            self.add_up(output_grad, argmax, input_grad, scratch);
         }
     }
 
@@ -151,7 +154,7 @@ impl Routes {
     fn add_up<E: Element>(
         &self,
         output_grad: &[E],
-        places: &[u8],
+        argmax: &[u8],
         input_grad: &mut [MaybeUninit<E>],
         scratch: &mut GradScratch<E::Real>,
     ) {
@@ -165,15 +168,16 @@ impl Routes {
         loop {
             let outputs = start..(start + self.rows).min(height_out);
             let next = outputs.end;
-            let done = match next < height_out {
-                true => geometry.input_rows(&(next..height_out)).start,
-                false => height,
+            let done = if next < height_out {
+                geometry.input_rows(&(next..height_out)).start
+            } else {
+                height
             };
             let met = geometry.input_rows(&outputs).end.max(done);
             sums.resize((met - held) * width, E::Real::ZERO);
             let read = outputs.start * width_out..outputs.end * width_out;
             let grads = E::read(&output_grad[read.clone()], converted);
-            self.add_band(outputs, grads, &places[read], held, sums);
+            self.add_band(outputs, grads, &argmax[read], held, sums);
             let finished = (done - held) * width;
             write_vectorized(
                 &sums[..finished],
@@ -191,7 +195,7 @@ impl Routes {
     pub(crate) fn lay<E: Element>(
         &self,
         output_grad: &[E],
-        places: &[u8],
+        argmax: &[u8],
         positions: Range<usize>,
         line: &mut [E::Real],
         converted: &mut Vec<E::Real>,
@@ -211,7 +215,7 @@ impl Routes {
         let outputs = first.div_ceil(stride).min(height_out)..behind.min(height_out);
         let read = outputs.start * width_out..outputs.end * width_out;
         let grads = E::read(&output_grad[read.clone()], converted);
-        let places = &places[read];
+        let argmax = &argmax[read];
         if self.is_tiled && whole_rows {
             Arch::new().dispatch(Sweep(
                 #[inline(always)]
@@ -226,10 +230,10 @@ impl Routes {
                         match (row / 2 < outputs.end, row % 2) {
                             (false, _) => target.fill(E::Real::ZERO),
                             (true, 0) => {
-                                lay_row::<_, 0>(&grads[of_row.clone()], &places[of_row], target);
+                                lay_row::<_, 0>(&grads[of_row.clone()], &argmax[of_row], target);
                             }
                             (true, _) => {
-                                lay_row::<_, 2>(&grads[of_row.clone()], &places[of_row], target);
+                                lay_row::<_, 2>(&grads[of_row.clone()], &argmax[of_row], target);
                             }
                         }
                     }
@@ -243,11 +247,11 @@ impl Routes {
         let shift = padding * width + column_padding + positions.start;
         let all = grads
             .chunks_exact(width_out)
-            .zip(places.chunks_exact(width_out));
-        for (output, (grads, places)) in outputs.zip(all) {
+            .zip(argmax.chunks_exact(width_out));
+        for (output, (grads, argmax)) in outputs.zip(all) {
             let row = output * stride * width;
-            for (column, (grad, place)) in grads.iter().zip(places).enumerate() {
-                let tap = self.taps[usize::from(*place)];
+            for (column, (grad, to)) in grads.iter().zip(argmax).enumerate() {
+                let tap = self.taps[usize::from(*to)];
                 if tap.row == MOST {
                     continue;
                 }
@@ -265,7 +269,7 @@ impl Routes {
         &self,
         outputs: Range<usize>,
         grads: &[T],
-        places: &[u8],
+        argmax: &[u8],
         held: usize,
         sums: &mut [T],
     ) {
@@ -276,8 +280,8 @@ impl Routes {
             let start = output * stride;
             let of_row = index * width_out..(index + 1) * width_out;
             let grads = grads[of_row.clone()].iter();
-            for (column, (grad, place)) in grads.zip(&places[of_row]).enumerate() {
-                let tap = self.taps[usize::from(*place)];
+            for (column, (grad, to)) in grads.zip(&argmax[of_row]).enumerate() {
+                let tap = self.taps[usize::from(*to)];
                 // What is in the padding wraps, and is behind the input as well.
                 let row = start.wrapping_add(tap.row).wrapping_sub(padding);
                 let column = (column * column_stride)
@@ -295,7 +299,7 @@ impl Routes {
     fn lay_tiles<E: Element>(
         &self,
         output_grad: &[E],
-        places: &[u8],
+        argmax: &[u8],
         input_grad: &mut [MaybeUninit<E>],
         scratch: &mut GradScratch<E::Real>,
     ) {
@@ -303,24 +307,24 @@ impl Routes {
             (self.geometry.input, self.geometry.output);
         let GradScratch { sums, converted } = scratch;
         // A last tile may be cut off at the end of a row. What it writes there, the next row
-        // overwrites; the last row's has a place of its own.
+        // overwrites; the last row's has a value of its own.
         sums.resize(2 * self.rows * width + 1, E::Real::ZERO);
         for start in (0..height_out).step_by(self.rows) {
             let outputs = start..(start + self.rows).min(height_out);
             let rows = 2 * outputs.start..(2 * outputs.end).min(height);
             let read = outputs.start * width_out..outputs.end * width_out;
             let grads = E::read(&output_grad[read.clone()], converted);
-            let places = &places[read];
+            let argmax = &argmax[read];
             Arch::new().dispatch(Sweep(
                 #[inline(always)]
                 || {
                     for row in 0..rows.len() {
                         let of_row = row / 2 * width_out..(row / 2 + 1) * width_out;
-                        let (grads, places) = (&grads[of_row.clone()], &places[of_row]);
+                        let (grads, argmax) = (&grads[of_row.clone()], &argmax[of_row]);
                         let target = &mut sums[row * width..];
                         match row % 2 {
-                            0 => lay_row::<E::Real, 0>(grads, places, target),
-                            _ => lay_row::<E::Real, 2>(grads, places, target),
+                            0 => lay_row::<E::Real, 0>(grads, argmax, target),
+                            _ => lay_row::<E::Real, 2>(grads, argmax, target),
                         }
                         // A last column may be in no window.
                         if 2 * width_out < width {
@@ -340,31 +344,31 @@ impl Routes {
     }
 }
 
-/// A row of tiles of 2x2 values: those of the places `FIRST` and `FIRST + 1`.
+/// A row of tiles of 2x2 values: those of the taps `FIRST` and `FIRST + 1`.
 #[inline(always)]
-fn lay_row<T: Real, const FIRST: u8>(grads: &[T], places: &[u8], target: &mut [T]) {
+fn lay_row<T: Real, const FIRST: u8>(grads: &[T], argmax: &[u8], target: &mut [T]) {
     if grads.len() < CHUNK {
-        for (index, (grad, place)) in grads.iter().zip(places).enumerate() {
-            target[2 * index] = routed(*grad, *place, FIRST);
-            target[2 * index + 1] = routed(*grad, *place, FIRST + 1);
+        for (index, (grad, to)) in grads.iter().zip(argmax).enumerate() {
+            target[2 * index] = routed(*grad, *to, FIRST);
+            target[2 * index + 1] = routed(*grad, *to, FIRST + 1);
         }
         return;
     }
     for start in (0..grads.len()).step_by(CHUNK) {
         // The rest, with the end of what is there already.
         let start = start.min(grads.len() - CHUNK);
-        let (grads, places) = (&grads[start..][..CHUNK], &places[start..][..CHUNK]);
+        let (grads, argmax) = (&grads[start..][..CHUNK], &argmax[start..][..CHUNK]);
         let mut values = [T::ZERO; 2 * CHUNK];
         for lane in 0..2 * CHUNK {
             let column = (lane % 2) as u8;
-            values[lane] = routed(grads[lane / 2], places[lane / 2], FIRST + column);
+            values[lane] = routed(grads[lane / 2], argmax[lane / 2], FIRST + column);
         }
         target[2 * start..][..2 * CHUNK].copy_from_slice(&values);
     }
 }
 
-/// What of a gradient goes to a place. As where gradients are added up, -0.0 becomes 0.0.
+/// The part of a gradient that a tap gets. As in a sum, -0.0 becomes 0.0.
 #[inline(always)]
-fn routed<T: Real>(grad: T, to: u8, place: u8) -> T {
-    if to == place { T::ZERO + grad } else { T::ZERO }
+fn routed<T: Real>(grad: T, to: u8, tap: u8) -> T {
+    if to == tap { T::ZERO + grad } else { T::ZERO }
 }

@@ -18,14 +18,13 @@ use crate::simd::planes::WIDEST;
 use crate::simd::sweeps::copy;
 use crate::{Element, Real};
 
-/// The largest value of each window: `[planes, output..]` of `[planes, input..]`, in the place of what
-/// `output` holds. If wanted, `places` becomes what
-/// [`max_pool_backward`](crate::max_pool_backward) needs: for each output the place of its maximum within
-/// the window, `row * kernel[1] + column`.
+/// The largest value of each window: overwrites `output` with `[planes, output..]` of `[planes, input..]`,
+/// and `argmax`, if given, with the position of each maximum in its window, `row * kernel[1] + column`,
+/// which [`max_pool_backward`](crate::max_pool_backward) reads.
 ///
 /// The values are those of Burn's Flex backend: of equal ones the first wins, a NaN wins against any
 /// number and the last NaN against the others, and a window wholly in padding gives negative infinity.
-/// The place of such a window means nothing.
+/// The argmax of such a window is unspecified.
 ///
 /// # Panics
 ///
@@ -43,24 +42,24 @@ use crate::{Element, Real};
 ///     1.0f32, 2.0, 5.0, 5.0, //
 ///     4.0, 3.0, 0.0, 5.0,
 /// ];
-/// let (mut output, mut places) = (Vec::new(), Vec::new());
-/// max_pool(&geometry, &input, &mut output, Some(&mut places));
+/// let (mut output, mut argmax) = (Vec::new(), Vec::new());
+/// max_pool(&geometry, &input, &mut output, Some(&mut argmax));
 /// assert_eq!(output, [4.0, 5.0]);
-/// assert_eq!(places, [2, 0]);
+/// assert_eq!(argmax, [2, 0]);
 /// # Ok::<(), burn_conv_bn_cpu::PoolGeometryError>(())
 /// ```
 pub fn max_pool<E: Element>(
     geometry: &PoolGeometry,
     input: &[E],
     output: &mut Vec<E>,
-    places: Option<&mut Vec<u8>>,
+    argmax: Option<&mut Vec<u8>>,
 ) {
     assert_eq!(input.len(), geometry.input_len(), "input");
     let input = Given {
         values: input,
         plane: geometry.input_plane(),
     };
-    pool_all(geometry, &input, output, places);
+    pool_all(geometry, &input, output, argmax);
 }
 
 /// What is pooled, plane by plane.
@@ -91,11 +90,11 @@ pub(crate) fn pool_all<E: Element, P: Planes<E>>(
     geometry: &PoolGeometry,
     input: &P,
     output: &mut Vec<E>,
-    mut places: Option<&mut Vec<u8>>,
+    mut argmax: Option<&mut Vec<u8>>,
 ) {
     let len = geometry.output_len();
     let values = room(output, len);
-    let bytes = places.as_mut().map(|places| room(places, len));
+    let bytes = argmax.as_mut().map(|argmax| room(argmax, len));
     if len == 0 {
         return;
     }
@@ -124,8 +123,8 @@ pub(crate) fn pool_all<E: Element, P: Planes<E>>(
     // planes, all rows of outputs are in bands, which `pool_plane` writes.
     unsafe {
         output.set_len(len);
-        if let Some(places) = places {
-            places.set_len(len);
+        if let Some(argmax) = argmax {
+            argmax.set_len(len);
         }
     }
 }
@@ -152,7 +151,7 @@ struct Windows<'a, T: Real> {
 struct Phase {
     /// The first of them; the others follow a stride apart.
     first: usize,
-    /// Their places in the line.
+    /// Their range in the line.
     held: Range<usize>,
 }
 
@@ -163,8 +162,8 @@ struct Scratch<T: Real> {
     lines: Vec<T>,
     /// The band's outputs, and some beyond the last that mean nothing.
     values: Vec<T>,
-    /// Their places.
-    places: Vec<T::Index>,
+    /// Their argmax.
+    argmax: Vec<T::Index>,
     converted: Vec<T>,
 }
 
@@ -241,15 +240,15 @@ impl<'a, T: Real> Windows<'a, T> {
         scratch.lines.resize(lines, T::from_f64(f64::NEG_INFINITY));
         let outputs = self.rows * geometry.output[1] + WIDEST;
         scratch.values.resize(outputs, T::ZERO);
-        scratch.places.resize(outputs, to_index::<T>(0));
+        scratch.argmax.resize(outputs, to_index::<T>(0));
     }
 
-    /// The outputs of a plane, and their places if they are wanted.
+    /// The outputs of a plane, and their argmax if requested.
     fn pool_plane<E: Element<Real = T>>(
         &self,
         input: &[E],
         output: &mut [MaybeUninit<E>],
-        mut places: Option<&mut [MaybeUninit<u8>]>,
+        mut argmax: Option<&mut [MaybeUninit<u8>]>,
         scratch: &mut Scratch<T>,
     ) {
         let geometry = self.geometry;
@@ -258,7 +257,7 @@ impl<'a, T: Real> Windows<'a, T> {
             let outputs = start..(start + self.rows).min(height_out);
             let rows = geometry.input_rows(&outputs);
             let written = outputs.start * width_out..outputs.end * width_out;
-            let places = places.as_deref_mut();
+            let argmax = argmax.as_deref_mut();
             Arch::new().dispatch(Band {
                 windows: self,
                 input: E::read(
@@ -269,8 +268,8 @@ impl<'a, T: Real> Windows<'a, T> {
                 outputs,
                 lines: &mut scratch.lines,
                 values: &mut scratch.values,
-                places: &mut scratch.places,
-                bytes: places.map(|places| &mut places[written.clone()]),
+                argmax: &mut scratch.argmax,
+                bytes: argmax.map(|argmax| &mut argmax[written.clone()]),
             });
             write_vectorized(&scratch.values[..written.len()], &mut output[written]);
         }
@@ -322,10 +321,10 @@ impl<'a, T: Real> Windows<'a, T> {
     }
 }
 
-/// A place as it is carried beside the values: those in the windows are less than [`PLACES`](super::geometry::PLACES).
+/// A tap of a window in a lane; smaller than [`MOST_TAPS`](super::geometry::MOST_TAPS).
 #[inline(always)]
-fn to_index<T: Real>(place: usize) -> T::Index {
-    T::Index::from(place as u8)
+fn to_index<T: Real>(tap: usize) -> T::Index {
+    T::Index::from(tap as u8)
 }
 
 /// A band of output rows of one plane.
@@ -337,8 +336,8 @@ struct Band<'a, T: Real> {
     outputs: Range<usize>,
     lines: &'a mut [T],
     values: &'a mut [T],
-    places: &'a mut [T::Index],
-    /// Where the places go, if they are wanted.
+    argmax: &'a mut [T::Index],
+    /// The argmax as bytes, if requested.
     bytes: Option<&'a mut [MaybeUninit<u8>]>,
 }
 
@@ -348,8 +347,8 @@ struct Row {
     source: usize,
     /// Rows of the windows that are not padding.
     rows: usize,
-    /// The first of their places.
-    place: usize,
+    /// The first of their taps.
+    tap: usize,
     /// Where the row of outputs starts in the band's.
     target: usize,
 }
@@ -373,32 +372,32 @@ impl<T: Real> WithSimd for Band<'_, T> {
             self.pool::<S, false>(simd);
         }
         if let Some(bytes) = self.bytes {
-            for (byte, place) in bytes.iter_mut().zip(self.places.iter()) {
-                *byte = MaybeUninit::new(T::low_byte(*place));
+            for (byte, index) in bytes.iter_mut().zip(self.argmax.iter()) {
+                *byte = MaybeUninit::new(T::low_byte(*index));
             }
         }
     }
 }
 
 impl<T: Real> Band<'_, T> {
-    /// The band's values and, if they are `PLACED`, their places.
+    /// The band's values and, with `ARGMAX`, their argmax.
     #[inline(always)]
-    fn pool<S: Simd, const PLACED: bool>(&mut self, simd: S) {
+    fn pool<S: Simd, const ARGMAX: bool>(&mut self, simd: S) {
         let lanes = size_of::<T::Vector<S>>() / size_of::<T>();
         let vectors = self.windows.geometry.output[1].div_ceil(lanes);
         for output in self.outputs.clone() {
             let row = self.row(output);
             let mut vector = 0;
             while vector + 4 <= vectors {
-                self.block::<S, 4, PLACED>(simd, &row, vector * lanes);
+                self.block::<S, 4, ARGMAX>(simd, &row, vector * lanes);
                 vector += 4;
             }
             if vector + 2 <= vectors {
-                self.block::<S, 2, PLACED>(simd, &row, vector * lanes);
+                self.block::<S, 2, ARGMAX>(simd, &row, vector * lanes);
                 vector += 2;
             }
             if vector < vectors {
-                self.block::<S, 1, PLACED>(simd, &row, vector * lanes);
+                self.block::<S, 1, ARGMAX>(simd, &row, vector * lanes);
             }
         }
     }
@@ -412,7 +411,7 @@ impl<T: Real> Band<'_, T> {
             return Row {
                 source: 0,
                 rows: 0,
-                place: 0,
+                tap: 0,
                 target,
             };
         }
@@ -421,7 +420,7 @@ impl<T: Real> Band<'_, T> {
         Row {
             source: (row - self.first) * self.windows.row_len(),
             rows: taps.len(),
-            place: taps.start * geometry.kernel[1],
+            tap: taps.start * geometry.kernel[1],
             target,
         }
     }
@@ -430,7 +429,7 @@ impl<T: Real> Band<'_, T> {
     /// overwrites.
     #[inline(always)]
     #[allow(unsafe_code)]
-    fn block<S: Simd, const N: usize, const PLACED: bool>(
+    fn block<S: Simd, const N: usize, const ARGMAX: bool>(
         &mut self,
         simd: S,
         row: &Row,
@@ -439,27 +438,27 @@ impl<T: Real> Band<'_, T> {
         let windows = self.windows;
         let lines: &[T] = self.lines;
         let mut best = [T::splat(simd, T::from_f64(f64::NEG_INFINITY)); N];
-        let start = T::splat_index(simd, to_index::<T>(row.place));
-        let mut places = [start; N];
-        if PLACED {
+        let start = T::splat_index(simd, to_index::<T>(row.tap));
+        let mut argmax = [start; N];
+        if ARGMAX {
             // SAFETY: `Indices` is a vector of `Index`.
             let first: [T::Indices<S>; N] = unsafe { load(&windows.first, column) };
             for n in 0..N {
-                places[n] = T::add_index(simd, start, first[n]);
+                argmax[n] = T::add_index(simd, start, first[n]);
             }
         }
         for window_row in 0..row.rows {
             let source = row.source + window_row * windows.step + column;
-            let row_place = row.place + window_row * windows.geometry.kernel[1];
+            let row_tap = row.tap + window_row * windows.geometry.kernel[1];
             for (tap, offset) in windows.columns.iter().enumerate() {
-                let place = T::splat_index(simd, to_index::<T>(row_place + tap));
+                let index = T::splat_index(simd, to_index::<T>(row_tap + tap));
                 // SAFETY: `Vector` is a vector of `T`.
                 let values: [T::Vector<S>; N] = unsafe { load(lines, source + offset) };
                 for n in 0..N {
                     let wins = T::exceeds(simd, values[n], best[n]);
                     best[n] = T::select(simd, wins, values[n], best[n]);
-                    if PLACED {
-                        places[n] = T::select_index(simd, wins, place, places[n]);
+                    if ARGMAX {
+                        argmax[n] = T::select_index(simd, wins, index, argmax[n]);
                     }
                 }
             }
@@ -468,8 +467,8 @@ impl<T: Real> Band<'_, T> {
         // SAFETY: `Vector` is a vector of `T`, and `Indices` is one of `Index`.
         unsafe {
             store(best, self.values, target);
-            if PLACED {
-                store(places, self.places, target);
+            if ARGMAX {
+                store(argmax, self.argmax, target);
             }
         }
     }

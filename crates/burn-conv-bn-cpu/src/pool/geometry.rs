@@ -2,8 +2,8 @@ use std::ops::Range;
 
 use crate::Geometry;
 
-/// Places of a window that a byte tells apart.
-pub(super) const PLACES: usize = 256;
+/// Most taps of a window: an argmax is a byte.
+pub(super) const MOST_TAPS: usize = 256;
 
 /// Sizes go up to this: a sum of two of them is a number too, and no slice is longer.
 pub(super) const MOST: usize = isize::MAX as usize;
@@ -35,7 +35,7 @@ pub enum PoolGeometryError {
         /// Its height and width.
         got: [usize; 2],
     },
-    /// A byte does not tell the places of a window apart.
+    /// The window has more values than a byte has.
     #[error(
         "a window of {kernel:?} has more than 256 places, which is as many as a byte tells apart"
     )]
@@ -117,7 +117,7 @@ impl PoolGeometry {
                 return Err(PoolGeometryError::Zero { what, got });
             }
         }
-        if kernel[0].saturating_mul(kernel[1]) > PLACES {
+        if kernel[0].saturating_mul(kernel[1]) > MOST_TAPS {
             return Err(PoolGeometryError::Places { kernel });
         }
         let geometry = Self {

@@ -32,11 +32,11 @@ use crate::{Activation, Affine, Element, Geometry, PoolGeometry, Real};
 /// let (window, stride) = ([1, 2], [1, 2]);
 /// let pool = PoolGeometry::new(1, [1, 4], window, stride, [0, 0], [1, 1], false).unwrap();
 /// let affine = Affine { mean: &[2.0], scale: &[10.0], shift: &[1.0] };
-/// let (mut output, mut places) = (Vec::new(), Vec::new());
+/// let (mut output, mut argmax) = (Vec::new(), Vec::new());
 /// normalize_max_pool(
-///     &geometry, &[1.0f32, 3.0, 0.0, 1.0], affine, Activation::Relu, &pool, &mut output, &mut places,
+///     &geometry, &[1.0f32, 3.0, 0.0, 1.0], affine, Activation::Relu, &pool, &mut output, &mut argmax,
 /// );
-/// assert_eq!((output.as_slice(), places.as_slice()), (&[11.0, 0.0][..], &[1, 0][..]));
+/// assert_eq!((output.as_slice(), argmax.as_slice()), (&[11.0, 0.0][..], &[1, 0][..]));
 /// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
 /// ```
 pub fn normalize_max_pool<E: Element>(
@@ -46,7 +46,7 @@ pub fn normalize_max_pool<E: Element>(
     activation: Activation,
     pool: &PoolGeometry,
     output: &mut Vec<E>,
-    places: &mut Vec<u8>,
+    argmax: &mut Vec<u8>,
 ) {
     assert_eq!(values.len(), geometry.batch() * geometry.output_len());
     pool.check_joins(geometry);
@@ -56,7 +56,7 @@ pub fn normalize_max_pool<E: Element>(
         affine,
         activation,
     };
-    pool_all(pool, &normalized, output, Some(places));
+    pool_all(pool, &normalized, output, Some(argmax));
 }
 
 /// Planes of a convolution's output, normalized and activated.
@@ -113,8 +113,8 @@ impl<E: Element> Planes<E> for Normalized<'_, E> {
 /// let pool = PoolGeometry::new(1, [1, 4], window, stride, [0, 0], [1, 1], false).unwrap();
 /// let (x, z) = ([1.0f32, 2.0, 4.0, 3.0], [2.0, 4.0, 8.0, 6.0]);
 /// let affine = Affine { mean: &[5.0], scale: &[0.5], shift: &[0.0] };
-/// let (mut y, mut places) = (Vec::new(), Vec::new());
-/// normalize_max_pool(&geometry, &z, affine, Activation::Relu, &pool, &mut y, &mut places);
+/// let (mut y, mut argmax) = (Vec::new(), Vec::new());
+/// normalize_max_pool(&geometry, &z, affine, Activation::Relu, &pool, &mut y, &mut argmax);
 /// assert_eq!(y, [0.0, 1.5]);
 ///
 /// let pass = Backward {
@@ -124,7 +124,7 @@ impl<E: Element> Planes<E> for Normalized<'_, E> {
 ///     output_grad: OutputGrad::Pooled(PooledGrad {
 ///         geometry: &pool,
 ///         output_grad: &[7.0, 3.0],
-///         places: &places,
+///         places: &argmax,
 ///     }),
 ///     affine,
 ///     activation: Activation::Relu,
@@ -183,9 +183,10 @@ fn add_image<E: Element>(
         let start = (image * channels + channel) * len;
         let output = E::read(&output[start..][..len], converted);
         let grad = E::read(&pooled.output_grad[start..][..len], converted_grad);
-        let gate = match is_masked {
-            true => Gate::Output(output),
-            false => Gate::Open,
+        let gate = if is_masked {
+            Gate::Output(output)
+        } else {
+            Gate::Open
         };
         let affine = ChannelAffine {
             mean: pass.affine.shift[channel],

@@ -1,7 +1,7 @@
 //! Max pooling over planes, and its gradient.
 //!
-//! What is kept for the gradient is one byte for each output: the place of the maximum within its
-//! window. The values are those of Burn's Flex backend, 0.22.1, to the bit but for what a NaN carries:
+//! The gradient needs one byte for each output: the argmax, the position of the maximum in its window.
+//! The values are those of Burn's Flex backend, 0.22.1, to the bit but for what a NaN carries:
 //!
 //! - Of equal values, the first in its window wins, row by row; -0.0 and 0.0 are equal.
 //! - A NaN wins against any number, and the last NaN against those before it.

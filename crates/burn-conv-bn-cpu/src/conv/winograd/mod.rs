@@ -150,9 +150,10 @@ impl<'a, T: Real> Winograd<'a, T> {
     /// `G w G'` of each group, from input channels to output channels or, `transposed`, back.
     fn filters(geometry: &Geometry, weight: &[T], transposed: bool) -> Vec<Filter<T>> {
         let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
-        let (channels, taps, channel_step, tap_step) = match transposed {
-            false => (group_out, group_in, group_in, 1),
-            true => (group_in, group_out, 1, group_in),
+        let (channels, taps, channel_step, tap_step) = if transposed {
+            (group_in, group_out, 1, group_in)
+        } else {
+            (group_out, group_in, group_in, 1)
         };
         let (kernels, _) = weight.as_chunks::<9>();
         kernels

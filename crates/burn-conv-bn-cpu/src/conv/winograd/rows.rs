@@ -126,13 +126,15 @@ impl<T: Real> Winograd<'_, T> {
             let line = column * pitch + CHUNK;
             let from = position + column * self.input_product;
             for start in (0..columns).step_by(CHUNK) {
-                let this = match row < self.rows {
-                    true => Chunk::load::<E>(planes, from + self.columns + start, product),
-                    false => [Chunk::ZERO; E],
+                let this = if row < self.rows {
+                    Chunk::load::<E>(planes, from + self.columns + start, product)
+                } else {
+                    [Chunk::ZERO; E]
                 };
-                let before = match row > 0 {
-                    true => Chunk::load::<E>(planes, from + start, product),
-                    false => [Chunk::ZERO; E],
+                let before = if row > 0 {
+                    Chunk::load::<E>(planes, from + start, product)
+                } else {
+                    [Chunk::ZERO; E]
                 };
                 let this = input_transposed(this);
                 let before = input_transposed(before);
