@@ -1,6 +1,6 @@
 use crate::Real;
 
-/// Element-wise function at the end.
+/// Element-wise function of the norm's output plus residual.
 ///
 /// ```
 /// use burn_conv_bn_cpu::{Activation, Affine, Geometry, normalize};
@@ -36,8 +36,8 @@ pub enum Activation {
     HardSwish,
 }
 
-/// Evaluates the body for the activation, each time with a constant, so that a loop in it is
-/// compiled for each of them without a branch.
+/// Evaluates the body with the activation as a constant: a loop in it is compiled for each one, without a
+/// branch.
 macro_rules! specialize {
     ($activation:expr, $constant:ident => $body:expr) => {
         match $activation {
@@ -115,7 +115,7 @@ impl Activation {
     }
 
     /// `grad * activation'(value)`, and 0 where the derivative is 0, whatever the gradient. For Relu,
-    /// Relu6 and a LeakyRelu whose slope is not negative, `value` may be the output too.
+    /// Relu6 and a LeakyRelu whose slope is not negative, `value` may also be the output.
     #[inline(always)]
     pub(crate) fn backward<T: Real>(self, value: T, grad: T) -> T {
         match self {
@@ -165,7 +165,7 @@ fn sloped<T: Real>(grad: T, slope: T) -> T {
     }
 }
 
-/// Above the bound, or not a number.
+/// Above the bound, or NaN.
 #[inline(always)]
 #[allow(clippy::neg_cmp_op_on_partial_ord)]
 fn is_above<T: Real>(value: T, bound: T) -> bool {
@@ -177,7 +177,7 @@ fn sigmoid<T: Real>(value: T) -> T {
     T::ONE / (T::ONE + (T::ZERO - value).exp())
 }
 
-/// The normal distribution's `P(X <= value)`. By erfc, which keeps its digits where it is small.
+/// The normal distribution's `P(X <= value)`, by erfc, which keeps its digits where it is small.
 #[inline(always)]
 fn normal_cdf<T: Real>(value: T) -> T {
     T::from_f64(0.5) * (value * T::from_f64(-std::f64::consts::FRAC_1_SQRT_2)).erfc()

@@ -4,26 +4,26 @@ use std::ops::Range;
 
 use crate::Geometry;
 
-/// Most blocks of images that sums are taken over: enough for the threads of large machines.
+/// Most blocks of a batch: enough for the threads of large machines.
 pub(crate) const BLOCKS: usize = 64;
 
 /// Output positions that make a block worth its overhead.
 const FILLED_POSITIONS: usize = 512;
 
-/// Blocks that small images are not put together below: more would keep more threads busy, but read
-/// large weights once for each.
+/// Fewest blocks that small images are merged into: more would keep more threads busy, but each block
+/// reads the weights once.
 const LEAST_BLOCKS: usize = 2;
 
 impl Geometry {
-    /// Images of each of at most `most` blocks, which sums are taken over in order. They depend on
-    /// nothing but the geometry, so that results do not depend on the number of threads.
+    /// Images of each of at most `most` blocks. A function of the geometry alone: results do not depend on
+    /// the number of threads.
     ///
-    /// Small images are put together so that they fill a tile, as long as [`LEAST_BLOCKS`] remain.
+    /// Small images are merged until they fill a tile, as long as [`LEAST_BLOCKS`] remain.
     pub(crate) fn images_per_block(&self, most: usize) -> usize {
         let filling = FILLED_POSITIONS
             .div_ceil(self.positions())
             .min(self.batch().div_ceil(LEAST_BLOCKS));
-        // A power of two of blocks, so that two threads, or four, have the same to do.
+        // A power of two of blocks: equal work for two threads, or four.
         let blocks = self.batch().div_ceil(filling).next_power_of_two().min(most);
         self.batch().div_ceil(blocks)
     }

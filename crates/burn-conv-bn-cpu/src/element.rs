@@ -7,11 +7,11 @@ use pulp::Arch;
 use crate::Real;
 use crate::simd::sweeps::{self, Sweep};
 
-/// The types that activations are stored in: `f32` and `f64`, which are computed in as they are,
-/// and `f16` and `bf16`, which pass through tiles of `f32`.
+/// Storage types of activations: `f32` and `f64`, which are also the compute types, and `f16` and `bf16`,
+/// which are computed in tiles of `f32`.
 ///
-/// The convolution's output is rounded to this type where it leaves its tile, whether it is stored
-/// or not, so that what is recomputed is what was there.
+/// The convolution's output is rounded to this type at its tile, whether it is stored or not, so that the
+/// recomputed output is the same.
 ///
 /// ```
 /// use burn_conv_bn_cpu::Element;
@@ -24,7 +24,7 @@ use crate::simd::sweeps::{self, Sweep};
 /// assert_eq!(loaded, [1.0, 1.0]);
 /// ```
 pub trait Element: Copy + Default + Send + Sync + private::Sealed + 'static {
-    /// What the kernels compute in.
+    /// The compute type.
     type Real: Real;
 
     /// Converts each value; rounded to nearest.
@@ -34,14 +34,14 @@ pub trait Element: Copy + Default + Send + Sync + private::Sealed + 'static {
     /// Panics if the slices differ in length.
     fn store(values: &[Self::Real], target: &mut [Self]);
 
-    /// As [`store`](Self::store), to where nothing needs to be yet.
+    /// As [`store`](Self::store), into uninitialized memory.
     ///
     /// # Panics
     ///
     /// Panics if the slices differ in length.
     fn write(values: &[Self::Real], target: &mut [MaybeUninit<Self>]);
 
-    /// As [`write`](Self::write), one value.
+    /// As [`write`](Self::write), for one value.
     fn write_one(value: Self::Real, target: &mut MaybeUninit<Self>);
 
     /// Converts each value; exact.
@@ -51,13 +51,13 @@ pub trait Element: Copy + Default + Send + Sync + private::Sealed + 'static {
     /// Panics if the slices differ in length.
     fn load(values: &[Self], target: &mut [Self::Real]);
 
-    /// The values to compute with: themselves, or converted into `scratch`.
+    /// The values in the compute type: themselves, or converted into `scratch`.
     fn read<'a>(values: &'a [Self], scratch: &'a mut Vec<Self::Real>) -> &'a [Self::Real];
 
-    /// Rounds each value to what this type can hold.
+    /// Rounds each value to this type.
     fn round(values: &mut [Self::Real], scratch: &mut Vec<Self>);
 
-    /// Lets `change` change the values: in place, or converted into `scratch` and back.
+    /// Calls `change` on the values: in place, or converted into `scratch` and back.
     fn update(
         values: &mut [Self],
         scratch: &mut Vec<Self::Real>,

@@ -1,9 +1,9 @@
-/// Most taps of an output value that are summed twice in less time than the value takes on its way to
-/// memory and back: depthwise convolutions, and first layers of one or three channels.
+/// Most taps of an output value that is recomputed faster than stored and loaded: depthwise convolutions,
+/// and first layers of one or three channels.
 const FEW_TAPS: usize = 32;
 
-/// Most bytes of an output that are stored in less time than it is recomputed in: larger ones come from
-/// the system as fresh pages and go back to it in every step, and take the peak with them.
+/// Most bytes of an output that is stored faster than recomputed: larger ones are fresh pages in every
+/// step, and raise the peak.
 const LARGEST_STORED: usize = 128 << 20;
 
 /// Why a geometry is refused.
@@ -174,8 +174,8 @@ impl Geometry {
         self.output.iter().product()
     }
 
-    /// Whether it takes less time to store the convolution's output, of so many `bytes`, between the
-    /// two steps of the backward pass than to recompute it in each.
+    /// Whether storing the convolution's output, of `bytes`, between the two steps of the backward pass is
+    /// faster than recomputing it in each.
     ///
     /// ```
     /// use burn_conv_bn_cpu::Geometry;

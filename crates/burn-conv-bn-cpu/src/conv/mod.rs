@@ -1,4 +1,4 @@
-//! The convolution of a tile and its gradients, and which algorithm a geometry gets.
+//! The convolution and its gradients by tiles, and the choice of the algorithm for a geometry.
 
 pub(crate) mod tile;
 
@@ -10,17 +10,17 @@ use self::direct::Direct;
 use self::winograd::Winograd;
 use crate::{Element, Geometry, Real};
 
-/// Fewest channels, in and out, for which fewer products outweigh the transforms.
+/// Fewest channels, in and out, for which Winograd's savings outweigh its transforms.
 const LEAST_CHANNELS: usize = 16;
 
-/// Whichever algorithm suits a geometry.
+/// The algorithm for a geometry.
 pub(crate) enum Chosen<'a, T> {
     Direct(Direct<'a, T>),
     Winograd(Winograd<'a, T>),
 }
 
-/// Makes the algorithm for the geometry ready. `weight` is what is convolved with, and
-/// `input_weight` what the input's gradient goes through, each if that is wanted.
+/// Prepares the algorithm for a geometry. `weight` is the convolution's, and `input_weight` that of its
+/// input's gradient, each if it is needed.
 pub(crate) fn choose<'a, T: Real>(
     geometry: &'a Geometry,
     weight: Option<&[T]>,
@@ -39,7 +39,7 @@ pub(crate) fn choose<'a, T: Real>(
     }
 }
 
-/// Panics if what is given is not of the geometry's size.
+/// Panics if a slice is not of the geometry's size.
 pub(crate) fn check<E: Element>(
     geometry: &Geometry,
     input: Option<&[E]>,
@@ -91,7 +91,7 @@ mod tests {
         let grad = rounded::<E>(grad);
         let mut output = vec![E::ZERO; grad.len()];
         let mut sums = vec![E::ZERO; algorithm.weight_grad_len()];
-        // What is not written shows.
+        // An unwritten value shows.
         let mut input_grad = vec![MaybeUninit::new(E::from_f64(f64::NAN)); input.len()];
         let work = Work {
             images: geometry.batch(),
@@ -120,7 +120,7 @@ mod tests {
             .map(|values| values.iter().map(|value| value.to_f64()).collect())
     }
 
-    /// Root mean square of the difference, relative to that of what is wanted.
+    /// Root mean square of the difference, relative to that of the expected values.
     fn error(got: &[f64], wanted: &[f64]) -> f64 {
         let squares: f64 = got
             .iter()
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn fewer_products_keep_the_two_times_rule() {
+    fn winograd_keeps_the_two_times_rule() {
         let geometry = Geometry::new(
             2,
             [64, 64],
@@ -160,8 +160,8 @@ mod tests {
             let direct = error(&direct[index], &exact[index]);
             let winograd = error(&winograd[index], &exact[index]);
             println!(
-                "{what}: error of the direct sum {direct:.1e}, with fewer \
-                     products {winograd:.1e}, ratio {:.2}",
+                "{what}: error of the direct sum {direct:.1e}, of Winograd \
+                     {winograd:.1e}, ratio {:.2}",
                 winograd / direct
             );
             assert!(direct < 1e-6, "{what}: {direct:e}");

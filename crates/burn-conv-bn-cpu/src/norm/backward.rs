@@ -1,4 +1,4 @@
-//! The backward kernels, which mirror those of `forward`.
+//! Backward kernels, parallel over blocks of images: the norm's two sums, then the gradients.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -17,14 +17,14 @@ use crate::scratch::{ScratchPool, room};
 use crate::simd::sweeps::{self, Argument, ChannelGrad, Gate};
 use crate::{Activation, Element, Real};
 
-/// Bytes that the blocks' weight gradients may take together, beyond two of them.
+/// Most bytes of all blocks' weight gradients; two blocks are allowed in any case.
 const WEIGHT_BYTES: usize = 16 << 20;
 
-/// Sums of the weight's gradient that a thread adds up at a time: 64 KiB in single precision.
+/// Values of the weight's gradient that a thread reduces at a time: 64 KiB in single precision.
 const SUMS: usize = 16 << 10;
 
-/// Sums of `g` and of `g * (z - mean)`, with the convolution's output `z` recomputed or at hand.
-/// The first step of the backward pass, which [the crate's example](crate) shows.
+/// First step of the backward pass: the sums of `g` and of `g * (z - mean)`, with the convolution's
+/// output `z` recomputed or kept. [The crate's example](crate) shows both steps.
 ///
 /// # Panics
 ///
@@ -51,7 +51,7 @@ const SUMS: usize = 16 << 10;
 ///     residual: None,
 ///     output: None,
 /// };
-/// // Normalized that is -1, 0, 1, of which ReLU lets the last one through.
+/// // The norm makes them -1, 0, 1; ReLU passes the last one's gradient.
 /// let mut z = Vec::new();
 /// let sums = grad_sums(&pass, ConvOutput::Store(&mut z));
 /// assert_eq!(sums.grad, [3.0]);
@@ -126,7 +126,7 @@ fn sum_blocks<E: Element, A: Algorithm<E>>(
 }
 
 impl GradSums {
-    /// Adds `conv_output`'s values of one channel, which stand at `start` in the whole.
+    /// Adds one channel's values of the convolution's output, at offset `start` of the tensor.
     fn add<E: Element>(
         &mut self,
         pass: &Backward<'_, E>,
@@ -148,14 +148,14 @@ impl GradSums {
     }
 }
 
-/// The output's gradient, and what is left to do to make `g` of it.
+/// The output's gradient, and the mask that turns it into `g`.
 struct Gated<'a, T> {
     output_grad: &'a [T],
     gate: Gate<'a, T>,
 }
 
-/// Values of one channel that stand at `start` in the whole. A ReLU's mask is left to the sweep
-/// that reads them, which hides it behind the memory; another activation's `g` is made here.
+/// The gradient of one channel's values at offset `start` of the tensor. The sweep that reads it applies a
+/// ReLU's mask, at no cost beside the memory; another activation's `g` is computed here.
 fn gated<'a, E: Element>(
     pass: &Backward<'a, E>,
     channel: usize,
@@ -210,17 +210,17 @@ fn gated<'a, E: Element>(
     Gated { output_grad, gate }
 }
 
-/// The gradients, from the norm's coefficients. The convolution's output `z` is `kept`, or is
-/// recomputed. The second step of the backward pass, which [the crate's example](crate) shows.
+/// Second step of the backward pass: the gradients, from the norm's coefficients. The convolution's output
+/// `z` is `kept` or recomputed. [The crate's example](crate) shows both steps.
 ///
-/// With given statistics there are no coefficients: the gradient is `g`, and the input's goes through
-/// a weight that is scaled already. Where the activation's derivative does not depend on `z` either,
-/// `kept` is not looked at: any values of that size do.
+/// Under fixed statistics there are no coefficients: the gradient of `z` is `g`, and the input's weight
+/// already contains the scale. If the activation's derivative does not depend on `z` either, the values of
+/// `kept` are irrelevant.
 ///
 /// # Panics
 ///
 /// Panics if a slice is not of the geometry's size, if `z` is to be recomputed without the input or
-/// the weight, or if the weight's gradient is wanted without the input.
+/// the weight, or if the weight's gradient is requested without the input.
 pub fn backward<E: Element>(
     pass: &Backward<'_, E>,
     kept: Option<&[E]>,
@@ -321,7 +321,7 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
     }
 }
 
-/// What the backward pass of each block reads.
+/// Arguments that all blocks share.
 struct Step<'a, E: Element> {
     pass: &'a Backward<'a, E>,
     coefficients: Option<InputGradCoefficients<'a, E::Real>>,
@@ -330,10 +330,10 @@ struct Step<'a, E: Element> {
 /// A block of images and its share of [`Gradients`].
 struct Block<'a, E: Element> {
     images: Range<usize>,
-    /// The convolution's output, if it is at hand.
+    /// The convolution's output, if it was kept.
     conv_output: Option<&'a [E]>,
     input_grad: Option<&'a mut [MaybeUninit<E>]>,
-    /// Added to, in the algorithm's form.
+    /// In the algorithm's own form; added to.
     weight_grad: Option<&'a mut [E::Real]>,
     residual_grad: Option<&'a mut [MaybeUninit<E>]>,
 }
@@ -346,22 +346,21 @@ struct Scratch<S, E: Element> {
     residual_grad: Vec<E::Real>,
 }
 
-/// Lines converted to the type that is computed in.
+/// Lines in the compute type.
 #[derive(Default)]
 struct Converted<T> {
     /// The output, or the residual.
     output: Vec<T>,
     output_grad: Vec<T>,
-    /// Where a max pool's gradients go, if one follows, and some of them.
+    /// Of the max pool behind, if there is one, and a part of its output's gradient.
     routes: Option<Routes>,
     pooled: Vec<T>,
-    /// `g`, where it is made ahead.
+    /// `g` of an activation other than ReLU.
     grad: Vec<T>,
 }
 
 impl<S: Default, E: Element> Scratch<S, E> {
-    /// Adds to a block's sums. What is kept is summed piece by piece too, as if it were recomputed,
-    /// so that the sums have the same bits.
+    /// Adds a block to the sums, piece by piece whether `z` is kept or recomputed: the bits are the same.
     fn sum_block<A: Algorithm<E, Scratch = S>>(
         &mut self,
         pass: &Backward<'_, E>,
@@ -431,8 +430,8 @@ impl<S: Default, E: Element> Scratch<S, E> {
     }
 }
 
-/// Turns a piece of one channel of the convolution's output, which starts at `at` in the whole, into its
-/// gradient, and writes that of the residual. `masked` is scratch.
+/// Replaces a line of the convolution's output, at offset `at` of the tensor, by its gradient, and writes
+/// the residual's. `masked` is scratch.
 fn conv_output_grad<E: Element>(
     step: &Step<'_, E>,
     channel: usize,

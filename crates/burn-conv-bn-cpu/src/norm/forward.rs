@@ -1,4 +1,4 @@
-//! The forward kernels.
+//! Forward kernels, parallel over blocks of images: the convolution, its moments, and the norm.
 
 use std::mem::MaybeUninit;
 
@@ -12,7 +12,7 @@ use crate::scratch::{ScratchPool, room};
 use crate::simd::sweeps;
 use crate::{Activation, Affine, Element, Geometry, Moments};
 
-/// The convolution: `[batch, channels_out, output..]`, in the place of what `output` holds.
+/// The convolution: overwrites `output` with `[batch, channels_out, output..]`.
 ///
 /// # Panics
 ///
@@ -56,8 +56,8 @@ pub fn conv_moments<E: Element>(
     blocks.iter().fold(new(), Moments::merge)
 }
 
-/// The convolution, of which each block's values are shown to `see`, with what `new` gives for the
-/// block. Returns that, in the blocks' order.
+/// The convolution, with a statistic of each block: `new` makes it, and `see` adds each line of the output
+/// to it. Returns the statistics in the blocks' order.
 #[allow(unsafe_code)]
 fn conv_seeing<E: Element, S: Send>(
     geometry: &Geometry,

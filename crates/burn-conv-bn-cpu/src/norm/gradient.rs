@@ -1,4 +1,4 @@
-//! What the backward pass is given, and the sums between its two steps.
+//! Arguments of the backward pass, and the sums between its two steps.
 
 use std::ops::Range;
 
@@ -6,17 +6,14 @@ use crate::conv::check;
 use crate::pool::backward::Routes;
 use crate::{Activation, Affine, Element, Geometry, PoolGeometry};
 
-/// What both steps of the backward pass read.
-///
-/// [`grad_sums`](crate::grad_sums) has an example, and [the crate](crate) one of the whole pass.
+/// Arguments of both steps of the backward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Backward<'a, E: Element> {
     /// Shapes.
     pub geometry: &'a Geometry,
-    /// The convolution's input; not needed where its output is kept and no gradient of the weight
-    /// is wanted.
+    /// The convolution's input; not required if its output is kept and no weight gradient is requested.
     pub input: Option<&'a [E]>,
-    /// The convolution's weight; not needed where its output is kept.
+    /// The convolution's weight; not required if its output is kept.
     pub weight: Option<&'a [E::Real]>,
     /// Gradient of the output.
     pub output_grad: OutputGrad<'a, E>,
@@ -24,41 +21,34 @@ pub struct Backward<'a, E: Element> {
     pub affine: Affine<'a, E::Real>,
     /// The activation.
     pub activation: Activation,
-    /// What was added before the activation, if its derivative is to be told from the
-    /// pre-activation.
+    /// The residual, if the activation's derivative is computed from the pre-activation.
     pub residual: Option<&'a [E]>,
-    /// The output, if its derivative is to be told from that: possible for Relu, Relu6 and a
+    /// The output, if the activation's derivative is computed from it: possible for Relu, Relu6 and a
     /// LeakyRelu whose slope is not negative.
     pub output: Option<&'a [E]>,
 }
 
 /// Gradient of the output, `[batch, channels_out, output..]`.
-///
-/// [`grad_sums`](crate::grad_sums) and [`pooled_grad_sums`](crate::pooled_grad_sums) have examples.
 #[derive(Clone, Copy, Debug)]
 pub enum OutputGrad<'a, E> {
-    /// It is here.
+    /// A tensor.
     Whole(&'a [E]),
-    /// A max pool follows: it is made of that one's, piece by piece.
+    /// That of the max pool behind, expanded piece by piece.
     Pooled(PooledGrad<'a, E>),
 }
 
 /// The convolution's output in [`grad_sums`](crate::grad_sums).
-///
-/// [`grad_sums`](crate::grad_sums) has an example.
 #[derive(Debug)]
 pub enum ConvOutput<'a, T> {
-    /// Recompute it, tile by tile, and keep none of it.
+    /// Recompute it, tile by tile, and store nothing.
     Recompute,
-    /// Recompute it into this buffer, in the place of what that holds, for [`backward`](crate::backward).
+    /// Recompute it into this buffer, for [`backward`](crate::backward); contents are overwritten.
     Store(&'a mut Vec<T>),
-    /// It is here.
+    /// The output that forward kept.
     Kept(&'a [T]),
 }
 
-/// The two sums of each channel that the norm's gradient is made of, `[channels_out]` each.
-///
-/// [`grad_sums`](crate::grad_sums) has an example.
+/// The two per-channel sums of the norm's gradient, `[channels_out]` each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GradSums {
     /// `sum(g)`.
@@ -68,9 +58,8 @@ pub struct GradSums {
 }
 
 /// Per-channel coefficients of the gradient of the convolution's output under batch statistics,
-/// `scale * g + slope * (z - mean) + offset`, `[channels_out]` each.
-///
-/// [The crate's example](crate) makes them of the two sums, for batch norm.
+/// `scale * g + slope * (z - mean) + offset`, `[channels_out]` each. [The crate's example](crate) computes
+/// them from the two sums, for batch norm.
 #[derive(Clone, Copy, Debug)]
 pub struct InputGradCoefficients<'a, T> {
     /// Of `g`.
@@ -81,12 +70,10 @@ pub struct InputGradCoefficients<'a, T> {
     pub offset: &'a [T],
 }
 
-/// Where the wanted gradients go, in the place of what the buffers hold.
-///
-/// [The crate's example](crate) makes one.
+/// Buffers for the requested gradients; contents are overwritten.
 #[derive(Debug)]
 pub struct Gradients<'a, E: Element> {
-    /// The input's, and the weight that it goes through.
+    /// The input's, and the weight of its transposed convolution.
     pub input: Option<(&'a mut Vec<E>, &'a [E::Real])>,
     /// The weight's.
     pub weight: Option<&'a mut Vec<E::Real>>,
@@ -124,7 +111,7 @@ impl<'a, E: Element> Backward<'a, E> {
         self.geometry.batch() * self.geometry.output_len()
     }
 
-    /// Some images of the input, which is there as [`check`](Self::check) made sure.
+    /// Some images of the input, which [`check`](Self::check) requires where it is read.
     pub(super) fn input(&self, images: &Range<usize>) -> &'a [E] {
         let len = self.geometry.input_len();
         &self.input.unwrap_or_default()[images.start * len..images.end * len]
@@ -139,7 +126,7 @@ impl GradSums {
         }
     }
 
-    /// The sum of what blocks have, in their order.
+    /// The sum of the blocks' sums, in order.
     pub(crate) fn total(channels: usize, parts: &[Self]) -> Self {
         let mut sums = Self::new(channels);
         for part in parts {
@@ -154,9 +141,7 @@ impl GradSums {
     }
 }
 
-/// The gradient of a max pool's input, of which nothing is in memory but what it is made of.
-///
-/// [`pooled_grad_sums`](crate::pooled_grad_sums) has an example.
+/// A max pool's input gradient, kept implicit.
 #[derive(Clone, Copy, Debug)]
 pub struct PooledGrad<'a, E> {
     /// Shapes.
@@ -175,7 +160,7 @@ impl<E: Element> PooledGrad<'_, E> {
         assert_eq!(self.places.len(), len, "the pool's places");
     }
 
-    /// The values of all planes from `start` on.
+    /// Writes the gradient's values from `start` on, counted over all planes.
     pub(crate) fn lay(
         &self,
         routes: &Routes,

@@ -1,4 +1,4 @@
-//! The convolution with norm and activation, parallel over blocks of images: forward and backward.
+//! Convolution, norm and activation: forward and backward.
 
 pub(crate) mod affine;
 pub(crate) mod backward;

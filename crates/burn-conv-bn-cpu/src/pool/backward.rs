@@ -79,12 +79,12 @@ pub fn max_pool_backward<E: Element>(
     unsafe { input_grad.set_len(len) };
 }
 
-/// Where gradients go.
+/// Offsets of the input gradient's values from their windows.
 pub(crate) struct Routes {
     geometry: PoolGeometry,
     /// For each argmax.
     taps: [Tap; MOST_TAPS],
-    /// Whether windows of 2x2 values lie side by side from the first value on.
+    /// Whether windows of 2x2 values tile the input from its first value on.
     is_tiled: bool,
     /// Output rows of a band.
     rows: usize,
@@ -134,7 +134,7 @@ impl Routes {
         }
     }
 
-    /// Writes all of one plane's gradient.
+    /// Writes one plane's gradient.
     fn input_grad<E: Element>(
         &self,
         output_grad: &[E],
@@ -149,8 +149,8 @@ impl Routes {
         }
     }
 
-    /// The gradient of any windows: a band's outputs are added up, and the rows that no later window
-    /// meets are written.
+    /// The gradient of any windows: sums a band of outputs, then writes the rows that no later window
+    /// overlaps.
     fn add_up<E: Element>(
         &self,
         output_grad: &[E],
@@ -191,7 +191,7 @@ impl Routes {
         }
     }
 
-    /// The gradient of some `positions` of one plane. The windows must be [regular](PoolGeometry::is_regular).
+    /// The gradient of some `positions` of one plane, under [regular](PoolGeometry::is_regular) windows.
     pub(crate) fn lay<E: Element>(
         &self,
         output_grad: &[E],
@@ -256,7 +256,7 @@ impl Routes {
                     continue;
                 }
                 let position = row + column * column_stride + tap.row * width + tap.column;
-                // What is before the line wraps.
+                // A position before the line wraps.
                 if let Some(sum) = line.get_mut(position.wrapping_sub(shift)) {
                     *sum += *grad;
                 }
@@ -282,7 +282,7 @@ impl Routes {
             let grads = grads[of_row.clone()].iter();
             for (column, (grad, to)) in grads.zip(&argmax[of_row]).enumerate() {
                 let tap = self.taps[usize::from(*to)];
-                // What is in the padding wraps, and is behind the input as well.
+                // A position in the padding wraps, to one behind the input.
                 let row = start.wrapping_add(tap.row).wrapping_sub(padding);
                 let column = (column * column_stride)
                     .wrapping_add(tap.column)
@@ -294,8 +294,7 @@ impl Routes {
         }
     }
 
-    /// The gradient of windows of 2x2 values side by side: each value is written, be it a gradient or
-    /// zero, without a look at what was there.
+    /// The gradient of windows that tile the input: each value is written once, a gradient or zero.
     fn lay_tiles<E: Element>(
         &self,
         output_grad: &[E],
@@ -336,7 +335,7 @@ impl Routes {
             let written = rows.start * width..rows.end * width;
             write_vectorized(&sums[..written.len()], &mut input_grad[written]);
         }
-        // As may a last row.
+        // A last row may be in no window.
         for row in (2 * height_out).min(height)..height {
             sums[..width].fill(E::Real::ZERO);
             write_vectorized(&sums[..width], &mut input_grad[row * width..][..width]);
@@ -355,7 +354,7 @@ fn lay_row<T: Real, const FIRST: u8>(grads: &[T], argmax: &[u8], target: &mut [T
         return;
     }
     for start in (0..grads.len()).step_by(CHUNK) {
-        // The rest, with the end of what is there already.
+        // Remainder: redo the last full chunk, overlapping what is written.
         let start = start.min(grads.len() - CHUNK);
         let (grads, argmax) = (&grads[start..][..CHUNK], &argmax[start..][..CHUNK]);
         let mut values = [T::ZERO; 2 * CHUNK];

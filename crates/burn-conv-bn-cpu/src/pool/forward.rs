@@ -62,7 +62,7 @@ pub fn max_pool<E: Element>(
     pool_all(geometry, &input, output, argmax);
 }
 
-/// What is pooled, plane by plane.
+/// A max pool's input, plane by plane.
 pub(crate) trait Planes<E>: Sync {
     /// Buffers of one thread.
     type Scratch: Default + Send;
@@ -129,17 +129,17 @@ pub(crate) fn pool_all<E: Element, P: Planes<E>>(
     }
 }
 
-/// What the windows' columns find in an input row that has been taken apart.
+/// Offsets of the windows' columns in a deinterleaved input row.
 struct Windows<'a, T: Real> {
     geometry: &'a PoolGeometry,
-    /// The remainders of padded columns by the stride that a window meets, each of which has a line.
+    /// The remainders of a window's padded columns by the stride, each with a line.
     phases: Vec<Phase>,
-    /// From one line to the next.
+    /// Distance of the lines.
     pitch: usize,
-    /// From what a row of a window finds to what the next one does.
+    /// Distance of a window's rows.
     step: usize,
-    /// Where each column of the first output's window is in a row's lines. The other outputs' follow
-    /// it. Those that are behind the input for all outputs are left out, at the end.
+    /// Offset of each column of the first output's window in a row's lines; the other outputs' follow.
+    /// Columns behind the input for all outputs are left out, at the end.
     columns: Vec<usize>,
     /// For each output of a row, the first column of its window that is not padding.
     first: Vec<T::Index>,
@@ -158,9 +158,9 @@ struct Phase {
 /// Buffers of one thread.
 #[derive(Default)]
 struct Scratch<T: Real> {
-    /// The input rows of a band, taken apart. All that is padding stays negative infinity.
+    /// The deinterleaved input rows of a band. Padding stays negative infinity.
     lines: Vec<T>,
-    /// The band's outputs, and some beyond the last that mean nothing.
+    /// The band's outputs, and some unspecified values behind the last.
     values: Vec<T>,
     /// Their argmax.
     argmax: Vec<T::Index>,
@@ -201,7 +201,7 @@ impl<'a, T: Real> Windows<'a, T> {
                     columns.div_ceil(stride).min(pitch)
                 };
                 let held = place(padding)..place(padding + width);
-                // If none is held, this is not used.
+                // Not used if none is held.
                 let first = (held.start * stride + remainder).saturating_sub(padding);
                 Phase { first, held }
             })
@@ -217,7 +217,7 @@ impl<'a, T: Real> Windows<'a, T> {
             geometry,
             phases,
             pitch,
-            // Windows of more than one row have them within the input, whose lines fit into memory.
+            // Saturates only if at most one row of each window meets the input: a factor of 0.
             step: geometry.dilation[0].saturating_mul(row_len),
             columns: taps
                 .iter()
@@ -228,7 +228,7 @@ impl<'a, T: Real> Windows<'a, T> {
         }
     }
 
-    /// Values of an input row that has been taken apart.
+    /// Values of a deinterleaved input row.
     fn row_len(&self) -> usize {
         self.phases.len() * self.pitch
     }
@@ -275,7 +275,7 @@ impl<'a, T: Real> Windows<'a, T> {
         }
     }
 
-    /// Takes a row of the input apart.
+    /// Deinterleaves a row of the input.
     #[inline(always)]
     fn take_apart(&self, row: &[T], lines: &mut [T]) {
         match (self.geometry.stride[1], self.phases.as_slice()) {
@@ -313,7 +313,7 @@ impl<'a, T: Real> Windows<'a, T> {
             return;
         }
         for pair in (0..pairs).step_by(CHUNK) {
-            // The rest, with the end of what is there already.
+            // Remainder: redo the last full chunk, overlapping what is written.
             let pair = pair.min(pairs - CHUNK);
             let values = deinterleave(row, even.first + 2 * pair);
             Chunk::store(values, lines, start + pair, self.pitch);
@@ -330,7 +330,7 @@ fn to_index<T: Real>(tap: usize) -> T::Index {
 /// A band of output rows of one plane.
 struct Band<'a, T: Real> {
     windows: &'a Windows<'a, T>,
-    /// The input's rows from `first` on, as many as the band's windows meet.
+    /// The input rows of the band's windows, from `first` on.
     input: &'a [T],
     first: usize,
     outputs: Range<usize>,
@@ -341,15 +341,15 @@ struct Band<'a, T: Real> {
     bytes: Option<&'a mut [MaybeUninit<u8>]>,
 }
 
-/// What the windows of a row of outputs meet.
+/// The inputs of a row of outputs.
 struct Row {
-    /// Where the first of the windows' rows is in the lines.
+    /// Offset of the windows' first row in the lines.
     source: usize,
     /// Rows of the windows that are not padding.
     rows: usize,
     /// The first of their taps.
     tap: usize,
-    /// Where the row of outputs starts in the band's.
+    /// Offset of the row of outputs in the band's.
     target: usize,
 }
 
@@ -425,8 +425,8 @@ impl<T: Real> Band<'_, T> {
         }
     }
 
-    /// `N` vectors of outputs of one row, from a column on. What this writes beyond the row, the next one
-    /// overwrites.
+    /// `N` vectors of outputs of one row, from a column on. The next row overwrites values written behind
+    /// this one.
     #[inline(always)]
     #[allow(unsafe_code)]
     fn block<S: Simd, const N: usize, const ARGMAX: bool>(

@@ -5,14 +5,14 @@ use crate::Geometry;
 /// Most taps of a window: an argmax is a byte.
 pub(super) const MOST_TAPS: usize = 256;
 
-/// Sizes go up to this: a sum of two of them is a number too, and no slice is longer.
+/// Largest size: a sum of two does not overflow, and no slice is longer.
 pub(super) const MOST: usize = isize::MAX as usize;
 
 /// Values of the planes that make a task worth its overhead.
 const TASK_VALUES: usize = 32 << 10;
 
-/// Bytes of a band of input rows: half of a first-level cache of 32 KiB. The other half is for the
-/// outputs, and for what streams through.
+/// Bytes of a band of input rows: half of a first-level cache of 32 KiB. The outputs and the streams have
+/// the other half.
 const BAND_BYTES: usize = 16 << 10;
 
 /// Why a max pool's geometry is refused.
@@ -91,9 +91,9 @@ impl PoolGeometry {
     /// A max pool over `[planes, input..]`, with `padding` before the first row and column and as much
     /// behind the last.
     ///
-    /// In `ceil_mode`, windows that reach beyond the padding count too, but for a last one that would
-    /// start behind the input. A padded input smaller than the window then gives one output, and
-    /// otherwise none.
+    /// In `ceil_mode`, windows that reach beyond the padding count too, except a last one that would start
+    /// behind the input. A padded input smaller than the window has one output in `ceil_mode`, and otherwise
+    /// none.
     ///
     /// # Errors
     ///
@@ -196,7 +196,7 @@ impl PoolGeometry {
         Some(last + usize::from(!starts_behind))
     }
 
-    /// Whether planes of this size have no more values than there may be.
+    /// Whether all planes of this size together fit [`MOST`].
     fn fits(&self, [height, width]: [usize; 2]) -> bool {
         height
             .checked_mul(width)
@@ -222,7 +222,7 @@ impl PoolGeometry {
         self.planes * self.output_plane()
     }
 
-    /// Rows or columns from a window's first to behind its last.
+    /// Rows or columns of a dilated window.
     pub(crate) fn extent(&self, dim: usize) -> usize {
         (self.kernel[dim] - 1) * self.dilation[dim] + 1
     }
@@ -237,7 +237,7 @@ impl PoolGeometry {
         before(self.padding[dim])..before(self.padding[dim] + self.input[dim])
     }
 
-    /// The input rows that lie between the ends of some output rows' windows.
+    /// The input rows of some output rows' windows, those in between included.
     pub(super) fn input_rows(&self, outputs: &Range<usize>) -> Range<usize> {
         let [stride, _] = self.stride;
         let row = |padded: usize| padded.saturating_sub(self.padding[0]).min(self.input[0]);
@@ -248,8 +248,8 @@ impl PoolGeometry {
         row(outputs.start * stride)..end
     }
 
-    /// Output rows of a band, whose input rows are of so many bytes each. Bands share as many input rows
-    /// as windows overlap, so that those of tall windows are larger: no more than half is shared.
+    /// Output rows of a band, for input rows of `bytes` each. Bands share the rows in which their windows
+    /// overlap; bands of tall windows are larger, so that at most half is shared.
     pub(super) fn band(&self, bytes: usize) -> usize {
         let extent = self.extent(0).min(self.input[0]);
         let rows = (BAND_BYTES / bytes.max(1)).max(2 * extent);

@@ -1,5 +1,4 @@
-//! A max pool right behind the norm and the activation: forward without a tensor between them, backward
-//! without its gradient.
+//! Norm, activation and max pool as one op: no tensor between them in forward, nor its gradient in backward.
 
 use std::ops::Range;
 
@@ -13,13 +12,13 @@ use crate::scratch::ScratchPool;
 use crate::simd::sweeps::{self, ChannelAffine, Gate};
 use crate::{Activation, Affine, Element, Geometry, PoolGeometry, Real};
 
-/// [`normalize`](crate::normalize) without a residual and [`max_pool()`](crate::max_pool()), of planes
-/// that are `[batch, channels]` in number, without the tensor between them: `values` stay as they are.
+/// [`normalize`](crate::normalize) without a residual and [`max_pool`](crate::max_pool) in one pass, over
+/// `[batch, channels]` planes: `values` is only read, and there is no tensor between the two.
 ///
 /// # Panics
 ///
-/// Panics if a slice is not of its geometry's size, the planes are not those of the convolution's output,
-/// or the windows are not [regular](PoolGeometry::is_regular).
+/// Panics if a slice is not of its geometry's size, if the planes are not those of the convolution's
+/// output, or if the windows are not [regular](PoolGeometry::is_regular).
 ///
 /// # Examples
 ///
@@ -84,13 +83,11 @@ impl<E: Element> Planes<E> for Normalized<'_, E> {
     }
 }
 
-/// [`grad_sums`](crate::grad_sums) from the output of the max pool behind, without the convolution's
-/// output: what the pool did not choose has no gradient, and `scale * (z - mean)` of what it did choose
-/// is `output - shift`, wherever a ReLU lets a gradient through.
+/// [`grad_sums`](crate::grad_sums) from the pooled output, without the convolution's output: only maxima
+/// have a gradient, and for these `scale * (z - mean)` is `output - shift`, wherever ReLU passes it.
 ///
-/// A deviation `z - mean` comes with the rounding of `output / scale`: where the shift is many times as
-/// large as `scale * (z - mean)` usually is, [`grad_sums`](crate::grad_sums) is exacter, and it alone
-/// can do where a scale is zero.
+/// The deviation `z - mean` has the rounding error of `output / scale`. [`grad_sums`](crate::grad_sums) is
+/// more exact where the shift is much larger than `scale * (z - mean)`, and required where a scale is zero.
 ///
 /// # Panics
 ///

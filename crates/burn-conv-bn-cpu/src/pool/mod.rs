@@ -10,11 +10,10 @@
 //! - Where windows overlap, a value's gradients are added up in the order of the outputs. Of `f16` and
 //!   `bf16`, they are added up in `f32` and rounded once; Flex does so for `bf16` alone.
 //!
-//! Forward takes a band of input rows apart, into a line for each remainder of the columns by the
-//! stride. In these, what a tap meets at neighbouring outputs is neighbouring too, whatever stride and
-//! dilation are, and padding is negative infinity that is written once for each thread. Backward adds
-//! up a band of rows while it is in the first-level cache. Either way each activation is read or
-//! written once in main memory.
+//! Forward deinterleaves a band of input rows: a line for each remainder of the columns by the stride. In a
+//! line, the inputs of a tap at neighbouring outputs are neighbours, whatever stride and dilation are, and
+//! padding is negative infinity, written once for each thread. Backward sums a band of rows in the
+//! first-level cache. Both read or write each activation once in main memory.
 
 pub(crate) mod backward;
 pub(crate) mod forward;

@@ -7,7 +7,7 @@ use std::ops::{Add, Neg, Sub};
 
 use crate::Real;
 
-/// Values that are transformed at a time.
+/// Values of a chunk.
 pub(crate) const CHUNK: usize = 8;
 
 /// Values of a pair.
@@ -41,7 +41,7 @@ impl<T: Real> Chunk<T> {
         )
     }
 
-    /// Puts chunks to `start` of `K` lines, `pitch` apart.
+    /// Stores chunks at `start` of `K` lines, `pitch` apart.
     #[inline(always)]
     #[allow(unsafe_code)]
     pub(crate) fn store<const K: usize>(
@@ -115,7 +115,7 @@ impl<T: Real> Neg for Chunk<T> {
     }
 }
 
-/// As many values as both hold, fewer than two chunks.
+/// Copies as many values as both slices hold, fewer than two chunks.
 #[inline(always)]
 pub(crate) fn copy_short<T: Real>(source: &[T], target: &mut [T]) {
     match (
@@ -136,7 +136,7 @@ pub(crate) fn copy_short<T: Real>(source: &[T], target: &mut [T]) {
     }
 }
 
-/// Every `PAIR`-th value, from each of the first `PAIR` after `start` on.
+/// The even and the odd values from `start` on.
 #[inline(always)]
 pub(crate) fn deinterleave<T: Real>(source: &[T], start: usize) -> [Chunk<T>; PAIR] {
     let (groups, _) = source[start..][..PAIR * CHUNK].as_chunks::<PAIR>();
@@ -149,8 +149,8 @@ pub(crate) fn deinterleave<T: Real>(source: &[T], start: usize) -> [Chunk<T>; PA
     chunks
 }
 
-/// A row from its even values and its odd ones, which lie `pitch` after them: the inverse of
-/// [`deinterleave`], which compilers do well by whole rows.
+/// A row from its even values and its odd ones, which are `pitch` behind: the inverse of [`deinterleave`].
+/// Compilers vectorize it by whole rows.
 #[inline(always)]
 pub(crate) fn interleave<T: Real>(phases: &[T], pitch: usize, row: &mut [T]) {
     let (even, odd) = phases.split_at(pitch);

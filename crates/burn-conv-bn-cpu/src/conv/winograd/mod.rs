@@ -1,22 +1,22 @@
-//! Kernels of 3x3 taps and stride 1 with fewer products: F(2x2, 3x3) of the literature.
+//! Winograd's F(2x2, 3x3), for kernels of 3x3 and stride 1.
 //!
-//! Two neighbouring outputs share most of what they meet. A bilinear algorithm (Winograd, Arithmetic
-//! Complexity of Computations, 1980; Lavin and Gray, arXiv 1509.09308) adds inputs and taps up first
-//! and needs 4 products instead of 6 for both. Nested in rows and columns that is 16 instead of 36 for
-//! each 2x2 of outputs. It is written here as
+//! Two neighbouring outputs share most of their inputs. A bilinear algorithm (Winograd, Arithmetic
+//! Complexity of Computations, 1980; Lavin and Gray, arXiv 1509.09308) adds inputs and taps first, and
+//! takes 4 products instead of 6 for both. Nested in rows and columns these are 16 instead of 36 for each
+//! 2x2 outputs:
 //!
-//! `y = A [(G w) * (B x)]`, with `*` element by element,
+//! `y = A [(G w) * (B x)]`, with `*` element by element.
 //!
-//! and since that is a sum of products of three, the gradients are the same sum read otherwise:
+//! This is a trilinear sum, so the gradients are its transposes:
 //! `dw = G' [(A' dy) * (B x)]` and `dx = B' [(G w) * (A' dy)]`, at the same number of products.
 //!
-//! The matrices' elements are 0, 1, -1 and, in `G`, 1/2. With matrices like these the output and
-//! the input's gradient come out nearer the exact result than a direct sum's, since fewer terms are
-//! rounded, and the weight's gradient up to 1.5 times as far from it, as the test of
-//! `conv` measures; larger tiles of outputs would save more and lose digits.
+//! The matrices' elements are 0, 1, -1 and, in `G`, 1/2. The error of the output and of the input's
+//! gradient is smaller than a direct sum's, since fewer terms are rounded, and that of the weight's gradient
+//! up to 1.5 times as large, as the test of `conv` measures. Larger tiles of outputs would save more and lose
+//! digits.
 //!
-//! For each of the products, the sum over channels is a matrix product, which the kernels for
-//! shifted planes do, without any shift.
+//! For each of the products, the sum over channels is a matrix product, by the kernels for shifted planes
+//! with shift 0.
 
 // Blocks of registers are addressed by their place in the block.
 #![allow(clippy::needless_range_loop)]
@@ -42,21 +42,21 @@ use crate::simd::planes::{
 use crate::simd::sweeps::{Sweep, zero};
 use crate::{Element, Geometry, Real};
 
-/// Bytes of scratch that a thread's tile aims at.
+/// Target size of a thread's tile, in bytes of scratch.
 const TILE_BYTES: usize = 6 << 20;
 
-/// Positions that a tile has room for in any case: the filters of 512 channels are 16 MiB, which come
-/// from main memory for each tile, and have to meet enough there to be worth the way.
+/// Fewest positions of a tile: the filters of 512 channels are 16 MiB, read from main memory for each tile,
+/// and have to be used often enough.
 const LEAST_POSITIONS: usize = 128;
 
 /// Most positions of a tile: a plane of that many values of 64 channels is half of a core's
 /// second-level cache.
 const MOST_POSITIONS: usize = 1024;
 
-/// Kernels whose gradients a thread makes at a time.
+/// Kernels whose gradients a thread transforms at a time.
 const KERNELS: usize = 1024;
 
-/// A convolution made ready. Its positions are pairs of rows by pairs of columns of the output.
+/// A prepared convolution. Its positions are pairs of rows by pairs of columns of the output.
 pub(crate) struct Winograd<'a, T> {
     geometry: &'a Geometry,
     /// Pairs of output rows.
@@ -65,17 +65,17 @@ pub(crate) struct Winograd<'a, T> {
     columns: usize,
     /// Rows of pairs of a tile.
     tile: usize,
-    /// From one plane to the next.
+    /// Distance of the planes.
     plane: usize,
-    /// From one product's planes to the next product's, of the input and of the output.
+    /// Distance of the products' planes, of the input and of the output.
     input_product: usize,
     output_product: usize,
-    /// Where the input's, and the output's, channels start within a product's planes.
+    /// Offsets of the input's, and of the output's, channels in a product's planes.
     inputs: Vec<usize>,
     outputs: Vec<usize>,
     /// For each group, and each of the `E * E` products.
     filters: Vec<Filter<T>>,
-    /// The same for the input's gradient, if that is wanted.
+    /// The same for the input's gradient, if requested.
     transposed: Vec<Filter<T>>,
 }
 
@@ -92,7 +92,7 @@ pub(crate) struct Tile {
 struct Part {
     image: usize,
     rows: Range<usize>,
-    /// Where they start in the tile.
+    /// Their offset in the tile.
     position: usize,
 }
 
@@ -108,8 +108,7 @@ pub(crate) struct Scratch<T> {
 }
 
 impl<'a, T: Real> Winograd<'a, T> {
-    /// `weight` is what is convolved with, and `input_weight` what the input's gradient goes
-    /// through, each if that is wanted.
+    /// `weight` is the convolution's, and `input_weight` that of its input's gradient, each if it is needed.
     pub(crate) fn new(
         geometry: &'a Geometry,
         weight: Option<&[T]>,
@@ -122,12 +121,12 @@ impl<'a, T: Real> Winograd<'a, T> {
         let [_, height, width] = geometry.output();
         let (rows, columns) = (height.div_ceil(2), width.div_ceil(2));
         let bytes = E * E * (2 * group_in + group_out) * size_of::<T>();
-        // A row of the preceding tile, and what is written beyond the last position.
+        // A row of the preceding tile, and the values written behind the last position.
         let margin = columns + slack(group_in).max(slack(group_out));
         let positions = (TILE_BYTES / bytes)
             .saturating_sub(margin)
             .clamp(LEAST_POSITIONS, MOST_POSITIONS);
-        // Small batches come in small blocks, for which large planes would stay empty.
+        // Small batches have small blocks, which would leave large planes empty.
         let block = rows * geometry.images_per_block(BLOCKS);
         let tile = (positions / columns).clamp(1, block);
         let plane = plane_len(margin + tile * columns);
@@ -177,12 +176,12 @@ impl<'a, T: Real> Winograd<'a, T> {
     }
 }
 
-/// A length from one product's planes to the next: the same position of each is in another place
-/// of the first-level cache.
+/// Distance of the products' planes: the same position of each falls in another set of the first-level
+/// cache.
 fn product_len(len: usize) -> usize {
-    const PLACES: usize = 64;
+    const SETS: usize = 64;
     let lines = len.div_ceil(LINE);
-    (lines + (PLACES + 3 - lines % PLACES) % PLACES) * LINE
+    (lines + (SETS + 3 - lines % SETS) % SETS) * LINE
 }
 
 impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {

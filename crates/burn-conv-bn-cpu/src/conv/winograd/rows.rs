@@ -1,4 +1,4 @@
-//! Rows of the input and of its gradient, transformed on their way into the planes and out of them.
+//! Transforms of the input's rows into planes, and of planes into rows of its gradient.
 
 use std::mem::MaybeUninit;
 
@@ -9,7 +9,7 @@ use crate::simd::chunk::{CHUNK, Chunk, deinterleave, interleave};
 use crate::simd::sweeps::zero;
 use crate::{Element, Real};
 
-/// Some rows on their way.
+/// Rows in transformation.
 #[derive(Default)]
 pub(super) struct Lines<T> {
     /// Rows of the input with their padding.
@@ -21,13 +21,13 @@ pub(super) struct Lines<T> {
 }
 
 impl<T: Real> Winograd<'_, T> {
-    /// Length of rows that are dealt with in whole chunks.
+    /// Columns, rounded up to whole chunks.
     pub(super) fn padded_columns(&self) -> usize {
         self.columns.next_multiple_of(CHUNK)
     }
 
-    /// From one line of [`store_rows`](Self::store_rows) to the next: a chunk of zeros stands on
-    /// either side of each.
+    /// Distance of the lines of [`store_rows`](Self::store_rows), with a chunk of zeros on either side of
+    /// each.
     pub(super) fn store_pitch(&self) -> usize {
         self.padded_columns() + 2 * CHUNK
     }
@@ -47,7 +47,7 @@ impl<T: Real> Winograd<'_, T> {
     #[inline(always)]
     fn load_row(&self, padded: &[T], phases: &mut [T], rows: &mut [T]) {
         let columns = self.padded_columns();
-        // By way of memory: what is taken apart and added up at once, the compiler does value by value.
+        // By way of memory: the compiler does not vectorize deinterleaving and sums in one expression.
         let pitch = columns + CHUNK;
         for start in (0..pitch).step_by(CHUNK) {
             Chunk::store(deinterleave(padded, STEP * start), phases, start, pitch);
@@ -59,7 +59,7 @@ impl<T: Real> Winograd<'_, T> {
         }
     }
 
-    /// The part of [`Algorithm::load`] for one channel and one image.
+    /// The part of [`Algorithm::load`](crate::conv::tile::Algorithm::load) for one channel and one image.
     #[inline(always)]
     pub(super) fn load_part<F: Element<Real = T>>(
         &self,
@@ -75,7 +75,7 @@ impl<T: Real> Winograd<'_, T> {
         let padded = self.padded_pitch();
         let [_, (above, _), (left, _)] = self.geometry.padding;
         let count = (part.rows.len() - 1) * STEP + N;
-        // All rows at first, one after the other, so that memory is asked for many lines at a time.
+        // All rows first, one after the other: many cache lines are in flight at a time.
         for (line, padded) in lines
             .padded
             .chunks_exact_mut(padded)
@@ -99,7 +99,7 @@ impl<T: Real> Winograd<'_, T> {
                 let target = first + row * self.columns + column * self.input_product;
                 for start in (0..columns).step_by(CHUNK) {
                     let values = Chunk::load::<N>(&lines.rows, source + start, pitch);
-                    // What this writes beyond the row, the next one overwrites.
+                    // The next row overwrites values written behind this one.
                     let products = input(values);
                     Chunk::store(products, planes, target + start, E * self.input_product);
                 }
@@ -107,9 +107,8 @@ impl<T: Real> Winograd<'_, T> {
         }
     }
 
-    /// Writes the rows of the input's gradient that begin with a row of pairs: those that `row` and
-    /// the one before it meet. `planes` has the row at `position`, less than a row after the one
-    /// before it.
+    /// Writes the rows of the input's gradient that a row of pairs begins: the inputs of `row` and of the
+    /// one before. `planes` has the row at `position`, less than a row after the one before.
     #[inline(always)]
     pub(super) fn store_rows<F: Element<Real = T>>(
         &self,

@@ -4,13 +4,13 @@ use crate::Real;
 use crate::simd::chunk::Chunk;
 use crate::simd::planes::CHANNELS;
 
-/// Inputs that a pair of outputs meets.
+/// Inputs of a pair of outputs.
 pub(super) const N: usize = 4;
 
 /// Products for a pair of outputs.
 pub(super) const E: usize = 4;
 
-/// Inputs from one pair of outputs to the next.
+/// Distance of the pairs of outputs, in inputs.
 pub(super) const STEP: usize = 2;
 
 /// `B x`.
@@ -82,8 +82,8 @@ pub(super) fn transformed<T: Real>(kernels: &[&[T; 9]; CHANNELS]) -> [[T; CHANNE
     products
 }
 
-/// What a pair and the one before it contribute to the inputs from the pair's first one to the next
-/// pair's first one.
+/// The contributions of a pair and of the one before to the inputs between the pair's first and the next
+/// pair's first.
 #[inline(always)]
 pub(super) fn sums<T: Real>(this: [Chunk<T>; N], before: [Chunk<T>; N]) -> [Chunk<T>; STEP] {
     [this[0] + before[2], this[1] + before[3]]
