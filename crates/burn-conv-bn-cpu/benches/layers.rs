@@ -132,9 +132,10 @@ fn layers(criterion: &mut Criterion) {
             };
             group.bench_function(name, |bencher| {
                 bencher.iter(|| {
-                    let sums = match stores {
-                        true => grad_sums(&pass, ConvOutput::Store(&mut values)),
-                        false => grad_sums(&pass, ConvOutput::Recompute),
+                    let sums = if stores {
+                        grad_sums(&pass, ConvOutput::Store(&mut values))
+                    } else {
+                        grad_sums(&pass, ConvOutput::Recompute)
                     };
                     black_box(&sums);
                     let kept = stores.then_some(&values[..]);

@@ -506,9 +506,10 @@ fn compare<T: Element<Real = T> + Real>(case: &Case, tolerance: f64) {
 
     // Backward, by the pre-activation and by the output.
     for by_output in [false, true] {
-        let passes = |index: usize| match by_output {
-            true => t_output[index] > T::ZERO,
-            false => {
+        let passes = |index: usize| {
+            if by_output {
+                t_output[index] > T::ZERO
+            } else {
                 (t_z[index] - t_mean[channel_of(index)]) * t_scale[channel_of(index)]
                     + t_shift[channel_of(index)]
                     > T::ZERO
@@ -555,9 +556,10 @@ fn compare<T: Element<Real = T> + Real>(case: &Case, tolerance: f64) {
         let mut results = Vec::new();
         for stores in [false, true] {
             let mut stored = vec![T::ZERO; z.len()];
-            let sums = match stores {
-                true => grad_sums(&pass, ConvOutput::Store(&mut stored)),
-                false => grad_sums(&pass, ConvOutput::Recompute),
+            let sums = if stores {
+                grad_sums(&pass, ConvOutput::Store(&mut stored))
+            } else {
+                grad_sums(&pass, ConvOutput::Recompute)
             };
             if stores {
                 assert_eq!(stored, t_z, "{}", name("recomputed bits"));

@@ -296,11 +296,14 @@ fn stored<E: Element>(values: &[E::Real]) -> Vec<E> {
     stored
 }
 
-/// What tells values apart, but for NaNs from each other.
+/// The values' bits, the same for every NaN.
 fn bits<E: Element>(values: &[E]) -> Vec<u64> {
-    let bits = |value: f64| match value.is_nan() {
-        true => f64::NAN.to_bits(),
-        false => value.to_bits(),
+    let bits = |value: f64| {
+        if value.is_nan() {
+            f64::NAN.to_bits()
+        } else {
+            value.to_bits()
+        }
     };
     loaded(values)
         .into_iter()
