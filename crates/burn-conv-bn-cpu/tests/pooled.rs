@@ -68,7 +68,7 @@ fn cases() -> Vec<Case> {
         case(5, [3, 4], [8, 8], two, two, [0, 0], one),
         // A last row and a last column in no window, in tiles of more than one image.
         case(7, [2, 1], [9, 7], two, two, [0, 0], one),
-        // With fewer products, in tiles of some rows.
+        // With Winograd, in tiles of some rows.
         case(2, [16, 16], [70, 66], two, two, [0, 0], one),
         case(1, [3, 2], [101, 67], two, two, [0, 0], one),
         // ResNet's: windows that overlap, and padding.
