@@ -132,9 +132,10 @@ fn layers(criterion: &mut Criterion) {
             };
             group.bench_function(name, |bencher| {
                 bencher.iter(|| {
-                    let sums = match stores {
-                        true => grad_sums(&pass, ConvOutput::Store(&mut values)),
-                        false => grad_sums(&pass, ConvOutput::Recompute),
+                    let sums = if stores {
+                        grad_sums(&pass, ConvOutput::Store(&mut values))
+                    } else {
+                        grad_sums(&pass, ConvOutput::Recompute)
                     };
                     black_box(&sums);
                     let kept = stores.then_some(&values[..]);
@@ -160,7 +161,7 @@ fn layers(criterion: &mut Criterion) {
 }
 
 /// The max pools of the tutorial's network and of ResNet's stem. Their floor is the rate of copies: in
-/// bytes, each activation and the places read or written once.
+/// bytes, each activation and the argmax read or written once.
 fn max_pools(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("max_pool");
     group.sample_size(20).warm_up_time(Duration::from_secs(1));
@@ -181,20 +182,20 @@ fn max_pools(criterion: &mut Criterion) {
         let [height, width] = geometry.output();
         let input = random(planes * size * size, 1);
         let output_grad = random(planes * height * width, 2);
-        let (mut output, mut places, mut input_grad) = (Vec::new(), Vec::new(), Vec::new());
-        max_pool(&geometry, &input, &mut output, Some(&mut places));
+        let (mut output, mut argmax, mut input_grad) = (Vec::new(), Vec::new(), Vec::new());
+        max_pool(&geometry, &input, &mut output, Some(&mut argmax));
 
         let values = size_of::<f32>() * (input.len() + output_grad.len());
-        group.throughput(Throughput::Bytes((values + places.len()) as u64));
+        group.throughput(Throughput::Bytes((values + argmax.len()) as u64));
         group.bench_function(format!("{id}/forward"), |bencher| {
             bencher.iter(|| {
-                max_pool(&geometry, &input, &mut output, Some(&mut places));
-                black_box((&output, &places));
+                max_pool(&geometry, &input, &mut output, Some(&mut argmax));
+                black_box((&output, &argmax));
             });
         });
         group.bench_function(format!("{id}/backward"), |bencher| {
             bencher.iter(|| {
-                max_pool_backward(&geometry, &output_grad, &places, &mut input_grad);
+                max_pool_backward(&geometry, &output_grad, &argmax, &mut input_grad);
                 black_box(&input_grad);
             });
         });

@@ -1,6 +1,6 @@
 use crate::Real;
 
-/// Element-wise function at the end.
+/// Element-wise function of the norm's output plus residual.
 ///
 /// ```
 /// use burn_conv_bn_cpu::{Activation, Affine, Geometry, normalize};
@@ -36,8 +36,8 @@ pub enum Activation {
     HardSwish,
 }
 
-/// Evaluates the body for the activation, each time with a constant, so that a loop in it is
-/// compiled for each of them without a branch.
+/// Evaluates the body with the activation as a constant: a loop in it is compiled for each one, without a
+/// branch.
 macro_rules! specialize {
     ($activation:expr, $constant:ident => $body:expr) => {
         match $activation {
@@ -79,10 +79,13 @@ impl Activation {
     pub(crate) fn forward<T: Real>(self, value: T) -> T {
         match self {
             Self::Identity => value,
-            Self::Relu => match is_above(value, T::ZERO) {
-                true => value,
-                false => T::ZERO,
-            },
+            Self::Relu => {
+                if is_above(value, T::ZERO) {
+                    value
+                } else {
+                    T::ZERO
+                }
+            }
             Self::Relu6 => {
                 let six = T::from_f64(6.0);
                 match (is_above(value, T::ZERO), value >= six) {
@@ -91,10 +94,13 @@ impl Activation {
                     (true, false) => value,
                 }
             }
-            Self::LeakyRelu { negative_slope } => match is_above(value, T::ZERO) {
-                true => value,
-                false => value * T::from_f64(negative_slope),
-            },
+            Self::LeakyRelu { negative_slope } => {
+                if is_above(value, T::ZERO) {
+                    value
+                } else {
+                    value * T::from_f64(negative_slope)
+                }
+            }
             Self::Silu => value * sigmoid(value),
             Self::Gelu => value * normal_cdf(value),
             Self::HardSwish => match (
@@ -109,23 +115,29 @@ impl Activation {
     }
 
     /// `grad * activation'(value)`, and 0 where the derivative is 0, whatever the gradient. For Relu,
-    /// Relu6 and a LeakyRelu whose slope is not negative, `value` may be the output too.
+    /// Relu6 and a LeakyRelu whose slope is not negative, `value` may also be the output.
     #[inline(always)]
     pub(crate) fn backward<T: Real>(self, value: T, grad: T) -> T {
         match self {
             Self::Identity => grad,
-            Self::Relu => match is_above(value, T::ZERO) {
-                true => grad,
-                false => T::ZERO,
-            },
+            Self::Relu => {
+                if is_above(value, T::ZERO) {
+                    grad
+                } else {
+                    T::ZERO
+                }
+            }
             Self::Relu6 => match (is_above(value, T::ZERO), value >= T::from_f64(6.0)) {
                 (true, false) => grad,
                 _ => T::ZERO,
             },
-            Self::LeakyRelu { negative_slope } => match is_above(value, T::ZERO) {
-                true => grad,
-                false => sloped(grad, T::from_f64(negative_slope)),
-            },
+            Self::LeakyRelu { negative_slope } => {
+                if is_above(value, T::ZERO) {
+                    grad
+                } else {
+                    sloped(grad, T::from_f64(negative_slope))
+                }
+            }
             Self::Silu => {
                 let sigmoid = sigmoid(value);
                 sloped(grad, sigmoid + value * sigmoid * (T::ONE - sigmoid))
@@ -153,7 +165,7 @@ fn sloped<T: Real>(grad: T, slope: T) -> T {
     }
 }
 
-/// Above the bound, or not a number.
+/// Above the bound, or NaN.
 #[inline(always)]
 #[allow(clippy::neg_cmp_op_on_partial_ord)]
 fn is_above<T: Real>(value: T, bound: T) -> bool {
@@ -165,7 +177,7 @@ fn sigmoid<T: Real>(value: T) -> T {
     T::ONE / (T::ONE + (T::ZERO - value).exp())
 }
 
-/// The normal distribution's `P(X <= value)`. By erfc, which keeps its digits where it is small.
+/// The normal distribution's `P(X <= value)`, by erfc, which keeps its digits where it is small.
 #[inline(always)]
 fn normal_cdf<T: Real>(value: T) -> T {
     T::from_f64(0.5) * (value * T::from_f64(-std::f64::consts::FRAC_1_SQRT_2)).erfc()

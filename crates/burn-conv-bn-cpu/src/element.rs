@@ -2,14 +2,16 @@ use std::mem::MaybeUninit;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use pulp::Arch;
 
-use crate::{Real, simd};
+use crate::Real;
+use crate::simd::sweeps::{self, Sweep};
 
-/// The types that activations are stored in: `f32` and `f64`, which are computed in as they are,
-/// and `f16` and `bf16`, which pass through tiles of `f32`.
+/// Storage types of activations: `f32` and `f64`, which are also the compute types, and `f16` and `bf16`,
+/// which are computed in tiles of `f32`.
 ///
-/// The convolution's output is rounded to this type where it leaves its tile, whether it is stored
-/// or not, so that what is recomputed is what was there.
+/// The convolution's output is rounded to this type at its tile, whether it is stored or not, so that the
+/// recomputed output is the same.
 ///
 /// ```
 /// use burn_conv_bn_cpu::Element;
@@ -22,7 +24,7 @@ use crate::{Real, simd};
 /// assert_eq!(loaded, [1.0, 1.0]);
 /// ```
 pub trait Element: Copy + Default + Send + Sync + private::Sealed + 'static {
-    /// What the kernels compute in.
+    /// The compute type.
     type Real: Real;
 
     /// Converts each value; rounded to nearest.
@@ -32,14 +34,14 @@ pub trait Element: Copy + Default + Send + Sync + private::Sealed + 'static {
     /// Panics if the slices differ in length.
     fn store(values: &[Self::Real], target: &mut [Self]);
 
-    /// As [`store`](Self::store), to where nothing needs to be yet.
+    /// As [`store`](Self::store), into uninitialized memory.
     ///
     /// # Panics
     ///
     /// Panics if the slices differ in length.
     fn write(values: &[Self::Real], target: &mut [MaybeUninit<Self>]);
 
-    /// As [`write`](Self::write), one value.
+    /// As [`write`](Self::write), for one value.
     fn write_one(value: Self::Real, target: &mut MaybeUninit<Self>);
 
     /// Converts each value; exact.
@@ -49,18 +51,26 @@ pub trait Element: Copy + Default + Send + Sync + private::Sealed + 'static {
     /// Panics if the slices differ in length.
     fn load(values: &[Self], target: &mut [Self::Real]);
 
-    /// The values to compute with: themselves, or converted into `scratch`.
+    /// The values in the compute type: themselves, or converted into `scratch`.
     fn read<'a>(values: &'a [Self], scratch: &'a mut Vec<Self::Real>) -> &'a [Self::Real];
 
-    /// Rounds each value to what this type can hold.
+    /// Rounds each value to this type.
     fn round(values: &mut [Self::Real], scratch: &mut Vec<Self>);
 
-    /// Lets `change` change the values: in place, or converted into `scratch` and back.
+    /// Calls `change` on the values: in place, or converted into `scratch` and back.
     fn update(
         values: &mut [Self],
         scratch: &mut Vec<Self::Real>,
         change: impl FnOnce(&mut [Self::Real]),
     );
+}
+
+/// [`Element::write`], compiled for the vector unit.
+pub(crate) fn write_vectorized<E: Element>(values: &[E::Real], target: &mut [MaybeUninit<E>]) {
+    Arch::new().dispatch(Sweep(
+        #[inline(always)]
+        || E::write(values, target),
+    ));
 }
 
 mod private {
@@ -76,12 +86,12 @@ macro_rules! computed_as_stored {
 
             #[inline(always)]
             fn store(values: &[$real], target: &mut [Self]) {
-                simd::copy(values, target);
+                sweeps::copy(values, target);
             }
 
             #[inline(always)]
             fn write(values: &[$real], target: &mut [MaybeUninit<Self>]) {
-                simd::write(values, target);
+                sweeps::write(values, target);
             }
 
             #[inline(always)]
@@ -91,7 +101,7 @@ macro_rules! computed_as_stored {
 
             #[inline(always)]
             fn load(values: &[Self], target: &mut [$real]) {
-                simd::copy(values, target);
+                sweeps::copy(values, target);
             }
 
             #[inline(always)]

@@ -1,22 +1,10 @@
-use std::ops::Range;
-
-/// Most blocks of images that sums are taken over: enough for the threads of large machines.
-pub(crate) const BLOCKS: usize = 64;
-
-/// Output positions that make a block worth its overhead.
-const FILLED_POSITIONS: usize = 512;
-
-/// Most taps of an output value that are summed twice in less time than the value takes on its way to
-/// memory and back: depthwise convolutions, and first layers of one or three channels.
+/// Most taps of an output value that is recomputed faster than stored and loaded: depthwise convolutions,
+/// and first layers of one or three channels.
 const FEW_TAPS: usize = 32;
 
-/// Most bytes of an output that are stored in less time than it is recomputed in: larger ones come from
-/// the system as fresh pages and go back to it in every step, and take the peak with them.
+/// Most bytes of an output that is stored faster than recomputed: larger ones are fresh pages in every
+/// step, and raise the peak.
 const LARGEST_STORED: usize = 128 << 20;
-
-/// Blocks that small images are not put together below: more would keep more threads busy, but read
-/// large weights once for each.
-const LEAST_BLOCKS: usize = 2;
 
 /// Why a geometry is refused.
 ///
@@ -186,8 +174,8 @@ impl Geometry {
         self.output.iter().product()
     }
 
-    /// Whether it takes less time to store the convolution's output, of so many `bytes`, between the
-    /// two steps of the backward pass than to recompute it in each.
+    /// Whether storing the convolution's output, of `bytes`, between the two steps of the backward pass is
+    /// faster than recomputing it in each.
     ///
     /// ```
     /// use burn_conv_bn_cpu::Geometry;
@@ -224,26 +212,5 @@ impl Geometry {
     /// Taps of an output value.
     pub(crate) fn depth(&self) -> usize {
         self.group_in() * self.kernel.iter().product::<usize>()
-    }
-
-    /// Images of each of at most `most` blocks, which sums are taken over in order. They depend on
-    /// nothing but the geometry, so that results do not depend on the number of threads.
-    ///
-    /// Small images are put together so that they fill a tile, as long as [`LEAST_BLOCKS`] remain.
-    pub(crate) fn images_per_block(&self, most: usize) -> usize {
-        let filling = FILLED_POSITIONS
-            .div_ceil(self.positions())
-            .min(self.batch.div_ceil(LEAST_BLOCKS));
-        // A power of two of blocks, so that two threads, or four, have the same to do.
-        let blocks = self.batch.div_ceil(filling).next_power_of_two().min(most);
-        self.batch.div_ceil(blocks)
-    }
-
-    /// The images of each block, of `images` each but the last.
-    pub(crate) fn blocks(&self, images: usize) -> Vec<Range<usize>> {
-        (0..self.batch)
-            .step_by(images)
-            .map(|start| start..(start + images).min(self.batch))
-            .collect()
     }
 }

@@ -1,38 +1,36 @@
 //! CPU kernels for `activation(norm(conv(x)) + residual)` and its gradients, on slices.
 //!
-//! The convolution is done in tiles small enough for the cache, mostly without laying out patches: the
-//! images are copied with their padding into planes, in which the values that one tap of the kernel
-//! meets are the plane itself, shifted. Small images, whose planes would be padding for a good part,
-//! have a plane for each tap instead. The output is a sum of planes, and whatever else is to be done
-//! with a tile is done while it is there. The backward pass copies the same planes once, for the
-//! recomputed output and the weight's gradient; the input's is a sum of planes too. Kernels of 3x3 take
-//! fewer products where channels are enough.
+//! The convolution runs in tiles that fit the cache, mostly without patches (im2col): images are copied with
+//! their padding into planes, and the inputs of one tap of the kernel are a shifted plane. Small images, whose
+//! planes would be padding for a good part, have a plane for each tap instead. The output is a sum of planes;
+//! statistics, norm and gradient of a tile are computed while it is in the cache. The backward pass copies
+//! the same planes once, for the recomputed output and the weight's gradient; the input's gradient is a sum
+//! of planes too. Kernels of 3x3 with enough channels use Winograd's F(2x2, 3x3).
 //!
 //! - [`Geometry`]: shapes of a convolution over one to three spatial dimensions.
-//! - [`conv_moments`]: the convolution, with mean and squared deviations of its channels.
-//! - [`conv`]: the convolution alone.
+//! - [`conv_moments`]: the convolution, with mean and squared deviations of each channel.
+//! - [`conv()`]: the convolution alone.
 //! - [`normalize`]: norm, residual and activation, in place.
-//! - [`grad_sums`]: recomputes the convolution and sums what the norm's gradient needs.
-//! - [`backward`]: recomputes it again, or takes what [`grad_sums`] kept, and makes the gradients.
-//! - [`PoolGeometry`], [`max_pool()`], [`max_pool_backward`]: max pooling, which keeps a byte for each
-//!   output in the place of its input.
-//! - [`normalize_max_pool`], [`pooled_grad_sums`], [`OutputGrad::Pooled`]: the norm with a max pool right
-//!   behind it, between which no tensor is made, nor its gradient.
+//! - [`grad_sums`]: recomputes the convolution, and computes the sums of the norm's gradient.
+//! - [`backward`]: recomputes the convolution again, or reads what [`grad_sums`] stored, and computes the
+//!   gradients.
+//! - [`PoolGeometry`], [`max_pool`], [`max_pool_backward`]: max pooling, with an argmax of one byte for each
+//!   output.
+//! - [`normalize_max_pool`], [`pooled_grad_sums`], [`OutputGrad::Pooled`]: norm and max pool as one op, with
+//!   no tensor between them, nor its gradient.
 //!
-//! Activations are stored as `f32`, `f64`, `f16` or `bf16` ([`Element`]); what is computed and all
-//! that belongs to channels is `f32` or `f64` ([`Real`]).
+//! Activations are stored as `f32`, `f64`, `f16` or `bf16` ([`Element`]); arithmetic and per-channel values
+//! are `f32` or `f64` ([`Real`]).
 //!
-//! All tensors are contiguous, `[batch, channels, depth, height, width]`. Beyond tiles for each
-//! thread and a few copies of the weight (16/9 of it each where fewer products are used), nothing
-//! is allocated here but room for results, in the buffers that are handed in. Results do not depend on
-//! the number of threads: sums are taken over fixed blocks of images, in order. What is recomputed has
-//! the bits that it had.
+//! All tensors are contiguous, `[batch, channels, depth, height, width]`. Allocations are room for results, in
+//! the caller's buffers, tiles for each thread, and a few copies of the weight (each 16/9 of its size with
+//! Winograd). Results do not depend on the number of threads: sums run over fixed blocks of images, in order.
+//! A recomputed output has the bits of the first.
 //!
-//! Nothing here knows which variant of batch norm it serves: mean, scale and shift, and the
-//! coefficients of the gradient, come per channel from the caller.
+//! The kernels are the same for all variants of batch norm: the caller passes mean, scale and shift, and the
+//! coefficients of the gradient, per channel.
 //!
-//! A training step of `relu(norm(conv(x)))`, of which nothing but `x` has to be kept between its two
-//! halves:
+//! A training step of `relu(norm(conv(x)))`, with only `x` saved between its two halves:
 //!
 //! ```
 //! use burn_conv_bn_cpu::{
@@ -92,55 +90,33 @@
 #![deny(missing_docs)]
 
 mod activation;
-mod algorithm;
-mod backward;
-mod buffer;
-mod direct;
+mod blocks;
+mod conv;
 mod element;
-mod forward;
 mod geometry;
-mod layout;
-mod max_pool;
-mod minimal;
-mod moments;
+mod norm;
 mod pool;
-mod pooled;
 mod real;
-mod shifted;
+mod scratch;
 mod simd;
 
 pub use activation::Activation;
-pub use backward::{
-    Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, OutputGrad, backward,
-    grad_sums,
-};
 pub use element::Element;
-pub use forward::{conv, conv_moments, normalize};
 pub use geometry::{Geometry, GeometryError};
-pub use max_pool::{PoolGeometry, PoolGeometryError, max_pool, max_pool_backward};
-pub use moments::Moments;
-pub use pooled::{PooledGrad, normalize_max_pool, pooled_grad_sums};
+pub use norm::affine::Affine;
+pub use norm::backward::{backward, grad_sums};
+pub use norm::forward::{conv, conv_moments, normalize};
+pub use norm::gradient::{
+    Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, OutputGrad, PooledGrad,
+};
+pub use norm::moments::Moments;
+pub use pool::backward::max_pool_backward;
+pub use pool::forward::max_pool;
+pub use pool::geometry::{PoolGeometry, PoolGeometryError};
+pub use pool::joined::{normalize_max_pool, pooled_grad_sums};
 pub use real::Real;
 
 /// The code of the package's Markdown page.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 mod readme {}
-
-/// Per-channel affine map with the mean kept apart: `scale * (z - mean) + shift`.
-///
-/// ```
-/// use burn_conv_bn_cpu::Affine;
-///
-/// let identity = Affine { mean: &[0.0, 0.0], scale: &[1.0, 1.0], shift: &[0.0, 0.0] };
-/// assert_eq!(identity.scale.len(), 2);
-/// ```
-#[derive(Clone, Copy, Debug)]
-pub struct Affine<'a, T> {
-    /// `[channels_out]`.
-    pub mean: &'a [T],
-    /// `[channels_out]`.
-    pub scale: &'a [T],
-    /// `[channels_out]`.
-    pub shift: &'a [T],
-}

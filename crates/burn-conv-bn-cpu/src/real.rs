@@ -1,7 +1,7 @@
 use std::fmt::Debug;
 use std::ops::{Add, AddAssign, Div, Mul, Sub};
 
-/// The types that the kernels compute in: `f32` and `f64`.
+/// Compute types: `f32` and `f64`.
 ///
 /// ```
 /// use burn_conv_bn_cpu::Real;
@@ -86,18 +86,18 @@ impl Real for f64 {
 pub(crate) mod vector {
     use pulp::Simd;
 
-    /// Vectors of a number type, on whatever unit there is. Seals [`Real`](super::Real).
+    /// Vectors of a number type, on any unit. Seals [`Real`](super::Real).
     pub trait Lanes: Sized {
         /// As many values as the unit's registers hold.
         type Vector<S: Simd>: Copy;
 
-        /// An integer of the number's size, to be carried beside it.
+        /// An integer of the number's size, for a lane beside it.
         type Index: Copy + Default + From<u8> + Send + Sync + 'static;
 
-        /// As many of them.
+        /// A vector of them.
         type Indices<S: Simd>: Copy;
 
-        /// As many truths.
+        /// A vector of booleans.
         type Mask<S: Simd>: Copy;
 
         fn splat<S: Simd>(simd: S, value: Self) -> Self::Vector<S>;
@@ -172,8 +172,7 @@ pub(crate) mod vector {
             simd.or_m32s(are_greater, simd.not_m32s(are_numbers))
         }
 
-        // As integers: pulp need not inline its selection of numbers, and what is not inlined is
-        // compiled for the oldest unit.
+        // As integers: pulp's selection of numbers may stay a call, compiled for the oldest unit.
         #[inline(always)]
         fn select<S: Simd>(simd: S, mask: S::m32s, if_true: S::f32s, if_false: S::f32s) -> S::f32s {
             pulp::cast(simd.select_u32s(mask, pulp::cast(if_true), pulp::cast(if_false)))
@@ -233,8 +232,7 @@ pub(crate) mod vector {
             simd.or_m64s(are_greater, simd.not_m64s(are_numbers))
         }
 
-        // As integers: pulp need not inline its selection of numbers, and what is not inlined is
-        // compiled for the oldest unit.
+        // As integers: pulp's selection of numbers may stay a call, compiled for the oldest unit.
         #[inline(always)]
         fn select<S: Simd>(simd: S, mask: S::m64s, if_true: S::f64s, if_false: S::f64s) -> S::f64s {
             pulp::cast(simd.select_u64s(mask, pulp::cast(if_true), pulp::cast(if_false)))

@@ -37,7 +37,7 @@ const PLAIN: Case = Case {
 
 /// Ugly on purpose: one channel, 65 of them, one pixel, odd strides, asymmetric padding, dilation,
 /// groups, depthwise, pointwise, three dimensions, more images than blocks, more than one tile; then
-/// channels enough for fewer products, and for a layout without gaps.
+/// channels enough for Winograd, and for a layout without gaps.
 fn cases() -> Vec<Case> {
     let padded = [(0, 0), (1, 1), (1, 1)];
     vec![
@@ -126,7 +126,7 @@ fn cases() -> Vec<Case> {
             padding: padded,
             ..PLAIN
         },
-        // Channels enough for the algorithm with fewer products: every remainder of sizes, padding
+        // Channels enough for the Winograd algorithm: every remainder of sizes, padding
         // on one side, several images in a tile, groups, several tiles in an image, and of each of
         // several groups.
         Case {
@@ -304,7 +304,7 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// Channels and stride for shifted planes, for fewer products, and for planes without gaps.
+/// Channels and stride for shifted planes, for Winograd, and for planes without gaps.
 fn algorithms() -> [([usize; 2], [usize; 3]); 3] {
     [([5, 6], [1; 3]), ([16, 17], [1; 3]), ([16, 17], [1, 2, 2])]
 }
@@ -506,9 +506,10 @@ fn compare<T: Element<Real = T> + Real>(case: &Case, tolerance: f64) {
 
     // Backward, by the pre-activation and by the output.
     for by_output in [false, true] {
-        let passes = |index: usize| match by_output {
-            true => t_output[index] > T::ZERO,
-            false => {
+        let passes = |index: usize| {
+            if by_output {
+                t_output[index] > T::ZERO
+            } else {
                 (t_z[index] - t_mean[channel_of(index)]) * t_scale[channel_of(index)]
                     + t_shift[channel_of(index)]
                     > T::ZERO
@@ -555,9 +556,10 @@ fn compare<T: Element<Real = T> + Real>(case: &Case, tolerance: f64) {
         let mut results = Vec::new();
         for stores in [false, true] {
             let mut stored = vec![T::ZERO; z.len()];
-            let sums = match stores {
-                true => grad_sums(&pass, ConvOutput::Store(&mut stored)),
-                false => grad_sums(&pass, ConvOutput::Recompute),
+            let sums = if stores {
+                grad_sums(&pass, ConvOutput::Store(&mut stored))
+            } else {
+                grad_sums(&pass, ConvOutput::Recompute)
             };
             if stores {
                 assert_eq!(stored, t_z, "{}", name("recomputed bits"));

@@ -128,7 +128,7 @@ fn cases() -> Vec<Case> {
             ceil_mode: true,
             ..OVERLAP
         },
-        // As many places as a byte tells apart.
+        // As many taps as a byte has values.
         Case {
             input: [20, 37],
             kernel: [16, 16],
@@ -252,9 +252,9 @@ impl Case {
         }
     }
 
-    /// Values, and places unless a window meets nothing.
+    /// Values, and the argmax of each window that meets the input.
     fn pool<T: Real>(&self, input: &[T]) -> (Vec<T>, Vec<Option<u8>>) {
-        let (mut values, mut places) = (Vec::new(), Vec::new());
+        let (mut values, mut argmax) = (Vec::new(), Vec::new());
         self.for_each_window(|_, met| {
             let mut best: Option<(T, usize)> = None;
             for (place, at) in met {
@@ -266,16 +266,16 @@ impl Case {
             }
             let nothing = T::from_f64(f64::NEG_INFINITY);
             values.push(best.map_or(nothing, |(value, _)| value));
-            places.push(best.map(|(_, place)| u8::try_from(place).expect("up to 256 places")));
+            argmax.push(best.map(|(_, place)| u8::try_from(place).expect("up to 256 places")));
         });
-        (values, places)
+        (values, argmax)
     }
 
-    fn pool_backward<T: Real>(&self, output_grad: &[T], places: &[Option<u8>]) -> Vec<T> {
+    fn pool_backward<T: Real>(&self, output_grad: &[T], argmax: &[Option<u8>]) -> Vec<T> {
         let mut input_grad = vec![T::ZERO; self.input_len()];
         self.for_each_window(|output, met| {
             for (place, at) in met {
-                if places[output] == u8::try_from(*place).ok() {
+                if argmax[output] == u8::try_from(*place).ok() {
                     input_grad[*at] += output_grad[output];
                 }
             }
@@ -296,11 +296,14 @@ fn stored<E: Element>(values: &[E::Real]) -> Vec<E> {
     stored
 }
 
-/// What tells values apart, but for NaNs from each other.
+/// The values' bits, the same for every NaN.
 fn bits<E: Element>(values: &[E]) -> Vec<u64> {
-    let bits = |value: f64| match value.is_nan() {
-        true => f64::NAN.to_bits(),
-        false => value.to_bits(),
+    let bits = |value: f64| {
+        if value.is_nan() {
+            f64::NAN.to_bits()
+        } else {
+            value.to_bits()
+        }
     };
     loaded(values)
         .into_iter()
@@ -357,22 +360,22 @@ fn compare<E: Element>(case: &Case, values: Values) {
     let geometry = case.geometry();
     let output_size = [case.windows(0), case.windows(1)];
     assert_eq!(geometry.output(), output_size, "{case:?}");
-    let (wanted, wanted_places) = case.pool(&loaded(&input));
+    let (wanted, wanted_argmax) = case.pool(&loaded(&input));
     let wanted = stored::<E>(&wanted);
 
     // Whatever the buffers hold is replaced: more than there will be, less, or nothing.
     let what = |what: &str| format!("{what} of {values:?}");
     let mut output = vec![E::default(); wanted.len() + 3];
-    let mut places = vec![7; wanted.len() / 2];
-    max_pool(&geometry, &input, &mut output, Some(&mut places));
+    let mut argmax = vec![7; wanted.len() / 2];
+    max_pool(&geometry, &input, &mut output, Some(&mut argmax));
     assert_same(&what("output"), case, &bits(&output), &bits(&wanted));
-    assert_eq!(places.len(), wanted.len(), "{case:?}");
-    let told: Vec<Option<u8>> = places
+    assert_eq!(argmax.len(), wanted.len(), "{case:?}");
+    let told: Vec<Option<u8>> = argmax
         .iter()
-        .zip(&wanted_places)
+        .zip(&wanted_argmax)
         .map(|(place, wanted)| wanted.map(|_| *place))
         .collect();
-    assert_same(&what("places"), case, &told, &wanted_places);
+    assert_same(&what("argmax"), case, &told, &wanted_argmax);
     let mut alone = Vec::new();
     max_pool(&geometry, &input, &mut alone, None);
     assert_same(&what("output alone"), case, &bits(&alone), &bits(&wanted));
@@ -385,9 +388,9 @@ fn compare<E: Element>(case: &Case, values: Values) {
             *grad = stored::<E>(&[E::Real::from_f64(zero)])[0];
         }
     }
-    let wanted = stored::<E>(&case.pool_backward(&loaded(&output_grad), &wanted_places));
+    let wanted = stored::<E>(&case.pool_backward(&loaded(&output_grad), &wanted_argmax));
     let mut input_grad = vec![E::default(); wanted.len() / 2];
-    max_pool_backward(&geometry, &output_grad, &places, &mut input_grad);
+    max_pool_backward(&geometry, &output_grad, &argmax, &mut input_grad);
     assert_same(&what("gradient"), case, &bits(&input_grad), &bits(&wanted));
 }
 
@@ -477,11 +480,11 @@ fn the_naive_loops_are_right() {
         f64::NAN,
         f64::NAN,
     ];
-    let (values, places) = case.pool(&input);
+    let (values, argmax) = case.pool(&input);
     assert_eq!(values[..3], [1.0, 3.0, 8.0]);
     assert!(values[3].is_nan());
-    assert_eq!(places, [3, 2, 3, 3].map(Some));
-    let grad = case.pool_backward(&[1.0, 2.0, 4.0, 8.0], &places);
+    assert_eq!(argmax, [3, 2, 3, 3].map(Some));
+    let grad = case.pool_backward(&[1.0, 2.0, 4.0, 8.0], &argmax);
     let mut wanted = [0.0; 12];
     (wanted[0], wanted[2], wanted[8], wanted[11]) = (1.0, 2.0, 4.0, 8.0);
     assert_eq!(grad, wanted);
@@ -494,10 +497,10 @@ fn the_naive_loops_are_right() {
         padding: [0, 0],
         ..case
     };
-    let (values, places) = line.pool(&[0.0, 1.0, 9.0, 2.0, 3.0]);
+    let (values, argmax) = line.pool(&[0.0, 1.0, 9.0, 2.0, 3.0]);
     assert_eq!(values, [9.0, 9.0]);
-    assert_eq!(places, [Some(2), Some(0)]);
-    let grad = line.pool_backward(&[0.5, 0.25], &places);
+    assert_eq!(argmax, [Some(2), Some(0)]);
+    let grad = line.pool_backward(&[0.5, 0.25], &argmax);
     assert_eq!(grad, [0.0, 0.0, 0.75, 0.0, 0.0]);
 }
 
@@ -538,9 +541,9 @@ fn sizes_of_the_output() {
 fn no_planes_give_nothing() {
     for case in [TILES, OVERLAP] {
         let case = Case { planes: 0, ..case };
-        let (mut output, mut places, mut grad) = (vec![1.0f32], vec![1], vec![1.0f32]);
-        max_pool(&case.geometry(), &[], &mut output, Some(&mut places));
-        assert!(output.is_empty() && places.is_empty());
+        let (mut output, mut argmax, mut grad) = (vec![1.0f32], vec![1], vec![1.0f32]);
+        max_pool(&case.geometry(), &[], &mut output, Some(&mut argmax));
+        assert!(output.is_empty() && argmax.is_empty());
         max_pool_backward(&case.geometry(), &[], &[], &mut grad);
         assert!(grad.is_empty());
     }
@@ -591,10 +594,10 @@ fn the_number_of_threads_changes_no_bit() {
                 .build()
                 .expect("threads can be started");
             pool.install(|| {
-                let (mut output, mut places, mut grad) = (Vec::new(), Vec::new(), Vec::new());
-                max_pool(&geometry, &input, &mut output, Some(&mut places));
-                max_pool_backward(&geometry, &output_grad, &places, &mut grad);
-                (bits(&output), places, bits(&grad))
+                let (mut output, mut argmax, mut grad) = (Vec::new(), Vec::new(), Vec::new());
+                max_pool(&geometry, &input, &mut output, Some(&mut argmax));
+                max_pool_backward(&geometry, &output_grad, &argmax, &mut grad);
+                (bits(&output), argmax, bits(&grad))
             })
         };
         let alone = on(1);
@@ -614,16 +617,16 @@ fn places_outside_pass_nothing_on() {
         let geometry = case.geometry();
         let output_grad = vec![1.0f32; case.output_len()];
         let mut grad = Vec::new();
-        let places = vec![outside; output_grad.len()];
-        max_pool_backward(&geometry, &output_grad, &places, &mut grad);
+        let argmax = vec![outside; output_grad.len()];
+        max_pool_backward(&geometry, &output_grad, &argmax, &mut grad);
         assert_eq!(grad, vec![0.0; case.input_len()], "{case:?}");
     }
     // The first place of the first row's and the first column's windows is padding.
     let geometry = OVERLAP.geometry();
     let output_grad = vec![1.0f32; OVERLAP.output_len()];
     let mut grad = Vec::new();
-    let places = vec![0; output_grad.len()];
-    max_pool_backward(&geometry, &output_grad, &places, &mut grad);
+    let argmax = vec![0; output_grad.len()];
+    max_pool_backward(&geometry, &output_grad, &argmax, &mut grad);
     let [height, width] = geometry.output();
     let passed = OVERLAP.planes * (height - 1) * (width - 1);
     assert_eq!(grad.iter().sum::<f32>(), passed as f32);
@@ -740,14 +743,14 @@ fn refuses_another_input() {
 #[should_panic(expected = "output gradient")]
 fn refuses_another_output_gradient() {
     let len = TILES.output_len();
-    let (grad, places) = (vec![0.0f32; len + 1], vec![0; len]);
-    max_pool_backward(&TILES.geometry(), &grad, &places, &mut Vec::new());
+    let (grad, argmax) = (vec![0.0f32; len + 1], vec![0; len]);
+    max_pool_backward(&TILES.geometry(), &grad, &argmax, &mut Vec::new());
 }
 
 #[test]
 #[should_panic(expected = "places")]
 fn refuses_other_places() {
     let len = TILES.output_len();
-    let (grad, places) = (vec![0.0f32; len], vec![0; len - 1]);
-    max_pool_backward(&TILES.geometry(), &grad, &places, &mut Vec::new());
+    let (grad, argmax) = (vec![0.0f32; len], vec![0; len - 1]);
+    max_pool_backward(&TILES.geometry(), &grad, &argmax, &mut Vec::new());
 }

@@ -68,7 +68,7 @@ fn cases() -> Vec<Case> {
         case(5, [3, 4], [8, 8], two, two, [0, 0], one),
         // A last row and a last column in no window, in tiles of more than one image.
         case(7, [2, 1], [9, 7], two, two, [0, 0], one),
-        // With fewer products, in tiles of some rows.
+        // With Winograd, in tiles of some rows.
         case(2, [16, 16], [70, 66], two, two, [0, 0], one),
         case(1, [3, 2], [101, 67], two, two, [0, 0], one),
         // ResNet's: windows that overlap, and padding.
@@ -138,7 +138,7 @@ fn check<E: Element>(case: &Case, activation: Activation, tolerance: f64) {
 
     let mut values = Vec::new();
     conv(&geometry, &input, &weight, &mut values);
-    let (mut output, mut places) = (Vec::new(), Vec::new());
+    let (mut output, mut argmax) = (Vec::new(), Vec::new());
     normalize_max_pool(
         &geometry,
         &values,
@@ -146,18 +146,18 @@ fn check<E: Element>(case: &Case, activation: Activation, tolerance: f64) {
         activation,
         &pool,
         &mut output,
-        &mut places,
+        &mut argmax,
     );
     let mut normalized = values.clone();
     normalize(&geometry, &mut normalized, affine, None, activation);
-    let (mut wanted, mut wanted_places) = (Vec::new(), Vec::new());
-    max_pool(&pool, &normalized, &mut wanted, Some(&mut wanted_places));
+    let (mut wanted, mut wanted_argmax) = (Vec::new(), Vec::new());
+    max_pool(&pool, &normalized, &mut wanted, Some(&mut wanted_argmax));
     assert_eq!(loaded(&output), loaded(&wanted));
-    assert_eq!(places, wanted_places);
+    assert_eq!(argmax, wanted_argmax);
 
     let output_grad = random::<E>(output.len(), 6);
     let mut whole = Vec::new();
-    max_pool_backward(&pool, &output_grad, &places, &mut whole);
+    max_pool_backward(&pool, &output_grad, &argmax, &mut whole);
     let pass = |output_grad| Backward {
         geometry: &geometry,
         input: Some(&input),
@@ -172,7 +172,7 @@ fn check<E: Element>(case: &Case, activation: Activation, tolerance: f64) {
     let pooled = pass(OutputGrad::Pooled(PooledGrad {
         geometry: &pool,
         output_grad: &output_grad,
-        places: &places,
+        places: &argmax,
     }));
 
     let mut kept = Vec::new();
@@ -277,7 +277,7 @@ fn closed_relus_pass_nothing() {
             };
             let mut values = Vec::new();
             conv(&geometry, &input, &weight, &mut values);
-            let (mut output, mut places) = (Vec::new(), Vec::new());
+            let (mut output, mut argmax) = (Vec::new(), Vec::new());
             let relu = Activation::Relu;
             normalize_max_pool(
                 &geometry,
@@ -286,7 +286,7 @@ fn closed_relus_pass_nothing() {
                 relu,
                 &pool,
                 &mut output,
-                &mut places,
+                &mut argmax,
             );
             let is_closed: Vec<bool> = loaded(&output).iter().map(|y| *y == 0.0).collect();
             assert!(is_closed.contains(&true) && is_closed.contains(&false));
@@ -307,7 +307,7 @@ fn closed_relus_pass_nothing() {
                     output_grad: OutputGrad::Pooled(PooledGrad {
                         geometry: &pool,
                         output_grad: &output_grad,
-                        places: &places,
+                        places: &argmax,
                     }),
                     affine,
                     activation: relu,
@@ -355,7 +355,7 @@ fn windows_beyond_the_padding_are_refused() {
         scale: &[1.0],
         shift: &[0.0],
     };
-    let (mut output, mut places) = (Vec::new(), Vec::new());
+    let (mut output, mut argmax) = (Vec::new(), Vec::new());
     normalize_max_pool(
         &geometry,
         &[0.0f32; 25],
@@ -363,7 +363,7 @@ fn windows_beyond_the_padding_are_refused() {
         Activation::Relu,
         &pool,
         &mut output,
-        &mut places,
+        &mut argmax,
     );
 }
 

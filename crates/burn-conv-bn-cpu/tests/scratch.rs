@@ -102,8 +102,7 @@ fn scratch_is_a_few_tiles_for_each_thread() {
         THREADS * (kib << 10) + copies * size_of::<f32>() * geometry.weight_len()
     };
     // KiB of tiles for each thread; copies of the weight: each of the eight images has a sum of its
-    // gradient, beside the weight's factors for both directions. Where fewer products are used,
-    // each is 16/9 as large.
+    // gradient, beside the weight's factors for both directions. With Winograd, each is 16/9 as large.
     for (name, geometry, kib, copies) in [
         ("3x3", square([64, 64], 160, [3, 1, 1, 1]), 8 << 10, 18),
         (

@@ -1,9 +1,8 @@
-//! Products with shifted planes: the arithmetic of a convolution and of its gradients.
+//! The microkernels: sums of shifted planes, and dot products with them.
 //!
-//! Registers hold a block of sums, a few channels by a few vectors of positions, so that each value
-//! that is loaded is used several times. The shapes of the blocks suit sixteen vector registers, with one
-//! to spare, without which the compiler moves sums to memory and back; eight sums or more keep two
-//! units busy whose additions take four cycles.
+//! Registers hold a block of sums, a few channels by a few vectors of positions, so that each loaded value is
+//! used several times. The blocks fit sixteen vector registers with one to spare, or the compiler spills sums
+//! to memory. Eight sums or more keep two units busy whose additions take four cycles.
 
 // Blocks of registers are addressed by their place in the block.
 #![allow(clippy::needless_range_loop)]
@@ -16,8 +15,8 @@ use rayon::prelude::*;
 
 use crate::Real;
 
-/// Values that [`correlate`] may read beyond a plane's last position, and write beyond a target's:
-/// a block of sums, in vectors of the widest unit.
+/// Values that [`correlate`] may read behind a plane's last position, and write behind a target's: a
+/// block of sums, in vectors of the widest unit.
 pub(crate) fn slack(channels: usize) -> usize {
     let full = if channels < CHANNELS { 0 } else { VECTORS[0] };
     full.max(VECTORS[channels % CHANNELS]) * WIDEST
@@ -26,34 +25,34 @@ pub(crate) fn slack(channels: usize) -> usize {
 /// Values of the widest unit's vectors.
 pub(crate) const WIDEST: usize = 16;
 
-/// Values that fill a cache line in single precision.
+/// Values of a cache line in single precision.
 pub(crate) const LINE: usize = 16;
 
-/// Lines of the planes that a block of taps may meet for the first-level cache to keep them:
-/// each is some 100 bytes long.
+/// Most lines of the planes in a block of taps: the first-level cache holds them, of some 100 bytes
+/// each.
 const BLOCK_LINES: usize = 128;
 
-/// Bytes of planes whose dot products with all channels of gradients are taken at a time: half of a
-/// first-level cache, so that what comes from further away are the gradients, of which there are more.
+/// Bytes of planes in a block of dot products with all channels of gradients: half of a first-level cache,
+/// through which the gradients stream.
 const BLOCK_BYTES: usize = 16 << 10;
 
-/// Taps that the blocks of dot products of any number of channels divide, so that none of them is cut.
+/// A multiple of the taps of each block of dot products, so that no block is cut.
 const BLOCK_TAPS: usize = 36;
 
 /// Channels of a full block of sums.
 pub(crate) const CHANNELS: usize = 6;
 
-/// Vectors of positions of a block of sums with so many channels; of a full one, at 0.
+/// Vectors of positions of a block of sums, by its number of channels; of a full block at 0.
 const VECTORS: [usize; CHANNELS] = [2, 8, 4, 3, 2, 2];
 
-/// The next length that is an odd number of cache lines: planes a power of two apart would meet in
-/// the same few places of a cache.
+/// The next length that is an odd number of cache lines: planes a power of two apart would share a few
+/// sets of a cache.
 pub(crate) fn plane_len(len: usize) -> usize {
     (len.div_ceil(LINE) | 1) * LINE
 }
 
-/// A number of taps to sum at a time, of `taps` for each of `channels` that meet `lines` lines of
-/// its planes: about [`BLOCK_LINES`] in all, the same number in each block as far as they divide.
+/// Taps of a block, of `taps` for each of `channels`, which read `lines` lines of its planes: about
+/// [`BLOCK_LINES`] in all, the same number in each block as far as they divide.
 pub(crate) fn taps_in_cache(channels: usize, taps: usize, lines: usize) -> usize {
     let most = (BLOCK_LINES / lines).max(1);
     channels.div_ceil(channels.div_ceil(most)) * taps
@@ -64,14 +63,14 @@ pub(crate) fn taps_in_cache(channels: usize, taps: usize, lines: usize) -> usize
 pub(crate) struct Filter<T> {
     channels: usize,
     taps: usize,
-    /// Taps that are summed at a time. The sums of each such block are added in order, and the
-    /// planes' lines that a block meets stay in the first-level cache for all channels.
+    /// Taps of a block. The blocks' sums are added in order, and a block's lines of the planes stay in the
+    /// first-level cache for all channels.
     block: usize,
     factors: Vec<T>,
 }
 
 impl<T: Real> Filter<T> {
-    /// `factors(tap)` gives, for one tap, the factor of each channel.
+    /// `factors(tap)` returns the factor of each channel.
     pub(crate) fn new<F: Fn(usize) -> T>(
         channels: usize,
         taps: usize,
@@ -89,8 +88,8 @@ impl<T: Real> Filter<T> {
         filter
     }
 
-    /// Filters of one shape, whose factors come together: for one tap and some neighbouring
-    /// channels, [`CHANNELS`] or the few that are left over, `factors` gives those of each filter.
+    /// Filters of one shape, computed together: `factors` returns each filter's, for one tap and some
+    /// neighbouring channels, [`CHANNELS`] or the few of the remainder.
     #[allow(unsafe_code)]
     pub(crate) fn several<const K: usize>(
         channels: usize,
@@ -155,10 +154,10 @@ fn write<T: Real>(target: &mut [MaybeUninit<T>], values: [T; CHANNELS]) {
 }
 
 /// `target[c][p] = sum over taps t of filter[c][t] * source[offsets[t] + p]` for `positions`
-/// positions, with `target`'s channels `pitch` apart; what follows a channel's positions, up to
-/// [`slack`], is overwritten with numbers that mean nothing.
+/// positions, with `target`'s channels `pitch` apart. Up to [`slack`] values behind a channel's positions
+/// are overwritten with unspecified numbers.
 ///
-/// Each sum is taken over the taps in order, whatever the position.
+/// Each sum runs over the taps in order, whatever the position.
 ///
 /// # Panics
 ///
@@ -234,8 +233,8 @@ struct Taps {
 }
 
 impl<T: Real> Correlate<'_, T> {
-    /// All blocks of sums of `channels`, a multiple of `M`, each of `M` channels by `N` vectors; or, at
-    /// the end, by `LAST`, if they will do.
+    /// All blocks of sums of `channels`, a multiple of `M`, each of `M` channels by `N` vectors, or by
+    /// `LAST` for the last positions if that is enough.
     #[inline(always)]
     #[allow(unsafe_code)]
     fn blocks<S: Simd, const M: usize, const N: usize, const LAST: usize>(
@@ -341,8 +340,7 @@ unsafe fn block<S: Simd, T: Real, const M: usize, const N: usize>(
 /// `sums[c][t] += sum over positions p of grads[c][p] * source[offsets[t] + p]`, with `grads`'
 /// channels `pitch` apart.
 ///
-/// Reads up to [`WIDEST`] positions beyond the last: `grads` must be zero there, and the source
-/// finite.
+/// Reads up to [`WIDEST`] positions behind the last: `grads` must be zero there, and the source finite.
 ///
 /// # Panics
 ///
@@ -407,7 +405,7 @@ impl<T: Real> WithSimd for Accumulate<'_, T> {
 }
 
 impl<T: Real> Accumulate<'_, T> {
-    /// Some taps of `M` channels from `channel` on, `N` at a time while there are as many.
+    /// Some taps of `M` channels from `channel` on, `N` at a time and the remainder one by one.
     #[inline(always)]
     fn taps<S: Simd, const M: usize, const N: usize>(
         &mut self,

@@ -1,5 +1,5 @@
-/// Mean and sum of squared deviations of each channel, combined from parts by the rule of Chan,
-/// Golub and LeVeque (1979), which never subtracts large sums.
+/// Mean and sum of squared deviations of each channel, merged by the rule of Chan, Golub and LeVeque
+/// (1979), which never subtracts large sums.
 ///
 /// ```
 /// use burn_conv_bn_cpu::{Geometry, conv_moments};

@@ -1,48 +1,46 @@
-//! Any convolution, as sums of planes, which are shifted or, in a layout without gaps, one for each
-//! tap: see [`layout`](crate::layout).
+//! Any convolution, as sums of planes: shifted ones or, in a layout without gaps, one for each tap. See
+//! [`layout`](super::layout).
 
 use std::mem::MaybeUninit;
 
 use pulp::Arch;
 
-use crate::algorithm::{Algorithm, Piece};
-use crate::buffer::Aligned;
-use crate::layout::{Copy, Layout, Run, Source, Tile};
-use crate::shifted::{Filter, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache};
-use crate::simd::{self, Sweep, zero};
+use super::layout::{Copy, Layout, Run, Source, Tile};
+use super::tile::{Algorithm, Piece};
+use crate::scratch::Aligned;
+use crate::simd::planes::{Filter, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache};
+use crate::simd::sweeps::{self, Sweep, zero};
 use crate::{Element, Geometry, Real};
 
-/// Bytes of planes, of input and output together, that a tile aims at: most of a core's
-/// second-level cache, of which there are 512 KiB or more on today's cores. The weight's factors
-/// stream through what is left.
+/// Target size of a tile's planes, of input and output together, in bytes: most of a core's second-level
+/// cache of 512 KiB or more. The weight's factors stream through the rest.
 const TILE_BYTES: usize = 320 << 10;
 
-/// Fewest positions of a tile: below, the shifts' reach, which is laid out again for each tile,
-/// and the ends of the blocks of sums weigh too much.
+/// Fewest positions of a tile. In smaller ones the reach of the shifts, copied for each tile, and the ends
+/// of the blocks of sums weigh too much.
 const LEAST_POSITIONS: usize = 256;
 
-/// Most positions of a tile: a block of the weight's gradient reads them from six channels of
-/// gradients again and again, 24 KiB in single precision, which thus stay in three quarters of a
-/// first-level cache of 32 KiB.
+/// Most positions of a tile: those of six channels of gradients, which a block of the weight's gradient
+/// reads again and again, are 24 KiB in single precision, three quarters of a first-level cache of 32 KiB.
 const MOST_POSITIONS: usize = 1024;
 
-/// A convolution made ready for any number of blocks of images.
+/// A convolution prepared for any number of blocks of images.
 #[derive(Debug)]
 pub(crate) struct Direct<'a, T> {
     geometry: &'a Geometry,
     layout: Layout<'a>,
     /// Most wide positions of a tile.
     tile: usize,
-    /// From one plane of the input to the next.
+    /// Distance of the input's planes.
     plane: usize,
-    /// From one plane of the output, or of a gradient, to the next.
+    /// Distance of the planes of the output, or of a gradient.
     pitch: usize,
-    /// Where each tap's plane starts, with its shift, in the order of the weight.
+    /// Offset of each tap's shifted plane, in the weight's order.
     offsets: Vec<usize>,
     /// The weight of each group.
     filters: Vec<Filter<T>>,
-    /// For each group and phase, the taps of the input's gradient and where they find the
-    /// gradient of the output, if that is wanted.
+    /// For each group and phase, the taps of the input's gradient and their offsets in the output's
+    /// gradient; empty if not requested.
     transposed: Vec<Vec<(Filter<T>, Vec<usize>)>>,
 }
 
@@ -51,8 +49,8 @@ pub(crate) struct Direct<'a, T> {
 pub(crate) struct Scratch<T> {
     /// The input's planes.
     planes: Aligned<T>,
-    /// The output, or its gradient. Before the gradient stand [`Layout::reach`] positions of the
-    /// preceding tile, and behind it as many zeros, or [`WIDEST`] if those are more.
+    /// The output, or its gradient: behind [`Layout::reach`] positions of the preceding tile, and before as
+    /// many zeros, or [`WIDEST`] if those are more.
     output: Aligned<T>,
     /// Copies of the output's gradient, in a layout without gaps.
     copies: Aligned<T>,
@@ -62,8 +60,7 @@ pub(crate) struct Scratch<T> {
 }
 
 impl<'a, T: Real> Direct<'a, T> {
-    /// `weight` is what is convolved with, and `input_weight` what the input's gradient goes
-    /// through, each if that is wanted.
+    /// `weight` is the convolution's, and `input_weight` that of its input's gradient, each if it is needed.
     pub(crate) fn new(
         geometry: &'a Geometry,
         weight: Option<&[T]>,
@@ -72,8 +69,8 @@ impl<'a, T: Real> Direct<'a, T> {
         let layout = Layout::new(geometry, LEAST_POSITIONS..=MOST_POSITIONS);
         let (channels, depth) = (geometry.group_in(), geometry.depth());
         let bytes = (layout.phases() * channels + geometry.group_out()) * size_of::<T>();
-        // Room for an image that is not too large: its channels follow one another in memory, which is
-        // read faster from one end to the other than by pieces.
+        // Room for an image that is not too large: its channels are contiguous, which reads faster than
+        // pieces.
         let image = layout.positions(1);
         let whole = if image <= MOST_POSITIONS { image } else { 0 };
         let tile = (TILE_BYTES / bytes)
@@ -148,7 +145,7 @@ impl<'a, T: Real> Direct<'a, T> {
         self.layout.transposed().into_iter().map(phase).collect()
     }
 
-    /// Makes the copies of the output's gradient, if the layout has any.
+    /// Fills the copies of the output's gradient, if the layout has any.
     fn copy(&self, scratch: &mut Scratch<T>, tile: &Tile) {
         let (copies, channels) = (self.layout.copies(), self.geometry.group_out());
         scratch
@@ -237,7 +234,7 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
             || {
                 let mut start = 0;
                 for run in &tile.output[tile.runs[piece].clone()] {
-                    simd::copy(&plane[run.wide..][..run.len], &mut line[start..][..run.len]);
+                    sweeps::copy(&plane[run.wide..][..run.len], &mut line[start..][..run.len]);
                     start += run.len;
                 }
             },
@@ -266,7 +263,7 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
             || {
                 let mut start = 0;
                 for run in &tile.output[tile.runs[piece].clone()] {
-                    simd::copy(&line[start..][..run.len], &mut plane[run.wide..][..run.len]);
+                    sweeps::copy(&line[start..][..run.len], &mut plane[run.wide..][..run.len]);
                     start += run.len;
                 }
             },
@@ -347,8 +344,8 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
     }
 }
 
-/// Copies the gradient of some images' outputs, shifted. What is out of it is left as it is: zero, for it
-/// is at the same places in every tile.
+/// Copies the shifted gradient of some images' outputs. Positions outside of it stay zero: they are the
+/// same in every tile.
 #[inline(always)]
 fn copy_shifted<T: Real>(
     copy: &Copy,
@@ -374,7 +371,7 @@ fn copy_shifted<T: Real>(
                 let from = (image * output[0] + place(0, slice)) * output[1] + place(1, row);
                 let source = &source[from * output[2] + place(2, columns.start)..];
                 let target = &mut target[to * copy.extents[2] + columns.start..];
-                simd::copy(&source[..columns.len()], &mut target[..columns.len()]);
+                sweeps::copy(&source[..columns.len()], &mut target[..columns.len()]);
             }
         }
     }
@@ -425,7 +422,7 @@ fn every_other_by<T: Real, const N: usize, const M: usize>(source: &[T], target:
             |index| source[2 * index],
         );
     }
-    // The rest, with the end of what is there already: there is no value after the last.
+    // Remainder: redo the last full chunk, overlapping what is written; no value follows the last.
     if let (Some(target), Some(source)) = (target.last_chunk_mut::<N>(), source.last_chunk::<M>()) {
         *target = std::array::from_fn(
             #[inline(always)]
@@ -442,7 +439,7 @@ fn spread<T: Real>(source: &[T], step: usize, target: &mut [T]) {
     }
 }
 
-/// Stores a plane's runs where they belong, each `step`-th value.
+/// Stores a plane's runs to every `step`-th value.
 fn store_runs<E: Element>(
     source: &[E::Real],
     runs: &[Run],
@@ -468,7 +465,7 @@ fn store_runs<E: Element>(
     ));
 }
 
-/// Zeroes what lies between and behind a tile's runs.
+/// Zeroes the gaps between and behind a tile's runs.
 fn zero_gaps<T: Real>(runs: &[Run], plane: &mut [T]) {
     let mut end = 0;
     for run in runs {

@@ -1,40 +1,38 @@
-//! How images lie in scratch so that a convolution is a sum of planes.
+//! The layout of images in scratch in which a convolution is a sum of planes.
 //!
-//! An image is copied once, with its padding, into planes whose rows are as far apart as the
-//! output's rows are. Then the values that one tap of the kernel meets are the plane itself,
-//! shifted: for output position `p`, counted in that wide layout, the tap at row `i` and column `j`
-//! meets `plane[p + i * pitch + j]`. A convolution is a sum of shifted planes, the gradient of its
-//! input is one too, and that of its weight is made of dot products with shifted planes.
+//! An image is copied once, with its padding, into planes with the row pitch of the output. The inputs of
+//! one tap of the kernel are then the plane itself, shifted: for output position `p` in this wide layout,
+//! the tap at row `i` and column `j` reads `plane[p + i * pitch + j]`. A convolution is a sum of shifted
+//! planes, its input gradient is one too, and its weight gradient consists of dot products with shifted
+//! planes.
 //!
-//! With a stride, the planes hold every stride-th row and column: a plane for each *phase*, that
-//! is, for each remainder that a tap's offset leaves. Between the planes the shifts are those of a
-//! convolution of stride 1, and no product is wasted.
+//! With a stride, the planes hold every stride-th row and column: a plane for each *phase*, that is, for
+//! each remainder of the taps' offsets by the stride. The shifts of the planes are those of a convolution of
+//! stride 1, and no product is wasted.
 //!
-//! Some wide positions are no output: those at the end of a row whose patch wraps into the next
-//! one. What is computed there is dropped on the way forward and zero on the way back. Where both
-//! ends of a row are padded, one run of zeros serves as the end of a row and the start of the next.
-//! Depth slices and the images of a block follow one another in the same way, so that a tile may
-//! hold several small images.
+//! Some wide positions are no output: those at the end of a row whose patch wraps into the next row. Their
+//! values are dropped in forward and zero in backward. Where both ends of a row are padded, the end of a row
+//! and the start of the next share a run of zeros. Depth slices and the images of a block follow one another
+//! in the same way, so that a tile may hold several small images.
 //!
-//! Of small images these positions are many: 49 outputs lie among 64. Where channels are enough to
-//! outweigh more copies, and not so many that these outgrow the caches, such images have a layout
-//! without gaps: a plane for each tap, of what it meets at the outputs alone, which are the patches of
-//! one tile, and tiles of whole images. The gradient of the input then takes copies of the output's
-//! gradient, one for each distance that it is shifted by.
+//! Small images have many such positions: 49 outputs in 64. With enough channels to outweigh more copies,
+//! and not so many that the copies outgrow the caches, small images have a layout without gaps: a plane for
+//! each tap, of its inputs at the outputs alone (the patches of one tile), and tiles of whole images. The
+//! input gradient is then a sum of copies of the output's gradient, one for each shift.
 
 use std::ops::{Range, RangeInclusive};
 
+use super::tile::Piece;
 use crate::Geometry;
-use crate::algorithm::Piece;
 
 /// Fewest channels, in and out, for which a layout without gaps outweighs its copies.
 const LEAST_CHANNELS: usize = 16;
 
-/// For so many outputs, one position in a gap makes the layout without gaps worth its copies.
+/// Most outputs for each position in a gap for which the layout without gaps outweighs its copies.
 const GAPS: usize = 16;
 
 /// Most values of a tile's planes without gaps, and of its copies: 8 MiB of each in single precision.
-/// Every thread has a tile, which many taps of many channels would make larger than the activations.
+/// Every thread has a tile; many taps of many channels would make it larger than the activations.
 const MOST_VALUES: usize = 2 << 20;
 
 /// The wide layout of a geometry's images.
@@ -43,20 +41,20 @@ pub(crate) struct Layout<'a> {
     geometry: &'a Geometry,
     /// Slices of an image, rows of a slice, values of a row.
     wide: [usize; 3],
-    /// The offsets from an output's place to what the planes hold there: the remainders of the taps'
-    /// offsets or, without gaps, all of the taps' offsets.
+    /// For each plane, the offset of its inputs from their outputs: the remainders of the taps' offsets or,
+    /// without gaps, all of the taps' offsets.
     phases: Vec<[usize; 3]>,
     /// For each tap of the kernel, in the weight's order, its phase and shift.
     taps: Vec<(usize, usize)>,
-    /// The largest shift in each dimension, and of them all.
+    /// The largest shift in each dimension, and of all.
     reaches: [usize; 3],
     reach: usize,
-    /// How the input's gradient is made where there are no gaps.
+    /// The copies of the input's gradient, in a layout without gaps.
     copies: Option<Copies>,
 }
 
-/// The input's gradient in a layout without gaps: for each remainder of the taps' offsets, the input
-/// that has it lies densely, and is a sum over copies of the output's gradient.
+/// The input's gradient in a layout without gaps: for each remainder of the taps' offsets, its positions
+/// are dense, and a sum over copies of the output's gradient.
 #[derive(Debug)]
 pub(crate) struct Copies {
     pub(crate) copies: Vec<Copy>,
@@ -68,7 +66,7 @@ pub(crate) struct Copies {
 pub(crate) struct Copy {
     /// Extents of the copy of one image.
     pub(crate) extents: [usize; 3],
-    /// From a place in the copy to that in the gradient, which may be out of it.
+    /// From a position in the copy to that in the gradient, possibly outside of it.
     pub(crate) shifts: [isize; 3],
 }
 
@@ -77,37 +75,37 @@ pub(crate) struct Copy {
 struct DensePhase {
     start: [usize; 3],
     extents: [usize; 3],
-    /// The taps that meet it, and the copy in which each finds its gradient.
+    /// Its taps, and the copy of the gradient for each.
     taps: Vec<(usize, usize)>,
 }
 
 /// Values that are neighbours in the wide layout and evenly spaced in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Run {
-    /// Where they start in the wide range.
+    /// Offset in the wide range.
     pub(crate) wide: usize,
-    /// Where they start in memory, for channel 0, from the block's first image on.
+    /// Offset of channel 0 from the block's first value in memory.
     pub(crate) dense: usize,
     pub(crate) len: usize,
 }
 
-/// Where the values of a range of wide positions are in memory.
+/// The values of a range of wide positions in memory.
 #[derive(Debug)]
 pub(crate) struct Tile {
     /// Wide positions of the output, from the block's first on.
     pub(crate) range: Range<usize>,
-    /// Of the input, for each phase: what the tile's outputs meet.
+    /// Of the input, for each phase: the inputs of the tile's outputs.
     pub(crate) input: Vec<Vec<Run>>,
     /// Of the output.
     pub(crate) output: Vec<Run>,
     pub(crate) pieces: Vec<Piece>,
-    /// Which of the output's runs each piece consists of.
+    /// The output's runs of each piece.
     pub(crate) runs: Vec<Range<usize>>,
-    /// Of the input, for each phase of its gradient: what is complete after this tile.
+    /// Of the input, for each phase of its gradient: the values that this tile completes.
     pub(crate) grad: Vec<Vec<Run>>,
 }
 
-/// Where a tap of the input's gradient finds that of the output.
+/// The output's gradient of a tap of the input's gradient.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Source {
     /// In the output's planes, so many positions back.
@@ -117,7 +115,7 @@ pub(crate) enum Source {
 }
 
 impl<'a> Layout<'a> {
-    /// The layout that suits a geometry, with tiles that may have so many positions.
+    /// The layout for a geometry, with a range for the positions of a tile.
     pub(crate) fn new(geometry: &'a Geometry, tile: RangeInclusive<usize>) -> Self {
         let shifted = Self::shifted(geometry);
         let positions = geometry.positions();
@@ -146,7 +144,7 @@ impl<'a> Layout<'a> {
         let mut wide = [0; 3];
         for dim in 0..3 {
             let extent = geometry.output[dim] + reaches[dim];
-            // Zeros that the end of one row and the start of the next have in common.
+            // Zeros that the end of one row and the start of the next share.
             let shared = each[dim].iter().map(|phase| {
                 let filled = filled(geometry, dim, *phase);
                 filled.start.min(extent.saturating_sub(filled.end))
@@ -204,7 +202,7 @@ impl<'a> Layout<'a> {
         self.copies.as_ref().map_or(&[], |copies| &copies.copies)
     }
 
-    /// Positions that a tile is a multiple of.
+    /// Number that divides a tile's positions.
     pub(crate) fn unit(&self) -> usize {
         match &self.copies {
             Some(_) => self.geometry.positions(),
@@ -212,7 +210,7 @@ impl<'a> Layout<'a> {
         }
     }
 
-    /// Most positions of the input's gradient in one phase, for a tile of so many positions.
+    /// Most positions of the input's gradient in one phase, for a tile of `tile` positions.
     pub(crate) fn grad_positions(&self, tile: usize) -> usize {
         match &self.copies {
             Some(copies) => tile / self.unit() * copies.largest(),
@@ -220,7 +218,7 @@ impl<'a> Layout<'a> {
         }
     }
 
-    /// For each phase of the input's gradient, the taps that it goes through, and from where.
+    /// For each phase of the input's gradient, its taps and their sources.
     pub(crate) fn transposed(&self) -> Vec<Vec<(usize, Source)>> {
         if let Some(copies) = &self.copies {
             let phases = copies.phases.iter();
@@ -242,7 +240,7 @@ impl<'a> Layout<'a> {
             .collect()
     }
 
-    /// Lines of a plane that the taps of one channel meet, of so many taps.
+    /// Lines of a plane that `taps` taps of one channel read.
     pub(crate) fn lines(&self, taps: usize) -> usize {
         match &self.copies {
             Some(_) => taps,
@@ -265,12 +263,12 @@ impl<'a> Layout<'a> {
         self.reach
     }
 
-    /// Memory between neighbours of the input's wide rows.
+    /// Distance in memory of neighbours in the input's wide rows.
     pub(crate) fn step(&self) -> usize {
         self.geometry.stride[2]
     }
 
-    /// Whether each value of the input is at some wide position; the others meet no tap.
+    /// Whether each value of the input has a wide position; the others have no tap.
     pub(crate) fn covers_input(&self) -> bool {
         let geometry = self.geometry;
         let all_phases: usize = geometry.stride.iter().product();
@@ -456,7 +454,7 @@ impl Copies {
             .unwrap_or(0)
     }
 
-    /// For each phase, where its values of some images are.
+    /// For each phase, the runs of its values in some images.
     fn runs(&self, geometry: &Geometry, images: Range<usize>) -> Vec<Vec<Run>> {
         let [_, height, width] = geometry.input;
         let phases = self.phases.iter();
@@ -484,7 +482,7 @@ impl Copies {
     }
 }
 
-/// The remainders that the taps' offsets leave in one dimension.
+/// The remainders of the taps' offsets by the stride in one dimension.
 fn remainders(geometry: &Geometry, dim: usize) -> Vec<usize> {
     let mut remainders: Vec<usize> = (0..geometry.kernel[dim])
         .map(|tap| tap * geometry.dilation[dim] % geometry.stride[dim])
@@ -494,7 +492,7 @@ fn remainders(geometry: &Geometry, dim: usize) -> Vec<usize> {
     remainders
 }
 
-/// Each value of each dimension with each of the others, the last dimension's fastest.
+/// The product of the dimensions' values, the last dimension's fastest.
 fn combined(each: &[Vec<usize>; 3]) -> Vec<[usize; 3]> {
     let mut all = Vec::new();
     for depth in &each[0] {
@@ -507,14 +505,14 @@ fn combined(each: &[Vec<usize>; 3]) -> Vec<[usize; 3]> {
     all
 }
 
-/// The places of one phase, in one dimension, that hold values of the input rather than padding.
+/// The positions of one phase, in one dimension, that hold values of the input rather than padding.
 fn filled(geometry: &Geometry, dim: usize, phase: usize) -> Range<usize> {
     let (stride, padding) = (geometry.stride[dim], geometry.padding[dim].0);
     let place = |position: usize| position.saturating_sub(phase).div_ceil(stride);
     place(padding)..place(geometry.input[dim] + padding)
 }
 
-/// Adds a run, to the last one if it goes on where that ends.
+/// Appends a run, or extends the last one if that ends where it starts.
 fn push(runs: &mut Vec<Run>, run: Run, step: usize) {
     if run.len == 0 {
         return;
@@ -529,7 +527,7 @@ fn push(runs: &mut Vec<Run>, run: Run, step: usize) {
     }
 }
 
-/// Runs that follow one another in memory, together, and which runs these are.
+/// Pieces of contiguous runs, and the range of runs of each.
 fn pieces(runs: &[Run]) -> (Vec<Piece>, Vec<Range<usize>>) {
     let mut pieces: Vec<Piece> = Vec::new();
     let mut ranges: Vec<Range<usize>> = Vec::new();
@@ -569,7 +567,7 @@ mod tests {
     fn small_images_of_many_channels_lie_without_gaps() {
         assert!(!has_gaps(&geometry([16, 16], [1, 64, 64], [1, 3, 3])));
         assert!(!has_gaps(&geometry([512, 512], [1, 14, 14], [1, 3, 3])));
-        // Larger images, few channels, and no position that is not an output.
+        // Larger images, few channels, and no gaps.
         assert!(has_gaps(&geometry([16, 16], [1, 66, 64], [1, 3, 3])));
         assert!(has_gaps(&geometry([16, 15], [1, 64, 64], [1, 3, 3])));
         assert!(has_gaps(&geometry([16, 16], [1, 16, 16], [1, 1, 1])));

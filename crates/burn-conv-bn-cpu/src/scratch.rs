@@ -1,15 +1,17 @@
+//! Memory: room for results, aligned values, and scratch for each thread.
+
 use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
+use std::sync::{Mutex, PoisonError};
 
-/// Bytes from which on a buffer asks for huge pages: it then holds some whole ones.
+/// Smallest buffer, in bytes, that asks for huge pages: it holds some whole ones.
 const LEAST_BYTES: usize = 8 << 20;
 
-/// Room for `len` values in a buffer, in the place of what it holds. Nothing is cleared: to do that
-/// takes as long as much of the arithmetic that fills an activation. Once all of the room is written,
-/// the buffer's length can be set.
+/// Empties a buffer and returns room for `len` values, not cleared: clearing takes as long as much of the
+/// arithmetic of an activation. The caller sets the length once all of the room is written.
 ///
 /// Fresh memory comes from the system page by page, and with small pages that takes as long again. On
-/// Linux a large buffer asks for huge pages (`MADV_HUGEPAGE`), which count where transparent huge
+/// Linux a large buffer asks for huge pages (`MADV_HUGEPAGE`), which has an effect where transparent huge
 /// pages are set to `madvise`, the default of most distributions.
 pub(crate) fn room<T>(buffer: &mut Vec<T>, len: usize) -> &mut [MaybeUninit<T>] {
     buffer.clear();
@@ -25,7 +27,7 @@ pub(crate) fn room<T>(buffer: &mut Vec<T>, len: usize) -> &mut [MaybeUninit<T>] 
 #[cfg(target_os = "linux")]
 #[allow(unsafe_code)]
 fn ask_for_huge_pages<T>(room: &mut [MaybeUninit<T>]) {
-    /// `madvise` wants whole pages of the system's; no system's are larger than this.
+    /// `madvise` takes whole pages of the system; no system's are larger than this.
     const PAGE: usize = 64 << 10;
     let bytes = room.as_mut_ptr_range();
     let start = (bytes.start as usize).next_multiple_of(PAGE);
@@ -47,8 +49,8 @@ fn ask_for_huge_pages<T>(_: &mut [MaybeUninit<T>]) {}
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Values from the start of a cache line on. Allocators align to 16 bytes, from where every other vector
-/// lies in two lines, and takes as long as two loads.
+/// Values aligned to a cache line. Allocators align to 16 bytes, where every other vector crosses a line,
+/// and takes as long as two loads.
 #[derive(Debug)]
 pub(crate) struct Aligned<T> {
     values: Vec<T>,
@@ -67,7 +69,7 @@ impl<T> Default for Aligned<T> {
 }
 
 impl<T: Copy> Aligned<T> {
-    /// As [`Vec::resize`]: values beyond those that are there are `value`.
+    /// As [`Vec::resize`]: new values are `value`.
     pub(crate) fn resize(&mut self, len: usize, value: T) {
         let (start, kept) = (self.start, self.len.min(len));
         self.values.resize(self.start + kept, value);
@@ -93,6 +95,28 @@ impl<T> Deref for Aligned<T> {
 impl<T> DerefMut for Aligned<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         &mut self.values[self.start..self.start + self.len]
+    }
+}
+
+/// Scratch for each thread that asks for it at a time.
+///
+/// Rayon's `map_init` makes scratch at each split of its work, more often than there are threads, and
+/// fresh memory costs more than the work in it.
+pub(crate) struct ScratchPool<S>(Mutex<Vec<S>>);
+
+impl<S: Default> ScratchPool<S> {
+    pub(crate) fn new() -> Self {
+        Self(Mutex::new(Vec::new()))
+    }
+
+    /// Calls `task` with scratch of its own.
+    pub(crate) fn with<R>(&self, task: impl FnOnce(&mut S) -> R) -> R {
+        // Nothing panics while the lock is held, and scratch has no state to spoil.
+        let take = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch = take().pop().unwrap_or_default();
+        let result = task(&mut scratch);
+        take().push(scratch);
+        result
     }
 }
 

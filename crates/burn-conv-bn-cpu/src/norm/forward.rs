@@ -1,61 +1,18 @@
-//! The forward kernels.
+//! Forward kernels, parallel over blocks of images: the convolution, its moments, and the norm.
 
 use std::mem::MaybeUninit;
 
 use pulp::Arch;
 use rayon::prelude::*;
 
-use crate::algorithm::{Algorithm, Chosen, choose};
-use crate::buffer::room;
-use crate::geometry::BLOCKS;
-use crate::pool::Pool;
-use crate::simd::{self, ChannelAffine};
-use crate::{Activation, Affine, Element, Geometry, Moments, Real};
+use crate::blocks::BLOCKS;
+use crate::conv::tile::{Algorithm, TileScratch, Work};
+use crate::conv::{Chosen, check, choose};
+use crate::scratch::{ScratchPool, room};
+use crate::simd::sweeps;
+use crate::{Activation, Affine, Element, Geometry, Moments};
 
-/// Buffers of one thread.
-#[derive(Default)]
-struct Scratch<S, E: Element> {
-    algorithm: S,
-    line: Vec<E::Real>,
-    rounded: Vec<E>,
-}
-
-impl<S: Default, E: Element> Scratch<S, E> {
-    /// Convolves a block of images, and shows each channel's values, of a piece of it at a time, to
-    /// `see`.
-    fn conv_block<A: Algorithm<E, Scratch = S>>(
-        &mut self,
-        algorithm: &A,
-        input: &[E],
-        output: &mut [MaybeUninit<E>],
-        mut see: impl FnMut(usize, &[E::Real]),
-    ) {
-        let geometry = algorithm.geometry();
-        let (group_out, positions) = (geometry.group_out(), geometry.positions());
-        let tiles = algorithm.tiles(input.len() / geometry.input_len());
-        for group in 0..geometry.groups() {
-            for tile in &tiles {
-                let scratch = &mut self.algorithm;
-                algorithm.load(scratch, input, group, tile);
-                algorithm.convolve(scratch, group, tile);
-                for index in 0..group_out {
-                    let channel = group * group_out + index;
-                    for (number, piece) in algorithm.pieces(tile).iter().enumerate() {
-                        let line = &mut self.line;
-                        line.resize(piece.len, E::Real::ZERO);
-                        algorithm.gather(scratch, tile, number, index, line);
-                        E::round(line, &mut self.rounded);
-                        let target = &mut output[channel * positions + piece.start..];
-                        E::write(line, &mut target[..piece.len]);
-                        see(channel, line);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// The convolution: `[batch, channels_out, output..]`, in the place of what `output` holds.
+/// The convolution: overwrites `output` with `[batch, channels_out, output..]`.
 ///
 /// # Panics
 ///
@@ -92,15 +49,15 @@ pub fn conv_moments<E: Element>(
     let arch = Arch::new();
     let new = || Moments::new(geometry.channels_out());
     let see = |moments: &mut Moments, channel: usize, values: &[E::Real]| {
-        let (mean, squares) = simd::moments(arch, values);
+        let (mean, squares) = sweeps::moments(arch, values);
         moments.add(channel, values.len(), mean, squares);
     };
     let blocks = conv_seeing(geometry, input, weight, output, new, see);
     blocks.iter().fold(new(), Moments::merge)
 }
 
-/// The convolution, of which each block's values are shown to `see`, with what `new` gives for the
-/// block. Returns that, in the blocks' order.
+/// The convolution, with a statistic of each block: `new` makes it, and `see` adds each line of the output
+/// to it. Returns the statistics in the blocks' order.
 #[allow(unsafe_code)]
 fn conv_seeing<E: Element, S: Send>(
     geometry: &Geometry,
@@ -115,10 +72,10 @@ fn conv_seeing<E: Element, S: Send>(
     let room = room(output, len);
     let seen = match choose(geometry, Some(weight), None) {
         Chosen::Direct(algorithm) => conv_blocks(&algorithm, input, room, new, see),
-        Chosen::Minimal(algorithm) => conv_blocks(&algorithm, input, room, new, see),
+        Chosen::Winograd(algorithm) => conv_blocks(&algorithm, input, room, new, see),
     };
     // SAFETY: there is room for `len` values, all of which belong to the blocks; and a block's tiles
-    // have pieces for all of its channels and positions, which `conv_block` writes.
+    // have pieces for all of its channels and positions, which `conv_blocks` writes.
     unsafe { output.set_len(len) };
     seen
 }
@@ -132,15 +89,23 @@ fn conv_blocks<E: Element, A: Algorithm<E>, S: Send>(
 ) -> Vec<S> {
     let geometry = algorithm.geometry();
     let images = geometry.images_per_block(BLOCKS);
-    let pool = Pool::<Scratch<A::Scratch, E>>::new();
+    let pool = ScratchPool::<TileScratch<A::Scratch, E>>::new();
     output
         .par_chunks_mut(images * geometry.output_len())
         .zip(input.par_chunks(images * geometry.input_len()))
         .map(|(output, input)| {
             let mut seen = new();
+            let work = Work {
+                images: input.len() / geometry.input_len(),
+                input: Some(input),
+                convolves: true,
+                grads: None,
+            };
             pool.with(|scratch| {
-                let see = |channel: usize, values: &[E::Real]| see(&mut seen, channel, values);
-                scratch.conv_block(algorithm, input, output, see);
+                scratch.run(algorithm, work, |channel, range, line| {
+                    E::write(line, &mut output[range]);
+                    see(&mut seen, channel, line);
+                });
             });
             seen
         })
@@ -186,34 +151,9 @@ pub fn normalize<E: Element>(
                 let residual = residual
                     .map(|residual| E::read(&residual[start..][..positions], converted_residual));
                 E::update(values, converted, |values| {
-                    simd::normalize(arch, values, affine.channel(channel), residual, activation);
+                    sweeps::normalize(arch, values, affine.channel(channel), residual, activation);
                 });
             }
         },
     );
-}
-
-impl<T: Real> Affine<'_, T> {
-    pub(crate) fn channel(&self, channel: usize) -> ChannelAffine<T> {
-        ChannelAffine {
-            mean: self.mean[channel],
-            scale: self.scale[channel],
-            shift: self.shift[channel],
-        }
-    }
-}
-
-/// Panics if what is given is not of the geometry's size.
-pub(crate) fn check<E: Element>(
-    geometry: &Geometry,
-    input: Option<&[E]>,
-    weight: Option<&[E::Real]>,
-) {
-    let batch = geometry.batch();
-    if let Some(input) = input {
-        assert_eq!(input.len(), batch * geometry.input_len(), "input");
-    }
-    if let Some(weight) = weight {
-        assert_eq!(weight.len(), geometry.weight_len(), "weight");
-    }
 }

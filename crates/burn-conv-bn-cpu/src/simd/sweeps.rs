@@ -1,7 +1,7 @@
 //! Sweeps over a channel's values, compiled for each vector unit and chosen at run time.
 //!
-//! Sums run in [`LANES`] partial sums, which is what lets the compiler use vectors: it may not
-//! reorder a sum by itself.
+//! Sums run in [`LANES`] partial sums, so that the compiler can use vectors: it may not reorder a sum
+//! by itself.
 
 use std::mem::MaybeUninit;
 
@@ -10,14 +10,13 @@ use pulp::{Arch, NullaryFnOnce};
 use crate::activation::specialize;
 use crate::{Activation, Real};
 
-/// Partial sums of a sweep: two vectors of the widest unit in single precision, so that one
-/// addition need not wait for the last.
+/// Partial sums of a sweep: two vectors of the widest unit in single precision, so that an addition
+/// does not wait for the one before.
 const LANES: usize = 32;
 
-/// A closure that is compiled for the vector unit it is dispatched to.
+/// A closure, compiled for the vector unit of its dispatch.
 ///
-/// Dispatching the closure itself calls it through a shim that need not be inlined, and what is
-/// not inlined is compiled for the oldest unit.
+/// Dispatching the closure itself goes through a shim that may stay a call, compiled for the oldest unit.
 pub(crate) struct Sweep<F>(pub(crate) F);
 
 impl<R, F: FnMut() -> R> NullaryFnOnce for Sweep<F> {
@@ -39,7 +38,7 @@ pub(crate) fn copy<T: Copy>(source: &[T], target: &mut [T]) {
     copy_as(source, target, |value| value);
 }
 
-/// As [`copy`], to where nothing needs to be yet.
+/// As [`copy`], into uninitialized memory.
 ///
 /// # Panics
 ///
@@ -64,7 +63,7 @@ fn copy_as<T: Copy, U: Copy>(source: &[T], target: &mut [U], to: impl Fn(T) -> U
     for (target, source) in targets.iter_mut().zip(sources) {
         *target = source.map(to);
     }
-    // The rest, with the end of what is there already.
+    // Remainder: redo the last full chunk, overlapping what is written.
     if let (Some(target), Some(source)) = (
         target.last_chunk_mut::<CHUNK>(),
         source.last_chunk::<CHUNK>(),
@@ -104,7 +103,7 @@ pub(crate) fn moments<T: Real>(arch: Arch, values: &[T]) -> (f64, f64) {
     arch.dispatch(Sweep(
         #[inline(always)]
         || {
-            // Shifted by a value of the channel, a sum keeps the digits that the spread is in.
+            // Shifted by a value of the channel, a sum keeps the digits of the spread.
             let origin = values.first().copied().unwrap_or_default();
             let mut sums = [T::ZERO; LANES];
             let (chunks, rest) = values.as_chunks::<LANES>();
@@ -177,14 +176,14 @@ pub(crate) fn normalize<T: Real>(
     ))
 }
 
-/// What tells where a ReLU passes the gradient.
+/// The mask of a ReLU's gradient.
 #[derive(Clone, Copy)]
 pub(crate) enum Gate<'a, T> {
-    /// Everywhere.
+    /// No mask.
     Open,
-    /// By the sign of the pre-activation, rebuilt from the convolution's output.
+    /// The sign of the pre-activation, recomputed from the convolution's output.
     PreActivation,
-    /// By the sign of the op's output.
+    /// The sign of the op's output.
     Output(&'a [T]),
 }
 
@@ -261,12 +260,12 @@ pub(crate) struct ChannelGrad<T> {
     pub(crate) offset: T,
 }
 
-/// The value that the activation was applied to.
+/// The argument of the activation's derivative.
 #[derive(Clone, Copy)]
 pub(crate) enum Argument<'a, T> {
-    /// Rebuilt from the convolution's output and what was added.
+    /// The pre-activation, recomputed from the convolution's output and the residual.
     PreActivation(Option<&'a [T]>),
-    /// The op's output, which serves as well.
+    /// The op's output.
     Output(&'a [T]),
 }
 
@@ -304,8 +303,8 @@ pub(crate) fn activation_grad<T: Real>(
     ));
 }
 
-/// Turns the convolution's output `z` of one channel, in place, into its gradient; without
-/// coefficients into `g`, which depends on `z` by the gate alone.
+/// Replaces one channel's values of the convolution's output `z` by their gradient or, without coefficients,
+/// by `g`, which depends on `z` through the gate alone.
 pub(crate) fn conv_output_grad<T: Real>(
     arch: Arch,
     conv_output: &mut [T],

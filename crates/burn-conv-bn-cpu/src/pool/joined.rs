@@ -1,25 +1,24 @@
-//! A max pool right behind the norm and the activation: forward without a tensor between them, backward
-//! without its gradient.
+//! Norm, activation and max pool as one op: no tensor between them in forward, nor its gradient in backward.
 
 use std::ops::Range;
 
 use pulp::Arch;
 use rayon::prelude::*;
 
-use crate::backward::{Backward, GradSums, OutputGrad};
-use crate::geometry::BLOCKS;
-use crate::max_pool::{Planes, Routes, pool_all};
-use crate::pool::Pool;
-use crate::simd::{self, ChannelAffine, Gate};
+use super::forward::{Planes, pool_all};
+use crate::blocks::BLOCKS;
+use crate::norm::gradient::{Backward, GradSums, OutputGrad, PooledGrad};
+use crate::scratch::ScratchPool;
+use crate::simd::sweeps::{self, ChannelAffine, Gate};
 use crate::{Activation, Affine, Element, Geometry, PoolGeometry, Real};
 
-/// [`normalize`](crate::normalize) without a residual and [`max_pool()`](crate::max_pool()), of planes
-/// that are `[batch, channels]` in number, without the tensor between them: `values` stay as they are.
+/// [`normalize`](crate::normalize) without a residual and [`max_pool`](crate::max_pool) in one pass, over
+/// `[batch, channels]` planes: `values` is only read, and there is no tensor between the two.
 ///
 /// # Panics
 ///
-/// Panics if a slice is not of its geometry's size, the planes are not those of the convolution's output,
-/// or the windows are not [regular](PoolGeometry::is_regular).
+/// Panics if a slice is not of its geometry's size, if the planes are not those of the convolution's
+/// output, or if the windows are not [regular](PoolGeometry::is_regular).
 ///
 /// # Examples
 ///
@@ -32,11 +31,11 @@ use crate::{Activation, Affine, Element, Geometry, PoolGeometry, Real};
 /// let (window, stride) = ([1, 2], [1, 2]);
 /// let pool = PoolGeometry::new(1, [1, 4], window, stride, [0, 0], [1, 1], false).unwrap();
 /// let affine = Affine { mean: &[2.0], scale: &[10.0], shift: &[1.0] };
-/// let (mut output, mut places) = (Vec::new(), Vec::new());
+/// let (mut output, mut argmax) = (Vec::new(), Vec::new());
 /// normalize_max_pool(
-///     &geometry, &[1.0f32, 3.0, 0.0, 1.0], affine, Activation::Relu, &pool, &mut output, &mut places,
+///     &geometry, &[1.0f32, 3.0, 0.0, 1.0], affine, Activation::Relu, &pool, &mut output, &mut argmax,
 /// );
-/// assert_eq!((output.as_slice(), places.as_slice()), (&[11.0, 0.0][..], &[1, 0][..]));
+/// assert_eq!((output.as_slice(), argmax.as_slice()), (&[11.0, 0.0][..], &[1, 0][..]));
 /// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
 /// ```
 pub fn normalize_max_pool<E: Element>(
@@ -46,17 +45,17 @@ pub fn normalize_max_pool<E: Element>(
     activation: Activation,
     pool: &PoolGeometry,
     output: &mut Vec<E>,
-    places: &mut Vec<u8>,
+    argmax: &mut Vec<u8>,
 ) {
     assert_eq!(values.len(), geometry.batch() * geometry.output_len());
-    check(geometry, pool);
+    pool.check_joins(geometry);
     let normalized = Normalized {
         geometry,
         values,
         affine,
         activation,
     };
-    pool_all(pool, &normalized, output, Some(places));
+    pool_all(pool, &normalized, output, Some(argmax));
 }
 
 /// Planes of a convolution's output, normalized and activated.
@@ -78,66 +77,17 @@ impl<E: Element> Planes<E> for Normalized<'_, E> {
         plane.extend_from_slice(&self.values[index * len..][..len]);
         let affine = self.affine.channel(index % self.geometry.channels_out());
         E::update(plane, converted, |values| {
-            simd::normalize(Arch::new(), values, affine, None, self.activation);
+            sweeps::normalize(Arch::new(), values, affine, None, self.activation);
         });
         plane
     }
 }
 
-/// The gradient of a max pool's input, of which nothing is in memory but what it is made of.
+/// [`grad_sums`](crate::grad_sums) from the pooled output, without the convolution's output: only maxima
+/// have a gradient, and for these `scale * (z - mean)` is `output - shift`, wherever ReLU passes it.
 ///
-/// [`pooled_grad_sums`] has an example.
-#[derive(Clone, Copy, Debug)]
-pub struct PooledGrad<'a, E> {
-    /// Shapes.
-    pub geometry: &'a PoolGeometry,
-    /// Gradient of the pool's output.
-    pub output_grad: &'a [E],
-    /// The places that [`normalize_max_pool`] found.
-    pub places: &'a [u8],
-}
-
-impl<E: Element> PooledGrad<'_, E> {
-    pub(crate) fn check(&self, geometry: &Geometry) {
-        check(geometry, self.geometry);
-        let len = self.geometry.output_len();
-        assert_eq!(self.output_grad.len(), len, "the pool's output gradient");
-        assert_eq!(self.places.len(), len, "the pool's places");
-    }
-
-    /// The values of all planes from `start` on.
-    pub(crate) fn lay(
-        &self,
-        routes: &Routes,
-        start: usize,
-        line: &mut [E::Real],
-        converted: &mut Vec<E::Real>,
-    ) {
-        let (plane_len, pooled_len) = (self.geometry.input_plane(), self.geometry.output_plane());
-        let mut laid = 0;
-        while laid < line.len() {
-            let (plane, from) = ((start + laid) / plane_len, (start + laid) % plane_len);
-            let len = (plane_len - from).min(line.len() - laid);
-            let of_plane = plane * pooled_len..(plane + 1) * pooled_len;
-            routes.lay(
-                &self.output_grad[of_plane.clone()],
-                &self.places[of_plane],
-                from..from + len,
-                &mut line[laid..laid + len],
-                converted,
-            );
-            laid += len;
-        }
-    }
-}
-
-/// [`grad_sums`](crate::grad_sums) from the output of the max pool behind, without the convolution's
-/// output: what the pool did not choose has no gradient, and `scale * (z - mean)` of what it did choose
-/// is `output - shift`, wherever a ReLU lets a gradient through.
-///
-/// A deviation `z - mean` comes with the rounding of `output / scale`: where the shift is many times as
-/// large as `scale * (z - mean)` usually is, [`grad_sums`](crate::grad_sums) is exacter, and it alone
-/// can do where a scale is zero.
+/// The deviation `z - mean` has the rounding error of `output / scale`. [`grad_sums`](crate::grad_sums) is
+/// more exact where the shift is much larger than `scale * (z - mean)`, and required where a scale is zero.
 ///
 /// # Panics
 ///
@@ -160,8 +110,8 @@ impl<E: Element> PooledGrad<'_, E> {
 /// let pool = PoolGeometry::new(1, [1, 4], window, stride, [0, 0], [1, 1], false).unwrap();
 /// let (x, z) = ([1.0f32, 2.0, 4.0, 3.0], [2.0, 4.0, 8.0, 6.0]);
 /// let affine = Affine { mean: &[5.0], scale: &[0.5], shift: &[0.0] };
-/// let (mut y, mut places) = (Vec::new(), Vec::new());
-/// normalize_max_pool(&geometry, &z, affine, Activation::Relu, &pool, &mut y, &mut places);
+/// let (mut y, mut argmax) = (Vec::new(), Vec::new());
+/// normalize_max_pool(&geometry, &z, affine, Activation::Relu, &pool, &mut y, &mut argmax);
 /// assert_eq!(y, [0.0, 1.5]);
 ///
 /// let pass = Backward {
@@ -171,7 +121,7 @@ impl<E: Element> PooledGrad<'_, E> {
 ///     output_grad: OutputGrad::Pooled(PooledGrad {
 ///         geometry: &pool,
 ///         output_grad: &[7.0, 3.0],
-///         places: &places,
+///         places: &argmax,
 ///     }),
 ///     affine,
 ///     activation: Activation::Relu,
@@ -196,7 +146,7 @@ pub fn pooled_grad_sums<E: Element>(pass: &Backward<'_, E>, output: &[E]) -> Gra
     };
     let geometry = pass.geometry;
     let images = geometry.images_per_block(BLOCKS);
-    let pool = Pool::<(Vec<E::Real>, Vec<E::Real>)>::new();
+    let pool = ScratchPool::<(Vec<E::Real>, Vec<E::Real>)>::new();
     let sum = |images: Range<usize>| {
         pool.with(|scratch| {
             let mut sums = GradSums::new(geometry.channels_out());
@@ -230,32 +180,18 @@ fn add_image<E: Element>(
         let start = (image * channels + channel) * len;
         let output = E::read(&output[start..][..len], converted);
         let grad = E::read(&pooled.output_grad[start..][..len], converted_grad);
-        let gate = match is_masked {
-            true => Gate::Output(output),
-            false => Gate::Open,
+        let gate = if is_masked {
+            Gate::Output(output)
+        } else {
+            Gate::Open
         };
         let affine = ChannelAffine {
             mean: pass.affine.shift[channel],
             scale: E::Real::ONE,
             shift: E::Real::ZERO,
         };
-        let (grad, deviation) = simd::grad_sums(Arch::new(), output, grad, affine, gate);
+        let (grad, deviation) = sweeps::grad_sums(Arch::new(), output, grad, affine, gate);
         sums.grad[channel] += grad.to_f64();
         sums.grad_deviation[channel] += deviation.to_f64();
     }
-}
-
-fn check(geometry: &Geometry, pool: &PoolGeometry) {
-    assert!(
-        pool.is_regular(),
-        "a window that misses the input, or reaches beyond its padding"
-    );
-    assert_eq!(
-        (pool.planes, pool.input_plane()),
-        (
-            geometry.batch() * geometry.channels_out(),
-            geometry.positions()
-        ),
-        "planes of the convolution's output, and values of each"
-    );
 }

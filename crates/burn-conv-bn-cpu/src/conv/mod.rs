@@ -1,0 +1,174 @@
+//! The convolution and its gradients by tiles, and the choice of the algorithm for a geometry.
+
+pub(crate) mod tile;
+
+mod direct;
+mod layout;
+mod winograd;
+
+use self::direct::Direct;
+use self::winograd::Winograd;
+use crate::{Element, Geometry, Real};
+
+/// Fewest channels, in and out, for which Winograd's savings outweigh its transforms.
+const LEAST_CHANNELS: usize = 16;
+
+/// The algorithm for a geometry.
+pub(crate) enum Chosen<'a, T> {
+    Direct(Direct<'a, T>),
+    Winograd(Winograd<'a, T>),
+}
+
+/// Prepares the algorithm for a geometry. `weight` is the convolution's, and `input_weight` that of its
+/// input's gradient, each if it is needed.
+pub(crate) fn choose<'a, T: Real>(
+    geometry: &'a Geometry,
+    weight: Option<&[T]>,
+    input_weight: Option<&[T]>,
+) -> Chosen<'a, T> {
+    let plain = geometry.kernel == [1, 3, 3]
+        && geometry.stride == [1; 3]
+        && geometry.dilation == [1; 3]
+        && geometry.input[0] == 1
+        && geometry.padding[0] == (0, 0)
+        && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS;
+    if plain {
+        Chosen::Winograd(Winograd::new(geometry, weight, input_weight))
+    } else {
+        Chosen::Direct(Direct::new(geometry, weight, input_weight))
+    }
+}
+
+/// Panics if a slice is not of the geometry's size.
+pub(crate) fn check<E: Element>(
+    geometry: &Geometry,
+    input: Option<&[E]>,
+    weight: Option<&[E::Real]>,
+) {
+    let batch = geometry.batch();
+    if let Some(input) = input {
+        assert_eq!(input.len(), batch * geometry.input_len(), "input");
+    }
+    if let Some(weight) = weight {
+        assert_eq!(weight.len(), geometry.weight_len(), "weight");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::MaybeUninit;
+
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::tile::{Algorithm, BlockGrads, TileScratch, Work};
+    use super::*;
+
+    fn random(len: usize, seed: u64) -> Vec<f64> {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        // Representable in f32, so that what is compared is the arithmetic alone.
+        (0..len)
+            .map(|_| f64::from(rng.random_range(-1.0f32..1.0)))
+            .collect()
+    }
+
+    fn rounded<E>(values: &[f64]) -> Vec<E>
+    where
+        E: Element<Real = E> + Real,
+    {
+        values.iter().map(|value| E::from_f64(*value)).collect()
+    }
+
+    /// Output, weight gradient and input gradient of one block, with the data as the gradient of
+    /// the output.
+    fn results<E, A>(algorithm: &A, input: &[f64], grad: &[f64]) -> [Vec<f64>; 3]
+    where
+        E: Element<Real = E> + Real,
+        A: Algorithm<E>,
+    {
+        let geometry = algorithm.geometry();
+        let input = rounded::<E>(input);
+        let grad = rounded::<E>(grad);
+        let mut output = vec![E::ZERO; grad.len()];
+        let mut sums = vec![E::ZERO; algorithm.weight_grad_len()];
+        // An unwritten value shows.
+        let mut input_grad = vec![MaybeUninit::new(E::from_f64(f64::NAN)); input.len()];
+        let work = Work {
+            images: geometry.batch(),
+            input: Some(&input),
+            convolves: true,
+            grads: Some(BlockGrads {
+                weight: Some(&mut sums),
+                input: Some(&mut input_grad),
+            }),
+        };
+        let mut scratch = TileScratch::<A::Scratch, E>::default();
+        scratch.run(algorithm, work, |_, range, line| {
+            output[range.clone()].copy_from_slice(line);
+            line.copy_from_slice(&grad[range]);
+        });
+        let mut weight_grad = Vec::new();
+        algorithm.weight_grad(sums, &mut weight_grad);
+        let input_grad = input_grad.into_iter().map(|value| {
+            // SAFETY: it was NaN, if it was not written.
+            #[allow(unsafe_code)]
+            unsafe {
+                value.assume_init()
+            }
+        });
+        [output, weight_grad, input_grad.collect()]
+            .map(|values| values.iter().map(|value| value.to_f64()).collect())
+    }
+
+    /// Root mean square of the difference, relative to that of the expected values.
+    fn error(got: &[f64], wanted: &[f64]) -> f64 {
+        let squares: f64 = got
+            .iter()
+            .zip(wanted)
+            .map(|(got, wanted)| (got - wanted).powi(2))
+            .sum();
+        (squares / wanted.iter().map(|wanted| wanted.powi(2)).sum::<f64>()).sqrt()
+    }
+
+    #[test]
+    fn winograd_keeps_the_two_times_rule() {
+        let geometry = Geometry::new(
+            2,
+            [64, 64],
+            1,
+            [1, 28, 28],
+            [1, 3, 3],
+            [1; 3],
+            [(0, 0), (1, 1), (1, 1)],
+            [1; 3],
+        )
+        .unwrap();
+        let weight = random(geometry.weight_len(), 1);
+        let input = random(2 * geometry.input_len(), 2);
+        let grad = random(2 * geometry.output_len(), 3);
+        let exact = Direct::new(&geometry, Some(&weight), Some(&weight));
+        let exact = results::<f64, _>(&exact, &input, &grad);
+        let weight = rounded::<f32>(&weight);
+        let direct = Direct::new(&geometry, Some(&weight), Some(&weight));
+        let direct = results::<f32, _>(&direct, &input, &grad);
+        let winograd = Winograd::new(&geometry, Some(&weight), Some(&weight));
+        let winograd = results::<f32, _>(&winograd, &input, &grad);
+        for (index, what) in ["output", "weight gradient", "input gradient"]
+            .into_iter()
+            .enumerate()
+        {
+            let direct = error(&direct[index], &exact[index]);
+            let winograd = error(&winograd[index], &exact[index]);
+            println!(
+                "{what}: error of the direct sum {direct:.1e}, of Winograd \
+                     {winograd:.1e}, ratio {:.2}",
+                winograd / direct
+            );
+            assert!(direct < 1e-6, "{what}: {direct:e}");
+            assert!(
+                winograd < 2.0 * direct,
+                "{what}: {winograd:e} for {direct:e}"
+            );
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! What a convolution's algorithm does with a tile.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use crate::{Element, Geometry, Real};
+
+/// An algorithm that convolves blocks of images, tile by tile, and carries gradients back.
+/// [`TileScratch::run`] calls its methods, in the only order that they are written for.
+///
+/// An output value's bits depend on the inputs near it, its place in the image and the weight, not
+/// on its tile.
+pub(crate) trait Algorithm<E: Element>: Sync {
+    /// A part of a block whose planes fit the cache.
+    type Tile;
+    /// Buffers of one thread.
+    type Scratch: Default + Send;
+
+    fn geometry(&self) -> &Geometry;
+
+    /// The tiles of a block of images, in the order of the calls.
+    fn tiles(&self, images: usize) -> Vec<Self::Tile>;
+
+    /// The contiguous parts of a tile.
+    fn pieces<'a>(&self, tile: &'a Self::Tile) -> &'a [Piece];
+
+    /// Copies a tile of one group from `input`, a block of images, into scratch.
+    fn load(&self, scratch: &mut Self::Scratch, input: &[E], group: usize, tile: &Self::Tile);
+
+    /// Computes the output of the loaded tile.
+    fn convolve(&self, scratch: &mut Self::Scratch, group: usize, tile: &Self::Tile);
+
+    /// Reads one of the group's channels of one piece of the output.
+    fn gather(
+        &self,
+        scratch: &mut Self::Scratch,
+        tile: &Self::Tile,
+        piece: usize,
+        channel: usize,
+        line: &mut [E::Real],
+    );
+
+    /// Begins a group's gradients: the next tile is the first. Makes room for
+    /// [`scatter`](Self::scatter) where nothing was convolved.
+    fn begin(&self, scratch: &mut Self::Scratch);
+
+    /// Replaces a piece of the output by its gradient. Required of each piece of each channel.
+    fn scatter(
+        &self,
+        scratch: &mut Self::Scratch,
+        tile: &Self::Tile,
+        piece: usize,
+        channel: usize,
+        line: &[E::Real],
+    );
+
+    /// Ends a channel's scattering.
+    fn seal(&self, scratch: &mut Self::Scratch, tile: &Self::Tile, channel: usize);
+
+    /// Length of all groups' [`add_weight_grad`](Self::add_weight_grad).
+    fn weight_grad_len(&self) -> usize;
+
+    /// Adds a tile's share of one group's weight gradient, in the algorithm's own form.
+    fn add_weight_grad(&self, scratch: &mut Self::Scratch, tile: &Self::Tile, sums: &mut [E::Real]);
+
+    /// Overwrites `grad` with the weight's gradient, from the sums over all tiles.
+    fn weight_grad(&self, sums: Vec<E::Real>, grad: &mut Vec<E::Real>);
+
+    /// Writes what this tile completes of the input's gradient, in one group of the block `grad`. All of
+    /// it is written after the last tile of the last group.
+    fn input_grad(
+        &self,
+        scratch: &mut Self::Scratch,
+        group: usize,
+        tile: &Self::Tile,
+        grad: &mut [MaybeUninit<E>],
+    );
+}
+
+/// A part of a tile that is contiguous in memory in each channel: of one image or, with one channel,
+/// of several.
+#[derive(Clone, Debug)]
+pub(crate) struct Piece {
+    /// Offset of channel 0 from the block's first value.
+    pub(crate) start: usize,
+    pub(crate) len: usize,
+}
+
+/// What to do with a block of images.
+pub(crate) struct Work<'a, E: Element> {
+    /// Images of the block.
+    pub(crate) images: usize,
+    /// The block's input; required for the output and for the weight's gradient.
+    pub(crate) input: Option<&'a [E]>,
+    /// Whether the output is computed.
+    pub(crate) convolves: bool,
+    /// Whether each line is replaced by its gradient, and what is made of these.
+    pub(crate) grads: Option<BlockGrads<'a, E>>,
+}
+
+/// Buffers for a block's requested gradients.
+pub(crate) struct BlockGrads<'a, E: Element> {
+    /// All groups' sums, in the algorithm's own form; added to.
+    pub(crate) weight: Option<&'a mut [E::Real]>,
+    /// Overwritten.
+    pub(crate) input: Option<&'a mut [MaybeUninit<E>]>,
+}
+
+/// Buffers of one thread.
+#[derive(Default)]
+pub(crate) struct TileScratch<S, E: Element> {
+    algorithm: S,
+    /// A piece of one channel's output.
+    line: Vec<E::Real>,
+    rounded: Vec<E>,
+}
+
+impl<S: Default, E: Element> TileScratch<S, E> {
+    /// Runs an algorithm over a block of images.
+    ///
+    /// `visit` gets each piece of each channel: the channel, the range of its values in the block's
+    /// output, and a line. The line holds these values, rounded as they are stored, if the output is
+    /// computed. With gradients, `visit` leaves the output's gradient in the line.
+    pub(crate) fn run<A: Algorithm<E, Scratch = S>>(
+        &mut self,
+        algorithm: &A,
+        work: Work<'_, E>,
+        mut visit: impl FnMut(usize, Range<usize>, &mut Vec<E::Real>),
+    ) {
+        let Work {
+            images,
+            input,
+            convolves,
+            mut grads,
+        } = work;
+        let geometry = algorithm.geometry();
+        let (group_out, positions) = (geometry.group_out(), geometry.positions());
+        let group_sums = algorithm.weight_grad_len() / geometry.groups();
+        let tiles = algorithm.tiles(images);
+        for group in 0..geometry.groups() {
+            if grads.is_some() {
+                algorithm.begin(&mut self.algorithm);
+            }
+            for tile in &tiles {
+                if let Some(input) = input {
+                    algorithm.load(&mut self.algorithm, input, group, tile);
+                }
+                if convolves {
+                    algorithm.convolve(&mut self.algorithm, group, tile);
+                }
+                for index in 0..group_out {
+                    let channel = group * group_out + index;
+                    for (number, piece) in algorithm.pieces(tile).iter().enumerate() {
+                        if convolves {
+                            self.line.resize(piece.len, E::Real::ZERO);
+                            algorithm.gather(
+                                &mut self.algorithm,
+                                tile,
+                                number,
+                                index,
+                                &mut self.line,
+                            );
+                            E::round(&mut self.line, &mut self.rounded);
+                        }
+                        let start = channel * positions + piece.start;
+                        visit(channel, start..start + piece.len, &mut self.line);
+                        if grads.is_some() {
+                            algorithm.scatter(&mut self.algorithm, tile, number, index, &self.line);
+                        }
+                    }
+                    if grads.is_some() {
+                        algorithm.seal(&mut self.algorithm, tile, index);
+                    }
+                }
+                let Some(grads) = &mut grads else {
+                    continue;
+                };
+                if let Some(sums) = &mut grads.weight {
+                    let sums = &mut sums[group * group_sums..][..group_sums];
+                    algorithm.add_weight_grad(&mut self.algorithm, tile, sums);
+                }
+                if let Some(grad) = &mut grads.input {
+                    algorithm.input_grad(&mut self.algorithm, group, tile, grad);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,470 @@
+//! Winograd's F(2x2, 3x3), for kernels of 3x3 and stride 1.
+//!
+//! Two neighbouring outputs share most of their inputs. A bilinear algorithm (Winograd, Arithmetic
+//! Complexity of Computations, 1980; Lavin and Gray, arXiv 1509.09308) adds inputs and taps first, and
+//! takes 4 products instead of 6 for both. Nested in rows and columns these are 16 instead of 36 for each
+//! 2x2 outputs:
+//!
+//! `y = A [(G w) * (B x)]`, with `*` element by element.
+//!
+//! This is a trilinear sum, so the gradients are its transposes:
+//! `dw = G' [(A' dy) * (B x)]` and `dx = B' [(G w) * (A' dy)]`, at the same number of products.
+//!
+//! The matrices' elements are 0, 1, -1 and, in `G`, 1/2. The error of the output and of the input's
+//! gradient is smaller than a direct sum's, since fewer terms are rounded, and that of the weight's gradient
+//! up to 1.5 times as large, as the test of `conv` measures. Larger tiles of outputs would save more and lose
+//! digits.
+//!
+//! For each of the products, the sum over channels is a matrix product, by the kernels for shifted planes
+//! with shift 0.
+
+// Blocks of registers are addressed by their place in the block.
+#![allow(clippy::needless_range_loop)]
+
+mod rows;
+mod transforms;
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use pulp::Arch;
+use rayon::prelude::*;
+
+use self::rows::Lines;
+use self::transforms::{E, STEP, filter_transposed, output, output_transposed, transformed};
+use super::tile::{Algorithm, Piece};
+use crate::blocks::BLOCKS;
+use crate::scratch::{Aligned, room};
+use crate::simd::chunk::{CHUNK, Chunk, copy_short, deinterleave, interleave};
+use crate::simd::planes::{
+    CHANNELS, Filter, LINE, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache,
+};
+use crate::simd::sweeps::{Sweep, zero};
+use crate::{Element, Geometry, Real};
+
+/// Target size of a thread's tile, in bytes of scratch.
+const TILE_BYTES: usize = 6 << 20;
+
+/// Fewest positions of a tile: the filters of 512 channels are 16 MiB, read from main memory for each tile,
+/// and have to be used often enough.
+const LEAST_POSITIONS: usize = 128;
+
+/// Most positions of a tile: a plane of that many values of 64 channels is half of a core's
+/// second-level cache.
+const MOST_POSITIONS: usize = 1024;
+
+/// Kernels whose gradients a thread transforms at a time.
+const KERNELS: usize = 1024;
+
+/// A prepared convolution. Its positions are pairs of rows by pairs of columns of the output.
+pub(crate) struct Winograd<'a, T> {
+    geometry: &'a Geometry,
+    /// Pairs of output rows.
+    rows: usize,
+    /// Pairs of output columns.
+    columns: usize,
+    /// Rows of pairs of a tile.
+    tile: usize,
+    /// Distance of the planes.
+    plane: usize,
+    /// Distance of the products' planes, of the input and of the output.
+    input_product: usize,
+    output_product: usize,
+    /// Offsets of the input's, and of the output's, channels in a product's planes.
+    inputs: Vec<usize>,
+    outputs: Vec<usize>,
+    /// For each group, and each of the `E * E` products.
+    filters: Vec<Filter<T>>,
+    /// The same for the input's gradient, if requested.
+    transposed: Vec<Filter<T>>,
+}
+
+/// Rows of pairs, of one image or of several.
+#[derive(Debug)]
+pub(crate) struct Tile {
+    positions: usize,
+    parts: Vec<Part>,
+    pieces: Vec<Piece>,
+}
+
+/// Rows of pairs of one image.
+#[derive(Debug)]
+struct Part {
+    image: usize,
+    rows: Range<usize>,
+    /// Their offset in the tile.
+    position: usize,
+}
+
+#[derive(Default)]
+pub(crate) struct Scratch<T> {
+    /// `B x B'`: a plane for each product and channel.
+    input: Aligned<T>,
+    /// The products' sums, then `A' dy A`.
+    output: Aligned<T>,
+    /// The products of the input's gradient; a row of the preceding tile before those of this one.
+    input_grad: Aligned<T>,
+    lines: Lines<T>,
+}
+
+impl<'a, T: Real> Winograd<'a, T> {
+    /// `weight` is the convolution's, and `input_weight` that of its input's gradient, each if it is needed.
+    pub(crate) fn new(
+        geometry: &'a Geometry,
+        weight: Option<&[T]>,
+        input_weight: Option<&[T]>,
+    ) -> Self {
+        let filters = |weight: Option<&[T]>, transposed| {
+            weight.map(|weight| Self::filters(geometry, weight, transposed))
+        };
+        let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
+        let [_, height, width] = geometry.output();
+        let (rows, columns) = (height.div_ceil(2), width.div_ceil(2));
+        let bytes = E * E * (2 * group_in + group_out) * size_of::<T>();
+        // A row of the preceding tile, and the values written behind the last position.
+        let margin = columns + slack(group_in).max(slack(group_out));
+        let positions = (TILE_BYTES / bytes)
+            .saturating_sub(margin)
+            .clamp(LEAST_POSITIONS, MOST_POSITIONS);
+        // Small batches have small blocks, which would leave large planes empty.
+        let block = rows * geometry.images_per_block(BLOCKS);
+        let tile = (positions / columns).clamp(1, block);
+        let plane = plane_len(margin + tile * columns);
+        let starts = |channels: usize| (0..channels).map(|channel| channel * plane).collect();
+        Self {
+            geometry,
+            rows,
+            columns,
+            tile,
+            plane,
+            input_product: product_len(group_in * plane),
+            output_product: product_len(group_out * plane),
+            inputs: starts(group_in),
+            outputs: starts(group_out),
+            filters: filters(weight, false).unwrap_or_default(),
+            transposed: filters(input_weight, true).unwrap_or_default(),
+        }
+    }
+
+    /// `G w G'` of each group, from input channels to output channels or, `transposed`, back.
+    fn filters(geometry: &Geometry, weight: &[T], transposed: bool) -> Vec<Filter<T>> {
+        let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
+        let (channels, taps, channel_step, tap_step) = if transposed {
+            (group_in, group_out, 1, group_in)
+        } else {
+            (group_out, group_in, group_in, 1)
+        };
+        let (kernels, _) = weight.as_chunks::<9>();
+        kernels
+            .chunks_exact(group_out * group_in)
+            .flat_map(|kernels| {
+                let block = taps_in_cache(taps, 1, 1);
+                let arch = Arch::new();
+                Filter::several(channels, taps, block, |tap, channels| {
+                    let last = channels.end - 1;
+                    let kernels: [&[T; 9]; CHANNELS] = std::array::from_fn(|lane| {
+                        let channel = (channels.start + lane).min(last);
+                        &kernels[channel * channel_step + tap * tap_step]
+                    });
+                    arch.dispatch(Sweep(
+                        #[inline(always)]
+                        || transformed(&kernels),
+                    ))
+                })
+            })
+            .collect()
+    }
+}
+
+/// Distance of the products' planes: the same position of each falls in another set of the first-level
+/// cache.
+fn product_len(len: usize) -> usize {
+    const SETS: usize = 64;
+    let lines = len.div_ceil(LINE);
+    (lines + (SETS + 3 - lines % SETS) % SETS) * LINE
+}
+
+impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
+    type Tile = Tile;
+    type Scratch = Scratch<F::Real>;
+
+    fn geometry(&self) -> &Geometry {
+        self.geometry
+    }
+
+    fn tiles(&self, images: usize) -> Vec<Tile> {
+        let [_, height, width] = self.geometry.output();
+        let all = images * self.rows;
+        let count = all.div_ceil(self.tile);
+        let step = all.div_ceil(count);
+        let mut tiles = Vec::new();
+        for start in (0..all).step_by(step) {
+            let end = (start + step).min(all);
+            let mut tile = Tile {
+                positions: (end - start) * self.columns,
+                parts: Vec::new(),
+                pieces: Vec::new(),
+            };
+            for image in start / self.rows..end.div_ceil(self.rows) {
+                let first = image * self.rows;
+                let rows = start.max(first) - first..end.min(first + self.rows) - first;
+                let lines = 2 * rows.start..(2 * rows.end).min(height);
+                tile.pieces.push(Piece {
+                    start: image * self.geometry.output_len() + lines.start * width,
+                    len: lines.len() * width,
+                });
+                tile.parts.push(Part {
+                    image,
+                    position: (first + rows.start - start) * self.columns,
+                    rows,
+                });
+            }
+            tiles.push(tile);
+        }
+        tiles
+    }
+
+    fn pieces<'a>(&self, tile: &'a Tile) -> &'a [Piece] {
+        &tile.pieces
+    }
+
+    fn load(&self, scratch: &mut Self::Scratch, input: &[F], group: usize, tile: &Tile) {
+        let channels = self.geometry.group_in();
+        let plane = self.geometry.input_plane();
+        scratch
+            .input
+            .resize(E * E * self.input_product, F::Real::ZERO);
+        self.reserve(&mut scratch.lines);
+        scratch.lines.padded.fill(F::Real::ZERO);
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                for part in &tile.parts {
+                    let image = &input[part.image * self.geometry.input_len()..];
+                    for channel in 0..channels {
+                        let source = &image[(group * channels + channel) * plane..][..plane];
+                        let (planes, lines) = (&mut scratch.input, &mut scratch.lines);
+                        self.load_part(source, part, channel, planes, lines);
+                    }
+                }
+                // The weight's gradient multiplies what follows the last position by zeros, and what
+                // another tile left there need not be finite.
+                for product in scratch.input.chunks_exact_mut(self.input_product) {
+                    for start in &self.inputs {
+                        zero(&mut product[start + tile.positions..][..WIDEST]);
+                    }
+                }
+            },
+        ));
+    }
+
+    fn convolve(&self, scratch: &mut Self::Scratch, group: usize, tile: &Tile) {
+        let len = E * E * self.output_product;
+        scratch.output.resize(len, F::Real::ZERO);
+        let filters = &self.filters[group * E * E..][..E * E];
+        for ((filter, source), target) in filters
+            .iter()
+            .zip(scratch.input.chunks_exact(self.input_product))
+            .zip(scratch.output.chunks_exact_mut(self.output_product))
+        {
+            let inputs = &self.inputs;
+            correlate(filter, source, inputs, target, self.plane, tile.positions);
+        }
+    }
+
+    fn gather(
+        &self,
+        scratch: &mut Self::Scratch,
+        tile: &Tile,
+        piece: usize,
+        channel: usize,
+        line: &mut [F::Real],
+    ) {
+        let width = self.geometry.output[2];
+        let part = &tile.parts[piece];
+        let (planes, phases) = (&scratch.output, &mut scratch.lines.phases);
+        let pitch = self.padded_columns();
+        phases.resize(self.phases_len(), F::Real::ZERO);
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                for (index, lines) in line.chunks_mut(2 * width).enumerate() {
+                    let first = channel * self.plane + part.position + index * self.columns;
+                    for start in (0..self.columns).step_by(CHUNK) {
+                        let mut rows = [[Chunk::ZERO; E]; 2];
+                        for column in 0..E {
+                            let from = first + start + column * self.output_product;
+                            let sums = Chunk::load::<E>(planes, from, E * self.output_product);
+                            [rows[0][column], rows[1][column]] = output(sums);
+                        }
+                        for (row, sums) in rows.into_iter().enumerate() {
+                            Chunk::store(output(sums), phases, row * STEP * pitch + start, pitch);
+                        }
+                    }
+                    let phases = phases.chunks_exact(STEP * pitch);
+                    for (line, phases) in lines.chunks_exact_mut(width).zip(phases) {
+                        interleave(phases, pitch, line);
+                    }
+                }
+            },
+        ));
+    }
+
+    fn begin(&self, scratch: &mut Self::Scratch) {
+        let len = E * E * self.output_product;
+        scratch.output.resize(len, F::Real::ZERO);
+    }
+
+    fn scatter(
+        &self,
+        scratch: &mut Self::Scratch,
+        tile: &Tile,
+        piece: usize,
+        channel: usize,
+        line: &[F::Real],
+    ) {
+        let width = self.geometry.output[2];
+        let part = &tile.parts[piece];
+        let planes = &mut scratch.output;
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                for (index, lines) in line.chunks(2 * width).enumerate() {
+                    let first = channel * self.plane + part.position + index * self.columns;
+                    for start in (0..self.columns).step_by(CHUNK) {
+                        let mut rows = [[Chunk::ZERO; E]; 2];
+                        for (line, row) in lines.chunks_exact(width).zip(&mut rows) {
+                            let line = &line[2 * start..];
+                            let pairs = match line.first_chunk::<{ 2 * CHUNK }>() {
+                                Some(line) => *line,
+                                None => {
+                                    let mut pairs = [F::Real::ZERO; 2 * CHUNK];
+                                    copy_short(line, &mut pairs);
+                                    pairs
+                                }
+                            };
+                            *row = output_transposed(deinterleave(&pairs, 0));
+                        }
+                        for column in 0..E {
+                            let values = output_transposed([rows[0][column], rows[1][column]]);
+                            let to = first + start + column * self.output_product;
+                            // Beyond the row, the next one's output may still be needed.
+                            let len = self.columns - start;
+                            Chunk::store_part(values, planes, to, E * self.output_product, len);
+                        }
+                    }
+                }
+            },
+        ));
+    }
+
+    fn seal(&self, scratch: &mut Self::Scratch, tile: &Tile, channel: usize) {
+        for product in 0..E * E {
+            let plane = product * self.output_product + channel * self.plane;
+            zero(&mut scratch.output[plane + tile.positions..][..WIDEST]);
+        }
+    }
+
+    fn weight_grad_len(&self) -> usize {
+        self.geometry.weight_len() / 9 * E * E
+    }
+
+    fn add_weight_grad(&self, scratch: &mut Self::Scratch, tile: &Tile, sums: &mut [F::Real]) {
+        let (group_in, group_out) = (self.geometry.group_in(), self.geometry.group_out());
+        for ((sums, grads), source) in sums
+            .chunks_exact_mut(group_in * group_out)
+            .zip(scratch.output.chunks_exact(self.output_product))
+            .zip(scratch.input.chunks_exact(self.input_product))
+        {
+            let inputs = &self.inputs;
+            accumulate(sums, grads, self.plane, source, inputs, tile.positions);
+        }
+    }
+
+    #[allow(unsafe_code)]
+    fn weight_grad(&self, sums: Vec<F::Real>, grad: &mut Vec<F::Real>) {
+        let len = self.geometry.weight_len();
+        let kernels = self.geometry.group_in() * self.geometry.group_out();
+        for (sums, grad) in sums
+            .chunks_exact(E * E * kernels)
+            .zip(room(grad, len).chunks_exact_mut(9 * kernels))
+        {
+            let (grad, _) = grad.as_chunks_mut::<9>();
+            grad.par_chunks_mut(KERNELS)
+                .enumerate()
+                .for_each(|(index, grad)| {
+                    let sums = |product: usize| &sums[product * kernels + index * KERNELS..];
+                    let sums: [_; E * E] = std::array::from_fn(sums);
+                    for (index, grad) in grad.iter_mut().enumerate() {
+                        let row = |row: usize| {
+                            filter_transposed(std::array::from_fn(|column| {
+                                sums[row * E + column][index].to_f64()
+                            }))
+                        };
+                        let rows: [[f64; 3]; E] = std::array::from_fn(row);
+                        for column in 0..3 {
+                            let down =
+                                filter_transposed(std::array::from_fn(|row| rows[row][column]));
+                            for (row, value) in down.into_iter().enumerate() {
+                                grad[row * 3 + column].write(F::Real::from_f64(value));
+                            }
+                        }
+                    }
+                });
+        }
+        // SAFETY: there is room for `len` values, which are whole groups of whole kernels, and each
+        // row and column of each kernel was written.
+        unsafe { grad.set_len(len) };
+    }
+
+    fn input_grad(
+        &self,
+        scratch: &mut Self::Scratch,
+        group: usize,
+        tile: &Tile,
+        grad: &mut [MaybeUninit<F>],
+    ) {
+        let group_in = self.geometry.group_in();
+        let len = E * E * self.input_product;
+        scratch.input_grad.resize(len, F::Real::ZERO);
+        self.reserve(&mut scratch.lines);
+        let filters = &self.transposed[group * E * E..][..E * E];
+        for ((filter, source), target) in filters
+            .iter()
+            .zip(scratch.output.chunks_exact(self.output_product))
+            .zip(scratch.input_grad.chunks_exact_mut(self.input_product))
+        {
+            let (outputs, target) = (&self.outputs, &mut target[self.columns..]);
+            correlate(filter, source, outputs, target, self.plane, tile.positions);
+        }
+        let plane = self.geometry.input_plane();
+        // Before each line stands a zero, which `store_rows` reads and does not write; `load_part`
+        // lays other lines out in this buffer.
+        let lines = STEP * E * self.store_pitch();
+        scratch.lines.rows[..lines].fill(F::Real::ZERO);
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                for part in &tile.parts {
+                    let image = part.image * self.geometry.input_len();
+                    let last = part.rows.end + usize::from(part.rows.end == self.rows);
+                    for channel in 0..group_in {
+                        let start = image + (group * group_in + channel) * plane;
+                        let grad = &mut grad[start..][..plane];
+                        for row in part.rows.start..last {
+                            let position = part.position + (row - part.rows.start) * self.columns;
+                            let position = position + channel * self.plane;
+                            let (planes, lines) = (&scratch.input_grad, &mut scratch.lines);
+                            self.store_rows(planes, row, position, grad, lines);
+                        }
+                    }
+                }
+            },
+        ));
+        for product in scratch.input_grad.chunks_exact_mut(self.input_product) {
+            for plane in product.chunks_exact_mut(self.plane) {
+                plane.copy_within(tile.positions..tile.positions + self.columns, 0);
+            }
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Fixed numbers of neighbouring values, which the compiler holds in vectors.
+
+// Lanes are addressed by their place in the chunk.
+#![allow(clippy::needless_range_loop)]
+
+use std::ops::{Add, Neg, Sub};
+
+use crate::Real;
+
+/// Values of a chunk.
+pub(crate) const CHUNK: usize = 8;
+
+/// Values of a pair.
+const PAIR: usize = 2;
+
+/// [`CHUNK`] neighbouring values.
+#[derive(Clone, Copy)]
+pub(crate) struct Chunk<T>([T; CHUNK]);
+
+impl<T: Real> Chunk<T> {
+    pub(crate) const ZERO: Self = Self([T::ZERO; CHUNK]);
+
+    /// The values at `start` of `K` lines, `pitch` apart.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(crate) fn load<const K: usize>(values: &[T], start: usize, pitch: usize) -> [Self; K] {
+        assert!(start + (K - 1) * pitch + CHUNK <= values.len());
+        std::array::from_fn(
+            #[inline(always)]
+            |k| {
+                // SAFETY: the last of the chunks ends within the slice, as was just checked; an
+                // array is aligned as its values are.
+                Self(unsafe {
+                    values
+                        .as_ptr()
+                        .add(start + k * pitch)
+                        .cast::<[T; CHUNK]>()
+                        .read()
+                })
+            },
+        )
+    }
+
+    /// Stores chunks at `start` of `K` lines, `pitch` apart.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(crate) fn store<const K: usize>(
+        chunks: [Self; K],
+        values: &mut [T],
+        start: usize,
+        pitch: usize,
+    ) {
+        assert!(start + (K - 1) * pitch + CHUNK <= values.len());
+        for (k, chunk) in chunks.into_iter().enumerate() {
+            // SAFETY: the last of the chunks ends within the slice, as was just checked; an array
+            // is aligned as its values are.
+            unsafe {
+                let at = values.as_mut_ptr().add(start + k * pitch);
+                at.cast::<[T; CHUNK]>().write(chunk.0);
+            }
+        }
+    }
+
+    /// As [`store`](Self::store), the first `len` values of each.
+    #[inline(always)]
+    pub(crate) fn store_part<const K: usize>(
+        chunks: [Self; K],
+        values: &mut [T],
+        start: usize,
+        pitch: usize,
+        len: usize,
+    ) {
+        if len >= CHUNK {
+            return Self::store(chunks, values, start, pitch);
+        }
+        for (k, chunk) in chunks.into_iter().enumerate() {
+            copy_short(&chunk.0, &mut values[start + k * pitch..][..len]);
+        }
+    }
+}
+
+impl<T: Real> Add for Chunk<T> {
+    type Output = Self;
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(std::array::from_fn(
+            #[inline(always)]
+            |lane| self.0[lane] + other.0[lane],
+        ))
+    }
+}
+
+impl<T: Real> Sub for Chunk<T> {
+    type Output = Self;
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        Self(std::array::from_fn(
+            #[inline(always)]
+            |lane| self.0[lane] - other.0[lane],
+        ))
+    }
+}
+
+impl<T: Real> Neg for Chunk<T> {
+    type Output = Self;
+
+    #[inline(always)]
+    fn neg(self) -> Self {
+        Self(std::array::from_fn(
+            #[inline(always)]
+            |lane| T::ZERO - self.0[lane],
+        ))
+    }
+}
+
+/// Copies as many values as both slices hold, fewer than two chunks.
+#[inline(always)]
+pub(crate) fn copy_short<T: Real>(source: &[T], target: &mut [T]) {
+    match (
+        source.first_chunk::<CHUNK>(),
+        target.first_chunk_mut::<CHUNK>(),
+    ) {
+        (Some(first), Some(to)) => {
+            *to = *first;
+            for (target, source) in target.iter_mut().zip(source).skip(CHUNK) {
+                *target = *source;
+            }
+        }
+        _ => {
+            for (target, source) in target.iter_mut().zip(source) {
+                *target = *source;
+            }
+        }
+    }
+}
+
+/// The even and the odd values from `start` on.
+#[inline(always)]
+pub(crate) fn deinterleave<T: Real>(source: &[T], start: usize) -> [Chunk<T>; PAIR] {
+    let (groups, _) = source[start..][..PAIR * CHUNK].as_chunks::<PAIR>();
+    let mut chunks = [Chunk::ZERO; PAIR];
+    for phase in 0..PAIR {
+        for lane in 0..CHUNK {
+            chunks[phase].0[lane] = groups[lane][phase];
+        }
+    }
+    chunks
+}
+
+/// A row from its even values and its odd ones, which are `pitch` behind: the inverse of [`deinterleave`].
+/// Compilers vectorize it by whole rows.
+#[inline(always)]
+pub(crate) fn interleave<T: Real>(phases: &[T], pitch: usize, row: &mut [T]) {
+    let (even, odd) = phases.split_at(pitch);
+    let (pairs, rest) = row.as_chunks_mut::<PAIR>();
+    for ((pair, even), odd) in pairs.iter_mut().zip(even).zip(odd) {
+        *pair = [*even, *odd];
+    }
+    if let ([last], Some(even)) = (rest, even.get(pairs.len())) {
+        *last = *even;
+    }
+}

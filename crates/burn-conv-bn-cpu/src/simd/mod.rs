@@ -1,0 +1,5 @@
+//! Vector code, compiled for each unit and chosen at run time.
+
+pub(crate) mod chunk;
+pub(crate) mod planes;
+pub(crate) mod sweeps;
