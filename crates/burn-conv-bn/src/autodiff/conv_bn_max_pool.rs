@@ -1,7 +1,7 @@
 use burn::backend::Autodiff;
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::ops::{Backward, OpsKind};
 use burn::tensor::ops::MaxPoolOptions;
+use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn_autodiff::ops::{Backward, OpsKind};
 
 use super::conv_bn::{ConvBnBackward, Pool, inner_inputs, parents, plan, state};
 use super::{conv_bn, max_pool, untracked};
