@@ -149,6 +149,8 @@ mod tests {
             ("mod a; pub(crate) use a::A; pub fn help() {}", false),
             ("mod a; pub use a::A; pub fn help(a: A) {}", true),
             ("mod a; use a::A; pub fn help() {}", true),
+            ("mod a; pub fn help() {} use a::A;", true),
+            ("mod a; #[cfg(unix)] use a::A; pub fn help() {}", true),
             ("mod a; pub fn help() { a::A; }", true),
             ("mod a; /// [`a::A`]\npub fn help() { \"a::A\" }", false),
             (

@@ -113,9 +113,11 @@ fn scan(
             [word, rest @ ..] if is(word, "use") => {
                 let end = rest.iter().position(|token| is(token, ";"));
                 let rest = &rest[..end.unwrap_or(rest.len())];
-                // Parentheses are those of `pub(crate)`.
-                let is_public = before
-                    .is_some_and(|token| is(token, "pub") || matches!(token, TokenTree::Group(_)));
+                let is_public = before.is_some_and(|token| match token {
+                    // Of `pub(crate)`.
+                    TokenTree::Group(group) => group.delimiter() == Delimiter::Parenthesis,
+                    word => is(word, "pub"),
+                });
                 for (name, target) in imports(rest, &[]) {
                     if !is_public {
                         module.paths.push(target.clone());
