@@ -14,7 +14,7 @@ use clap::Args;
 
 use crate::programs::{self, Program};
 use crate::say::say;
-use crate::{cargo, root};
+use crate::workspace::{cargo, root};
 
 /// What needs no GPU: what is there for one needs features.
 pub const WITHOUT: [&str; 1] = ["--workspace"];

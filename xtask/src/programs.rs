@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::say::say;
-use crate::show;
+use crate::workspace::show;
 
 /// A program that was built.
 #[derive(Clone, Debug, PartialEq, Eq)]

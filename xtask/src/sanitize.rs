@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::programs::{self, Count};
 use crate::say::say;
-use crate::{cargo, root};
+use crate::workspace::{cargo, root};
 
 /// The feature of the kernels' package that compiles them for AVX-512 too.
 const AVX512: &str = "x86-v4";

@@ -11,10 +11,11 @@ use anyhow::{Context, Result, bail};
 use burn_conv_bn_files::{self as files, Survives};
 use clap::Args;
 
+use crate::gpu;
 use crate::interrupt::{self, Guarded};
 use crate::programs::{self, Count, Program};
 use crate::say::say;
-use crate::{cargo, gpu, root};
+use crate::workspace::{cargo, root};
 
 /// The variables that seed test programs: all that there are, for each.
 const SEEDS: [&str; 4] = [

@@ -7,7 +7,8 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::{cargo, gpu, python, root, succeeds};
+use crate::gpu;
+use crate::workspace::{cargo, python, root, succeeds};
 
 /// Names the folder with the files that the tests read.
 pub const FILES: &str = "BURN_CONV_BN_TORCHVISION";
@@ -51,8 +52,8 @@ pub fn torchvision(args: &Torchvision) -> Result<()> {
     command.args(gpu::WITHOUT);
     command.args(["--test", "torchvision", "--", "--nocapture"]);
     command.env(FILES, folder);
-    match succeeds(command)? {
-        true => Ok(()),
-        false => bail!("the networks differ from torchvision's"),
+    if !succeeds(command)? {
+        bail!("the networks differ from torchvision's");
     }
+    Ok(())
 }

@@ -443,6 +443,8 @@ fn nothing_tested_and_nothing_checked_is_no_success() {
 
     let steps = [
         "fmt",
+        "circles",
+        "length",
         "clippy",
         "gpu-clippy",
         "docs",

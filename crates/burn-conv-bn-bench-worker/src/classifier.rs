@@ -20,11 +20,9 @@ use burn_conv_bn_models::{
 use crate::device::{Stopwatch, is_cube};
 use crate::files::{read, write};
 use crate::meter::Meter;
-use crate::network::{form, loss, recompute};
 use crate::precision::Computing;
-use crate::saved;
-use crate::session::Workload;
 use crate::tensors::{into_values, tensor, values, write_tensor};
+use crate::workload::{Workload, form, loss, recompute, saved_bytes};
 
 /// Small enough that random images do not throw the weights far off.
 const LEARNING_RATE: f64 = 1e-3;
@@ -153,25 +151,6 @@ impl ClassifierWork {
         let model = self.computing.module(self.model());
         loss(log_softmax(model.forward(images), 1), targets)
     }
-
-    fn warm_up(&self) {
-        let [batch, size] = SMALL;
-        let images = Tensor::random([batch, 3, size, size], Distribution::Default, &self.device);
-        let images = self.computing.activations(images);
-        let targets = Tensor::zeros([batch], &self.device);
-        self.computing.backward(&self.forward(images, targets));
-    }
-
-    fn measure(&self, allocator: &'static CountingAllocator) -> StepMemory {
-        let mut meter = Meter::start(&self.device, allocator);
-        let loss = self.forward(self.images.clone(), self.targets.clone());
-        meter.forward_end();
-        let grads = self.computing.backward(&loss);
-        // Without the optimizer: by then the activations are gone, and its state stays.
-        let memory = meter.finish();
-        drop((grads, loss));
-        memory
-    }
 }
 
 impl Workload for ClassifierWork {
@@ -216,19 +195,33 @@ impl Workload for ClassifierWork {
         }
     }
 
-    fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory {
-        if is_cube(&self.device) {
-            self.measure(allocator);
-        } else {
-            self.warm_up();
-        }
-        self.measure(allocator)
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn warm_up(&self) {
+        let [batch, size] = SMALL;
+        let images = Tensor::random([batch, 3, size, size], Distribution::Default, &self.device);
+        let images = self.computing.activations(images);
+        let targets = Tensor::zeros([batch], &self.device);
+        self.computing.backward(&self.forward(images, targets));
+    }
+
+    fn measure(&self, allocator: &'static CountingAllocator) -> StepMemory {
+        let mut meter = Meter::start(&self.device, allocator);
+        let loss = self.forward(self.images.clone(), self.targets.clone());
+        meter.forward_end();
+        let grads = self.computing.backward(&loss);
+        // Without the optimizer: by then the activations are gone, and its state stays.
+        let memory = meter.finish();
+        drop((grads, loss));
+        memory
     }
 
     fn saved(&self) -> u64 {
         let model = self.computing.module(self.model());
         let listed = model.saved_for_backward(self.images.dims());
-        saved::bytes(listed.iter().map(|(_, kept)| kept))
+        saved_bytes(listed.iter().map(|(_, kept)| kept))
     }
 }
 

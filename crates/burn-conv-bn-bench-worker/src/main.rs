@@ -10,11 +10,10 @@ mod layer;
 mod meter;
 mod network;
 mod precision;
-mod prepare;
-mod saved;
 mod session;
 mod tensors;
 mod upstream;
+mod workload;
 
 use std::io::{BufRead, Write, stdin, stdout};
 

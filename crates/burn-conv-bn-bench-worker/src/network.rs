@@ -8,25 +8,26 @@ use burn::module::Param;
 use burn::nn::DropoutConfig;
 use burn::optim::ModuleOptimizer;
 use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData};
-use burn_conv_bn::Recompute;
 use burn_conv_bn_bench::catalogue::Network;
 use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
 use burn_conv_bn_memory::CountingAllocator;
-use burn_conv_bn_models::{Form, Net, NetConfig};
+use burn_conv_bn_models::{Net, NetConfig};
 use burn_conv_bn_train::optim::AdadeltaConfig;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
-use crate::device::{Stopwatch, is_cube};
+use crate::device::Stopwatch;
+use crate::files::write;
 use crate::meter::Meter;
 use crate::precision::Computing;
-use crate::saved;
-use crate::session::Workload;
 use crate::tensors::{parameter, tensor, values, write_tensor};
+use crate::workload::{Workload, form, loss, recompute, saved_bytes};
 
 /// The tutorial's.
 const LEARNING_RATE: f64 = 1.0;
 
 /// Name of each parameter, its number of values, and the inputs of one output.
-pub const PARAMETERS: [(&str, usize, usize); 6] = [
+const PARAMETERS: [(&str, usize, usize); 6] = [
     ("conv1.weight", 32 * 9, 9),
     ("conv2.weight", 64 * 32 * 9, 32 * 9),
     ("fc1.weight", 9216 * 128, 9216),
@@ -37,6 +38,28 @@ pub const PARAMETERS: [(&str, usize, usize); 6] = [
 
 /// Images of the step that warms up before memory is measured.
 const SMALL_BATCH: usize = 2;
+
+/// Draws the targets, the images and the parameters from a seed.
+pub fn prepare(network: &Network, seed: u64, folder: &Path) -> Result<()> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let targets: Vec<f32> = (0..network.batch)
+        .map(|_| rng.random_range(0..Network::CLASSES) as f32)
+        .collect();
+    write(folder, "targets", &targets)?;
+    let mut uniform = |count: usize, bound: f32| -> Vec<f32> {
+        (0..count)
+            .map(|_| rng.random_range(-bound..bound))
+            .collect()
+    };
+    let pixels = network.batch * Network::IMAGE_SIZE * Network::IMAGE_SIZE;
+    write(folder, "images", &uniform(pixels, 1.0))?;
+    for (name, count, fan_in) in PARAMETERS {
+        // As initialized by default.
+        let bound = 1.0 / (fan_in as f32).sqrt();
+        write(folder, name, &uniform(count, bound))?;
+    }
+    Ok(())
+}
 
 /// The network with its data and its optimizer.
 pub struct NetworkWork {
@@ -83,54 +106,9 @@ impl NetworkWork {
     fn loss(&self, images: Tensor<4>, targets: Tensor<1, Int>) -> Tensor<1> {
         loss(self.computing.module(self.net()).forward(images), targets)
     }
-
-    fn warm_up(&self) {
-        let size = Network::IMAGE_SIZE;
-        let shape = [SMALL_BATCH, 1, size, size];
-        let images = Tensor::<4>::random(shape, Distribution::Default, &self.device);
-        let images = self.computing.activations(images);
-        let targets = Tensor::<1, Int>::zeros([SMALL_BATCH], &self.device);
-        self.computing.backward(&self.loss(images, targets));
-    }
-
-    fn measure(&self, allocator: &'static CountingAllocator) -> StepMemory {
-        let mut meter = Meter::start(&self.device, allocator);
-        let loss = self.loss(self.images.clone(), self.targets.clone());
-        meter.forward_end();
-        let grads = self.computing.backward(&loss);
-        // Without the optimizer: by then the activations are gone, and its state stays.
-        let memory = meter.finish();
-        drop((grads, loss));
-        memory
-    }
-}
-
-/// How a contender runs its blocks.
-pub fn form(contender: Contender) -> Form {
-    match contender {
-        Contender::Fused | Contender::Never => Form::Fused,
-        _ => Form::Unfused,
-    }
-}
-
-/// What its fused blocks keep.
-pub fn recompute(contender: Contender) -> Recompute {
-    match contender {
-        Contender::Never => Recompute::Never,
-        _ => Recompute::Conv,
-    }
 }
 
 const PUT_BACK: &str = "a step puts the network back";
-
-/// Mean of the images' negative log-likelihoods, as in `burn-conv-bn-train`.
-pub fn loss(log_probabilities: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
-    log_probabilities
-        .gather(1, targets.unsqueeze_dim::<2>(1))
-        .squeeze_dim::<1>(1)
-        .neg()
-        .mean()
-}
 
 fn read_parameters(net: &mut Net, data: &Path, device: &Device) -> Result<()> {
     for (name, block) in [("conv1", &mut net.conv1), ("conv2", &mut net.conv2)] {
@@ -226,19 +204,34 @@ impl Workload for NetworkWork {
         }
     }
 
-    fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory {
-        if is_cube(&self.device) {
-            self.measure(allocator);
-        } else {
-            self.warm_up();
-        }
-        self.measure(allocator)
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn warm_up(&self) {
+        let size = Network::IMAGE_SIZE;
+        let shape = [SMALL_BATCH, 1, size, size];
+        let images = Tensor::<4>::random(shape, Distribution::Default, &self.device);
+        let images = self.computing.activations(images);
+        let targets = Tensor::<1, Int>::zeros([SMALL_BATCH], &self.device);
+        self.computing.backward(&self.loss(images, targets));
+    }
+
+    fn measure(&self, allocator: &'static CountingAllocator) -> StepMemory {
+        let mut meter = Meter::start(&self.device, allocator);
+        let loss = self.loss(self.images.clone(), self.targets.clone());
+        meter.forward_end();
+        let grads = self.computing.backward(&loss);
+        // Without the optimizer: by then the activations are gone, and its state stays.
+        let memory = meter.finish();
+        drop((grads, loss));
+        memory
     }
 
     fn saved(&self) -> u64 {
         let [batch, ..] = self.images.dims();
         let net = self.computing.module(self.net());
         let listed = net.saved_for_backward(batch, Network::IMAGE_SIZE);
-        saved::bytes(listed.iter().map(|(_, kept)| kept))
+        saved_bytes(listed.iter().map(|(_, kept)| kept))
     }
 }

@@ -1,45 +1,26 @@
 //! Requests to replies.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Error, Result};
 use burn_conv_bn_bench::catalogue::{Entry, Work};
 use burn_conv_bn_bench::precision::Precision;
-use burn_conv_bn_bench::protocol::{
-    Checked, Contender, Reply, Request, StepMemory, StepTime, TensorError,
-};
+use burn_conv_bn_bench::protocol::{Checked, Contender, Reply, Request, StepMemory, TensorError};
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_train::device::DeviceError;
 use burn_conv_bn_train::report::BURN_VERSION;
 
-use crate::classifier::ClassifierWork;
+use crate::classifier::{self, ClassifierWork};
 use crate::device::{open, vectors};
 use crate::files::{read, relative_error};
 #[cfg(feature = "cubecl")]
 use crate::kernels;
-use crate::layer::LayerWork;
-use crate::network::NetworkWork;
+use crate::layer::{self, LayerWork};
+use crate::network::{self, NetworkWork};
 use crate::precision::Computing;
-use crate::prepare::prepare;
-
-/// An entry in the form of one contender.
-pub trait Workload {
-    /// Runs forward and backward once, without dropout, and writes the results. Returns their
-    /// names.
-    fn check(&self, folder: &Path) -> Result<Vec<String>>;
-
-    /// Runs one timed step.
-    fn step(&mut self) -> StepTime;
-
-    /// Measures forward and backward, after a step that does once what is no part of what a step
-    /// takes. On Flex a small one starts thread pools and brings code into memory. On CubeCL's
-    /// devices kernels are compiled and tried for each shape, so it is one of the full size.
-    fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory;
-
-    /// Bytes that its layers list as kept for the backward pass, as [`StepMemory::saved`].
-    fn saved(&self) -> u64;
-}
+use crate::workload::Workload;
 
 /// What went wrong as a reply: what a device lacks is nobody's fault.
 pub fn explain(error: Error) -> Reply {
@@ -124,8 +105,18 @@ impl Session {
     }
 }
 
+/// Draws the data of an entry from a seed, and writes them to a folder.
+fn prepare(work: &Work, seed: u64, folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    match work {
+        Work::Layer(layer) => layer::prepare(layer, seed, folder),
+        Work::Network(network) => network::prepare(network, seed, folder),
+        Work::Classifier(classifier) => classifier::prepare(classifier, seed, folder),
+    }
+}
+
 /// An entry in the form of a contender, with its data, on the device of that name, in a precision.
-pub fn load(
+fn load(
     entry: &Entry,
     contender: Contender,
     device: &str,
@@ -417,6 +408,27 @@ mod tests {
                     assert_eq!(step.optimizer_ms.is_some(), optimizer, "{step:?}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_data() {
+        for entry in [small_layer(true), small_network()] {
+            let read = |seed: u64| {
+                let folder = tempfile::tempdir().unwrap();
+                prepare(&entry.work, seed, folder.path()).unwrap();
+                let mut files: Vec<_> = fs::read_dir(folder.path())
+                    .unwrap()
+                    .map(|file| file.unwrap().path())
+                    .collect();
+                files.sort();
+                let contents = files.iter().map(|path| fs::read(path).unwrap());
+                contents.collect::<Vec<_>>()
+            };
+            let first = read(7);
+            assert!(first.len() > 4);
+            assert_eq!(first, read(7));
+            assert_ne!(first, read(8));
         }
     }
 

@@ -3,13 +3,13 @@
 //! Burn starts from a scalar. `(output * gradient).sum()` would do, at the price of two more
 //! passes over the output and a copy of it, which would be timed and measured with the layer.
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients as NodeGradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{FloatDType, Gradients, Shape, Tensor};
+use burn_autodiff::checkpoint::base::Checkpointer;
+use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn_autodiff::grads::Gradients as NodeGradients;
+use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
 /// Runs the backward pass from `gradient`, the gradient of `output`.
 pub fn backward_from(output: Tensor<4>, gradient: Tensor<4>) -> Gradients {

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 pub use error::OutputError;
-use target::Target;
+use target::{Target, folder_of};
 
 /// Prefix of the name of a file that is still being written.
 const PARTIAL: &str = ".partial-";
@@ -199,11 +199,4 @@ fn partial(folder: &Path, permissions: Option<Permissions>) -> io::Result<NamedT
         file.as_file().set_permissions(permissions)?;
     }
     Ok(file)
-}
-
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    }
 }

@@ -2,7 +2,7 @@ use std::fs::{self, Permissions};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::{OutputError, folder_of};
+use crate::OutputError;
 
 /// Most links that a path is followed through, as on Linux.
 const MAX_LINKS: usize = 40;
@@ -47,6 +47,14 @@ impl Target {
             Self::File { path, .. } => Ok(Self::File { path, permissions }),
             stream => Ok(stream),
         }
+    }
+}
+
+/// The folder of a file.
+pub(crate) fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
     }
 }
 

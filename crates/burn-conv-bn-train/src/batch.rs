@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataloader::{DataLoader, DataLoaderBuilder, DataLoaderIterator, Progress};
-use burn::data::dataset::transform::SelectionDataset;
-use burn::data::dataset::{Dataset, DatasetError};
 use burn::tensor::{DType, Device, Element, FloatDType, Int, Tensor, TensorData};
+use burn_dataset::transform::SelectionDataset;
+use burn_dataset::{Dataset, DatasetError};
 
 use crate::data::{Digits, PIXELS, SIDE};
 

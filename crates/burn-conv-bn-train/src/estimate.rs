@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use burn::data::dataloader::batcher::Batcher;
-use burn::data::dataset::Dataset;
 use burn::module::Module;
 use burn::tensor::Device;
 use burn::train::{InferenceStep, TrainStep};
 use burn_conv_bn_memory::CountingAllocator;
+use burn_dataset::Dataset;
 
 use crate::batch::{DigitItem, MnistBatch, MnistBatcher};
 use crate::data::MnistData;

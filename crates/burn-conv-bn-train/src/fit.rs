@@ -7,7 +7,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use burn::data::dataset::DatasetError;
 use burn::lr_scheduler::step::StepLrSchedulerConfig;
 use burn::module::Module;
 use burn::store::RecordError;
@@ -18,6 +17,7 @@ use burn::train::{
     TrainingError,
 };
 use burn_conv_bn_files::{OutputError, Survives, check_room, sweep};
+use burn_dataset::DatasetError;
 
 use crate::batch::{BatchLoader, EpochLoader, test_loader};
 use crate::checkpoint::{self, Damaged, KeepLatestAndBest, Set, SetFile, Store, checkpointers};

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use burn::data::dataloader::batcher::Batcher;
-use burn::data::dataset::{Dataset, DatasetError};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn::train::Interrupter;
 use burn_conv_bn::{NormVariant, Recompute};
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_models::Form;
+use burn_dataset::{Dataset, DatasetError};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 

@@ -269,8 +269,8 @@ mod tests {
     use std::collections::BTreeMap;
 
     use burn::data::dataloader::batcher::Batcher;
-    use burn::data::dataset::Dataset;
     use burn::tensor::{DType, Device};
+    use burn_dataset::Dataset;
 
     use crate::batch::{DigitItem, MnistBatcher};
     use crate::data::generate;

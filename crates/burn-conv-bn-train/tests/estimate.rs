@@ -3,7 +3,6 @@
 //! One test, so that no other allocates at the same time.
 
 use burn::data::dataloader::batcher::Batcher;
-use burn::data::dataset::Dataset;
 use burn::train::TrainStep;
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_train::batch::MnistBatcher;
@@ -14,6 +13,7 @@ use burn_conv_bn_train::job::{Job, Norm, Precision, RecomputePolicy, Variant};
 use burn_conv_bn_train::memory::MemoryProbe;
 use burn_conv_bn_train::model::ModelChoice;
 use burn_conv_bn_train::optim::OptimizerChoice;
+use burn_dataset::Dataset;
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator::new();

@@ -8,8 +8,7 @@ use burn_conv_bn_bench::protocol::{
 };
 use burn_conv_bn_bench::report::{ContenderReport, ProblemKind};
 
-use super::process::Process;
-use super::refusal;
+use super::process::{Process, refusal};
 
 /// A contender with its process, which it has until something goes wrong.
 pub struct Running {

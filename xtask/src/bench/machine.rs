@@ -14,7 +14,7 @@ use burn_conv_bn_bench::report::Machine;
 use time::UtcDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::root;
+use crate::workspace::root;
 
 /// Vector instructions that kernels choose by, as Linux names them.
 const VECTOR_UNITS: [&str; 8] = [

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Error, Result, anyhow};
 use burn_conv_bn_bench::protocol::{Reply, Request};
+use burn_conv_bn_bench::report::ProblemKind;
 
 use crate::interrupt::Guarded;
 
@@ -134,6 +135,15 @@ impl LastWords {
     }
 }
 
+/// The kind and the words of a reply that says why there is none.
+pub fn refusal(reply: Reply) -> (ProblemKind, String) {
+    match reply {
+        Reply::Unavailable { reason } => (ProblemKind::Unavailable, reason),
+        Reply::Failed { reason } => (ProblemKind::Failed, reason),
+        other => (ProblemKind::Failed, format!("{other:?} is no answer")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -194,5 +204,15 @@ mod tests {
         let command = Command::new("/no/such/python");
         let error = Process::start(command, "pytorch.py").err().unwrap();
         assert!(error.to_string().contains("/no/such/python"), "{error}");
+    }
+
+    #[test]
+    fn refusals_keep_their_kind() {
+        let reason = || "why".to_string();
+        let unavailable = refusal(Reply::Unavailable { reason: reason() });
+        assert_eq!(unavailable, (ProblemKind::Unavailable, reason()));
+        let failed = refusal(Reply::Failed { reason: reason() });
+        assert_eq!(failed, (ProblemKind::Failed, reason()));
+        assert_eq!(refusal(Reply::Done {}).0, ProblemKind::Failed);
     }
 }

@@ -1,4 +1,4 @@
-//! Reports that nobody measured.
+//! Reports that nobody measured, and parsed options.
 
 use std::collections::BTreeMap;
 
@@ -8,6 +8,7 @@ use burn_conv_bn_bench::precision::Precision;
 use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
 use burn_conv_bn_bench::report::{ContenderReport, EntryReport, Report};
 
+use super::args::Bench;
 use super::machine;
 
 /// One entry that the fused form runs in half the time and in 3 MiB of 4.
@@ -77,4 +78,16 @@ fn of(entries: Vec<EntryReport>) -> Report {
         entries,
         summary: Vec::new(),
     }
+}
+
+#[derive(clap::Parser, Debug)]
+struct Cli {
+    #[command(flatten)]
+    bench: Bench,
+}
+
+/// Parses the options of a command line.
+pub fn parse(options: &[&str]) -> Result<Bench, clap::Error> {
+    let line = ["bench"].iter().chain(options);
+    <Cli as clap::Parser>::try_parse_from(line).map(|cli| cli.bench)
 }

@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use burn::data::dataloader::batcher::Batcher;
-use burn::data::dataset::{Dataset, DatasetError};
 use burn::module::Module;
 use burn::store::RecordError;
 use burn::tensor::{Device, FloatDType, Tensor, TensorReadError};
 use burn::train::Interrupter;
 use burn_conv_bn::{FoldError, NormVariant, RunningVariance};
 use burn_conv_bn_models::{Form, Net};
+use burn_dataset::{Dataset, DatasetError};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 

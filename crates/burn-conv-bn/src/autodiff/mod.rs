@@ -9,12 +9,12 @@ mod conv_bn;
 mod max_pool;
 mod norm;
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::{NodeId, ops::NodeGuard};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, Backend};
 use burn::tensor::ops::MaxPoolOptions;
+use burn_autodiff::checkpoint::base::Checkpointer;
+use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn_autodiff::{NodeId, ops::NodeGuard};
 
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,

@@ -1,0 +1,166 @@
+//! The options of `cargo xtask bench`.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use burn_conv_bn_bench::device::{DEVICES, FLEX};
+use burn_conv_bn_bench::precision::Precision;
+use burn_conv_bn_bench::protocol::{Contender, Engine};
+use clap::{Args, ValueEnum};
+
+/// Largest values of the options. A run of more would not end, or not begin: a rayon pool of 100,000
+/// threads takes minutes to start.
+const MOST_ROUNDS: usize = 1000;
+const MOST_IMAGES: usize = 1 << 16;
+const MOST_THREADS: usize = 1024;
+
+#[derive(Args, Debug)]
+pub struct Bench {
+    /// Where to compute, by the name of Burn's feature for it; PyTorch computes on the same kind of
+    /// device.
+    #[arg(long, value_name = "DEVICE", default_value = FLEX, value_parser = DEVICES)]
+    pub device: String,
+    /// What to compute in: f16 and bf16 are mixed precision, in which Burn's norms and linear layers
+    /// stay in f32, and PyTorch's are under its autocast; tf32 is for CUDA.
+    #[arg(long, value_enum, value_name = "PRECISION", default_value_t = Precision::F32)]
+    pub precision: Precision,
+    /// Smaller batches and images: without a peer it ends within five minutes on two cores, and the
+    /// ratios are less telling.
+    #[arg(long)]
+    pub quick: bool,
+    /// Images of each entry, in place of the catalogue's: those of the classifiers are for CPUs.
+    #[arg(long, value_name = "N", value_parser = up_to::<MOST_IMAGES>)]
+    pub batch: Option<NonZeroUsize>,
+    /// Run this entry alone; may be given several times.
+    #[arg(long, value_name = "ID")]
+    pub only: Vec<String>,
+    /// Run the layers alone.
+    #[arg(long)]
+    pub layers: bool,
+    /// Run the networks alone.
+    #[arg(long)]
+    pub networks: bool,
+    /// Timed steps of each contender [default: 3 to 7, as many as fit two minutes, or 8 s with
+    /// --quick].
+    #[arg(long, value_name = "N", value_parser = up_to::<MOST_ROUNDS>)]
+    pub rounds: Option<NonZeroUsize>,
+    /// Threads of each contender [default: as many as the machine runs at once].
+    #[arg(long, value_name = "N", value_parser = up_to::<MOST_THREADS>)]
+    pub threads: Option<NonZeroUsize>,
+    /// Another framework to compare with. An error if it is not there.
+    #[arg(long, value_enum, value_name = "PEER")]
+    pub peer: Option<Peer>,
+    /// The python that has torch [default: $PYTHON, else python3].
+    #[arg(long, value_name = "PATH")]
+    pub python: Option<PathBuf>,
+    /// Use this worker instead of building one. It must have been built for the device.
+    #[arg(long, value_name = "FILE")]
+    pub worker: Option<PathBuf>,
+    /// Use this program for PyTorch instead of the repository's.
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub peer_script: Option<PathBuf>,
+    /// Write everything that was measured to this file.
+    #[arg(long, value_name = "PATH")]
+    pub json: Option<PathBuf>,
+    /// Write the tables to this file, a line for each contender of each entry.
+    #[arg(long, value_name = "PATH")]
+    pub csv: Option<PathBuf>,
+    /// Draw the ratios of times and peaks to this SVG file.
+    #[arg(long, value_name = "PATH")]
+    pub plot: Option<PathBuf>,
+    /// Do not measure memory.
+    #[arg(long)]
+    pub no_memory: bool,
+    /// Time the kernels of one more step of each contender, on a device that has kernels.
+    #[arg(long)]
+    pub profile: bool,
+    /// Run this contender alone, and Burn's unfused layers, which all are compared with; may be
+    /// given several times.
+    #[arg(long, value_enum, value_name = "NAME")]
+    pub contender: Vec<Contender>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Peer {
+    /// PyTorch, on the CPU or on CUDA.
+    Pytorch,
+}
+
+/// A whole number from 1 to `MOST`.
+fn up_to<const MOST: usize>(text: &str) -> Result<NonZeroUsize, String> {
+    let number = text.parse().ok();
+    number
+        .filter(|number: &NonZeroUsize| number.get() <= MOST)
+        .ok_or_else(|| format!("expected a whole number from 1 to {MOST}"))
+}
+
+impl Bench {
+    /// A contender that was asked for by its name, of those that an engine runs.
+    pub fn of(&self, engine: Engine) -> Option<Contender> {
+        let mut named = self.contender.iter().copied();
+        named.find(|contender| contender.engine() == engine)
+    }
+
+    /// The contenders that an engine runs.
+    pub fn contenders(&self, engine: Engine) -> Vec<Contender> {
+        let wanted = |contender: &Contender| {
+            let named = self.contender.is_empty() || self.contender.contains(contender);
+            contender.engine() == engine && (named || *contender == Contender::Unfused)
+        };
+        Contender::ALL.into_iter().filter(wanted).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::testing::parse;
+
+    #[test]
+    fn devices_and_precisions_are_checked_by_name() {
+        assert_eq!(parse(&[]).unwrap().device, FLEX);
+        for device in DEVICES {
+            assert_eq!(parse(&["--device", device]).unwrap().device, device);
+        }
+        let error = parse(&["--device", "abacus"]).unwrap_err();
+        assert!(error.to_string().contains("vulkan"), "{error}");
+        assert_eq!(parse(&[]).unwrap().precision, Precision::F32);
+        let bf16 = parse(&["--precision", "bf16"]).unwrap();
+        assert_eq!(bf16.precision, Precision::Bf16);
+        let error = parse(&["--precision", "f8"]).unwrap_err();
+        assert!(error.to_string().contains("bf16"), "{error}");
+    }
+
+    #[test]
+    fn contenders_are_those_asked_for_and_the_reference() {
+        let contenders = |options: &[&str]| {
+            let bench = parse(options).unwrap();
+            [Engine::Burn, Engine::PyTorch].map(|engine| bench.contenders(engine))
+        };
+        assert_eq!(contenders(&[]).concat(), Contender::ALL);
+        let [burn, torch] = contenders(&["--contender", "fused", "--contender", "eager"]);
+        assert_eq!(burn, [Contender::Fused, Contender::Unfused]);
+        assert_eq!(torch, [Contender::Eager]);
+    }
+
+    #[test]
+    fn numbers_have_bounds_which_are_named() {
+        for (option, most) in [
+            ("--rounds", "1000"),
+            ("--batch", "65536"),
+            ("--threads", "1024"),
+        ] {
+            assert!(parse(&[option, most]).is_ok());
+            let beyond = (most.parse::<usize>().unwrap() + 1).to_string();
+            for wrong in ["0", "-1", "1.5", &beyond, "18446744073709551615", "1e99"] {
+                let error = parse(&[&format!("{option}={wrong}")])
+                    .unwrap_err()
+                    .to_string();
+                assert!(
+                    error.contains(&format!("from 1 to {most}")),
+                    "{wrong}: {error}"
+                );
+            }
+        }
+    }
+}
