@@ -343,7 +343,7 @@ mod tests {
             let output = output(renderer);
             let lines: Vec<&str> = output.lines().collect();
             assert_eq!(lines.len(), 4096_usize.div_ceil(step) + 1);
-            assert_eq!(lines[0], "Train Epoch: 0 [0/4096 (0%)]\tLoss: 1.000000");
+            assert_eq!(lines[0], "Train Epoch: 1 [0/4096 (0%)]\tLoss: 1.000000");
             let percents: Vec<u32> = lines
                 .iter()
                 .map(|line| {
@@ -353,7 +353,7 @@ mod tests {
                 .collect();
             assert!(percents.is_sorted(), "{percents:?}");
             assert!(percents[percents.len() - 2] < 100, "{percents:?}");
-            assert_eq!(*lines.last().unwrap(), "Train Epoch: 0 [4096/4096 (100%)]");
+            assert_eq!(*lines.last().unwrap(), "Train Epoch: 1 [4096/4096 (100%)]");
         }
     }
 
