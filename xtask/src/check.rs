@@ -15,8 +15,10 @@ use crate::workspace::{cargo, root, succeeds};
 
 /// The packages that are held to `circles` and `length`, by their folders.
 const HELD: &[&str] = &[
+    "crates/burn-conv-bn",
     "crates/burn-conv-bn-bench",
     "crates/burn-conv-bn-bench-worker",
+    "crates/burn-conv-bn-cpu",
     "crates/burn-conv-bn-cubecl",
     "crates/burn-conv-bn-files",
     "crates/burn-conv-bn-gpu-tests",
