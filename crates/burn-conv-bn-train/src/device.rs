@@ -4,7 +4,7 @@ use burn::tensor::{Device, DeviceType};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::job::Precision;
+use crate::precision::Precision;
 
 /// A device, named as Burn's feature for it.
 ///

@@ -4,19 +4,19 @@
 //! [`resolve`] picks the source and says which one it picked; [`Digits`] holds
 //! the result as plain bytes, independent of any tensor library.
 
-mod digits;
+mod batch;
 mod download;
 mod files;
-// A stroke is easier to read and to change with several points on a line.
-#[rustfmt::skip]
-mod glyphs;
 mod idx;
 mod source;
+mod synthetic;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub use digits::generate;
+pub(crate) use batch::{BatchLoader, EpochLoader, MEAN, MnistBatch, STD, test_loader};
+pub use batch::{DigitItem, MnistBatcher};
 #[doc(hidden)]
 pub use idx::exercise as exercise_idx;
 pub use idx::{CLASSES, Digits, IdxError, MAX_BYTES, PIXELS, SIDE};
 pub use source::{DataError, DataOrigin, DataRequest, DatasetChoice, MnistData, OFFLINE, resolve};
+pub use synthetic::generate;

@@ -154,7 +154,7 @@ impl FoldedNetwork {
     /// # Shapes
     ///
     /// - `images`: `[batch, 1, 28, 28]`, normalized as
-    ///   [`MnistBatcher`](crate::batch::MnistBatcher) does
+    ///   [`MnistBatcher`](crate::data::MnistBatcher) does
     /// - output: `[batch, 10]`
     pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
         let x = self

@@ -1,0 +1,471 @@
+//! The tutorial's job: both variants on the same data, each in a process of its own, and what
+//! they took.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use burn::train::Interrupter;
+use burn_conv_bn_files::Survives;
+use burn_conv_bn_memory::CountingAllocator;
+use serde::{Deserialize, Serialize};
+
+use crate::data::{DataOrigin, DatasetChoice, MnistData};
+use crate::measure::estimate::estimate;
+use crate::measure::plot::picture;
+use crate::measure::report::{Report, VariantReport};
+use crate::persist::output;
+use crate::predict::mistakes::PictureFormat;
+use crate::print::{PrintError, loss, message, say};
+use crate::run::fit::Resume;
+use crate::run::job::{Job, RunOptions, Variant, record, run};
+
+/// Points of the curve of a step's memory.
+const CURVE: usize = 500;
+
+/// Name of the subcommand that runs one variant; not for people.
+///
+/// ```
+/// use burn_conv_bn_train::compare::WORKER;
+///
+/// /// Whether a program was started to run one variant.
+/// fn is_worker(mut arguments: impl Iterator<Item = String>) -> bool {
+///     arguments.nth(1).as_deref() == Some(WORKER)
+/// }
+/// assert!(is_worker(["mnist", "run-variant"].map(String::from).into_iter()));
+/// ```
+pub const WORKER: &str = "run-variant";
+
+/// How to compare.
+///
+/// [`compare`] has an example.
+#[derive(Clone, Debug)]
+pub struct CompareOptions {
+    /// Which variants, in order.
+    pub variants: Vec<Variant>,
+    /// Where the report goes.
+    pub json: Option<PathBuf>,
+    /// Where the picture of memory over a step and of the losses goes, as SVG.
+    pub plot: Option<PathBuf>,
+    /// Where the metrics' logs go, a folder for each variant.
+    pub artifacts: PathBuf,
+    /// If the estimate is longer, train on fewer digits, the same for all variants.
+    pub time_limit: Option<Duration>,
+    /// Threads of the CPU in the variants' processes; as many as the machine runs at once if not
+    /// given.
+    pub threads: Option<usize>,
+}
+
+/// What a worker is told, on its standard input.
+#[derive(Serialize, Deserialize)]
+struct Task {
+    job: Job,
+    variant: Variant,
+    directory: PathBuf,
+    /// Whether to record the memory of a step.
+    record: bool,
+    result: PathBuf,
+}
+
+/// Runs the comparison.
+///
+/// Each variant is trained in a fresh process: no cache, pool or fragment of the first is there
+/// when the second is measured.
+///
+/// # Errors
+///
+/// A message for people, also where a variant diverged. What can be checked is checked before anything is
+/// trained.
+///
+/// # Examples
+///
+/// A program that does nothing else. Each variant runs in a process of the same program, which is started
+/// with [`WORKER`] as its argument:
+///
+/// ```no_run
+/// use burn::train::Interrupter;
+/// use burn_conv_bn_memory::CountingAllocator;
+/// use burn_conv_bn_train::compare::{CompareOptions, WORKER, compare, work};
+/// use burn_conv_bn_train::job::{Job, Variant};
+///
+/// #[global_allocator]
+/// static ALLOCATOR: CountingAllocator = CountingAllocator::new();
+///
+/// fn run(job: Job) -> anyhow::Result<()> {
+///     if std::env::args().nth(1).as_deref() == Some(WORKER) {
+///         return work(&ALLOCATOR, Interrupter::new());
+///     }
+///     let options = CompareOptions {
+///         variants: vec![Variant::Fused, Variant::Unfused],
+///         json: Some("report.json".into()),
+///         plot: None,
+///         artifacts: "artifacts".into(),
+///         time_limit: None,
+///         threads: None,
+///     };
+///     compare(job, &options, &ALLOCATOR, &Interrupter::new())
+/// }
+/// ```
+pub fn compare(
+    mut job: Job,
+    options: &CompareOptions,
+    allocator: &'static CountingAllocator,
+    interrupter: &Interrupter,
+) -> Result<()> {
+    if let Some(path) = &options.plot
+        && PictureFormat::of(path).ok() != Some(PictureFormat::Svg)
+    {
+        bail!(
+            "--plot draws SVG, to a file that ends in .svg, which {} does not",
+            path.display()
+        );
+    }
+    output::check(&[
+        ("--json", options.json.as_deref()),
+        ("--plot", options.plot.as_deref()),
+    ])?;
+    for variant in &options.variants {
+        let folder = options.artifacts.join(variant.name()).join("checkpoint");
+        if folder.exists() {
+            bail!(
+                "{} holds the checkpoints of a training; choose another folder for the logs",
+                folder.display()
+            );
+        }
+    }
+    fs::create_dir_all(&options.artifacts)
+        .with_context(|| format!("cannot create the folder {}", options.artifacts.display()))?;
+    let scratch = tempfile::tempdir_in(&options.artifacts)
+        .with_context(|| format!("cannot write to the folder {}", options.artifacts.display()))?;
+
+    job.check()?;
+    let mut data = job.data()?;
+    say!("Data: {}", data.origin)?;
+    job.precision.announce()?;
+    job.check_digits(data.train.len())?;
+    announce(&mut job, options, &mut data, allocator)?;
+    // The variants' processes look for the data again: what they find must be the same.
+    job.dataset = match data.origin {
+        DataOrigin::Synthetic { .. } => DatasetChoice::Synthetic,
+        _ => DatasetChoice::Mnist,
+    };
+
+    let mut report = job.report(&data);
+    drop(data);
+    let mut failure = None;
+    for &variant in &options.variants {
+        if interrupter.should_stop() {
+            break;
+        }
+        say!("\n== {} ==", variant.name())?;
+        let task = Task {
+            job: job.clone(),
+            variant,
+            directory: options.artifacts.join(variant.name()),
+            record: options.plot.is_some(),
+            result: scratch.path().join(format!("{}.json", variant.name())),
+        };
+        let result = match spawn(&task, options.threads) {
+            Ok(result) => result,
+            Err(error) => {
+                failure = Some(error);
+                break;
+            }
+        };
+        if let Some(epoch) = result.epochs.last() {
+            say!(
+                "Test set ({}): Average loss: {}, Accuracy: {:.2} %",
+                report.dataset,
+                loss(epoch.test_loss),
+                100.0 * epoch.test_accuracy
+            )?;
+        }
+        let interrupted = result.interrupted;
+        report.variants.push(result);
+        if interrupted {
+            break;
+        }
+    }
+    // What was finished is kept, whatever became of the rest.
+    if !report.variants.is_empty() {
+        let mut files = Vec::new();
+        if let Some(path) = &options.json {
+            files.push(("Report", path.as_path(), output::json(&report)));
+        }
+        if let Some(path) = &options.plot {
+            let picture = picture(&report).context("cannot draw the picture");
+            files.push(("Picture", path, picture.map(String::into_bytes)));
+        }
+        output::finish(Some(format!("\n{}", summary(&report))), files)?;
+    }
+    if let Some(failure) = failure {
+        return Err(failure);
+    }
+    if interrupter.should_stop() || report.variants.iter().any(|variant| variant.interrupted) {
+        bail!("{}", interruption(&job, options, &report));
+    }
+    report.check_finite()
+}
+
+/// What became of each variant of a comparison that was interrupted, and what is left of it.
+fn interruption(job: &Job, options: &CompareOptions, report: &Report) -> String {
+    let steps = job.steps(report.train_digits);
+    let each = options.variants.iter().enumerate().map(|(place, variant)| {
+        let state = match report.variants.get(place) {
+            None => "was not begun".to_string(),
+            Some(run) if !run.interrupted => "is finished".to_string(),
+            Some(run) => {
+                let finished = run.epochs.len();
+                let begun = run.step_losses.len() - (steps * finished).min(run.step_losses.len());
+                let epoch = (finished + 1).min(job.epochs);
+                format!("was stopped in epoch {epoch} after {begun} of its {steps} training steps")
+            }
+        };
+        format!("{} {state}", variant.name())
+    });
+    let each: Vec<String> = each.collect();
+    let files: Vec<String> = [&options.json, &options.plot]
+        .into_iter()
+        .flatten()
+        .filter(|_| !report.variants.is_empty())
+        .map(|path| path.display().to_string())
+        .collect();
+    let kept = match (report.variants.is_empty(), files.is_empty()) {
+        (true, _) => "nothing was measured".to_string(),
+        (false, true) => "the table above has what was measured".to_string(),
+        (false, false) => format!("{} has what was measured", files.join(", and ")),
+    };
+    format!(
+        "interrupted: {}; {kept}; no weights are kept, so that a comparison cannot be resumed",
+        each.join(", ")
+    )
+}
+
+/// Says what the job will take, and cuts it down if there is a limit.
+fn announce(
+    job: &mut Job,
+    options: &CompareOptions,
+    data: &mut MnistData,
+    allocator: &'static CountingAllocator,
+) -> Result<(), PrintError> {
+    let estimates: Vec<_> = options
+        .variants
+        .iter()
+        .map(|&variant| (variant, estimate(job, variant, data, allocator)))
+        .collect();
+    let total: Duration = estimates
+        .iter()
+        .map(|(_, estimate)| estimate.duration)
+        .sum();
+    let each: Vec<String> = estimates
+        .iter()
+        .map(|(variant, estimate)| {
+            format!(
+                "{} {} and {} at the peak of a step",
+                variant.name(),
+                minutes(estimate.duration),
+                mebibytes(estimate.peak_bytes)
+            )
+        })
+        .collect();
+    say!(
+        "Estimate for {} digits: {}.",
+        data.train.len(),
+        each.join("; ")
+    )?;
+    if let Some(limit) = options.time_limit
+        && total > limit
+    {
+        let fraction = limit.as_secs_f64() / total.as_secs_f64();
+        let digits = (data.train.len() as f64 * fraction) as usize;
+        let batches = (digits / job.batch_size).max(1);
+        let digits = (batches * job.batch_size).min(data.train.len());
+        say!(
+            "That is {} in all; to stay under {}, both variants train on the first {digits} \
+             digits only. `compare` without --time-limit trains on all of them.",
+            minutes(total),
+            minutes(limit)
+        )?;
+        job.train_limit = Some(digits);
+        data.train.truncate(digits);
+    }
+    Ok(())
+}
+
+fn spawn(task: &Task, threads: Option<usize>) -> Result<VariantReport> {
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let mut command = Command::new(program);
+    if let Some(threads) = threads {
+        command.env("RAYON_NUM_THREADS", threads.to_string());
+    }
+    let mut child = command
+        .arg(WORKER)
+        // glibc gives every large buffer back to the system when it is freed. Faulting the pages
+        // in again for the next one can take longer than the arithmetic, in both variants.
+        .env("MALLOC_MMAP_MAX_", "0")
+        .env("MALLOC_TRIM_THRESHOLD_", "1000000000000")
+        .stdin(Stdio::piped())
+        .spawn()
+        .context("cannot start a process for the variant")?;
+    let mut input = child.stdin.take().context("the process has no input")?;
+    input
+        .write_all(serde_json::to_string(task)?.as_bytes())
+        .context("cannot talk to the variant's process")?;
+    drop(input);
+    let status = child
+        .wait()
+        .context("cannot wait for the variant's process")?;
+    let result = fs::read(&task.result).with_context(|| {
+        format!(
+            "the {} variant ended without a result ({status})",
+            task.variant.name()
+        )
+    })?;
+    let result: std::result::Result<VariantReport, String> = serde_json::from_slice(&result)
+        .with_context(|| format!("the {} variant's result is damaged", task.variant.name()))?;
+    result.map_err(|message| anyhow::anyhow!("{} variant: {message}", task.variant.name()))
+}
+
+/// The worker's side: reads a task from standard input, and leaves its result, or the reason why
+/// there is none, in the task's file.
+///
+/// # Errors
+///
+/// Only what cannot be told through that file.
+///
+/// # Examples
+///
+/// [`compare`] has one, which calls it.
+pub fn work(allocator: &'static CountingAllocator, interrupter: Interrupter) -> Result<()> {
+    let task: Task = serde_json::from_reader(std::io::stdin().lock())
+        .context("run-variant is started by compare, which tells it what to do")?;
+    let result = train(&task, allocator, interrupter).map_err(|error| message(&error));
+    let json = serde_json::to_vec(&result)?;
+    burn_conv_bn_files::write(&task.result, &json, Survives::Kill).context("cannot write")
+}
+
+fn train(
+    task: &Task,
+    allocator: &'static CountingAllocator,
+    interrupter: Interrupter,
+) -> Result<VariantReport> {
+    let data = task.job.data()?;
+    // Before the training, which takes the data; in what is left of this process's life nothing of
+    // it remains but pages that the allocator keeps.
+    let timeline = match task.record {
+        true => Some(record(&task.job, task.variant, &data, allocator)?.thinned(CURVE)),
+        false => None,
+    };
+    let options = RunOptions {
+        directory: task.directory.clone(),
+        overwrite: true,
+        checkpoints: false,
+        resume: Resume::No,
+        patience: None,
+        dashboard: false,
+        run_file: None,
+        interrupter,
+    };
+    let (report, _) = run(&task.job, task.variant, data, allocator, options)?;
+    Ok(VariantReport { timeline, ..report })
+}
+
+/// The tutorial's closing lines, and a table with what else was measured.
+fn summary(report: &Report) -> String {
+    let mut text = String::new();
+    let line = |of: fn(&VariantReport) -> usize| {
+        let each: Vec<String> = report
+            .variants
+            .iter()
+            .map(|variant| format!("{}: {:.2} GiB", variant.name, gibibytes(of(variant))))
+            .collect();
+        each.join(", ")
+    };
+    let _ = writeln!(text, "Peak memory allocated:\n{}", line(|v| v.peak_bytes));
+    let _ = writeln!(
+        text,
+        "Memory allocated at end of forward pass:\n{}\n",
+        line(|v| v.forward_end_bytes)
+    );
+    let _ = writeln!(
+        text,
+        "{:<8} {:>14} {:>12} {:>12} {:>12} {:>11} {:>10}",
+        "variant", "end of forward", "peak", "saved", "step", "test loss", "accuracy"
+    );
+    for variant in &report.variants {
+        let (test_loss, accuracy) = match variant.epochs.last() {
+            Some(epoch) => (
+                loss(epoch.test_loss),
+                format!("{:.2} %", 100.0 * epoch.test_accuracy),
+            ),
+            None => ("-".to_string(), "-".to_string()),
+        };
+        let _ = writeln!(
+            text,
+            "{:<8} {:>14} {:>12} {:>12} {:>10.3} s {test_loss:>11} {accuracy:>10}",
+            variant.name,
+            mebibytes(variant.forward_end_bytes),
+            mebibytes(variant.peak_bytes),
+            mebibytes(variant.saved_bytes),
+            variant.step_seconds_median,
+        );
+    }
+    if let [first, second] = report.variants.as_slice() {
+        let ratio = |of: fn(&VariantReport) -> f64| of(first) / of(second);
+        let _ = writeln!(
+            text,
+            "{:<8} {:>14.3} {:>12.3} {:>12.3} {:>12.3}",
+            "ratio",
+            ratio(|v| v.forward_end_bytes as f64),
+            ratio(|v| v.peak_bytes as f64),
+            ratio(|v| v.saved_bytes as f64),
+            ratio(|v| v.step_seconds_median),
+        );
+    }
+    let _ = write!(
+        text,
+        "{} of {}, model {}, norm {}, optimizer {}, batch {}, {} on {}, {}, Burn {}; bytes above \
+         the level before forward, step = forward + backward.",
+        plural(report.train_digits, "digit"),
+        report.dataset,
+        report.model,
+        report.norm,
+        report.optimizer,
+        report.batch_size,
+        report.dtype,
+        report.device,
+        plural(report.threads, "thread"),
+        report.burn_version
+    );
+    text
+}
+
+fn plural(count: usize, what: &str) -> String {
+    match count {
+        1 => format!("1 {what}"),
+        _ => format!("{count} {what}s"),
+    }
+}
+
+fn gibibytes(bytes: usize) -> f64 {
+    bytes as f64 / (1u64 << 30) as f64
+}
+
+fn mebibytes(bytes: usize) -> String {
+    format!("{:.1} MiB", bytes as f64 / (1u64 << 20) as f64)
+}
+
+fn minutes(duration: Duration) -> String {
+    let seconds = duration.as_secs_f64();
+    match seconds < 90.0 {
+        true => format!("about {seconds:.0} s"),
+        false => format!("about {:.1} min", seconds / 60.0),
+    }
+}
+
+#[cfg(test)]
+mod tests;
