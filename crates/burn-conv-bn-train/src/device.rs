@@ -7,16 +7,6 @@ use serde::{Deserialize, Serialize};
 use crate::precision::Precision;
 
 /// A device, named as Burn's feature for it.
-///
-/// ```
-/// use burn_conv_bn_train::device::{DeviceChoice, DeviceError};
-///
-/// match DeviceChoice::Cuda.open() {
-///     Ok(device) => println!("computing on {device:?}"),
-///     Err(error @ DeviceError::NotBuilt(_)) => println!("{error}"),
-///     Err(error) => println!("not on this machine: {error}"),
-/// }
-/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceChoice {
@@ -39,8 +29,6 @@ pub enum DeviceChoice {
 }
 
 /// Why there is no such device.
-///
-/// [`DeviceChoice`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {

@@ -26,27 +26,6 @@ const VGG_HIDDEN: usize = 512;
 /// Torchvision's take images of one channel, padded with black to 32x32: their first convolution
 /// has one input channel, and all else is as it is there. They keep running statistics, for
 /// evaluation; the tutorial's has none, and normalizes with each batch's own.
-///
-/// ```
-/// # #[cfg(feature = "flex")] {
-/// use burn::tensor::{Device, Tensor};
-/// use burn_conv_bn::{NormVariant, Recompute};
-/// use burn_conv_bn_models::Form;
-/// use burn_conv_bn_train::model::{ModelChoice, NetworkOptions};
-///
-/// let options = NetworkOptions {
-///     form: Form::Fused,
-///     norm: NormVariant::BatchNorm,
-///     dropout: 0.0,
-///     recompute: Recompute::Conv,
-///     max_workspace: None,
-/// };
-/// let device = Device::flex().autodiff();
-/// let network = ModelChoice::MobilenetV2.init(&options, &device);
-/// let digits = Tensor::<4>::zeros([2, 1, 28, 28], &device);
-/// assert_eq!(network.forward(digits).dims(), [2, 10]);
-/// # }
-/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ModelChoice {
@@ -65,21 +44,6 @@ pub enum ModelChoice {
 }
 
 /// Why there is no such network, or none for such batches.
-///
-/// ```
-/// use burn_conv_bn::NormVariant;
-/// use burn_conv_bn_train::model::{ModelChoice, ModelError};
-///
-/// let error = ModelChoice::Resnet18.check(NormVariant::BatchNorm, 0.5).unwrap_err();
-/// assert_eq!(
-///     error,
-///     ModelError::Dropout {
-///         model: "resnet18",
-///         probability: 0.5,
-///     }
-/// );
-/// assert!(ModelChoice::Vgg16Bn.check(NormVariant::BatchNorm, 0.5).is_ok());
-/// ```
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
@@ -117,8 +81,6 @@ pub enum ModelError {
 }
 
 /// What a network is made of, besides the choice which.
-///
-/// [`ModelChoice`] has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct NetworkOptions {
     /// How the blocks run.
@@ -256,8 +218,6 @@ impl ModelChoice {
 }
 
 /// A network for digits.
-///
-/// [`ModelChoice`] has an example.
 #[allow(clippy::large_enum_variant, reason = "there are few at a time")]
 #[derive(Module, Debug)]
 pub enum Network {

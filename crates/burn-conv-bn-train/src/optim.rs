@@ -13,28 +13,6 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 /// An optimizer with its settings but for the learning rate.
-///
-/// ```
-/// # #[cfg(feature = "flex")] {
-/// use burn::nn::LinearConfig;
-/// use burn::optim::GradientsParams;
-/// use burn::tensor::{Device, Tensor};
-/// use burn_conv_bn_train::optim::OptimizerChoice;
-///
-/// let device = Device::flex().autodiff();
-/// let layer = LinearConfig::new(2, 1).init(&device);
-/// let choice = OptimizerChoice::Sgd;
-/// assert_eq!(choice.default_learning_rate(), 0.05);
-///
-/// let before = layer.weight.val();
-/// let loss = layer.forward(Tensor::<2>::ones([4, 2], &device)).mean();
-/// let grads = GradientsParams::from_grads(loss.backward(), &layer);
-/// let layer = choice.init().step(choice.default_learning_rate(), layer, grads);
-/// // The gradient is 1: the mean of four rows of ones.
-/// let step = (before - layer.weight.val()).mean().into_scalar::<f32>();
-/// assert!((step - 0.05).abs() < 1e-6, "{step}");
-/// # }
-/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OptimizerChoice {
@@ -139,7 +117,7 @@ pub struct AdadeltaConfig {
 /// - [`torch.optim.Adadelta`](https://docs.pytorch.org/docs/stable/generated/torch.optim.Adadelta.html),
 ///   whose formulae these are.
 ///
-/// Made by [`AdadeltaConfig`], which has an example.
+/// Made by [`AdadeltaConfig`].
 #[derive(Clone)]
 pub struct Adadelta {
     rho: f64,
@@ -148,8 +126,6 @@ pub struct Adadelta {
 }
 
 /// Adadelta state.
-///
-/// [`Adadelta`] keeps one for each parameter; [`AdadeltaConfig`] has an example.
 #[derive(Clone)]
 pub struct AdadeltaState<const D: usize> {
     /// Running average of the squared gradients.

@@ -7,16 +7,6 @@ use serde::{Deserialize, Serialize};
 use crate::print::{PrintError, say};
 
 /// What a network computes in, and what its parameters are.
-///
-/// ```
-/// use burn::tensor::FloatDType;
-/// use burn_conv_bn_train::job::Precision;
-///
-/// let precision = Precision::BF16;
-/// assert!(precision.is_mixed());
-/// assert_eq!(precision.activations(), FloatDType::BF16);
-/// assert_eq!(precision.parameters(), FloatDType::F32);
-/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {

@@ -21,35 +21,6 @@ use crate::model::Network;
 /// Its parameters, with their gradients, are of one type, [`dtype`](Self::dtype). In mixed precision
 /// its blocks compute in another, [`activations`](Self::activations), with their weights cast to that
 /// in each forward pass.
-///
-/// ```
-/// # #[cfg(feature = "flex")] {
-/// use burn::data::dataloader::batcher::Batcher;
-/// use burn::data::dataset::Dataset;
-/// use burn::optim::SgdConfig;
-/// use burn::tensor::{Device, FloatDType};
-/// use burn::train::TrainStep;
-/// use burn_conv_bn_models::{Form, NetConfig};
-/// use burn_conv_bn_train::batch::MnistBatcher;
-/// use burn_conv_bn_train::data::generate;
-/// use burn_conv_bn_train::memory::MemoryProbe;
-/// use burn_conv_bn_train::model::Network;
-/// use burn_conv_bn_train::step::Classifier;
-///
-/// let device = Device::flex().autodiff();
-/// let net = Network::Tutorial(NetConfig::new(Form::Fused).with_hidden(16).init(&device));
-/// let classifier = Classifier::new(net, MemoryProbe::off(), FloatDType::F32);
-///
-/// // A training step by hand.
-/// let items = generate(8, 1).get_many((0..8).collect()).unwrap();
-/// let batch = MnistBatcher::new(classifier.activations()).batch(items, &device);
-/// let output = TrainStep::step(&classifier, batch);
-/// assert_eq!(output.item.output.loss.dims(), [8]);
-/// assert!(!output.item.measure.duration.is_zero());
-/// let classifier = SgdConfig::new().init().step(0.01, classifier, output.grads);
-/// # drop(classifier);
-/// # }
-/// ```
 #[derive(Module, Debug)]
 pub struct Classifier {
     /// The network; its outputs are log-probabilities.
@@ -150,8 +121,6 @@ impl ModuleVisitor for FirstDtype {
 }
 
 /// Output of a training step.
-///
-/// [`Classifier`] has an example.
 pub struct ClassificationStep {
     /// Loss of every digit, log-probabilities and classes.
     pub output: ClassificationOutput,

@@ -17,9 +17,9 @@ use crate::persist::{checkpoint, output};
 use crate::predict::{PredictOptions, Source, predict};
 use crate::print::say;
 use crate::run::compare::{CompareOptions, compare, work};
-use crate::run::fit::{FitOutcome, Resume, check_directory};
+use crate::run::fit::{FitOutcome, RunOptions, check_directory, run};
 use crate::run::interrupt;
-use crate::run::job::{RunOptions, Variant, run};
+use crate::run::job::Variant;
 use crate::run::parity::Parity;
 
 /// Runs a command.
@@ -98,7 +98,6 @@ fn train(
         bail!("--resume goes on with the run that --overwrite removes; use one of them");
     }
     set_threads(job.compute.threads)?;
-    let resume = if resume { Resume::Latest } else { Resume::No };
     // Before the digits are drawn or downloaded.
     if let Some(stored) = &stored {
         stored.check_options(&directory, given)?;
@@ -127,7 +126,7 @@ fn train(
         run_file: Some(RunFile::new(given, identity).to_json()),
         interrupter,
     };
-    let (trained, outcome) = run(&job, variant, data, allocator, options)?;
+    let (trained, outcome) = run(&job, variant, data, allocator, &options)?;
     report.variants.push(trained);
     let tested = outcome.history.last();
     let tested = tested.map(|epoch| format!("Test set ({}): {}", report.dataset, epoch.test));

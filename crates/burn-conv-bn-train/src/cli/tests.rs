@@ -7,12 +7,11 @@ use clap::{Parser, ValueEnum};
 
 use super::args::{COMPARE_EXAMPLES, EXAMPLES, PARITY_EXAMPLES, PREDICT_EXAMPLES, TRAIN_EXAMPLES};
 use super::commands::interruption;
-use crate::measure::memory::{MemoryProbe, StepMeasure, StepMemory};
+use crate::measure::memory::{StepMeasure, StepMemory};
 use crate::measure::metrics::{Evaluation, SplitRecord, StepRecord};
 use crate::model::ModelChoice;
 use crate::optim::OptimizerChoice;
 use crate::run::fit::{EpochRecord, FitOutcome};
-use crate::run::job::Variant;
 
 #[test]
 fn the_command_line_is_sound() {
@@ -134,7 +133,6 @@ fn help_names_the_defaults() {
 }
 
 fn outcome(epochs: &[usize], steps: usize, tested: bool) -> FitOutcome {
-    let job = crate::run::job::tests::job(5, 32);
     let step = StepRecord {
         evaluation: Evaluation::default(),
         measure: StepMeasure {
@@ -143,7 +141,6 @@ fn outcome(epochs: &[usize], steps: usize, tested: bool) -> FitOutcome {
         },
     };
     FitOutcome {
-        model: job.classifier(Variant::Fused, MemoryProbe::off()),
         epochs: epochs
             .iter()
             .map(|&epoch| EpochRecord {

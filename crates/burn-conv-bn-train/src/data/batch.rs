@@ -13,29 +13,15 @@ use burn::tensor::{DType, Device, Element, FloatDType, Int, Tensor, TensorData};
 use crate::data::{Digits, PIXELS, SIDE};
 
 /// Mean of MNIST's training pixels, scaled to `0..=1`; the tutorial's constant.
-///
-/// ```
-/// use burn_conv_bn_train::batch::{MEAN, STD};
-///
-/// // What a network sees of a black pixel and of a white one.
-/// let [black, white] = [0.0, 1.0].map(|pixel| (pixel - MEAN) / STD);
-/// assert!((black + 0.4242).abs() < 1e-4 && (white - 2.8215).abs() < 1e-4);
-/// ```
 pub const MEAN: f64 = 0.1307;
 
 /// Standard deviation of MNIST's training pixels, scaled to `0..=1`; the tutorial's constant.
-///
-/// [`MEAN`] has an example.
 pub const STD: f64 = 0.3081;
 
 /// A source of batches, as Burn's training and evaluation take it.
-///
-/// [`test_loader`] and [`EpochLoader`] have examples.
 pub type BatchLoader = Arc<dyn DataLoader<MnistBatch>>;
 
 /// One digit, as stored.
-///
-/// [`MnistBatcher`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DigitItem {
     /// Pixels, row by row.
@@ -58,8 +44,6 @@ impl Dataset<DigitItem> for Digits {
 }
 
 /// Digits as the networks take them.
-///
-/// [`MnistBatcher`] has an example.
 #[derive(Clone, Debug)]
 pub struct MnistBatch {
     /// Normalized images, `[N, 1, 28, 28]`.
@@ -69,25 +53,6 @@ pub struct MnistBatch {
 }
 
 /// Turns digits into an [`MnistBatch`], with images of a chosen type.
-///
-/// ```
-/// # #[cfg(feature = "flex")] {
-/// use burn::data::dataloader::batcher::Batcher;
-/// use burn::tensor::{Device, FloatDType};
-/// use burn_conv_bn_train::batch::{DigitItem, MEAN, MnistBatcher, STD};
-/// use burn_conv_bn_train::data::PIXELS;
-///
-/// let black = DigitItem {
-///     image: [0; PIXELS],
-///     label: 7,
-/// };
-/// let batch = MnistBatcher::new(FloatDType::F64).batch(vec![black; 3], &Device::flex());
-/// assert_eq!(batch.images.dims(), [3, 1, 28, 28]);
-/// assert_eq!(batch.images.max().into_scalar::<f64>(), -MEAN / STD);
-/// let targets = batch.targets.into_data();
-/// assert_eq!(targets.iter::<i64>().collect::<Vec<_>>(), [7, 7, 7]);
-/// # }
-/// ```
 #[derive(Clone, Debug)]
 pub struct MnistBatcher {
     dtype: FloatDType,
@@ -132,20 +97,6 @@ fn pixels<E: Element>(items: &[DigitItem], normalize: impl Fn(u8) -> E) -> Tenso
 
 /// A loader of all `digits` in their order, without worker threads: batches are made when they
 /// are asked for, so that none is in memory that is not in use.
-///
-/// ```
-/// # #[cfg(feature = "flex")] {
-/// use std::sync::Arc;
-///
-/// use burn::tensor::FloatDType;
-/// use burn_conv_bn_train::batch::test_loader;
-/// use burn_conv_bn_train::data::generate;
-///
-/// let loader = test_loader(Arc::new(generate(10, 1)), 4, FloatDType::F32);
-/// let sizes = loader.iter().map(|batch| batch.unwrap().targets.dims()[0]);
-/// assert_eq!(sizes.collect::<Vec<_>>(), [4, 4, 2]);
-/// # }
-/// ```
 pub fn test_loader(digits: Arc<Digits>, batch_size: usize, dtype: FloatDType) -> BatchLoader {
     DataLoaderBuilder::<DigitItem, MnistBatch>::new(MnistBatcher::new(dtype))
         // Burn allocates a batch before it is filled.
@@ -160,34 +111,6 @@ pub fn test_loader(digits: Arc<Digits>, batch_size: usize, dtype: FloatDType) ->
 /// one starts at any epoch. Starting an epoch also seeds the device, so that dropout masks
 /// repeat too, and a resumed run is the run it resumes. Batches are made when they are asked
 /// for, so that none is in memory that is not in use; the last of an epoch may be smaller.
-///
-/// ```
-/// # #[cfg(feature = "flex")] {
-/// use std::sync::Arc;
-///
-/// use burn::data::dataloader::DataLoader;
-/// use burn::tensor::{Device, FloatDType};
-/// use burn_conv_bn_train::batch::EpochLoader;
-/// use burn_conv_bn_train::data::generate;
-///
-/// let digits = Arc::new(generate(10, 1));
-/// let after = |epochs: u64| {
-///     let digits = digits.clone();
-///     EpochLoader::new(digits, 4, FloatDType::F32, Device::flex(), 1, epochs)
-/// };
-/// let labels = |loader: &EpochLoader| {
-///     let mut labels = Vec::new();
-///     for batch in loader.iter() {
-///         labels.extend(batch.unwrap().targets.into_data().iter::<i64>());
-///     }
-///     labels
-/// };
-/// // The second epoch of a run is the first one of a run that goes on after the first.
-/// let (run, resumed) = (after(0), after(1));
-/// assert_eq!(labels(&run).len(), 10);
-/// assert_eq!(labels(&run), labels(&resumed));
-/// # }
-/// ```
 pub struct EpochLoader {
     digits: Arc<Digits>,
     range: Range<usize>,

@@ -8,35 +8,15 @@ use flate2::bufread::MultiGzDecoder;
 use thiserror::Error;
 
 /// Height and width of a digit, in pixels.
-///
-/// ```
-/// use burn_conv_bn_train::data::{CLASSES, PIXELS, SIDE, generate};
-///
-/// let digits = generate(20, 1);
-/// assert_eq!(digits.images().len(), 20 * PIXELS);
-/// assert_eq!(digits.image(3).chunks(SIDE).count(), SIDE);
-/// assert!(usize::from(digits.label(3)) < CLASSES);
-/// ```
 pub const SIDE: usize = 28;
 
 /// Number of pixels of a digit.
-///
-/// [`SIDE`] has an example.
 pub const PIXELS: usize = SIDE * SIDE;
 
 /// Number of classes; the labels are `0..CLASSES`.
-///
-/// [`SIDE`] has an example.
 pub const CLASSES: usize = 10;
 
 /// Most payload bytes (256 MiB) that a header may announce.
-///
-/// ```
-/// use burn_conv_bn_train::data::{MAX_BYTES, PIXELS};
-///
-/// // MNIST's training digits are far below.
-/// assert!(60_000 * PIXELS as u64 <= MAX_BYTES / 5);
-/// ```
 pub const MAX_BYTES: u64 = 256 << 20;
 
 /// Most bytes that are allocated before any of them is there.
@@ -45,8 +25,6 @@ const FIRST_BYTES: usize = 64 << 10;
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
 /// Why an IDX file was refused.
-///
-/// [`Digits::read`] has an example.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum IdxError {
@@ -146,7 +124,7 @@ pub enum IdxError {
 
 /// Labelled 28x28 grey digits, white (255) on black (0).
 ///
-/// [`generate`](crate::data::generate) makes some, [`read`](Self::read) reads them; both have examples.
+/// Drawn by `generate`, or read by [`read`](Self::read).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Digits {
     images: Vec<u8>,

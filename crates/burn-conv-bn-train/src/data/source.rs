@@ -15,16 +15,6 @@ use super::idx::{Digits, IdxError};
 use super::synthetic::generate;
 
 /// Environment variable that, unless empty or `0`, forbids the download.
-///
-/// ```
-/// use std::process::Command;
-///
-/// use burn_conv_bn_train::data::OFFLINE;
-///
-/// // A training that is not to download anything.
-/// let mut training = Command::new("mnist");
-/// training.env(OFFLINE, "1");
-/// ```
 pub const OFFLINE: &str = "BURN_CONV_BN_OFFLINE";
 
 /// Digits in the training part of MNIST and of its stand-in.
@@ -37,8 +27,6 @@ const TEST_COUNT: usize = 10_000;
 const TEST_SEED: u64 = 0x7465_7374_5f70_6172;
 
 /// Which data to train on.
-///
-/// [`resolve`] has an example.
 #[derive(
     Clone,
     Copy,
@@ -62,8 +50,6 @@ pub enum DatasetChoice {
 }
 
 /// What [`resolve`] is to find.
-///
-/// [`resolve`] has an example.
 #[derive(Clone, Debug, Default)]
 pub struct DataRequest {
     /// Which data to train on.
@@ -81,8 +67,6 @@ pub struct DataRequest {
 }
 
 /// The data and where they come from.
-///
-/// [`resolve`] has an example.
 #[derive(Clone, Debug)]
 pub struct MnistData {
     /// Digits to learn from.
@@ -94,8 +78,6 @@ pub struct MnistData {
 }
 
 /// Where the data come from; displayed as one line for the user.
-///
-/// [`resolve`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DataOrigin {
@@ -182,8 +164,6 @@ impl fmt::Display for DataOrigin {
 }
 
 /// Why there are no data.
-///
-/// [`resolve`] has an example.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum DataError {
@@ -237,36 +217,6 @@ pub enum DataError {
 ///
 /// [`DataError`] if a given `data_dir` is not readable, complete and sound, if
 /// [`DatasetChoice::Mnist`] cannot be fulfilled, or if a limit is 0.
-///
-/// # Examples
-///
-/// ```
-/// use burn_conv_bn_train::data::{DataError, DataRequest, DatasetChoice, resolve};
-///
-/// let request = DataRequest {
-///     choice: DatasetChoice::Synthetic,
-///     train_limit: Some(100),
-///     test_limit: Some(20),
-///     ..DataRequest::default()
-/// };
-/// let data = resolve(&request)?;
-/// assert_eq!((data.train.len(), data.test.len()), (100, 20));
-/// assert_eq!(data.origin.name(), "synthetic");
-/// assert_eq!(
-///     data.origin.to_string(),
-///     "built-in synthetic digits (seed 0), as requested"
-/// );
-///
-/// let nothing = DataRequest {
-///     train_limit: Some(0),
-///     ..request
-/// };
-/// assert!(matches!(
-///     resolve(&nothing),
-///     Err(DataError::ZeroLimit { part: "training" })
-/// ));
-/// # Ok::<(), DataError>(())
-/// ```
 pub fn resolve(request: &DataRequest) -> Result<MnistData, DataError> {
     let machine = Machine {
         cache: dirs::cache_dir(),

@@ -21,18 +21,6 @@ use glyphs::{GLYPHS, Stroke};
 /// Digit `i` depends on `seed` and `i` alone: the first digits of a larger set
 /// are the smaller set. The work is spread over the available cores; a digit
 /// takes [`PIXELS`] + 1 bytes of memory.
-///
-/// ```
-/// use burn_conv_bn_train::data::{CLASSES, generate};
-///
-/// let digits = generate(100, 1);
-/// assert_eq!(digits.len(), 100);
-/// assert!(digits.labels().iter().all(|&label| usize::from(label) < CLASSES));
-///
-/// let mut more = generate(200, 1);
-/// more.truncate(100);
-/// assert_eq!(more, digits);
-/// ```
 pub fn generate(count: usize, seed: u64) -> Digits {
     let threads = thread::available_parallelism().map_or(1, NonZero::get);
     generate_on(threads, count, seed)

@@ -23,8 +23,6 @@ const LARGEST_STORED: usize = 128 << 20;
 
 /// What one variant will take, by a measured step: of a whole batch, or of a few hundred digits and in
 /// proportion.
-///
-/// [`Job`] has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct Estimate {
     /// Time for training and testing, all epochs.
@@ -41,10 +39,6 @@ pub struct Estimate {
 /// # Panics
 ///
 /// If the network cannot be trained on so few digits; see [`Job::check_digits`].
-///
-/// # Examples
-///
-/// [`Job`] has one.
 pub fn estimate(
     job: &Job,
     variant: Variant,

@@ -15,8 +15,6 @@ use serde::{Deserialize, Serialize};
 /// Memory of one training step, in bytes above the level just before its forward pass.
 ///
 /// Parameters, optimizer state and data were there before and do not count.
-///
-/// [`MemoryProbe`] has an example.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepMemory {
     /// At the end of the forward pass: what the graph holds for backward, and the result.
@@ -26,7 +24,6 @@ pub struct StepMemory {
 }
 
 /// What one training step took.
-///
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepMeasure {
     /// Memory above the level just before forward.

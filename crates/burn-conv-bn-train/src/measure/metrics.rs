@@ -5,7 +5,6 @@ use std::ops::AddAssign;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{Int, Tensor, TensorReadError};
-use burn::train::ClassificationOutput;
 use burn::train::metric::{
     Metric, MetricAttributes, MetricMetadata, MetricName, Numeric, NumericAttributes, NumericEntry,
     SerializedEntry, format_float,
@@ -19,32 +18,6 @@ use crate::print::loss;
 const MIB: f64 = (1 << 20) as f64;
 
 /// Shows one quantity of every training step, and of an epoch their mean or maximum.
-///
-/// ```
-/// use std::time::Duration;
-///
-/// use burn::data::dataloader::Progress;
-/// use burn::train::metric::{Metric, MetricMetadata, Numeric};
-/// use burn_conv_bn_train::memory::StepMemory;
-/// use burn_conv_bn_train::metrics::StepMetric;
-/// use burn_conv_bn_train::step::StepMeasure;
-///
-/// let mut metric = StepMetric::time();
-/// for (step, millis) in [100, 300].into_iter().enumerate() {
-///     let measure = StepMeasure {
-///         memory: StepMemory::default(),
-///         duration: Duration::from_millis(millis),
-///     };
-///     // Burn's training hands this over.
-///     let metadata = MetricMetadata {
-///         progress: Progress::new(step + 1, 2, None),
-///         iteration: None,
-///         lr: None,
-///     };
-///     metric.update(&measure, &metadata).unwrap();
-/// }
-/// assert!((metric.final_value().current() - 0.2).abs() < 1e-12);
-/// ```
 #[derive(Clone)]
 pub struct StepMetric {
     name: MetricName,
@@ -197,25 +170,6 @@ fn aggregated(aggregated_value: f64, count: usize) -> NumericEntry {
 /// How well a network does on a set of digits.
 ///
 /// Shown as in the tutorial: `Average loss: 0.4197, Accuracy: 8681/10000 (87%)`.
-///
-/// ```
-/// use burn_conv_bn_train::metrics::Evaluation;
-///
-/// let mut evaluation = Evaluation {
-///     loss_sum: 90.0,
-///     correct: 80,
-///     total: 100,
-/// };
-/// evaluation += Evaluation {
-///     loss_sum: 10.0,
-///     correct: 10,
-///     total: 100,
-/// };
-/// assert_eq!(
-///     evaluation.to_string(),
-///     "Average loss: 0.5000, Accuracy: 90/200 (45%)"
-/// );
-/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// Sum of the digits' losses.
@@ -233,15 +187,7 @@ impl Evaluation {
     /// # Errors
     ///
     /// [`TensorReadError`] if the device fails to compute or to hand out the values.
-    pub fn of(output: &ClassificationOutput) -> Result<Self, TensorReadError> {
-        Self::of_tensors(
-            output.loss.clone(),
-            output.output.clone(),
-            output.targets.clone(),
-        )
-    }
-
-    fn of_tensors(
+    fn of(
         losses: Tensor<1>,
         scores: Tensor<2>,
         targets: Tensor<1, Int>,
@@ -290,8 +236,6 @@ impl fmt::Display for Evaluation {
 }
 
 /// One training step.
-///
-/// The example of [`fit`](crate::run::fit::fit) counts them.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
     /// Loss and accuracy of the batch, before the step.
@@ -301,8 +245,6 @@ pub struct StepRecord {
 }
 
 /// One pass over a set.
-///
-/// The example of [`fit`](crate::run::fit::fit) has one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SplitRecord {
     /// Totals over the digits seen.
@@ -315,16 +257,6 @@ pub struct SplitRecord {
 ///
 /// Burn hands metrics over to a thread of its own and drops them there; what they have seen
 /// comes back through this.
-///
-/// ```
-/// use burn_conv_bn_train::metrics::{Tally, TallyMetric};
-///
-/// let tally = Tally::new();
-/// // For the metrics of a `SupervisedTraining`.
-/// let metric = TallyMetric::new(tally.clone());
-/// assert!(tally.finished().is_empty());
-/// # drop(metric);
-/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     passes: Arc<Mutex<Passes>>,
@@ -355,8 +287,6 @@ impl Tally {
 
 /// Input of [`TallyMetric`].
 ///
-/// [`Classifier`](crate::step::Classifier) makes it of its outputs, for a metric that is registered as in
-/// the example of [`Tally`].
 pub struct TallyInput {
     /// Loss of every digit, `[N]`.
     pub losses: Tensor<1>,
@@ -371,8 +301,6 @@ pub struct TallyInput {
 /// Collects exact totals and all steps into a [`Tally`].
 ///
 /// A text metric: it also shows the running totals.
-///
-/// [`Tally`] has an example.
 #[derive(Clone)]
 pub struct TallyMetric {
     name: MetricName,
@@ -401,7 +329,7 @@ impl Metric for TallyMetric {
         input: &TallyInput,
         _metadata: &MetricMetadata,
     ) -> Result<SerializedEntry, TensorReadError> {
-        let batch = Evaluation::of_tensors(
+        let batch = Evaluation::of(
             input.losses.clone(),
             input.scores.clone(),
             input.targets.clone(),

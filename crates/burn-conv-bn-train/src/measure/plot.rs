@@ -41,10 +41,6 @@ type DrawResult = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 /// # Errors
 ///
 /// If the drawing library cannot draw it.
-///
-/// # Examples
-///
-/// [`Report`] has one.
 pub fn picture(report: &Report) -> anyhow::Result<String> {
     let timelines: Vec<(usize, &VariantReport, &Timeline)> = report
         .variants

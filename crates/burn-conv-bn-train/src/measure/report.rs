@@ -12,57 +12,14 @@ use crate::measure::number;
 use crate::measure::timeline::Timeline;
 
 /// Version of Burn that this is built with: the one that the workspace pins.
-///
-/// ```
-/// use burn_conv_bn_train::report::BURN_VERSION;
-///
-/// assert!(BURN_VERSION.starts_with("0.22."));
-/// ```
 pub const BURN_VERSION: &str = "0.22.1";
 
 /// Version of the form of [`Report`]: another one where a field was removed or has another meaning.
-///
-/// [`Report`] has an example.
 pub const SCHEMA: u32 = 1;
 
 /// Trained variants on the same data: what `mnist train --json` and `mnist compare --json` write.
 ///
 /// A loss that is NaN or infinite is one of the texts `"NaN"`, `"Infinity"` and `"-Infinity"` in JSON.
-///
-/// ```
-/// use burn_conv_bn_train::plot::picture;
-/// use burn_conv_bn_train::report::{BURN_VERSION, EpochReport, Report, SCHEMA, VariantReport};
-///
-/// let variant = VariantReport {
-///     name: "fused".into(),
-///     epochs: vec![EpochReport {
-///         train_loss: 1.2,
-///         test_loss: 0.9,
-///         test_accuracy: 0.7,
-///     }],
-///     step_losses: vec![2.3, 1.1, 0.8],
-///     step_seconds_median: 0.4,
-///     forward_end_bytes: 160 << 20,
-///     peak_bytes: 240 << 20,
-///     saved_bytes: 150 << 20,
-///     ..VariantReport::default()
-/// };
-/// let report = Report {
-///     schema: SCHEMA,
-///     dataset: "synthetic".into(),
-///     batch_size: 2000,
-///     model: "tutorial".into(),
-///     burn_version: BURN_VERSION.into(),
-///     variants: vec![variant],
-///     ..Report::default()
-/// };
-/// // As `mnist compare --json` writes it, and as whoever evaluates it reads it.
-/// let json = serde_json::to_string(&report)?;
-/// assert_eq!(serde_json::from_str::<Report>(&json)?, report);
-/// // As `mnist compare --plot` draws it.
-/// assert!(picture(&report)?.contains("Loss of every training step"));
-/// # Ok::<(), anyhow::Error>(())
-/// ```
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct Report {
     /// [`SCHEMA`].
@@ -119,8 +76,6 @@ impl Report {
 }
 
 /// One trained variant.
-///
-/// [`Report`] has an example.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct VariantReport {
     /// `fused` or `unfused`.
@@ -149,8 +104,6 @@ pub struct VariantReport {
 }
 
 /// One finished epoch.
-///
-/// [`Report`] has an example.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq)]
 pub struct EpochReport {
     /// Mean loss of a training digit over the epoch, before each step.
@@ -165,16 +118,6 @@ pub struct EpochReport {
 }
 
 /// Where a loss ceased to be a finite number.
-///
-/// ```
-/// use burn_conv_bn_train::report::Divergence;
-///
-/// let divergence = Divergence {
-///     epoch: 2,
-///     step: Some(17),
-/// };
-/// assert_eq!(divergence.to_string(), "diverged in epoch 2 at step 17");
-/// ```
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub struct Divergence {
     /// The epoch, from 1.
@@ -212,32 +155,6 @@ impl fmt::Display for Divergence {
 }
 
 /// What a trained network made of digits: what `mnist predict --json` writes.
-///
-/// ```
-/// use burn_conv_bn_train::report::{ImageReport, PredictionReport, SkippedReport};
-///
-/// let json = r#"{
-///     "model": "resnet18",
-///     "form": "folded",
-///     "dtype": "F32",
-///     "epoch": 3,
-///     "dataset": null,
-///     "test": null,
-///     "images": [{
-///         "file": "seven.png",
-///         "prediction": 7,
-///         "probability": 0.91,
-///         "probabilities": [0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.91, 0.01, 0.01]
-///     }],
-///     "skipped": [{ "file": "blank.png", "reason": "is empty" }]
-/// }"#;
-/// let report: PredictionReport = serde_json::from_str(json)?;
-/// let ImageReport { file, prediction, .. } = &report.images[0];
-/// assert_eq!((file.as_str(), *prediction), ("seven.png", 7));
-/// let SkippedReport { reason, .. } = &report.skipped[0];
-/// assert_eq!(reason, "is empty");
-/// # Ok::<(), serde_json::Error>(())
-/// ```
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 pub struct PredictionReport {
     /// The network, by its name on the command line.
@@ -261,32 +178,6 @@ pub struct PredictionReport {
 }
 
 /// Predictions for labelled digits.
-///
-/// ```
-/// use burn_conv_bn_train::report::{MistakeReport, TestReport};
-///
-/// let mut confusion = [[0; 10]; 10];
-/// confusion[4][4] = 9;
-/// confusion[4][9] = 1;
-/// let report = TestReport {
-///     digits: 10,
-///     correct: 9,
-///     accuracy: 0.9,
-///     average_loss: 0.3,
-///     confusion,
-///     mistakes: vec![MistakeReport {
-///         index: 6,
-///         label: 4,
-///         prediction: 9,
-///         probability: 0.75,
-///         loss: 1.5,
-///     }],
-/// };
-/// let mistaken: usize = (0..10)
-///     .map(|digit| report.confusion[digit].iter().sum::<usize>() - report.confusion[digit][digit])
-///     .sum();
-/// assert_eq!(mistaken, report.mistakes.len());
-/// ```
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 pub struct TestReport {
     /// Digits.
@@ -306,8 +197,6 @@ pub struct TestReport {
 }
 
 /// A digit that was taken for another one.
-///
-/// [`TestReport`] has an example.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq)]
 pub struct MistakeReport {
     /// Position in the test set, from 0.
@@ -323,8 +212,6 @@ pub struct MistakeReport {
 }
 
 /// Prediction for a picture.
-///
-/// [`PredictionReport`] has an example.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 pub struct ImageReport {
     /// Name of its file.
@@ -338,8 +225,6 @@ pub struct ImageReport {
 }
 
 /// A picture that could not be read.
-///
-/// [`PredictionReport`] has an example.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub struct SkippedReport {
     /// Name of its file.

@@ -4,12 +4,14 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use burn::optim::ModuleOptimizer;
+use burn::data::dataloader::batcher::Batcher;
+use burn::data::dataset::{Dataset, DatasetError};
+use burn_conv_bn_memory::CountingAllocator;
 use serde::{Deserialize, Serialize};
 
-use crate::data::MnistBatch;
+use crate::data::{DigitItem, MnistBatcher, MnistData};
 use crate::measure::memory::MemoryProbe;
-use crate::step::Classifier;
+use crate::run::job::{Job, Variant};
 
 /// Time between two points.
 const PERIOD: Duration = Duration::from_millis(1);
@@ -19,20 +21,6 @@ const PERIOD: Duration = Duration::from_millis(1);
 const ROOM: usize = 60_000;
 
 /// Bytes alive over one training step, and when its phases end.
-///
-/// ```
-/// use burn_conv_bn_train::timeline::{Point, Timeline};
-///
-/// let point = |seconds: f64, bytes: usize| Point { seconds, bytes };
-/// let timeline = Timeline {
-///     points: vec![point(0.0, 10), point(0.1, 70), point(0.2, 40), point(0.3, 50)],
-///     forward_end: 0.1,
-///     backward_end: 0.2,
-///     optimizer_end: 0.3,
-/// };
-/// assert_eq!(timeline.peak(), 70);
-/// assert_eq!(timeline.thinned(2).points, [point(0.1, 70), point(0.3, 50)]);
-/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Timeline {
     /// In order of time.
@@ -46,8 +34,6 @@ pub struct Timeline {
 }
 
 /// The most bytes alive since the point before.
-///
-/// [`Timeline`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Point {
     /// Seconds from the start of the forward pass.
@@ -58,34 +44,6 @@ pub struct Point {
 }
 
 impl Timeline {
-    /// Runs two training steps, of which the second is recorded: the first sets up the optimizer's
-    /// state, and whatever else is set up once.
-    ///
-    /// On the host no peak is missed, however short. A device's pool is asked about once a
-    /// millisecond.
-    pub fn record(
-        mut classifier: Classifier,
-        mut optimizer: ModuleOptimizer,
-        learning_rate: f64,
-        probe: &MemoryProbe,
-        batch: impl Fn() -> MnistBatch,
-    ) -> Self {
-        let mut timeline = Self::default();
-        for _ in 0..2 {
-            let batch = batch();
-            (timeline, classifier) = watch(probe, |clock| {
-                let loss = classifier.classify(batch).loss.mean();
-                clock.forward_end = clock.now(probe);
-                let gradients = classifier.gradients(loss);
-                clock.backward_end = clock.now(probe);
-                let classifier = optimizer.step(learning_rate, classifier, gradients);
-                clock.optimizer_end = clock.now(probe);
-                classifier
-            });
-        }
-        timeline
-    }
-
     /// Most bytes at any time.
     pub fn peak(&self) -> usize {
         self.points
@@ -104,6 +62,43 @@ impl Timeline {
             ..self
         }
     }
+}
+
+/// Records the memory of a training step on the first digits of `data`, of the size of a batch.
+///
+/// The step is the second of two: the first sets up the optimizer's state, and whatever else is set up
+/// once. On the host no peak is missed, however short. A device's pool is asked about once a millisecond.
+///
+/// # Errors
+///
+/// If the data cannot be read.
+pub(crate) fn record(
+    job: &Job,
+    variant: Variant,
+    data: &MnistData,
+    allocator: &'static CountingAllocator,
+) -> Result<Timeline, DatasetError> {
+    let device = job.device();
+    let count = job.batch_size.min(data.train.len());
+    let items: Vec<DigitItem> = data.train.get_many((0..count).collect())?;
+    let batcher = MnistBatcher::new(job.precision.activations());
+    let probe = MemoryProbe::of(&device, allocator);
+    let mut classifier = job.classifier(variant, MemoryProbe::off());
+    let mut optimizer = job.optimizer.init();
+    let mut timeline = Timeline::default();
+    for _ in 0..2 {
+        let batch = batcher.batch(items.clone(), &device);
+        (timeline, classifier) = watch(&probe, |clock| {
+            let loss = classifier.classify(batch).loss.mean();
+            clock.forward_end = clock.now(&probe);
+            let gradients = classifier.gradients(loss);
+            clock.backward_end = clock.now(&probe);
+            let classifier = optimizer.step(job.learning_rate, classifier, gradients);
+            clock.optimizer_end = clock.now(&probe);
+            classifier
+        });
+    }
+    Ok(timeline)
 }
 
 /// The phases' ends, while they come.

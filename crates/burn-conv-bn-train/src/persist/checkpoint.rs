@@ -46,34 +46,25 @@ pub(crate) fn model_file(directory: &Path, epoch: usize) -> PathBuf {
 }
 
 /// A checkpoint that cannot be read.
-///
-/// ```
-/// use burn_conv_bn_train::checkpoint::Damaged;
-///
-/// let damaged = Damaged {
-///     epoch: 3,
-///     path: "checkpoint/model-3.bpk".into(),
-///     reason: "is damaged: its checksum is wrong".to_string(),
-/// };
-/// assert_eq!(
-///     damaged.to_string(),
-///     "checkpoint/model-3.bpk is damaged: its checksum is wrong"
-/// );
-/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Damaged {
+pub(crate) struct Damaged {
     /// The epoch after which it was written.
-    pub epoch: usize,
+    pub(crate) epoch: usize,
     /// The file that is missing or not as it was written.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// What is wrong with it.
-    pub reason: String,
+    pub(crate) reason: String,
 }
 
 impl fmt::Display for Damaged {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.path.display(), self.reason)
     }
+}
+
+/// Checkpoints that cannot be read, as the end of a message.
+pub(crate) fn listed(damaged: &[Damaged]) -> String {
+    damaged.iter().map(|set| format!("; {set}")).collect()
 }
 
 /// A complete checkpoint, every byte of it as it was written.

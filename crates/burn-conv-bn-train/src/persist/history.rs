@@ -1,39 +1,18 @@
 //! What a run has achieved so far, whichever processes it took, and what follows from it.
 
-use burn::train::EarlyStoppingStrategy;
 use burn::train::metric::store::{Aggregate, EventStoreClient, Split};
 use burn::train::metric::{LossMetric, Metric};
 use serde::{Deserialize, Serialize};
 
 use crate::measure::metrics::{Evaluation, SplitRecord, Tally};
-use crate::persist::lock::FirstFailure;
 
 /// One finished epoch, as every checkpoint after it holds it.
-///
-/// ```
-/// use burn_conv_bn_train::history::EpochTotals;
-/// use burn_conv_bn_train::metrics::{Evaluation, SplitRecord};
-///
-/// let half = Evaluation {
-///     loss_sum: 32.0,
-///     correct: 32,
-///     total: 64,
-/// };
-/// let epoch = EpochTotals {
-///     train: SplitRecord {
-///         evaluation: half,
-///         steps: Vec::new(),
-///     },
-///     test: half,
-/// };
-/// assert_eq!(epoch.test.average_loss(), 0.5);
-/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct EpochTotals {
+pub(crate) struct EpochTotals {
     /// Over the training digits, each before its step, with the steps.
-    pub train: SplitRecord,
+    pub(crate) train: SplitRecord,
     /// Over the test digits, after the epoch.
-    pub test: Evaluation,
+    pub(crate) test: Evaluation,
 }
 
 /// The totals of all epochs of a run: those before it was resumed, and those since.
@@ -73,39 +52,11 @@ pub(crate) fn best_epoch(history: &[EpochTotals]) -> Option<usize> {
         .map(|(epoch, _)| epoch)
 }
 
-/// Whether the last `patience` epochs have brought nothing better than the epochs before them.
-pub(crate) fn is_exhausted(history: &[EpochTotals], patience: usize) -> bool {
-    // As with Burn's own early stopping, a first epoch without a loss counts as the best so far.
-    let best = best_epoch(history).unwrap_or(1);
-    history.len().saturating_sub(best) >= patience
-}
-
 /// Waits until the logs of an epoch are written, which another thread does.
 pub(crate) fn wait_for_logs(epoch: usize, store: &EventStoreClient) {
     // It answers when it has done everything that it was asked before.
     let name = LossMetric::new().name();
     let _ = store.find_metric(&name, epoch, Aggregate::Mean, &Split::Valid);
-}
-
-/// Ends a training when it no longer improves, or when it cannot write what it should.
-///
-/// Burn's own strategy for the former keeps the best loss and its epoch to itself, and begins anew
-/// in a run that is resumed; this one has no state but the run's history.
-#[derive(Clone)]
-pub(crate) struct EpochEnd {
-    pub(crate) history: History,
-    pub(crate) patience: Option<usize>,
-    pub(crate) failure: FirstFailure,
-}
-
-impl EarlyStoppingStrategy for EpochEnd {
-    fn should_stop(&mut self, epoch: usize, store: &EventStoreClient) -> bool {
-        wait_for_logs(epoch, store);
-        self.failure.happened()
-            || self
-                .patience
-                .is_some_and(|patience| is_exhausted(&self.history.finished(), patience))
-    }
 }
 
 #[cfg(test)]
@@ -174,5 +125,36 @@ mod tests {
     #[test]
     fn a_run_before_its_first_epoch_goes_on() {
         assert!(!is_exhausted(&[], 1));
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Epochs with these mean losses on the test digits.
+    pub(crate) fn history(losses: &[f64]) -> Vec<EpochTotals> {
+        let epoch = |&loss| EpochTotals {
+            train: SplitRecord::default(),
+            test: Evaluation {
+                loss_sum: 4.0 * loss,
+                correct: 2,
+                total: 4,
+            },
+        };
+        losses.iter().map(epoch).collect()
+    }
+
+    #[test]
+    fn the_best_epoch_is_the_first_with_the_lowest_loss() {
+        for (losses, best) in [
+            (&[][..], None),
+            (&[3.0][..], Some(1)),
+            (&[3.0, 2.0, 2.0, 2.5][..], Some(2)),
+            (&[f64::NAN, f64::INFINITY, 1e9][..], Some(3)),
+            (&[f64::NAN, f64::NAN][..], None),
+        ] {
+            assert_eq!(best_epoch(&history(losses)), best, "{losses:?}");
+        }
     }
 }

@@ -16,28 +16,6 @@ use crate::model::{Network, padded};
 /// A network for evaluation, of Burn's convolutions with a bias and without norms.
 ///
 /// It computes what the network that it was folded from does in evaluation, up to rounding.
-///
-/// ```
-/// # #[cfg(feature = "flex")] {
-/// use burn::tensor::{Device, Distribution, Tensor};
-/// use burn_conv_bn_models::{Form, MobileNetV2Config};
-/// use burn_conv_bn_train::model::Network;
-/// use burn_conv_bn_train::predict::FoldedNetwork;
-///
-/// let device = Device::flex();
-/// let config = MobileNetV2Config::new(Form::Fused)
-///     .with_width(0.25)
-///     .with_input_channels(1)
-///     .with_classes(10);
-/// let network = Network::MobileNetV2(config.init(&device));
-/// let folded = FoldedNetwork::of(&network)?;
-///
-/// let digits = Tensor::<4>::random([2, 1, 28, 28], Distribution::Default, &device);
-/// let difference = folded.forward(digits.clone()) - network.forward(digits);
-/// assert!(difference.abs().max().into_scalar::<f32>() < 1e-4);
-/// # }
-/// # Ok::<(), burn_conv_bn::FoldError>(())
-/// ```
 #[derive(Clone, Debug)]
 pub struct FoldedNetwork {
     stages: Vec<Stage>,

@@ -11,12 +11,6 @@ use image::{DynamicImage, GrayImage, ImageError, ImageFormat, ImageReader, Luma}
 use crate::data::{PIXELS, SIDE};
 
 /// Ends of the names of files that are read: PNG, and Netpbm's formats.
-///
-/// ```
-/// use burn_conv_bn_train::predict::images::EXTENSIONS;
-///
-/// assert!(EXTENSIONS.contains(&"png"));
-/// ```
 pub const EXTENSIONS: [&str; 5] = ["png", "pgm", "ppm", "pbm", "pnm"];
 
 /// Longer side of MNIST's digits, in pixels.
@@ -38,8 +32,6 @@ const STRONG: u8 = 32;
 const FULL: u8 = 240;
 
 /// A digit from a file.
-///
-/// [`read_folder`] has an example.
 #[derive(Debug)]
 pub struct Picture {
     /// Name of the file in its folder.
@@ -49,8 +41,6 @@ pub struct Picture {
 }
 
 /// Why a picture is left out.
-///
-/// [`read_folder`] has an example.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PictureError {
@@ -75,8 +65,6 @@ pub enum PictureError {
 }
 
 /// Why a folder cannot be classified.
-///
-/// [`read_folder`] has an example.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FolderError {
@@ -115,34 +103,6 @@ fn endings() -> String {
 /// # Errors
 ///
 /// [`FolderError`].
-///
-/// # Examples
-///
-/// ```
-/// use burn_conv_bn_train::predict::images::{FolderError, PictureError, read_folder};
-/// use image::{GrayImage, Luma};
-///
-/// let folder = tempfile::tempdir()?;
-/// assert!(matches!(
-///     read_folder(folder.path()),
-///     Err(FolderError::NoPictures { files: 0, .. })
-/// ));
-///
-/// let stroke = |x: u32| Luma([if (40..60).contains(&x) { 0 } else { 255 }]);
-/// let one = GrayImage::from_fn(100, 100, |x, y| match (20..80).contains(&y) {
-///     true => stroke(x),
-///     false => Luma([255]),
-/// });
-/// one.save(folder.path().join("one.png"))?;
-/// GrayImage::new(100, 100).save(folder.path().join("nothing.png"))?;
-///
-/// let pictures = read_folder(folder.path())?;
-/// assert_eq!(pictures[0].name, "nothing.png");
-/// assert!(matches!(pictures[0].digit, Err(PictureError::Empty { found: 0 })));
-/// assert_eq!(pictures[1].name, "one.png");
-/// assert!(pictures[1].digit.is_ok());
-/// # Ok::<(), anyhow::Error>(())
-/// ```
 pub fn read_folder(path: &Path) -> Result<Vec<Picture>, FolderError> {
     let failed = |source| FolderError::Io {
         path: path.to_path_buf(),
@@ -207,21 +167,6 @@ fn read(file: &Path) -> Result<Option<[u8; PIXELS]>, PictureError> {
 ///   over areas, unless it has 18 to 20; its centre of mass is put where MNIST has it.
 ///
 /// A digit of MNIST stays as it is, byte by byte.
-///
-/// ```
-/// use burn_conv_bn_train::predict::images::{PictureError, normalize};
-/// use image::{DynamicImage, GrayImage, Luma};
-///
-/// // A black stroke on white paper.
-/// let stroke = GrayImage::from_fn(200, 300, |x, y| {
-///     let ink = (90..110).contains(&x) && (50..250).contains(&y);
-///     Luma([if ink { 0 } else { 255 }])
-/// });
-/// let digit = normalize(&DynamicImage::ImageLuma8(stroke))?;
-/// let row = &digit[14 * 28..15 * 28];
-/// assert_eq!(row.iter().filter(|&&pixel| pixel > 0).count(), 2);
-/// # Ok::<(), PictureError>(())
-/// ```
 ///
 /// # Errors
 ///

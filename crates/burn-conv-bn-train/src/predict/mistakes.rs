@@ -11,13 +11,6 @@ use crate::data::{PIXELS, SIDE};
 use crate::print::number;
 
 /// Digits that a picture shows at most.
-///
-/// ```
-/// use burn_conv_bn_train::predict::mistakes::SHOWN;
-///
-/// let mistakes = 130;
-/// println!("{} of {mistakes} mistakes are in the picture", mistakes.min(SHOWN));
-/// ```
 pub const SHOWN: usize = COLUMNS * 5;
 
 /// Digits in a row.
@@ -53,8 +46,6 @@ const WIDTH: u32 = 2 * MARGIN + COLUMNS as u32 * RIGHT;
 pub(super) const LETTERS: usize = ((WIDTH - 2 * MARGIN) / ADVANCE) as usize;
 
 /// How a picture is stored.
-///
-/// [`draw`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PictureFormat {
     /// Scalable Vector Graphics.
@@ -64,8 +55,6 @@ pub enum PictureFormat {
 }
 
 /// The name of a picture's file does not say how to store it.
-///
-/// [`draw`] has an example.
 #[derive(Debug, thiserror::Error)]
 #[error("a picture is written to a file that ends in .svg or .png, which {} does not", .0.display())]
 pub struct PictureFormatError(PathBuf);
@@ -90,8 +79,6 @@ impl PictureFormat {
 }
 
 /// A digit that was taken for another one.
-///
-/// [`draw`] has an example.
 #[derive(Clone, Debug)]
 pub struct Tile {
     /// The digit, white on black.
@@ -137,30 +124,6 @@ enum Mark<'a> {
 /// # Errors
 ///
 /// If the PNG encoder fails.
-///
-/// # Examples
-///
-/// ```
-/// use std::path::Path;
-///
-/// use burn_conv_bn_train::data::PIXELS;
-/// use burn_conv_bn_train::predict::mistakes::{PictureFormat, Tile, draw};
-///
-/// assert!(PictureFormat::of(Path::new("mistakes.jpg")).is_err());
-/// let format = PictureFormat::of(Path::new("mistakes.svg"))?;
-/// let tile = Tile {
-///     image: [128; PIXELS],
-///     label: 4,
-///     prediction: 9,
-///     probability: 0.75,
-///     loss: 1.5,
-/// };
-/// let svg = draw(format, &["1 of 10 digits".to_string()], &[tile])?;
-/// let svg = String::from_utf8(svg)?;
-/// assert!(svg.contains("4 read as 9") && svg.contains("75.00 %"));
-/// assert!(svg.contains("loss 1.500"));
-/// # Ok::<(), anyhow::Error>(())
-/// ```
 pub fn draw(format: PictureFormat, heading: &[String], tiles: &[Tile]) -> anyhow::Result<Vec<u8>> {
     let tiles = &tiles[..tiles.len().min(SHOWN)];
     let top = MARGIN + heading.len() as u32 * LINE + 12;

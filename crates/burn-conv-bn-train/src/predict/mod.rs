@@ -30,7 +30,7 @@ use crate::measure::report::{
     ImageReport, MistakeReport, PredictionReport, SkippedReport, TestReport,
 };
 use crate::model::Network;
-use crate::persist::checkpoint::{self, Damaged};
+use crate::persist::checkpoint::{self, Damaged, listed};
 use crate::persist::output;
 use crate::print::{escaped, say, warn};
 use crate::run::job::{Job, Norm, Variant};
@@ -38,8 +38,6 @@ use images::{FolderError, Picture, read_folder};
 use mistakes::{PictureFormat, PictureFormatError, SHOWN, Tile, draw};
 
 /// In which form a trained network predicts.
-///
-/// [`Predictor`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PredictForm {
@@ -73,8 +71,6 @@ impl From<Variant> for PredictForm {
 }
 
 /// Why nothing can be predicted.
-///
-/// [`Predictor`] has an example.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PredictError {
@@ -164,26 +160,7 @@ pub enum PredictError {
     PictureFormat(#[from] PictureFormatError),
 }
 
-fn listed(damaged: &[Damaged]) -> String {
-    damaged.iter().map(|set| format!("; {set}")).collect()
-}
-
 /// A trained network, ready to predict.
-///
-/// ```no_run
-/// use std::path::Path;
-///
-/// use burn_conv_bn_train::batch::DigitItem;
-/// use burn_conv_bn_train::job::Job;
-/// use burn_conv_bn_train::predict::{PredictError, PredictForm, Predictor};
-///
-/// /// What the newest model of a run makes of some digits, with its norms folded.
-/// fn read(job: &Job, run: &Path, digits: Vec<DigitItem>) -> Result<Vec<u8>, PredictError> {
-///     let predictor = Predictor::load(job, run, None, PredictForm::Folded, None)?;
-///     let predictions = predictor.predict(digits, 0)?;
-///     Ok(predictions.iter().map(|prediction| prediction.digit).collect())
-/// }
-/// ```
 #[derive(Debug)]
 pub struct Predictor {
     runner: Runner,
@@ -201,19 +178,6 @@ enum Runner {
 }
 
 /// What a network makes of one digit.
-///
-/// ```
-/// use burn_conv_bn_train::predict::Prediction;
-///
-/// let mut log_probabilities = [0.01_f64.ln(); 10];
-/// log_probabilities[3] = 0.91_f64.ln();
-/// let prediction = Prediction {
-///     digit: 3,
-///     log_probabilities,
-/// };
-/// assert!((prediction.probability() - 0.91).abs() < 1e-12);
-/// assert!((prediction.probabilities().iter().sum::<f64>() - 1.0).abs() < 1e-12);
-/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Prediction {
     /// The class with the highest probability, the first of several.
@@ -414,8 +378,6 @@ fn calibrated(mut net: Net, images: Tensor<4>) -> Net {
 }
 
 /// What to classify.
-///
-/// [`predict`] has an example.
 #[derive(Clone, Debug)]
 pub enum Source {
     /// The pictures in a folder.
@@ -425,8 +387,6 @@ pub enum Source {
 }
 
 /// How to predict.
-///
-/// [`predict`] has an example.
 #[derive(Clone, Debug)]
 pub struct PredictOptions {
     /// Folder of the run.
@@ -452,28 +412,6 @@ pub struct PredictOptions {
 ///
 /// A message for people; among others if a picture could not be read, after the others have been
 /// classified and everything is written.
-///
-/// # Examples
-///
-/// ```no_run
-/// use burn::train::Interrupter;
-/// use burn_conv_bn_train::job::Job;
-/// use burn_conv_bn_train::predict::{PredictForm, PredictOptions, Source, predict};
-///
-/// /// Prints what the newest model of the run in `run` makes of the pictures in `scans`.
-/// fn read_scans(job: &Job) -> anyhow::Result<()> {
-///     let options = PredictOptions {
-///         directory: "run".into(),
-///         epoch: None,
-///         form: PredictForm::Fused,
-///         source: Source::Images("scans".into()),
-///         trained_on: "mnist".into(),
-///         json: Some("scans.json".into()),
-///         mistakes: None,
-///     };
-///     predict(job, &options, &Interrupter::new())
-/// }
-/// ```
 pub fn predict(job: &Job, options: &PredictOptions, interrupter: &Interrupter) -> Result<()> {
     let testing = matches!(options.source, Source::TestSet);
     if !testing && options.mistakes.is_some() {

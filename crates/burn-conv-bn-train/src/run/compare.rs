@@ -18,31 +18,20 @@ use crate::data::{DataOrigin, DatasetChoice, MnistData};
 use crate::measure::estimate::estimate;
 use crate::measure::plot::picture;
 use crate::measure::report::{Report, VariantReport};
+use crate::measure::timeline::record;
 use crate::persist::output;
 use crate::predict::mistakes::PictureFormat;
 use crate::print::{PrintError, loss, message, say};
-use crate::run::fit::Resume;
-use crate::run::job::{Job, RunOptions, Variant, record, run};
+use crate::run::fit::{RunOptions, run};
+use crate::run::job::{Job, Variant};
 
 /// Points of the curve of a step's memory.
 const CURVE: usize = 500;
 
 /// Name of the subcommand that runs one variant; not for people.
-///
-/// ```
-/// use burn_conv_bn_train::compare::WORKER;
-///
-/// /// Whether a program was started to run one variant.
-/// fn is_worker(mut arguments: impl Iterator<Item = String>) -> bool {
-///     arguments.nth(1).as_deref() == Some(WORKER)
-/// }
-/// assert!(is_worker(["mnist", "run-variant"].map(String::from).into_iter()));
-/// ```
 pub const WORKER: &str = "run-variant";
 
 /// How to compare.
-///
-/// [`compare`] has an example.
 #[derive(Clone, Debug)]
 pub struct CompareOptions {
     /// Which variants, in order.
@@ -81,35 +70,8 @@ struct Task {
 /// A message for people, also where a variant diverged. What can be checked is checked before anything is
 /// trained.
 ///
-/// # Examples
-///
 /// A program that does nothing else. Each variant runs in a process of the same program, which is started
 /// with [`WORKER`] as its argument:
-///
-/// ```no_run
-/// use burn::train::Interrupter;
-/// use burn_conv_bn_memory::CountingAllocator;
-/// use burn_conv_bn_train::compare::{CompareOptions, WORKER, compare, work};
-/// use burn_conv_bn_train::job::{Job, Variant};
-///
-/// #[global_allocator]
-/// static ALLOCATOR: CountingAllocator = CountingAllocator::new();
-///
-/// fn run(job: Job) -> anyhow::Result<()> {
-///     if std::env::args().nth(1).as_deref() == Some(WORKER) {
-///         return work(&ALLOCATOR, Interrupter::new());
-///     }
-///     let options = CompareOptions {
-///         variants: vec![Variant::Fused, Variant::Unfused],
-///         json: Some("report.json".into()),
-///         plot: None,
-///         artifacts: "artifacts".into(),
-///         time_limit: None,
-///         threads: None,
-///     };
-///     compare(job, &options, &ALLOCATOR, &Interrupter::new())
-/// }
-/// ```
 pub fn compare(
     mut job: Job,
     options: &CompareOptions,
@@ -336,10 +298,6 @@ fn spawn(task: &Task, threads: Option<usize>) -> Result<VariantReport> {
 /// # Errors
 ///
 /// Only what cannot be told through that file.
-///
-/// # Examples
-///
-/// [`compare`] has one, which calls it.
 pub fn work(allocator: &'static CountingAllocator, interrupter: Interrupter) -> Result<()> {
     let task: Task = serde_json::from_reader(std::io::stdin().lock())
         .context("run-variant is started by compare, which tells it what to do")?;
@@ -356,21 +314,22 @@ fn train(
     let data = task.job.data()?;
     // Before the training, which takes the data; in what is left of this process's life nothing of
     // it remains but pages that the allocator keeps.
-    let timeline = match task.record {
-        true => Some(record(&task.job, task.variant, &data, allocator)?.thinned(CURVE)),
-        false => None,
+    let timeline = if task.record {
+        Some(record(&task.job, task.variant, &data, allocator)?.thinned(CURVE))
+    } else {
+        None
     };
     let options = RunOptions {
         directory: task.directory.clone(),
         overwrite: true,
         checkpoints: false,
-        resume: Resume::No,
+        resume: false,
         patience: None,
         dashboard: false,
         run_file: None,
         interrupter,
     };
-    let (report, _) = run(&task.job, task.variant, data, allocator, options)?;
+    let (report, _) = run(&task.job, task.variant, data, allocator, &options)?;
     Ok(VariantReport { timeline, ..report })
 }
 

@@ -2,6 +2,7 @@
 
 pub(crate) mod compare;
 mod dashboard;
+mod early_stop;
 pub(crate) mod fit;
 pub(crate) mod interrupt;
 pub mod job;

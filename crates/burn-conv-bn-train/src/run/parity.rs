@@ -19,13 +19,6 @@ use crate::run::job::{Job, Precision, Variant};
 use crate::step::Classifier;
 
 /// Largest difference of losses that double precision may show.
-///
-/// ```
-/// use burn_conv_bn_train::parity::F64_TOLERANCE;
-///
-/// // More than rounding, and less than any mistake.
-/// assert!(f64::EPSILON < F64_TOLERANCE && F64_TOLERANCE < 1e-3);
-/// ```
 pub const F64_TOLERANCE: f64 = 1e-6;
 
 /// Error of an f32 loss, relative to its size, that rounding alone explains.
@@ -38,17 +31,6 @@ const F32_FLOOR: f64 = 4.0 * f32::EPSILON as f64;
 /// The same computation with its sums in another order: digits and hidden units are counted from
 /// the other end, or images and kernels are mirrored. Without rounding the losses would be the
 /// same.
-///
-/// ```
-/// use burn_conv_bn_train::model::ModelChoice;
-/// use burn_conv_bn_train::parity::Reordering;
-///
-/// let batch_alone = Reordering {
-///     batch: true,
-///     ..Reordering::NONE
-/// };
-/// assert!(Reordering::others(ModelChoice::Resnet18).contains(&batch_alone));
-/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reordering {
     /// Digits of a batch from last to first, which the batch's sums run over.
@@ -64,8 +46,6 @@ pub struct Reordering {
 
 impl Reordering {
     /// No change.
-    ///
-    /// [`Reordering`] has an example.
     pub const NONE: Self = Self {
         batch: false,
         channels: false,
@@ -188,15 +168,6 @@ fn leaf<const D: usize>(
 }
 
 /// Why the variants of a job cannot be held against each other.
-///
-/// ```
-/// use burn_conv_bn_train::job::Precision;
-/// use burn_conv_bn_train::parity::{Parity, ParityError};
-///
-/// let refused = Parity::check(Precision::BF16);
-/// assert_eq!(refused, Err(ParityError::Precision("bf16")));
-/// assert!(Parity::check(Precision::F64).is_ok());
-/// ```
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ParityError {
@@ -211,21 +182,6 @@ pub enum ParityError {
 /// Losses of the first steps.
 ///
 /// [`measure`](Self::measure) gets them from a job. Made by hand, it shows how it is judged:
-///
-/// ```
-/// use burn_conv_bn_train::parity::Parity;
-///
-/// let mut parity = Parity {
-///     fused: vec![2.30, 2.11],
-///     unfused: vec![vec![2.30, 2.12], vec![2.30, 2.09]],
-///     exact: Some(vec![2.30, 2.10]),
-/// };
-/// assert!((parity.spread() - 0.03).abs() < 1e-12);
-/// // Off by 0.01, where unfused runs are off by 0.02.
-/// assert!(parity.judge().is_ok());
-/// parity.fused[1] = 2.15;
-/// assert!(parity.judge().is_err());
-/// ```
 #[derive(Clone, Debug)]
 pub struct Parity {
     /// Of the fused variant.

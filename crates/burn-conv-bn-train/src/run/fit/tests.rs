@@ -1,5 +1,7 @@
 use super::*;
 
+use std::fs;
+
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -26,10 +28,17 @@ impl Drop for Scratch {
     }
 }
 
-fn options(scratch: &Scratch, resume: Resume) -> FitOptions {
-    let mut options = FitOptions::new(&scratch.0);
-    options.resume = resume;
-    options
+fn options(scratch: &Scratch, resume: bool) -> RunOptions {
+    RunOptions {
+        directory: scratch.0.clone(),
+        overwrite: false,
+        checkpoints: false,
+        resume,
+        patience: None,
+        dashboard: false,
+        run_file: None,
+        interrupter: Interrupter::new(),
+    }
 }
 
 #[test]
@@ -38,7 +47,7 @@ fn a_run_is_not_overwritten_unasked() {
         let scratch = Scratch::new("overwrite");
         let file = scratch.file(name);
         let other = scratch.file("checkpoint/notes.txt");
-        let mut options = options(&scratch, Resume::No);
+        let mut options = options(&scratch, false);
 
         let refused = prepare_directory(&options, None, None);
         assert!(matches!(refused, Err(FitError::DirectoryInUse { .. })));
@@ -65,28 +74,9 @@ fn a_resumed_run_keeps_what_it_has() {
         scratch.file("valid/epoch-2/.partial-0"),
         scratch.file("checkpoint/.partial-0"),
     ];
-    prepare_directory(&options(&scratch, Resume::Latest), Some(2), None).expect("writable");
+    prepare_directory(&options(&scratch, true), Some(2), None).expect("writable");
     assert!(files.iter().all(|path| path.exists()));
     assert!(!unfinished.iter().any(|path| path.exists()));
-}
-
-#[test]
-fn a_run_from_an_earlier_epoch_keeps_its_past_and_loses_its_future() {
-    let scratch = Scratch::new("resume");
-    let past = [
-        scratch.file("valid/epoch-2/Loss.log"),
-        scratch.file("checkpoint/optim-2.bpk"),
-        scratch.file("checkpoint/notes.txt"),
-    ];
-    let future = [
-        scratch.file("valid/epoch-3/Loss.log"),
-        scratch.file("checkpoint/optim-3.bpk"),
-    ];
-
-    prepare_directory(&options(&scratch, Resume::Epoch(2)), Some(2), None).expect("writable");
-
-    assert!(past.iter().all(|path| path.exists()));
-    assert!(!future.iter().any(|path| path.exists()));
     let left = fs::read_dir(&scratch.0).expect("readable").count();
     assert_eq!(left, 2, "nothing is left of the check for room");
 }
@@ -95,7 +85,7 @@ fn a_run_from_an_earlier_epoch_keeps_its_past_and_loses_its_future() {
 fn a_directory_that_cannot_be_made_is_an_error() {
     let scratch = Scratch::new("file");
     let file = scratch.file("file");
-    let mut options = options(&scratch, Resume::No);
+    let mut options = options(&scratch, false);
     options.directory = file.join("run");
     assert!(matches!(lock(&options), Err(FitError::Directory { .. })));
 }
@@ -103,11 +93,10 @@ fn a_directory_that_cannot_be_made_is_an_error() {
 #[test]
 fn a_folder_without_checkpoints_cannot_be_resumed() {
     let scratch = Scratch::new("absent");
-    for resume in [Resume::Latest, Resume::Epoch(3)] {
-        let refused = resumed_set(&options(&scratch, resume));
-        assert!(matches!(refused, Err(FitError::NoCheckpoint { .. })));
-    }
-    assert_eq!(latest_checkpoint(&scratch.0).expect("readable"), None);
+    let refused = resumed_set(&options(&scratch, true));
+    assert!(matches!(refused, Err(FitError::NoCheckpoint { .. })));
+    let (newest, _) = checkpoint::newest(&scratch.0).expect("readable");
+    assert!(newest.is_none());
 }
 
 #[test]
