@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::ops::PadMode;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{NormVariant, Recompute, SavedTensor};
+use burn_conv_bn::{FoldError, NormVariant, Recompute, SavedTensor};
 use burn_conv_bn_models::{
     Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
 };
@@ -253,25 +253,19 @@ impl Network {
         log_softmax(scores, 1)
     }
 
-    /// How the blocks run.
-    pub fn form(&self) -> Form {
-        match self {
-            Self::Tutorial(net) => net.form(),
-            Self::ResNet(net) => net.form(),
-            Self::Vgg(net) => net.form(),
-            Self::MobileNetV2(net) => net.form(),
-        }
-    }
-
-    /// The same network, with the same tensors, in another form.
-    #[must_use]
-    pub fn with_form(self, form: Form) -> Self {
-        match self {
-            Self::Tutorial(net) => Self::Tutorial(net.with_form(form)),
-            Self::ResNet(net) => Self::ResNet(net.with_form(form)),
-            Self::Vgg(net) => Self::Vgg(net.with_form(form)),
-            Self::MobileNetV2(net) => Self::MobileNetV2(net.with_form(form)),
-        }
+    /// The network for evaluation, with norms folded into their convolutions, up to rounding the same.
+    ///
+    /// # Errors
+    ///
+    /// [`FoldError::NoRunningStatistics`] for the tutorial's network, which normalizes with each
+    /// batch's statistics; [`FoldError::NotFinite`] if a channel's scale or shift is not finite.
+    pub(crate) fn folded(&self) -> Result<Self, FoldError> {
+        Ok(match self {
+            Self::Tutorial(net) => Self::Tutorial(net.folded()?),
+            Self::ResNet(net) => Self::ResNet(net.folded()?),
+            Self::Vgg(net) => Self::Vgg(net.folded()?),
+            Self::MobileNetV2(net) => Self::MobileNetV2(net.folded()?),
+        })
     }
 
     /// What a training step keeps for the backward pass in this form, for a batch of that many digits, as

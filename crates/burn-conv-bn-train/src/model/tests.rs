@@ -1,6 +1,26 @@
 use super::*;
 
-use burn::tensor::{Distribution, FloatDType, TensorData, Tolerance};
+use burn::tensor::{DType, Distribution, FloatDType, TensorData, Tolerance};
+use burn_conv_bn::ConvBnModule;
+
+impl Network {
+    fn form(&self) -> Form {
+        match self {
+            Self::Tutorial(net) => net.form(),
+            Self::ResNet(net) => net.form(),
+            Self::Vgg(net) => net.form(),
+            Self::MobileNetV2(net) => net.form(),
+        }
+    }
+    fn with_form(self, form: Form) -> Self {
+        match self {
+            Self::Tutorial(net) => Self::Tutorial(net.with_form(form)),
+            Self::ResNet(net) => Self::ResNet(net.with_form(form)),
+            Self::Vgg(net) => Self::Vgg(net.with_form(form)),
+            Self::MobileNetV2(net) => Self::MobileNetV2(net.with_form(form)),
+        }
+    }
+}
 
 #[test]
 fn names_are_those_of_the_command_line() {
@@ -107,4 +127,65 @@ fn networks_list_what_they_keep() {
             assert_eq!(tensor.shared, shared, "{choice:?}, {form:?}");
         }
     }
+}
+
+/// A few batches give the running statistics values that have an effect.
+#[test]
+fn a_folded_network_predicts_the_same() {
+    let device = Device::flex().autodiff();
+    let images = |count| {
+        Tensor::<4>::random(
+            [count, 1, SIDE, SIDE],
+            Distribution::Normal(0.3, 1.0),
+            &device,
+        )
+    };
+    for &choice in ModelChoice::value_variants() {
+        if !choice.tracks_statistics() {
+            continue;
+        }
+        let network = choice.init(&options(choice, Form::Fused), &device);
+        for _ in 0..4 {
+            network.forward(images(4));
+        }
+        let network = network.valid();
+        let folded = network.folded().expect("it tracks statistics");
+        let images = images(3).without_autodiff();
+        let wanted = network.forward(images.clone()).into_data();
+        let got = folded.forward(images).into_data();
+        got.assert_approx_eq::<f32>(&wanted, Tolerance::rel_abs(1e-2, 1e-2));
+    }
+}
+
+/// Rounded to 2^-9 in each of some 20 layers.
+#[test]
+fn a_folded_network_predicts_in_mixed_precision() {
+    let device = Device::flex().autodiff();
+    let images = Tensor::<4>::random([4, 1, SIDE, SIDE], Distribution::Normal(0.3, 1.0), &device);
+    let choice = ModelChoice::Resnet18;
+    let network = choice.init(&options(choice, Form::Fused), &device);
+    for _ in 0..4 {
+        network.forward(images.clone());
+    }
+    let folded = network.valid().folded().expect("it tracks statistics");
+    let images = images.without_autodiff();
+    let values = |output: Tensor<2>| -> Vec<f64> {
+        assert_eq!(output.dtype(), DType::F32);
+        output.into_data().iter::<f64>().collect()
+    };
+    let wanted = values(folded.forward(images.clone()));
+    let folded = folded.autocast(FloatDType::BF16);
+    let got = values(folded.forward(images.cast(FloatDType::BF16)));
+    let norm = |values: Vec<f64>| values.iter().map(|value| value * value).sum::<f64>();
+    let differences = got.iter().zip(&wanted).map(|(got, wanted)| got - wanted);
+    let distance = (norm(differences.collect()) / norm(wanted)).sqrt();
+    assert!(0.0 < distance && distance < 0.25, "{distance}");
+}
+
+#[test]
+fn what_has_no_running_statistics_is_refused() {
+    let device = Device::flex();
+    let choice = ModelChoice::Tutorial;
+    let refused = choice.init(&options(choice, Form::Fused), &device).folded();
+    assert_eq!(refused.err(), Some(FoldError::NoRunningStatistics));
 }

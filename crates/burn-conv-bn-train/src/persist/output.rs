@@ -1,12 +1,45 @@
 //! Files that a user asks for: checked before any work, written at its end.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow};
 use burn_conv_bn_files::{OutputError, Survives, check_distinct};
 use serde::Serialize;
 
 use crate::print::say;
+
+/// How a picture is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PictureFormat {
+    /// Scalable Vector Graphics.
+    Svg,
+    /// Portable Network Graphics.
+    Png,
+}
+
+/// The name of a picture's file does not say how to store it.
+#[derive(Debug, thiserror::Error)]
+#[error("a picture is written to a file that ends in .svg or .png, which {} does not", .0.display())]
+pub(crate) struct PictureFormatError(PathBuf);
+
+impl PictureFormat {
+    /// That of a file with such a name.
+    ///
+    /// # Errors
+    ///
+    /// [`PictureFormatError`] if it ends neither in `.svg` nor in `.png`.
+    pub(crate) fn of(path: &Path) -> Result<Self, PictureFormatError> {
+        let ends_in = |wanted: &str| {
+            path.extension()
+                .is_some_and(|extension| extension.eq_ignore_ascii_case(wanted))
+        };
+        match (ends_in("svg"), ends_in("png")) {
+            (true, _) => Ok(Self::Svg),
+            (_, true) => Ok(Self::Png),
+            _ => Err(PictureFormatError(path.to_path_buf())),
+        }
+    }
+}
 
 /// Checks that files can be written, and that no two options name the same one.
 pub(crate) fn check(outputs: &[(&'static str, Option<&Path>)]) -> Result<()> {

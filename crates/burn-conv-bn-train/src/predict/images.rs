@@ -11,7 +11,7 @@ use image::{DynamicImage, GrayImage, ImageError, ImageFormat, ImageReader, Luma}
 use crate::data::{PIXELS, SIDE};
 
 /// Ends of the names of files that are read: PNG, and Netpbm's formats.
-pub const EXTENSIONS: [&str; 5] = ["png", "pgm", "ppm", "pbm", "pnm"];
+pub(super) const EXTENSIONS: [&str; 5] = ["png", "pgm", "ppm", "pbm", "pnm"];
 
 /// Longer side of MNIST's digits, in pixels.
 const BOX: u32 = 20;
@@ -33,17 +33,16 @@ const FULL: u8 = 240;
 
 /// A digit from a file.
 #[derive(Debug)]
-pub struct Picture {
+pub(super) struct Picture {
     /// Name of the file in its folder.
-    pub name: String,
+    pub(super) name: String,
     /// As MNIST has it: white on black, scaled and centred.
-    pub digit: Result<[u8; PIXELS], PictureError>,
+    pub(super) digit: Result<[u8; PIXELS], PictureError>,
 }
 
 /// Why a picture is left out.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum PictureError {
+pub(super) enum PictureError {
     /// The file cannot be opened or read.
     #[error("cannot be read: {0}")]
     Io(#[from] io::Error),
@@ -66,8 +65,7 @@ pub enum PictureError {
 
 /// Why a folder cannot be classified.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum FolderError {
+pub(super) enum FolderError {
     /// The folder cannot be read.
     #[error("cannot read the folder {}: {source}", .path.display())]
     Io {
@@ -103,7 +101,7 @@ fn endings() -> String {
 /// # Errors
 ///
 /// [`FolderError`].
-pub fn read_folder(path: &Path) -> Result<Vec<Picture>, FolderError> {
+pub(super) fn read_folder(path: &Path) -> Result<Vec<Picture>, FolderError> {
     let failed = |source| FolderError::Io {
         path: path.to_path_buf(),
         source,
@@ -171,7 +169,7 @@ fn read(file: &Path) -> Result<Option<[u8; PIXELS]>, PictureError> {
 /// # Errors
 ///
 /// [`PictureError::Empty`].
-pub fn normalize(picture: &DynamicImage) -> Result<[u8; PIXELS], PictureError> {
+pub(super) fn normalize(picture: &DynamicImage) -> Result<[u8; PIXELS], PictureError> {
     let ink = ink(&grey(picture))?;
     if is_in_place(&ink) {
         return Ok(pixels(&ink));

@@ -2,16 +2,16 @@
 
 use std::fmt::Write as _;
 use std::io::Cursor;
-use std::path::{Path, PathBuf};
 
 use image::{GrayImage, ImageFormat, Luma};
 
 use super::font;
 use crate::data::{PIXELS, SIDE};
+use crate::persist::output::PictureFormat;
 use crate::print::number;
 
 /// Digits that a picture shows at most.
-pub const SHOWN: usize = COLUMNS * 5;
+pub(super) const SHOWN: usize = COLUMNS * 5;
 
 /// Digits in a row.
 const COLUMNS: usize = 8;
@@ -45,52 +45,19 @@ const WIDTH: u32 = 2 * MARGIN + COLUMNS as u32 * RIGHT;
 /// Letters that fit a line across the picture.
 pub(super) const LETTERS: usize = ((WIDTH - 2 * MARGIN) / ADVANCE) as usize;
 
-/// How a picture is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PictureFormat {
-    /// Scalable Vector Graphics.
-    Svg,
-    /// Portable Network Graphics.
-    Png,
-}
-
-/// The name of a picture's file does not say how to store it.
-#[derive(Debug, thiserror::Error)]
-#[error("a picture is written to a file that ends in .svg or .png, which {} does not", .0.display())]
-pub struct PictureFormatError(PathBuf);
-
-impl PictureFormat {
-    /// That of a file with such a name.
-    ///
-    /// # Errors
-    ///
-    /// [`PictureFormatError`] if it ends neither in `.svg` nor in `.png`.
-    pub fn of(path: &Path) -> Result<Self, PictureFormatError> {
-        let ends_in = |wanted: &str| {
-            path.extension()
-                .is_some_and(|extension| extension.eq_ignore_ascii_case(wanted))
-        };
-        match (ends_in("svg"), ends_in("png")) {
-            (true, _) => Ok(Self::Svg),
-            (_, true) => Ok(Self::Png),
-            _ => Err(PictureFormatError(path.to_path_buf())),
-        }
-    }
-}
-
 /// A digit that was taken for another one.
 #[derive(Clone, Debug)]
-pub struct Tile {
+pub(super) struct Tile {
     /// The digit, white on black.
-    pub image: [u8; PIXELS],
+    pub(super) image: [u8; PIXELS],
     /// What it is.
-    pub label: u8,
+    pub(super) label: u8,
     /// What it was taken for.
-    pub prediction: u8,
+    pub(super) prediction: u8,
     /// With which probability, from 0 to 1.
-    pub probability: f64,
+    pub(super) probability: f64,
     /// Loss of the digit, which orders them.
-    pub loss: f64,
+    pub(super) loss: f64,
 }
 
 impl Tile {
@@ -124,7 +91,11 @@ enum Mark<'a> {
 /// # Errors
 ///
 /// If the PNG encoder fails.
-pub fn draw(format: PictureFormat, heading: &[String], tiles: &[Tile]) -> anyhow::Result<Vec<u8>> {
+pub(super) fn draw(
+    format: PictureFormat,
+    heading: &[String],
+    tiles: &[Tile],
+) -> anyhow::Result<Vec<u8>> {
     let tiles = &tiles[..tiles.len().min(SHOWN)];
     let top = MARGIN + heading.len() as u32 * LINE + 12;
     let rows = tiles.len().div_ceil(COLUMNS) as u32;

@@ -1,5 +1,7 @@
 use super::*;
 
+use std::path::Path;
+
 use crate::data::generate;
 
 fn tiles(count: usize) -> Vec<Tile> {
