@@ -69,7 +69,7 @@ impl DeviceChoice {
     }
 
     /// The CPU, where everything else can be compared with, if Flex was compiled in.
-    pub fn host() -> Option<Self> {
+    pub(crate) fn host() -> Option<Self> {
         cfg!(feature = "flex").then_some(Self::Flex)
     }
 

@@ -45,8 +45,7 @@ pub enum ModelChoice {
 
 /// Why there is no such network, or none for such batches.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ModelError {
+pub(crate) enum ModelError {
     /// A norm that the network does not have.
     #[error(
         "{model} keeps running statistics, with which the tutorial's norm has no unfused form to \
@@ -82,22 +81,22 @@ pub enum ModelError {
 
 /// What a network is made of, besides the choice which.
 #[derive(Clone, Copy, Debug)]
-pub struct NetworkOptions {
+pub(crate) struct NetworkOptions {
     /// How the blocks run.
-    pub form: Form,
+    pub(crate) form: Form,
     /// The norm of all blocks.
-    pub norm: NormVariant,
+    pub(crate) norm: NormVariant,
     /// Probability of dropping a hidden value.
-    pub dropout: f64,
+    pub(crate) dropout: f64,
     /// What fused blocks do with the convolution's output.
-    pub recompute: Recompute,
+    pub(crate) recompute: Recompute,
     /// Bound on the fused blocks' workspace, in bytes.
-    pub max_workspace: Option<usize>,
+    pub(crate) max_workspace: Option<usize>,
 }
 
 impl ModelChoice {
     /// As on the command line.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Tutorial => "tutorial",
             Self::Resnet18 => "resnet18",
@@ -109,7 +108,7 @@ impl ModelChoice {
     }
 
     /// The dropout of its authors; 0 for the residual networks, which have none.
-    pub fn default_dropout(self) -> f64 {
+    pub(crate) fn default_dropout(self) -> f64 {
         match self {
             Self::Tutorial | Self::Vgg16Bn => 0.5,
             Self::MobilenetV2 => 0.2,
@@ -118,7 +117,7 @@ impl ModelChoice {
     }
 
     /// Whether it evaluates on running statistics.
-    pub fn tracks_statistics(self) -> bool {
+    pub(crate) fn tracks_statistics(self) -> bool {
         self != Self::Tutorial
     }
 
@@ -131,7 +130,7 @@ impl ModelChoice {
     /// # Errors
     ///
     /// [`ModelError::Norm`] or [`ModelError::Dropout`].
-    pub fn check(self, norm: NormVariant, dropout: f64) -> Result<(), ModelError> {
+    pub(crate) fn check(self, norm: NormVariant, dropout: f64) -> Result<(), ModelError> {
         let model = self.name();
         if self.tracks_statistics() && norm == NormVariant::Tutorial {
             return Err(ModelError::Norm { model });
@@ -150,7 +149,7 @@ impl ModelChoice {
     /// # Errors
     ///
     /// [`ModelError::Alone`].
-    pub fn check_batches(self, digits: usize, batch_size: usize) -> Result<(), ModelError> {
+    pub(crate) fn check_batches(self, digits: usize, batch_size: usize) -> Result<(), ModelError> {
         // VGG's last convolutions see four pixels, and the tutorial's hundreds.
         let takes_one = matches!(self, Self::Tutorial | Self::Vgg16Bn);
         let alone = batch_size == 1 || digits.checked_rem(batch_size) == Some(1);
@@ -166,7 +165,7 @@ impl ModelChoice {
 
     /// A network in its initial state, drawn from the device's generator at once: the same seed
     /// gives the same weights in both forms.
-    pub fn init(self, options: &NetworkOptions, device: &Device) -> Network {
+    pub(crate) fn init(self, options: &NetworkOptions, device: &Device) -> Network {
         let NetworkOptions {
             form,
             norm,
@@ -220,7 +219,7 @@ impl ModelChoice {
 /// A network for digits.
 #[allow(clippy::large_enum_variant, reason = "there are few at a time")]
 #[derive(Module, Debug)]
-pub enum Network {
+pub(crate) enum Network {
     /// The tutorial's.
     Tutorial(Net),
     /// A residual network.
@@ -243,7 +242,7 @@ impl Network {
     /// # Panics
     ///
     /// If a training batch is too small; see [`ModelChoice::check_batches`].
-    pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+    pub(crate) fn forward(&self, images: Tensor<4>) -> Tensor<2> {
         let scores = match self {
             Self::Tutorial(net) => return net.forward(images),
             Self::ResNet(net) => net.forward(padded(images)),
@@ -273,7 +272,7 @@ impl Network {
     ///
     /// The digits themselves are shared: they are data and there in any case. Padded ones are made in the
     /// forward pass and stay because the first block keeps them, so they are its own.
-    pub fn saved_for_backward(&self, batch: usize) -> Vec<(String, SavedTensor)> {
+    pub(crate) fn saved_for_backward(&self, batch: usize) -> Vec<(String, SavedTensor)> {
         let side = SIDE + 2 * PADDING;
         let shape = [batch, 1, side, side];
         let mut saved = match self {

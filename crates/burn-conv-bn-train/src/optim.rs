@@ -28,7 +28,7 @@ pub enum OptimizerChoice {
 
 impl OptimizerChoice {
     /// As on the command line.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Adadelta => "adadelta",
             Self::Adam => "adam",
@@ -38,7 +38,7 @@ impl OptimizerChoice {
     }
 
     /// The learning rate to start with where none is given.
-    pub fn default_learning_rate(self) -> LearningRate {
+    pub(crate) fn default_learning_rate(self) -> LearningRate {
         match self {
             Self::Adadelta => 1.0,
             Self::Adam | Self::Adamw => 1e-3,
@@ -50,12 +50,12 @@ impl OptimizerChoice {
     ///
     /// Burn restores the state of its own optimizers in the default type of the default device,
     /// which is single precision.
-    pub fn restores(self, dtype: FloatDType) -> bool {
+    pub(crate) fn restores(self, dtype: FloatDType) -> bool {
         self == Self::Adadelta || dtype != FloatDType::F64
     }
 
     /// The optimizer, in its initial state.
-    pub fn init(self) -> ModuleOptimizer {
+    pub(crate) fn init(self) -> ModuleOptimizer {
         match self {
             Self::Adadelta => AdadeltaConfig::new().init(),
             Self::Adam => AdamConfig::new().init(),

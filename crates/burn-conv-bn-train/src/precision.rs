@@ -22,7 +22,7 @@ pub enum Precision {
 
 impl Precision {
     /// As on the command line.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
             Self::F64 => "f64",
@@ -32,7 +32,7 @@ impl Precision {
     }
 
     /// For people.
-    pub fn describe(self) -> String {
+    pub(crate) fn describe(self) -> String {
         match self.is_mixed() {
             true => format!("{} activations, f32 parameters", self.name()),
             false => self.name().to_string(),

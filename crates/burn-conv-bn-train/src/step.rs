@@ -24,7 +24,7 @@ use crate::model::Network;
 #[derive(Module, Debug)]
 pub struct Classifier {
     /// The network; its outputs are log-probabilities.
-    pub net: Network,
+    pub(crate) net: Network,
     #[module(skip)]
     probe: MemoryProbe,
     #[module(skip)]
@@ -37,7 +37,7 @@ impl Classifier {
     /// All parameters are initialized here, in the order of the module's fields. Left alone,
     /// Burn initializes each when it is first used, and two forms of a network that use theirs
     /// in a different order would start from different weights. Seed the device just before.
-    pub fn new(net: Network, probe: MemoryProbe, dtype: FloatDType) -> Self {
+    pub(crate) fn new(net: Network, probe: MemoryProbe, dtype: FloatDType) -> Self {
         Self {
             net: net.map(&mut Cast(dtype)),
             probe,
@@ -49,13 +49,13 @@ impl Classifier {
     ///
     /// The loss is scaled for the backward pass by the [`LossScale`] of that type.
     #[must_use]
-    pub fn with_activations(mut self, dtype: FloatDType) -> Self {
+    pub(crate) fn with_activations(mut self, dtype: FloatDType) -> Self {
         self.activations = dtype;
         self
     }
 
     /// The float type of the parameters.
-    pub fn dtype(&self) -> FloatDType {
+    pub(crate) fn dtype(&self) -> FloatDType {
         let mut first = FirstDtype(None);
         self.visit(&mut first);
         first.0.expect("a network has parameters")

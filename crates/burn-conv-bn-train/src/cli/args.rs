@@ -11,8 +11,8 @@ use crate::device::DeviceChoice;
 use crate::model::ModelChoice;
 use crate::optim::OptimizerChoice;
 use crate::predict::PredictForm;
-use crate::run::compare::WORKER;
 use crate::run::job::{Job, Norm, Precision, RecomputePolicy, Variant};
+use crate::run::worker::WORKER;
 
 /// Where `train` keeps a run, and `predict` looks for it.
 const RUN: &str = "artifacts/train";

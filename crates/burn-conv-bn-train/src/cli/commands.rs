@@ -15,12 +15,12 @@ use super::config::Layers;
 use crate::persist::run_file::{DataIdentity, Options, RUN_FILE, RunFile};
 use crate::persist::{checkpoint, output};
 use crate::predict::{PredictOptions, Source, predict};
-use crate::print::say;
-use crate::run::compare::{CompareOptions, compare, work};
+use crate::print::{PrintError, say};
+use crate::run::compare::{CompareOptions, compare};
 use crate::run::fit::{FitOutcome, RunOptions, check_directory, run};
 use crate::run::interrupt;
-use crate::run::job::Variant;
 use crate::run::parity::Parity;
+use crate::run::worker::work;
 
 /// Runs a command.
 pub(super) fn execute(invocation: Invocation, allocator: &'static CountingAllocator) -> Result<()> {
@@ -64,7 +64,6 @@ fn run_compare(
         Duration::try_from_secs_f64(60.0 * minutes).unwrap_or(Duration::MAX)
     });
     let options = CompareOptions {
-        variants: vec![Variant::Fused, Variant::Unfused],
         json: args.json,
         plot: args.plot,
         artifacts: args.artifacts,
@@ -105,11 +104,7 @@ fn train(
     check_directory(&directory, resume, overwrite)?;
     output::check(&[("--json", json.as_deref())])?;
     let job = job.into_job(epochs, learning)?;
-    job.check()?;
-    let data = job.data()?;
-    say!("Data: {}", data.origin)?;
-    job.precision.announce()?;
-    job.check_digits(data.train.len())?;
+    let data = job.begin()?;
     let mut report = job.report(&data);
     let identity = DataIdentity::of(&data);
     if let Some(stored) = &stored {
@@ -139,21 +134,23 @@ fn train(
     if outcome.interrupted.is_some() && kept.last() != Some(&epochs) {
         bail!("{}", interruption(&outcome, steps, &kept, &directory, json));
     }
-    match outcome.epochs.last().map(|epoch| epoch.epoch) {
-        None if outcome.stopped_early => say!(
-            "Nothing to do: the run that was resumed stopped early after epoch {}.",
-            outcome.history.len()
-        )?,
-        None => say!(
-            "Nothing to do: the run that was resumed has {} epochs already.",
-            outcome.history.len()
-        )?,
-        Some(epoch) if epoch < epochs => {
-            say!("Stopped early after epoch {epoch}: the test loss no longer improves.")?;
-        }
-        Some(_) => {}
-    }
+    say_end(&outcome, epochs)?;
     report.check_finite()
+}
+
+/// Says why a training has ended before its last epoch.
+fn say_end(outcome: &FitOutcome, epochs: usize) -> Result<(), PrintError> {
+    let finished = outcome.history.len();
+    match outcome.epochs.last().map(|epoch| epoch.epoch) {
+        None if outcome.stopped_early => {
+            say!("Nothing to do: the run that was resumed stopped early after epoch {finished}.")
+        }
+        None => say!("Nothing to do: the run that was resumed has {finished} epochs already."),
+        Some(epoch) if epoch < epochs => {
+            say!("Stopped early after epoch {epoch}: the test loss no longer improves.")
+        }
+        Some(_) => Ok(()),
+    }
 }
 
 /// What was lost of a training that was interrupted, and what is left of it.
@@ -207,9 +204,7 @@ fn parity(args: ParityArgs, interrupter: &Interrupter) -> Result<()> {
     let job = args.job.into_job(1, learning)?;
     job.check()?;
     Parity::check(job.precision)?;
-    let data = job.data()?;
-    say!("Data: {}", data.origin)?;
-    job.check_digits(data.train.len())?;
+    let data = job.begin()?;
     Parity::measure(&job, Arc::new(data.train), args.steps, interrupter)?.judge()
 }
 

@@ -13,13 +13,13 @@ use burn::tensor::{DType, Device, Element, FloatDType, Int, Tensor, TensorData};
 use crate::data::{Digits, PIXELS, SIDE};
 
 /// Mean of MNIST's training pixels, scaled to `0..=1`; the tutorial's constant.
-pub const MEAN: f64 = 0.1307;
+pub(crate) const MEAN: f64 = 0.1307;
 
 /// Standard deviation of MNIST's training pixels, scaled to `0..=1`; the tutorial's constant.
-pub const STD: f64 = 0.3081;
+pub(crate) const STD: f64 = 0.3081;
 
 /// A source of batches, as Burn's training and evaluation take it.
-pub type BatchLoader = Arc<dyn DataLoader<MnistBatch>>;
+pub(crate) type BatchLoader = Arc<dyn DataLoader<MnistBatch>>;
 
 /// One digit, as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,7 +52,7 @@ pub struct MnistBatch {
     pub targets: Tensor<1, Int>,
 }
 
-/// Turns digits into an [`MnistBatch`], with images of a chosen type.
+/// Turns digits into a batch, with images of a chosen type.
 #[derive(Clone, Debug)]
 pub struct MnistBatcher {
     dtype: FloatDType,
@@ -97,7 +97,11 @@ fn pixels<E: Element>(items: &[DigitItem], normalize: impl Fn(u8) -> E) -> Tenso
 
 /// A loader of all `digits` in their order, without worker threads: batches are made when they
 /// are asked for, so that none is in memory that is not in use.
-pub fn test_loader(digits: Arc<Digits>, batch_size: usize, dtype: FloatDType) -> BatchLoader {
+pub(crate) fn test_loader(
+    digits: Arc<Digits>,
+    batch_size: usize,
+    dtype: FloatDType,
+) -> BatchLoader {
     DataLoaderBuilder::<DigitItem, MnistBatch>::new(MnistBatcher::new(dtype))
         // Burn allocates a batch before it is filled.
         .batch_size(batch_size.min(digits.len().max(1)))
@@ -111,7 +115,7 @@ pub fn test_loader(digits: Arc<Digits>, batch_size: usize, dtype: FloatDType) ->
 /// one starts at any epoch. Starting an epoch also seeds the device, so that dropout masks
 /// repeat too, and a resumed run is the run it resumes. Batches are made when they are asked
 /// for, so that none is in memory that is not in use; the last of an epoch may be smaller.
-pub struct EpochLoader {
+pub(crate) struct EpochLoader {
     digits: Arc<Digits>,
     range: Range<usize>,
     batcher: MnistBatcher,
@@ -127,7 +131,7 @@ impl EpochLoader {
     /// # Panics
     ///
     /// If `batch_size` is zero.
-    pub fn new(
+    pub(crate) fn new(
         digits: Arc<Digits>,
         batch_size: usize,
         dtype: FloatDType,

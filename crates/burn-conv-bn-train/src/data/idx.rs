@@ -203,7 +203,7 @@ impl Digits {
         &self.images.as_chunks().0[index]
     }
 
-    /// Class of one digit, below [`CLASSES`].
+    /// Class of one digit, below 10.
     ///
     /// # Panics
     ///

@@ -51,19 +51,19 @@ pub enum DatasetChoice {
 
 /// What [`resolve`] is to find.
 #[derive(Clone, Debug, Default)]
-pub struct DataRequest {
+pub(crate) struct DataRequest {
     /// Which data to train on.
-    pub choice: DatasetChoice,
+    pub(crate) choice: DatasetChoice,
     /// Folder with the four IDX files; with it, no other place is looked at.
-    pub data_dir: Option<PathBuf>,
+    pub(crate) data_dir: Option<PathBuf>,
     /// Whether MNIST may be downloaded; see also [`OFFLINE`].
-    pub allow_download: bool,
+    pub(crate) allow_download: bool,
     /// Seed of the drawn digits.
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// Most training digits to keep, counted from the first.
-    pub train_limit: Option<usize>,
+    pub(crate) train_limit: Option<usize>,
     /// Most test digits to keep, counted from the first.
-    pub test_limit: Option<usize>,
+    pub(crate) test_limit: Option<usize>,
 }
 
 /// The data and where they come from.
@@ -217,7 +217,7 @@ pub enum DataError {
 ///
 /// [`DataError`] if a given `data_dir` is not readable, complete and sound, if
 /// [`DatasetChoice::Mnist`] cannot be fulfilled, or if a limit is 0.
-pub fn resolve(request: &DataRequest) -> Result<MnistData, DataError> {
+pub(crate) fn resolve(request: &DataRequest) -> Result<MnistData, DataError> {
     let machine = Machine {
         cache: dirs::cache_dir(),
         offline: is_set(env::var_os(OFFLINE).as_deref()),

@@ -38,7 +38,7 @@ pub struct Estimate {
 ///
 /// # Panics
 ///
-/// If the network cannot be trained on so few digits; see [`Job::check_digits`].
+/// If the network cannot be trained on so few digits.
 pub fn estimate(
     job: &Job,
     variant: Variant,

@@ -111,7 +111,7 @@ impl MemoryProbe {
     }
 
     /// Waits until the device has done what was asked of it, and returns the bytes alive then.
-    pub fn level(&self) -> usize {
+    pub(crate) fn level(&self) -> usize {
         match &self.meter {
             Meter::Off => 0,
             Meter::Host(allocator) => allocator.current(),
@@ -125,7 +125,7 @@ impl MemoryProbe {
 
     /// The most bytes alive since the last call on the host; on a device those in use now, of what
     /// it has begun with.
-    pub fn take_peak(&self) -> usize {
+    pub(crate) fn take_peak(&self) -> usize {
         match &self.meter {
             Meter::Off => 0,
             Meter::Host(allocator) => allocator.take_peak(),
@@ -135,7 +135,7 @@ impl MemoryProbe {
     }
 
     /// Measures nothing; every figure is zero.
-    pub fn off() -> Self {
+    pub(crate) fn off() -> Self {
         Self::default()
     }
 

@@ -19,7 +19,7 @@ const MIB: f64 = (1 << 20) as f64;
 
 /// Shows one quantity of every training step, and of an epoch their mean or maximum.
 #[derive(Clone)]
-pub struct StepMetric {
+pub(crate) struct StepMetric {
     name: MetricName,
     unit: &'static str,
     /// Digits after the point.
@@ -55,7 +55,7 @@ impl Steps {
 
 impl StepMetric {
     /// Memory in use at the end of forward; of an epoch the mean.
-    pub fn forward_memory() -> Self {
+    pub(crate) fn forward_memory() -> Self {
         Self::new("Memory end of forward", "MiB", 2, Reduction::Mean, |step| {
             step.memory.forward_end_bytes as f64 / MIB
         })
@@ -63,14 +63,14 @@ impl StepMetric {
 
     /// Peak of memory in forward and backward; of an epoch the maximum, as in a
     /// [report](crate::measure::report::VariantReport::peak_bytes).
-    pub fn peak_memory() -> Self {
+    pub(crate) fn peak_memory() -> Self {
         Self::new("Memory peak", "MiB", 2, Reduction::Maximum, |step| {
             step.memory.peak_bytes as f64 / MIB
         })
     }
 
     /// Time for forward and backward; of an epoch the mean.
-    pub fn time() -> Self {
+    pub(crate) fn time() -> Self {
         Self::new("Step time", "s", 3, Reduction::Mean, |step| {
             step.duration.as_secs_f64()
         })
@@ -171,14 +171,14 @@ fn aggregated(aggregated_value: f64, count: usize) -> NumericEntry {
 ///
 /// Shown as in the tutorial: `Average loss: 0.4197, Accuracy: 8681/10000 (87%)`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Evaluation {
+pub(crate) struct Evaluation {
     /// Sum of the digits' losses.
     #[serde(with = "number")]
-    pub loss_sum: f64,
+    pub(crate) loss_sum: f64,
     /// Digits classified correctly.
-    pub correct: usize,
+    pub(crate) correct: usize,
     /// Digits seen.
-    pub total: usize,
+    pub(crate) total: usize,
 }
 
 impl Evaluation {
@@ -204,12 +204,12 @@ impl Evaluation {
     }
 
     /// Mean loss of a digit; not a number if there are none.
-    pub fn average_loss(&self) -> f64 {
+    pub(crate) fn average_loss(&self) -> f64 {
         self.loss_sum / self.total as f64
     }
 
     /// Fraction of the digits classified correctly; not a number if there are none.
-    pub fn accuracy(&self) -> f64 {
+    pub(crate) fn accuracy(&self) -> f64 {
         self.correct as f64 / self.total as f64
     }
 }
@@ -237,20 +237,20 @@ impl fmt::Display for Evaluation {
 
 /// One training step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct StepRecord {
+pub(crate) struct StepRecord {
     /// Loss and accuracy of the batch, before the step.
-    pub evaluation: Evaluation,
+    pub(crate) evaluation: Evaluation,
     /// What the step took.
-    pub measure: StepMeasure,
+    pub(crate) measure: StepMeasure,
 }
 
 /// One pass over a set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct SplitRecord {
+pub(crate) struct SplitRecord {
     /// Totals over the digits seen.
-    pub evaluation: Evaluation,
+    pub(crate) evaluation: Evaluation,
     /// The training steps; none if the pass was an evaluation.
-    pub steps: Vec<StepRecord>,
+    pub(crate) steps: Vec<StepRecord>,
 }
 
 /// What a [`TallyMetric`] collects, for whoever keeps a clone.
@@ -258,7 +258,7 @@ pub struct SplitRecord {
 /// Burn hands metrics over to a thread of its own and drops them there; what they have seen
 /// comes back through this.
 #[derive(Clone, Debug, Default)]
-pub struct Tally {
+pub(crate) struct Tally {
     passes: Arc<Mutex<Passes>>,
 }
 
@@ -270,12 +270,12 @@ struct Passes {
 
 impl Tally {
     /// An empty tally.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::default()
     }
 
     /// The passes that have ended, oldest first.
-    pub fn finished(&self) -> Vec<SplitRecord> {
+    pub(crate) fn finished(&self) -> Vec<SplitRecord> {
         self.lock().finished.clone()
     }
 
@@ -287,29 +287,29 @@ impl Tally {
 
 /// Input of [`TallyMetric`].
 ///
-pub struct TallyInput {
+pub(crate) struct TallyInput {
     /// Loss of every digit, `[N]`.
-    pub losses: Tensor<1>,
+    pub(crate) losses: Tensor<1>,
     /// Scores of the classes, `[N, classes]`.
-    pub scores: Tensor<2>,
+    pub(crate) scores: Tensor<2>,
     /// Classes, `[N]`.
-    pub targets: Tensor<1, Int>,
+    pub(crate) targets: Tensor<1, Int>,
     /// What the step took, if it was a training step.
-    pub measure: Option<StepMeasure>,
+    pub(crate) measure: Option<StepMeasure>,
 }
 
 /// Collects exact totals and all steps into a [`Tally`].
 ///
 /// A text metric: it also shows the running totals.
 #[derive(Clone)]
-pub struct TallyMetric {
+pub(crate) struct TallyMetric {
     name: MetricName,
     tally: Tally,
 }
 
 impl TallyMetric {
     /// A metric that collects into `tally`.
-    pub fn new(tally: Tally) -> Self {
+    pub(crate) fn new(tally: Tally) -> Self {
         Self {
             name: Arc::new("Totals".to_string()),
             tally,

@@ -41,7 +41,7 @@ type DrawResult = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 /// # Errors
 ///
 /// If the drawing library cannot draw it.
-pub fn picture(report: &Report) -> anyhow::Result<String> {
+pub(crate) fn picture(report: &Report) -> anyhow::Result<String> {
     let timelines: Vec<(usize, &VariantReport, &Timeline)> = report
         .variants
         .iter()

@@ -45,7 +45,7 @@ pub struct Point {
 
 impl Timeline {
     /// Most bytes at any time.
-    pub fn peak(&self) -> usize {
+    pub(crate) fn peak(&self) -> usize {
         self.points
             .iter()
             .map(|p| p.bytes)
@@ -54,7 +54,7 @@ impl Timeline {
     }
 
     /// The same in at most `count` points, of which each is the highest of its neighbours.
-    pub fn thinned(self, count: usize) -> Self {
+    pub(crate) fn thinned(self, count: usize) -> Self {
         let each = self.points.len().div_ceil(count.max(1)).max(1);
         let highest = |points: &[Point]| points.iter().copied().max_by_key(|point| point.bytes);
         Self {

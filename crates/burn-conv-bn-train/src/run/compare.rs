@@ -3,60 +3,36 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::io::Write as _;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use burn::train::Interrupter;
-use burn_conv_bn_files::Survives;
 use burn_conv_bn_memory::CountingAllocator;
-use serde::{Deserialize, Serialize};
 
 use crate::data::{DataOrigin, DatasetChoice, MnistData};
 use crate::measure::estimate::estimate;
 use crate::measure::plot::picture;
 use crate::measure::report::{Report, VariantReport};
-use crate::measure::timeline::record;
 use crate::persist::output::{self, PictureFormat};
-use crate::print::{PrintError, loss, message, say};
-use crate::run::fit::{RunOptions, run};
+use crate::print::{PrintError, loss, say};
 use crate::run::job::{Job, Variant};
-
-/// Points of the curve of a step's memory.
-const CURVE: usize = 500;
-
-/// Name of the subcommand that runs one variant; not for people.
-pub const WORKER: &str = "run-variant";
+use crate::run::worker::{Task, spawn};
 
 /// How to compare.
 #[derive(Clone, Debug)]
-pub struct CompareOptions {
-    /// Which variants, in order.
-    pub variants: Vec<Variant>,
+pub(crate) struct CompareOptions {
     /// Where the report goes.
-    pub json: Option<PathBuf>,
+    pub(crate) json: Option<PathBuf>,
     /// Where the picture of memory over a step and of the losses goes, as SVG.
-    pub plot: Option<PathBuf>,
+    pub(crate) plot: Option<PathBuf>,
     /// Where the metrics' logs go, a folder for each variant.
-    pub artifacts: PathBuf,
+    pub(crate) artifacts: PathBuf,
     /// If the estimate is longer, train on fewer digits, the same for all variants.
-    pub time_limit: Option<Duration>,
+    pub(crate) time_limit: Option<Duration>,
     /// Threads of the CPU in the variants' processes; as many as the machine runs at once if not
     /// given.
-    pub threads: Option<usize>,
-}
-
-/// What a worker is told, on its standard input.
-#[derive(Serialize, Deserialize)]
-struct Task {
-    job: Job,
-    variant: Variant,
-    directory: PathBuf,
-    /// Whether to record the memory of a step.
-    record: bool,
-    result: PathBuf,
+    pub(crate) threads: Option<usize>,
 }
 
 /// Runs the comparison.
@@ -68,46 +44,19 @@ struct Task {
 ///
 /// A message for people, also where a variant diverged. What can be checked is checked before anything is
 /// trained.
-///
-/// A program that does nothing else. Each variant runs in a process of the same program, which is started
-/// with [`WORKER`] as its argument:
-pub fn compare(
+pub(crate) fn compare(
     mut job: Job,
     options: &CompareOptions,
     allocator: &'static CountingAllocator,
     interrupter: &Interrupter,
 ) -> Result<()> {
-    if let Some(path) = &options.plot
-        && PictureFormat::of(path).ok() != Some(PictureFormat::Svg)
-    {
-        bail!(
-            "--plot draws SVG, to a file that ends in .svg, which {} does not",
-            path.display()
-        );
-    }
-    output::check(&[
-        ("--json", options.json.as_deref()),
-        ("--plot", options.plot.as_deref()),
-    ])?;
-    for variant in &options.variants {
-        let folder = options.artifacts.join(variant.name()).join("checkpoint");
-        if folder.exists() {
-            bail!(
-                "{} holds the checkpoints of a training; choose another folder for the logs",
-                folder.display()
-            );
-        }
-    }
+    check_outputs(options)?;
     fs::create_dir_all(&options.artifacts)
         .with_context(|| format!("cannot create the folder {}", options.artifacts.display()))?;
     let scratch = tempfile::tempdir_in(&options.artifacts)
         .with_context(|| format!("cannot write to the folder {}", options.artifacts.display()))?;
 
-    job.check()?;
-    let mut data = job.data()?;
-    say!("Data: {}", data.origin)?;
-    job.precision.announce()?;
-    job.check_digits(data.train.len())?;
+    let mut data = job.begin()?;
     announce(&mut job, options, &mut data, allocator)?;
     // The variants' processes look for the data again: what they find must be the same.
     job.dataset = match data.origin {
@@ -117,40 +66,7 @@ pub fn compare(
 
     let mut report = job.report(&data);
     drop(data);
-    let mut failure = None;
-    for &variant in &options.variants {
-        if interrupter.should_stop() {
-            break;
-        }
-        say!("\n== {} ==", variant.name())?;
-        let task = Task {
-            job: job.clone(),
-            variant,
-            directory: options.artifacts.join(variant.name()),
-            record: options.plot.is_some(),
-            result: scratch.path().join(format!("{}.json", variant.name())),
-        };
-        let result = match spawn(&task, options.threads) {
-            Ok(result) => result,
-            Err(error) => {
-                failure = Some(error);
-                break;
-            }
-        };
-        if let Some(epoch) = result.epochs.last() {
-            say!(
-                "Test set ({}): Average loss: {}, Accuracy: {:.2} %",
-                report.dataset,
-                loss(epoch.test_loss),
-                100.0 * epoch.test_accuracy
-            )?;
-        }
-        let interrupted = result.interrupted;
-        report.variants.push(result);
-        if interrupted {
-            break;
-        }
-    }
+    let failure = train_all(&job, options, scratch.path(), &mut report, interrupter)?;
     // What was finished is kept, whatever became of the rest.
     if !report.variants.is_empty() {
         let mut files = Vec::new();
@@ -172,10 +88,77 @@ pub fn compare(
     report.check_finite()
 }
 
+/// Checks that the results can be written.
+fn check_outputs(options: &CompareOptions) -> Result<()> {
+    if let Some(path) = &options.plot
+        && PictureFormat::of(path).ok() != Some(PictureFormat::Svg)
+    {
+        bail!(
+            "--plot draws SVG, to a file that ends in .svg, which {} does not",
+            path.display()
+        );
+    }
+    output::check(&[
+        ("--json", options.json.as_deref()),
+        ("--plot", options.plot.as_deref()),
+    ])?;
+    for variant in Variant::ALL {
+        let folder = options.artifacts.join(variant.name()).join("checkpoint");
+        if folder.exists() {
+            bail!(
+                "{} holds the checkpoints of a training; choose another folder for the logs",
+                folder.display()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Trains the variants one after the other. Returns why one could not be trained, if one could not.
+fn train_all(
+    job: &Job,
+    options: &CompareOptions,
+    scratch: &Path,
+    report: &mut Report,
+    interrupter: &Interrupter,
+) -> Result<Option<anyhow::Error>> {
+    for variant in Variant::ALL {
+        if interrupter.should_stop() {
+            break;
+        }
+        say!("\n== {} ==", variant.name())?;
+        let task = Task {
+            job: job.clone(),
+            variant,
+            directory: options.artifacts.join(variant.name()),
+            record: options.plot.is_some(),
+            result: scratch.join(format!("{}.json", variant.name())),
+        };
+        let result = match spawn(&task, options.threads) {
+            Ok(result) => result,
+            Err(error) => return Ok(Some(error)),
+        };
+        if let Some(epoch) = result.epochs.last() {
+            say!(
+                "Test set ({}): Average loss: {}, Accuracy: {:.2} %",
+                report.dataset,
+                loss(epoch.test_loss),
+                100.0 * epoch.test_accuracy
+            )?;
+        }
+        let interrupted = result.interrupted;
+        report.variants.push(result);
+        if interrupted {
+            break;
+        }
+    }
+    Ok(None)
+}
+
 /// What became of each variant of a comparison that was interrupted, and what is left of it.
 fn interruption(job: &Job, options: &CompareOptions, report: &Report) -> String {
     let steps = job.steps(report.train_digits);
-    let each = options.variants.iter().enumerate().map(|(place, variant)| {
+    let each = Variant::ALL.iter().enumerate().map(|(place, variant)| {
         let state = match report.variants.get(place) {
             None => "was not begun".to_string(),
             Some(run) if !run.interrupted => "is finished".to_string(),
@@ -213,11 +196,7 @@ fn announce(
     data: &mut MnistData,
     allocator: &'static CountingAllocator,
 ) -> Result<(), PrintError> {
-    let estimates: Vec<_> = options
-        .variants
-        .iter()
-        .map(|&variant| (variant, estimate(job, variant, data, allocator)))
-        .collect();
+    let estimates = Variant::ALL.map(|variant| (variant, estimate(job, variant, data, allocator)));
     let total: Duration = estimates
         .iter()
         .map(|(_, estimate)| estimate.duration)
@@ -255,81 +234,6 @@ fn announce(
         data.train.truncate(digits);
     }
     Ok(())
-}
-
-fn spawn(task: &Task, threads: Option<usize>) -> Result<VariantReport> {
-    let program = std::env::current_exe().context("cannot find this program's own file")?;
-    let mut command = Command::new(program);
-    if let Some(threads) = threads {
-        command.env("RAYON_NUM_THREADS", threads.to_string());
-    }
-    let mut child = command
-        .arg(WORKER)
-        // glibc gives every large buffer back to the system when it is freed. Faulting the pages
-        // in again for the next one can take longer than the arithmetic, in both variants.
-        .env("MALLOC_MMAP_MAX_", "0")
-        .env("MALLOC_TRIM_THRESHOLD_", "1000000000000")
-        .stdin(Stdio::piped())
-        .spawn()
-        .context("cannot start a process for the variant")?;
-    let mut input = child.stdin.take().context("the process has no input")?;
-    input
-        .write_all(serde_json::to_string(task)?.as_bytes())
-        .context("cannot talk to the variant's process")?;
-    drop(input);
-    let status = child
-        .wait()
-        .context("cannot wait for the variant's process")?;
-    let result = fs::read(&task.result).with_context(|| {
-        format!(
-            "the {} variant ended without a result ({status})",
-            task.variant.name()
-        )
-    })?;
-    let result: std::result::Result<VariantReport, String> = serde_json::from_slice(&result)
-        .with_context(|| format!("the {} variant's result is damaged", task.variant.name()))?;
-    result.map_err(|message| anyhow::anyhow!("{} variant: {message}", task.variant.name()))
-}
-
-/// The worker's side: reads a task from standard input, and leaves its result, or the reason why
-/// there is none, in the task's file.
-///
-/// # Errors
-///
-/// Only what cannot be told through that file.
-pub fn work(allocator: &'static CountingAllocator, interrupter: Interrupter) -> Result<()> {
-    let task: Task = serde_json::from_reader(std::io::stdin().lock())
-        .context("run-variant is started by compare, which tells it what to do")?;
-    let result = train(&task, allocator, interrupter).map_err(|error| message(&error));
-    let json = serde_json::to_vec(&result)?;
-    burn_conv_bn_files::write(&task.result, &json, Survives::Kill).context("cannot write")
-}
-
-fn train(
-    task: &Task,
-    allocator: &'static CountingAllocator,
-    interrupter: Interrupter,
-) -> Result<VariantReport> {
-    let data = task.job.data()?;
-    // Before the training, which takes the data; in what is left of this process's life nothing of
-    // it remains but pages that the allocator keeps.
-    let timeline = if task.record {
-        Some(record(&task.job, task.variant, &data, allocator)?.thinned(CURVE))
-    } else {
-        None
-    };
-    let options = RunOptions {
-        directory: task.directory.clone(),
-        overwrite: true,
-        checkpoints: false,
-        resume: false,
-        patience: None,
-        dashboard: false,
-        run_file: None,
-        interrupter,
-    };
-    let (report, _) = run(&task.job, task.variant, data, allocator, &options)?;
-    Ok(VariantReport { timeline, ..report })
 }
 
 /// The tutorial's closing lines, and a table with what else was measured.

@@ -16,6 +16,7 @@ use crate::measure::report::{BURN_VERSION, Report, SCHEMA};
 use crate::model::{ModelChoice, ModelError, Network, NetworkOptions};
 use crate::optim::OptimizerChoice;
 pub use crate::precision::Precision;
+use crate::print::say;
 use crate::step::Classifier;
 
 /// Which form of the network.
@@ -29,8 +30,11 @@ pub enum Variant {
 }
 
 impl Variant {
+    /// In the order of a comparison.
+    pub(crate) const ALL: [Self; 2] = [Self::Fused, Self::Unfused];
+
     /// As on the command line.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Fused => "fused",
             Self::Unfused => "unfused",
@@ -57,7 +61,7 @@ pub enum Norm {
 
 impl Norm {
     /// As on the command line.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Burn => "burn",
             Self::Tutorial => "tutorial",
@@ -142,7 +146,7 @@ impl Job {
     /// # Errors
     ///
     /// As [`ModelChoice::check`].
-    pub fn check(&self) -> Result<(), ModelError> {
+    pub(crate) fn check(&self) -> Result<(), ModelError> {
         self.model.check(self.norm.variant(), self.dropout)
     }
 
@@ -151,12 +155,22 @@ impl Job {
     /// # Errors
     ///
     /// As [`ModelChoice::check_batches`].
-    pub fn check_digits(&self, digits: usize) -> Result<(), ModelError> {
+    pub(crate) fn check_digits(&self, digits: usize) -> Result<(), ModelError> {
         self.model.check_batches(digits, self.batch_size)
     }
 
+    /// Checks the job, and finds its data, which it names on standard output.
+    pub(crate) fn begin(&self) -> anyhow::Result<MnistData> {
+        self.check()?;
+        let data = self.data()?;
+        say!("Data: {}", data.origin)?;
+        self.precision.announce()?;
+        self.check_digits(data.train.len())?;
+        Ok(data)
+    }
+
     /// Training steps an epoch, on that many digits.
-    pub fn steps(&self, digits: usize) -> usize {
+    pub(crate) fn steps(&self, digits: usize) -> usize {
         digits.div_ceil(self.batch_size)
     }
 
@@ -164,13 +178,13 @@ impl Job {
     ///
     /// # Errors
     ///
-    /// As [`resolve`].
+    /// [`DataError`] if they are not found or not sound.
     pub fn data(&self) -> Result<MnistData, DataError> {
         resolve(&self.data_request())
     }
 
     /// What [`data`](Self::data) looks for.
-    pub fn data_request(&self) -> DataRequest {
+    pub(crate) fn data_request(&self) -> DataRequest {
         DataRequest {
             choice: self.dataset,
             data_dir: self.data_dir.clone(),
@@ -182,7 +196,7 @@ impl Job {
     }
 
     /// A report on these data, without variants yet.
-    pub fn report(&self, data: &MnistData) -> Report {
+    pub(crate) fn report(&self, data: &MnistData) -> Report {
         Report {
             schema: SCHEMA,
             dataset: data.origin.name().to_string(),
@@ -204,7 +218,7 @@ impl Job {
 
     /// A network in its initial state: the same for both variants, and, where Flex was compiled
     /// in, on all devices.
-    pub fn network(&self, form: Form) -> Network {
+    pub(crate) fn network(&self, form: Form) -> Network {
         let device = self.device();
         let host = DeviceChoice::host().and_then(|host| host.open().ok());
         let drawn_on = host.map_or(device.clone(), Device::autodiff);
@@ -227,7 +241,7 @@ impl Job {
         network.fork(&device)
     }
 
-    /// [`network`](Self::network), ready to be trained.
+    /// The network in its initial state, ready to be trained.
     pub fn classifier(&self, variant: Variant, probe: MemoryProbe) -> Classifier {
         let network = self.network(variant.form());
         Classifier::new(network, probe, self.precision.parameters())

@@ -8,3 +8,4 @@ pub(crate) mod interrupt;
 pub mod job;
 pub(crate) mod parity;
 pub mod renderer;
+pub(crate) mod worker;

@@ -19,7 +19,7 @@ use crate::run::job::{Job, Precision, Variant};
 use crate::step::Classifier;
 
 /// Largest difference of losses that double precision may show.
-pub const F64_TOLERANCE: f64 = 1e-6;
+pub(crate) const F64_TOLERANCE: f64 = 1e-6;
 
 /// Error of an f32 loss, relative to its size, that rounding alone explains.
 ///
@@ -32,28 +32,28 @@ const F32_FLOOR: f64 = 4.0 * f32::EPSILON as f64;
 /// the other end, or images and kernels are mirrored. Without rounding the losses would be the
 /// same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Reordering {
+pub(crate) struct Reordering {
     /// Digits of a batch from last to first, which the batch's sums run over.
-    pub batch: bool,
+    pub(crate) batch: bool,
     /// Channels from last to first, which the sums of the convolutions after the first one and of
     /// the linear layers run over.
-    pub channels: bool,
+    pub(crate) channels: bool,
     /// Images, kernels and the linear layer's view of them mirrored, which the sums over taps and
     /// positions run over. For the tutorial's network alone: strides of 2 step over other pixels of
     /// a mirrored image.
-    pub mirror: bool,
+    pub(crate) mirror: bool,
 }
 
 impl Reordering {
     /// No change.
-    pub const NONE: Self = Self {
+    pub(crate) const NONE: Self = Self {
         batch: false,
         channels: false,
         mirror: false,
     };
 
     /// Three other orders for a network.
-    pub fn others(model: ModelChoice) -> [Self; 3] {
+    pub(crate) fn others(model: ModelChoice) -> [Self; 3] {
         let order = |batch, channels, mirror| Self {
             batch,
             channels,
@@ -169,8 +169,7 @@ fn leaf<const D: usize>(
 
 /// Why the variants of a job cannot be held against each other.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ParityError {
+pub(crate) enum ParityError {
     /// In a precision that there is no bound for.
     #[error(
         "parity has no bound for {0}, in which rounding alone takes the losses of two variants apart \
@@ -183,13 +182,13 @@ pub enum ParityError {
 ///
 /// [`measure`](Self::measure) gets them from a job. Made by hand, it shows how it is judged:
 #[derive(Clone, Debug)]
-pub struct Parity {
+pub(crate) struct Parity {
     /// Of the fused variant.
-    pub fused: Vec<f64>,
+    pub(crate) fused: Vec<f64>,
     /// Of the unfused variant, first as it is and then reordered.
-    pub unfused: Vec<Vec<f64>>,
+    pub(crate) unfused: Vec<Vec<f64>>,
     /// Of the unfused variant in double precision, where the runs are in single.
-    pub exact: Option<Vec<f64>>,
+    pub(crate) exact: Option<Vec<f64>>,
 }
 
 impl Parity {
@@ -198,7 +197,7 @@ impl Parity {
     /// # Errors
     ///
     /// [`ParityError::Precision`] in mixed precision.
-    pub fn check(precision: Precision) -> Result<(), ParityError> {
+    pub(crate) fn check(precision: Precision) -> Result<(), ParityError> {
         match precision.is_mixed() {
             true => Err(ParityError::Precision(precision.name())),
             false => Ok(()),
@@ -211,7 +210,7 @@ impl Parity {
     /// # Errors
     ///
     /// [`ParityError`], if the data cannot be read, or if it was interrupted.
-    pub fn measure(
+    pub(crate) fn measure(
         job: &Job,
         digits: Arc<Digits>,
         steps: usize,
@@ -258,7 +257,7 @@ impl Parity {
     }
 
     /// Largest difference of a loss between two unfused runs.
-    pub fn spread(&self) -> f64 {
+    pub(crate) fn spread(&self) -> f64 {
         let runs = self.unfused.iter().enumerate();
         let pairs = runs.flat_map(|(i, a)| self.unfused[..i].iter().map(move |b| largest(a, b)));
         pairs.fold(0.0, f64::max)
@@ -279,7 +278,7 @@ impl Parity {
     ///
     /// If the variants differ by more than [`F64_TOLERANCE`] in double precision, or the fused run
     /// breaks the two-times rule in single, or if a loss is not finite.
-    pub fn judge(&self) -> Result<()> {
+    pub(crate) fn judge(&self) -> Result<()> {
         let unfused = &self.unfused[0];
         let reference = self.exact.as_ref().unwrap_or(unfused);
         let named = if self.exact.is_some() {

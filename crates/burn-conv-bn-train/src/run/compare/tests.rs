@@ -26,7 +26,6 @@ fn run(name: &str, epochs: usize, steps: usize, interrupted: bool) -> VariantRep
 fn an_interruption_says_what_became_of_each_variant() {
     let job = crate::run::job::tests::job(3, 32);
     let mut options = CompareOptions {
-        variants: vec![Variant::Fused, Variant::Unfused],
         json: None,
         plot: None,
         artifacts: PathBuf::from("logs"),
