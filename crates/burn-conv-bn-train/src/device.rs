@@ -81,9 +81,10 @@ impl DeviceChoice {
     pub fn open(self) -> Result<Device, DeviceError> {
         let (kind, device) = self.built().ok_or(DeviceError::NotBuilt(self.name()))?;
         // Burn opens a device when it is first used, and panics if it is not there.
-        match Device::enumerate(kind).is_empty() {
-            true => Err(DeviceError::NotFound(self.name())),
-            false => Ok(device),
+        if Device::enumerate(kind).is_empty() {
+            Err(DeviceError::NotFound(self.name()))
+        } else {
+            Ok(device)
         }
     }
 
@@ -95,12 +96,13 @@ impl DeviceChoice {
     pub fn open_for(self, precision: Precision) -> Result<Device, DeviceError> {
         let device = self.open()?;
         // What cannot be computed in yields garbage there, or a panic in the middle of a training.
-        match device.supports_dtype(precision.activations()) {
-            true => Ok(device),
-            false => Err(DeviceError::Precision {
+        if device.supports_dtype(precision.activations()) {
+            Ok(device)
+        } else {
+            Err(DeviceError::Precision {
                 device: self.name(),
                 dtype: precision.name(),
-            }),
+            })
         }
     }
 
@@ -137,9 +139,10 @@ fn built() -> String {
         .filter(|choice| choice.built().is_some())
         .map(|choice| choice.name())
         .collect();
-    match names.is_empty() {
-        true => "none".to_string(),
-        false => names.join(", "),
+    if names.is_empty() {
+        "none".to_string()
+    } else {
+        names.join(", ")
     }
 }
 

@@ -50,18 +50,20 @@ impl LossScale {
 
     /// The gradients of a loss, still multiplied.
     pub fn backward(self, loss: &Tensor<1>) -> Gradients {
-        match self.is_one() {
-            true => loss.backward(),
-            false => (loss.clone() * self.0).backward(),
+        if self.is_one() {
+            loss.backward()
+        } else {
+            (loss.clone() * self.0).backward()
         }
     }
 
     /// A gradient of [`backward`](Self::backward), divided.
     #[must_use]
     pub fn unscale<const D: usize>(self, gradient: Tensor<D>) -> Tensor<D> {
-        match self.is_one() {
-            true => gradient,
-            false => gradient / self.0,
+        if self.is_one() {
+            gradient
+        } else {
+            gradient / self.0
         }
     }
 

@@ -33,9 +33,10 @@ impl Precision {
 
     /// For people.
     pub(crate) fn describe(self) -> String {
-        match self.is_mixed() {
-            true => format!("{} activations, f32 parameters", self.name()),
-            false => self.name().to_string(),
+        if self.is_mixed() {
+            format!("{} activations, f32 parameters", self.name())
+        } else {
+            self.name().to_string()
         }
     }
 

@@ -104,9 +104,12 @@ fn draw_memory(
         .label_style((FONT, 13))
         .light_line_style(TRANSPARENT)
         .bold_line_style(BLACK.mix(0.12))
-        .y_label_formatter(&|value| match *value < 0.0 {
-            true => String::new(),
-            false => format!("{value:.0}"),
+        .y_label_formatter(&|value| {
+            if *value < 0.0 {
+                String::new()
+            } else {
+                format!("{value:.0}")
+            }
         })
         .draw()?;
     for (place, (index, variant, timeline)) in timelines.iter().enumerate() {
@@ -147,10 +150,12 @@ fn draw_phases(
         chart.draw_series([Rectangle::new(corners, colour.mix(shade).filled())])?;
         let middle = (height.start + height.end) / 2.0;
         // A label that does not fit stands beside its bar, if nothing follows there.
-        let (at, pos, text) = match to - from > 0.1 * end {
-            true => ((from + to) / 2.0, HPos::Center, BLACK),
-            false if name == "optimizer" => (to + 0.008 * end, HPos::Left, colour),
-            false => continue,
+        let (at, pos, text) = if to - from > 0.1 * end {
+            ((from + to) / 2.0, HPos::Center, BLACK)
+        } else if name == "optimizer" {
+            (to + 0.008 * end, HPos::Left, colour)
+        } else {
+            continue;
         };
         let style = style(13, &text, Pos::new(pos, VPos::Center));
         chart.draw_series([Text::new(name, (at, middle), style)])?;
@@ -172,9 +177,10 @@ fn draw_peak(
     let at = (point.seconds, mebibytes(point.bytes));
     chart.draw_series([Circle::new(at, 4, colour.filled())])?;
     let label = format!("{name}: peak {:.0} MiB", at.1);
-    let pos = match at.0 > 0.7 * end {
-        true => HPos::Right,
-        false => HPos::Left,
+    let pos = if at.0 > 0.7 * end {
+        HPos::Right
+    } else {
+        HPos::Left
     };
     let shift = match pos {
         HPos::Right => -10,
@@ -204,9 +210,12 @@ fn draw_losses(area: &Area<'_>, report: &Report) -> DrawResult {
         .label_style((FONT, 13))
         .light_line_style(TRANSPARENT)
         .bold_line_style(BLACK.mix(0.12))
-        .x_label_formatter(&|value| match value.fract() == 0.0 {
-            true => format!("{value:.0}"),
-            false => String::new(),
+        .x_label_formatter(&|value| {
+            if value.fract() == 0.0 {
+                format!("{value:.0}")
+            } else {
+                String::new()
+            }
         })
         .draw()?;
     // Each thinner than the one below it, so that both are seen where losses are the same.

@@ -248,9 +248,10 @@ impl StepSummary {
         let peak_bytes = peaks.max().unwrap_or_default();
         let full = |step: &&StepRecord| step.evaluation.total == batch_size;
         let full_steps: Vec<&StepRecord> = steps.iter().filter(full).collect();
-        let steps = match full_steps.is_empty() {
-            true => steps.iter().collect(),
-            false => full_steps,
+        let steps = if full_steps.is_empty() {
+            steps.iter().collect()
+        } else {
+            full_steps
         };
         if steps.is_empty() {
             return Self::default();

@@ -282,9 +282,10 @@ impl Store {
                 return Err(failed(io::Error::other("the epoch was not announced")));
             };
             set.files.push(file);
-            match set.files.len() == PARTS.len() {
-                true => pending.remove(&epoch),
-                false => None,
+            if set.files.len() == PARTS.len() {
+                pending.remove(&epoch)
+            } else {
+                None
             }
         };
         match set {
@@ -443,9 +444,10 @@ impl List {
     fn parse(json: &[u8]) -> Result<Contents, &'static str> {
         let list: Self =
             serde_json::from_slice(json).map_err(|_| "is not the list of a checkpoint")?;
-        match list.md5 == list.set.checksum() {
-            true => Ok(list.set),
-            false => Err("is not as it was written"),
+        if list.md5 == list.set.checksum() {
+            Ok(list.set)
+        } else {
+            Err("is not as it was written")
         }
     }
 }
@@ -507,10 +509,12 @@ fn epoch_of(name: &str) -> Option<(usize, bool)> {
     let (kind, epoch) = stem.split_once('-')?;
     let epoch = epoch.parse().ok()?;
     let is_list = kind == "epoch";
-    let wanted = match is_list {
-        true => list_name(epoch),
-        false if PARTS.contains(&kind) => part_name(kind, epoch),
-        false => return None,
+    let wanted = if is_list {
+        list_name(epoch)
+    } else if PARTS.contains(&kind) {
+        part_name(kind, epoch)
+    } else {
+        return None;
     };
     (wanted == name).then_some((epoch, is_list))
 }

@@ -65,15 +65,7 @@ pub(crate) fn predict(
     interrupter: &Interrupter,
 ) -> Result<()> {
     let testing = matches!(options.source, Source::TestSet);
-    if !testing && options.mistakes.is_some() {
-        bail!("nobody knows what the pictures of a folder are; --mistakes needs --test-set");
-    }
-    let format = options.mistakes.as_deref().map(PictureFormat::of);
-    let format = format.transpose().map_err(PredictError::from)?;
-    output::check(&[
-        ("--json", options.json.as_deref()),
-        ("--mistakes", options.mistakes.as_deref()),
-    ])?;
+    let format = check_outputs(options, testing)?;
     let pictures = match &options.source {
         Source::Images(folder) => read_folder(folder).map_err(PredictError::from)?,
         Source::TestSet => Vec::new(),
@@ -85,43 +77,18 @@ pub(crate) fn predict(
     if needs_statistics && unfused && job.norm == Norm::Tutorial {
         return Err(PredictError::NoFixedStatistics.into());
     }
-    let data = match testing || needs_statistics {
-        true => Some(test_digits(job, &options.trained_on)?),
-        false => None,
+    let data = if testing || needs_statistics {
+        Some(test_digits(job, &options.trained_on)?)
+    } else {
+        None
     };
-    let reference = data.as_ref().filter(|_| needs_statistics).map(|data| {
-        let mut digits = data.test.clone();
-        digits.truncate(job.batch_size);
-        digits
-    });
-    let predictor = Predictor::load(
-        job,
-        &options.directory,
-        options.epoch,
-        options.form,
-        reference.as_ref(),
-    )?;
-    say!(
-        "Model: {} of {} after epoch {}, {}, {}",
-        job.model.name(),
-        options.directory.display(),
-        predictor.epoch(),
-        options.form.name(),
-        job.precision.describe()
-    )?;
-    if let Some(reference) = &reference {
-        say!(
-            "This model keeps no statistics for evaluation: each picture is normalized with those \
-             of the first {} test digits, whatever else is in its folder.",
-            reference.len()
-        )?;
-    }
+    let predictor = load(job, options, data.as_ref().filter(|_| needs_statistics))?;
 
     let mut report = PredictionReport {
         model: job.model.name().to_string(),
         form: options.form.name().to_string(),
         dtype: job.precision.dtype_name(),
-        epoch: predictor.epoch(),
+        epoch: predictor.epoch,
         dataset: data.as_ref().map(|data| data.origin.name().to_string()),
         test: None,
         images: Vec::new(),
@@ -156,6 +123,52 @@ pub(crate) fn predict(
             skipped + report.images.len()
         ),
     }
+}
+
+/// Checks that the results can be written. Returns the format of the picture of the mistakes.
+fn check_outputs(options: &PredictOptions, testing: bool) -> Result<Option<PictureFormat>> {
+    if !testing && options.mistakes.is_some() {
+        bail!("nobody knows what the pictures of a folder are; --mistakes needs --test-set");
+    }
+    let format = options.mistakes.as_deref().map(PictureFormat::of);
+    let format = format.transpose().map_err(PredictError::from)?;
+    output::check(&[
+        ("--json", options.json.as_deref()),
+        ("--mistakes", options.mistakes.as_deref()),
+    ])?;
+    Ok(format)
+}
+
+/// Loads the model, with the statistics of the first digits of `data` if given.
+fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result<Predictor> {
+    let reference = data.map(|data| {
+        let mut digits = data.test.clone();
+        digits.truncate(job.batch_size);
+        digits
+    });
+    let predictor = Predictor::load(
+        job,
+        &options.directory,
+        options.epoch,
+        options.form,
+        reference.as_ref(),
+    )?;
+    say!(
+        "Model: {} of {} after epoch {}, {}, {}",
+        job.model.name(),
+        options.directory.display(),
+        predictor.epoch,
+        options.form.name(),
+        job.precision.describe()
+    )?;
+    if let Some(reference) = &reference {
+        say!(
+            "This model keeps no statistics for evaluation: each picture is normalized with those \
+             of the first {} test digits, whatever else is in its folder.",
+            reference.len()
+        )?;
+    }
+    Ok(predictor)
 }
 
 /// Loads the test set.

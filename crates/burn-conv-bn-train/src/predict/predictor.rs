@@ -149,7 +149,7 @@ pub(super) struct Predictor {
     device: Device,
     activations: FloatDType,
     /// Epochs that it was trained for.
-    epoch: usize,
+    pub(super) epoch: usize,
 }
 
 /// What a network makes of one digit.
@@ -250,11 +250,6 @@ impl Predictor {
             activations: job.precision.activations(),
             epoch,
         })
-    }
-
-    /// Epochs that it was trained for.
-    pub(super) fn epoch(&self) -> usize {
-        self.epoch
     }
 
     /// Predicts the digits of one batch, with `first` for the position of the first one in errors.

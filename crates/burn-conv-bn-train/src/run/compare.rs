@@ -323,9 +323,10 @@ fn mebibytes(bytes: usize) -> String {
 
 fn minutes(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
-    match seconds < 90.0 {
-        true => format!("about {seconds:.0} s"),
-        false => format!("about {:.1} min", seconds / 60.0),
+    if seconds < 90.0 {
+        format!("about {seconds:.0} s")
+    } else {
+        format!("about {:.1} min", seconds / 60.0)
     }
 }
 

@@ -166,6 +166,19 @@ struct Watch {
     dashboard: Option<Dashboard>,
 }
 
+impl Watch {
+    fn new(failure: FirstFailure, history: Vec<EpochTotals>, dashboard: Option<Dashboard>) -> Self {
+        let (train, test) = (Tally::new(), Tally::new());
+        Self {
+            failure,
+            history: History::new(history, train.clone(), test.clone()),
+            train,
+            test,
+            dashboard,
+        }
+    }
+}
+
 /// Trains `classifier` on `train` and tests it on `test` after every epoch.
 ///
 /// The classifier must be on an autodiff device, which is the one it is trained on. Batches are
@@ -232,18 +245,10 @@ fn fit(
         )),
         test_loader(test, job.batch_size, activations),
     ];
-    let (train_tally, test_tally) = (Tally::new(), Tally::new());
-    let watch = Watch {
-        failure,
-        history: History::new(start.history, train_tally.clone(), test_tally.clone()),
-        train: train_tally,
-        test: test_tally,
-        dashboard: if options.dashboard {
-            Dashboard::open(&options.interrupter, finished)
-        } else {
-            None
-        },
-    };
+    let dashboard = options
+        .dashboard
+        .then(|| Dashboard::open(&options.interrupter, finished));
+    let watch = Watch::new(failure, start.history, dashboard.flatten());
     let launched = guarded(|| {
         let mut training = training(job, variant, options, device, finished, loaders, &watch);
         if let Some(store) = &store {

@@ -75,14 +75,16 @@ impl Reordering {
 
     fn of_batch(self, batch: MnistBatch) -> MnistBatch {
         let MnistBatch { images, targets } = batch;
-        let (images, targets) = match self.batch {
-            true => (images.flip([0]), targets.flip([0])),
-            false => (images, targets),
+        let (images, targets) = if self.batch {
+            (images.flip([0]), targets.flip([0]))
+        } else {
+            (images, targets)
         };
         MnistBatch {
-            images: match self.mirror {
-                true => images.flip([3]),
-                false => images,
+            images: if self.mirror {
+                images.flip([3])
+            } else {
+                images
             },
             targets,
         }
@@ -115,16 +117,18 @@ impl Reordering {
     }
 
     fn reversed<const D: usize>(self, tensor: Tensor<D>, channels: isize) -> Tensor<D> {
-        match self.channels {
-            true => tensor.flip([channels]),
-            false => tensor,
+        if self.channels {
+            tensor.flip([channels])
+        } else {
+            tensor
         }
     }
 
     fn mirrored<const D: usize>(self, tensor: Tensor<D>, width: isize) -> Tensor<D> {
-        match self.mirror {
-            true => tensor.flip([width]),
-            false => tensor,
+        if self.mirror {
+            tensor.flip([width])
+        } else {
+            tensor
         }
     }
 }
@@ -198,9 +202,10 @@ impl Parity {
     ///
     /// [`ParityError::Precision`] in mixed precision.
     pub(crate) fn check(precision: Precision) -> Result<(), ParityError> {
-        match precision.is_mixed() {
-            true => Err(ParityError::Precision(precision.name())),
-            false => Ok(()),
+        if precision.is_mixed() {
+            Err(ParityError::Precision(precision.name()))
+        } else {
+            Ok(())
         }
     }
 
@@ -324,9 +329,10 @@ impl Parity {
         if !difference.is_finite() || !limit.is_finite() {
             bail!("a loss is not a finite number, and nothing can be said about the others");
         }
-        match difference <= limit {
-            true => Ok(()),
-            false => bail!("the fused losses are off by {difference:e}, more than {limit:e}"),
+        if difference <= limit {
+            Ok(())
+        } else {
+            bail!("the fused losses are off by {difference:e}, more than {limit:e}")
         }
     }
 }
@@ -334,9 +340,12 @@ impl Parity {
 /// Largest difference of two runs' losses; infinite where one is not a number.
 fn largest(a: &[f64], b: &[f64]) -> f64 {
     let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-    differences.fold(0.0, |max, difference| match difference.is_nan() {
-        true => f64::INFINITY,
-        false => difference.max(max),
+    differences.fold(0.0, |max, difference| {
+        if difference.is_nan() {
+            f64::INFINITY
+        } else {
+            difference.max(max)
+        }
     })
 }
 

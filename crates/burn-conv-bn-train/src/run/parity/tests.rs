@@ -52,10 +52,7 @@ fn other_orders_compute_the_same() {
         let again = output(&reordered.valid(), plain(batch.clone()));
         let pairs = [(evaluation, again), (training, output(&reordered, batch))];
         for (wanted, got) in pairs {
-            let got = match order.batch {
-                true => got.flip([0]),
-                false => got,
-            };
+            let got = if order.batch { got.flip([0]) } else { got };
             let tolerance = Tolerance::rel_abs(1e-7, 1e-7);
             got.into_data()
                 .assert_approx_eq::<f64>(&wanted.into_data(), tolerance);
