@@ -7,7 +7,7 @@ use burn::tensor::{FloatDType, Gradients, Tensor};
 /// In f16, see [`LossScale`].
 const F16: f64 = 1024.0;
 
-/// What a loss is multiplied by for the backward pass, and the gradients are divided by after it:
+/// Factor on the loss for the backward pass, by which the gradients are divided after it:
 /// 1024 where activations are f16, and 1 elsewhere.
 ///
 /// A loss is a mean over a batch, so that the gradients of single values are as small as the batch is

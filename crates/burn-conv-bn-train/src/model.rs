@@ -79,7 +79,7 @@ pub(crate) enum ModelError {
     },
 }
 
-/// What a network is made of, besides the choice which.
+/// Settings of a network.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct NetworkOptions {
     /// How the blocks run.

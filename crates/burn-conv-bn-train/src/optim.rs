@@ -46,7 +46,7 @@ impl OptimizerChoice {
         }
     }
 
-    /// Whether its recorded state, restored, is what it was, for parameters of this type.
+    /// Whether a record restores its state exactly, for parameters of this type.
     ///
     /// Burn restores the state of its own optimizers in the default type of the default device,
     /// which is single precision.

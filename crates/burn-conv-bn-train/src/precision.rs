@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::print::{PrintError, say};
 
-/// What a network computes in, and what its parameters are.
+/// Types of a network's activations and parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -45,8 +45,7 @@ impl Precision {
         self.activations() != self.parameters()
     }
 
-    /// Type of images, of what the blocks' convolutions compute in, and of all that the blocks
-    /// pass on and keep.
+    /// Type of images, of the blocks' convolutions, and of their outputs and saved tensors.
     pub fn activations(self) -> FloatDType {
         match self {
             Self::F32 => FloatDType::F32,
@@ -56,8 +55,8 @@ impl Precision {
         }
     }
 
-    /// Type of parameters, their gradients, the optimizer's state, norms and their statistics,
-    /// linear layers and the loss: of everything else, and of what is stored.
+    /// Type of everything else, and of records: parameters, gradients, the optimizer's state, norms and
+    /// their statistics, linear layers and the loss.
     pub fn parameters(self) -> FloatDType {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => FloatDType::F32,

@@ -3,13 +3,13 @@
 use std::fmt::Arguments;
 use std::io::{self, ErrorKind, Write};
 
-/// Standard output took no line: its disk is full, or nobody reads the pipe any more.
+/// Standard output cannot be written: a full disk or a closed pipe.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot print: {0}")]
 pub(crate) struct PrintError(#[from] io::Error);
 
 impl PrintError {
-    /// Whether nobody reads any more, as in `mnist | head -1`.
+    /// Whether the pipe is closed, as in `mnist | head -1`.
     pub(crate) fn is_closed(&self) -> bool {
         self.0.kind() == ErrorKind::BrokenPipe
     }
@@ -30,7 +30,7 @@ macro_rules! say {
 }
 pub(crate) use say;
 
-/// Prints a line on standard error. A failure has no place left to be told.
+/// Prints a line on standard error. A failure is ignored.
 pub(crate) fn warn(text: Arguments<'_>) {
     let _ = writeln!(
         io::stderr(),

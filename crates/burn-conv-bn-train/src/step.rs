@@ -124,7 +124,7 @@ impl ModuleVisitor for FirstDtype {
 pub struct ClassificationStep {
     /// Loss of every digit, log-probabilities and classes.
     pub output: ClassificationOutput,
-    /// What the step took.
+    /// Memory and time.
     pub measure: StepMeasure,
 }
 

@@ -153,7 +153,7 @@ fn say_end(outcome: &FitOutcome, epochs: usize) -> Result<(), PrintError> {
     }
 }
 
-/// What was lost of a training that was interrupted, and what is left of it.
+/// The message of an interrupted training: lost steps, and kept checkpoints.
 pub(super) fn interruption(
     outcome: &FitOutcome,
     steps: usize,

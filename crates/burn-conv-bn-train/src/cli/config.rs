@@ -12,10 +12,10 @@ use serde_json::{Number, Value, json};
 
 use crate::persist::run_file::{Options, read_text};
 
-/// Options of which a command takes one.
+/// Options that exclude each other.
 const RIVALS: [[&str; 2]; 2] = [["resume", "overwrite"], ["images", "test-set"]];
 
-/// A check of a number, and what it asks for.
+/// A check of a number, and its bounds in words.
 type Bounds = (fn(f64) -> bool, &'static str);
 
 const COUNT: Bounds = (|n| (1.0..=1e6).contains(&n), "from 1 to 1000000");
@@ -142,8 +142,8 @@ pub(crate) struct Layers {
 }
 
 impl Layers {
-    /// A command as parsed from the command line, whose matches tell what was given there; none was
-    /// without them.
+    /// A command as parsed from the command line, with its matches. Without matches, every option counts as
+    /// not given.
     pub(crate) fn new(
         command: &impl Serialize,
         matches: Option<&ArgMatches>,
@@ -173,8 +173,8 @@ impl Layers {
         })
     }
 
-    /// Sets options that neither the command line nor an earlier file has set, nor a rival of which the
-    /// command line has, and returns the command.
+    /// Sets options, and returns the command. Options that the command line or an earlier file has set stay,
+    /// and so do those that exclude one of the command line's.
     pub(crate) fn add<T: DeserializeOwned>(
         &mut self,
         added: &Options,

@@ -43,7 +43,7 @@ pub fn main(allocator: &'static CountingAllocator) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Whoever closed the pipe has seen enough.
+            // A closed pipe is no error to report.
             let mut printing = error
                 .chain()
                 .filter_map(|cause| cause.downcast_ref::<PrintError>());
@@ -136,7 +136,7 @@ fn is_bare(arguments: &[OsString]) -> bool {
     })
 }
 
-/// What the run in a folder was started with. None if there is no run.
+/// Options and data of the run in a folder. None if there is no run.
 fn stored_run(directory: &Path) -> Result<Option<RunFile>, RunFileError> {
     match RunFile::read(directory) {
         Ok(file) => Ok(Some(file)),

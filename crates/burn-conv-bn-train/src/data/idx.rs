@@ -229,7 +229,7 @@ impl Digits {
     }
 }
 
-/// What an IDX file holds.
+/// Kind of an IDX file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Images,
@@ -271,7 +271,7 @@ pub(super) fn read(path: &Path, kind: Kind) -> Result<IdxFile, IdxError> {
     }
 }
 
-/// Reads what a file holds; `path` names it in errors.
+/// Reads the content of a file; `path` names it in errors.
 fn parse(path: &Path, source: impl BufRead, kind: Kind) -> Result<IdxFile, IdxError> {
     let mut content = Content::open(path, source)?;
     let magic = content.read_u32()?;

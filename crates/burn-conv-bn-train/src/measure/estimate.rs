@@ -1,4 +1,4 @@
-//! What a job will take, from steps on its first digits.
+//! Estimates of a job's time and memory, from steps on its first digits.
 
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ const SAMPLE: usize = 512;
 /// [`ConvBnOptions::max_workspace`](burn_conv_bn::ConvBnOptions::max_workspace).
 const LARGEST_STORED: usize = 128 << 20;
 
-/// What one variant will take, by a measured step: of a whole batch, or of a few hundred digits and in
+/// Time and memory of one variant, from a measured step of a whole batch, or of a few hundred digits and in
 /// proportion.
 #[derive(Clone, Copy, Debug)]
 pub struct Estimate {

@@ -17,13 +17,13 @@ use serde::{Deserialize, Serialize};
 /// Parameters, optimizer state and data were there before and do not count.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepMemory {
-    /// At the end of the forward pass: what the graph holds for backward, and the result.
+    /// At the end of the forward pass: saved tensors and the result.
     pub forward_end_bytes: usize,
     /// The most at any moment from the start of forward to the end of backward.
     pub peak_bytes: usize,
 }
 
-/// What one training step took.
+/// Memory and time of one training step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepMeasure {
     /// Memory above the level just before forward.
@@ -110,7 +110,7 @@ impl MemoryProbe {
         }
     }
 
-    /// Waits until the device has done what was asked of it, and returns the bytes alive then.
+    /// Waits for the device to finish, and returns the bytes alive then.
     pub(crate) fn level(&self) -> usize {
         match &self.meter {
             Meter::Off => 0,
@@ -142,7 +142,7 @@ impl MemoryProbe {
     /// Call just before the forward pass.
     pub fn begin(&self) {
         let level = match &self.meter {
-            Meter::Off => return,
+            Meter::Off => 0,
             Meter::Host(allocator) => allocator.reset_peak(),
             #[cfg(feature = "cubecl")]
             Meter::Pool { meter, device } => {
@@ -155,22 +155,14 @@ impl MemoryProbe {
 
     /// Call just after the forward pass, with everything that it returned still alive.
     pub fn forward_end(&self) {
-        let current = match &self.meter {
-            Meter::Off => return,
-            Meter::Host(allocator) => allocator.current(),
-            #[cfg(feature = "cubecl")]
-            Meter::Pool { meter, device } => {
-                finish(device);
-                meter.current()
-            }
-        };
+        let current = self.level();
         self.update(|step| step.forward_end = current.saturating_sub(step.level));
     }
 
     /// Call just after the backward pass. A device has then done all of it.
     pub fn backward_end(&self) -> StepMemory {
         let peak = match &self.meter {
-            Meter::Off => return StepMemory::default(),
+            Meter::Off => 0,
             Meter::Host(allocator) => allocator.peak(),
             #[cfg(feature = "cubecl")]
             Meter::Pool { meter, device } => {
@@ -193,8 +185,7 @@ impl MemoryProbe {
     }
 }
 
-/// Waits until the device has done what was asked of it. What failed there is told by whoever
-/// reads the result.
+/// Waits for the device to finish. Errors surface when results are read.
 #[cfg(feature = "cubecl")]
 fn finish(device: &Device) {
     let _ = device.sync();

@@ -240,7 +240,7 @@ impl fmt::Display for Evaluation {
 pub(crate) struct StepRecord {
     /// Loss and accuracy of the batch, before the step.
     pub(crate) evaluation: Evaluation,
-    /// What the step took.
+    /// Memory and time.
     pub(crate) measure: StepMeasure,
 }
 
@@ -253,7 +253,7 @@ pub(crate) struct SplitRecord {
     pub(crate) steps: Vec<StepRecord>,
 }
 
-/// What a [`TallyMetric`] collects, for whoever keeps a clone.
+/// Results that a [`TallyMetric`] collects. Clones share them.
 ///
 /// Burn hands metrics over to a thread of its own and drops them there; what they have seen
 /// comes back through this.
@@ -294,7 +294,7 @@ pub(crate) struct TallyInput {
     pub(crate) scores: Tensor<2>,
     /// Classes, `[N]`.
     pub(crate) targets: Tensor<1, Int>,
-    /// What the step took, if it was a training step.
+    /// Memory and time, if it was a training step.
     pub(crate) measure: Option<StepMeasure>,
 }
 

@@ -1,4 +1,4 @@
-//! Memory and time of training steps, and what is made of them: estimates, reports, pictures.
+//! Memory and time of training steps; estimates, reports and pictures of them.
 
 pub mod estimate;
 pub mod memory;

@@ -23,7 +23,7 @@ const LOSS_HEIGHT: u32 = 300;
 const LEFT: u32 = 70;
 const RIGHT: u32 = 30;
 
-/// Colours of the variants, in their order, which are told apart without green and red too.
+/// Colours of the variants, in their order; distinct also for the colour-blind.
 const COLOURS: [RGBColor; 2] = [RGBColor(0, 114, 178), RGBColor(213, 94, 0)];
 
 const FONT: &str = "sans-serif";

@@ -154,7 +154,7 @@ impl fmt::Display for Divergence {
     }
 }
 
-/// What a trained network made of digits: what `mnist predict --json` writes.
+/// Predictions of a trained network: what `mnist predict --json` writes.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 pub struct PredictionReport {
     /// The network, by its name on the command line.
@@ -169,9 +169,9 @@ pub struct PredictionReport {
     /// The test digits: `mnist`, `synthetic` or `custom`. Those that were classified, or those
     /// whose statistics the pictures were normalized with; none where there were neither.
     pub dataset: Option<String>,
-    /// What it made of the test set, if that was asked for.
+    /// Results on the test set, if that was asked for.
     pub test: Option<TestReport>,
-    /// What it made of each picture, in the order of their names.
+    /// Predictions for the pictures, in the order of their names.
     pub images: Vec<ImageReport>,
     /// Pictures that could not be read.
     pub skipped: Vec<SkippedReport>,
@@ -190,20 +190,20 @@ pub struct TestReport {
     /// Mean loss of a digit.
     #[serde(with = "number")]
     pub average_loss: f64,
-    /// Numbers of digits, by what they are and then by what they were taken for.
+    /// Confusion matrix: numbers of digits by class, then by prediction.
     pub confusion: [[usize; CLASSES]; CLASSES],
-    /// The digits that were taken for others, the highest loss first.
+    /// The misclassified digits, the highest loss first.
     pub mistakes: Vec<MistakeReport>,
 }
 
-/// A digit that was taken for another one.
+/// A misclassified digit.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq)]
 pub struct MistakeReport {
     /// Position in the test set, from 0.
     pub index: usize,
-    /// What it is.
+    /// Its class.
     pub label: u8,
-    /// What it was taken for.
+    /// The predicted class.
     pub prediction: u8,
     /// Probability of that, from 0 to 1.
     pub probability: f64,
@@ -216,7 +216,7 @@ pub struct MistakeReport {
 pub struct ImageReport {
     /// Name of its file.
     pub file: String,
-    /// What it was taken for.
+    /// The predicted class.
     pub prediction: u8,
     /// Probability of that, from 0 to 1.
     pub probability: f64,

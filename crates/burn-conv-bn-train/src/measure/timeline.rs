@@ -53,7 +53,7 @@ impl Timeline {
             .unwrap_or_default()
     }
 
-    /// The same in at most `count` points, of which each is the highest of its neighbours.
+    /// The curve in at most `count` points, each the highest of its neighbours.
     pub(crate) fn thinned(self, count: usize) -> Self {
         let each = self.points.len().div_ceil(count.max(1)).max(1);
         let highest = |points: &[Point]| points.iter().copied().max_by_key(|point| point.bytes);

@@ -202,7 +202,7 @@ pub(crate) fn remove(mut files: Vec<SetFile>) -> Result<(), OutputError> {
 
 /// Removes the checkpoints that a run does not need any more once that of `epoch` is complete.
 ///
-/// What is there of later epochs stays, readable or not: the run has yet to go past it.
+/// Files of later epochs stay, readable or not: the run has yet to write them anew.
 pub(crate) fn prune(
     directory: &Path,
     epoch: usize,
@@ -316,7 +316,7 @@ impl Store {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps a failure for whoever started the training, and tells Burn, which stops it.
+    /// Keeps a failure for the caller, and returns it for Burn, which stops the training.
     fn report(&self, failure: OutputError) -> CheckpointerError {
         let error = CheckpointerError::Unknown(failure.to_string());
         self.failure.report(failure);
@@ -389,9 +389,9 @@ fn part<R>(store: &Arc<Store>, part: &'static str, restored: Option<R>) -> PartC
     }
 }
 
-/// A checkpoint after every epoch, of which the two newest are kept, and that of the best epoch.
+/// A checkpoint after every epoch; the two newest and that of the best epoch are kept.
 ///
-/// The same as Burn's default. Burn's strategy counts what it has seen itself, and would keep other
+/// Burn's own strategy, the same otherwise, counts the epochs that it has seen, and would keep other
 /// sets in a run that is resumed; this one has no state but the run's history.
 pub(crate) struct KeepLatestAndBest {
     pub(crate) store: Arc<Store>,

@@ -1,4 +1,4 @@
-//! What a run has achieved so far, whichever processes it took, and what follows from it.
+//! The totals of a run's epochs, those before a resume included, and its best epoch.
 
 use burn::train::metric::store::{Aggregate, EventStoreClient, Split};
 use burn::train::metric::{LossMetric, Metric};

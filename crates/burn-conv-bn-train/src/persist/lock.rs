@@ -12,7 +12,7 @@ pub(crate) struct Lock {
 }
 
 impl Lock {
-    /// Locks a folder; none if somebody else has.
+    /// Locks a folder. None if another process holds the lock.
     ///
     /// Systems and file systems without such locks grant all of them.
     pub(crate) fn of(folder: &Path) -> Option<Self> {

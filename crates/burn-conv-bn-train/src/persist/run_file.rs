@@ -18,12 +18,12 @@ pub(crate) const MOST_BYTES: u64 = 1 << 20;
 /// Name of the file that [`RunFile`] is in.
 pub(crate) const RUN_FILE: &str = "job.json";
 
-/// What a training was started with; [`RUN_FILE`] in its folder.
+/// Options and data of a training: [`RUN_FILE`] in its folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RunFile {
     /// Version of the program that wrote it.
     pub(crate) version: String,
-    /// Options of `mnist train`: those that say what is computed, and where.
+    /// Options of `mnist train`, without those of a single call.
     pub(crate) options: Options,
     /// The digits.
     pub(crate) data: DataIdentity,
@@ -62,7 +62,7 @@ impl DataIdentity {
         }
     }
 
-    /// For people, with as much of the checksums as tells two sets apart.
+    /// For people, with the first digits of the checksums.
     fn describe(&self) -> String {
         let Self {
             name,
@@ -81,7 +81,7 @@ impl DataIdentity {
     }
 }
 
-/// Why a folder's run cannot be gone on with.
+/// Why the run in a folder cannot be resumed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RunFileError {
     /// There is no such file.
@@ -115,9 +115,9 @@ pub(crate) enum RunFileError {
 }
 
 impl RunFile {
-    /// Options that decide what a run computes: another value of one makes it another run.
+    /// Options that decide the result: a resumed run must have the same values.
     ///
-    /// Data are told apart by their content, wherever they come from.
+    /// Data are compared by content, not by path.
     const FIXED: [&str; 12] = [
         "model",
         "variant",
@@ -175,7 +175,7 @@ impl RunFile {
         json
     }
 
-    /// Checks that all of `options` that decide what is computed are this run's.
+    /// Checks that `options` agree with this run's where they decide the result.
     pub(crate) fn check_options(
         &self,
         directory: &Path,
@@ -228,7 +228,7 @@ fn shown(value: &Value) -> String {
     }
 }
 
-/// Reads a file of options, which is no device that never ends.
+/// Reads a file of options: a regular file or a pipe, of at most 1 MiB.
 pub(crate) fn read_text(path: &Path) -> io::Result<String> {
     let kind = fs::metadata(path)?.file_type();
     #[cfg(unix)]

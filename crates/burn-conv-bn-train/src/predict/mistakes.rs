@@ -1,4 +1,4 @@
-//! The picture of what a network got wrong.
+//! The picture of the misclassified digits.
 
 use std::fmt::Write as _;
 use std::io::Cursor;
@@ -10,7 +10,7 @@ use crate::data::{PIXELS, SIDE};
 use crate::persist::output::PictureFormat;
 use crate::print::number;
 
-/// Digits that a picture shows at most.
+/// Most digits of a picture.
 pub(super) const SHOWN: usize = COLUMNS * 5;
 
 /// Digits in a row.
@@ -45,16 +45,16 @@ const WIDTH: u32 = 2 * MARGIN + COLUMNS as u32 * RIGHT;
 /// Letters that fit a line across the picture.
 pub(super) const LETTERS: usize = ((WIDTH - 2 * MARGIN) / ADVANCE) as usize;
 
-/// A digit that was taken for another one.
+/// A misclassified digit.
 #[derive(Clone, Debug)]
 pub(super) struct Tile {
     /// The digit, white on black.
     pub(super) image: [u8; PIXELS],
-    /// What it is.
+    /// Its class.
     pub(super) label: u8,
-    /// What it was taken for.
+    /// The predicted class.
     pub(super) prediction: u8,
-    /// With which probability, from 0 to 1.
+    /// Probability of the prediction, from 0 to 1.
     pub(super) probability: f64,
     /// Loss of the digit, which orders them.
     pub(super) loss: f64,
@@ -71,7 +71,7 @@ impl Tile {
     }
 }
 
-/// What a picture consists of. Coordinates are of the upper left corner.
+/// An element of a picture. Coordinates are of the upper left corner.
 enum Mark<'a> {
     Digit {
         x: u32,

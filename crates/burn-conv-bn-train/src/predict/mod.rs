@@ -52,8 +52,8 @@ pub(crate) struct PredictOptions {
     pub(crate) mistakes: Option<PathBuf>,
 }
 
-/// Predicts with the model of a run of `job`, and prints what it makes of each picture or of the
-/// test set.
+/// Predicts with the model of a run of `job`, and prints the predictions for each picture or the results
+/// on the test set.
 ///
 /// # Errors
 ///
@@ -236,7 +236,7 @@ fn test_set(
     Ok((report, evaluation))
 }
 
-/// A table with a row for each class and a column for what its digits were taken for.
+/// A table with a row for each class and a column for each prediction.
 fn confusion_matrix(confusion: &[[usize; CLASSES]; CLASSES]) -> String {
     let columns: String = (0..CLASSES).map(|digit| format!("{digit:>6}")).collect();
     let mut lines = vec![

@@ -152,7 +152,7 @@ pub(super) struct Predictor {
     pub(super) epoch: usize,
 }
 
-/// What a network makes of one digit.
+/// Prediction for one digit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Prediction {
     /// The class with the highest probability, the first of several.

@@ -67,7 +67,7 @@ pub(crate) fn compare(
     let mut report = job.report(&data);
     drop(data);
     let failure = train_all(&job, options, scratch.path(), &mut report, interrupter)?;
-    // What was finished is kept, whatever became of the rest.
+    // Finished variants are kept, also if another one failed.
     if !report.variants.is_empty() {
         let mut files = Vec::new();
         if let Some(path) = &options.json {
@@ -155,7 +155,7 @@ fn train_all(
     Ok(None)
 }
 
-/// What became of each variant of a comparison that was interrupted, and what is left of it.
+/// The message of an interrupted comparison: the state of each variant, and the results that are kept.
 fn interruption(job: &Job, options: &CompareOptions, report: &Report) -> String {
     let steps = job.steps(report.train_digits);
     let each = Variant::ALL.iter().enumerate().map(|(place, variant)| {
@@ -189,7 +189,7 @@ fn interruption(job: &Job, options: &CompareOptions, report: &Report) -> String 
     )
 }
 
-/// Says what the job will take, and cuts it down if there is a limit.
+/// Prints the estimate, and cuts the job down to the time limit if there is one.
 fn announce(
     job: &mut Job,
     options: &CompareOptions,

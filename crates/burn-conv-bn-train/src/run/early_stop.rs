@@ -13,7 +13,7 @@ pub(crate) fn is_exhausted(history: &[EpochTotals], patience: usize) -> bool {
     history.len().saturating_sub(best) >= patience
 }
 
-/// Ends a training when it no longer improves, or when it cannot write what it should.
+/// Ends a training when it no longer improves, or when a file cannot be written.
 ///
 /// Burn's own strategy for the former keeps the best loss and its epoch to itself, and begins anew
 /// in a run that is resumed; this one has no state but the run's history.

@@ -157,7 +157,7 @@ struct Start {
     records: Option<Records>,
 }
 
-/// What a running training reports to.
+/// Where a running training reports to.
 struct Watch {
     failure: FirstFailure,
     train: Tally,
@@ -393,7 +393,7 @@ fn training(
 /// How Burn's training ended.
 type Ended = (Option<Interruption>, Option<Arc<TrainingError>>);
 
-/// What a training has achieved, from its tallies.
+/// The result of a training, from its tallies.
 fn outcome(
     job: &Job,
     options: &RunOptions,

@@ -1,4 +1,4 @@
-//! A training run as data: everything that decides what it computes.
+//! A training run as data.
 
 use std::path::PathBuf;
 
@@ -86,7 +86,7 @@ pub enum RecomputePolicy {
     Never,
 }
 
-/// Everything that decides what a run computes, the same for both variants.
+/// Everything that decides the result of a run, the same for both variants.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Job {
     /// Which data.
@@ -115,7 +115,7 @@ pub struct Job {
     pub norm: Norm,
     /// Probability of dropping a hidden value.
     pub dropout: f64,
-    /// What is computed in.
+    /// Types of activations and parameters.
     pub precision: Precision,
     /// What fused blocks do with the convolution's output.
     pub recompute: RecomputePolicy,

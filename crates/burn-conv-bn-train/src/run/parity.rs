@@ -156,7 +156,7 @@ impl ModuleMapper for ReverseFeatures {
     }
 }
 
-/// Height and width of what the linear layers see.
+/// Height and width of the linear layers' input.
 fn pooled_side(net: &Net) -> usize {
     let [channels, ..] = net.conv2.conv.weight.dims();
     let [features, _] = net.fc1.weight.dims();

@@ -25,7 +25,7 @@ const LOSS: &str = "Loss";
 /// As in the tutorial, the loss is that of one batch, the numbers are those before it, and the
 /// percentage is that of the batches. Epochs count from 1, the tutorial's from 0.
 ///
-/// Nothing is printed about an evaluation: whoever evaluates has the result. A failure to print
+/// Nothing is printed about an evaluation: its caller has the result. A failure to print
 /// is ignored; it is no reason to end a training.
 ///
 /// ```
@@ -51,13 +51,13 @@ pub struct LineRenderer<W = Stdout> {
     valid: Vec<String>,
 }
 
-/// What there is to know of a metric to show it.
+/// A metric's name and unit.
 struct Shown {
     name: String,
     unit: String,
 }
 
-/// How far the split is that is running.
+/// Progress of the running split.
 #[derive(Default)]
 struct Progress {
     training: bool,

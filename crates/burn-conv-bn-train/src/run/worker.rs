@@ -23,7 +23,7 @@ const CURVE: usize = 500;
 /// Name of the subcommand that runs one variant; not for people.
 pub(crate) const WORKER: &str = "run-variant";
 
-/// What a worker is told, on its standard input.
+/// Input of a worker, as JSON on its standard input.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Task {
     pub(super) job: Job,
@@ -74,7 +74,7 @@ pub(super) fn spawn(task: &Task, threads: Option<usize>) -> Result<VariantReport
 ///
 /// # Errors
 ///
-/// Only what cannot be told through that file.
+/// Only if the task cannot be read or that file cannot be written.
 pub(crate) fn work(allocator: &'static CountingAllocator, interrupter: Interrupter) -> Result<()> {
     let task: Task = serde_json::from_reader(std::io::stdin().lock())
         .context("run-variant is started by compare, which tells it what to do")?;
@@ -89,8 +89,7 @@ fn train(
     interrupter: Interrupter,
 ) -> Result<VariantReport> {
     let data = task.job.data()?;
-    // Before the training, which takes the data; in what is left of this process's life nothing of
-    // it remains but pages that the allocator keeps.
+    // Before the training, which takes the data. Afterwards only pages that the allocator keeps remain.
     let timeline = if task.record {
         Some(record(&task.job, task.variant, &data, allocator)?.thinned(CURVE))
     } else {

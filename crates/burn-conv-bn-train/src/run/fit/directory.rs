@@ -1,4 +1,4 @@
-//! The directory of a run: its lock, the checkpoint to resume, and what is removed before a start.
+//! The directory of a run: its lock, the checkpoint to resume, the removal of an earlier run.
 
 use std::fs;
 use std::io;

@@ -24,7 +24,7 @@ pub(crate) enum FitError {
     /// The model is not on an autodiff device.
     #[error("the model is on {0:?}, which does not track gradients; use `device.autodiff()`")]
     NoAutodiff(Device),
-    /// The directory cannot be written to, or has no room for what a training writes.
+    /// The directory cannot be written to, or has no room for a training's files.
     #[error("cannot write to the directory {}: {source}", .path.display())]
     Directory {
         /// What could not be written.
