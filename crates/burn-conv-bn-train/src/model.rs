@@ -289,7 +289,7 @@ impl Network {
 }
 
 /// Normalized images, with black around them.
-pub(crate) fn padded(images: Tensor<4>) -> Tensor<4> {
+fn padded(images: Tensor<4>) -> Tensor<4> {
     let black = (-MEAN / STD) as f32;
     images.pad(
         (PADDING, PADDING, PADDING, PADDING),

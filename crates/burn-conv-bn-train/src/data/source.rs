@@ -374,18 +374,16 @@ fn search(machine: &Machine, allow_download: bool) -> Result<MnistData, Vec<Miss
 
     let path = cache.join("burn-conv-bn/mnist");
     let paths = FILES.each_ref().map(|file| download::stored(&path, file));
+    let found = |parts: Parts, fresh: bool| {
+        let origin = DataOrigin::Download {
+            path: path.clone(),
+            fresh,
+            ignored: ignored.clone(),
+        };
+        with_origin(parts, origin)
+    };
     let own = match from_cache(&path, &paths) {
-        Ok(parts) => {
-            let fresh = false;
-            return Ok(with_origin(
-                parts,
-                DataOrigin::Download {
-                    path,
-                    fresh,
-                    ignored,
-                },
-            ));
-        }
+        Ok(parts) => return Ok(found(parts, false)),
         Err(miss) => miss,
     };
 
@@ -396,17 +394,7 @@ fn search(machine: &Machine, allow_download: bool) -> Result<MnistData, Vec<Miss
     } else {
         let fetched = download::fetch(machine.mirrors, &path).map_err(Miss::Download);
         match fetched.and_then(|()| from_cache(&path, &paths)) {
-            Ok(parts) => {
-                let fresh = true;
-                return Ok(with_origin(
-                    parts,
-                    DataOrigin::Download {
-                        path,
-                        fresh,
-                        ignored,
-                    },
-                ));
-            }
+            Ok(parts) => return Ok(found(parts, true)),
             Err(miss) => miss,
         }
     };

@@ -64,19 +64,9 @@ impl DataIdentity {
 
     /// For people, with the first digits of the checksums.
     fn describe(&self) -> String {
-        let Self {
-            name,
-            train_digits,
-            train_md5,
-            test_digits,
-            test_md5,
-        } = self;
-        let short = |md5: &str| md5.chars().take(8).collect::<String>();
         format!(
-            "{name} ({train_digits} training digits, MD5 {}.., and {test_digits} test digits, MD5 \
-             {}..)",
-            short(train_md5),
-            short(test_md5)
+            "{} ({} training digits, MD5 {:.8}.., and {} test digits, MD5 {:.8}..)",
+            self.name, self.train_digits, self.train_md5, self.test_digits, self.test_md5
         )
     }
 }

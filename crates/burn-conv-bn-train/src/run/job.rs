@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::{Device, Tensor};
+use burn::module::Module;
+use burn::tensor::Device;
 use burn_conv_bn::{NormVariant, Recompute};
 use burn_conv_bn_models::Form;
 use clap::ValueEnum;
@@ -235,10 +235,7 @@ impl Job {
             },
             max_workspace: self.max_workspace,
         };
-        let network = self.model.init(&options, &drawn_on);
-        // Left alone, Burn would draw each parameter when it is first used, on its new device.
-        network.visit(&mut Draw);
-        network.fork(&device)
+        self.model.init(&options, &drawn_on).fork(&device)
     }
 
     /// The network in its initial state, ready to be trained.
@@ -258,15 +255,6 @@ impl Job {
             .filter(|(_, tensor)| !tensor.shared)
             .map(|(_, tensor)| tensor.bytes())
             .sum()
-    }
-}
-
-/// Initializes parameters.
-struct Draw;
-
-impl ModuleVisitor for Draw {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        param.val();
     }
 }
 
