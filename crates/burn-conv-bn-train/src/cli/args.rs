@@ -17,12 +17,16 @@ use crate::run::worker::WORKER;
 /// Where `train` keeps a run, and `predict` looks for it.
 const RUN: &str = "artifacts/train";
 
-/// Headings of the options that a subcommand has of its own.
+/// Headings of options.
 const ON_RUN: &str = "Run";
 const ON_OUTPUT: &str = "Output";
 const ON_NETWORK: &str = "Network";
 const ON_TRAINING: &str = "Training";
 const ON_DATA: &str = "Data";
+const ON_COMPUTATION: &str = "Computation";
+const ON_WHAT: &str = "What to classify";
+const ON_TRAINED: &str = "Trained model";
+const ON_DIGITS: &str = "Test digits";
 
 const USAGE: &str = "\
 mnist <COMMAND>
@@ -121,9 +125,9 @@ impl Subcommands {
             Self::Parity(args) => (&mut args.job, None),
             Self::Predict(_) | Self::Worker => return,
         };
-        job.training.lr = Some(job.learning_rate());
+        job.lr = Some(job.learning_rate());
         if let Some(learning) = learning {
-            learning.dropout = Some(learning.dropout(job.network.model));
+            learning.dropout = Some(learning.dropout(job.model));
         }
     }
 
@@ -136,77 +140,6 @@ impl Subcommands {
             Self::Worker => ConfigArgs::default(),
         }
     }
-}
-
-#[derive(Args, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[command(next_help_heading = ON_NETWORK)]
-pub(super) struct NetworkArgs {
-    /// Which network. Torchvision's take one channel, and digits padded with black to 32x32.
-    #[arg(long, value_enum, default_value = "tutorial")]
-    pub(super) model: ModelChoice,
-    /// Batch norm: Burn's, or the tutorial's (unbiased variance, epsilon outside the root).
-    #[arg(long, value_enum, default_value = "burn")]
-    pub(super) norm: Norm,
-}
-
-#[derive(Args, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[command(next_help_heading = ON_TRAINING)]
-pub(super) struct TrainingArgs {
-    /// Which optimizer.
-    #[arg(long, value_enum, default_value = "adadelta")]
-    pub(super) optimizer: OptimizerChoice,
-    /// Learning rate of the first epoch [default: 1 for adadelta, 0.001 for adam and adamw, 0.05
-    /// for sgd].
-    #[arg(long, value_name = "RATE", value_parser = finite)]
-    pub(super) lr: Option<f64>,
-    /// Digits a step.
-    #[arg(long, value_name = "N", default_value_t = 2048)]
-    pub(super) batch_size: usize,
-    /// Seed of weights, order, dropout and built-in digits.
-    #[arg(long, default_value_t = 123_456)]
-    pub(super) seed: u64,
-}
-
-#[derive(Args, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[command(next_help_heading = ON_DATA)]
-pub(super) struct DataArgs {
-    /// MNIST if it is found or downloaded and built-in digits otherwise, or one of the two.
-    #[arg(long, value_enum, default_value = "auto")]
-    pub(super) dataset: DatasetChoice,
-    /// Folder with MNIST's four IDX files, plain or .gz.
-    #[arg(long, value_name = "DIR")]
-    pub(super) data_dir: Option<PathBuf>,
-    /// Do not try to download MNIST.
-    #[arg(long)]
-    pub(super) no_download: bool,
-    /// Train on the first N digits only.
-    #[arg(long, value_name = "N")]
-    pub(super) train_limit: Option<usize>,
-}
-
-#[derive(Args, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[command(next_help_heading = "Computation")]
-pub(super) struct ComputeArgs {
-    /// Device. Each needs Burn's feature of the same name in this build.
-    #[arg(long, value_enum, default_value = "flex")]
-    pub(super) device: DeviceChoice,
-    /// Element type. f16 and bf16 are mixed precision: convolutions and saved tensors in that type;
-    /// parameters, norms, linear layers and checkpoints in f32.
-    #[arg(long, value_enum, default_value = "f32")]
-    pub(super) precision: Precision,
-    /// CPU threads [default: one per hardware thread].
-    #[arg(long, value_name = "N")]
-    pub(super) threads: Option<usize>,
-    /// Whether fused blocks recompute the convolution's output in the backward pass, or keep it.
-    #[arg(long, value_enum, default_value = "conv")]
-    pub(super) recompute: RecomputePolicy,
-    /// Most bytes of workspace in the backward pass of a fused block.
-    #[arg(long, value_name = "BYTES")]
-    pub(super) max_workspace: Option<usize>,
 }
 
 #[derive(Args, Debug, Default)]
@@ -224,18 +157,53 @@ pub(super) struct ConfigArgs {
 #[derive(Args, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct JobArgs {
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub(super) network: NetworkArgs,
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub(super) training: TrainingArgs,
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub(super) data: DataArgs,
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub(super) compute: ComputeArgs,
+    /// Which network. Torchvision's take one channel, and digits padded with black to 32x32.
+    #[arg(long, value_enum, default_value = "tutorial", help_heading = ON_NETWORK)]
+    pub(super) model: ModelChoice,
+    /// Batch norm: Burn's, or the tutorial's (unbiased variance, epsilon outside the root).
+    #[arg(long, value_enum, default_value = "burn", help_heading = ON_NETWORK)]
+    pub(super) norm: Norm,
+    /// Which optimizer.
+    #[arg(long, value_enum, default_value = "adadelta", help_heading = ON_TRAINING)]
+    pub(super) optimizer: OptimizerChoice,
+    /// Learning rate of the first epoch [default: 1 for adadelta, 0.001 for adam and adamw, 0.05
+    /// for sgd].
+    #[arg(long, value_name = "RATE", value_parser = finite, help_heading = ON_TRAINING)]
+    pub(super) lr: Option<f64>,
+    /// Digits a step.
+    #[arg(long, value_name = "N", default_value_t = 2048, help_heading = ON_TRAINING)]
+    pub(super) batch_size: usize,
+    /// Seed of weights, order, dropout and built-in digits.
+    #[arg(long, default_value_t = 123_456, help_heading = ON_TRAINING)]
+    pub(super) seed: u64,
+    /// MNIST if it is found or downloaded and built-in digits otherwise, or one of the two.
+    #[arg(long, value_enum, default_value = "auto", help_heading = ON_DATA)]
+    pub(super) dataset: DatasetChoice,
+    /// Folder with MNIST's four IDX files, plain or .gz.
+    #[arg(long, value_name = "DIR", help_heading = ON_DATA)]
+    pub(super) data_dir: Option<PathBuf>,
+    /// Do not try to download MNIST.
+    #[arg(long, help_heading = ON_DATA)]
+    pub(super) no_download: bool,
+    /// Train on the first N digits only.
+    #[arg(long, value_name = "N", help_heading = ON_DATA)]
+    pub(super) train_limit: Option<usize>,
+    /// Device. Each needs Burn's feature of the same name in this build.
+    #[arg(long, value_enum, default_value = "flex", help_heading = ON_COMPUTATION)]
+    pub(super) device: DeviceChoice,
+    /// Element type. f16 and bf16 are mixed precision: convolutions and saved tensors in that type;
+    /// parameters, norms, linear layers and checkpoints in f32.
+    #[arg(long, value_enum, default_value = "f32", help_heading = ON_COMPUTATION)]
+    pub(super) precision: Precision,
+    /// CPU threads [default: one per hardware thread].
+    #[arg(long, value_name = "N", help_heading = ON_COMPUTATION)]
+    pub(super) threads: Option<usize>,
+    /// Whether fused blocks recompute the convolution's output in the backward pass, or keep it.
+    #[arg(long, value_enum, default_value = "conv", help_heading = ON_COMPUTATION)]
+    pub(super) recompute: RecomputePolicy,
+    /// Most bytes of workspace in the backward pass of a fused block.
+    #[arg(long, value_name = "BYTES", help_heading = ON_COMPUTATION)]
+    pub(super) max_workspace: Option<usize>,
     #[command(flatten)]
     #[serde(skip)]
     pub(super) config: ConfigArgs,
@@ -268,34 +236,32 @@ impl LearningArgs {
 
 impl JobArgs {
     fn learning_rate(&self) -> f64 {
-        let optimizer = self.training.optimizer;
-        self.training
-            .lr
-            .unwrap_or_else(|| optimizer.default_learning_rate())
+        let optimizer = self.optimizer;
+        self.lr.unwrap_or_else(|| optimizer.default_learning_rate())
     }
 
     /// The job, on a device that is there and computes in its precision.
     pub(super) fn into_job(self, epochs: usize, learning: LearningArgs) -> Result<Job> {
-        self.compute.device.open_for(self.compute.precision)?;
+        self.device.open_for(self.precision)?;
         Ok(Job {
             learning_rate: self.learning_rate(),
-            dropout: learning.dropout(self.network.model),
-            dataset: self.data.dataset,
-            data_dir: self.data.data_dir,
-            download: !self.data.no_download,
-            train_limit: self.data.train_limit,
+            dropout: learning.dropout(self.model),
+            dataset: self.dataset,
+            data_dir: self.data_dir,
+            download: !self.no_download,
+            train_limit: self.train_limit,
             test_limit: learning.test_limit,
             epochs,
-            batch_size: self.training.batch_size,
-            model: self.network.model,
-            optimizer: self.training.optimizer,
+            batch_size: self.batch_size,
+            model: self.model,
+            optimizer: self.optimizer,
             decay: learning.gamma,
-            norm: self.network.norm,
-            precision: self.compute.precision,
-            device: self.compute.device,
-            recompute: self.compute.recompute,
-            max_workspace: self.compute.max_workspace,
-            seed: self.training.seed,
+            norm: self.norm,
+            precision: self.precision,
+            device: self.device,
+            recompute: self.recompute,
+            max_workspace: self.max_workspace,
+            seed: self.seed,
             log_interval: learning.log_interval,
         })
     }
@@ -376,18 +342,43 @@ pub(super) struct ParityArgs {
 #[derive(Args, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Predict {
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub(super) what: WhatArgs,
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub(super) trained: TrainedArgs,
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub(super) data: TestDataArgs,
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub(super) compute: PredictComputeArgs,
+    /// The pictures in this folder: .png, .pgm, .ppm, .pbm and .pnm files of any size.
+    #[arg(long, value_name = "DIR", conflicts_with = "test_set", help_heading = ON_WHAT)]
+    pub(super) images: Option<PathBuf>,
+    /// The test set, with accuracy and confusion matrix.
+    #[arg(long, help_heading = ON_WHAT)]
+    pub(super) test_set: bool,
+    /// Folder of the training: its --artifacts.
+    #[arg(long, value_name = "DIR", default_value = RUN, help_heading = ON_TRAINED)]
+    pub(super) artifacts: PathBuf,
+    /// Take the checkpoint after this epoch [default: the newest complete one].
+    #[arg(long, value_name = "N", help_heading = ON_TRAINED)]
+    pub(super) epoch: Option<usize>,
+    /// In which form to run it [default: the one that was trained].
+    #[arg(long, value_enum, help_heading = ON_TRAINED)]
+    pub(super) form: Option<PredictForm>,
+    /// MNIST if it is found or downloaded and built-in digits otherwise, or one of the two [default:
+    /// as in the training].
+    #[arg(long, value_enum, help_heading = ON_DIGITS)]
+    pub(super) dataset: Option<DatasetChoice>,
+    /// Folder with MNIST's four IDX files, plain or .gz [default: as in the training].
+    #[arg(long, value_name = "DIR", help_heading = ON_DIGITS)]
+    pub(super) data_dir: Option<PathBuf>,
+    /// Do not try to download MNIST.
+    #[arg(long, help_heading = ON_DIGITS)]
+    pub(super) no_download: bool,
+    /// Test on the first N digits only [default: as in the training].
+    #[arg(long, value_name = "N", help_heading = ON_DIGITS)]
+    pub(super) test_limit: Option<usize>,
+    /// Device [default: as in the training].
+    #[arg(long, value_enum, help_heading = ON_COMPUTATION)]
+    pub(super) device: Option<DeviceChoice>,
+    /// CPU threads [default: one per hardware thread].
+    #[arg(long, value_name = "N", help_heading = ON_COMPUTATION)]
+    pub(super) threads: Option<usize>,
+    /// Digits a batch; the tutorial's network normalizes by batch [default: as in the training].
+    #[arg(long, value_name = "N", help_heading = ON_COMPUTATION)]
+    pub(super) batch_size: Option<usize>,
     #[command(flatten)]
     #[serde(skip)]
     pub(super) config: ConfigArgs,
@@ -397,67 +388,6 @@ pub(super) struct Predict {
     /// Write the predictions to this file.
     #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
     pub(super) json: Option<PathBuf>,
-}
-
-#[derive(Args, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[command(next_help_heading = "What to classify")]
-pub(super) struct WhatArgs {
-    /// The pictures in this folder: .png, .pgm, .ppm, .pbm and .pnm files of any size.
-    #[arg(long, value_name = "DIR", conflicts_with = "test_set")]
-    pub(super) images: Option<PathBuf>,
-    /// The test set, with accuracy and confusion matrix.
-    #[arg(long)]
-    pub(super) test_set: bool,
-}
-
-#[derive(Args, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[command(next_help_heading = "Trained model")]
-pub(super) struct TrainedArgs {
-    /// Folder of the training: its --artifacts.
-    #[arg(long, value_name = "DIR", default_value = RUN)]
-    pub(super) artifacts: PathBuf,
-    /// Take the checkpoint after this epoch [default: the newest complete one].
-    #[arg(long, value_name = "N")]
-    pub(super) epoch: Option<usize>,
-    /// In which form to run it [default: the one that was trained].
-    #[arg(long, value_enum)]
-    pub(super) form: Option<PredictForm>,
-}
-
-#[derive(Args, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[command(next_help_heading = "Test digits")]
-pub(super) struct TestDataArgs {
-    /// MNIST if it is found or downloaded and built-in digits otherwise, or one of the two [default:
-    /// as in the training].
-    #[arg(long, value_enum)]
-    pub(super) dataset: Option<DatasetChoice>,
-    /// Folder with MNIST's four IDX files, plain or .gz [default: as in the training].
-    #[arg(long, value_name = "DIR")]
-    pub(super) data_dir: Option<PathBuf>,
-    /// Do not try to download MNIST.
-    #[arg(long)]
-    pub(super) no_download: bool,
-    /// Test on the first N digits only [default: as in the training].
-    #[arg(long, value_name = "N")]
-    pub(super) test_limit: Option<usize>,
-}
-
-#[derive(Args, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[command(next_help_heading = "Computation")]
-pub(super) struct PredictComputeArgs {
-    /// Device [default: as in the training].
-    #[arg(long, value_enum)]
-    pub(super) device: Option<DeviceChoice>,
-    /// CPU threads [default: one per hardware thread].
-    #[arg(long, value_name = "N")]
-    pub(super) threads: Option<usize>,
-    /// Digits a batch; the tutorial's network normalizes by batch [default: as in the training].
-    #[arg(long, value_name = "N")]
-    pub(super) batch_size: Option<usize>,
 }
 
 /// A number that JSON has.

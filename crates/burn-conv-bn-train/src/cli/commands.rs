@@ -57,7 +57,7 @@ fn run_compare(
     allocator: &'static CountingAllocator,
     interrupter: &Interrupter,
 ) -> Result<()> {
-    let threads = args.job.compute.threads;
+    let threads = args.job.threads;
     set_threads(threads)?;
     let time_limit = args.time_limit.map(|minutes| {
         // More than fits is as good as none.
@@ -96,7 +96,7 @@ fn train(
     if resume && overwrite {
         bail!("--resume goes on with the run that --overwrite removes; use one of them");
     }
-    set_threads(job.compute.threads)?;
+    set_threads(job.threads)?;
     // Before the digits are drawn or downloaded.
     if let Some(stored) = &stored {
         stored.check_options(&directory, given)?;
@@ -193,7 +193,7 @@ pub(super) fn interruption(
 }
 
 fn parity(args: ParityArgs, interrupter: &Interrupter) -> Result<()> {
-    set_threads(args.job.compute.threads)?;
+    set_threads(args.job.threads)?;
     let learning = LearningArgs {
         // Trained without, whatever the network has.
         dropout: None,
@@ -209,14 +209,14 @@ fn parity(args: ParityArgs, interrupter: &Interrupter) -> Result<()> {
 }
 
 fn run_predict(args: Predict, interrupter: &Interrupter) -> Result<()> {
-    let source = match (args.what.images, args.what.test_set) {
+    let source = match (args.images, args.test_set) {
         (Some(folder), false) => Source::Images(folder),
         (None, true) => Source::TestSet,
         (Some(_), true) => bail!("--images and --test-set exclude each other"),
         (None, false) => bail!("there is nothing to classify; use --images DIR or --test-set"),
     };
-    set_threads(args.compute.threads)?;
-    let directory = args.trained.artifacts;
+    set_threads(args.threads)?;
+    let directory = args.artifacts;
     let file = RunFile::read(&directory)?;
     let Train {
         variant,
@@ -225,32 +225,30 @@ fn run_predict(args: Predict, interrupter: &Interrupter) -> Result<()> {
         mut learning,
         ..
     } = stored_options(&file, &directory)?;
-    if matches!(source, Source::Images(_)) && job.network.model.tracks_statistics() {
+    if matches!(source, Source::Images(_)) && job.model.tracks_statistics() {
         for (option, is_given) in [
-            ("--dataset", args.data.dataset.is_some()),
-            ("--data-dir", args.data.data_dir.is_some()),
-            ("--test-limit", args.data.test_limit.is_some()),
+            ("--dataset", args.dataset.is_some()),
+            ("--data-dir", args.data_dir.is_some()),
+            ("--test-limit", args.test_limit.is_some()),
         ] {
             if is_given {
                 bail!(
                     "{option} is about test digits, of which {} needs none for pictures",
-                    job.network.model.name()
+                    job.model.name()
                 );
             }
         }
     }
-    let (data, compute) = (&mut job.data, &mut job.compute);
-    data.dataset = args.data.dataset.unwrap_or(data.dataset);
-    data.data_dir = args.data.data_dir.or(data.data_dir.take());
-    data.no_download |= args.data.no_download;
-    learning.test_limit = args.data.test_limit.or(learning.test_limit);
-    compute.device = args.compute.device.unwrap_or(compute.device);
-    let batch_size = args.compute.batch_size;
-    job.training.batch_size = batch_size.unwrap_or(job.training.batch_size);
+    job.dataset = args.dataset.unwrap_or(job.dataset);
+    job.data_dir = args.data_dir.or(job.data_dir);
+    job.no_download |= args.no_download;
+    learning.test_limit = args.test_limit.or(learning.test_limit);
+    job.device = args.device.unwrap_or(job.device);
+    job.batch_size = args.batch_size.unwrap_or(job.batch_size);
     let options = PredictOptions {
         directory,
-        epoch: args.trained.epoch,
-        form: args.trained.form.unwrap_or(variant.into()),
+        epoch: args.epoch,
+        form: args.form.unwrap_or(variant.into()),
         source,
         trained_on: file.data.name,
         json: args.json,

@@ -74,20 +74,18 @@ impl Reordering {
     }
 
     fn of_batch(self, batch: MnistBatch) -> MnistBatch {
-        let MnistBatch { images, targets } = batch;
-        let (images, targets) = if self.batch {
-            (images.flip([0]), targets.flip([0]))
-        } else {
-            (images, targets)
-        };
-        MnistBatch {
-            images: if self.mirror {
-                images.flip([3])
-            } else {
-                images
-            },
-            targets,
+        let MnistBatch {
+            mut images,
+            mut targets,
+        } = batch;
+        if self.batch {
+            images = images.flip([0]);
+            targets = targets.flip([0]);
         }
+        if self.mirror {
+            images = images.flip([3]);
+        }
+        MnistBatch { images, targets }
     }
 
     fn of_network(self, network: Network) -> Network {
