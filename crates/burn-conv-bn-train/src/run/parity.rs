@@ -181,8 +181,6 @@ pub(crate) enum ParityError {
 }
 
 /// Losses of the first steps.
-///
-/// [`measure`](Self::measure) gets them from a job. Made by hand, it shows how it is judged:
 #[derive(Clone, Debug)]
 pub(crate) struct Parity {
     /// Of the fused variant.
