@@ -3,14 +3,13 @@
 use burn::module::{Param, RunningState};
 use burn_conv_bn::{ConvBn2d, FoldError, NormVariant};
 
-/// Replaces each block's convolution by [`ConvBn2d::fold`]'s, and its norm by the identity: a mean of 0 and
-/// a variance of 1, with an epsilon of 0.
+/// Replaces each block's convolution by [`ConvBn2d::fold`]'s, and its norm by the identity: gamma 1, beta 0,
+/// mean 0, variance 1, epsilon 0.
 pub(crate) fn fold<'a>(
     blocks: impl IntoIterator<Item = &'a mut ConvBn2d>,
 ) -> Result<(), FoldError> {
     for block in blocks {
         block.conv = block.fold()?;
-        block.settings.affine = false;
         block.settings.norm_variant = NormVariant::BatchNorm;
         let norm = &mut block.norm;
         norm.epsilon = 0.0;
