@@ -24,6 +24,7 @@ const HELD: &[&str] = &[
     "crates/burn-conv-bn-gpu-tests",
     "crates/burn-conv-bn-memory",
     "crates/burn-conv-bn-models",
+    "crates/burn-conv-bn-train",
     "examples/add-layer",
     "examples/convert-model",
     "examples/data-parallel",

@@ -45,6 +45,7 @@
 
 #![deny(missing_docs)]
 
+mod fold;
 mod form;
 mod head;
 mod init;

@@ -3,9 +3,10 @@ use burn::module::Module;
 use burn::nn::{Dropout, DropoutConfig, Initializer, Linear, LinearConfig};
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, Recompute, SavedTensor};
+use burn_conv_bn::{Activation, ConvBn2d, FoldError, Recompute, SavedTensor};
 
 use crate::Form;
+use crate::fold::fold;
 use crate::head::rows;
 use crate::init::{block, draw, zeros};
 use crate::walk::Walk;
@@ -289,6 +290,19 @@ impl MobileNetV2 {
     pub fn with_form(mut self, form: Form) -> Self {
         self.form = form;
         self
+    }
+
+    /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
+    /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
+    /// network does in evaluation, up to rounding.
+    ///
+    /// # Errors
+    ///
+    /// [`FoldError::NotFinite`] if a channel's scale or shift is not finite, and others of [`ConvBn2d::fold`].
+    pub fn folded(&self) -> Result<Self, FoldError> {
+        let mut net = self.valid();
+        fold(net.features.iter_mut().flat_map(|block| &mut block.conv))?;
+        Ok(net)
     }
 
     /// What a training step keeps for the backward pass in this form, for images of that shape,

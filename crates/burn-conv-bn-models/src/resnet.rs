@@ -6,10 +6,12 @@ use burn::nn::{Linear, LinearConfig, PaddingConfig2d};
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{
-    Activation, ConvBn2d, ConvBn2dConfig, MaxPool2d, MaxPool2dConfig, Recompute, SavedTensor,
+    Activation, ConvBn2d, ConvBn2dConfig, FoldError, MaxPool2d, MaxPool2dConfig, Recompute,
+    SavedTensor,
 };
 
 use crate::Form;
+use crate::fold::fold;
 use crate::head::rows;
 use crate::init::{block, draw, zeros};
 use crate::walk::Walk;
@@ -294,6 +296,26 @@ impl ResNet {
         self
     }
 
+    /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
+    /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
+    /// network does in evaluation, up to rounding.
+    ///
+    /// # Errors
+    ///
+    /// [`FoldError::NotFinite`] if a channel's scale or shift is not finite, and others of [`ConvBn2d::fold`].
+    pub fn folded(&self) -> Result<Self, FoldError> {
+        let mut net = self.valid();
+        let layers = [
+            &mut net.layer1,
+            &mut net.layer2,
+            &mut net.layer3,
+            &mut net.layer4,
+        ];
+        let blocks = layers.into_iter().flatten().flat_map(ResNetBlock::convs);
+        fold(std::iter::once(&mut net.conv1).chain(blocks))?;
+        Ok(net)
+    }
+
     /// What a training step keeps for the backward pass in this form, for images of that shape,
     /// `[batch, input_channels, height, width]`:
     /// by layer, as `layer1.0.conv1`, role and bytes. Each block's input counts as tracked.
@@ -338,6 +360,13 @@ fn pool() -> MaxPool2d {
 }
 
 impl ResNetBlock {
+    fn convs(&mut self) -> impl Iterator<Item = &mut ConvBn2d> {
+        let others = [self.conv3.as_mut(), self.downsample.as_mut()];
+        [&mut self.conv1, &mut self.conv2]
+            .into_iter()
+            .chain(others.into_iter().flatten())
+    }
+
     fn forward(&self, input: Tensor<4>, form: Form) -> Tensor<4> {
         let shortcut = match &self.downsample {
             Some(downsample) => form.forward(downsample, input.clone()),

@@ -4,9 +4,12 @@ use burn::nn::{Dropout, DropoutConfig, Initializer, Linear, LinearConfig};
 use burn::tensor::activation::relu;
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, MaxPool2d, MaxPool2dConfig, Recompute, SavedTensor};
+use burn_conv_bn::{
+    Activation, ConvBn2d, FoldError, MaxPool2d, MaxPool2dConfig, Recompute, SavedTensor,
+};
 
 use crate::Form;
+use crate::fold::fold;
 use crate::head::rows;
 use crate::init::{block, draw, zeros};
 use crate::walk::Walk;
@@ -231,6 +234,19 @@ impl Vgg {
     pub fn with_form(mut self, form: Form) -> Self {
         self.form = form;
         self
+    }
+
+    /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
+    /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
+    /// network does in evaluation, up to rounding.
+    ///
+    /// # Errors
+    ///
+    /// [`FoldError::NotFinite`] if a channel's scale or shift is not finite, and others of [`ConvBn2d::fold`].
+    pub fn folded(&self) -> Result<Self, FoldError> {
+        let mut net = self.valid();
+        fold(&mut net.features)?;
+        Ok(net)
     }
 
     /// What a training step keeps for the backward pass in this form, for images of that shape,

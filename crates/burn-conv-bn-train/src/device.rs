@@ -4,19 +4,9 @@ use burn::tensor::{Device, DeviceType};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::job::Precision;
+use crate::precision::Precision;
 
 /// A device, named as Burn's feature for it.
-///
-/// ```
-/// use burn_conv_bn_train::device::{DeviceChoice, DeviceError};
-///
-/// match DeviceChoice::Cuda.open() {
-///     Ok(device) => println!("computing on {device:?}"),
-///     Err(error @ DeviceError::NotBuilt(_)) => println!("{error}"),
-///     Err(error) => println!("not on this machine: {error}"),
-/// }
-/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceChoice {
@@ -39,8 +29,6 @@ pub enum DeviceChoice {
 }
 
 /// Why there is no such device.
-///
-/// [`DeviceChoice`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
@@ -81,7 +69,7 @@ impl DeviceChoice {
     }
 
     /// The CPU, where everything else can be compared with, if Flex was compiled in.
-    pub fn host() -> Option<Self> {
+    pub(crate) fn host() -> Option<Self> {
         cfg!(feature = "flex").then_some(Self::Flex)
     }
 
@@ -93,9 +81,10 @@ impl DeviceChoice {
     pub fn open(self) -> Result<Device, DeviceError> {
         let (kind, device) = self.built().ok_or(DeviceError::NotBuilt(self.name()))?;
         // Burn opens a device when it is first used, and panics if it is not there.
-        match Device::enumerate(kind).is_empty() {
-            true => Err(DeviceError::NotFound(self.name())),
-            false => Ok(device),
+        if Device::enumerate(kind).is_empty() {
+            Err(DeviceError::NotFound(self.name()))
+        } else {
+            Ok(device)
         }
     }
 
@@ -107,12 +96,13 @@ impl DeviceChoice {
     pub fn open_for(self, precision: Precision) -> Result<Device, DeviceError> {
         let device = self.open()?;
         // What cannot be computed in yields garbage there, or a panic in the middle of a training.
-        match device.supports_dtype(precision.activations()) {
-            true => Ok(device),
-            false => Err(DeviceError::Precision {
+        if device.supports_dtype(precision.activations()) {
+            Ok(device)
+        } else {
+            Err(DeviceError::Precision {
                 device: self.name(),
                 dtype: precision.name(),
-            }),
+            })
         }
     }
 
@@ -149,9 +139,10 @@ fn built() -> String {
         .filter(|choice| choice.built().is_some())
         .map(|choice| choice.name())
         .collect();
-    match names.is_empty() {
-        true => "none".to_string(),
-        false => names.join(", "),
+    if names.is_empty() {
+        "none".to_string()
+    } else {
+        names.join(", ")
     }
 }
 

@@ -7,7 +7,7 @@ use burn::tensor::{FloatDType, Gradients, Tensor};
 /// In f16, see [`LossScale`].
 const F16: f64 = 1024.0;
 
-/// What a loss is multiplied by for the backward pass, and the gradients are divided by after it:
+/// Factor on the loss for the backward pass, by which the gradients are divided after it:
 /// 1024 where activations are f16, and 1 elsewhere.
 ///
 /// A loss is a mean over a batch, so that the gradients of single values are as small as the batch is
@@ -50,18 +50,20 @@ impl LossScale {
 
     /// The gradients of a loss, still multiplied.
     pub fn backward(self, loss: &Tensor<1>) -> Gradients {
-        match self.is_one() {
-            true => loss.backward(),
-            false => (loss.clone() * self.0).backward(),
+        if self.is_one() {
+            loss.backward()
+        } else {
+            (loss.clone() * self.0).backward()
         }
     }
 
     /// A gradient of [`backward`](Self::backward), divided.
     #[must_use]
     pub fn unscale<const D: usize>(self, gradient: Tensor<D>) -> Tensor<D> {
-        match self.is_one() {
-            true => gradient,
-            false => gradient / self.0,
+        if self.is_one() {
+            gradient
+        } else {
+            gradient / self.0
         }
     }
 

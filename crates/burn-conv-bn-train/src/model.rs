@@ -4,15 +4,14 @@ use burn::module::Module;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::ops::PadMode;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{NormVariant, Recompute, SavedTensor};
+use burn_conv_bn::{FoldError, NormVariant, Recompute, SavedTensor};
 use burn_conv_bn_models::{
     Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::batch::{MEAN, STD};
-use crate::data::{CLASSES, SIDE};
+use crate::data::{CLASSES, MEAN, SIDE, STD};
 
 /// Pixels added on each side for torchvision's networks, which halve their images five times:
 /// 28 becomes 32.
@@ -27,27 +26,6 @@ const VGG_HIDDEN: usize = 512;
 /// Torchvision's take images of one channel, padded with black to 32x32: their first convolution
 /// has one input channel, and all else is as it is there. They keep running statistics, for
 /// evaluation; the tutorial's has none, and normalizes with each batch's own.
-///
-/// ```
-/// # #[cfg(feature = "flex")] {
-/// use burn::tensor::{Device, Tensor};
-/// use burn_conv_bn::{NormVariant, Recompute};
-/// use burn_conv_bn_models::Form;
-/// use burn_conv_bn_train::model::{ModelChoice, NetworkOptions};
-///
-/// let options = NetworkOptions {
-///     form: Form::Fused,
-///     norm: NormVariant::BatchNorm,
-///     dropout: 0.0,
-///     recompute: Recompute::Conv,
-///     max_workspace: None,
-/// };
-/// let device = Device::flex().autodiff();
-/// let network = ModelChoice::MobilenetV2.init(&options, &device);
-/// let digits = Tensor::<4>::zeros([2, 1, 28, 28], &device);
-/// assert_eq!(network.forward(digits).dims(), [2, 10]);
-/// # }
-/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ModelChoice {
@@ -66,24 +44,8 @@ pub enum ModelChoice {
 }
 
 /// Why there is no such network, or none for such batches.
-///
-/// ```
-/// use burn_conv_bn::NormVariant;
-/// use burn_conv_bn_train::model::{ModelChoice, ModelError};
-///
-/// let error = ModelChoice::Resnet18.check(NormVariant::BatchNorm, 0.5).unwrap_err();
-/// assert_eq!(
-///     error,
-///     ModelError::Dropout {
-///         model: "resnet18",
-///         probability: 0.5,
-///     }
-/// );
-/// assert!(ModelChoice::Vgg16Bn.check(NormVariant::BatchNorm, 0.5).is_ok());
-/// ```
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ModelError {
+pub(crate) enum ModelError {
     /// A norm that the network does not have.
     #[error(
         "{model} keeps running statistics, with which the tutorial's norm has no unfused form to \
@@ -117,26 +79,24 @@ pub enum ModelError {
     },
 }
 
-/// What a network is made of, besides the choice which.
-///
-/// [`ModelChoice`] has an example.
+/// Settings of a network.
 #[derive(Clone, Copy, Debug)]
-pub struct NetworkOptions {
+pub(crate) struct NetworkOptions {
     /// How the blocks run.
-    pub form: Form,
+    pub(crate) form: Form,
     /// The norm of all blocks.
-    pub norm: NormVariant,
+    pub(crate) norm: NormVariant,
     /// Probability of dropping a hidden value.
-    pub dropout: f64,
+    pub(crate) dropout: f64,
     /// What fused blocks do with the convolution's output.
-    pub recompute: Recompute,
+    pub(crate) recompute: Recompute,
     /// Bound on the fused blocks' workspace, in bytes.
-    pub max_workspace: Option<usize>,
+    pub(crate) max_workspace: Option<usize>,
 }
 
 impl ModelChoice {
     /// As on the command line.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Tutorial => "tutorial",
             Self::Resnet18 => "resnet18",
@@ -148,7 +108,7 @@ impl ModelChoice {
     }
 
     /// The dropout of its authors; 0 for the residual networks, which have none.
-    pub fn default_dropout(self) -> f64 {
+    pub(crate) fn default_dropout(self) -> f64 {
         match self {
             Self::Tutorial | Self::Vgg16Bn => 0.5,
             Self::MobilenetV2 => 0.2,
@@ -157,7 +117,7 @@ impl ModelChoice {
     }
 
     /// Whether it evaluates on running statistics.
-    pub fn tracks_statistics(self) -> bool {
+    pub(crate) fn tracks_statistics(self) -> bool {
         self != Self::Tutorial
     }
 
@@ -170,7 +130,7 @@ impl ModelChoice {
     /// # Errors
     ///
     /// [`ModelError::Norm`] or [`ModelError::Dropout`].
-    pub fn check(self, norm: NormVariant, dropout: f64) -> Result<(), ModelError> {
+    pub(crate) fn check(self, norm: NormVariant, dropout: f64) -> Result<(), ModelError> {
         let model = self.name();
         if self.tracks_statistics() && norm == NormVariant::Tutorial {
             return Err(ModelError::Norm { model });
@@ -189,7 +149,7 @@ impl ModelChoice {
     /// # Errors
     ///
     /// [`ModelError::Alone`].
-    pub fn check_batches(self, digits: usize, batch_size: usize) -> Result<(), ModelError> {
+    pub(crate) fn check_batches(self, digits: usize, batch_size: usize) -> Result<(), ModelError> {
         // VGG's last convolutions see four pixels, and the tutorial's hundreds.
         let takes_one = matches!(self, Self::Tutorial | Self::Vgg16Bn);
         let alone = batch_size == 1 || digits.checked_rem(batch_size) == Some(1);
@@ -205,7 +165,7 @@ impl ModelChoice {
 
     /// A network in its initial state, drawn from the device's generator at once: the same seed
     /// gives the same weights in both forms.
-    pub fn init(self, options: &NetworkOptions, device: &Device) -> Network {
+    pub(crate) fn init(self, options: &NetworkOptions, device: &Device) -> Network {
         let NetworkOptions {
             form,
             norm,
@@ -257,11 +217,9 @@ impl ModelChoice {
 }
 
 /// A network for digits.
-///
-/// [`ModelChoice`] has an example.
 #[allow(clippy::large_enum_variant, reason = "there are few at a time")]
 #[derive(Module, Debug)]
-pub enum Network {
+pub(crate) enum Network {
     /// The tutorial's.
     Tutorial(Net),
     /// A residual network.
@@ -278,13 +236,13 @@ impl Network {
     /// # Shapes
     ///
     /// - `images`: `[batch, 1, 28, 28]`, normalized as
-    ///   [`MnistBatcher`](crate::batch::MnistBatcher) does
+    ///   [`MnistBatcher`](crate::data::MnistBatcher) does
     /// - output: `[batch, 10]`
     ///
     /// # Panics
     ///
     /// If a training batch is too small; see [`ModelChoice::check_batches`].
-    pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+    pub(crate) fn forward(&self, images: Tensor<4>) -> Tensor<2> {
         let scores = match self {
             Self::Tutorial(net) => return net.forward(images),
             Self::ResNet(net) => net.forward(padded(images)),
@@ -294,25 +252,19 @@ impl Network {
         log_softmax(scores, 1)
     }
 
-    /// How the blocks run.
-    pub fn form(&self) -> Form {
-        match self {
-            Self::Tutorial(net) => net.form(),
-            Self::ResNet(net) => net.form(),
-            Self::Vgg(net) => net.form(),
-            Self::MobileNetV2(net) => net.form(),
-        }
-    }
-
-    /// The same network, with the same tensors, in another form.
-    #[must_use]
-    pub fn with_form(self, form: Form) -> Self {
-        match self {
-            Self::Tutorial(net) => Self::Tutorial(net.with_form(form)),
-            Self::ResNet(net) => Self::ResNet(net.with_form(form)),
-            Self::Vgg(net) => Self::Vgg(net.with_form(form)),
-            Self::MobileNetV2(net) => Self::MobileNetV2(net.with_form(form)),
-        }
+    /// The network for evaluation, with norms folded into their convolutions, up to rounding the same.
+    ///
+    /// # Errors
+    ///
+    /// [`FoldError::NoRunningStatistics`] for the tutorial's network, which normalizes with each
+    /// batch's statistics; [`FoldError::NotFinite`] if a channel's scale or shift is not finite.
+    pub(crate) fn folded(&self) -> Result<Self, FoldError> {
+        Ok(match self {
+            Self::Tutorial(net) => Self::Tutorial(net.folded()?),
+            Self::ResNet(net) => Self::ResNet(net.folded()?),
+            Self::Vgg(net) => Self::Vgg(net.folded()?),
+            Self::MobileNetV2(net) => Self::MobileNetV2(net.folded()?),
+        })
     }
 
     /// What a training step keeps for the backward pass in this form, for a batch of that many digits, as
@@ -320,7 +272,7 @@ impl Network {
     ///
     /// The digits themselves are shared: they are data and there in any case. Padded ones are made in the
     /// forward pass and stay because the first block keeps them, so they are its own.
-    pub fn saved_for_backward(&self, batch: usize) -> Vec<(String, SavedTensor)> {
+    pub(crate) fn saved_for_backward(&self, batch: usize) -> Vec<(String, SavedTensor)> {
         let side = SIDE + 2 * PADDING;
         let shape = [batch, 1, side, side];
         let mut saved = match self {
@@ -337,7 +289,7 @@ impl Network {
 }
 
 /// Normalized images, with black around them.
-pub(crate) fn padded(images: Tensor<4>) -> Tensor<4> {
+fn padded(images: Tensor<4>) -> Tensor<4> {
     let black = (-MEAN / STD) as f32;
     images.pad(
         (PADDING, PADDING, PADDING, PADDING),
@@ -346,115 +298,4 @@ pub(crate) fn padded(images: Tensor<4>) -> Tensor<4> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    use burn::tensor::{Distribution, FloatDType, TensorData, Tolerance};
-
-    #[test]
-    fn names_are_those_of_the_command_line() {
-        for choice in ModelChoice::value_variants() {
-            let value = choice.to_possible_value().expect("no choice is hidden");
-            assert_eq!(value.get_name(), choice.name());
-            let json = serde_json::to_string(choice).expect("a name is JSON");
-            assert_eq!(json, format!("{:?}", choice.name()));
-        }
-    }
-
-    fn options(choice: ModelChoice, form: Form) -> NetworkOptions {
-        NetworkOptions {
-            form,
-            norm: NormVariant::BatchNorm,
-            dropout: choice.default_dropout(),
-            recompute: Recompute::Conv,
-            max_workspace: None,
-        }
-    }
-
-    /// In evaluation, where only the tutorial's network depends on the rest of the batch.
-    #[test]
-    fn every_network_gives_log_probabilities_of_digits() {
-        let device = Device::flex();
-        let images = Tensor::<4>::random([2, 1, SIDE, SIDE], Distribution::Default, &device);
-        for &choice in ModelChoice::value_variants() {
-            let fused = choice.init(&options(choice, Form::Fused), &device).valid();
-            assert_eq!(fused.form(), Form::Fused);
-            let output = fused.forward(images.clone());
-            assert_eq!(output.dims(), [2, CLASSES], "{choice:?}");
-            let sums = output.clone().exp().sum_dim(1).into_data();
-            let ones = TensorData::new(vec![1.0f32; 2], [2, 1]);
-            sums.assert_approx_eq::<f32>(&ones, Tolerance::absolute(1e-4));
-
-            let unfused = fused.with_form(Form::Unfused);
-            assert_eq!(unfused.form(), Form::Unfused);
-            // Untrained, the deeper ones have scores in the thousands.
-            let tolerance = Tolerance::rel_abs(1e-3, 1e-2);
-            let unfused = unfused.forward(images.clone()).into_data();
-            output
-                .into_data()
-                .assert_approx_eq::<f32>(&unfused, tolerance);
-        }
-    }
-
-    #[test]
-    fn padding_is_black() {
-        let device = Device::flex();
-        let white = Tensor::<4>::ones([1, 1, SIDE, SIDE], &device).cast(FloatDType::F64);
-        let padded = padded(white);
-        assert_eq!(padded.dims(), [1, 1, 32, 32]);
-        let values: Vec<f64> = padded.into_data().iter::<f64>().collect();
-        for (at, value) in values.into_iter().enumerate() {
-            let inside = [at / 32, at % 32].iter().all(|i| (2..30).contains(i));
-            let wanted = if inside { 1.0 } else { -MEAN / STD };
-            assert!((value - wanted).abs() < 1e-6, "{value} at {at}");
-        }
-    }
-
-    #[test]
-    fn what_is_not_there_is_refused() {
-        let (burn, tutorial) = (NormVariant::BatchNorm, NormVariant::Tutorial);
-        let (net, resnet) = (ModelChoice::Tutorial, ModelChoice::Resnet18);
-        assert_eq!(net.check(tutorial, 0.5), Ok(()));
-        assert_eq!(resnet.check(burn, 0.0), Ok(()));
-        assert_eq!(ModelChoice::MobilenetV2.check(burn, 0.2), Ok(()));
-        let model = "resnet18";
-        assert_eq!(resnet.check(tutorial, 0.0), Err(ModelError::Norm { model }));
-        let probability = 0.5;
-        let refused = Err(ModelError::Dropout { model, probability });
-        assert_eq!(resnet.check(burn, probability), refused);
-    }
-
-    #[test]
-    fn one_digit_alone_is_refused() {
-        for (model, digits, batch_size, fine) in [
-            (ModelChoice::Resnet18, 64, 32, true),
-            (ModelChoice::Resnet18, 65, 32, false),
-            (ModelChoice::Resnet18, 66, 32, true),
-            (ModelChoice::MobilenetV2, 64, 1, false),
-            (ModelChoice::Resnet50, 1, 32, false),
-            (ModelChoice::Tutorial, 65, 32, true),
-            (ModelChoice::Vgg16Bn, 65, 32, true),
-        ] {
-            let checked = model.check_batches(digits, batch_size);
-            assert_eq!(checked.is_ok(), fine, "{model:?}, {digits}, {batch_size}");
-        }
-    }
-
-    /// Padding makes a tensor of its own of the digits, which are there before.
-    #[test]
-    fn networks_list_what_they_keep() {
-        let device = Device::flex().autodiff();
-        for form in [Form::Fused, Form::Unfused] {
-            for (choice, shape, shared) in [
-                (ModelChoice::Resnet18, [3, 1, 32, 32], false),
-                (ModelChoice::Tutorial, [3, 1, 28, 28], true),
-            ] {
-                let network = choice.init(&options(choice, form), &device);
-                let (block, tensor) = &network.saved_for_backward(3)[0];
-                assert_eq!((block.as_str(), tensor.name), ("conv1", "input"));
-                assert_eq!(tensor.shape.to_vec(), shape);
-                assert_eq!(tensor.shared, shared, "{choice:?}, {form:?}");
-            }
-        }
-    }
-}
+mod tests;

@@ -3,13 +3,13 @@
 use std::fmt::Arguments;
 use std::io::{self, ErrorKind, Write};
 
-/// Standard output took no line: its disk is full, or nobody reads the pipe any more.
+/// Standard output cannot be written: a full disk or a closed pipe.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot print: {0}")]
-pub struct PrintError(#[from] io::Error);
+pub(crate) struct PrintError(#[from] io::Error);
 
 impl PrintError {
-    /// Whether nobody reads any more, as in `mnist | head -1`.
+    /// Whether the pipe is closed, as in `mnist | head -1`.
     pub(crate) fn is_closed(&self) -> bool {
         self.0.kind() == ErrorKind::BrokenPipe
     }
@@ -30,7 +30,7 @@ macro_rules! say {
 }
 pub(crate) use say;
 
-/// Prints a line on standard error. A failure has no place left to be told.
+/// Prints a line on standard error. A failure is ignored.
 pub(crate) fn warn(text: Arguments<'_>) {
     let _ = writeln!(
         io::stderr(),
@@ -41,11 +41,7 @@ pub(crate) fn warn(text: Arguments<'_>) {
 
 /// A loss in the few letters of a table, also where it has diverged.
 pub(crate) fn loss(value: f64) -> String {
-    if value.is_finite() && value.abs() >= 1e6 {
-        format!("{value:.3e}")
-    } else {
-        format!("{value:.4}")
-    }
+    number(value, 11, 4).trim_start().to_string()
 }
 
 /// A text whose control characters, but for some, are written as Rust writes them.

@@ -5,8 +5,7 @@
 use burn::data::dataloader::batcher::Batcher;
 use burn::train::TrainStep;
 use burn_conv_bn_memory::CountingAllocator;
-use burn_conv_bn_train::batch::MnistBatcher;
-use burn_conv_bn_train::data::DatasetChoice;
+use burn_conv_bn_train::data::{DatasetChoice, MnistBatcher};
 use burn_conv_bn_train::device::DeviceChoice;
 use burn_conv_bn_train::estimate::estimate;
 use burn_conv_bn_train::job::{Job, Norm, Precision, RecomputePolicy, Variant};

@@ -5,8 +5,7 @@
 use burn::data::dataloader::batcher::Batcher;
 use burn::train::TrainStep;
 use burn_conv_bn_memory::CountingAllocator;
-use burn_conv_bn_train::batch::{DigitItem, MnistBatcher};
-use burn_conv_bn_train::data::{DatasetChoice, generate};
+use burn_conv_bn_train::data::{DatasetChoice, DigitItem, MnistBatcher, generate};
 use burn_conv_bn_train::device::DeviceChoice;
 use burn_conv_bn_train::job::{Job, Norm, Precision, RecomputePolicy, Variant};
 use burn_conv_bn_train::memory::MemoryProbe;

@@ -29,10 +29,13 @@
 //! # Ok::<(), burn_conv_bn::ConvBnError>(())
 //! ```
 
-use burn::backend::Dispatch;
-use burn::tensor::ops::MaxPoolOptions;
-use burn::tensor::{DType, Device, Shape, Tensor};
+mod check;
 
+use burn::backend::Dispatch;
+use burn::tensor::Tensor;
+use burn::tensor::ops::MaxPoolOptions;
+
+use self::check::Check;
 use crate::backend::{ConvBnBackend, ConvBnInputs, NormOutput, OptionalTensor, Statistics};
 use crate::spec::{
     ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPoolProblem, NormSpec,
@@ -41,8 +44,6 @@ use crate::spec::{
 
 /// A normalized output and the statistics that it was normalized with: what [`batch_norm`] and
 /// [`conv_bn`] return.
-///
-/// [`batch_norm`] and [`conv_bn`] have examples.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Normalized<const D: usize> {
@@ -526,103 +527,4 @@ fn dequantize((first, second): (Tensor<1>, Tensor<1>)) -> (Tensor<1>, Tensor<1>)
 
 fn optional<const D: usize>(tensor: Option<Tensor<D>>) -> OptionalTensor<Dispatch> {
     tensor.map(Tensor::into_dispatch).into()
-}
-
-/// Checks tensors against the op's input.
-struct Check {
-    dtype: DType,
-    device: Device,
-}
-
-impl Check {
-    fn new<const D: usize>(input: &Tensor<D>) -> Self {
-        Self {
-            dtype: input.dtype(),
-            device: input.device(),
-        }
-    }
-
-    /// An op's output of no elements, which is no part of the graph, as Burn's empty tensors are not.
-    fn empty<const D: usize>(&self, shape: Shape) -> Tensor<D> {
-        Tensor::empty(shape, (&self.device, self.dtype))
-    }
-
-    fn data<const D: usize>(
-        &self,
-        what: &'static str,
-        tensor: &Tensor<D>,
-    ) -> Result<(), ConvBnError> {
-        self.dtype_among(what, tensor, &[self.dtype])
-    }
-
-    fn data_channels(
-        &self,
-        what: &'static str,
-        tensor: Option<&Tensor<1>>,
-        channels: usize,
-    ) -> Result<(), ConvBnError> {
-        let Some(tensor) = tensor else { return Ok(()) };
-        self.shape(what, tensor, Shape::new([channels]))?;
-        self.data(what, tensor)
-    }
-
-    fn norm_channels(
-        &self,
-        what: &'static str,
-        tensor: Option<&Tensor<1>>,
-        channels: usize,
-    ) -> Result<(), ConvBnError> {
-        let Some(tensor) = tensor else { return Ok(()) };
-        self.shape(what, tensor, Shape::new([channels]))?;
-        match self.dtype {
-            DType::F16 | DType::BF16 => self.dtype_among(what, tensor, &[self.dtype, DType::F32]),
-            dtype => self.dtype_among(what, tensor, &[dtype]),
-        }
-    }
-
-    fn shape<const D: usize>(
-        &self,
-        what: &'static str,
-        tensor: &Tensor<D>,
-        expected: Shape,
-    ) -> Result<(), ConvBnError> {
-        let got = tensor.shape();
-        if got == expected {
-            Ok(())
-        } else {
-            Err(ConvBnError::Shape {
-                what,
-                expected,
-                got,
-            })
-        }
-    }
-
-    fn dtype_among<const D: usize>(
-        &self,
-        what: &'static str,
-        tensor: &Tensor<D>,
-        expected: &[DType],
-    ) -> Result<(), ConvBnError> {
-        let got = tensor.dtype();
-        if !expected.contains(&got) {
-            let expected: Vec<String> = expected.iter().map(|dtype| format!("{dtype:?}")).collect();
-            return Err(ConvBnError::DType {
-                what,
-                input: self.dtype,
-                expected: expected.join(" or "),
-                got,
-            });
-        }
-        let device = tensor.device();
-        if device == self.device {
-            Ok(())
-        } else {
-            Err(ConvBnError::Device {
-                what,
-                expected: format!("{:?}", self.device),
-                got: format!("{device:?}"),
-            })
-        }
-    }
 }

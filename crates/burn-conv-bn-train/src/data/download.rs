@@ -132,7 +132,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::super::testing::{gzip, label_file, real_mnist, refusing_mirror, serve};
-    use super::super::{digits, testing};
+    use super::super::{generate, testing};
     use super::*;
 
     /// Fetches into a new folder, in which a failure must leave nothing.
@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn refuses_other_digits() {
-        let digits = digits::generate(20, 0);
+        let digits = generate(20, 0);
         let bytes = gzip(&testing::image_file(digits.images()));
         let failures = failed(&[&serve(move |_| Some(bytes.clone()))]);
         assert!(

@@ -9,22 +9,12 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use super::digits::generate;
 use super::download::{self, DownloadError, MIRRORS};
 use super::files::{self, FILES, Parts};
 use super::idx::{Digits, IdxError};
+use super::synthetic::generate;
 
 /// Environment variable that, unless empty or `0`, forbids the download.
-///
-/// ```
-/// use std::process::Command;
-///
-/// use burn_conv_bn_train::data::OFFLINE;
-///
-/// // A training that is not to download anything.
-/// let mut training = Command::new("mnist");
-/// training.env(OFFLINE, "1");
-/// ```
 pub const OFFLINE: &str = "BURN_CONV_BN_OFFLINE";
 
 /// Digits in the training part of MNIST and of its stand-in.
@@ -37,8 +27,6 @@ const TEST_COUNT: usize = 10_000;
 const TEST_SEED: u64 = 0x7465_7374_5f70_6172;
 
 /// Which data to train on.
-///
-/// [`resolve`] has an example.
 #[derive(
     Clone,
     Copy,
@@ -62,27 +50,23 @@ pub enum DatasetChoice {
 }
 
 /// What [`resolve`] is to find.
-///
-/// [`resolve`] has an example.
 #[derive(Clone, Debug, Default)]
-pub struct DataRequest {
+pub(crate) struct DataRequest {
     /// Which data to train on.
-    pub choice: DatasetChoice,
+    pub(crate) choice: DatasetChoice,
     /// Folder with the four IDX files; with it, no other place is looked at.
-    pub data_dir: Option<PathBuf>,
+    pub(crate) data_dir: Option<PathBuf>,
     /// Whether MNIST may be downloaded; see also [`OFFLINE`].
-    pub allow_download: bool,
+    pub(crate) allow_download: bool,
     /// Seed of the drawn digits.
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// Most training digits to keep, counted from the first.
-    pub train_limit: Option<usize>,
+    pub(crate) train_limit: Option<usize>,
     /// Most test digits to keep, counted from the first.
-    pub test_limit: Option<usize>,
+    pub(crate) test_limit: Option<usize>,
 }
 
 /// The data and where they come from.
-///
-/// [`resolve`] has an example.
 #[derive(Clone, Debug)]
 pub struct MnistData {
     /// Digits to learn from.
@@ -94,8 +78,6 @@ pub struct MnistData {
 }
 
 /// Where the data come from; displayed as one line for the user.
-///
-/// [`resolve`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DataOrigin {
@@ -182,8 +164,6 @@ impl fmt::Display for DataOrigin {
 }
 
 /// Why there are no data.
-///
-/// [`resolve`] has an example.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum DataError {
@@ -237,37 +217,7 @@ pub enum DataError {
 ///
 /// [`DataError`] if a given `data_dir` is not readable, complete and sound, if
 /// [`DatasetChoice::Mnist`] cannot be fulfilled, or if a limit is 0.
-///
-/// # Examples
-///
-/// ```
-/// use burn_conv_bn_train::data::{DataError, DataRequest, DatasetChoice, resolve};
-///
-/// let request = DataRequest {
-///     choice: DatasetChoice::Synthetic,
-///     train_limit: Some(100),
-///     test_limit: Some(20),
-///     ..DataRequest::default()
-/// };
-/// let data = resolve(&request)?;
-/// assert_eq!((data.train.len(), data.test.len()), (100, 20));
-/// assert_eq!(data.origin.name(), "synthetic");
-/// assert_eq!(
-///     data.origin.to_string(),
-///     "built-in synthetic digits (seed 0), as requested"
-/// );
-///
-/// let nothing = DataRequest {
-///     train_limit: Some(0),
-///     ..request
-/// };
-/// assert!(matches!(
-///     resolve(&nothing),
-///     Err(DataError::ZeroLimit { part: "training" })
-/// ));
-/// # Ok::<(), DataError>(())
-/// ```
-pub fn resolve(request: &DataRequest) -> Result<MnistData, DataError> {
+pub(crate) fn resolve(request: &DataRequest) -> Result<MnistData, DataError> {
     let machine = Machine {
         cache: dirs::cache_dir(),
         offline: is_set(env::var_os(OFFLINE).as_deref()),
@@ -424,18 +374,16 @@ fn search(machine: &Machine, allow_download: bool) -> Result<MnistData, Vec<Miss
 
     let path = cache.join("burn-conv-bn/mnist");
     let paths = FILES.each_ref().map(|file| download::stored(&path, file));
+    let found = |parts: Parts, fresh: bool| {
+        let origin = DataOrigin::Download {
+            path: path.clone(),
+            fresh,
+            ignored: ignored.clone(),
+        };
+        with_origin(parts, origin)
+    };
     let own = match from_cache(&path, &paths) {
-        Ok(parts) => {
-            let fresh = false;
-            return Ok(with_origin(
-                parts,
-                DataOrigin::Download {
-                    path,
-                    fresh,
-                    ignored,
-                },
-            ));
-        }
+        Ok(parts) => return Ok(found(parts, false)),
         Err(miss) => miss,
     };
 
@@ -446,17 +394,7 @@ fn search(machine: &Machine, allow_download: bool) -> Result<MnistData, Vec<Miss
     } else {
         let fetched = download::fetch(machine.mirrors, &path).map_err(Miss::Download);
         match fetched.and_then(|()| from_cache(&path, &paths)) {
-            Ok(parts) => {
-                let fresh = true;
-                return Ok(with_origin(
-                    parts,
-                    DataOrigin::Download {
-                        path,
-                        fresh,
-                        ignored,
-                    },
-                ));
-            }
+            Ok(parts) => return Ok(found(parts, true)),
             Err(miss) => miss,
         }
     };
@@ -476,358 +414,4 @@ fn from_cache(dir: &Path, paths: &[PathBuf; 4]) -> Result<Parts, Miss> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::{Duration, Instant};
-
-    use tempfile::TempDir;
-
-    use super::super::testing::{gzip, idx_files, real_mnist, refusing_mirror, serve, write_idx};
-    use super::*;
-
-    /// A machine without network whose cache is `dir`.
-    fn offline(dir: &TempDir) -> Machine<'static> {
-        Machine {
-            cache: Some(dir.path().into()),
-            offline: true,
-            mirrors: &[],
-        }
-    }
-
-    fn small() -> (Digits, Digits) {
-        (generate(30, 1), generate(20, 2))
-    }
-
-    fn in_folder(dir: &Path) -> Result<MnistData, DataError> {
-        let request = DataRequest {
-            data_dir: Some(dir.into()),
-            allow_download: true,
-            ..DataRequest::default()
-        };
-        // Nothing but the folder may be used.
-        let machine = Machine {
-            cache: None,
-            offline: true,
-            mirrors: &[],
-        };
-        resolve_on(&machine, &request)
-    }
-
-    /// A request that is quick to fulfil by drawing.
-    fn auto() -> DataRequest {
-        DataRequest {
-            allow_download: true,
-            train_limit: Some(12),
-            test_limit: Some(8),
-            ..DataRequest::default()
-        }
-    }
-
-    /// Puts the real files where Burn keeps its copy.
-    fn fill_burn_cache(cache: &Path, real: &Path) {
-        for file in &FILES {
-            let dir = cache.join("burn-dataset/mnist").join(file.part);
-            fs::create_dir_all(&dir).unwrap();
-            let packed = fs::File::open(file.find(real).unwrap().unwrap()).unwrap();
-            let mut plain = fs::File::create(dir.join(file.name)).unwrap();
-            io::copy(&mut flate2::read::GzDecoder::new(packed), &mut plain).unwrap();
-        }
-    }
-
-    #[test]
-    fn reads_a_folder_of_custom_digits() {
-        let (train, test) = small();
-        let dir = TempDir::new().unwrap();
-        write_idx(dir.path(), &train, &test);
-        let data = in_folder(dir.path()).unwrap();
-        assert_eq!((data.train, data.test), (train, test));
-        assert_eq!(data.origin.name(), "custom");
-        assert_eq!(
-            data.origin.to_string(),
-            format!(
-                "custom digits from {} (not MNIST by their checksums)",
-                dir.path().display()
-            )
-        );
-    }
-
-    #[test]
-    fn reads_the_folder_below_that_torchvision_fills() {
-        let (train, test) = small();
-        let dir = TempDir::new().unwrap();
-        let raw = dir.path().join("MNIST/raw");
-        write_idx(&raw, &train, &test);
-        let data = in_folder(dir.path()).unwrap();
-        assert_eq!(data.train, train);
-        assert_eq!(
-            data.origin,
-            DataOrigin::Folder {
-                path: raw,
-                genuine: false
-            }
-        );
-    }
-
-    #[test]
-    fn reads_gzip_files_with_dotted_names() {
-        let (train, test) = small();
-        let dir = TempDir::new().unwrap();
-        for (file, bytes) in FILES.iter().zip(idx_files(&train, &test)) {
-            let name = file.name.replace("-idx", ".idx") + ".gz";
-            fs::write(dir.path().join(name), gzip(&bytes)).unwrap();
-        }
-        assert_eq!(in_folder(dir.path()).unwrap().test, test);
-    }
-
-    #[test]
-    fn names_a_missing_file_and_draws_nothing() {
-        let (train, test) = small();
-        for file in &FILES {
-            let dir = TempDir::new().unwrap();
-            write_idx(dir.path(), &train, &test);
-            fs::remove_file(dir.path().join(file.name)).unwrap();
-            let error = in_folder(dir.path()).unwrap_err();
-            assert!(
-                matches!(&error, DataError::Missing { dir: at, name }
-                    if at == dir.path() && *name == file.name),
-                "{error}"
-            );
-        }
-    }
-
-    #[test]
-    fn names_a_damaged_file_and_draws_nothing() {
-        let (train, test) = small();
-        for (damaged, sound) in FILES.iter().zip(idx_files(&train, &test)) {
-            let dir = TempDir::new().unwrap();
-            write_idx(dir.path(), &train, &test);
-            let plain = dir.path().join(damaged.name);
-            let packed = plain.with_extension("gz");
-            fs::remove_file(&plain).unwrap();
-            let bytes = gzip(&sound);
-            fs::write(&packed, &bytes[..bytes.len() / 2]).unwrap();
-            let error = in_folder(dir.path()).unwrap_err();
-            assert!(
-                matches!(&error, DataError::Idx(IdxError::Gzip { path, .. }) if *path == packed),
-                "{error}"
-            );
-        }
-    }
-
-    #[test]
-    fn names_a_folder_that_is_none() {
-        let dir = TempDir::new().unwrap();
-        let file = dir.path().join("file");
-        fs::write(&file, "").unwrap();
-        for none in [file, dir.path().join("absent")] {
-            let error = in_folder(&none).unwrap_err();
-            assert!(
-                matches!(&error, DataError::Io { path, .. } if *path == none),
-                "{error}"
-            );
-        }
-    }
-
-    #[test]
-    fn reads_the_real_mnist() {
-        let Some(real) = real_mnist() else { return };
-        let data = in_folder(&real).unwrap();
-        assert_eq!((data.train.len(), data.test.len()), (60_000, 10_000));
-        assert_eq!(data.train.labels()[..5], [5, 0, 4, 1, 9]);
-        assert_eq!(data.test.labels()[..5], [7, 2, 1, 0, 4]);
-        assert_eq!(data.origin.name(), "mnist");
-        assert_eq!(
-            data.origin.to_string(),
-            format!("MNIST from {}", real.display())
-        );
-    }
-
-    #[test]
-    fn limits_keep_the_first_digits() {
-        let (train, test) = small();
-        let dir = TempDir::new().unwrap();
-        write_idx(dir.path(), &train, &test);
-        let request = DataRequest {
-            data_dir: Some(dir.path().into()),
-            train_limit: Some(7),
-            test_limit: Some(1_000),
-            ..DataRequest::default()
-        };
-        let data = resolve_on(&offline(&dir), &request).unwrap();
-        assert_eq!(data.train.labels(), &train.labels()[..7]);
-        assert_eq!(data.test, test);
-    }
-
-    #[test]
-    fn refuses_a_limit_of_zero() {
-        let dir = TempDir::new().unwrap();
-        let request = DataRequest {
-            test_limit: Some(0),
-            ..auto()
-        };
-        let error = resolve_on(&offline(&dir), &request).unwrap_err();
-        assert!(
-            matches!(error, DataError::ZeroLimit { part: "test" }),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn draws_on_request_without_looking_around() {
-        let dir = TempDir::new().unwrap();
-        let request = DataRequest {
-            choice: DatasetChoice::Synthetic,
-            seed: 4,
-            ..auto()
-        };
-        let data = resolve_on(&offline(&dir), &request).unwrap();
-        assert_eq!(data.train, generate(12, 4));
-        assert_ne!(data.test, generate(8, 4), "the test digits must be new");
-        assert_eq!(data.origin.name(), "synthetic");
-        assert_eq!(
-            data.origin.to_string(),
-            "built-in synthetic digits (seed 4), as requested"
-        );
-    }
-
-    #[test]
-    fn auto_draws_and_gives_the_reasons() {
-        let dir = TempDir::new().unwrap();
-        let data = resolve_on(&offline(&dir), &auto()).unwrap();
-        assert_eq!((data.train.len(), data.test.len()), (12, 8));
-        let line = data.origin.to_string();
-        let cache = dir.path().display();
-        assert_eq!(
-            line,
-            format!(
-                "built-in synthetic digits (seed 0), because no MNIST was found: \
-                 nothing in {cache}/burn-dataset/mnist; nothing in {cache}/burn-conv-bn/mnist; \
-                 the download is forbidden by BURN_CONV_BN_OFFLINE"
-            )
-        );
-    }
-
-    #[test]
-    fn mnist_on_demand_is_mnist_or_an_error() {
-        let dir = TempDir::new().unwrap();
-        let request = DataRequest {
-            choice: DatasetChoice::Mnist,
-            allow_download: false,
-            ..auto()
-        };
-        let error = resolve_on(&offline(&dir), &request).unwrap_err();
-        assert!(matches!(error, DataError::NotFound { .. }), "{error}");
-        assert!(
-            error.to_string().contains("the download is not allowed"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn fails_fast_without_a_network() {
-        let dir = TempDir::new().unwrap();
-        let mirrors = [refusing_mirror(), refusing_mirror()];
-        let mirrors = mirrors.each_ref().map(String::as_str);
-        let machine = Machine {
-            offline: false,
-            mirrors: &mirrors,
-            ..offline(&dir)
-        };
-        let start = Instant::now();
-        let data = resolve_on(&machine, &auto()).unwrap();
-        assert!(
-            start.elapsed() < Duration::from_secs(8),
-            "{:?}",
-            start.elapsed()
-        );
-        let line = data.origin.to_string();
-        assert!(line.contains("the download failed"), "{line}");
-        assert!(mirrors.iter().all(|mirror| line.contains(mirror)), "{line}");
-    }
-
-    #[test]
-    fn a_system_without_a_cache_folder_draws() {
-        let machine = Machine {
-            cache: None,
-            offline: false,
-            mirrors: &[],
-        };
-        let line = resolve_on(&machine, &auto()).unwrap().origin.to_string();
-        assert!(
-            line.ends_with("this system names no cache folder"),
-            "{line}"
-        );
-    }
-
-    #[test]
-    fn passes_over_unsound_or_foreign_files_in_the_caches() {
-        let (train, test) = small();
-        let dir = TempDir::new().unwrap();
-        let (burn, own) = ("burn-dataset/mnist", "burn-conv-bn/mnist");
-        write_idx(&dir.path().join(burn).join("train"), &train, &test);
-        for (file, bytes) in FILES.iter().zip(idx_files(&train, &test)) {
-            let path = download::stored(&dir.path().join(own), file);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, gzip(&bytes)).unwrap();
-        }
-        let line = resolve_on(&offline(&dir), &auto())
-            .unwrap()
-            .origin
-            .to_string();
-        // Burn's copy lacks the test part; the earlier download holds other digits.
-        assert!(line.contains("test/t10k-images-idx3-ubyte"), "{line}");
-        assert!(
-            line.contains("burn-conv-bn/mnist do not have the checksums of MNIST"),
-            "{line}"
-        );
-    }
-
-    #[test]
-    fn uses_the_copy_that_burn_keeps() {
-        let Some(real) = real_mnist() else { return };
-        let dir = TempDir::new().unwrap();
-        fill_burn_cache(dir.path(), &real);
-        let data = resolve_on(&offline(&dir), &auto()).unwrap();
-        assert_eq!(data.train.labels()[..3], [5, 0, 4]);
-        let path = dir.path().join("burn-dataset/mnist");
-        assert_eq!(data.origin, DataOrigin::BurnCache { path });
-    }
-
-    #[test]
-    fn downloads_once_and_tells_what_it_passed_over() {
-        let Some(real) = real_mnist() else { return };
-        let dir = TempDir::new().unwrap();
-        let (train, test) = small();
-        for part in ["train", "test"] {
-            write_idx(
-                &dir.path().join("burn-dataset/mnist").join(part),
-                &train,
-                &test,
-            );
-        }
-        let mirror = serve(move |name| fs::read(real.join(name)).ok());
-        let online = Machine {
-            offline: false,
-            mirrors: &[&mirror],
-            ..offline(&dir)
-        };
-
-        let first = resolve_on(&online, &auto()).unwrap().origin;
-        let line = first.to_string();
-        assert!(line.starts_with("MNIST downloaded to "), "{line}");
-        assert!(line.contains("(passed over: the files in "), "{line}");
-
-        let second = resolve_on(&offline(&dir), &auto()).unwrap().origin;
-        assert!(
-            matches!(second, DataOrigin::Download { fresh: false, .. }),
-            "{second}"
-        );
-        assert_eq!(second.name(), "mnist");
-    }
-
-    #[test]
-    fn the_variable_counts_unless_empty_or_zero() {
-        let set = |value: &str| is_set(Some(OsStr::new(value)));
-        assert!(set("1") && set("true"));
-        assert!(!set("0") && !set("") && !is_set(None));
-    }
-}
+mod tests;

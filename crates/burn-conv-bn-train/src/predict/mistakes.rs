@@ -1,24 +1,17 @@
-//! The picture of what a network got wrong.
+//! The picture of the misclassified digits.
 
 use std::fmt::Write as _;
 use std::io::Cursor;
-use std::path::{Path, PathBuf};
 
 use image::{GrayImage, ImageFormat, Luma};
 
 use super::font;
 use crate::data::{PIXELS, SIDE};
+use crate::persist::output::PictureFormat;
 use crate::print::number;
 
-/// Digits that a picture shows at most.
-///
-/// ```
-/// use burn_conv_bn_train::predict::mistakes::SHOWN;
-///
-/// let mistakes = 130;
-/// println!("{} of {mistakes} mistakes are in the picture", mistakes.min(SHOWN));
-/// ```
-pub const SHOWN: usize = COLUMNS * 5;
+/// Most digits of a picture.
+pub(super) const SHOWN: usize = COLUMNS * 5;
 
 /// Digits in a row.
 const COLUMNS: usize = 8;
@@ -52,58 +45,19 @@ const WIDTH: u32 = 2 * MARGIN + COLUMNS as u32 * RIGHT;
 /// Letters that fit a line across the picture.
 pub(super) const LETTERS: usize = ((WIDTH - 2 * MARGIN) / ADVANCE) as usize;
 
-/// How a picture is stored.
-///
-/// [`draw`] has an example.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PictureFormat {
-    /// Scalable Vector Graphics.
-    Svg,
-    /// Portable Network Graphics.
-    Png,
-}
-
-/// The name of a picture's file does not say how to store it.
-///
-/// [`draw`] has an example.
-#[derive(Debug, thiserror::Error)]
-#[error("a picture is written to a file that ends in .svg or .png, which {} does not", .0.display())]
-pub struct PictureFormatError(PathBuf);
-
-impl PictureFormat {
-    /// That of a file with such a name.
-    ///
-    /// # Errors
-    ///
-    /// [`PictureFormatError`] if it ends neither in `.svg` nor in `.png`.
-    pub fn of(path: &Path) -> Result<Self, PictureFormatError> {
-        let ends_in = |wanted: &str| {
-            path.extension()
-                .is_some_and(|extension| extension.eq_ignore_ascii_case(wanted))
-        };
-        match (ends_in("svg"), ends_in("png")) {
-            (true, _) => Ok(Self::Svg),
-            (_, true) => Ok(Self::Png),
-            _ => Err(PictureFormatError(path.to_path_buf())),
-        }
-    }
-}
-
-/// A digit that was taken for another one.
-///
-/// [`draw`] has an example.
+/// A misclassified digit.
 #[derive(Clone, Debug)]
-pub struct Tile {
+pub(super) struct Tile {
     /// The digit, white on black.
-    pub image: [u8; PIXELS],
-    /// What it is.
-    pub label: u8,
-    /// What it was taken for.
-    pub prediction: u8,
-    /// With which probability, from 0 to 1.
-    pub probability: f64,
+    pub(super) image: [u8; PIXELS],
+    /// Its class.
+    pub(super) label: u8,
+    /// The predicted class.
+    pub(super) prediction: u8,
+    /// Probability of the prediction, from 0 to 1.
+    pub(super) probability: f64,
     /// Loss of the digit, which orders them.
-    pub loss: f64,
+    pub(super) loss: f64,
 }
 
 impl Tile {
@@ -117,7 +71,7 @@ impl Tile {
     }
 }
 
-/// What a picture consists of. Coordinates are of the upper left corner.
+/// An element of a picture. Coordinates are of the upper left corner.
 enum Mark<'a> {
     Digit {
         x: u32,
@@ -137,31 +91,11 @@ enum Mark<'a> {
 /// # Errors
 ///
 /// If the PNG encoder fails.
-///
-/// # Examples
-///
-/// ```
-/// use std::path::Path;
-///
-/// use burn_conv_bn_train::data::PIXELS;
-/// use burn_conv_bn_train::predict::mistakes::{PictureFormat, Tile, draw};
-///
-/// assert!(PictureFormat::of(Path::new("mistakes.jpg")).is_err());
-/// let format = PictureFormat::of(Path::new("mistakes.svg"))?;
-/// let tile = Tile {
-///     image: [128; PIXELS],
-///     label: 4,
-///     prediction: 9,
-///     probability: 0.75,
-///     loss: 1.5,
-/// };
-/// let svg = draw(format, &["1 of 10 digits".to_string()], &[tile])?;
-/// let svg = String::from_utf8(svg)?;
-/// assert!(svg.contains("4 read as 9") && svg.contains("75.00 %"));
-/// assert!(svg.contains("loss 1.500"));
-/// # Ok::<(), anyhow::Error>(())
-/// ```
-pub fn draw(format: PictureFormat, heading: &[String], tiles: &[Tile]) -> anyhow::Result<Vec<u8>> {
+pub(super) fn draw(
+    format: PictureFormat,
+    heading: &[String],
+    tiles: &[Tile],
+) -> anyhow::Result<Vec<u8>> {
     let tiles = &tiles[..tiles.len().min(SHOWN)];
     let top = MARGIN + heading.len() as u32 * LINE + 12;
     let rows = tiles.len().div_ceil(COLUMNS) as u32;
@@ -303,136 +237,4 @@ fn fill(picture: &mut GrayImage, [left, top]: [u32; 2], side: u32, shade: u8) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    use crate::data::generate;
-
-    fn tiles(count: usize) -> Vec<Tile> {
-        let digits = generate(count, 5);
-        (0..count)
-            .map(|index| Tile {
-                image: *digits.image(index),
-                label: digits.label(index),
-                prediction: 9 - digits.label(index),
-                probability: 1.0 - index as f64 / 1000.0,
-                loss: 16.0 - index as f64 / 10.0,
-            })
-            .collect()
-    }
-
-    fn heading() -> Vec<String> {
-        vec![
-            "The 40 with the highest loss of 132 mistakes on 10000 digits".to_string(),
-            "mobilenet-v2, unfused, epoch 12 (f64)".to_string(),
-        ]
-    }
-
-    fn decoded(heading: &[String], tiles: &[Tile]) -> GrayImage {
-        let png = draw(PictureFormat::Png, heading, tiles).unwrap();
-        image::load_from_memory(&png).unwrap().to_luma8()
-    }
-
-    #[test]
-    fn every_text_fits_and_has_its_letters() {
-        for tile in tiles(60) {
-            for line in tile.lines() {
-                assert!(width(&line) < RIGHT, "{line}");
-                assert!(line.chars().all(font::knows), "{line}");
-            }
-        }
-        for line in heading() {
-            assert!(width(&line) <= WIDTH - 2 * MARGIN, "{line}");
-            assert!(line.to_lowercase().chars().all(font::knows), "{line}");
-        }
-    }
-
-    #[test]
-    fn nothing_reaches_into_the_margin() {
-        for count in [0, 1, 9, 60] {
-            let picture = decoded(&heading(), &tiles(count));
-            let (width, height) = picture.dimensions();
-            assert_eq!(width, WIDTH);
-            let rows = count.min(SHOWN).div_ceil(COLUMNS) as u32;
-            assert_eq!(height, 2 * MARGIN + 2 * LINE + 12 + rows * DOWN, "{count}");
-            for (x, y, pixel) in picture.enumerate_pixels() {
-                let inside = |at: u32, length: u32| (MARGIN..length - MARGIN).contains(&at);
-                let margin = !inside(x, width) || !inside(y, height);
-                assert!(!margin || pixel.0[0] == 255, "{count}: ink at {x}, {y}");
-            }
-        }
-    }
-
-    #[test]
-    fn the_digit_is_shown_as_it_is() {
-        let tile = &tiles(1)[0];
-        let picture = decoded(&[], std::slice::from_ref(tile));
-        let (left, top) = (MARGIN + (RIGHT - DIGIT) / 2, MARGIN + 12);
-        for (at, &pixel) in tile.image.iter().enumerate() {
-            let x = left + (at % SIDE) as u32 * ZOOM + ZOOM / 2;
-            let y = top + (at / SIDE) as u32 * ZOOM + ZOOM / 2;
-            assert_eq!(picture.get_pixel(x, y).0[0], pixel, "pixel {at}");
-        }
-    }
-
-    #[test]
-    fn the_drawing_says_the_same() {
-        let tiles = tiles(60);
-        let svg = draw(PictureFormat::Svg, &heading(), &tiles).unwrap();
-        let svg = String::from_utf8(svg).unwrap();
-        assert!(
-            svg.contains("the 40 with the highest loss of 132 mistakes"),
-            "{svg}"
-        );
-        assert!(svg.ends_with("</svg>\n"));
-        assert_eq!(svg.matches("<g ").count(), SHOWN);
-        for (index, tile) in tiles.iter().enumerate() {
-            let [what, probability, loss] = tile.lines();
-            let shown = index < SHOWN;
-            assert!(!shown || svg.contains(&format!(">{what}</text>")), "{what}");
-            let shows = svg.contains(&format!(">{probability}</text>"));
-            assert_eq!(shows, shown, "{probability}");
-            let shows = svg.contains(&format!(">{loss}</text>"));
-            assert_eq!(shows, shown, "{loss}");
-        }
-    }
-
-    /// Every pixel that is not black is under one bar, of nearly its shade.
-    #[test]
-    fn bars_cover_the_digit() {
-        let digit = *generate(1, 8).image(0);
-        let mut drawn = [0u8; PIXELS];
-        for path in paths(&digit).split("<path ").skip(1) {
-            let (_, shade) = path.split_once("rgb(").unwrap();
-            let shade: u8 = shade.split(',').next().unwrap().parse().unwrap();
-            let (_, bars) = path.split_once("d=\"M").unwrap();
-            for bar in bars.split('"').next().unwrap().split('M') {
-                let numbers: Vec<usize> = bar
-                    .split(|c: char| !c.is_ascii_digit())
-                    .filter_map(|number| number.parse().ok())
-                    .collect();
-                let [x, y, length, ..] = numbers[..] else {
-                    panic!("{bar}");
-                };
-                for pixel in &mut drawn[y * SIDE + x..y * SIDE + x + length] {
-                    assert_eq!(*pixel, 0, "two bars at {x}, {y}");
-                    *pixel = shade;
-                }
-            }
-        }
-        for (drawn, pixel) in drawn.iter().zip(digit) {
-            assert!(drawn.abs_diff(pixel) <= 8, "{drawn} for {pixel}");
-        }
-    }
-
-    #[test]
-    fn the_name_says_the_format() {
-        let of = |name: &str| PictureFormat::of(Path::new(name));
-        assert_eq!(of("a/b.svg").unwrap(), PictureFormat::Svg);
-        assert_eq!(of("b.PNG").unwrap(), PictureFormat::Png);
-        for name in ["b", "b.jpg", "svg"] {
-            let error = of(name).unwrap_err().to_string();
-            assert!(error.contains(name) && error.contains(".svg"), "{error}");
-        }
-    }
-}
+mod tests;

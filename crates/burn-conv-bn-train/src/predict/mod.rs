@@ -1,420 +1,32 @@
-//! What a trained network makes of digits: those of the test set, and pictures in a folder.
+//! Predictions of a trained network: for the test set, and for pictures in a folder.
 
-mod folded;
 mod font;
-pub mod images;
-pub mod mistakes;
+mod images;
+mod mistakes;
+mod predictor;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use burn::data::dataloader::batcher::Batcher;
-use burn::module::Module;
-use burn::store::RecordError;
-use burn::tensor::{Device, FloatDType, Tensor, TensorReadError};
 use burn::train::Interrupter;
-use burn_conv_bn::{FoldError, NormVariant, RunningVariance};
-use burn_conv_bn_models::{Form, Net};
-use burn_dataset::{Dataset, DatasetError};
-use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
+use burn_dataset::Dataset;
 
-pub use folded::FoldedNetwork;
-
-use crate::batch::{DigitItem, MnistBatcher};
-use crate::checkpoint::{self, Damaged};
-use crate::data::{CLASSES, DataRequest, Digits, MnistData, PIXELS, resolve};
-use crate::job::{Job, Norm, Variant};
-use crate::memory::MemoryProbe;
-use crate::metrics::Evaluation;
-use crate::model::Network;
-use crate::output;
+use crate::data::{CLASSES, DataRequest, DigitItem, Digits, MnistData, PIXELS, resolve};
+use crate::measure::metrics::Evaluation;
+use crate::measure::report::{
+    ImageReport, MistakeReport, PredictionReport, SkippedReport, TestReport,
+};
+use crate::persist::output::{self, PictureFormat};
 use crate::print::{escaped, say, warn};
-use crate::report::{ImageReport, MistakeReport, PredictionReport, SkippedReport, TestReport};
-use images::{FolderError, Picture, read_folder};
-use mistakes::{PictureFormat, PictureFormatError, SHOWN, Tile, draw};
-
-/// In which form a trained network predicts.
-///
-/// [`Predictor`] has an example.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum PredictForm {
-    /// Each block one op.
-    Fused,
-    /// Norms folded into their convolutions, which are Burn's. For networks that keep running
-    /// statistics: all but the tutorial's.
-    Folded,
-    /// Burn's own convolution, batch norm and ReLU.
-    Unfused,
-}
-
-impl PredictForm {
-    /// As on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Fused => "fused",
-            Self::Folded => "folded",
-            Self::Unfused => "unfused",
-        }
-    }
-}
-
-impl From<Variant> for PredictForm {
-    fn from(variant: Variant) -> Self {
-        match variant {
-            Variant::Fused => Self::Fused,
-            Variant::Unfused => Self::Unfused,
-        }
-    }
-}
-
-/// Why nothing can be predicted.
-///
-/// [`Predictor`] has an example.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum PredictError {
-    /// There is no checkpoint of a finished epoch that can be read.
-    #[error(
-        "{} has no complete checkpoint of a trained model{}", .directory.display(),
-        listed(.damaged)
-    )]
-    NoCheckpoint {
-        /// The folder of the run.
-        directory: PathBuf,
-        /// Checkpoints that are there and cannot be read, the newest first.
-        damaged: Vec<Damaged>,
-    },
-    /// There is no complete checkpoint of the epoch that was asked for.
-    #[error(
-        "{} has no complete checkpoint of epoch {epoch}, but {}", .directory.display(),
-        checkpoint::named(.kept)
-    )]
-    NoEpoch {
-        /// The folder of the run.
-        directory: PathBuf,
-        /// The epoch.
-        epoch: usize,
-        /// Epochs with a complete checkpoint.
-        kept: Vec<usize>,
-    },
-    /// The folder of the checkpoints cannot be read.
-    #[error("cannot read {}: {source}", .path.display())]
-    Folder {
-        /// The folder.
-        path: PathBuf,
-        /// What the system reported.
-        source: std::io::Error,
-    },
-    /// The checkpoint is of another network than the run's.
-    #[error("{} does not fit the model {model}: {source}", .path.display())]
-    Checkpoint {
-        /// The file.
-        path: PathBuf,
-        /// The network.
-        model: &'static str,
-        /// What does not fit.
-        source: RecordError,
-    },
-    /// The checkpoint is of another type than the run's.
-    #[error("{} is of type {found:?}, the run of type {expected:?}", .path.display())]
-    CheckpointType {
-        /// The file.
-        path: PathBuf,
-        /// The run's type.
-        expected: FloatDType,
-        /// The checkpoint's type.
-        found: FloatDType,
-    },
-    /// The network cannot be folded.
-    #[error("the model {model} cannot be folded: {source}; use --form fused")]
-    Fold {
-        /// The network.
-        model: &'static str,
-        /// Why.
-        source: FoldError,
-    },
-    /// Single pictures need fixed statistics, which this form of the norm cannot take.
-    #[error(
-        "the unfused form of the tutorial's norm takes statistics of whole batches alone, so that it \
-         cannot classify single pictures; use --form fused"
-    )]
-    NoFixedStatistics,
-    /// The network puts out something that is no number.
-    #[error("the network's output for digit {index} is not a number: its training has diverged")]
-    NotANumber {
-        /// Position of the digit, from 0.
-        index: usize,
-    },
-    /// Digits could not be loaded.
-    #[error("cannot load the digits: {0}")]
-    Dataset(#[from] DatasetError),
-    /// A result could not be read from the device.
-    #[error("cannot read from the device: {0}")]
-    Read(#[from] TensorReadError),
-    /// The pictures' folder cannot be read.
-    #[error(transparent)]
-    Pictures(#[from] FolderError),
-    /// A picture's file has no name that says how to store it.
-    #[error(transparent)]
-    PictureFormat(#[from] PictureFormatError),
-}
-
-fn listed(damaged: &[Damaged]) -> String {
-    damaged.iter().map(|set| format!("; {set}")).collect()
-}
-
-/// A trained network, ready to predict.
-///
-/// ```no_run
-/// use std::path::Path;
-///
-/// use burn_conv_bn_train::batch::DigitItem;
-/// use burn_conv_bn_train::job::Job;
-/// use burn_conv_bn_train::predict::{PredictError, PredictForm, Predictor};
-///
-/// /// What the newest model of a run makes of some digits, with its norms folded.
-/// fn read(job: &Job, run: &Path, digits: Vec<DigitItem>) -> Result<Vec<u8>, PredictError> {
-///     let predictor = Predictor::load(job, run, None, PredictForm::Folded, None)?;
-///     let predictions = predictor.predict(digits, 0)?;
-///     Ok(predictions.iter().map(|prediction| prediction.digit).collect())
-/// }
-/// ```
-#[derive(Debug)]
-pub struct Predictor {
-    runner: Runner,
-    device: Device,
-    activations: FloatDType,
-    /// Epochs that it was trained for.
-    epoch: usize,
-}
-
-#[allow(clippy::large_enum_variant, reason = "there is one of it")]
-#[derive(Debug)]
-enum Runner {
-    Network(Network),
-    Folded(FoldedNetwork),
-}
-
-/// What a network makes of one digit.
-///
-/// ```
-/// use burn_conv_bn_train::predict::Prediction;
-///
-/// let mut log_probabilities = [0.01_f64.ln(); 10];
-/// log_probabilities[3] = 0.91_f64.ln();
-/// let prediction = Prediction {
-///     digit: 3,
-///     log_probabilities,
-/// };
-/// assert!((prediction.probability() - 0.91).abs() < 1e-12);
-/// assert!((prediction.probabilities().iter().sum::<f64>() - 1.0).abs() < 1e-12);
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Prediction {
-    /// The class with the highest probability, the first of several.
-    pub digit: u8,
-    /// Logarithms of the probabilities of all classes.
-    pub log_probabilities: [f64; CLASSES],
-}
-
-impl Prediction {
-    /// Probabilities of all classes.
-    pub fn probabilities(&self) -> [f64; CLASSES] {
-        self.log_probabilities.map(f64::exp)
-    }
-
-    /// Probability of the digit, from 0 to 1.
-    pub fn probability(&self) -> f64 {
-        self.log_probabilities[usize::from(self.digit)].exp()
-    }
-
-    /// Of a row of a network's output; none if something in it is not a number.
-    fn of(row: &[f64]) -> Option<Self> {
-        let log_probabilities: [f64; CLASSES] = row.try_into().ok()?;
-        if log_probabilities.iter().any(|value| value.is_nan()) {
-            return None;
-        }
-        let mut best = 0;
-        for (digit, value) in log_probabilities.iter().enumerate() {
-            if *value > log_probabilities[best] {
-                best = digit;
-            }
-        }
-        Some(Self {
-            digit: best as u8,
-            log_probabilities,
-        })
-    }
-}
-
-impl Predictor {
-    /// Loads a checkpoint of a run of `job`: that of an epoch, counted from 1, or the newest one
-    /// that is complete and can be read.
-    ///
-    /// Given `statistics`, a network that normalizes with each batch's own statistics takes up
-    /// those of these digits once and for all, and what it predicts for a digit no longer depends
-    /// on the digits beside it. Other networks have statistics from their training, and keep them.
-    ///
-    /// # Errors
-    ///
-    /// [`PredictError`].
-    pub fn load(
-        job: &Job,
-        directory: &Path,
-        epoch: Option<usize>,
-        form: PredictForm,
-        statistics: Option<&Digits>,
-    ) -> Result<Self, PredictError> {
-        let model = job.model.name();
-        let (records, epoch) = records(directory, epoch)?;
-        let path = checkpoint::model_file(directory, epoch);
-        let variant = match form {
-            PredictForm::Fused | PredictForm::Folded => Variant::Fused,
-            PredictForm::Unfused => Variant::Unfused,
-        };
-        let expected = job.precision.parameters();
-        let classifier = job
-            .classifier(variant, MemoryProbe::off())
-            .try_load_record(records.model)
-            .map_err(|source| PredictError::Checkpoint {
-                path: path.clone(),
-                model,
-                source,
-            })?;
-        let found = classifier.dtype();
-        if found != expected {
-            return Err(PredictError::CheckpointType {
-                path,
-                expected,
-                found,
-            });
-        }
-
-        let activations = job.precision.activations();
-        let runner = match (form, statistics) {
-            // Folded in the parameters' type, and rounded only then.
-            (PredictForm::Folded, _) => match FoldedNetwork::of(&classifier.net.valid()) {
-                Ok(folded) => Runner::Folded(folded.with_activations(activations)),
-                Err(source) => return Err(PredictError::Fold { model, source }),
-            },
-            (_, None) => Runner::Network(classifier.computing().valid()),
-            (_, Some(digits)) => {
-                Runner::Network(with_statistics(classifier.computing(), job, digits)?)
-            }
-        };
-        Ok(Self {
-            runner,
-            device: job.device().without_autodiff(),
-            activations,
-            epoch,
-        })
-    }
-
-    /// Epochs that it was trained for.
-    pub fn epoch(&self) -> usize {
-        self.epoch
-    }
-
-    /// Predicts the digits of one batch, with `first` for the position of the first one in errors.
-    ///
-    /// # Errors
-    ///
-    /// [`PredictError::Read`] or [`PredictError::NotANumber`].
-    pub fn predict(
-        &self,
-        items: Vec<DigitItem>,
-        first: usize,
-    ) -> Result<Vec<Prediction>, PredictError> {
-        let batch = MnistBatcher::new(self.activations).batch(items, &self.device);
-        let output = self.forward(batch.images).try_into_vec_as::<f64>()?;
-        output
-            .chunks_exact(CLASSES)
-            .zip(first..)
-            .map(|(row, index)| Prediction::of(row).ok_or(PredictError::NotANumber { index }))
-            .collect()
-    }
-
-    fn forward(&self, images: Tensor<4>) -> Tensor<2> {
-        match &self.runner {
-            Runner::Network(network) => network.forward(images),
-            Runner::Folded(network) => network.forward(images),
-        }
-    }
-}
-
-/// The state of a training, and after which epoch it is.
-fn records(
-    directory: &Path,
-    epoch: Option<usize>,
-) -> Result<(checkpoint::Records, usize), PredictError> {
-    let folder = |source| PredictError::Folder {
-        path: checkpoint::folder(directory),
-        source,
-    };
-    if let Some(epoch) = epoch {
-        let kept = checkpoint::epochs(directory).map_err(folder)?;
-        if !kept.contains(&epoch) {
-            return Err(PredictError::NoEpoch {
-                directory: directory.to_path_buf(),
-                epoch,
-                kept,
-            });
-        }
-    }
-    let (set, damaged) = match epoch {
-        None => checkpoint::newest(directory).map_err(folder)?,
-        Some(epoch) => match checkpoint::read(directory, epoch) {
-            Ok(set) => (Some(set), Vec::new()),
-            Err(damaged) => (None, vec![damaged]),
-        },
-    };
-    // A run that has finished no epoch has a checkpoint without records.
-    let found = set.and_then(|set| Some((set.records?, set.epoch)));
-    found.ok_or_else(|| PredictError::NoCheckpoint {
-        directory: directory.to_path_buf(),
-        damaged,
-    })
-}
-
-/// The network in evaluation mode, with the statistics of `digits` if it has none of its own.
-fn with_statistics(network: Network, job: &Job, digits: &Digits) -> Result<Network, PredictError> {
-    let Network::Tutorial(net) = network else {
-        return Ok(network.valid());
-    };
-    if net.form() == Form::Unfused && job.norm == Norm::Tutorial {
-        return Err(PredictError::NoFixedStatistics);
-    }
-    let items: Vec<DigitItem> = digits.get_many((0..digits.len()).collect())?;
-    let images = MnistBatcher::new(job.precision.activations())
-        .batch(items, &job.device())
-        .images;
-    Ok(Network::Tutorial(calibrated(net, images)))
-}
-
-/// Takes up the statistics of `images`, which are on an autodiff device, instead of each batch's.
-fn calibrated(mut net: Net, images: Tensor<4>) -> Net {
-    for block in [&mut net.conv1, &mut net.conv2] {
-        let settings = &mut block.settings;
-        settings.track_running_stats = true;
-        // Those that the norm normalizes with.
-        settings.running_variance = match settings.norm_variant {
-            NormVariant::Tutorial => RunningVariance::Unbiased,
-            _ => RunningVariance::Biased,
-        };
-        // The newest batch is all that counts.
-        block.norm.momentum = 1.0;
-    }
-    net.forward(images);
-    net.valid()
-}
+use crate::run::job::{Job, Norm};
+use images::{Picture, read_folder};
+use mistakes::{SHOWN, Tile, draw};
+pub(crate) use predictor::PredictForm;
+use predictor::{PredictError, Predictor};
 
 /// What to classify.
-///
-/// [`predict`] has an example.
 #[derive(Clone, Debug)]
-pub enum Source {
+pub(crate) enum Source {
     /// The pictures in a folder.
     Images(PathBuf),
     /// The test set.
@@ -422,66 +34,38 @@ pub enum Source {
 }
 
 /// How to predict.
-///
-/// [`predict`] has an example.
 #[derive(Clone, Debug)]
-pub struct PredictOptions {
+pub(crate) struct PredictOptions {
     /// Folder of the run.
-    pub directory: PathBuf,
+    pub(crate) directory: PathBuf,
     /// The checkpoint's epoch; the newest one if not given.
-    pub epoch: Option<usize>,
+    pub(crate) epoch: Option<usize>,
     /// In which form.
-    pub form: PredictForm,
+    pub(crate) form: PredictForm,
     /// What to classify.
-    pub source: Source,
+    pub(crate) source: Source,
     /// The digits that the model was trained on, `mnist`, `synthetic` or `custom`.
-    pub trained_on: String,
+    pub(crate) trained_on: String,
     /// Where the predictions go.
-    pub json: Option<PathBuf>,
+    pub(crate) json: Option<PathBuf>,
     /// Where the picture of the mistakes goes, as SVG or PNG.
-    pub mistakes: Option<PathBuf>,
+    pub(crate) mistakes: Option<PathBuf>,
 }
 
-/// Predicts with the model of a run of `job`, and prints what it makes of each picture or of the
-/// test set.
+/// Predicts with the model of a run of `job`, and prints the predictions for each picture or the results
+/// on the test set.
 ///
 /// # Errors
 ///
 /// A message for people; among others if a picture could not be read, after the others have been
 /// classified and everything is written.
-///
-/// # Examples
-///
-/// ```no_run
-/// use burn::train::Interrupter;
-/// use burn_conv_bn_train::job::Job;
-/// use burn_conv_bn_train::predict::{PredictForm, PredictOptions, Source, predict};
-///
-/// /// Prints what the newest model of the run in `run` makes of the pictures in `scans`.
-/// fn read_scans(job: &Job) -> anyhow::Result<()> {
-///     let options = PredictOptions {
-///         directory: "run".into(),
-///         epoch: None,
-///         form: PredictForm::Fused,
-///         source: Source::Images("scans".into()),
-///         trained_on: "mnist".into(),
-///         json: Some("scans.json".into()),
-///         mistakes: None,
-///     };
-///     predict(job, &options, &Interrupter::new())
-/// }
-/// ```
-pub fn predict(job: &Job, options: &PredictOptions, interrupter: &Interrupter) -> Result<()> {
+pub(crate) fn predict(
+    job: &Job,
+    options: &PredictOptions,
+    interrupter: &Interrupter,
+) -> Result<()> {
     let testing = matches!(options.source, Source::TestSet);
-    if !testing && options.mistakes.is_some() {
-        bail!("nobody knows what the pictures of a folder are; --mistakes needs --test-set");
-    }
-    let format = options.mistakes.as_deref().map(PictureFormat::of);
-    let format = format.transpose().map_err(PredictError::from)?;
-    output::check(&[
-        ("--json", options.json.as_deref()),
-        ("--mistakes", options.mistakes.as_deref()),
-    ])?;
+    let format = check_outputs(options, testing)?;
     let pictures = match &options.source {
         Source::Images(folder) => read_folder(folder).map_err(PredictError::from)?,
         Source::TestSet => Vec::new(),
@@ -493,43 +77,18 @@ pub fn predict(job: &Job, options: &PredictOptions, interrupter: &Interrupter) -
     if needs_statistics && unfused && job.norm == Norm::Tutorial {
         return Err(PredictError::NoFixedStatistics.into());
     }
-    let data = match testing || needs_statistics {
-        true => Some(test_digits(job, &options.trained_on)?),
-        false => None,
+    let data = if testing || needs_statistics {
+        Some(test_digits(job, &options.trained_on)?)
+    } else {
+        None
     };
-    let reference = data.as_ref().filter(|_| needs_statistics).map(|data| {
-        let mut digits = data.test.clone();
-        digits.truncate(job.batch_size);
-        digits
-    });
-    let predictor = Predictor::load(
-        job,
-        &options.directory,
-        options.epoch,
-        options.form,
-        reference.as_ref(),
-    )?;
-    say!(
-        "Model: {} of {} after epoch {}, {}, {}",
-        job.model.name(),
-        options.directory.display(),
-        predictor.epoch(),
-        options.form.name(),
-        job.precision.describe()
-    )?;
-    if let Some(reference) = &reference {
-        say!(
-            "This model keeps no statistics for evaluation: each picture is normalized with those \
-             of the first {} test digits, whatever else is in its folder.",
-            reference.len()
-        )?;
-    }
+    let predictor = load(job, options, data.as_ref().filter(|_| needs_statistics))?;
 
     let mut report = PredictionReport {
         model: job.model.name().to_string(),
         form: options.form.name().to_string(),
         dtype: job.precision.dtype_name(),
-        epoch: predictor.epoch(),
+        epoch: predictor.epoch,
         dataset: data.as_ref().map(|data| data.origin.name().to_string()),
         test: None,
         images: Vec::new(),
@@ -566,7 +125,53 @@ pub fn predict(job: &Job, options: &PredictOptions, interrupter: &Interrupter) -
     }
 }
 
-/// The data, with no more training digits than must be.
+/// Checks that the results can be written. Returns the format of the picture of the mistakes.
+fn check_outputs(options: &PredictOptions, testing: bool) -> Result<Option<PictureFormat>> {
+    if !testing && options.mistakes.is_some() {
+        bail!("nobody knows what the pictures of a folder are; --mistakes needs --test-set");
+    }
+    let format = options.mistakes.as_deref().map(PictureFormat::of);
+    let format = format.transpose().map_err(PredictError::from)?;
+    output::check(&[
+        ("--json", options.json.as_deref()),
+        ("--mistakes", options.mistakes.as_deref()),
+    ])?;
+    Ok(format)
+}
+
+/// Loads the model, with the statistics of the first digits of `data` if given.
+fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result<Predictor> {
+    let reference = data.map(|data| {
+        let mut digits = data.test.clone();
+        digits.truncate(job.batch_size);
+        digits
+    });
+    let predictor = Predictor::load(
+        job,
+        &options.directory,
+        options.epoch,
+        options.form,
+        reference.as_ref(),
+    )?;
+    say!(
+        "Model: {} of {} after epoch {}, {}, {}",
+        job.model.name(),
+        options.directory.display(),
+        predictor.epoch,
+        options.form.name(),
+        job.precision.describe()
+    )?;
+    if let Some(reference) = &reference {
+        say!(
+            "This model keeps no statistics for evaluation: each picture is normalized with those \
+             of the first {} test digits, whatever else is in its folder.",
+            reference.len()
+        )?;
+    }
+    Ok(predictor)
+}
+
+/// Loads the test set.
 fn test_digits(job: &Job, trained_on: &str) -> Result<MnistData> {
     let data = resolve(&DataRequest {
         train_limit: Some(1),
@@ -631,7 +236,7 @@ fn test_set(
     Ok((report, evaluation))
 }
 
-/// A table with a row for each class and a column for what its digits were taken for.
+/// A table with a row for each class and a column for each prediction.
 fn confusion_matrix(confusion: &[[usize; CLASSES]; CLASSES]) -> String {
     let columns: String = (0..CLASSES).map(|digit| format!("{digit:>6}")).collect();
     let mut lines = vec![
@@ -744,138 +349,4 @@ fn stop_if_asked(interrupter: &Interrupter) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    use burn::tensor::Tolerance;
-
-    use crate::data::generate;
-    use crate::job::tests::job;
-
-    #[test]
-    fn the_first_of_the_most_probable_classes_is_predicted() {
-        let mut row = [0.1f64.ln(); CLASSES];
-        assert_eq!(Prediction::of(&row).unwrap().digit, 0);
-        row[7] = 0.4f64.ln();
-        row[8] = 0.4f64.ln();
-        let prediction = Prediction::of(&row).unwrap();
-        assert_eq!(prediction.digit, 7);
-        assert!((prediction.probability() - 0.4).abs() < 1e-12);
-        assert!((prediction.probabilities()[8] - 0.4).abs() < 1e-12);
-        row[3] = f64::NAN;
-        assert_eq!(Prediction::of(&row), None);
-        assert_eq!(Prediction::of(&row[1..]), None);
-    }
-
-    fn images(count: usize, device: &Device) -> Tensor<4> {
-        let digits = generate(count, 11);
-        let items: Vec<DigitItem> = digits.get_many((0..count).collect()).unwrap();
-        let batcher = MnistBatcher::new(FloatDType::F64);
-        batcher.batch(items, device).images
-    }
-
-    fn net(norm: Norm, form: Form) -> Net {
-        let job = Job {
-            norm,
-            precision: crate::job::Precision::F64,
-            ..job(1, 32)
-        };
-        let variant = match form {
-            Form::Unfused => Variant::Unfused,
-            _ => Variant::Fused,
-        };
-        match job.classifier(variant, MemoryProbe::off()).net {
-            Network::Tutorial(net) => net,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    /// On the digits whose statistics were taken nothing changes, and each digit's prediction is
-    /// then its own.
-    #[test]
-    fn statistics_that_were_taken_up_stay() {
-        let device = Device::flex();
-        for (norm, form) in [
-            (Norm::Burn, Form::Fused),
-            (Norm::Burn, Form::Unfused),
-            (Norm::Tutorial, Form::Fused),
-        ] {
-            let net = net(norm, form);
-            let reference = images(24, &device);
-            let wanted = net.valid().forward(reference.clone()).into_data();
-            let net = calibrated(net, images(24, &device.clone().autodiff()));
-            let together = net.forward(reference.clone());
-            let tolerance = Tolerance::absolute(1e-9);
-            together
-                .clone()
-                .into_data()
-                .assert_approx_eq::<f64>(&wanted, tolerance);
-            for index in [0, 5, 23] {
-                let alone = net.forward(reference.clone().narrow(0, index, 1));
-                let row = together.clone().narrow(0, index, 1).into_data();
-                alone
-                    .into_data()
-                    .assert_approx_eq::<f64>(&row, Tolerance::absolute(1e-9));
-            }
-        }
-    }
-
-    #[test]
-    fn a_matrix_has_rows_of_what_is_and_columns_of_what_was_read() {
-        let mut confusion = [[0; CLASSES]; CLASSES];
-        confusion[4][9] = 3;
-        confusion[4][4] = 9;
-        let table = confusion_matrix(&confusion);
-        let lines: Vec<&str> = table.lines().collect();
-        assert_eq!(lines.len(), 12);
-        let four: Vec<&str> = lines[6].split_whitespace().collect();
-        assert_eq!(four[0], "4");
-        assert_eq!((four[5], four[10]), ("9", "3"));
-        assert!(lines[6].ends_with("75.0 %"), "{table}");
-        assert!(lines[5].ends_with(" -"), "{table}");
-        let widths: Vec<usize> = lines[1..].iter().map(|line| line.len()).collect();
-        assert!(widths.iter().all(|&width| width == widths[0]), "{table}");
-    }
-
-    #[test]
-    fn a_heading_counts() {
-        let report = |count: usize| {
-            let mistake = MistakeReport {
-                index: 0,
-                label: 4,
-                prediction: 9,
-                probability: 0.5,
-                loss: 0.7,
-            };
-            let test = TestReport {
-                digits: 100,
-                correct: 100 - count,
-                accuracy: 1.0 - count as f64 / 100.0,
-                average_loss: 0.1,
-                confusion: [[0; CLASSES]; CLASSES],
-                mistakes: vec![mistake; count],
-            };
-            let report = PredictionReport {
-                model: "mobilenet-v2".to_string(),
-                form: "unfused".to_string(),
-                dtype: "F32".to_string(),
-                epoch: 12,
-                dataset: Some("synthetic".to_string()),
-                test: None,
-                images: Vec::new(),
-                skipped: Vec::new(),
-            };
-            let [what, of] = heading(&report, &test);
-            assert!(of.starts_with("mobilenet-v2, unfused, epoch 12"), "{of}");
-            for line in [&what, &of] {
-                assert!(line.chars().all(font::knows), "{line}");
-                assert!(line.chars().count() <= mistakes::LETTERS, "{line}");
-            }
-            what
-        };
-        assert_eq!(report(0), "no mistakes on 100 digits of synthetic");
-        assert_eq!(report(1), "1 mistake on 100 digits of synthetic");
-        assert!(report(SHOWN).starts_with("40 mistakes on"));
-        assert!(report(41).starts_with("the 40 with the highest loss of 41 mistakes on"));
-    }
-}
+mod tests;

@@ -7,7 +7,7 @@ use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
-use super::{inner, node_or_untracked, retrieve};
+use super::parents::{inner, node_or_untracked, retrieve};
 use crate::backend::{ConvBnBackend, OptionalTensor};
 use crate::portable::{channel_sum, channels, conv};
 use crate::spec::ConvSpec;

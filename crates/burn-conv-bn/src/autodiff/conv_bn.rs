@@ -7,7 +7,8 @@ use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
 
-use super::{inner, is_tracked, max_pool, node_or_untracked, retrieve, untracked};
+use super::max_pool;
+use super::parents::{inner, is_tracked, node_or_untracked, retrieve, untracked};
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnInputs,
     ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved, NormOutput, OptionalTensor,

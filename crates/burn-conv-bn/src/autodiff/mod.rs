@@ -8,13 +8,12 @@ mod conv;
 mod conv_bn;
 mod max_pool;
 mod norm;
+mod parents;
 
+use burn::backend::Autodiff;
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, AutodiffBackend, Backend};
 use burn::tensor::ops::MaxPoolOptions;
-use burn_autodiff::checkpoint::base::Checkpointer;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn_autodiff::{NodeId, ops::NodeGuard};
 
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
@@ -72,39 +71,4 @@ impl<B: ConvBnBackend, C: CheckpointStrategy> ConvBnBackend for Autodiff<B, C> {
     ) -> NormOutput<Self> {
         conv_bn::register_max_pool::<B, C>(inputs, options, pool)
     }
-}
-
-/// The node of an input that may be missing; for a missing one, an untracked node that wants no
-/// gradient.
-fn node_or_untracked<B: Backend, C: CheckpointStrategy>(
-    tensor: &OptionalTensor<Autodiff<B, C>>,
-    present: &FloatTensor<B>,
-) -> NodeGuard {
-    match tensor {
-        OptionalTensor::Present(tensor) => tensor.node(),
-        OptionalTensor::Absent => untracked::<B, C>(present.clone()).node(),
-    }
-}
-
-fn untracked<B: Backend, C: CheckpointStrategy>(
-    tensor: FloatTensor<B>,
-) -> FloatTensor<Autodiff<B, C>> {
-    <Autodiff<B, C> as AutodiffBackend>::from_inner(tensor)
-}
-
-fn is_tracked<B: Backend, C: CheckpointStrategy>(tensor: &OptionalTensor<Autodiff<B, C>>) -> bool {
-    tensor.as_option().is_some_and(|tensor| tensor.is_tracked())
-}
-
-fn inner<B: Backend, C: CheckpointStrategy>(
-    tensor: OptionalTensor<Autodiff<B, C>>,
-) -> Option<FloatTensor<B>> {
-    tensor.into_option().map(|tensor| tensor.into_primitive())
-}
-
-fn retrieve<B: Backend>(
-    checkpointer: &mut Checkpointer,
-    id: Option<NodeId>,
-) -> Option<FloatTensor<B>> {
-    id.map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id))
 }

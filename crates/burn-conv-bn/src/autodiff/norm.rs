@@ -7,7 +7,7 @@ use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
-use super::{inner, is_tracked, node_or_untracked, retrieve, untracked};
+use super::parents::{inner, is_tracked, node_or_untracked, retrieve, untracked};
 use crate::backend::{ConvBnBackend, NormOutput, OptionalTensor};
 use crate::portable::{cast, channel_sum, channels, norm};
 use crate::spec::NormSpec;

@@ -59,6 +59,7 @@ fn inverts_norm<E: Kernel>(
 }
 
 /// The requested gradients. With a joined pool, `output_grad` and `output` are the pool's.
+// Long: `pass` borrows from the tensors before it, and every step after it from `pass`.
 pub(super) fn kernel_backward<E: Kernel>(
     saved: ConvBnSaved<Flex>,
     joined: Option<&JoinedPool>,
@@ -68,23 +69,7 @@ pub(super) fn kernel_backward<E: Kernel>(
         saved.mean.as_option().map(host::<E::Real>),
         saved.variance.as_option().map(host::<E::Real>),
     ) else {
-        let Parents {
-            input,
-            weight,
-            gamma,
-            beta,
-            residual,
-            ..
-        } = options.wanted;
-        let is_masked = options.options.activation.derivative() != Derivative::One;
-        // The portable body knows no pool. For a plain sum over the gradient the pool makes no difference.
-        assert!(
-            joined.is_none() || !(input || weight || gamma || residual || beta && is_masked),
-            "a block joined with a max pool: expected mean and variance, which SavePlan::with_max_pool \
-             keeps for these gradients, got none ({:?})",
-            options.wanted
-        );
-        return portable::conv_bn::backward::<Flex>(saved, options);
+        return grads_without_statistics(saved, joined.is_some(), options);
     };
     let ConvBnSaved {
         output_grad,
@@ -251,13 +236,6 @@ pub(super) fn kernel_backward<E: Kernel>(
         Some(grad) => Some(tensor(grad, &output_grad.shape())),
         None => wanted.residual.then_some(output_grad),
     };
-    let optional = |wanted: bool, grad: Vec<f64>, dtype: DType| -> OptionalTensor<Flex> {
-        let grad = wanted.then(|| {
-            let grad = rounded::<E::Real>(grad.into_iter());
-            cast::<Flex>(tensor(grad, &Shape::new([channels])), dtype)
-        });
-        grad.into()
-    };
     let norm_dtype = options.norm_dtype;
     ConvBnGrads {
         input: input_grad
@@ -267,11 +245,46 @@ pub(super) fn kernel_backward<E: Kernel>(
             .filter(|_| wanted.weight)
             .map(|grad| cast::<Flex>(tensor(grad, &options.weight_shape), E::dtype()))
             .into(),
-        bias: optional(wanted.bias, bias_grad, E::dtype()),
-        gamma: optional(wanted.gamma, gamma_grad, norm_dtype),
-        beta: optional(wanted.beta, sums.grad, norm_dtype),
+        bias: channel_grad::<E>(wanted.bias, bias_grad, E::dtype()),
+        gamma: channel_grad::<E>(wanted.gamma, gamma_grad, norm_dtype),
+        beta: channel_grad::<E>(wanted.beta, sums.grad, norm_dtype),
         residual: residual_grad.into(),
     }
+}
+
+/// The gradients that need no statistics, by the portable body.
+fn grads_without_statistics(
+    saved: ConvBnSaved<Flex>,
+    joined: bool,
+    options: &ConvBnBackwardOptions,
+) -> ConvBnGrads<Flex> {
+    let Parents {
+        input,
+        weight,
+        gamma,
+        beta,
+        residual,
+        ..
+    } = options.wanted;
+    let is_masked = options.options.activation.derivative() != Derivative::One;
+    // The portable body knows no pool. For a plain sum over the gradient the pool makes no difference.
+    assert!(
+        !(joined && (input || weight || gamma || residual || beta && is_masked)),
+        "a block joined with a max pool: expected mean and variance, which SavePlan::with_max_pool keeps for \
+         these gradients, got none ({:?})",
+        options.wanted
+    );
+    portable::conv_bn::backward::<Flex>(saved, options)
+}
+
+/// Gradients of a `[channels]` tensor, in its dtype.
+fn channel_grad<E: Kernel>(wanted: bool, grad: Vec<f64>, dtype: DType) -> OptionalTensor<Flex> {
+    let grad = wanted.then(|| {
+        let shape = Shape::new([grad.len()]);
+        let grad = rounded::<E::Real>(grad.into_iter());
+        cast::<Flex>(tensor(grad, &shape), dtype)
+    });
+    grad.into()
 }
 
 /// Gamma's gradient under given statistics, from the dot products of the weight with the folded

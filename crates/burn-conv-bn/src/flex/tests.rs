@@ -138,6 +138,7 @@ fn kernels_and_portable_bodies_agree() {
     }
 }
 
+// Long: one comparison, of every option.
 fn compare(
     options: &ConvBnOptions,
     input_shape: &[usize],

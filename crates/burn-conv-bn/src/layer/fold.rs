@@ -59,49 +59,16 @@ impl<C> Block<'_, C> {
         let taps = weights.len().checked_div(channels).unwrap_or(0);
         let mut shifts = Vec::with_capacity(channels);
         for channel in 0..channels {
-            let variance = variance[channel];
-            let (gamma, beta) = (gamma[channel], beta[channel]);
-            let scale = gamma / norm.std(variance);
-            let shift = scale * (bias[channel] - mean[channel]) + beta;
-            if !(scale.is_finite() && shift.is_finite()) {
-                return Err(FoldError::NotFinite {
-                    channel,
-                    mean: mean[channel],
-                    variance,
-                    gamma,
-                    beta,
-                });
-            }
-            let out_of_range = |what, value| FoldError::OutOfRange {
-                what,
-                dtype,
+            let folding = Channel {
                 channel,
-                value,
+                dtype,
+                mean: mean[channel],
+                variance: variance[channel],
+                gamma: gamma[channel],
+                beta: beta[channel],
             };
-            let (mut largest, mut lost) = (0.0f64, 0.0f64);
-            for weight in &mut weights[channel * taps..][..taps] {
-                let exact = *weight * scale;
-                *weight = rounded(exact, dtype);
-                if !weight.is_finite() {
-                    return Err(out_of_range("weight", exact));
-                }
-                if exact.abs() > largest.abs() {
-                    largest = exact;
-                }
-                lost = lost.max((exact - *weight).abs());
-            }
-            // The weights' relative error is gamma's. It counts against the channel's output, unless that is
-            // below the normal numbers itself, as of a channel that has died.
-            let least = dtype.finfo().map_or(0.0, |info| info.min_positive);
-            let output = gamma.abs().max(beta.abs()).max(least);
-            if lost * gamma.abs() > MOST_LOST * largest.abs() * output {
-                return Err(out_of_range("weight", largest));
-            }
-            let rounded_shift = rounded(shift, dtype);
-            if !rounded_shift.is_finite() {
-                return Err(out_of_range("bias", shift));
-            }
-            shifts.push(rounded_shift);
+            let weights = &mut weights[channel * taps..][..taps];
+            shifts.push(folding.fold(&norm, weights, bias[channel])?);
         }
         let options = (&device, dtype);
         let weight = Tensor::from_data(TensorData::new(weights, shape), options);
@@ -110,6 +77,71 @@ impl<C> Block<'_, C> {
             .conv
             .clone()
             .with_parameters(Param::from_tensor(weight), Param::from_tensor(bias)))
+    }
+}
+
+/// The norm of one channel.
+struct Channel {
+    channel: usize,
+    dtype: DType,
+    mean: f64,
+    variance: f64,
+    gamma: f64,
+    beta: f64,
+}
+
+impl Channel {
+    /// Scales the channel's weights in place, rounded to the dtype. Returns the folded bias.
+    fn fold(&self, norm: &NormSpec, weights: &mut [f64], bias: f64) -> Result<f64, FoldError> {
+        let Self {
+            channel,
+            dtype,
+            mean,
+            variance,
+            gamma,
+            beta,
+        } = *self;
+        let scale = gamma / norm.std(variance);
+        let shift = scale * (bias - mean) + beta;
+        if !(scale.is_finite() && shift.is_finite()) {
+            return Err(FoldError::NotFinite {
+                channel,
+                mean,
+                variance,
+                gamma,
+                beta,
+            });
+        }
+        let out_of_range = |what, value| FoldError::OutOfRange {
+            what,
+            dtype,
+            channel,
+            value,
+        };
+        let (mut largest, mut lost) = (0.0f64, 0.0f64);
+        for weight in weights {
+            let exact = *weight * scale;
+            *weight = rounded(exact, dtype);
+            if !weight.is_finite() {
+                return Err(out_of_range("weight", exact));
+            }
+            if exact.abs() > largest.abs() {
+                largest = exact;
+            }
+            lost = lost.max((exact - *weight).abs());
+        }
+        // The weights' relative error is gamma's. It counts against the channel's output, unless that is
+        // below the normal numbers itself, as of a channel that has died.
+        let least = dtype.finfo().map_or(0.0, |info| info.min_positive);
+        let output = gamma.abs().max(beta.abs()).max(least);
+        if lost * gamma.abs() > MOST_LOST * largest.abs() * output {
+            return Err(out_of_range("weight", largest));
+        }
+        let rounded_shift = rounded(shift, dtype);
+        if !rounded_shift.is_finite() {
+            return Err(out_of_range("bias", shift));
+        }
+        Ok(rounded_shift)
     }
 }
 

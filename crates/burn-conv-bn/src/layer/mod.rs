@@ -370,8 +370,6 @@ conv_bn_layer! {
     /// assert_eq!(block.forward(x).dims(), [4, 8, 60]);
     /// # }
     /// ```
-    ///
-    /// [`ConvBn2d`] has more of them, which hold here too.
     ConvBn1d,
     /// # Examples
     ///
@@ -483,7 +481,6 @@ conv_bn_layer! {
     ///     .with_activation(Activation::LeakyRelu {
     ///         negative_slope: 0.1,
     ///     });
-    /// // As every configuration of Burn's, it prints as JSON and is read from it.
     /// let copy = ConvBn2dConfig::load_binary(config.to_string().as_bytes()).unwrap();
     /// assert_eq!(copy.activation, config.activation);
     /// ```
@@ -517,8 +514,6 @@ conv_bn_layer! {
     /// assert_eq!(block.forward(x).dims(), [2, 4, 4, 6, 6]);
     /// # }
     /// ```
-    ///
-    /// [`ConvBn2d`] has more of them, which hold here too.
     ConvBn3d,
     /// # Examples
     ///

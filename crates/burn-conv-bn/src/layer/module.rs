@@ -1,12 +1,12 @@
 //! Changes to every layer of a model at once.
 
-use std::cell::RefCell;
 use std::collections::HashSet;
 use std::rc::Rc;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{FloatDType, Tensor};
 
+use super::settings::{Edit, take_visited};
 use super::{ConvBnSettings, RunningVariance};
 use crate::spec::Recompute;
 
@@ -168,55 +168,10 @@ pub trait ConvBnModule: Module {
 
 impl<M: Module> ConvBnModule for M {}
 
-type Change = Rc<dyn Fn(&mut ConvBnSettings)>;
-
-thread_local! {
-    // Burn's mappers reach parameters only. What is to happen to the settings travels beside
-    // them, for as long as the map of one model runs.
-    static CURRENT: RefCell<Option<Change>> = const { RefCell::new(None) };
-}
-
-/// The current change, until dropped.
-struct Edit {
-    outer: Option<Change>,
-}
-
-impl Edit {
-    fn begin(change: Change) -> Self {
-        Self {
-            outer: CURRENT.replace(Some(change)),
-        }
-    }
-}
-
-impl Drop for Edit {
-    fn drop(&mut self) {
-        CURRENT.set(self.outer.take());
-    }
-}
-
-/// Applies the current change, if a model is being changed.
-pub(super) fn edit(settings: &mut ConvBnSettings) {
-    let change = CURRENT.with_borrow(Clone::clone);
-    if let Some(change) = change {
-        change(settings);
-    }
-}
-
-thread_local! {
-    // The settings visited last, during the search for layers.
-    static VISITED: RefCell<Option<ConvBnSettings>> = const { RefCell::new(None) };
-}
-
-/// Notes that these settings are being visited.
-pub(super) fn report(settings: &ConvBnSettings) {
-    VISITED.set(Some(settings.clone()));
-}
-
 /// Path and settings of every fused layer of a module.
 fn layers<M: Module>(module: &M) -> Vec<(Vec<String>, ConvBnSettings)> {
     let mut layers = Layers::default();
-    VISITED.set(None);
+    take_visited();
     module.visit(&mut layers);
     layers.found
 }
@@ -235,7 +190,7 @@ impl ModuleVisitor for Layers {
     // A layer has settings among its fields; a user's struct of the same name has none.
     fn exit_module(&mut self, _name: &str, container_type: &str) {
         self.path.pop();
-        let settings = VISITED.take();
+        let settings = take_visited();
         if let Some(settings) = settings.filter(|_| FUSED.contains(&container_type)) {
             self.found.push((self.path.clone(), settings));
         }

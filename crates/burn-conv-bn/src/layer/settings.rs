@@ -1,10 +1,12 @@
+use std::cell::RefCell;
+use std::rc::Rc;
+
 use burn::config::Config;
 use burn::module::{
     Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor,
 };
 use burn::tensor::Device;
 
-use super::module::{edit, report};
 use crate::spec::{Activation, NormVariant, Recompute};
 
 /// Which variance of a batch goes into the running variance.
@@ -135,11 +137,13 @@ impl Module for ConvBnSettings {
     }
 
     fn visit<Visitor: ModuleVisitor>(&self, _visitor: &mut Visitor) {
-        report(self);
+        VISITED.set(Some(self.clone()));
     }
 
     fn map<Mapper: ModuleMapper>(mut self, _mapper: &mut Mapper) -> Self {
-        edit(&mut self);
+        if let Some(change) = CURRENT.with_borrow(Clone::clone) {
+            change(&mut self);
+        }
         self
     }
 }
@@ -151,3 +155,38 @@ impl ModuleDisplayDefault for ConvBnSettings {
 }
 
 impl ModuleDisplay for ConvBnSettings {}
+
+type Change = Rc<dyn Fn(&mut ConvBnSettings)>;
+
+thread_local! {
+    // Burn's mappers reach parameters only: a change to settings travels beside them while one model is
+    // mapped.
+    static CURRENT: RefCell<Option<Change>> = const { RefCell::new(None) };
+
+    // The settings visited last, during the search for layers.
+    static VISITED: RefCell<Option<ConvBnSettings>> = const { RefCell::new(None) };
+}
+
+/// A change to the settings of whatever is mapped, until dropped.
+pub(super) struct Edit {
+    outer: Option<Change>,
+}
+
+impl Edit {
+    pub(super) fn begin(change: Change) -> Self {
+        Self {
+            outer: CURRENT.replace(Some(change)),
+        }
+    }
+}
+
+impl Drop for Edit {
+    fn drop(&mut self) {
+        CURRENT.set(self.outer.take());
+    }
+}
+
+/// The settings visited last, once.
+pub(super) fn take_visited() -> Option<ConvBnSettings> {
+    VISITED.take()
+}

@@ -2,6 +2,7 @@
 //! and the reference that kernels are compared with.
 
 pub(crate) mod activation;
+mod batch;
 pub(crate) mod conv;
 pub(crate) mod conv_bn;
 pub(crate) mod max_pool;

@@ -30,7 +30,6 @@ use std::ops::Range;
 use pulp::Arch;
 use rayon::prelude::*;
 
-use self::rows::Lines;
 use self::transforms::{E, STEP, filter_transposed, output, output_transposed, transformed};
 use super::tile::{Algorithm, Piece};
 use crate::blocks::BLOCKS;
@@ -55,6 +54,17 @@ const MOST_POSITIONS: usize = 1024;
 
 /// Kernels whose gradients a thread transforms at a time.
 const KERNELS: usize = 1024;
+
+/// Rows in transformation.
+#[derive(Default)]
+struct Lines<T> {
+    /// Rows of the input with their padding.
+    padded: Aligned<T>,
+    /// The even and the odd values of a row.
+    phases: Aligned<T>,
+    /// Rows transformed along the columns.
+    rows: Aligned<T>,
+}
 
 /// A prepared convolution. Its positions are pairs of rows by pairs of columns of the output.
 pub(crate) struct Winograd<'a, T> {

@@ -3,22 +3,10 @@
 use std::mem::MaybeUninit;
 
 use super::transforms::{E, N, STEP, input, input_transposed, sums};
-use super::{Part, Winograd};
-use crate::scratch::Aligned;
+use super::{Lines, Part, Winograd};
 use crate::simd::chunk::{CHUNK, Chunk, deinterleave, interleave};
 use crate::simd::sweeps::zero;
 use crate::{Element, Real};
-
-/// Rows in transformation.
-#[derive(Default)]
-pub(super) struct Lines<T> {
-    /// Rows of the input with their padding.
-    pub(super) padded: Aligned<T>,
-    /// The even and the odd values of a row.
-    pub(super) phases: Aligned<T>,
-    /// Rows transformed along the columns.
-    pub(super) rows: Aligned<T>,
-}
 
 impl<T: Real> Winograd<'_, T> {
     /// Columns, rounded up to whole chunks.

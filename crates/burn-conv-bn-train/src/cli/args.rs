@@ -1,0 +1,400 @@
+//! The options of every command, as clap reads them.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use serde::{Deserialize, Serialize};
+
+use crate::data::DatasetChoice;
+use crate::device::DeviceChoice;
+use crate::model::ModelChoice;
+use crate::optim::OptimizerChoice;
+use crate::predict::PredictForm;
+use crate::run::job::{Job, Norm, Precision, RecomputePolicy, Variant};
+use crate::run::worker::WORKER;
+
+/// Where `train` keeps a run, and `predict` looks for it.
+const RUN: &str = "artifacts/train";
+
+/// Headings of options.
+const ON_RUN: &str = "Run";
+const ON_OUTPUT: &str = "Output";
+const ON_NETWORK: &str = "Network";
+const ON_TRAINING: &str = "Training";
+const ON_DATA: &str = "Data";
+const ON_COMPUTATION: &str = "Computation";
+const ON_WHAT: &str = "What to classify";
+const ON_TRAINED: &str = "Trained model";
+const ON_DIGITS: &str = "Test digits";
+
+const USAGE: &str = "\
+mnist <COMMAND>
+       mnist [OPTIONS of compare]";
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  mnist
+  mnist --epochs 2 --plot memory.svg
+  mnist train --variant fused --epochs 5
+  mnist predict --test-set --mistakes mistakes.svg
+
+`mnist <COMMAND> --help` lists the options of a command.
+
+Exit status: 0 if all went well; 1 after an error, which is named, after Ctrl-C, where a loss diverged
+(files that were asked for are written all the same), where a picture could not be read, and where
+nobody reads the output any more; 2 for a command line that makes no sense.";
+
+pub(super) const COMPARE_EXAMPLES: &str = "\
+Examples:
+  mnist compare --json report.json --plot memory.svg
+  mnist compare --model resnet18 --optimizer sgd --batch-size 256 --time-limit 10
+  mnist compare --precision bf16
+  mnist compare --norm tutorial --dataset mnist --data-dir mnist";
+
+pub(super) const TRAIN_EXAMPLES: &str = "\
+Examples:
+  mnist train --epochs 5 --early-stopping 2
+  mnist train --resume --epochs 10
+  mnist train --model mobilenet-v2 --optimizer adamw --batch-size 256 --artifacts runs/mobilenet
+  mnist train --precision bf16 --batch-size 4096 --artifacts runs/bf16
+  mnist train --lr 0.5 --print-config
+  mnist train --config job.toml --seed 7
+
+A run is resumed with its own options, from job.json in its folder. Options that decide the result are
+refused if they differ; others, such as --epochs, --device or --early-stopping, may change.";
+
+pub(super) const PARITY_EXAMPLES: &str = "\
+Examples:
+  mnist parity --batch-size 256
+  mnist parity --batch-size 256 --precision f64 --model resnet18 --steps 5";
+
+pub(super) const PREDICT_EXAMPLES: &str = "\
+Examples:
+  mnist predict --test-set --mistakes mistakes.png
+  mnist predict --images scans --json predictions.json
+  mnist predict --artifacts runs/mobilenet --form folded --test-set --dataset synthetic
+
+Pictures are converted to MNIST's form: grey, white ink on black, scaled to 20 pixels, centred by mass
+on 28x28. The edges are the background; a picture shows one digit. Pictures that cannot be read, of
+other formats too, are named, and the exit status is 1.
+
+The tutorial's network has no running statistics and normalizes by batch. The test set is therefore
+classified in batches of the training's size, and a picture with the statistics of as many test digits
+(--dataset, --data-dir), so that pictures do not affect each other. It cannot be folded. The other
+networks have running statistics, and need no test digits for pictures.";
+
+/// Trains the network of the PyTorch tutorial "Fusing Convolution and Batch Norm using Custom
+/// Function" on MNIST, fused and unfused, and compares memory, time and accuracy.
+///
+/// Without a command it does the tutorial's job: `compare`, with its options, on as few digits as end
+/// within 8 minutes.
+#[derive(Parser, Debug)]
+#[command(name = "mnist", version, after_help = EXAMPLES, override_usage = USAGE)]
+pub(super) struct Cli {
+    #[command(subcommand)]
+    pub(super) command: Subcommands,
+}
+
+#[allow(clippy::large_enum_variant, reason = "there is one of it")]
+#[derive(Subcommand, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Subcommands {
+    /// Train fused, then unfused, each in a fresh process, and compare.
+    #[command(after_help = COMPARE_EXAMPLES)]
+    Compare(Compare),
+    /// Train one variant, with checkpoints.
+    #[command(after_help = TRAIN_EXAMPLES)]
+    Train(Train),
+    /// Check that both variants give the same losses from the same weights and batches.
+    #[command(after_help = PARITY_EXAMPLES)]
+    Parity(ParityArgs),
+    /// Classify the test set, or pictures in a folder, with a model that `train` has trained.
+    #[command(after_help = PREDICT_EXAMPLES)]
+    Predict(Predict),
+    #[command(name = WORKER, hide = true)]
+    Worker,
+}
+
+impl Subcommands {
+    /// Sets the options whose defaults depend on other options.
+    pub(super) fn complete(&mut self) {
+        let (job, learning) = match self {
+            Self::Compare(args) => (&mut args.job, Some(&mut args.learning)),
+            Self::Train(args) => (&mut args.job, Some(&mut args.learning)),
+            Self::Parity(args) => (&mut args.job, None),
+            Self::Predict(_) | Self::Worker => return,
+        };
+        job.lr = Some(job.learning_rate());
+        if let Some(learning) = learning {
+            learning.dropout = Some(learning.dropout(job.model));
+        }
+    }
+
+    pub(super) fn take_config(&mut self) -> ConfigArgs {
+        match self {
+            Self::Compare(args) => std::mem::take(&mut args.job.config),
+            Self::Train(args) => std::mem::take(&mut args.job.config),
+            Self::Parity(args) => std::mem::take(&mut args.job.config),
+            Self::Predict(args) => std::mem::take(&mut args.config),
+            Self::Worker => ConfigArgs::default(),
+        }
+    }
+}
+
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Options as a file")]
+pub(super) struct ConfigArgs {
+    /// Options from this TOML file, or JSON if it ends in .json: long names with values, true or
+    /// false for a switch. The command line wins.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// Print the options in effect as such a file, and exit.
+    #[arg(long)]
+    pub(super) print_config: bool,
+}
+
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct JobArgs {
+    /// Which network. Torchvision's take one channel, and digits padded with black to 32x32.
+    #[arg(long, value_enum, default_value = "tutorial", help_heading = ON_NETWORK)]
+    pub(super) model: ModelChoice,
+    /// Batch norm: Burn's, or the tutorial's (unbiased variance, epsilon outside the root).
+    #[arg(long, value_enum, default_value = "burn", help_heading = ON_NETWORK)]
+    pub(super) norm: Norm,
+    /// Which optimizer.
+    #[arg(long, value_enum, default_value = "adadelta", help_heading = ON_TRAINING)]
+    pub(super) optimizer: OptimizerChoice,
+    /// Learning rate of the first epoch [default: 1 for adadelta, 0.001 for adam and adamw, 0.05
+    /// for sgd].
+    #[arg(long, value_name = "RATE", value_parser = finite, help_heading = ON_TRAINING)]
+    pub(super) lr: Option<f64>,
+    /// Digits a step.
+    #[arg(long, value_name = "N", default_value_t = 2048, help_heading = ON_TRAINING)]
+    pub(super) batch_size: usize,
+    /// Seed of weights, order, dropout and built-in digits.
+    #[arg(long, default_value_t = 123_456, help_heading = ON_TRAINING)]
+    pub(super) seed: u64,
+    /// MNIST if it is found or downloaded and built-in digits otherwise, or one of the two.
+    #[arg(long, value_enum, default_value = "auto", help_heading = ON_DATA)]
+    pub(super) dataset: DatasetChoice,
+    /// Folder with MNIST's four IDX files, plain or .gz.
+    #[arg(long, value_name = "DIR", help_heading = ON_DATA)]
+    pub(super) data_dir: Option<PathBuf>,
+    /// Do not try to download MNIST.
+    #[arg(long, help_heading = ON_DATA)]
+    pub(super) no_download: bool,
+    /// Train on the first N digits only.
+    #[arg(long, value_name = "N", help_heading = ON_DATA)]
+    pub(super) train_limit: Option<usize>,
+    /// Device. Each needs Burn's feature of the same name in this build.
+    #[arg(long, value_enum, default_value = "flex", help_heading = ON_COMPUTATION)]
+    pub(super) device: DeviceChoice,
+    /// Element type. f16 and bf16 are mixed precision: convolutions and saved tensors in that type;
+    /// parameters, norms, linear layers and checkpoints in f32.
+    #[arg(long, value_enum, default_value = "f32", help_heading = ON_COMPUTATION)]
+    pub(super) precision: Precision,
+    /// CPU threads [default: one per hardware thread].
+    #[arg(long, value_name = "N", help_heading = ON_COMPUTATION)]
+    pub(super) threads: Option<usize>,
+    /// Whether fused blocks recompute the convolution's output in the backward pass, or keep it.
+    #[arg(long, value_enum, default_value = "conv", help_heading = ON_COMPUTATION)]
+    pub(super) recompute: RecomputePolicy,
+    /// Most bytes of workspace in the backward pass of a fused block.
+    #[arg(long, value_name = "BYTES", help_heading = ON_COMPUTATION)]
+    pub(super) max_workspace: Option<usize>,
+    #[command(flatten)]
+    #[serde(skip)]
+    pub(super) config: ConfigArgs,
+}
+
+/// Options of a training to its end, which `parity` has not.
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct LearningArgs {
+    /// Probability of dropping a hidden value [default: 0.5 for tutorial and vgg16-bn, 0.2 for
+    /// mobilenet-v2; the residual networks have no dropout].
+    #[arg(long, value_name = "P", value_parser = finite, help_heading = ON_NETWORK)]
+    pub(super) dropout: Option<f64>,
+    /// Factor on the learning rate after every epoch.
+    #[arg(long, value_name = "FACTOR", default_value_t = 0.7, value_parser = finite, help_heading = ON_TRAINING)]
+    pub(super) gamma: f64,
+    /// Test on the first N digits only.
+    #[arg(long, value_name = "N", help_heading = ON_DATA)]
+    pub(super) test_limit: Option<usize>,
+    /// Print the loss of every so many batches; 0 for none.
+    #[arg(long, value_name = "N", default_value_t = 2, help_heading = ON_OUTPUT)]
+    pub(super) log_interval: usize,
+}
+
+impl LearningArgs {
+    fn dropout(&self, model: ModelChoice) -> f64 {
+        self.dropout.unwrap_or_else(|| model.default_dropout())
+    }
+}
+
+impl JobArgs {
+    fn learning_rate(&self) -> f64 {
+        let optimizer = self.optimizer;
+        self.lr.unwrap_or_else(|| optimizer.default_learning_rate())
+    }
+
+    /// The job, on a device that is there and computes in its precision.
+    pub(super) fn into_job(self, epochs: usize, learning: LearningArgs) -> Result<Job> {
+        self.device.open_for(self.precision)?;
+        Ok(Job {
+            learning_rate: self.learning_rate(),
+            dropout: learning.dropout(self.model),
+            dataset: self.dataset,
+            data_dir: self.data_dir,
+            download: !self.no_download,
+            train_limit: self.train_limit,
+            test_limit: learning.test_limit,
+            epochs,
+            batch_size: self.batch_size,
+            model: self.model,
+            optimizer: self.optimizer,
+            decay: learning.gamma,
+            norm: self.norm,
+            precision: self.precision,
+            device: self.device,
+            recompute: self.recompute,
+            max_workspace: self.max_workspace,
+            seed: self.seed,
+            log_interval: learning.log_interval,
+        })
+    }
+}
+
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Compare {
+    /// Epochs.
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = ON_RUN)]
+    pub(super) epochs: usize,
+    /// Limit on the estimated duration, in minutes; above it, training is on fewer digits.
+    #[arg(long, value_name = "MINUTES", value_parser = finite, help_heading = ON_RUN)]
+    pub(super) time_limit: Option<f64>,
+    /// Folder for the logs of the metrics.
+    #[arg(long, value_name = "DIR", default_value = "artifacts/compare", help_heading = ON_RUN)]
+    pub(super) artifacts: PathBuf,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(super) job: JobArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(super) learning: LearningArgs,
+    /// Write the results to this file.
+    #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
+    pub(super) json: Option<PathBuf>,
+    /// Draw memory over one training step, and the losses, to this SVG file.
+    #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
+    pub(super) plot: Option<PathBuf>,
+}
+
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Train {
+    /// Epochs, those of a resumed run included.
+    #[arg(long, value_name = "N", default_value_t = 5, help_heading = ON_RUN)]
+    pub(super) epochs: usize,
+    /// Stop when the test loss has not improved for N epochs.
+    #[arg(long, value_name = "N", help_heading = ON_RUN)]
+    pub(super) early_stopping: Option<usize>,
+    /// Folder for checkpoints and logs.
+    #[arg(long, value_name = "DIR", default_value = RUN, help_heading = ON_RUN)]
+    pub(super) artifacts: PathBuf,
+    /// Resume the run in the folder from its newest complete checkpoint, with its options.
+    #[arg(long, conflicts_with = "overwrite", help_heading = ON_RUN)]
+    pub(super) resume: bool,
+    /// Remove an earlier run in the folder.
+    #[arg(long, help_heading = ON_RUN)]
+    pub(super) overwrite: bool,
+    /// Which form of the network.
+    #[arg(long, value_enum, default_value = "fused", help_heading = ON_NETWORK)]
+    pub(super) variant: Variant,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(super) job: JobArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(super) learning: LearningArgs,
+    /// Print lines even on a terminal, where Burn's dashboard is shown otherwise.
+    #[arg(long, help_heading = ON_OUTPUT)]
+    pub(super) plain: bool,
+    /// Write the results to this file.
+    #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
+    pub(super) json: Option<PathBuf>,
+}
+
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct ParityArgs {
+    /// Training steps.
+    #[arg(long, value_name = "N", default_value_t = 30, help_heading = ON_RUN)]
+    pub(super) steps: usize,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(super) job: JobArgs,
+}
+
+#[derive(Args, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Predict {
+    /// The pictures in this folder: .png, .pgm, .ppm, .pbm and .pnm files of any size.
+    #[arg(long, value_name = "DIR", conflicts_with = "test_set", help_heading = ON_WHAT)]
+    pub(super) images: Option<PathBuf>,
+    /// The test set, with accuracy and confusion matrix.
+    #[arg(long, help_heading = ON_WHAT)]
+    pub(super) test_set: bool,
+    /// Folder of the training: its --artifacts.
+    #[arg(long, value_name = "DIR", default_value = RUN, help_heading = ON_TRAINED)]
+    pub(super) artifacts: PathBuf,
+    /// Take the checkpoint after this epoch [default: the newest complete one].
+    #[arg(long, value_name = "N", help_heading = ON_TRAINED)]
+    pub(super) epoch: Option<usize>,
+    /// In which form to run it [default: the one that was trained].
+    #[arg(long, value_enum, help_heading = ON_TRAINED)]
+    pub(super) form: Option<PredictForm>,
+    /// MNIST if it is found or downloaded and built-in digits otherwise, or one of the two [default:
+    /// as in the training].
+    #[arg(long, value_enum, help_heading = ON_DIGITS)]
+    pub(super) dataset: Option<DatasetChoice>,
+    /// Folder with MNIST's four IDX files, plain or .gz [default: as in the training].
+    #[arg(long, value_name = "DIR", help_heading = ON_DIGITS)]
+    pub(super) data_dir: Option<PathBuf>,
+    /// Do not try to download MNIST.
+    #[arg(long, help_heading = ON_DIGITS)]
+    pub(super) no_download: bool,
+    /// Test on the first N digits only [default: as in the training].
+    #[arg(long, value_name = "N", help_heading = ON_DIGITS)]
+    pub(super) test_limit: Option<usize>,
+    /// Device [default: as in the training].
+    #[arg(long, value_enum, help_heading = ON_COMPUTATION)]
+    pub(super) device: Option<DeviceChoice>,
+    /// CPU threads [default: one per hardware thread].
+    #[arg(long, value_name = "N", help_heading = ON_COMPUTATION)]
+    pub(super) threads: Option<usize>,
+    /// Digits a batch; the tutorial's network normalizes by batch [default: as in the training].
+    #[arg(long, value_name = "N", help_heading = ON_COMPUTATION)]
+    pub(super) batch_size: Option<usize>,
+    #[command(flatten)]
+    #[serde(skip)]
+    pub(super) config: ConfigArgs,
+    /// Draw the misclassified digits of the test set, highest loss first, to this SVG or PNG file.
+    #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
+    pub(super) mistakes: Option<PathBuf>,
+    /// Write the predictions to this file.
+    #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
+    pub(super) json: Option<PathBuf>,
+}
+
+/// A number that JSON has.
+fn finite(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() => Ok(number),
+        Ok(_) => Err("must be finite".to_string()),
+        Err(error) => Err(error.to_string()),
+    }
+}

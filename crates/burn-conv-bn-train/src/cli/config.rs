@@ -1,0 +1,269 @@
+//! Options from the command line and files, and their bounds.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use clap::ArgMatches;
+use clap::parser::ValueSource;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Number, Value, json};
+
+use crate::persist::run_file::{Options, read_text};
+
+/// Options that exclude each other.
+const RIVALS: [[&str; 2]; 2] = [["resume", "overwrite"], ["images", "test-set"]];
+
+/// A check of a number, and its bounds in words.
+type Bounds = (fn(f64) -> bool, &'static str);
+
+const COUNT: Bounds = (|n| (1.0..=1e6).contains(&n), "from 1 to 1000000");
+const INTERVAL: Bounds = (|n| (0.0..=1e6).contains(&n), "from 0 to 1000000");
+const THREADS: Bounds = (|n| (1.0..=1024.0).contains(&n), "from 1 to 1024");
+const BYTES: Bounds = (|n| n >= 1.0, "at least 1");
+const POSITIVE: Bounds = (|n| n > 0.0, "above 0");
+const PROBABILITY: Bounds = (|n| (0.0..1.0).contains(&n), "at least 0 and less than 1");
+
+/// Bounds of the options that are numbers, on the command line and in files alike. A seed has none.
+const BOUNDS: [(&str, Bounds); 14] = [
+    ("batch-size", COUNT),
+    ("dropout", PROBABILITY),
+    ("early-stopping", COUNT),
+    ("epoch", COUNT),
+    ("epochs", COUNT),
+    ("gamma", POSITIVE),
+    ("log-interval", INTERVAL),
+    ("lr", POSITIVE),
+    ("max-workspace", BYTES),
+    ("steps", COUNT),
+    ("test-limit", COUNT),
+    ("threads", THREADS),
+    ("time-limit", POSITIVE),
+    ("train-limit", COUNT),
+];
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {}: {source}", .path.display())]
+    Io { path: PathBuf, source: io::Error },
+    /// The file is neither TOML nor, if its name ends in `.json`, JSON.
+    #[error("{} is not valid {language}: {reason}", .path.display())]
+    Syntax {
+        path: PathBuf,
+        language: &'static str,
+        reason: String,
+    },
+    /// There are keys that are no options.
+    #[error("{origin} has what `mnist {command}` does not: {unknown}; it has {allowed}")]
+    Unknown {
+        origin: String,
+        command: String,
+        unknown: String,
+        allowed: String,
+    },
+    /// An option's value is of a wrong kind or out of bounds.
+    #[error("{origin} sets {option} to {value}: {reason}")]
+    Refused {
+        origin: String,
+        option: String,
+        value: String,
+        reason: String,
+    },
+    /// An option's value is not text that a file could hold.
+    #[error("the options cannot be written to a file: {0}")]
+    NotText(#[source] serde_json::Error),
+}
+
+/// Reads a configuration of at most 1 MiB: JSON if the file's name ends in `.json`, otherwise TOML.
+pub(crate) fn read(path: &Path) -> Result<Options, ConfigError> {
+    let text = read_text(path).map_err(|source| ConfigError::Io {
+        path: path.to_path_buf(),
+        source,
+    })?;
+    let syntax = |language, reason| ConfigError::Syntax {
+        path: path.to_path_buf(),
+        language,
+        reason,
+    };
+    let extension = path.extension().unwrap_or_default();
+    if extension.eq_ignore_ascii_case("json") {
+        return serde_json::from_str(&text).map_err(|error| syntax("JSON", error.to_string()));
+    }
+    let table: toml::Table = toml::from_str(&text).map_err(|error| {
+        let before = error.span().and_then(|span| text.get(..span.start));
+        let line = before.unwrap_or_default().matches('\n').count() + 1;
+        let reason = error.message().replace('\n', ", ");
+        syntax("TOML", format!("{reason} (line {line})"))
+    })?;
+    let options = table.into_iter().map(|(option, value)| {
+        let value = match value {
+            toml::Value::String(text) => Value::from(text),
+            toml::Value::Integer(integer) => Value::from(integer),
+            toml::Value::Boolean(switch) => Value::from(switch),
+            toml::Value::Float(float) if float.is_finite() => Value::from(float),
+            other => {
+                return Err(ConfigError::Refused {
+                    origin: path.display().to_string(),
+                    option,
+                    value: other.to_string(),
+                    reason: "an option is a text, a finite number, true or false".to_string(),
+                });
+            }
+        };
+        Ok((option, value))
+    });
+    options.collect()
+}
+
+/// As text that [`read`] reads: TOML.
+pub(crate) fn to_toml(options: &Options) -> String {
+    let mut options = options.clone();
+    for value in options.values_mut() {
+        // An integer that is too large for TOML.
+        if value.is_u64() && !value.is_i64() {
+            *value = Value::from(value.to_string());
+        }
+    }
+    toml::to_string(&options).expect("options are texts, numbers and switches")
+}
+
+/// The options of a command, put together from the command line and files.
+///
+/// The command is an enum whose variants are commands, by their names, with structs of options by their
+/// long names.
+pub(crate) struct Layers {
+    command: String,
+    pub(crate) options: Options,
+    /// Options that further files do not set.
+    given: BTreeSet<String>,
+}
+
+impl Layers {
+    /// A command as parsed from the command line, with its matches. Without matches, every option counts as
+    /// not given.
+    pub(crate) fn new(
+        command: &impl Serialize,
+        matches: Option<&ArgMatches>,
+    ) -> Result<Self, ConfigError> {
+        let (command, options) = parts(command)?;
+        let on_line = |option: &&String| {
+            let source =
+                matches.and_then(|matches| matches.value_source(&option.replace('-', "_")));
+            source == Some(ValueSource::CommandLine)
+        };
+        Ok(Self {
+            given: options.keys().filter(on_line).cloned().collect(),
+            command,
+            options,
+        })
+    }
+
+    pub(crate) fn is_given(&self, option: &str) -> bool {
+        self.given.contains(option)
+    }
+
+    /// Checks the bounds of every option.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let mut options = self.options.iter();
+        options.try_for_each(|(option, value)| {
+            check(option, value).map_err(|reason| format!("--{option} {value}: {reason}"))
+        })
+    }
+
+    /// Sets options, and returns the command. Options that the command line or an earlier file has set stay,
+    /// and so do those that exclude one of the command line's.
+    pub(crate) fn add<T: DeserializeOwned>(
+        &mut self,
+        added: &Options,
+        origin: &str,
+    ) -> Result<T, ConfigError> {
+        let unknown: Vec<&str> = added
+            .keys()
+            .filter(|option| !self.options.contains_key(*option))
+            .map(String::as_str)
+            .collect();
+        if !unknown.is_empty() {
+            let allowed: Vec<&str> = self.options.keys().map(String::as_str).collect();
+            return Err(ConfigError::Unknown {
+                origin: origin.to_string(),
+                command: self.command.clone(),
+                unknown: unknown.join(", "),
+                allowed: allowed.join(", "),
+            });
+        }
+        let excluded = |option: &str| {
+            let rivals = RIVALS.iter().filter(|pair| pair.contains(&option));
+            self.is_given(option) || rivals.flatten().any(|rival| self.is_given(rival))
+        };
+        let free: Vec<_> = added
+            .iter()
+            .filter(|(option, _)| !excluded(option))
+            .collect();
+        for (option, value) in free {
+            // One at a time, so that an error names the option.
+            self.set::<T>(option, value.clone())
+                .or_else(|reason| match value {
+                    // As numbers too large for TOML are written.
+                    Value::String(text) if let Ok(number) = text.parse::<Number>() => {
+                        self.set::<T>(option, Value::Number(number))
+                    }
+                    _ => Err(reason),
+                })
+                .map_err(|reason| ConfigError::Refused {
+                    origin: origin.to_string(),
+                    option: option.clone(),
+                    value: value.to_string(),
+                    reason,
+                })?;
+        }
+        self.given.extend(added.keys().cloned());
+        self.build().map_err(ConfigError::NotText)
+    }
+
+    fn set<T: DeserializeOwned>(&mut self, option: &str, value: Value) -> Result<(), String> {
+        check(option, &value)?;
+        self.options.insert(option.to_string(), value);
+        self.build::<T>()
+            .map(drop)
+            .map_err(|error| error.to_string())
+    }
+
+    fn build<T: DeserializeOwned>(&self) -> serde_json::Result<T> {
+        serde_json::from_value(json!({ &self.command: &self.options }))
+    }
+}
+
+/// All options of a command that have a value.
+pub(crate) fn effective(command: &impl Serialize) -> Result<Options, ConfigError> {
+    let (_, mut options) = parts(command)?;
+    options.retain(|_, value| !value.is_null());
+    Ok(options)
+}
+
+/// The name of a command and its options, null where one has no value.
+fn parts(command: &impl Serialize) -> Result<(String, Options), ConfigError> {
+    if let Value::Object(command) = serde_json::to_value(command).map_err(ConfigError::NotText)?
+        && let Some((name, Value::Object(options))) = command.into_iter().next()
+    {
+        return Ok((name, options));
+    }
+    // A command without options.
+    Ok(Default::default())
+}
+
+/// Checks a number's bounds.
+pub(crate) fn check(option: &str, value: &Value) -> Result<(), String> {
+    let bounds = BOUNDS.iter().find(|(bounded, _)| *bounded == option);
+    match (bounds, value.as_f64()) {
+        (Some((_, (within, words))), Some(number)) if !within(number) => {
+            Err(format!("it must be {words}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,191 @@
+use super::*;
+
+use burn::tensor::{DType, Distribution, FloatDType, TensorData, Tolerance};
+use burn_conv_bn::ConvBnModule;
+
+impl Network {
+    fn form(&self) -> Form {
+        match self {
+            Self::Tutorial(net) => net.form(),
+            Self::ResNet(net) => net.form(),
+            Self::Vgg(net) => net.form(),
+            Self::MobileNetV2(net) => net.form(),
+        }
+    }
+    fn with_form(self, form: Form) -> Self {
+        match self {
+            Self::Tutorial(net) => Self::Tutorial(net.with_form(form)),
+            Self::ResNet(net) => Self::ResNet(net.with_form(form)),
+            Self::Vgg(net) => Self::Vgg(net.with_form(form)),
+            Self::MobileNetV2(net) => Self::MobileNetV2(net.with_form(form)),
+        }
+    }
+}
+
+#[test]
+fn names_are_those_of_the_command_line() {
+    for choice in ModelChoice::value_variants() {
+        let value = choice.to_possible_value().expect("no choice is hidden");
+        assert_eq!(value.get_name(), choice.name());
+        let json = serde_json::to_string(choice).expect("a name is JSON");
+        assert_eq!(json, format!("{:?}", choice.name()));
+    }
+}
+
+fn options(choice: ModelChoice, form: Form) -> NetworkOptions {
+    NetworkOptions {
+        form,
+        norm: NormVariant::BatchNorm,
+        dropout: choice.default_dropout(),
+        recompute: Recompute::Conv,
+        max_workspace: None,
+    }
+}
+
+/// In evaluation, where only the tutorial's network depends on the rest of the batch.
+#[test]
+fn every_network_gives_log_probabilities_of_digits() {
+    let device = Device::flex();
+    let images = Tensor::<4>::random([2, 1, SIDE, SIDE], Distribution::Default, &device);
+    for &choice in ModelChoice::value_variants() {
+        let fused = choice.init(&options(choice, Form::Fused), &device).valid();
+        assert_eq!(fused.form(), Form::Fused);
+        let output = fused.forward(images.clone());
+        assert_eq!(output.dims(), [2, CLASSES], "{choice:?}");
+        let sums = output.clone().exp().sum_dim(1).into_data();
+        let ones = TensorData::new(vec![1.0f32; 2], [2, 1]);
+        sums.assert_approx_eq::<f32>(&ones, Tolerance::absolute(1e-4));
+
+        let unfused = fused.with_form(Form::Unfused);
+        assert_eq!(unfused.form(), Form::Unfused);
+        // Untrained, the deeper ones have scores in the thousands.
+        let tolerance = Tolerance::rel_abs(1e-3, 1e-2);
+        let unfused = unfused.forward(images.clone()).into_data();
+        output
+            .into_data()
+            .assert_approx_eq::<f32>(&unfused, tolerance);
+    }
+}
+
+#[test]
+fn padding_is_black() {
+    let device = Device::flex();
+    let white = Tensor::<4>::ones([1, 1, SIDE, SIDE], &device).cast(FloatDType::F64);
+    let padded = padded(white);
+    assert_eq!(padded.dims(), [1, 1, 32, 32]);
+    let values: Vec<f64> = padded.into_data().iter::<f64>().collect();
+    for (at, value) in values.into_iter().enumerate() {
+        let inside = [at / 32, at % 32].iter().all(|i| (2..30).contains(i));
+        let wanted = if inside { 1.0 } else { -MEAN / STD };
+        assert!((value - wanted).abs() < 1e-6, "{value} at {at}");
+    }
+}
+
+#[test]
+fn what_is_not_there_is_refused() {
+    let (burn, tutorial) = (NormVariant::BatchNorm, NormVariant::Tutorial);
+    let (net, resnet) = (ModelChoice::Tutorial, ModelChoice::Resnet18);
+    assert_eq!(net.check(tutorial, 0.5), Ok(()));
+    assert_eq!(resnet.check(burn, 0.0), Ok(()));
+    assert_eq!(ModelChoice::MobilenetV2.check(burn, 0.2), Ok(()));
+    let model = "resnet18";
+    assert_eq!(resnet.check(tutorial, 0.0), Err(ModelError::Norm { model }));
+    let probability = 0.5;
+    let refused = Err(ModelError::Dropout { model, probability });
+    assert_eq!(resnet.check(burn, probability), refused);
+}
+
+#[test]
+fn one_digit_alone_is_refused() {
+    for (model, digits, batch_size, fine) in [
+        (ModelChoice::Resnet18, 64, 32, true),
+        (ModelChoice::Resnet18, 65, 32, false),
+        (ModelChoice::Resnet18, 66, 32, true),
+        (ModelChoice::MobilenetV2, 64, 1, false),
+        (ModelChoice::Resnet50, 1, 32, false),
+        (ModelChoice::Tutorial, 65, 32, true),
+        (ModelChoice::Vgg16Bn, 65, 32, true),
+    ] {
+        let checked = model.check_batches(digits, batch_size);
+        assert_eq!(checked.is_ok(), fine, "{model:?}, {digits}, {batch_size}");
+    }
+}
+
+/// Padding makes a tensor of its own of the digits, which are there before.
+#[test]
+fn networks_list_what_they_keep() {
+    let device = Device::flex().autodiff();
+    for form in [Form::Fused, Form::Unfused] {
+        for (choice, shape, shared) in [
+            (ModelChoice::Resnet18, [3, 1, 32, 32], false),
+            (ModelChoice::Tutorial, [3, 1, 28, 28], true),
+        ] {
+            let network = choice.init(&options(choice, form), &device);
+            let (block, tensor) = &network.saved_for_backward(3)[0];
+            assert_eq!((block.as_str(), tensor.name), ("conv1", "input"));
+            assert_eq!(tensor.shape.to_vec(), shape);
+            assert_eq!(tensor.shared, shared, "{choice:?}, {form:?}");
+        }
+    }
+}
+
+/// A few batches give the running statistics values that have an effect.
+#[test]
+fn a_folded_network_predicts_the_same() {
+    let device = Device::flex().autodiff();
+    let images = |count| {
+        Tensor::<4>::random(
+            [count, 1, SIDE, SIDE],
+            Distribution::Normal(0.3, 1.0),
+            &device,
+        )
+    };
+    for &choice in ModelChoice::value_variants() {
+        if !choice.tracks_statistics() {
+            continue;
+        }
+        let network = choice.init(&options(choice, Form::Fused), &device);
+        for _ in 0..4 {
+            network.forward(images(4));
+        }
+        let network = network.valid();
+        let folded = network.folded().expect("it tracks statistics");
+        let images = images(3).without_autodiff();
+        let wanted = network.forward(images.clone()).into_data();
+        let got = folded.forward(images).into_data();
+        got.assert_approx_eq::<f32>(&wanted, Tolerance::rel_abs(1e-2, 1e-2));
+    }
+}
+
+/// Rounded to 2^-9 in each of some 20 layers.
+#[test]
+fn a_folded_network_predicts_in_mixed_precision() {
+    let device = Device::flex().autodiff();
+    let images = Tensor::<4>::random([4, 1, SIDE, SIDE], Distribution::Normal(0.3, 1.0), &device);
+    let choice = ModelChoice::Resnet18;
+    let network = choice.init(&options(choice, Form::Fused), &device);
+    for _ in 0..4 {
+        network.forward(images.clone());
+    }
+    let folded = network.valid().folded().expect("it tracks statistics");
+    let images = images.without_autodiff();
+    let values = |output: Tensor<2>| -> Vec<f64> {
+        assert_eq!(output.dtype(), DType::F32);
+        output.into_data().iter::<f64>().collect()
+    };
+    let wanted = values(folded.forward(images.clone()));
+    let folded = folded.autocast(FloatDType::BF16);
+    let got = values(folded.forward(images.cast(FloatDType::BF16)));
+    let norm = |values: Vec<f64>| values.iter().map(|value| value * value).sum::<f64>();
+    let differences = got.iter().zip(&wanted).map(|(got, wanted)| got - wanted);
+    let distance = (norm(differences.collect()) / norm(wanted)).sqrt();
+    assert!(0.0 < distance && distance < 0.25, "{distance}");
+}
+
+#[test]
+fn what_has_no_running_statistics_is_refused() {
+    let device = Device::flex();
+    let choice = ModelChoice::Tutorial;
+    let refused = choice.init(&options(choice, Form::Fused), &device).folded();
+    assert_eq!(refused.err(), Some(FoldError::NoRunningStatistics));
+}

@@ -1,0 +1,188 @@
+use super::*;
+
+use burn::module::Param;
+use burn::nn::Linear;
+use burn::optim::GradientsParams;
+use burn::tensor::{DType, TensorData, Tolerance};
+
+/// One element, straight from Zeiler's Algorithm 1 with PyTorch's learning rate.
+#[derive(Default)]
+struct Scalar {
+    square_avg: f64,
+    acc_delta: f64,
+}
+
+impl Scalar {
+    fn step(&mut self, parameter: f64, grad: f64, lr: f64, rho: f64, epsilon: f64) -> f64 {
+        self.square_avg = rho * self.square_avg + (1.0 - rho) * grad * grad;
+        let delta = (self.acc_delta + epsilon).sqrt() / (self.square_avg + epsilon).sqrt() * grad;
+        self.acc_delta = rho * self.acc_delta + (1.0 - rho) * delta * delta;
+        parameter - lr * delta
+    }
+}
+
+/// A bias-free 2 -> 1 layer, so that the gradient of the sum of its outputs for one input
+/// row is that row.
+fn layer(weight: [f64; 2], dtype: FloatDType, device: &Device) -> Linear {
+    let weight = Tensor::<2>::from_data(
+        TensorData::new(weight.to_vec(), [2, 1]),
+        (device, DType::from(dtype)),
+    );
+    Linear {
+        weight: Param::from_tensor(weight),
+        bias: None,
+    }
+}
+
+fn step(optimizer: &mut ModuleOptimizer, layer: Linear, lr: f64, grad: [f64; 2]) -> Linear {
+    let weight = layer.weight.val();
+    let input = Tensor::<2>::from_data(
+        TensorData::new(grad.to_vec(), [1, 2]),
+        (&weight.device(), weight.dtype()),
+    );
+    let grads = layer.forward(input).sum().backward();
+    let grads = GradientsParams::from_grads(grads, &layer);
+    optimizer.step(lr, layer, grads)
+}
+
+const GRADS: [[f64; 2]; 4] = [[0.5, -3.0], [-0.25, 1e-4], [2.0, 0.0], [0.125, 40.0]];
+
+#[test]
+fn follows_the_published_formulae() {
+    let device = Device::flex().autodiff();
+    for (dtype, tolerance) in [(FloatDType::F32, 1e-6), (FloatDType::F64, 1e-12)] {
+        let (rho, epsilon, decay, lr) = (0.8, 1e-5, 0.125, 0.7);
+        let mut optimizer = AdadeltaConfig::new()
+            .with_rho(rho)
+            .with_epsilon(epsilon)
+            .with_weight_decay(Some(WeightDecayConfig::new(decay as f32)))
+            .init();
+
+        let mut expected = [0.75, -1.5];
+        let mut scalars = [Scalar::default(), Scalar::default()];
+        let mut layer = layer(expected, dtype, &device);
+        for grad in GRADS {
+            layer = step(&mut optimizer, layer, lr, grad);
+            for ((value, scalar), grad) in expected.iter_mut().zip(&mut scalars).zip(grad) {
+                let grad = grad + decay * *value;
+                *value = scalar.step(*value, grad, lr, rho, epsilon);
+            }
+        }
+
+        layer.weight.val().into_data().assert_approx_eq::<f64>(
+            &TensorData::new(expected.to_vec(), [2, 1]),
+            Tolerance::absolute(tolerance),
+        );
+    }
+}
+
+#[test]
+fn resumes_from_its_record() {
+    let device = Device::flex().autodiff();
+    for dtype in [FloatDType::F32, FloatDType::F64] {
+        let mut original = AdadeltaConfig::new().init();
+        let mut layer = layer([0.75, -1.5], dtype, &device);
+        for grad in GRADS {
+            layer = step(&mut original, layer, 1.0, grad);
+        }
+        let bytes = original.into_bytes().expect("the state is serializable");
+        let mut restored = AdadeltaConfig::new()
+            .init()
+            .from_bytes(bytes)
+            .expect("the record was just written");
+
+        let expected = step(&mut original, layer.clone(), 1.0, [-0.5, 0.5]);
+        let actual = step(&mut restored, layer, 1.0, [-0.5, 0.5]);
+
+        actual
+            .weight
+            .val()
+            .into_data()
+            .assert_eq(&expected.weight.val().into_data(), true);
+    }
+}
+
+/// Whether a record of the state after one step, restored, gives the same record again.
+fn comes_back(choice: OptimizerChoice, dtype: FloatDType) -> bool {
+    let device = Device::flex().autodiff();
+    let mut original = choice.init();
+    let layer = layer([0.75, -1.5], dtype, &device);
+    step(&mut original, layer, 0.125, [1.0 / 3.0, -3.0]);
+    let record = || original.into_bytes().expect("the state is serializable");
+    let restored = choice.init().from_bytes(record());
+    let restored = restored.expect("the record was just written");
+    restored.into_bytes().expect("the state is serializable") == record()
+}
+
+#[test]
+fn what_restores_comes_back() {
+    for &choice in OptimizerChoice::value_variants() {
+        for dtype in [FloatDType::F32, FloatDType::F64] {
+            assert_eq!(
+                comes_back(choice, dtype),
+                choice.restores(dtype),
+                "{choice:?}, {dtype:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn names_are_those_of_the_command_line() {
+    for choice in OptimizerChoice::value_variants() {
+        let value = choice.to_possible_value().expect("no choice is hidden");
+        assert_eq!(value.get_name(), choice.name());
+        let json = serde_json::to_string(choice).expect("a name is JSON");
+        assert_eq!(json, format!("{:?}", choice.name()));
+    }
+}
+
+/// Each takes the loss of a linear layer down, at the rate that it has by default.
+#[test]
+fn every_choice_descends() {
+    let device = Device::flex().autodiff();
+    for choice in OptimizerChoice::value_variants() {
+        let mut optimizer = choice.init();
+        let mut layer = layer([0.75, -1.5], FloatDType::F32, &device);
+        for _ in 0..3 {
+            layer = step(
+                &mut optimizer,
+                layer,
+                choice.default_learning_rate(),
+                [2.0, -1.0],
+            );
+        }
+        let weight = layer.weight.val().into_data();
+        let weight: Vec<f64> = weight.iter::<f64>().collect();
+        assert!(
+            weight[0] < 0.75 && weight[1] > -1.5,
+            "{choice:?}: {weight:?}"
+        );
+    }
+}
+
+/// PyTorch's: the velocity is 0.9 of the last one and all of the gradient.
+#[test]
+fn sgd_has_an_undampened_momentum() {
+    let device = Device::flex().autodiff();
+    let mut optimizer = OptimizerChoice::Sgd.init();
+    let mut layer = layer([0.0, 0.0], FloatDType::F64, &device);
+    for _ in 0..2 {
+        layer = step(&mut optimizer, layer, 0.5, [1.0, -2.0]);
+    }
+    let wanted = TensorData::new(vec![-0.5 * (1.0 + 1.9), 0.5 * (2.0 + 3.8)], [2, 1]);
+    let weight = layer.weight.val().into_data();
+    weight.assert_approx_eq::<f64>(&wanted, Tolerance::absolute(1e-6));
+}
+
+#[test]
+fn config_survives_json() {
+    let config = AdadeltaConfig::new()
+        .with_rho(0.95)
+        .with_grad_clipping(Some(GradientClippingConfig::Norm(2.0)));
+    let copy = AdadeltaConfig::load_binary(config.to_string().as_bytes())
+        .expect("a printed config is its JSON");
+
+    assert_eq!(copy.to_string(), config.to_string());
+    assert!(copy.init().has_gradient_clipping());
+}

@@ -1,0 +1,225 @@
+//! Burn's dashboard, which leaves the terminal as it found it however a training ends.
+
+use std::env;
+use std::error::Error;
+use std::io::{self, IsTerminal, StdoutLock};
+use std::panic::{self, AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use burn::train::logger::{EvaluationProgressLogger, TrainingProgressLogger};
+use burn::train::metric::MetricDefinition;
+use burn::train::renderer::tui::TuiMetricsRendererWrapper;
+use burn::train::renderer::{
+    EvaluationName, MetricState, MetricsRenderer, MetricsRendererEvaluation,
+    MetricsRendererTraining,
+};
+use burn::train::{Interrupter, LearnerSummary};
+use crossterm::cursor::Show;
+use crossterm::event::DisableMouseCapture;
+use crossterm::execute;
+use crossterm::terminal::{
+    Clear, ClearType, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode, is_raw_mode_enabled,
+};
+
+use crate::print::say;
+use crate::run::interrupt;
+
+/// Whether a dashboard has the terminal.
+pub(crate) fn is_shown() -> bool {
+    is_raw_mode_enabled().unwrap_or(false)
+}
+
+/// Takes the terminal back from a dashboard, which cannot draw while the result is held.
+pub(crate) fn restore_terminal() -> StdoutLock<'static> {
+    let mut out = io::stdout().lock();
+    let _ = disable_raw_mode();
+    let _ = execute!(
+        out,
+        DisableMouseCapture,
+        LeaveAlternateScreen,
+        // Leaving twice puts the cursor back above what a killed dashboard said.
+        Clear(ClearType::FromCursorDown),
+        Show
+    );
+    out
+}
+
+/// Burn's dashboard. Clones share it, so that it can be closed from outside of Burn.
+///
+/// Burn's own renderer panics in the training's threads when the user kills the training from it,
+/// leaves the terminal to its thread when a training panics, and resets the interrupter at the end,
+/// before Burn reads from it why the training ended.
+#[derive(Clone)]
+pub(crate) struct Dashboard {
+    tui: Arc<Mutex<Option<TuiMetricsRendererWrapper>>>,
+    interrupter: Interrupter,
+}
+
+impl Dashboard {
+    /// Shows the dashboard of a training that goes on after `finished` epochs. None where there is
+    /// no terminal that can show it and has its keys.
+    pub(crate) fn open(interrupter: &Interrupter, finished: usize) -> Option<Self> {
+        let dumb = env::var_os("TERM").is_some_and(|name| name == "dumb");
+        if dumb || !io::stdin().is_terminal() || !io::stdout().is_terminal() {
+            return None;
+        }
+        // Before the dashboard's thread does, which then leaves the mode as it is.
+        enable_raw_mode().ok()?;
+        if interrupt::listening() {
+            keep_ctrl_c();
+        }
+        let checkpoint = Some(finished).filter(|&epoch| epoch > 0);
+        let tui = TuiMetricsRendererWrapper::new(interrupter.clone(), checkpoint);
+        Some(Self {
+            tui: Arc::new(Mutex::new(Some(tui))),
+            interrupter: interrupter.clone(),
+        })
+    }
+
+    /// Ends the dashboard, if it is still shown.
+    pub(crate) fn close(&self) {
+        let Some(tui) = self.lock().take() else {
+            return;
+        };
+        // On a thread of its own: after the user's kill this panics.
+        let killed = thread::spawn(move || drop(tui)).join().is_err();
+        if killed {
+            // The dashboard's hook, which is silent about every panic from now on.
+            drop(panic::take_hook());
+        }
+        if killed || is_shown() {
+            drop(restore_terminal());
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<TuiMetricsRendererWrapper>> {
+        self.tui.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Passes an event on. The dashboard panics here if the user has killed the training from it,
+    /// which then ends as if stopped: the batch that is running cannot be cut short.
+    fn show(&self, event: impl FnOnce(&mut TuiMetricsRendererWrapper)) {
+        let shown = |tui: &mut TuiMetricsRendererWrapper| {
+            catch_unwind(AssertUnwindSafe(|| event(tui))).is_ok()
+        };
+        if !self.lock().as_mut().is_none_or(shown) {
+            self.interrupter.stop(Some("killed from the dashboard"));
+            self.close();
+        }
+    }
+}
+
+/// Lets Ctrl-C raise SIGINT in raw mode. The other keys that raise signals stay keys: they would
+/// leave the terminal as it is.
+#[cfg(unix)]
+fn keep_ctrl_c() {
+    use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, tcgetattr, tcsetattr};
+
+    /// POSIX's `_POSIX_VDISABLE`.
+    const DISABLED: u8 = if cfg!(any(target_os = "linux", target_os = "android")) {
+        0
+    } else {
+        0xff
+    };
+
+    let terminal = io::stdin();
+    if let Ok(mut modes) = tcgetattr(&terminal) {
+        modes.local_modes |= LocalModes::ISIG;
+        modes.special_codes[SpecialCodeIndex::VQUIT] = DISABLED;
+        modes.special_codes[SpecialCodeIndex::VSUSP] = DISABLED;
+        // Without it Ctrl-C is a key that the dashboard ignores; its own keys stop as well.
+        let _ = tcsetattr(&terminal, OptionalActions::Now, &modes);
+    }
+}
+
+/// Elsewhere Ctrl-C stays a key, which the dashboard ignores.
+#[cfg(not(unix))]
+fn keep_ctrl_c() {}
+
+impl MetricsRendererTraining for Dashboard {
+    fn update_train(&mut self, state: MetricState) {
+        self.show(|tui| tui.update_train(state));
+    }
+
+    fn update_valid(&mut self, state: MetricState) {
+        self.show(|tui| tui.update_valid(state));
+    }
+
+    fn on_train_end(&mut self, summary: Option<LearnerSummary>) -> Result<(), Box<dyn Error>> {
+        self.close();
+        if let Some(summary) = summary {
+            say!("{summary}")?;
+        }
+        Ok(())
+    }
+}
+
+impl TrainingProgressLogger for Dashboard {
+    fn start(
+        &mut self,
+        total_epochs: usize,
+        starting_epoch: usize,
+        total_items: Option<usize>,
+        label: Option<&str>,
+    ) {
+        self.show(|tui| tui.start(total_epochs, starting_epoch, total_items, label));
+    }
+
+    fn update_epoch(&mut self, epoch: usize) {
+        self.show(|tui| tui.update_epoch(epoch));
+    }
+
+    fn start_split(&mut self, split: &str, total_items: usize) {
+        self.show(|tui| tui.start_split(split, total_items));
+    }
+
+    fn update_split(&mut self, items_processed: usize) {
+        self.show(|tui| tui.update_split(items_processed));
+    }
+
+    fn end_split(&mut self) {
+        self.show(TrainingProgressLogger::end_split);
+    }
+
+    fn end(&mut self) {
+        self.show(TrainingProgressLogger::end);
+    }
+
+    fn log_event_training(&mut self, event: String) {
+        self.show(|tui| tui.log_event_training(event));
+    }
+}
+
+/// Shows nothing: the dashboard ends with the training.
+impl MetricsRendererEvaluation for Dashboard {
+    fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
+
+    fn on_test_end(&mut self, summary: Option<LearnerSummary>) -> Result<(), Box<dyn Error>> {
+        self.on_train_end(summary)
+    }
+}
+
+impl EvaluationProgressLogger for Dashboard {
+    fn start_global_progress(&mut self, _total_tests: usize) {}
+
+    fn start_test(&mut self, _name: &str, _total_items: usize) {}
+
+    fn update_test_progress(&mut self, _items_processed: usize) {}
+
+    fn end_test(&mut self) {}
+
+    fn end_global_progress(&mut self) {}
+
+    fn log_event_evaluation(&mut self, _event: String) {}
+}
+
+impl MetricsRenderer for Dashboard {
+    fn manual_close(&mut self) {
+        self.close();
+    }
+
+    fn register_metric(&mut self, definition: MetricDefinition) {
+        self.show(|tui| tui.register_metric(definition));
+    }
+}

@@ -1,0 +1,262 @@
+//! A training run as data.
+
+use std::path::PathBuf;
+
+use burn::module::Module;
+use burn::tensor::Device;
+use burn_conv_bn::{NormVariant, Recompute};
+use burn_conv_bn_models::Form;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::data::{DataError, DataRequest, DatasetChoice, MnistData, resolve};
+use crate::device::DeviceChoice;
+use crate::measure::memory::MemoryProbe;
+use crate::measure::report::{BURN_VERSION, Report, SCHEMA};
+use crate::model::{ModelChoice, ModelError, Network, NetworkOptions};
+use crate::optim::OptimizerChoice;
+pub use crate::precision::Precision;
+use crate::print::say;
+use crate::step::Classifier;
+
+/// Which form of the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Variant {
+    /// Each block one op that recomputes its convolution.
+    Fused,
+    /// Burn's own convolution, batch norm and ReLU.
+    Unfused,
+}
+
+impl Variant {
+    /// In the order of a comparison.
+    pub(crate) const ALL: [Self; 2] = [Self::Fused, Self::Unfused];
+
+    /// As on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Fused => "fused",
+            Self::Unfused => "unfused",
+        }
+    }
+
+    pub(crate) fn form(self) -> Form {
+        match self {
+            Self::Fused => Form::Fused,
+            Self::Unfused => Form::Unfused,
+        }
+    }
+}
+
+/// Which batch norm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Norm {
+    /// Burn's and PyTorch's: biased variance, epsilon under the root.
+    Burn,
+    /// The tutorial's: unbiased variance, epsilon outside the root.
+    Tutorial,
+}
+
+impl Norm {
+    /// As on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Burn => "burn",
+            Self::Tutorial => "tutorial",
+        }
+    }
+
+    pub(crate) fn variant(self) -> NormVariant {
+        match self {
+            Self::Burn => NormVariant::BatchNorm,
+            Self::Tutorial => NormVariant::Tutorial,
+        }
+    }
+}
+
+/// What fused blocks do with the convolution's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RecomputePolicy {
+    /// Recompute it in the backward pass.
+    Conv,
+    /// Keep it.
+    Never,
+}
+
+/// Everything that decides the result of a run, the same for both variants.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Job {
+    /// Which data.
+    pub dataset: DatasetChoice,
+    /// Folder with the four IDX files.
+    pub data_dir: Option<PathBuf>,
+    /// Whether MNIST may be downloaded.
+    pub download: bool,
+    /// Most training digits.
+    pub train_limit: Option<usize>,
+    /// Most test digits.
+    pub test_limit: Option<usize>,
+    /// Epochs.
+    pub epochs: usize,
+    /// Digits a step.
+    pub batch_size: usize,
+    /// Which network.
+    pub model: ModelChoice,
+    /// Which optimizer.
+    pub optimizer: OptimizerChoice,
+    /// Learning rate of the first epoch.
+    pub learning_rate: f64,
+    /// Factor on it after every epoch.
+    pub decay: f64,
+    /// Which batch norm.
+    pub norm: Norm,
+    /// Probability of dropping a hidden value.
+    pub dropout: f64,
+    /// Types of activations and parameters.
+    pub precision: Precision,
+    /// What fused blocks do with the convolution's output.
+    pub recompute: RecomputePolicy,
+    /// Where it is computed.
+    pub device: DeviceChoice,
+    /// Bound on the fused blocks' workspace, in bytes.
+    pub max_workspace: Option<usize>,
+    /// Seed of weights, order, dropout and drawn digits.
+    pub seed: u64,
+    /// Print the loss of every so many batches; never if 0.
+    pub log_interval: usize,
+}
+
+impl Job {
+    /// The device, with autodiff.
+    ///
+    /// # Panics
+    ///
+    /// Panics if this build or this machine has no such device, which
+    /// [`DeviceChoice::open`] tells.
+    pub fn device(&self) -> Device {
+        let device = self.device.open();
+        device.unwrap_or_else(|error| panic!("{error}")).autodiff()
+    }
+
+    /// Checks that there is such a network.
+    ///
+    /// # Errors
+    ///
+    /// As [`ModelChoice::check`].
+    pub(crate) fn check(&self) -> Result<(), ModelError> {
+        self.model.check(self.norm.variant(), self.dropout)
+    }
+
+    /// Checks that the network can be trained on that many digits.
+    ///
+    /// # Errors
+    ///
+    /// As [`ModelChoice::check_batches`].
+    pub(crate) fn check_digits(&self, digits: usize) -> Result<(), ModelError> {
+        self.model.check_batches(digits, self.batch_size)
+    }
+
+    /// Checks the job, and finds its data, which it names on standard output.
+    pub(crate) fn begin(&self) -> anyhow::Result<MnistData> {
+        self.check()?;
+        let data = self.data()?;
+        say!("Data: {}", data.origin)?;
+        self.precision.announce()?;
+        self.check_digits(data.train.len())?;
+        Ok(data)
+    }
+
+    /// Training steps an epoch, on that many digits.
+    pub(crate) fn steps(&self, digits: usize) -> usize {
+        digits.div_ceil(self.batch_size)
+    }
+
+    /// Finds the data.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError`] if they are not found or not sound.
+    pub fn data(&self) -> Result<MnistData, DataError> {
+        resolve(&self.data_request())
+    }
+
+    /// What [`data`](Self::data) looks for.
+    pub(crate) fn data_request(&self) -> DataRequest {
+        DataRequest {
+            choice: self.dataset,
+            data_dir: self.data_dir.clone(),
+            allow_download: self.download,
+            seed: self.seed,
+            train_limit: self.train_limit,
+            test_limit: self.test_limit,
+        }
+    }
+
+    /// A report on these data, without variants yet.
+    pub(crate) fn report(&self, data: &MnistData) -> Report {
+        Report {
+            schema: SCHEMA,
+            dataset: data.origin.name().to_string(),
+            train_digits: data.train.len(),
+            test_digits: data.test.len(),
+            device: self.device.name().to_string(),
+            dtype: self.precision.dtype_name(),
+            batch_size: self.batch_size,
+            model: self.model.name().to_string(),
+            optimizer: self.optimizer.name().to_string(),
+            norm: self.norm.name().to_string(),
+            seed: self.seed,
+            threads: rayon::current_num_threads(),
+            burn_version: BURN_VERSION.to_string(),
+            version: env!("CARGO_PKG_VERSION").to_string(),
+            variants: Vec::new(),
+        }
+    }
+
+    /// A network in its initial state: the same for both variants, and, where Flex was compiled
+    /// in, on all devices.
+    pub(crate) fn network(&self, form: Form) -> Network {
+        let device = self.device();
+        let host = DeviceChoice::host().and_then(|host| host.open().ok());
+        let drawn_on = host.map_or(device.clone(), Device::autodiff);
+        drawn_on.seed(self.seed);
+        // The dropout's draws are the device's own.
+        device.seed(self.seed);
+        let options = NetworkOptions {
+            form,
+            norm: self.norm.variant(),
+            dropout: self.dropout,
+            recompute: match self.recompute {
+                RecomputePolicy::Conv => Recompute::Conv,
+                RecomputePolicy::Never => Recompute::Never,
+            },
+            max_workspace: self.max_workspace,
+        };
+        self.model.init(&options, &drawn_on).fork(&device)
+    }
+
+    /// The network in its initial state, ready to be trained.
+    pub fn classifier(&self, variant: Variant, probe: MemoryProbe) -> Classifier {
+        let network = self.network(variant.form());
+        Classifier::new(network, probe, self.precision.parameters())
+            .with_activations(self.precision.activations())
+    }
+
+    /// Bytes of the tensors that a step of `batch_size` digits keeps for its backward pass, each once, as
+    /// the network lists them: without digits, parameters and casts of these.
+    pub fn saved_bytes(&self, variant: Variant) -> usize {
+        self.classifier(variant, MemoryProbe::off())
+            .computing()
+            .saved_for_backward(self.batch_size)
+            .into_iter()
+            .filter(|(_, tensor)| !tensor.shared)
+            .map(|(_, tensor)| tensor.bytes())
+            .sum()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

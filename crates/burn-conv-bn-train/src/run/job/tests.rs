@@ -1,0 +1,97 @@
+use super::*;
+
+/// A job on drawn digits.
+pub(crate) fn job(epochs: usize, batch_size: usize) -> Job {
+    Job {
+        dataset: DatasetChoice::Synthetic,
+        data_dir: None,
+        download: false,
+        train_limit: Some(64),
+        test_limit: Some(32),
+        epochs,
+        batch_size,
+        model: ModelChoice::Tutorial,
+        optimizer: OptimizerChoice::Adadelta,
+        learning_rate: 1.0,
+        decay: 0.7,
+        norm: Norm::Burn,
+        dropout: 0.5,
+        precision: Precision::F32,
+        recompute: RecomputePolicy::Conv,
+        device: DeviceChoice::Flex,
+        max_workspace: None,
+        seed: 1,
+        log_interval: 0,
+    }
+}
+
+#[test]
+fn names_are_those_of_the_command_line() {
+    fn check<T: ValueEnum + Copy>(name: impl Fn(T) -> &'static str) {
+        for choice in T::value_variants() {
+            let value = choice.to_possible_value().expect("no choice is hidden");
+            assert_eq!(value.get_name(), name(*choice));
+        }
+    }
+    check(Variant::name);
+    check(Norm::name);
+    check(Precision::name);
+}
+
+/// Bytes of the tutorial's network for a batch of two, with activations of `size` bytes.
+fn saved_by_tutorial(size: usize) -> [usize; 2] {
+    let [first, second] = [2 * 32 * 26 * 26, 2 * 64 * 24 * 24];
+    let pooled = second / 4;
+    let statistics = 2 * (32 + 64) * size.max(4);
+    // The linear layers stay in f32 where the blocks are in half: dropout's draws, ReLU's input, the
+    // second one's, and log-softmax's two.
+    let wide = size.max(4);
+    let head = wide * 2 * (3 * 128 + 10 + 1);
+    let cast = if size < wide { wide * pooled } else { 0 };
+    let fused = size * (first + pooled) + pooled;
+    // Batch norm's input is in f32 in Burn's own layers. Indices have 32 bits.
+    let unfused = (wide + 2 * size) * first + (wide + 2 * size) * second + 4 * pooled;
+    let handle = if cast == 0 { size * pooled } else { 0 };
+    [fused, unfused + handle].map(|blocks| blocks + statistics + head + cast)
+}
+
+#[test]
+fn what_is_saved_is_listed_in_every_precision() {
+    for (precision, size) in [
+        (Precision::F16, 2),
+        (Precision::BF16, 2),
+        (Precision::F32, 4),
+        (Precision::F64, 8),
+    ] {
+        let job = Job {
+            precision,
+            batch_size: 2,
+            ..job(1, 2)
+        };
+        let saved = [Variant::Fused, Variant::Unfused].map(|variant| job.saved_bytes(variant));
+        assert_eq!(saved, saved_by_tutorial(size), "{precision:?}");
+    }
+}
+
+#[test]
+fn what_the_images_of_a_padded_network_take_is_counted() {
+    let job = Job {
+        model: ModelChoice::Resnet18,
+        batch_size: 2,
+        dropout: 0.0,
+        ..job(1, 2)
+    };
+    job.check().expect("there is such a network");
+    let [fused, unfused] =
+        [Variant::Fused, Variant::Unfused].map(|variant| job.saved_bytes(variant));
+    assert!(
+        2 * 32 * 32 * 4 < fused && fused < unfused,
+        "{fused}, {unfused}"
+    );
+}
+
+#[test]
+fn an_epoch_has_the_last_steps_too() {
+    let job = job(1, 32);
+    assert_eq!([64, 65, 1].map(|digits| job.steps(digits)), [2, 3, 1]);
+}

@@ -1,0 +1,11 @@
+//! Trainings: a job, one run of it, and what compares runs.
+
+pub(crate) mod compare;
+mod dashboard;
+mod early_stop;
+pub(crate) mod fit;
+pub(crate) mod interrupt;
+pub mod job;
+pub(crate) mod parity;
+pub mod renderer;
+pub(crate) mod worker;

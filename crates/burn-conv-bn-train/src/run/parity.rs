@@ -1,0 +1,386 @@
+//! Whether fused and unfused training are the same computation: the first losses from the same
+//! weights on the same batches.
+
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+use burn::data::dataloader::DataLoader;
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::Tensor;
+use burn::train::{Interrupter, TrainStep};
+use burn_conv_bn_models::Net;
+
+use crate::data::{CLASSES, Digits, EpochLoader, MnistBatch};
+use crate::device::DeviceChoice;
+use crate::measure::memory::MemoryProbe;
+use crate::model::{ModelChoice, Network};
+use crate::print::{number, say};
+use crate::run::job::{Job, Precision, Variant};
+use crate::step::Classifier;
+
+/// Largest difference of losses that double precision may show.
+pub(crate) const F64_TOLERANCE: f64 = 1e-6;
+
+/// Error of an f32 loss, relative to its size, that rounding alone explains.
+///
+/// The loss is the result of four roundings at its own size: the log-softmax's two subtractions, and
+/// sum and quotient of the mean. Each is off by up to half an ulp, 2^-24 of the loss; the two-times rule
+/// allows twice their sum.
+const F32_FLOOR: f64 = 4.0 * f32::EPSILON as f64;
+
+/// The same computation with its sums in another order: digits and hidden units are counted from
+/// the other end, or images and kernels are mirrored. Without rounding the losses would be the
+/// same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reordering {
+    /// Digits of a batch from last to first, which the batch's sums run over.
+    pub(crate) batch: bool,
+    /// Channels from last to first, which the sums of the convolutions after the first one and of
+    /// the linear layers run over.
+    pub(crate) channels: bool,
+    /// Images, kernels and the linear layer's view of them mirrored, which the sums over taps and
+    /// positions run over. For the tutorial's network alone: strides of 2 step over other pixels of
+    /// a mirrored image.
+    pub(crate) mirror: bool,
+}
+
+impl Reordering {
+    /// No change.
+    pub(crate) const NONE: Self = Self {
+        batch: false,
+        channels: false,
+        mirror: false,
+    };
+
+    /// Three other orders for a network.
+    pub(crate) fn others(model: ModelChoice) -> [Self; 3] {
+        let order = |batch, channels, mirror| Self {
+            batch,
+            channels,
+            mirror,
+        };
+        match model {
+            ModelChoice::Tutorial => [
+                order(true, true, false),
+                order(false, false, true),
+                order(true, true, true),
+            ],
+            _ => [
+                order(true, false, false),
+                order(false, true, false),
+                order(true, true, false),
+            ],
+        }
+    }
+
+    fn of_batch(self, batch: MnistBatch) -> MnistBatch {
+        let MnistBatch {
+            mut images,
+            mut targets,
+        } = batch;
+        if self.batch {
+            images = images.flip([0]);
+            targets = targets.flip([0]);
+        }
+        if self.mirror {
+            images = images.flip([3]);
+        }
+        MnistBatch { images, targets }
+    }
+
+    fn of_network(self, network: Network) -> Network {
+        match network {
+            Network::Tutorial(net) => Network::Tutorial(self.of_net(net)),
+            network if self.channels => network.map(&mut ReverseFeatures),
+            network => network,
+        }
+    }
+
+    fn of_net(self, mut net: Net) -> Net {
+        let side = pooled_side(&net);
+        net.conv1.conv.weight = leaf(net.conv1.conv.weight, |weight| {
+            self.mirrored(self.reversed(weight, 0), 3)
+        });
+        net.conv2.conv.weight = leaf(net.conv2.conv.weight, |weight| {
+            self.mirrored(self.reversed(self.reversed(weight, 0), 1), 3)
+        });
+        net.fc1.weight = leaf(net.fc1.weight, |weight| {
+            let [features, hidden] = weight.dims();
+            let channels = features / (side * side);
+            let pixels = weight.reshape([channels, side, side, hidden]);
+            self.mirrored(self.reversed(pixels, 0), 2)
+                .reshape([features, hidden])
+        });
+        net
+    }
+
+    fn reversed<const D: usize>(self, tensor: Tensor<D>, channels: isize) -> Tensor<D> {
+        if self.channels {
+            tensor.flip([channels])
+        } else {
+            tensor
+        }
+    }
+
+    fn mirrored<const D: usize>(self, tensor: Tensor<D>, width: isize) -> Tensor<D> {
+        if self.mirror {
+            tensor.flip([width])
+        } else {
+            tensor
+        }
+    }
+}
+
+/// Counts the channels and features of one of torchvision's networks from the other end, all but
+/// the classes and the images' one channel.
+///
+/// What goes into VGG's linear layers is one pixel for each channel, repeated: turned around as a
+/// whole it is the channels turned around.
+struct ReverseFeatures;
+
+impl ModuleMapper for ReverseFeatures {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|tensor| {
+            let tracked = tensor.is_require_grad();
+            let mut tensor = tensor.detach().set_require_grad(false);
+            // Weights of linear layers are `[in, out]`, of convolutions `[out, in, ..]`.
+            for axis in 0..D.min(2) {
+                if tensor.dims()[axis] != CLASSES {
+                    tensor = tensor.flip([axis as isize]);
+                }
+            }
+            tensor.set_require_grad(tracked)
+        })
+    }
+}
+
+/// Height and width of the linear layers' input.
+fn pooled_side(net: &Net) -> usize {
+    let [channels, ..] = net.conv2.conv.weight.dims();
+    let [features, _] = net.fc1.weight.dims();
+    (features / channels).isqrt()
+}
+
+/// Changes a parameter that stays one.
+fn leaf<const D: usize>(
+    param: Param<Tensor<D>>,
+    change: impl FnOnce(Tensor<D>) -> Tensor<D>,
+) -> Param<Tensor<D>> {
+    param.map(|tensor| change(tensor.detach().set_require_grad(false)).require_grad())
+}
+
+/// Why the variants of a job cannot be held against each other.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ParityError {
+    /// In a precision that there is no bound for.
+    #[error(
+        "parity has no bound for {0}, in which rounding alone takes the losses of two variants apart \
+         within a few steps; use --precision f32 or f64"
+    )]
+    Precision(&'static str),
+}
+
+/// Losses of the first steps.
+#[derive(Clone, Debug)]
+pub(crate) struct Parity {
+    /// Of the fused variant.
+    pub(crate) fused: Vec<f64>,
+    /// Of the unfused variant, first as it is and then reordered.
+    pub(crate) unfused: Vec<Vec<f64>>,
+    /// Of the unfused variant in double precision, where the runs are in single.
+    pub(crate) exact: Option<Vec<f64>>,
+}
+
+impl Parity {
+    /// Checks that the losses of two variants can be judged in that precision.
+    ///
+    /// # Errors
+    ///
+    /// [`ParityError::Precision`] in mixed precision.
+    pub(crate) fn check(precision: Precision) -> Result<(), ParityError> {
+        if precision.is_mixed() {
+            Err(ParityError::Precision(precision.name()))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Trains for `steps` steps without dropout: fused and unfused, and, in single precision,
+    /// unfused in each of [`Reordering::others`] and in double precision.
+    ///
+    /// # Errors
+    ///
+    /// [`ParityError`], if the data cannot be read, or if it was interrupted.
+    pub(crate) fn measure(
+        job: &Job,
+        digits: Arc<Digits>,
+        steps: usize,
+        interrupter: &Interrupter,
+    ) -> Result<Self> {
+        Self::check(job.precision)?;
+        // On the CPU where that was compiled in: double precision is no strength of GPUs, and
+        // WGSL has no exponential of it.
+        let double = Job {
+            precision: Precision::F64,
+            device: DeviceChoice::host().unwrap_or(job.device),
+            ..job.clone()
+        };
+        Self::of_runs(job.model, job.precision, |precision, variant, order| {
+            let job = if precision == job.precision {
+                job
+            } else {
+                &double
+            };
+            losses(job, &digits, variant, steps, order, interrupter)
+        })
+    }
+
+    /// The runs that the verdict needs for a job in that precision.
+    fn of_runs(
+        model: ModelChoice,
+        precision: Precision,
+        mut run: impl FnMut(Precision, Variant, Reordering) -> Result<Vec<f64>>,
+    ) -> Result<Self> {
+        let mut parity = Self {
+            fused: run(precision, Variant::Fused, Reordering::NONE)?,
+            unfused: vec![run(precision, Variant::Unfused, Reordering::NONE)?],
+            exact: None,
+        };
+        if precision == Precision::F32 {
+            for order in Reordering::others(model) {
+                let losses = run(precision, Variant::Unfused, order)?;
+                parity.unfused.push(losses);
+            }
+            let exact = run(Precision::F64, Variant::Unfused, Reordering::NONE)?;
+            parity.exact = Some(exact);
+        }
+        Ok(parity)
+    }
+
+    /// Largest difference of a loss between two unfused runs.
+    pub(crate) fn spread(&self) -> f64 {
+        let runs = self.unfused.iter().enumerate();
+        let pairs = runs.flat_map(|(i, a)| self.unfused[..i].iter().map(move |b| largest(a, b)));
+        pairs.fold(0.0, f64::max)
+    }
+
+    /// Prints the losses and the verdict.
+    ///
+    /// In single precision the losses of both variants drift from those of double precision, and
+    /// the optimizer multiplies whatever they drift by, Adadelta at a learning rate of 1 more than
+    /// others. The verdict is that of the two-times rule: the fused run may be at most twice as far
+    /// from the unfused run in double precision as the farthest unfused run in single. That yardstick
+    /// shares no fault with the fused op. The spread of the unfused runs alone would not do: Burn sums
+    /// each channel of its batch norm in one long f32 sum, whose error every order shares. They may also
+    /// happen to agree with it, so that half an ulp of the loss, 2^-24 of its size, for each of four
+    /// roundings is allowed in any case, twice as well.
+    ///
+    /// # Errors
+    ///
+    /// If the variants differ by more than [`F64_TOLERANCE`] in double precision, or the fused run
+    /// breaks the two-times rule in single, or if a loss is not finite.
+    pub(crate) fn judge(&self) -> Result<()> {
+        let unfused = &self.unfused[0];
+        let reference = self.exact.as_ref().unwrap_or(unfused);
+        let named = if self.exact.is_some() {
+            "unfused in f64"
+        } else {
+            "unfused"
+        };
+        say!(
+            "{:>4} {:>14} {:>14} {named:>14} {:>12}",
+            "step",
+            "fused",
+            "unfused",
+            "|fused - it|"
+        )?;
+        for (step, (fused, unfused)) in self.fused.iter().zip(unfused).enumerate() {
+            let difference = (fused - reference[step]).abs();
+            let [fused, unfused, it] =
+                [*fused, *unfused, reference[step]].map(|loss| number(loss, 14, 9));
+            let step = step + 1;
+            say!("{step:>4} {fused} {unfused} {it} {difference:>12.1e}")?;
+        }
+        let difference = largest(&self.fused, reference);
+        let limit = match &self.exact {
+            None => {
+                say!("largest difference {difference:.1e}, allowed {F64_TOLERANCE:.0e}")?;
+                F64_TOLERANCE
+            }
+            Some(exact) => {
+                let errors = self.unfused.iter().map(|run| largest(run, exact));
+                let farthest = errors.fold(0.0, f64::max);
+                say!(
+                    "largest difference from double precision: fused {difference:.1e}, {} unfused \
+                     runs, whose sums run in different orders, up to {farthest:.1e} (and up to \
+                     {:.1e} from each other)",
+                    self.unfused.len(),
+                    self.spread()
+                )?;
+                let floor =
+                    F32_FLOOR * exact.iter().fold(0.0, |max: f64, loss| max.max(loss.abs()));
+                (2.0 * farthest).max(floor)
+            }
+        };
+        if !difference.is_finite() || !limit.is_finite() {
+            bail!("a loss is not a finite number, and nothing can be said about the others");
+        }
+        if difference <= limit {
+            Ok(())
+        } else {
+            bail!("the fused losses are off by {difference:e}, more than {limit:e}")
+        }
+    }
+}
+
+/// Largest difference of two runs' losses; infinite where one is not a number.
+fn largest(a: &[f64], b: &[f64]) -> f64 {
+    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    differences.fold(0.0, |max, difference| {
+        if difference.is_nan() {
+            f64::INFINITY
+        } else {
+            difference.max(max)
+        }
+    })
+}
+
+fn losses(
+    job: &Job,
+    digits: &Arc<Digits>,
+    variant: Variant,
+    steps: usize,
+    reordering: Reordering,
+    interrupter: &Interrupter,
+) -> Result<Vec<f64>> {
+    let job = Job {
+        dropout: 0.0,
+        ..job.clone()
+    };
+    let loader = EpochLoader::new(
+        digits.clone(),
+        job.batch_size,
+        job.precision.activations(),
+        job.device(),
+        job.seed,
+        0,
+    );
+    let mut optimizer = job.optimizer.init();
+    let network = reordering.of_network(job.network(variant.form()));
+    let mut model = Classifier::new(network, MemoryProbe::off(), job.precision.parameters());
+    let mut losses = Vec::with_capacity(steps);
+    while losses.len() < steps {
+        for batch in loader.iter().take(steps - losses.len()) {
+            if interrupter.should_stop() {
+                bail!("interrupted");
+            }
+            let output = TrainStep::step(&model, reordering.of_batch(batch?));
+            losses.push(output.item.output.loss.mean().into_scalar::<f64>());
+            model = optimizer.step(job.learning_rate, model, output.grads);
+        }
+    }
+    Ok(losses)
+}
+
+#[cfg(test)]
+mod tests;
