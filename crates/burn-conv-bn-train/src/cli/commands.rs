@@ -9,9 +9,9 @@ use burn::train::Interrupter;
 use burn_conv_bn_memory::CountingAllocator;
 use clap::Parser;
 
-use super::Invocation;
 use super::args::{Cli, Compare, LearningArgs, ParityArgs, Predict, Subcommands, Train};
 use super::config::Layers;
+use super::invocation::Invocation;
 use crate::persist::run_file::{DataIdentity, Options, RUN_FILE, RunFile};
 use crate::persist::{checkpoint, output};
 use crate::predict::{PredictOptions, Source, predict};

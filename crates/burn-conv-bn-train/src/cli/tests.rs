@@ -1,12 +1,16 @@
-use super::*;
-
 use std::any::TypeId;
+use std::ffi::OsString;
+use std::path::Path;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::{CommandFactory, Parser, ValueEnum};
 
-use super::args::{COMPARE_EXAMPLES, EXAMPLES, PARITY_EXAMPLES, PREDICT_EXAMPLES, TRAIN_EXAMPLES};
+use super::args::{
+    COMPARE_EXAMPLES, Cli, EXAMPLES, PARITY_EXAMPLES, PREDICT_EXAMPLES, TRAIN_EXAMPLES,
+};
 use super::commands::interruption;
+use super::config::{self, Layers};
+use super::invocation::is_bare;
 use crate::measure::memory::{StepMeasure, StepMemory};
 use crate::measure::metrics::{Evaluation, SplitRecord, StepRecord};
 use crate::model::ModelChoice;

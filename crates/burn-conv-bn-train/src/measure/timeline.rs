@@ -1,24 +1,6 @@
 //! Bytes alive over one training step: the curve that `mnist compare --plot` draws.
 
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::thread;
-use std::time::{Duration, Instant};
-
-use burn::data::dataloader::batcher::Batcher;
-use burn_conv_bn_memory::CountingAllocator;
-use burn_dataset::{Dataset, DatasetError};
 use serde::{Deserialize, Serialize};
-
-use crate::data::{DigitItem, MnistBatcher, MnistData};
-use crate::measure::memory::MemoryProbe;
-use crate::run::job::{Job, Variant};
-
-/// Time between two points.
-const PERIOD: Duration = Duration::from_millis(1);
-
-/// Points for which there is room from the start, so that writing them down is not measured: a
-/// minute's.
-const ROOM: usize = 60_000;
 
 /// Bytes alive over one training step, and when its phases end.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -62,100 +44,6 @@ impl Timeline {
             ..self
         }
     }
-}
-
-/// Records the memory of a training step on the first digits of `data`, of the size of a batch.
-///
-/// The step is the second of two: the first sets up the optimizer's state, and whatever else is set up
-/// once. On the host no peak is missed, however short. A device's pool is asked about once a millisecond.
-///
-/// # Errors
-///
-/// If the data cannot be read.
-pub(crate) fn record(
-    job: &Job,
-    variant: Variant,
-    data: &MnistData,
-    allocator: &'static CountingAllocator,
-) -> Result<Timeline, DatasetError> {
-    let device = job.device();
-    let count = job.batch_size.min(data.train.len());
-    let items: Vec<DigitItem> = data.train.get_many((0..count).collect())?;
-    let batcher = MnistBatcher::new(job.precision.activations());
-    let probe = MemoryProbe::of(&device, allocator);
-    let mut classifier = job.classifier(variant, MemoryProbe::off());
-    let mut optimizer = job.optimizer.init();
-    let mut timeline = Timeline::default();
-    for _ in 0..2 {
-        let batch = batcher.batch(items.clone(), &device);
-        (timeline, classifier) = watch(&probe, |clock| {
-            let loss = classifier.classify(batch).loss.mean();
-            clock.forward_end = clock.now(&probe);
-            let gradients = classifier.gradients(loss);
-            clock.backward_end = clock.now(&probe);
-            let classifier = optimizer.step(job.learning_rate, classifier, gradients);
-            clock.optimizer_end = clock.now(&probe);
-            classifier
-        });
-    }
-    Ok(timeline)
-}
-
-/// The phases' ends, while they come.
-struct Clock {
-    started: Instant,
-    forward_end: f64,
-    backward_end: f64,
-    optimizer_end: f64,
-}
-
-impl Clock {
-    /// Seconds since the start, when the device is done.
-    fn now(&self, probe: &MemoryProbe) -> f64 {
-        probe.level();
-        self.started.elapsed().as_secs_f64()
-    }
-}
-
-/// Records while `step` runs.
-fn watch<R>(probe: &MemoryProbe, step: impl FnOnce(&mut Clock) -> R) -> (Timeline, R) {
-    let mut points = Vec::with_capacity(ROOM);
-    let (done, ended) = channel::<()>();
-    let watcher = probe.clone();
-    let level = probe.level();
-    probe.take_peak();
-    let mut clock = Clock {
-        started: Instant::now(),
-        forward_end: 0.0,
-        backward_end: 0.0,
-        optimizer_end: 0.0,
-    };
-    let started = clock.started;
-    thread::scope(|scope| {
-        let watching = scope.spawn(move || {
-            loop {
-                // The end comes as the other side's being dropped, also where the step panicked.
-                let over = ended.recv_timeout(PERIOD) != Err(RecvTimeoutError::Timeout);
-                points.push(Point {
-                    seconds: started.elapsed().as_secs_f64(),
-                    bytes: watcher.take_peak().saturating_sub(level),
-                });
-                if over {
-                    return points;
-                }
-            }
-        });
-        let result = step(&mut clock);
-        drop(done);
-        let points = watching.join().expect("the watcher does not panic");
-        let timeline = Timeline {
-            points,
-            forward_end: clock.forward_end,
-            backward_end: clock.backward_end,
-            optimizer_end: clock.optimizer_end,
-        };
-        (timeline, result)
-    })
 }
 
 #[cfg(test)]

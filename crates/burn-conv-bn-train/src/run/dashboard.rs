@@ -2,7 +2,7 @@
 
 use std::env;
 use std::error::Error;
-use std::io::{self, IsTerminal, StdoutLock};
+use std::io::{self, IsTerminal};
 use std::panic::{self, AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -15,35 +15,11 @@ use burn::train::renderer::{
     MetricsRendererTraining,
 };
 use burn::train::{Interrupter, LearnerSummary};
-use crossterm::cursor::Show;
-use crossterm::event::DisableMouseCapture;
-use crossterm::execute;
-use crossterm::terminal::{
-    Clear, ClearType, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode, is_raw_mode_enabled,
-};
+use crossterm::terminal::enable_raw_mode;
 
 use crate::print::say;
 use crate::run::interrupt;
-
-/// Whether a dashboard has the terminal.
-pub(crate) fn is_shown() -> bool {
-    is_raw_mode_enabled().unwrap_or(false)
-}
-
-/// Takes the terminal back from a dashboard, which cannot draw while the result is held.
-pub(crate) fn restore_terminal() -> StdoutLock<'static> {
-    let mut out = io::stdout().lock();
-    let _ = disable_raw_mode();
-    let _ = execute!(
-        out,
-        DisableMouseCapture,
-        LeaveAlternateScreen,
-        // Leaving twice puts the cursor back above what a killed dashboard said.
-        Clear(ClearType::FromCursorDown),
-        Show
-    );
-    out
-}
+use crate::run::terminal::{is_shown, restore_terminal};
 
 /// Burn's dashboard. Clones share it, so that it can be closed from outside of Burn.
 ///

@@ -2,19 +2,17 @@
 
 mod directory;
 mod error;
+mod options;
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use burn::lr_scheduler::step::StepLrSchedulerConfig;
 use burn::module::Module;
 use burn::tensor::Device;
 use burn::train::metric::{AccuracyMetric, LossMetric};
-use burn::train::{
-    ExecutionStrategy, Interrupter, Interruption, Learner, SupervisedTraining, TrainingError,
-};
+use burn::train::{ExecutionStrategy, Interruption, Learner, SupervisedTraining, TrainingError};
 use burn_conv_bn_files::Survives;
 use burn_conv_bn_memory::CountingAllocator;
 
@@ -38,28 +36,7 @@ use crate::step::Classifier;
 pub(crate) use directory::check_directory;
 use directory::{load_model, lock, prepare_directory, resumed_set};
 pub(crate) use error::FitError;
-
-/// How a run is carried out, besides what it computes.
-#[derive(Clone)]
-pub(crate) struct RunOptions {
-    /// Where logs and checkpoints go.
-    pub(crate) directory: PathBuf,
-    /// Whether an earlier run in the directory may be removed.
-    pub(crate) overwrite: bool,
-    /// Whether to write a checkpoint after every epoch. A resumed run does in any case.
-    pub(crate) checkpoints: bool,
-    /// Whether to resume the run in the directory from its newest complete checkpoint. Files of later
-    /// epochs stay until the run has come to them again.
-    pub(crate) resume: bool,
-    /// Stop when the test loss has not improved for so many epochs.
-    pub(crate) patience: Option<usize>,
-    /// Show Burn's dashboard if standard input and output are a terminal that can show it.
-    pub(crate) dashboard: bool,
-    /// Contents of [`RUN_FILE`] in the directory, written before the first step.
-    pub(crate) run_file: Option<Vec<u8>>,
-    /// Stops the run after the batch that is running.
-    pub(crate) interrupter: Interrupter,
-}
+pub(crate) use options::RunOptions;
 
 /// One epoch.
 #[derive(Clone, Debug)]

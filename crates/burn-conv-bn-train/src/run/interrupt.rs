@@ -1,7 +1,7 @@
 //! Requests to stop a run before its end.
 //!
 //! Each is made through Burn's [`Interrupter`], with a reason, and ends the run after the batch that
-//! is running: by the signals here, by the keys of the [`dashboard`], or by a log that cannot be
+//! is running: by the signals here, by the keys of the dashboard, or by a log that cannot be
 //! written.
 
 use std::io;
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::train::Interrupter;
 
-use crate::run::dashboard;
+use crate::run::terminal;
 
 static LISTENING: AtomicBool = AtomicBool::new(false);
 
@@ -66,7 +66,7 @@ fn on_signals(interrupter: Interrupter, _trains: bool) -> io::Result<()> {
 fn stop_or_exit(interrupter: &Interrupter, reason: &str, status: i32) {
     if interrupter.should_stop() {
         // Held until the end, so that the dashboard draws no more.
-        let _screen = dashboard::is_shown().then(dashboard::restore_terminal);
+        let _screen = terminal::is_shown().then(terminal::restore_terminal);
         exit(status);
     }
     interrupter.stop(Some(reason));

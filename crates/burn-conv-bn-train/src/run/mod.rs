@@ -7,5 +7,7 @@ pub(crate) mod fit;
 pub(crate) mod interrupt;
 pub mod job;
 pub(crate) mod parity;
+mod record;
 pub mod renderer;
+mod terminal;
 pub(crate) mod worker;

@@ -12,10 +12,10 @@ use burn_conv_bn_memory::CountingAllocator;
 use serde::{Deserialize, Serialize};
 
 use crate::measure::report::VariantReport;
-use crate::measure::timeline::record;
 use crate::print::message;
 use crate::run::fit::{RunOptions, run};
 use crate::run::job::{Job, Variant};
+use crate::run::record::record;
 
 /// Points of the curve of a step's memory.
 const CURVE: usize = 500;

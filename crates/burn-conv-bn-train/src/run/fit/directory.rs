@@ -8,7 +8,8 @@ use burn::module::Module;
 use burn::tensor::DType;
 use burn_conv_bn_files::{check_room, sweep};
 
-use super::{FitError, RunOptions};
+use super::error::FitError;
+use super::options::RunOptions;
 use crate::persist::checkpoint::{self, Set};
 use crate::persist::lock::Lock;
 use crate::print::say;

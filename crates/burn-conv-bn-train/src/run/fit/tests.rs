@@ -1,5 +1,9 @@
 use super::*;
 
+use std::path::PathBuf;
+
+use burn::train::Interrupter;
+
 use std::fs;
 
 struct Scratch(PathBuf);

@@ -1,0 +1,107 @@
+//! The command line with its files.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, FromArgMatches};
+
+use super::args::{Cli, ConfigArgs, Subcommands, Train};
+use super::config::{self, Layers};
+use crate::persist::checkpoint;
+use crate::persist::run_file::{Options, RUN_FILE, RunFile, RunFileError};
+use crate::print::{PrintError, say};
+
+/// Time limit without a command, in minutes.
+const DEFAULT_TIME_LIMIT: f64 = 8.0;
+
+/// A command, with what files add to it: its configuration, and the run that it resumes.
+pub(super) struct Invocation {
+    pub(super) command: Subcommands,
+    /// All options of the command with their values.
+    pub(super) options: Options,
+    /// The run to be resumed.
+    pub(super) stored: Option<RunFile>,
+}
+
+impl Invocation {
+    /// Reads a command line and its files. Ends the process if the command line alone is wrong, or asks
+    /// for help.
+    pub(super) fn read(mut arguments: Vec<OsString>) -> Result<Self> {
+        let bare = is_bare(&arguments);
+        if bare {
+            arguments.insert(arguments.len().min(1), "compare".into());
+        }
+        let matches = match Cli::command().try_get_matches_from(arguments) {
+            Ok(matches) => matches,
+            Err(error) => {
+                error.print().map_err(PrintError::from)?;
+                std::process::exit(error.exit_code());
+            }
+        };
+        let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+        let mut command = cli.command;
+        if let (true, Subcommands::Compare(args)) = (bare, &mut command) {
+            args.time_limit.get_or_insert(DEFAULT_TIME_LIMIT);
+        }
+        let mut layers = Layers::new(&command, matches.subcommand().map(|(_, given)| given))?;
+        if let Err(error) = layers.check() {
+            Cli::command()
+                .error(ErrorKind::ValueValidation, error)
+                .exit();
+        }
+        let ConfigArgs {
+            config,
+            print_config,
+        } = command.take_config();
+        if let Some(path) = config {
+            command = layers.add(&config::read(&path)?, &path.display().to_string())?;
+        }
+        if layers.options.get("dataset") == Some(&"synthetic".into()) && layers.is_given("data-dir")
+        {
+            bail!("--dataset synthetic draws its digits, and reads none from --data-dir");
+        }
+        let mut stored = None;
+        if let Subcommands::Train(Train {
+            resume: true,
+            artifacts,
+            ..
+        }) = &command
+            && let Some(file) = stored_run(artifacts)?
+        {
+            let origin = artifacts.join(RUN_FILE).display().to_string();
+            command = layers.add(&file.options, &origin)?;
+            stored = Some(file);
+        }
+        command.complete();
+        let options = config::effective(&command)?;
+        if print_config {
+            say!("{}", config::to_toml(&options).trim_end())?;
+            std::process::exit(0);
+        }
+        Ok(Self {
+            command,
+            options,
+            stored,
+        })
+    }
+}
+
+/// Whether a command line has no command, but options of `compare` or nothing.
+pub(super) fn is_bare(arguments: &[OsString]) -> bool {
+    const OWN: [&str; 4] = ["-h", "--help", "-V", "--version"];
+
+    arguments.get(1).is_none_or(|first| {
+        first.as_encoded_bytes().starts_with(b"-") && OWN.iter().all(|own| first != own)
+    })
+}
+
+/// Options and data of the run in a folder. None if there is no run.
+fn stored_run(directory: &Path) -> Result<Option<RunFile>, RunFileError> {
+    match RunFile::read(directory) {
+        Ok(file) => Ok(Some(file)),
+        Err(RunFileError::Missing { .. }) if !checkpoint::folder(directory).exists() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
