@@ -1,10 +1,9 @@
 use super::*;
 
+use std::fs;
 use std::path::PathBuf;
 
 use burn::train::Interrupter;
-
-use std::fs;
 
 struct Scratch(PathBuf);
 
