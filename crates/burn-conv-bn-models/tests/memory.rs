@@ -193,7 +193,7 @@ fn blocks(form: Form, device: &Device) {
                     let block = block.clone().autocast(dtype);
                     let input = input.clone().cast(dtype).detach().require_grad();
                     let what = format!("{form:?}, {dtype:?}, fixed {fixed}, {block}");
-                    alone(&what, form, &block, &input);
+                    alone(&what, form, || block.clone(), &input);
                     for pool in [window(2), window(17), uneven.clone()] {
                         let pool = pool.init();
                         let saved = form.saved_for_backward_max_pool(&block, INPUT, &pool);
@@ -219,27 +219,28 @@ fn norms_of_no_leaves(form: Form, device: &Device) {
         }
         // Where the norm alone is trained, what is kept depends on it.
         block.conv = block.conv.freeze();
-        block.norm.gamma = block.norm.gamma.map(|gamma| gamma.mul_scalar(2.0));
-        block.norm.beta = block.norm.beta.map(|beta| beta.mul_scalar(2.0));
-        alone(
-            &format!("{form:?}, no leaves, fixed {fixed}"),
-            form,
-            &block,
-            &input,
-        );
+        // Anew for each step: a graph is gone after its backward pass.
+        let derived = || {
+            let mut block = block.clone();
+            block.norm.gamma = block.norm.gamma.map(|gamma| gamma.mul_scalar(2.0));
+            block.norm.beta = block.norm.beta.map(|beta| beta.mul_scalar(2.0));
+            block
+        };
+        let what = format!("{form:?}, no leaves, fixed {fixed}");
+        alone(&what, form, derived, &input);
     }
 }
 
-fn alone(what: &str, form: Form, block: &ConvBn2d, input: &Tensor<4>) {
-    let saved = form.saved_for_backward(block, INPUT);
-    let kept = kept_beside_output(|| form.forward(block, input.clone()));
+fn alone(what: &str, form: Form, block: impl Fn() -> ConvBn2d, input: &Tensor<4>) {
+    let saved = form.saved_for_backward(&block(), INPUT);
+    let kept = kept_beside_output(|| form.forward(&block(), input.clone()));
     assert_listed(what, kept, saved.iter());
 
-    let output = block.output_shape(INPUT);
+    let output = block().output_shape(INPUT);
     let residual = Tensor::<4>::random(output, Distribution::Default, &input.device());
     let residual = residual.cast(input.dtype()).require_grad();
-    let saved = form.saved_for_backward_residual(block, INPUT);
-    let forward = || form.forward_residual(block, input.clone(), residual.clone());
+    let saved = form.saved_for_backward_residual(&block(), INPUT);
+    let forward = || form.forward_residual(&block(), input.clone(), residual.clone());
     let kept = kept_beside_output(forward);
     assert_listed(&format!("{what}, residual"), kept, saved.iter());
 }

@@ -104,8 +104,8 @@ impl File {
         net.fc2.bias = Some(Param::from_tensor(self.weight("fc2.bias")));
         // Burn's own batch norm has a scale and a shift in any case, and wants one dtype.
         for norm in [&mut net.conv1.norm, &mut net.conv2.norm] {
-            norm.gamma = Param::from_tensor(norm.gamma.val().detach().cast(DType::F64));
-            norm.beta = Param::from_tensor(norm.beta.val().detach().cast(DType::F64));
+            norm.gamma = Param::from_tensor(norm.gamma.val().cast(DType::F64).detach());
+            norm.beta = Param::from_tensor(norm.beta.val().cast(DType::F64).detach());
         }
         net
     }

@@ -139,11 +139,16 @@ pub trait Network: Module {
 fn unfused_block(block: &ConvBn2d, input: Tensor<4>, residual: Option<Tensor<4>>) -> Tensor<4> {
     let dtype = input.dtype();
     let norm = &block.norm;
-    let (gamma, beta) = (norm.gamma.val(), norm.beta.val());
+    let (mut gamma, mut beta) = (norm.gamma.val(), norm.beta.val());
+    if !block.settings.affine {
+        // Constants: a layer that is not affine trains neither.
+        (gamma, beta) = (gamma.detach(), beta.detach());
+    }
     let input = block.conv.forward(input).cast(gamma.dtype());
-    let normalized = match block.settings.track_running_stats {
-        true => norm.forward(input),
-        false => batch_norm_train(input, gamma, beta, norm.epsilon).output,
+    let normalized = if block.settings.track_running_stats {
+        norm.forward(input)
+    } else {
+        batch_norm_train(input, gamma, beta, norm.epsilon).output
     };
     let normalized = normalized.cast(dtype);
     let sum = match residual {
