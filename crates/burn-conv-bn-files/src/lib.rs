@@ -1,8 +1,8 @@
 //! Output files of programs: a report, a table, a picture, a file of a checkpoint.
 //!
-//! [`write`] replaces a regular file as a whole or leaves it alone, follows links, keeps the file's
+//! [`write()`] replaces a regular file as a whole or leaves it alone, follows links, keeps the file's
 //! permissions, and writes through what is no regular file: a device, a FIFO, `/dev/stdout`.
-//! [`check`] finds out before a long computation whether [`write`] will be able to, and
+//! [`check`] finds out before a long computation whether [`write()`] will be able to, and
 //! [`check_distinct`] whether two outputs are one file.
 
 mod error;
@@ -48,7 +48,7 @@ pub fn write(path: &Path, bytes: &[u8], survives: Survives) -> Result<(), Output
     written.map_err(|source| OutputError::io(path, source))
 }
 
-/// Checks that [`write`] can write to `path`, without changing what is there.
+/// Checks that [`write()`] can write to `path`, without changing what is there.
 ///
 /// # Errors
 ///
@@ -86,7 +86,7 @@ pub fn check_distinct(outputs: &[(&'static str, &Path)]) -> Result<(), OutputErr
     Ok(())
 }
 
-/// Whether [`write`] replaces what is at `path`, so that interim results may be written, too. It
+/// Whether [`write()`] replaces what is at `path`, so that interim results may be written, too. It
 /// appends otherwise.
 ///
 /// # Errors

@@ -50,7 +50,7 @@ fn resolve<'a>(
 ) -> Option<&'a Path> {
     let mut at = module.to_vec();
     for (index, name) in named.iter().enumerate() {
-        let child = [&at[..], &[name.clone()]].concat();
+        let child = [&at[..], std::slice::from_ref(name)].concat();
         let (is_first, is_last) = (index == 0, index + 1 == named.len());
         match name.as_str() {
             "crate" if is_first => at.clear(),

@@ -208,7 +208,7 @@ impl<W: Write + Send> TrainingProgressLogger for LineRenderer<W> {
         if self.last_line && split.training {
             let (items, total) = (split.items, split.total_items);
             let percent = 100.0 * items as f64 / total.max(1) as f64;
-            let epoch = self.epoch - 1;
+            let epoch = self.epoch;
             self.line(format_args!(
                 "Train Epoch: {epoch} [{items}/{total} ({percent:.0}%)]"
             ));

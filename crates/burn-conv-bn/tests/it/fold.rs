@@ -109,7 +109,8 @@ fn what_cannot_be_folded_is_refused() {
 #[test]
 fn a_layer_folds_in_every_state() {
     let x = || tensor::<4>(random(&[2, 4, 9, 8], 5), DType::F32);
-    let states: [(&str, fn(ConvBn2d) -> ConvBn2d); 9] = [
+    type Change = fn(ConvBn2d) -> ConvBn2d;
+    let states: [(&str, Change); 9] = [
         ("new", |block| block),
         ("after forward", |block| {
             block.forward(tensor(random(&[2, 4, 9, 8], 6), DType::F32));
