@@ -18,7 +18,7 @@ const LOCK: &str = "burn-conv-bn-bench.lock";
 pub struct Scratch {
     folder: TempDir,
     /// Held locked until the end.
-    _lock: Option<File>,
+    lock: Option<File>,
 }
 
 impl Scratch {
@@ -28,7 +28,7 @@ impl Scratch {
             .prefix("burn-conv-bn-bench-")
             .tempdir_in(parent);
         Ok(Self {
-            _lock: lock(&parent.join(LOCK))?,
+            lock: lock(&parent.join(LOCK))?,
             folder: folder
                 .with_context(|| format!("cannot create a folder in {}", parent.display()))?,
         })
@@ -57,6 +57,15 @@ impl Scratch {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Closing is not enough: a process that is just being started shares the file until it runs.
+        if let Some(lock) = &self.lock {
+            let _ = lock.unlock();
+        }
     }
 }
 

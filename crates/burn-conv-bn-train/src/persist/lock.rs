@@ -8,7 +8,7 @@ use burn_conv_bn_files::OutputError;
 
 /// Keeps other processes that ask out of a folder, until it is dropped or the process ends.
 pub(crate) struct Lock {
-    _folder: Option<File>,
+    folder: Option<File>,
 }
 
 impl Lock {
@@ -17,14 +17,21 @@ impl Lock {
     /// Systems and file systems without such locks grant all of them.
     pub(crate) fn of(folder: &Path) -> Option<Self> {
         let Ok(file) = File::open(folder) else {
-            return Some(Self { _folder: None });
+            return Some(Self { folder: None });
         };
         match file.try_lock() {
-            Ok(()) => Some(Self {
-                _folder: Some(file),
-            }),
+            Ok(()) => Some(Self { folder: Some(file) }),
             Err(TryLockError::WouldBlock) => None,
-            Err(TryLockError::Error(_)) => Some(Self { _folder: None }),
+            Err(TryLockError::Error(_)) => Some(Self { folder: None }),
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing is not enough: a process that is just being started shares the file until it runs.
+        if let Some(folder) = &self.folder {
+            let _ = folder.unlock();
         }
     }
 }
@@ -58,7 +65,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn a_folder_has_one_owner_at_a_time() {
+    fn afolder_has_one_owner_at_a_time() {
         let folder = tempfile::tempdir().unwrap();
         let lock = Lock::of(folder.path()).unwrap();
         assert!(Lock::of(folder.path()).is_none());
