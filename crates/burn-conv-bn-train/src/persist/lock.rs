@@ -65,7 +65,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn afolder_has_one_owner_at_a_time() {
+    fn a_folder_has_one_owner_at_a_time() {
         let folder = tempfile::tempdir().unwrap();
         let lock = Lock::of(folder.path()).unwrap();
         assert!(Lock::of(folder.path()).is_none());
