@@ -9,7 +9,7 @@ use burn_conv_bn_train::data::OFFLINE;
 use burn_conv_bn_train::report::Report;
 use tempfile::{TempDir, tempdir};
 
-const JOB: &str = "--dataset synthetic --device webgpu --train-limit 24 --test-limit 16";
+const JOB: &str = "--dataset synthetic --device webgpu --train-limit 24";
 
 fn mnist(folder: &TempDir, arguments: &str) -> Output {
     Command::new(env!("CARGO_BIN_EXE_mnist"))
@@ -46,7 +46,7 @@ fn memory_is_that_of_the_device() {
     let folder = tempdir().unwrap();
     let text = printed(mnist(
         &folder,
-        &format!("compare {JOB} --batch-size 8 --json report.json"),
+        &format!("compare {JOB} --test-limit 16 --batch-size 8 --json report.json"),
     ));
     println!("{text}");
     let report = fs::read(folder.path().join("report.json")).unwrap();
@@ -73,7 +73,9 @@ fn memory_is_that_of_the_device() {
 #[test]
 fn a_type_that_the_device_lacks_is_refused() {
     let folder = tempdir().unwrap();
-    let arguments = format!("train {JOB} --batch-size 8 --plain --artifacts run --precision bf16");
+    let arguments = format!(
+        "train {JOB} --test-limit 16 --batch-size 8 --plain --artifacts run --precision bf16"
+    );
     let output = mnist(&folder, &arguments);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
