@@ -139,7 +139,6 @@ pub(crate) fn mutant(index: usize) -> bool {
 
 def build(folder, target):
     """Builds the test programs; returns them by name."""
-    # The whole workspace's features, whose build of Burn is there already.
     command = ["cargo", "test", "--release", "--no-run", "--message-format", "json"]
     command += [word for name in PROGRAMS for word in ("--test", name)]
     environment = dict(os.environ, CARGO_TARGET_DIR=str(target))

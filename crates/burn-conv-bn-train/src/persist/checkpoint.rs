@@ -389,7 +389,7 @@ fn part<R>(store: &Arc<Store>, part: &'static str, restored: Option<R>) -> PartC
     }
 }
 
-/// A checkpoint after every epoch; the two newest and that of the best epoch are kept.
+/// A checkpoint after every epoch; the two newest and the best epoch's are kept.
 ///
 /// Burn's own strategy, the same otherwise, counts the epochs that it has seen, and would keep other
 /// sets in a run that is resumed; this one has no state but the run's history.

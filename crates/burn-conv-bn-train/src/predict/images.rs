@@ -95,8 +95,8 @@ fn endings() -> String {
 
 /// The pictures of a folder, sorted by name, each with its digit or the reason why there is none.
 ///
-/// A regular file is a picture if its ending or its content is that of a picture format, also of one
-/// that is not read here. Subfolders are left out; FIFOs, devices and dangling links are not.
+/// A regular file is a picture if its ending or its content names a picture format, also one that is
+/// not read here. Subfolders are left out; FIFOs, devices and dangling links are not.
 ///
 /// # Errors
 ///
@@ -338,7 +338,7 @@ fn inked(ink: &GrayImage, least: u8) -> Option<(u32, u32, u32, u32)> {
 
 /// Scales by [`BOX`] / `longer`: each pixel is the mean of the area that it covers.
 fn scaled(ink: &GrayImage, longer: u32) -> GrayImage {
-    // Lengths in parts of a pixel of the picture, BOX of which are a pixel.
+    // Lengths in 1/BOX of the picture's pixels.
     let [part, side] = [BOX, longer].map(u64::from);
     let length = |length: u32| (u64::from(length) * part).div_ceil(side) as u32;
     let covered = |at: u32, length: u32| {

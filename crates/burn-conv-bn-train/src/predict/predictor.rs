@@ -192,7 +192,7 @@ impl Prediction {
 }
 
 impl Predictor {
-    /// Loads a checkpoint of a run of `job`: that of an epoch, counted from 1, or the newest one
+    /// Loads a checkpoint of a run of `job`: an epoch's, counted from 1, or the newest one
     /// that is complete and can be read.
     ///
     /// Given `statistics`, a network that normalizes with each batch's own statistics takes up

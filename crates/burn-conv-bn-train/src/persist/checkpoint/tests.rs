@@ -155,7 +155,7 @@ fn the_two_newest_and_the_best_are_kept() {
         (0.5, &[4, 5][..]),
     ] {
         run.finish_epoch(loss).unwrap();
-        // The list of no epoch is that of the epoch before the first.
+        // Epoch 0 is the state before the first epoch.
         let names: Vec<String> = run
             .names()
             .into_iter()
