@@ -59,7 +59,7 @@ MUTANTS = [
     ("spec/pool.rs", "&& «!options.ceil_mode→true»\n"),
     ("spec/pool.rs", "&& «options.dilation == [1, 1]→true»\n"),
     ("spec/pool.rs", "count + usize::from(«count * stride < size + padding→count * stride <= size + padding»)"),
-    ("spec/activation.rs", "matches!(self, «Self::Identity | Self::Relu→Self::Identity | Self::Relu | Self::Relu6»)"),
+    ("spec/activation.rs", "«matches!(self, Self::Identity | Self::Relu)→matches!(self, Self::Identity | Self::Relu | Self::Relu6)»"),
     ("spec/activation.rs", "if «negative_slope >= 0.0→true» => Derivative::OfOutput,"),
     # The nodes.
     ("autodiff/conv_bn.rs", "if «plan.statistics→true» {"),
@@ -69,7 +69,7 @@ MUTANTS = [
     ("autodiff/conv.rs", "input: «weight.is_tracked()→true».then(|| prep.checkpoint(&input)),"),
     ("autodiff/conv.rs", "weight: «input.is_tracked()→true».then(|| prep.checkpoint(&weight)),"),
     ("autodiff/norm.rs", "let keeps_input = input.is_tracked() || «is_tracked::<B, C>(&gamma)→false»;"),
-    ("autodiff/norm.rs", "let keeps_input = «input.is_tracked() || is_tracked::<B, C>(&gamma)→true»;"),
+    ("autodiff/norm.rs", "let keeps_input = «input.is_tracked()→true» || is_tracked::<B, C>(&gamma);"),
     # The layers.
     ("layer/block.rs", "let on_autodiff = input.is_autodiff()\n            || «weight.is_autodiff()→false»"),
     ("layer/block.rs", "|| «bias.as_ref().is_some_and(Tensor::is_autodiff)→false»;"),
@@ -139,7 +139,7 @@ pub(crate) fn mutant(index: usize) -> bool {
 
 def build(folder, target):
     """Builds the test programs; returns them by name."""
-    command = ["cargo", "test", "--release", "--no-run", "--message-format", "json"]
+    command = ["cargo", "test", "--release", "--workspace", "--no-run", "--message-format", "json-render-diagnostics"]
     command += [word for name in PROGRAMS for word in ("--test", name)]
     environment = dict(os.environ, CARGO_TARGET_DIR=str(target))
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)

@@ -748,7 +748,7 @@ fn refuses_another_output_gradient() {
 }
 
 #[test]
-#[should_panic(expected = "places")]
+#[should_panic(expected = "argmax")]
 fn refuses_other_places() {
     let len = TILES.output_len();
     let (grad, argmax) = (vec![0.0f32; len], vec![0; len - 1]);

@@ -172,7 +172,7 @@ fn check<E: Element>(case: &Case, activation: Activation, tolerance: f64) {
     let pooled = pass(OutputGrad::Pooled(PooledGrad {
         geometry: &pool,
         output_grad: &output_grad,
-        places: &argmax,
+        argmax: &argmax,
     }));
 
     let mut kept = Vec::new();
@@ -307,7 +307,7 @@ fn closed_relus_pass_nothing() {
                     output_grad: OutputGrad::Pooled(PooledGrad {
                         geometry: &pool,
                         output_grad: &output_grad,
-                        places: &argmax,
+                        argmax: &argmax,
                     }),
                     affine,
                     activation: relu,
@@ -381,7 +381,7 @@ fn activations_that_hide_their_argument_are_refused() {
         output_grad: OutputGrad::Pooled(PooledGrad {
             geometry: &pool,
             output_grad: &[1.0f32],
-            places: &[0],
+            argmax: &[0],
         }),
         affine: Affine {
             mean: &[0.0],

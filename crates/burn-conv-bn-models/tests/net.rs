@@ -252,7 +252,7 @@ fn fused_blocks_keep_one_activation_and_unfused_ones_three() {
         ("conv1", "input", image, true),
         ("conv2", "input", first, false),
         ("conv2", "pooled", pooled, false),
-        ("conv2", "places", pooled / 4, false),
+        ("conv2", "argmax", pooled / 4, false),
         ("fc1", "input", pooled, true),
     ];
     let unfused = vec![

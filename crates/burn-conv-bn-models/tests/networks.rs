@@ -267,7 +267,7 @@ fn what_the_blocks_of_a_resnet_keep() {
             vec![
                 input(&images),
                 ("pooled", wide.clone()),
-                ("places", wide.clone()),
+                ("argmax", wide.clone()),
             ],
             vec![
                 input(&images),
@@ -328,7 +328,7 @@ fn what_the_blocks_of_vgg_keep() {
         [
             ("input", vec![2, 512, 4, 4]),
             ("pooled", pooled.clone()),
-            ("places", pooled),
+            ("argmax", pooled),
         ]
     );
 }

@@ -281,7 +281,7 @@ fn a_pool_keeps_what_it_lists(device: &Device) {
     let window = |size| MaxPool2dConfig::new([size; 2]).with_strides([2, 2]);
     let uneven = window(2).with_padding(PaddingConfig2d::Explicit(0, 0, 1, 1));
     for (config, names) in [
-        (window(2), &["places"][..]),
+        (window(2), &["argmax"][..]),
         (window(17), &["input", "indices"][..]),
         (uneven, &["input", "indices"][..]),
     ] {
@@ -304,13 +304,13 @@ fn a_pool_keeps_what_it_lists(device: &Device) {
     }
 }
 
-/// A block before a max pool keeps its input, and the pool its places; the tensor between them is gone.
+/// A block before a max pool keeps its input, and the pool its argmax; the tensor between them is gone.
 fn nothing_is_kept_between_block_and_pool(device: &Device) {
     let block = ConvBn2dConfig::new([WEIGHT[1], WEIGHT[0]], [3, 3])
         .with_activation(Activation::Relu)
         .init(device);
     let pool = MaxPool2dConfig::new([2, 2]).init();
-    let places: usize = pool
+    let argmax: usize = pool
         .saved_for_backward(OUTPUT)
         .iter()
         .map(SavedTensor::bytes)
@@ -318,7 +318,7 @@ fn nothing_is_kept_between_block_and_pool(device: &Device) {
     // The first run draws the parameters.
     let runs = (0..3).map(|_| kept_by(|x| pool.forward(block.forward(x)), INPUT, true, device));
     let kept = runs.min().unwrap_or_default();
-    let wanted = bytes(INPUT) + places;
+    let wanted = bytes(INPUT) + argmax;
     assert!(
         kept.abs_diff(wanted) < OVERHEAD,
         "got {kept} bytes, wanted {wanted}"
@@ -329,8 +329,8 @@ fn nothing_is_kept_between_block_and_pool(device: &Device) {
 fn a_block_joined_with_its_pool_keeps_what_it_lists(device: &Device) {
     let pool = MaxPool2dConfig::new([2, 2]).init();
     for (activation, names) in [
-        (Activation::Relu, &["input", "pooled", "places"][..]),
-        (Activation::Silu, &["input", "places"][..]),
+        (Activation::Relu, &["input", "pooled", "argmax"][..]),
+        (Activation::Silu, &["input", "argmax"][..]),
     ] {
         let block = ConvBn2dConfig::new([WEIGHT[1], WEIGHT[0]], [3, 3])
             .with_activation(activation)

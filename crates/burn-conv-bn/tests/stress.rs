@@ -221,11 +221,11 @@ fn distance(a: &[f64], b: &[f64]) -> f64 {
 const ATOL: f64 = 2e-6;
 
 /// Holds the fused layer in f32 to the two-times rule in those places.
-fn two_times(case: &Case, data: &Data, places: &[usize]) -> Results {
+fn two_times(case: &Case, data: &Data, argmax: &[usize]) -> Results {
     let exact = exact(case, data);
     let burn = layer(case, data, DType::F32, false);
     let ours = layer(case, data, DType::F32, true);
-    for place in places {
+    for place in argmax {
         let wanted = value(&exact, *place);
         let theirs = distance(value(&burn, *place), wanted);
         let error = distance(value(&ours, *place), wanted);
@@ -333,8 +333,8 @@ fn given_its_batch(case: &Case) -> (Case, Data) {
 fn large_means_that_are_given() {
     for case in large_means() {
         let (case, data) = given_its_batch(&case);
-        let places = [OUTPUT, INPUT_GRAD, WEIGHT_GRAD, BETA_GRAD];
-        two_times(&case, &data, &places);
+        let argmax = [OUTPUT, INPUT_GRAD, WEIGHT_GRAD, BETA_GRAD];
+        two_times(&case, &data, &argmax);
     }
 }
 

@@ -149,7 +149,7 @@ pub struct PooledGrad<'a, E> {
     /// Gradient of the pool's output.
     pub output_grad: &'a [E],
     /// Argmax of [`normalize_max_pool`](crate::normalize_max_pool).
-    pub places: &'a [u8],
+    pub argmax: &'a [u8],
 }
 
 impl<E: Element> PooledGrad<'_, E> {
@@ -157,7 +157,7 @@ impl<E: Element> PooledGrad<'_, E> {
         self.geometry.check_joins(geometry);
         let len = self.geometry.output_len();
         assert_eq!(self.output_grad.len(), len, "the pool's output gradient");
-        assert_eq!(self.places.len(), len, "the pool's places");
+        assert_eq!(self.argmax.len(), len, "the pool's argmax");
     }
 
     /// Writes the gradient's values from `start` on, counted over all planes.
@@ -176,7 +176,7 @@ impl<E: Element> PooledGrad<'_, E> {
             let of_plane = plane * pooled_len..(plane + 1) * pooled_len;
             routes.lay(
                 &self.output_grad[of_plane.clone()],
-                &self.places[of_plane],
+                &self.argmax[of_plane],
                 from..from + len,
                 &mut line[laid..laid + len],
                 converted,

@@ -51,7 +51,7 @@ pub fn max_pool_backward<E: Element>(
     input_grad: &mut Vec<E>,
 ) {
     assert_eq!(output_grad.len(), geometry.output_len(), "output gradient");
-    assert_eq!(argmax.len(), geometry.output_len(), "places");
+    assert_eq!(argmax.len(), geometry.output_len(), "argmax");
     let len = geometry.input_len();
     let grads = room(input_grad, len);
     if len == 0 {

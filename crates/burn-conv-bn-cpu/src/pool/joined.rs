@@ -121,7 +121,7 @@ impl<E: Element> Planes<E> for Normalized<'_, E> {
 ///     output_grad: OutputGrad::Pooled(PooledGrad {
 ///         geometry: &pool,
 ///         output_grad: &[7.0, 3.0],
-///         places: &argmax,
+///         argmax: &argmax,
 ///     }),
 ///     affine,
 ///     activation: Activation::Relu,

@@ -42,7 +42,7 @@ struct State<B: ConvBnBackend> {
 /// A max pool that is one op with the block.
 #[derive(Clone, Debug)]
 struct Pool<B: ConvBnBackend> {
-    places: IntTensor<B>,
+    argmax: IntTensor<B>,
     options: MaxPoolOptions<2>,
 }
 
@@ -93,7 +93,7 @@ impl<B: ConvBnBackend> Backward<B, 6> for ConvBnBackward {
                     conv_bn: state.options,
                     pool: pool.options,
                 };
-                B::conv_bn_max_pool_backward(saved, pool.places, options)
+                B::conv_bn_max_pool_backward(saved, pool.argmax, options)
             }
         };
         let results = [
@@ -160,7 +160,7 @@ pub(super) fn register_max_pool<B: ConvBnBackend, C: CheckpointStrategy>(
             let forward = B::conv_bn_max_pool_forward(plain, options.clone(), pool.clone());
             let ConvBnMaxPoolForward::Pooled {
                 output,
-                places,
+                argmax,
                 mean,
                 variance,
             } = forward
@@ -176,7 +176,7 @@ pub(super) fn register_max_pool<B: ConvBnBackend, C: CheckpointStrategy>(
             let mut state = state(&inputs, &options, &plan, |tensor| prep.checkpoint(tensor));
             state.keep(&plan, &output, &mean, &variance);
             state.pool = Some(Pool {
-                places,
+                argmax,
                 options: pool,
             });
             NormOutput {

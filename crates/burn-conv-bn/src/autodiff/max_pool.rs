@@ -12,10 +12,10 @@ use crate::portable::max_pool;
 #[derive(Debug)]
 struct MaxPoolBackward;
 
-/// The places alone: neither the input nor the output is needed.
+/// The argmax alone: neither the input nor the output is needed.
 #[derive(Clone, Debug)]
 struct State<B: Backend> {
-    places: IntTensor<B>,
+    argmax: IntTensor<B>,
     options: MaxPoolBackwardOptions,
 }
 
@@ -31,8 +31,8 @@ impl<B: ConvBnBackend> Backward<B, 1> for MaxPoolBackward {
         let [node_input] = ops.parents;
         let output_grad = grads.consume::<B>(&ops.node);
         if let Some(node) = node_input {
-            let State { places, options } = ops.state;
-            let grad = B::max_pool_backward(output_grad, places, options);
+            let State { argmax, options } = ops.state;
+            let grad = B::max_pool_backward(output_grad, argmax, options);
             grads.register::<B>(node.id, grad);
         }
     }
@@ -49,12 +49,12 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
     {
         OpsKind::Tracked(prep) => {
             match B::max_pool_forward(input.primitive().clone(), options.clone()) {
-                MaxPoolForward::Pooled { output, places } => {
+                MaxPoolForward::Pooled { output, argmax } => {
                     let options = MaxPoolBackwardOptions {
                         options,
                         input_shape: input.shape(),
                     };
-                    prep.finish(State::<B> { places, options }, output)
+                    prep.finish(State::<B> { argmax, options }, output)
                 }
                 // This node was never registered; Burn's own is.
                 MaxPoolForward::Unsupported => max_pool::forward::<Autodiff<B, C>>(input, &options),

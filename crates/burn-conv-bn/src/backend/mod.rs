@@ -229,11 +229,11 @@ pub trait ConvBnBackend: Backend {
     #[fusion(default)]
     fn max_pool_backward(
         output_grad: FloatTensor<Self>,
-        places: IntTensor<Self>,
+        argmax: IntTensor<Self>,
         options: MaxPoolBackwardOptions,
     ) -> FloatTensor<Self> {
-        let _ = (output_grad, places);
-        panic!("max_pool_backward: this backend's forward kernel keeps no places ({options:?})");
+        let _ = (output_grad, argmax);
+        panic!("max_pool_backward: this backend's forward kernel keeps no argmax ({options:?})");
     }
 
     /// [`conv_bn`](Self::conv_bn) over height and width, and [`max_pool`](Self::max_pool) of its output.
@@ -289,10 +289,10 @@ pub trait ConvBnBackend: Backend {
     #[fusion(default)]
     fn conv_bn_max_pool_backward(
         #[extension_type] saved: ConvBnSaved<Self>,
-        places: IntTensor<Self>,
+        argmax: IntTensor<Self>,
         options: ConvBnMaxPoolBackwardOptions,
     ) -> ConvBnGrads<Self> {
-        let _ = (saved, places);
+        let _ = (saved, argmax);
         panic!("conv_bn_max_pool_backward: this backend has no kernel for it ({options:?})");
     }
 }

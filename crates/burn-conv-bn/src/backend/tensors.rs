@@ -247,7 +247,7 @@ pub enum MaxPoolForward<B: Backend> {
         output: FloatTensor<B>,
         /// Argmax of each window, `[batch, channels, height_out, width_out]`, U8:
         /// `row * kernel_width + column`.
-        places: IntTensor<B>,
+        argmax: IntTensor<B>,
     },
 }
 
@@ -270,7 +270,7 @@ pub enum ConvBnMaxPoolForward<B: Backend> {
         /// `[batch, channels_out, height_out, width_out]`.
         output: FloatTensor<B>,
         /// Argmax, as in [`MaxPoolForward::Pooled`].
-        places: IntTensor<B>,
+        argmax: IntTensor<B>,
         /// As [`ConvBnForward::mean`].
         mean: FloatTensor<B>,
         /// As [`ConvBnForward::variance`].

@@ -20,7 +20,7 @@ use crate::spec::{Derivative, Parents, StatisticsKind};
 
 /// The max pool that is one op with the block.
 pub(super) struct JoinedPool {
-    pub(super) places: FlexTensor,
+    pub(super) argmax: FlexTensor,
     pub(super) options: MaxPoolOptions<2>,
 }
 
@@ -131,7 +131,7 @@ pub(super) fn kernel_backward<E: Kernel>(
             Some((joined, geometry)) => OutputGrad::Pooled(PooledGrad {
                 geometry,
                 output_grad: slice(&output_grad),
-                places: slice(&joined.places),
+                argmax: slice(&joined.argmax),
             }),
             None => OutputGrad::Whole(slice(&output_grad)),
         },

@@ -117,7 +117,7 @@ pub(super) fn kernel_forward_max_pool<E: Kernel>(
         scale: &scale,
         shift: &shift.unwrap_or_else(|| vec![<E::Real as Real>::ZERO; channels]),
     };
-    let (mut output, mut places) = (Vec::new(), Vec::new());
+    let (mut output, mut argmax) = (Vec::new(), Vec::new());
     let activation = kernel_activation(options.activation);
     normalize_max_pool(
         &geometry,
@@ -126,14 +126,14 @@ pub(super) fn kernel_forward_max_pool<E: Kernel>(
         activation,
         &pool,
         &mut output,
-        &mut places,
+        &mut argmax,
     );
     let [height, width] = pool.output();
     let pooled = Shape::new([output_shape[0], channels, height, width]);
     let per_channel = Shape::new([channels]);
     ConvBnMaxPoolForward::Pooled {
         output: tensor(output, &pooled),
-        places: tensor(places, &pooled),
+        argmax: tensor(argmax, &pooled),
         mean: tensor(mean, &per_channel),
         variance: tensor(variance, &per_channel),
     }

@@ -19,10 +19,10 @@ pub(super) fn untracked(input: FlexTensor, options: &MaxPoolOptions<2>) -> FlexT
 }
 
 pub(super) fn forward(input: &FlexTensor, options: &MaxPoolOptions<2>) -> MaxPoolForward<Flex> {
-    let mut places = Vec::new();
-    match pooled(input, options, Some(&mut places)) {
+    let mut argmax = Vec::new();
+    match pooled(input, options, Some(&mut argmax)) {
         Some(output) => MaxPoolForward::Pooled {
-            places: tensor(places, &output.shape()),
+            argmax: tensor(argmax, &output.shape()),
             output,
         },
         None => MaxPoolForward::Unsupported,
@@ -31,15 +31,15 @@ pub(super) fn forward(input: &FlexTensor, options: &MaxPoolOptions<2>) -> MaxPoo
 
 pub(super) fn backward(
     output_grad: &FlexTensor,
-    places: &FlexTensor,
+    argmax: &FlexTensor,
     options: &MaxPoolBackwardOptions,
 ) -> FlexTensor {
     match output_grad.dtype() {
-        DType::F32 => kernel_backward::<f32>(output_grad, places, options),
-        DType::F64 => kernel_backward::<f64>(output_grad, places, options),
-        DType::F16 => kernel_backward::<f16>(output_grad, places, options),
-        DType::BF16 => kernel_backward::<bf16>(output_grad, places, options),
-        dtype => panic!("no max pool of {dtype:?} has places"),
+        DType::F32 => kernel_backward::<f32>(output_grad, argmax, options),
+        DType::F64 => kernel_backward::<f64>(output_grad, argmax, options),
+        DType::F16 => kernel_backward::<f16>(output_grad, argmax, options),
+        DType::BF16 => kernel_backward::<bf16>(output_grad, argmax, options),
+        dtype => panic!("no max pool of {dtype:?} has an argmax"),
     }
 }
 
@@ -47,14 +47,14 @@ pub(super) fn backward(
 fn pooled(
     input: &FlexTensor,
     options: &MaxPoolOptions<2>,
-    places: Option<&mut Vec<u8>>,
+    argmax: Option<&mut Vec<u8>>,
 ) -> Option<FlexTensor> {
     let geometry = geometry(&input.shape(), options)?;
     match input.dtype() {
-        DType::F32 => Some(kernel_forward::<f32>(&geometry, input, places)),
-        DType::F64 => Some(kernel_forward::<f64>(&geometry, input, places)),
-        DType::F16 => Some(kernel_forward::<f16>(&geometry, input, places)),
-        DType::BF16 => Some(kernel_forward::<bf16>(&geometry, input, places)),
+        DType::F32 => Some(kernel_forward::<f32>(&geometry, input, argmax)),
+        DType::F64 => Some(kernel_forward::<f64>(&geometry, input, argmax)),
+        DType::F16 => Some(kernel_forward::<f16>(&geometry, input, argmax)),
+        DType::BF16 => Some(kernel_forward::<bf16>(&geometry, input, argmax)),
         _ => None,
     }
 }
@@ -62,11 +62,11 @@ fn pooled(
 fn kernel_forward<E: Kernel>(
     geometry: &PoolGeometry,
     input: &FlexTensor,
-    places: Option<&mut Vec<u8>>,
+    argmax: Option<&mut Vec<u8>>,
 ) -> FlexTensor {
     let input = contiguous(input);
     let mut output = Vec::<E>::new();
-    max_pool(geometry, slice(&input), &mut output, places);
+    max_pool(geometry, slice(&input), &mut output, argmax);
     let shape = input.shape();
     let [height, width] = geometry.output();
     tensor(output, &Shape::new([shape[0], shape[1], height, width]))
@@ -74,17 +74,17 @@ fn kernel_forward<E: Kernel>(
 
 fn kernel_backward<E: Kernel>(
     output_grad: &FlexTensor,
-    places: &FlexTensor,
+    argmax: &FlexTensor,
     options: &MaxPoolBackwardOptions,
 ) -> FlexTensor {
     let geometry = geometry(&options.input_shape, &options.options)
         .expect("the forward pass had a kernel for the same window");
-    let (output_grad, places) = (contiguous(output_grad), contiguous(places));
+    let (output_grad, argmax) = (contiguous(output_grad), contiguous(argmax));
     let mut input_grad = Vec::<E>::new();
     max_pool_backward(
         &geometry,
         slice(&output_grad),
-        slice(&places),
+        slice(&argmax),
         &mut input_grad,
     );
     tensor(input_grad, &options.input_shape)

@@ -71,12 +71,12 @@ impl ConvBnBackend for Flex {
 
     fn conv_bn_max_pool_backward(
         saved: ConvBnSaved<Self>,
-        places: FlexTensor,
+        argmax: FlexTensor,
         options: ConvBnMaxPoolBackwardOptions,
     ) -> ConvBnGrads<Self> {
         let ConvBnMaxPoolBackwardOptions { conv_bn, pool } = options;
         let joined = JoinedPool {
-            places: contiguous(&places),
+            argmax: contiguous(&argmax),
             options: pool,
         };
         match saved.output_grad.dtype() {
@@ -84,7 +84,7 @@ impl ConvBnBackend for Flex {
             DType::F64 => kernel_backward::<f64>(saved, Some(&joined), &conv_bn),
             DType::F16 => kernel_backward::<f16>(saved, Some(&joined), &conv_bn),
             DType::BF16 => kernel_backward::<bf16>(saved, Some(&joined), &conv_bn),
-            dtype => panic!("no max pool of {dtype:?} has places"),
+            dtype => panic!("no max pool of {dtype:?} has an argmax"),
         }
     }
 
@@ -98,9 +98,9 @@ impl ConvBnBackend for Flex {
 
     fn max_pool_backward(
         output_grad: FlexTensor,
-        places: FlexTensor,
+        argmax: FlexTensor,
         options: MaxPoolBackwardOptions,
     ) -> FlexTensor {
-        max_pool::backward(&output_grad, &places, &options)
+        max_pool::backward(&output_grad, &argmax, &options)
     }
 }

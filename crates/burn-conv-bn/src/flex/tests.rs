@@ -451,9 +451,9 @@ fn a_joined_pool_without_statistics_is_refused() {
         },
     };
     let pool = MaxPoolOptions::new([2, 2]).with_stride([2, 2]);
-    let places = tensor(vec![0u8; 4], &Shape::new([1, 1, 2, 2]));
+    let argmax = tensor(vec![0u8; 4], &Shape::new([1, 1, 2, 2]));
     let options = ConvBnMaxPoolBackwardOptions { conv_bn, pool };
-    let _ = Flex::conv_bn_max_pool_backward(saved, places, options);
+    let _ = Flex::conv_bn_max_pool_backward(saved, argmax, options);
 }
 
 #[test]
@@ -461,11 +461,11 @@ fn a_max_pool_returns_the_argmax_of_each_window() {
     let data = TensorData::from([[[[0.5f32, 2.0, 1.0, 0.0], [1.0, 0.0, 3.0, 1.0]]]]);
     let options = MaxPoolOptions::new([2, 2]);
     let forward = Flex::max_pool_forward(FlexTensor::from_data(data), options);
-    let MaxPoolForward::Pooled { output, places } = forward else {
+    let MaxPoolForward::Pooled { output, argmax } = forward else {
         panic!("expected a kernel for windows of 2x2");
     };
     assert_eq!(host::<f32>(&output), [2.0, 3.0]);
-    assert_eq!(slice::<u8>(&places), [1u8, 2]);
+    assert_eq!(slice::<u8>(&argmax), [1u8, 2]);
 }
 
 #[test]
@@ -473,7 +473,7 @@ fn a_max_pool_passes_the_gradient_to_the_argmax() {
     let row = TensorData::from([[[[0.5f32, 2.0, 1.0, 0.0]]]]);
     let options = MaxPoolOptions::new([1, 2]);
     let forward = Flex::max_pool_forward(FlexTensor::from_data(row), options.clone());
-    let MaxPoolForward::Pooled { places, .. } = forward else {
+    let MaxPoolForward::Pooled { argmax, .. } = forward else {
         panic!("expected a kernel for windows of 1x2");
     };
     let options = MaxPoolBackwardOptions {
@@ -481,6 +481,6 @@ fn a_max_pool_passes_the_gradient_to_the_argmax() {
         input_shape: Shape::new([1, 1, 1, 4]),
     };
     let output_grad = FlexTensor::from_data(TensorData::from([[[[5.0f32, 7.0]]]]));
-    let grad = Flex::max_pool_backward(output_grad, places, options);
+    let grad = Flex::max_pool_backward(output_grad, argmax, options);
     assert_eq!(host::<f32>(&grad), [0.0, 5.0, 7.0, 0.0]);
 }

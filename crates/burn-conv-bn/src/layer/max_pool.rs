@@ -83,12 +83,12 @@ impl MaxPool2dConfig {
 ///     .init(&device);
 /// let pool = MaxPool2dConfig::new([2, 2]).init();
 /// let x = Tensor::<4>::random([2, 3, 16, 16], Distribution::Default, &device);
-/// // The block keeps x, and the pool the places: nothing keeps the tensor between the two.
+/// // The block keeps x, and the pool the argmax: nothing keeps the tensor between the two.
 /// let y = pool.forward(block.forward(x));
 /// assert_eq!(y.dims(), [2, 8, 7, 7]);
 ///
 /// let kept = pool.saved_for_backward([2, 8, 14, 14]);
-/// assert_eq!((kept[0].name, kept[0].bytes()), ("places", 2 * 8 * 7 * 7));
+/// assert_eq!((kept[0].name, kept[0].bytes()), ("argmax", 2 * 8 * 7 * 7));
 /// # }
 /// ```
 #[derive(Module, Debug)]
@@ -126,7 +126,7 @@ impl MaxPool2d {
     }
 
     /// What a training step on Flex keeps for the backward pass of [`forward`](Self::forward), for an
-    /// input of that shape that is itself tracked, by name and bytes: `places`.
+    /// input of that shape that is itself tracked, by name and bytes: `argmax`.
     ///
     /// For a window that Burn's own op pools (see [`max_pool2d`]) the list is Burn's, as on every other
     /// backend: `input`, counted in f32, and `indices`, counted as 32-bit integers. The input is a copy,

@@ -574,7 +574,7 @@ impl ConvBn2d {
     /// let kept = block.saved_for_backward_max_pool([2, 3, 16, 16], &pool);
     /// let activations = kept.iter().filter(|tensor| tensor.shape[0] == 2);
     /// let names: Vec<_> = activations.map(|tensor| tensor.name).collect();
-    /// assert_eq!(names, ["input", "pooled", "places"]);
+    /// assert_eq!(names, ["input", "pooled", "argmax"]);
     /// # }
     /// ```
     #[track_caller]

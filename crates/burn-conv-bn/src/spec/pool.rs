@@ -60,7 +60,7 @@ impl MaxPoolProblem {
             return self.saved_by_burn(dtype);
         }
         vec![SavedTensor {
-            name: "places",
+            name: "argmax",
             shape: self.output(),
             dtype: DType::U8,
             shared: false,

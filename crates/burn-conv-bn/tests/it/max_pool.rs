@@ -438,7 +438,7 @@ fn what_is_saved_is_listed() {
     };
     for (options, shape) in windows() {
         let output = layer(&options).forward(Tensor::zeros(shape, &Device::flex()));
-        let wanted = [("places", DType::U8, false, output.dims().to_vec())];
+        let wanted = [("argmax", DType::U8, false, output.dims().to_vec())];
         assert_eq!(listed(&options, shape), wanted, "{options:?}");
     }
     // Burn's list, with the input as it is or as the padded copy that Burn makes.

@@ -249,7 +249,7 @@ fn panics_are_at_the_users_line() {
     let place = panic_place(|| block.forward(wrong()));
     assert_eq!(place, (file!().to_string(), at));
 
-    let places = [
+    let argmax = [
         panic_place(|| ConvBn2dConfig::new([0, 4], [3, 3]).init(&device)),
         panic_place(|| plane.clone().with_momentum(2.0).init(&device)),
         panic_place(|| plane.clone().with_epsilon(0.0).init(&device)),
@@ -265,7 +265,7 @@ fn panics_are_at_the_users_line() {
         panic_place(|| pool.forward(x())),
         panic_place(|| pool.saved_for_backward([2, 3, 8, 8])),
     ];
-    for (index, (file, _)) in places.iter().enumerate() {
+    for (index, (file, _)) in argmax.iter().enumerate() {
         assert_eq!(file, file!(), "{index}");
     }
 }
