@@ -137,8 +137,10 @@ pub struct ConvBnOptions {
     /// On Flex, a recomputed output that does not fit is never stored: each tile of it is
     /// recomputed twice, as is one of more than 128 MiB, or of 32 taps or fewer, without a bound.
     /// Elsewhere the backward pass works over the largest number of images that fits, but at least
-    /// one, and recomputes twice unless all of them fit. A few tiles for each thread and copies of the
-    /// weight are not bounded.
+    /// one, and recomputes twice unless all of them fit.
+    ///
+    /// On Flex it bounds the scratch of the kernels too, beside a stored output, forward as well, and at no less
+    /// than 2 MiB on two threads.
     pub max_workspace: Option<usize>,
 }
 
