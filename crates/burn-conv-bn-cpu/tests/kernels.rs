@@ -41,7 +41,7 @@ const PLAIN: Case = Case {
 /// The cases with each algorithm: that of their geometry, and packed products.
 fn cases() -> impl Iterator<Item = Case> {
     let bounds = [None, Some(0)];
-    let bounded = |case| bounds.map(|bound| Case { bound, ..case });
+    let bounded = move |case| bounds.map(|bound| Case { bound, ..case });
     geometries().into_iter().flat_map(bounded)
 }
 
