@@ -7,6 +7,8 @@ use burn_conv_bn_cpu::{
 };
 use burn_conv_bn_memory::CountingAllocator;
 use half::{bf16, f16};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use rayon::ThreadPool;
 
 #[global_allocator]
@@ -33,9 +35,9 @@ fn square(
     .unwrap()
 }
 
-/// Bytes that forward and backward take at most, beyond their arguments, with the convolution's
-/// output never stored.
-fn taken<E: Element>(geometry: &Geometry) -> usize {
+/// Bytes that forward, and backward, take at most, beyond their arguments, with the convolution's output stored
+/// between the two steps, where it is an argument too, or never.
+fn taken<E: Element>(geometry: &Geometry, stores: bool) -> [usize; 2] {
     let channels = geometry.channels_out();
     let input = vec![E::default(); geometry.batch() * geometry.input_len()];
     let mut output = vec![E::default(); geometry.batch() * geometry.output_len()];
@@ -50,9 +52,11 @@ fn taken<E: Element>(geometry: &Geometry) -> usize {
         shift: &ones,
     };
 
+    let mut stored = output.clone();
     let base = ALLOCATOR.reset_peak();
     conv_moments(geometry, &input, &weight, &mut output);
     normalize(geometry, &mut output, affine, None, Activation::Relu);
+    let forward = ALLOCATOR.take_peak() - base;
     let pass = Backward {
         geometry,
         input: Some(&input),
@@ -63,10 +67,14 @@ fn taken<E: Element>(geometry: &Geometry) -> usize {
         residual: None,
         output: None,
     };
-    grad_sums(&pass, ConvOutput::Recompute);
+    let conv_output = match stores {
+        true => ConvOutput::Store(&mut stored),
+        false => ConvOutput::Recompute,
+    };
+    grad_sums(&pass, conv_output);
     backward(
         &pass,
-        None,
+        stores.then_some(&stored[..]),
         Some(InputGradCoefficients {
             scale: &ones,
             slope: &ones,
@@ -78,21 +86,21 @@ fn taken<E: Element>(geometry: &Geometry) -> usize {
             residual: None,
         },
     );
-    ALLOCATOR.peak() - base
+    [forward, ALLOCATOR.peak() - base]
 }
 
 fn assert_taken(pool: &ThreadPool, name: &str, geometry: &Geometry, bound: usize) {
     for (element, taken) in [
-        ("f32", pool.install(|| taken::<f32>(geometry))),
-        ("f16", pool.install(|| taken::<f16>(geometry))),
-        ("bf16", pool.install(|| taken::<bf16>(geometry))),
+        ("f32", pool.install(|| taken::<f32>(geometry, false))),
+        ("f16", pool.install(|| taken::<f16>(geometry, false))),
+        ("bf16", pool.install(|| taken::<bf16>(geometry, false))),
     ] {
+        let taken = taken.into_iter().max().unwrap_or_default();
         println!("{name}, {element}: {taken} bytes, of {bound} at most");
         assert!(taken < bound, "{name}, {element}: {taken} of {bound} bytes");
     }
 }
 
-#[test]
 fn scratch_is_a_few_tiles_for_each_thread() {
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(THREADS)
@@ -140,4 +148,71 @@ fn scratch_is_a_few_tiles_for_each_thread() {
     // A small image's planes without gaps, one for each tap, may outweigh its output too.
     let dense = square([64, 64], 56, [3, 2, 1, 1]);
     assert_taken(&pool, "3x3, no gaps", &dense, bound(&dense, 4 << 10, 10));
+}
+
+/// On drawn geometries forward and backward stay in what Burn's own layers copy, and 2 MiB: input and weight for the
+/// output, unless Burn computes it in place; two inputs and an output for the gradients.
+fn scratch_is_within_the_limit() {
+    const GEOMETRIES: usize = 300;
+    const MOST_PRODUCTS: usize = 60_000_000;
+    const GRANTED: usize = 2 << 20;
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(THREADS)
+        .build()
+        .unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(28);
+    let mut drawn = 0;
+    while drawn < GEOMETRIES {
+        let mut octaves = |least: f64, most: f64| {
+            let exponent = rng.random_range(least.log2()..(most + 1.0).log2());
+            exponent.exp2() as usize
+        };
+        let channels = [octaves(3.0, 1024.0), octaves(3.0, 1024.0)];
+        let (size, batch) = (octaves(1.0, 56.0), octaves(1.0, 32.0));
+        let (kernel, stride) = (rng.random_range(1..=7), rng.random_range(1..=2));
+        let padding = rng.random_range(0..=kernel / 2);
+        let one = [1; 3];
+        let geometry = Geometry::new(
+            batch,
+            channels,
+            1,
+            [1, size, size],
+            [1, kernel, kernel],
+            [1, stride, stride],
+            [(0, 0), (padding, padding), (padding, padding)],
+            one,
+        );
+        let Ok(geometry) = geometry else {
+            continue;
+        };
+        let products = batch * geometry.positions() * geometry.weight_len();
+        if products > MOST_PRODUCTS {
+            continue;
+        }
+        drawn += 1;
+        let [input, output] = [geometry.input_len(), geometry.output_len()];
+        let [input, output] = [input, output].map(|len| size_of::<f32>() * batch * len);
+        let stores = geometry.is_worth_storing(output);
+        let [forward, backward] = pool.install(|| taken::<f32>(&geometry, stores));
+        let copied = match (kernel, stride, padding) {
+            (1, 1, 0) => 0,
+            _ => input + size_of::<f32>() * geometry.weight_len(),
+        };
+        assert!(
+            forward <= GRANTED + copied,
+            "forward: {forward} bytes, {geometry:?}"
+        );
+        let copied = 2 * input + output;
+        assert!(
+            backward <= GRANTED + copied,
+            "backward: {backward} bytes, {geometry:?}"
+        );
+    }
+}
+
+/// One test, so that no other allocates at the same time.
+#[test]
+fn scratch_is_bounded() {
+    scratch_is_a_few_tiles_for_each_thread();
+    scratch_is_within_the_limit();
 }
