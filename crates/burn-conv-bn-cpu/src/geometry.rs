@@ -75,6 +75,7 @@ pub struct Geometry {
     pub(crate) padding: [(usize, usize); 3],
     pub(crate) dilation: [usize; 3],
     pub(crate) max_scratch: usize,
+    pub(crate) has_given_statistics: bool,
 }
 
 impl Geometry {
@@ -138,7 +139,28 @@ impl Geometry {
             padding,
             dilation,
             max_scratch: usize::MAX,
+            has_given_statistics: false,
         })
+    }
+
+    /// The same geometry for given statistics, evaluation among them: the output's scratch is then bounded by what
+    /// Burn's own layers copy in evaluation, for a pointwise kernel nothing, rather than in a training step.
+    ///
+    /// All passes of a step must agree, as with [`with_max_scratch`](Self::with_max_scratch).
+    ///
+    /// ```
+    /// use burn_conv_bn_cpu::{Geometry, conv};
+    ///
+    /// let one = [1; 3];
+    /// let geometry = Geometry::new(1, [1, 1], 1, one, one, one, [(0, 0); 3], one)?;
+    /// let mut output = Vec::new();
+    /// conv(&geometry.with_given_statistics(), &[2.0f32], &[3.0], &mut output);
+    /// assert_eq!(output, [6.0]);
+    /// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
+    /// ```
+    pub fn with_given_statistics(mut self) -> Self {
+        self.has_given_statistics = true;
+        self
     }
 
     /// The same geometry with a bound on scratch, in bytes, beyond which slower algorithms are taken. The

@@ -1,8 +1,8 @@
 //! Bytes of scratch: what an algorithm takes, and what it may.
 //!
-//! A layer must not need more than Burn's own, which copies input and weight to another order for a convolution,
-//! and for its gradients the output's gradient too. Pointwise and depthwise kernels, and unpadded ones over one
-//! dimension, are computed in place, so that only little may be copied for their output.
+//! A layer must not need more than Burn's own. In a training step that copies weight and input to another order, and
+//! the gradients of both and of the output. In evaluation it copies weight and input alone, and for pointwise and
+//! depthwise kernels, and unpadded ones over one dimension, nothing.
 
 use super::tile::Algorithm;
 use crate::blocks::BLOCKS;
@@ -53,9 +53,11 @@ fn forward_limit<E: Element>(geometry: &Geometry) -> usize {
     let is_pointwise = geometry.kernel == [1; 3] && geometry.stride == [1; 3] && is_unpadded;
     let is_depthwise = geometry.group_in() == 1;
     let is_flat = geometry.input[..2] == [1; 2] && is_unpadded;
-    let copied = match is_pointwise || is_depthwise || is_flat {
-        true => 0,
-        false => bytes.input + bytes.weight,
+    let is_in_place = is_pointwise || is_depthwise || is_flat;
+    let copied = match (geometry.has_given_statistics, is_in_place) {
+        (true, true) => 0,
+        (true, false) => bytes.input + bytes.weight,
+        (false, _) => bytes.weight + 2 * bytes.input + bytes.output,
     };
     (GRANTED + copied).min(geometry.max_scratch)
 }
