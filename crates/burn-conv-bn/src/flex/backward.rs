@@ -88,7 +88,6 @@ pub(super) fn kernel_backward<E: Kernel>(
         &options.input_shape,
         &options.weight_shape,
         &options.options,
-        options.statistics,
     );
     let channels = geometry.channels_out();
     let output_grad = contiguous(&output_grad);

@@ -19,8 +19,7 @@ pub(super) fn kernel_forward<E: Kernel>(
     keep_conv_output: bool,
 ) -> ConvBnForward<Flex> {
     let (input, weight) = (contiguous(&inputs.input), contiguous(&inputs.weight));
-    let statistics = inputs.statistics.kind();
-    let geometry = geometry(&input.shape(), &weight.shape(), options, statistics);
+    let geometry = geometry(&input.shape(), &weight.shape(), options);
     let output_shape = output_shape(&input.shape(), &geometry);
     let channels = geometry.channels_out();
 
@@ -95,8 +94,7 @@ pub(super) fn kernel_forward_max_pool<E: Kernel>(
         return ConvBnMaxPoolForward::Unsupported;
     }
     let (input, weight) = (contiguous(&inputs.input), contiguous(&inputs.weight));
-    let statistics = inputs.statistics.kind();
-    let geometry = geometry(&input.shape(), &weight.shape(), options, statistics);
+    let geometry = geometry(&input.shape(), &weight.shape(), options);
     let output_shape = output_shape(&input.shape(), &geometry);
     let pool = match max_pool::geometry(&output_shape, pool) {
         Some(pool) if pool.is_regular() => pool,

@@ -9,7 +9,7 @@ use burn_conv_bn_cpu::{Activation as KernelActivation, Element as KernelElement,
 use bytemuck::Pod;
 
 use crate::portable::cast;
-use crate::spec::{Activation, ConvBnOptions, StatisticsKind};
+use crate::spec::{Activation, ConvBnOptions};
 
 /// Element types of the kernels' activations.
 pub(super) trait Kernel: KernelElement<Real: Number> + Element + Pod {}
@@ -34,21 +34,16 @@ pub(super) fn kernel_activation(activation: Activation) -> KernelActivation {
 /// Least bound on the kernels' scratch: each of them takes as much.
 const LEAST_SCRATCH: usize = 2 << 20;
 
-/// The kernels' geometry, with missing leading dimensions of size 1 and scratch bounded by workspace and
-/// statistics. The shapes were checked by [`ConvBnProblem`](crate::backend::ConvBnProblem).
-pub(super) fn geometry(
-    input: &Shape,
-    weight: &Shape,
-    options: &ConvBnOptions,
-    statistics: StatisticsKind,
-) -> Geometry {
+/// The kernels' geometry, with missing leading dimensions of size 1 and scratch bounded by the workspace. The
+/// shapes were checked by [`ConvBnProblem`](crate::backend::ConvBnProblem).
+pub(super) fn geometry(input: &Shape, weight: &Shape, options: &ConvBnOptions) -> Geometry {
     fn lifted<T: Copy>(values: &[T], missing: T) -> [T; 3] {
         let mut all = [missing; 3];
         all[3 - values.len()..].copy_from_slice(values);
         all
     }
     let (spec, max_workspace) = (&options.conv, options.max_workspace);
-    let geometry = Geometry::new(
+    Geometry::new(
         input[0],
         [input[1], weight[0]],
         spec.groups,
@@ -59,11 +54,7 @@ pub(super) fn geometry(
         lifted(&spec.dilation, 1),
     )
     .unwrap_or_else(|error| panic!("{error}"))
-    .with_max_scratch(max_workspace.map_or(usize::MAX, |most| most.max(LEAST_SCRATCH)));
-    match statistics {
-        StatisticsKind::Batch => geometry,
-        StatisticsKind::Fixed => geometry.with_given_statistics(),
-    }
+    .with_max_scratch(max_workspace.map_or(usize::MAX, |most| most.max(LEAST_SCRATCH)))
 }
 
 pub(super) fn output_shape(input: &Shape, geometry: &Geometry) -> Shape {
