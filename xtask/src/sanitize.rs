@@ -45,7 +45,7 @@ fn address(features: &str) -> Result<(bool, Count)> {
     command
         .arg(host)
         .args(["--lib", "--tests", "--no-fail-fast"]);
-    command.args(["--features", features]);
+    command.args(["--no-default-features", "--features", features]);
     command.args(["--target-dir", "target/sanitize"]);
     command.env("RUSTC_BOOTSTRAP", "1");
     command.env("RUSTFLAGS", "-Zsanitizer=address");

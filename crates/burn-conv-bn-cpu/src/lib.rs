@@ -86,7 +86,7 @@
 //!
 //! # Features
 //!
-//! - `x86-v4`: kernels for AVX-512 too, chosen at run time where the processor has it. Off by default.
+//! - `x86-v4`: kernels for AVX-512 too, chosen at run time where the processor has it. On by default.
 
 #![deny(missing_docs)]
 
