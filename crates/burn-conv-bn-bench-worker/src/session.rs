@@ -168,6 +168,8 @@ mod tests {
     use super::*;
     use burn_conv_bn_bench::catalogue::{Architecture, Classifier, Layer, Network};
     use burn_conv_bn_bench::device::FLEX;
+    use burn_conv_bn_train::device::DeviceChoice;
+    use burn_conv_bn_train::job;
 
     static ALLOCATOR: CountingAllocator = CountingAllocator::new();
 
@@ -283,11 +285,11 @@ mod tests {
     #[test]
     fn what_a_device_does_not_compute_in_is_unavailable() {
         let lacking = DeviceError::Precision {
-            device: "webgpu",
-            dtype: "bf16",
+            device: DeviceChoice::Webgpu,
+            precision: job::Precision::BF16,
         };
         assert!(matches!(explain(lacking.into()), Reply::Unavailable { .. }));
-        let missing = DeviceError::NotFound("cuda");
+        let missing = DeviceError::NotFound(DeviceChoice::Cuda);
         assert!(matches!(explain(missing.into()), Reply::Failed { .. }));
     }
 
