@@ -12,5 +12,6 @@ mod operands;
 mod parity;
 mod pytorch;
 mod ranks;
+mod save_plan;
 mod states;
 mod validation;
