@@ -4,7 +4,7 @@ use burn::nn::pool;
 use burn::tensor::activation::{gelu, hard_swish, leaky_relu, relu, relu6, silu};
 use burn::tensor::module::batch_norm_train;
 use burn::tensor::{BoolStore, DType, Shape, Tensor};
-use burn_conv_bn::functional::batch_norm;
+use burn_conv_bn::functional::{BatchNormParams, batch_norm};
 use burn_conv_bn::{
     Activation, ConvBn2d, MaxPool2d, NormSpec, NormVariant, Recompute, SavedTensor,
 };
@@ -276,7 +276,11 @@ fn unfused_norm(block: &ConvBn2d, input: Tensor<4>) -> Tensor<4> {
         }
         (variant @ NormVariant::Tutorial, false) => {
             let spec = NormSpec::new(variant, norm.epsilon);
-            batch_norm(input, settings.affine.then(affine), spec)
+            let params = BatchNormParams {
+                affine: settings.affine.then(affine),
+                statistics: None,
+            };
+            batch_norm(input, params, spec)
                 .unwrap_or_else(|error| panic!("{error}"))
                 .output
         }

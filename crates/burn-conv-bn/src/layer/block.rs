@@ -273,12 +273,14 @@ impl<C> Block<'_, C> {
             return Vec::new();
         }
         let pooled = pool.problem(problem.output.clone());
-        let mut plan = SavePlan::new(&options, statistics, present, tracked);
-        let joined =
-            SavePlan::joins_max_pool(&options, statistics, false) && pooled.joins_a_block();
-        if joined {
-            plan = plan.with_max_pool(&options, present);
-        }
+        let joined = SavePlan::joins_max_pool(statistics, false) && pooled.joins_a_block();
+        let plan = if joined {
+            let options = options.joined();
+            let plan = SavePlan::new(&options, statistics, present, tracked);
+            plan.with_max_pool(&options, present)
+        } else {
+            SavePlan::new(&options, statistics, present, tracked)
+        };
         let dtype = self.weight().dtype();
         let mut saved = self.tensors(plan, &problem);
         for tensor in &mut saved {
@@ -294,8 +296,8 @@ impl<C> Block<'_, C> {
         }
         for tensor in pooled.saved(dtype) {
             let is_output = tensor.name == "input";
-            // The block may keep the very buffer that Burn's pool does.
-            if is_output && tensor.shared && plan.output {
+            // The block may keep the very buffer that Burn's pool does, or rebuild it.
+            if is_output && tensor.shared && (plan.output || plan.rebuilds_output) {
                 continue;
             }
             saved.push(SavedTensor {

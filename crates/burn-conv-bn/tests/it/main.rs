@@ -12,5 +12,6 @@ mod operands;
 mod parity;
 mod pytorch;
 mod ranks;
+mod rebuilt;
 mod states;
 mod validation;
