@@ -130,6 +130,14 @@ impl Form {
         }
     }
 
+    /// Whether a block's output is rebuilt in the backward pass for whatever needs it, and kept by none; see
+    /// [`Recompute::Norm`]. That of a block with a residual, or with a max pool behind it, is not.
+    pub(crate) fn rebuilds_output(self, block: &ConvBn2d) -> bool {
+        let settings = &block.settings;
+        let is_frozen = settings.track_running_stats && !block.norm.training.is_enabled();
+        self == Self::Fused && settings.recompute == Recompute::Norm && !is_frozen
+    }
+
     /// As [`saved_for_backward`](Self::saved_for_backward), for a block that adds a tracked
     /// residual. Unfused, the activation's input is then the sum.
     pub fn saved_for_backward_residual(

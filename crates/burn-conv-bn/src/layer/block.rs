@@ -12,7 +12,7 @@ use super::{ConvBnSettings, MaxPool2d, RunningVariance};
 use crate::functional::{ConvBnParams, Normalized, conv_bn, conv_bn_max_pool2d};
 use crate::spec::{
     ConvBnError, ConvBnOptions, ConvBnProblem, NormSpec, Parents, SavePlan, SavedTensor,
-    StatisticsKind, values_per_channel,
+    StatisticsKind,
 };
 
 /// The parts of a layer.
@@ -36,6 +36,37 @@ fn take_pending(running: &RunningState<Tensor<1>>) {
 pub(super) fn current(running: &RunningState<Tensor<1>>) -> Tensor<1> {
     take_pending(running);
     running.value()
+}
+
+/// The one place where running statistics are written. `values` is how many values of a channel the result's
+/// statistics are taken of.
+pub(super) fn update_running_statistics<const D: usize>(
+    norm: &BatchNorm,
+    kind: RunningVariance,
+    result: &Normalized<D>,
+    values: impl FnOnce() -> usize,
+) {
+    let variance = match kind {
+        RunningVariance::Biased => result.variance.clone(),
+        RunningVariance::Unbiased => {
+            let values = values() as f64;
+            result.variance.clone() * (values / (values - 1.0))
+        }
+    };
+    // Threads that train clones of a layer share its statistics: no update is lost between reading
+    // and writing. The tensors are too small for Flex to run another task of this thread meanwhile.
+    let _guard = UPDATE.lock().unwrap_or_else(PoisonError::into_inner);
+    for (running, new) in [
+        (&norm.running_mean, result.mean.clone()),
+        (&norm.running_var, variance),
+    ] {
+        let old = current(running).dequantize().to_device(&new.device());
+        let new = new.cast(old.dtype()).detach();
+        let momentum = norm.momentum;
+        running.update((old * (1.0 - momentum) + new * momentum).detach());
+        // A pending update would overwrite a record that is loaded next.
+        take_pending(running);
+    }
 }
 
 impl<C> Block<'_, C> {
@@ -101,7 +132,12 @@ impl<C> Block<'_, C> {
         let options = self.options(&shape);
         let result = or_panic(op(input, params, options));
         if training && self.settings.track_running_stats {
-            self.update_running_statistics(&result, shape);
+            let kind = self.settings.running_variance;
+            update_running_statistics(self.norm, kind, &result, || {
+                // Not of the result, which may be pooled.
+                let problem = self.problem(shape, StatisticsKind::Batch);
+                problem.values_per_channel()
+            });
         }
         result.output
     }
@@ -145,36 +181,6 @@ impl<C> Block<'_, C> {
         let is_batch = statistics == StatisticsKind::Batch;
         let weight = self.conv.weight().val().shape();
         or_panic(ConvBnProblem::conv_bn(input, weight, &options, is_batch))
-    }
-
-    /// The one place where running statistics are written.
-    fn update_running_statistics<const D: usize>(&self, result: &Normalized<D>, input: Shape)
-    where
-        C: Convolution<D>,
-    {
-        let variance = match self.settings.running_variance {
-            RunningVariance::Biased => result.variance.clone(),
-            RunningVariance::Unbiased => {
-                // Not of the result, which may be pooled.
-                let output = self.problem(input, StatisticsKind::Batch).output;
-                let values = values_per_channel(&output) as f64;
-                result.variance.clone() * (values / (values - 1.0))
-            }
-        };
-        // Threads that train clones of a layer share its statistics: no update is lost between reading
-        // and writing. The tensors are too small for Flex to run another task of this thread meanwhile.
-        let _guard = UPDATE.lock().unwrap_or_else(PoisonError::into_inner);
-        for (running, new) in [
-            (&self.norm.running_mean, result.mean.clone()),
-            (&self.norm.running_var, variance),
-        ] {
-            let old = current(running).dequantize().to_device(&new.device());
-            let new = new.cast(old.dtype()).detach();
-            let momentum = self.norm.momentum;
-            running.update((old * (1.0 - momentum) + new * momentum).detach());
-            // A pending update would overwrite a record that is loaded next.
-            take_pending(running);
-        }
     }
 
     #[track_caller]

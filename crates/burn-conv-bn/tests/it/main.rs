@@ -8,6 +8,7 @@ mod gradients;
 mod layer;
 mod max_pool;
 mod module;
+mod norm_layer;
 mod operands;
 mod parity;
 mod pytorch;
