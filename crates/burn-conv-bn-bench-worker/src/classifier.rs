@@ -9,7 +9,7 @@ use burn::optim::momentum::MomentumConfig;
 use burn::optim::{ModuleOptimizer, SgdConfig};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData};
-use burn_conv_bn::{ConvBnModule, SavedTensor};
+use burn_conv_bn::{ConvBnModule, Recompute, SavedTensor};
 use burn_conv_bn_bench::catalogue::{Architecture, Classifier};
 use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
 use burn_conv_bn_memory::CountingAllocator;
@@ -22,7 +22,7 @@ use crate::files::{read, write};
 use crate::meter::Meter;
 use crate::precision::Computing;
 use crate::tensors::{into_values, tensor, values, write_tensor};
-use crate::workload::{Workload, form, loss, recompute, saved_bytes};
+use crate::workload::{Workload, chain_ends, form, loss, recompute, saved_bytes};
 
 /// Small enough that random images do not throw the weights far off.
 const LEARNING_RATE: f64 = 1e-3;
@@ -55,6 +55,14 @@ impl Model {
                 let config = MobileNetV2Config::new(form).with_dropout(0.0);
                 Self::MobileNetV2(config.init(device))
             }
+        }
+    }
+
+    fn with_rebuilt_chains(self, ends: Recompute) -> Self {
+        match self {
+            Self::ResNet(network) => Self::ResNet(network.with_rebuilt_chains(ends)),
+            Self::Vgg(network) => Self::Vgg(network.with_rebuilt_chains(ends)),
+            Self::MobileNetV2(network) => Self::MobileNetV2(network.with_rebuilt_chains(ends)),
         }
     }
 
@@ -120,9 +128,12 @@ impl ClassifierWork {
             values: read(data, PARAMETERS)?,
             taken: 0,
         };
-        let model = Model::new(classifier.architecture, form(contender), &device)
-            .with_recompute(recompute(contender))
-            .map(&mut fill);
+        let model = Model::new(classifier.architecture, form(contender), &device);
+        let model = match chain_ends(contender) {
+            Some(ends) => model.with_rebuilt_chains(ends),
+            None => model.with_recompute(recompute(contender)),
+        };
+        let model = model.map(&mut fill);
         ensure!(
             fill.taken == fill.values.len(),
             "{} values for a network that has {}",

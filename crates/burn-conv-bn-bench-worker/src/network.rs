@@ -21,7 +21,7 @@ use crate::files::write;
 use crate::meter::Meter;
 use crate::precision::Computing;
 use crate::tensors::{parameter, tensor, values, write_tensor};
-use crate::workload::{Workload, form, loss, recompute, saved_bytes};
+use crate::workload::{Workload, chain_ends, form, loss, recompute, saved_bytes};
 
 /// The tutorial's.
 const LEARNING_RATE: f64 = 1.0;
@@ -84,6 +84,9 @@ impl NetworkWork {
     ) -> Result<Self> {
         let config = NetConfig::new(form(contender)).with_recompute(recompute(contender));
         let mut net = config.init(&device);
+        if let Some(ends) = chain_ends(contender) {
+            net = net.with_rebuilt_chains(ends);
+        }
         read_parameters(&mut net, data, &device)?;
         let size = Network::IMAGE_SIZE;
         let targets = values(data, "targets", network.batch)?;

@@ -26,6 +26,11 @@ pub enum Contender {
     Fused,
     /// The fused layer with `Recompute::Never`.
     Never,
+    /// Fused networks with `Recompute::Norm` inside chains and `Recompute::Conv` at their ends; a layer alone
+    /// with `Recompute::Norm`.
+    NormConv,
+    /// The same with `Recompute::Never` at the ends.
+    NormNever,
     /// Burn's own `Conv2d`, `BatchNorm` and ReLU: the reference of every check.
     Unfused,
     /// The same on a device with Burn's gradient checkpointing.
@@ -51,9 +56,11 @@ pub enum Engine {
 
 impl Contender {
     /// All of them, in the order of the tables.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Fused,
         Self::Never,
+        Self::NormConv,
+        Self::NormNever,
         Self::Unfused,
         Self::UnfusedCheckpointed,
         Self::Eager,
@@ -67,6 +74,8 @@ impl Contender {
         match self {
             Self::Fused => "fused",
             Self::Never => "never",
+            Self::NormConv => "norm-conv",
+            Self::NormNever => "norm-never",
             Self::Unfused => "unfused",
             Self::UnfusedCheckpointed => "unfused-checkpointed",
             Self::Eager => "eager",
@@ -79,7 +88,12 @@ impl Contender {
     /// What runs it.
     pub fn engine(self) -> Engine {
         match self {
-            Self::Fused | Self::Never | Self::Unfused | Self::UnfusedCheckpointed => Engine::Burn,
+            Self::Fused
+            | Self::Never
+            | Self::NormConv
+            | Self::NormNever
+            | Self::Unfused
+            | Self::UnfusedCheckpointed => Engine::Burn,
             Self::Eager | Self::Compile | Self::Tutorial | Self::Checkpoint => Engine::PyTorch,
         }
     }

@@ -4,7 +4,7 @@ use burn::nn::pool;
 use burn::tensor::activation::{gelu, hard_swish, leaky_relu, relu, relu6, silu};
 use burn::tensor::module::batch_norm_train;
 use burn::tensor::{BoolStore, DType, Shape, Tensor};
-use burn_conv_bn::functional::batch_norm;
+use burn_conv_bn::functional::{BatchNormParams, batch_norm};
 use burn_conv_bn::{
     Activation, ConvBn2d, MaxPool2d, NormSpec, NormVariant, Recompute, SavedTensor,
 };
@@ -128,6 +128,14 @@ impl Form {
             Self::Fused => block.saved_for_backward(input_shape),
             Self::Unfused => unfused_saved(block, input_shape, "norm_output"),
         }
+    }
+
+    /// Whether a block's output is rebuilt in the backward pass for whatever needs it, and kept by none; see
+    /// [`Recompute::Norm`]. That of a block with a residual, or with a max pool behind it, is not.
+    pub(crate) fn rebuilds_output(self, block: &ConvBn2d) -> bool {
+        let settings = &block.settings;
+        let is_frozen = settings.track_running_stats && !block.norm.training.is_enabled();
+        self == Self::Fused && settings.recompute == Recompute::Norm && !is_frozen
     }
 
     /// As [`saved_for_backward`](Self::saved_for_backward), for a block that adds a tracked
@@ -276,7 +284,11 @@ fn unfused_norm(block: &ConvBn2d, input: Tensor<4>) -> Tensor<4> {
         }
         (variant @ NormVariant::Tutorial, false) => {
             let spec = NormSpec::new(variant, norm.epsilon);
-            batch_norm(input, settings.affine.then(affine), spec)
+            let params = BatchNormParams {
+                affine: settings.affine.then(affine),
+                statistics: None,
+            };
+            batch_norm(input, params, spec)
                 .unwrap_or_else(|error| panic!("{error}"))
                 .output
         }

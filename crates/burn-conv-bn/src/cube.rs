@@ -11,27 +11,30 @@ use burn_conv_bn_cubecl::{
 use burn_cubecl::CubeBackend;
 
 use crate::backend::{
-    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
-    NormOutput, OptionalTensor,
+    BatchNormBackwardOptions, ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads,
+    ConvBnInputs, ConvBnSaved, NormGrads, NormInputs, NormOutput, NormSaved,
 };
+use crate::portable::batch_norm;
 use crate::portable::conv_bn::{backward_by, forward_by};
 use crate::portable::sweeps::{Affine, Argument, Moments, Sweeps};
 use crate::spec::{
-    Activation, ConvBnOptions, NormSpec, NormVariant, StatisticsKind, values_per_channel,
+    Activation, BatchNormOptions, ConvBnOptions, NormSpec, NormVariant, StatisticsKind,
+    values_per_channel,
 };
 
 impl ConvBnBackend for CubeBackend {
-    fn batch_normalize(
-        input: FloatTensor<Self>,
-        gamma: OptionalTensor<Self>,
-        beta: OptionalTensor<Self>,
-        norm: NormSpec,
+    fn batch_normalize_forward(
+        inputs: NormInputs<Self>,
+        options: BatchNormOptions,
     ) -> NormOutput<Self> {
-        let affine = Affine {
-            gamma: gamma.into_option(),
-            beta: beta.into_option(),
-        };
-        Kernels::normalize(input, affine, None, norm, Activation::Identity)
+        batch_norm::forward_by::<Self, Kernels>(inputs, options)
+    }
+
+    fn batch_normalize_backward(
+        saved: NormSaved<Self>,
+        options: BatchNormBackwardOptions,
+    ) -> NormGrads<Self> {
+        batch_norm::backward_by::<Self, Kernels>(saved, &options)
     }
 
     fn conv_bn_forward(

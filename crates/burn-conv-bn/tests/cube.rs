@@ -407,7 +407,7 @@ fn norm_alone() {
         let x = Tensor::<4>::from_data(random(&[3, 5, 4, 6], 1), (&device, DType::F32));
         let x = x.require_grad();
         let norm = NormSpec::new(NormVariant::Tutorial, 1e-3);
-        let result = batch_norm(x.clone(), None, norm).expect("the shapes are valid");
+        let result = batch_norm(x.clone(), Default::default(), norm).expect("the shapes are valid");
         let upstream = Tensor::<4>::from_data(random(&[3, 5, 4, 6], 2), (&device, DType::F32));
         let grads = (result.output.clone() * upstream).sum().backward();
         let grad = x.grad(&grads).expect("x is tracked");

@@ -687,7 +687,7 @@ fn gammas_of_zero_and_below() {
     for activation in ACTIVATIONS {
         for given_statistics in [false, true] {
             for residual in [false, true] {
-                for recompute in [Recompute::Conv, Recompute::Never] {
+                for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
                     for dtype in DTYPES {
                         let case = Case {
                             activation,
@@ -1032,7 +1032,7 @@ fn a_poisoned_group_leaves_the_others_alone() {
         (padded(4), [3, 4, 40, 40], [4, 1, 3, 3]),
     ] {
         for given_statistics in [false, true] {
-            for recompute in [Recompute::Conv, Recompute::Never] {
+            for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
                 for poison in [f64::NAN, f64::INFINITY] {
                     let case = Case {
                         activation: Activation::Silu,
@@ -1174,7 +1174,7 @@ fn closed_relus_pass_nothing() {
         for activation in [Activation::Relu, Activation::Relu6] {
             for given_statistics in [false, true] {
                 for residual in [false, true] {
-                    for recompute in [Recompute::Conv, Recompute::Never] {
+                    for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
                         let case = Case {
                             activation,
                             given_statistics,

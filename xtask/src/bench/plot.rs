@@ -137,6 +137,8 @@ fn colour(contender: Contender) -> RGBColor {
     match contender {
         Contender::Fused => RGBColor(0, 72, 130),
         Contender::Never => RGBColor(0, 114, 178),
+        Contender::NormConv => RGBColor(0, 90, 156),
+        Contender::NormNever => RGBColor(44, 138, 196),
         Contender::Unfused => RGBColor(86, 160, 214),
         Contender::UnfusedCheckpointed => RGBColor(168, 208, 238),
         Contender::Eager => RGBColor(190, 76, 0),

@@ -67,6 +67,21 @@ pub(super) fn contiguous(tensor: &FlexTensor) -> FlexTensor {
     }
 }
 
+/// The tensor with its values changed: in place where nothing else holds them.
+pub(super) fn updated<E: Element + Pod>(
+    tensor: FlexTensor,
+    change: impl FnOnce(&mut [E]),
+) -> FlexTensor {
+    let mut tensor = match tensor.layout().contiguous_offsets() {
+        Some(_) => tensor,
+        None => tensor.to_contiguous(),
+    };
+    let offsets = tensor.layout().contiguous_offsets();
+    let (start, end) = offsets.expect("a contiguous tensor has offsets");
+    change(&mut tensor.storage_mut()[start..end]);
+    tensor
+}
+
 pub(super) fn slice<E: Element + Pod>(tensor: &FlexTensor) -> &[E] {
     tensor
         .as_slice::<E>()

@@ -12,7 +12,7 @@ pub use activation::Activation;
 pub(crate) use activation::Derivative;
 pub use conv::{ConvBnOptions, ConvSpec, Recompute};
 pub use error::ConvBnError;
-pub use norm::{NormSpec, NormVariant};
+pub use norm::{BatchNormOptions, NormSpec, NormVariant};
 pub(crate) use pool::{MaxPoolProblem, check_window};
 pub use problem::ConvBnProblem;
 pub(crate) use problem::{

@@ -121,6 +121,8 @@ pub struct Op {
     /// What tensors are stored as. The convolution's output is rounded to it before the norm takes
     /// it, and the statistics are those of the rounded values.
     pub dtype: DType,
+    /// Whether the gradient of the convolution's output is stored, too.
+    pub stores_conv_grad: bool,
 }
 
 /// What the op takes. What is absent is 0, a gamma 1.
@@ -198,6 +200,7 @@ impl Op {
             norm: options.norm,
             activation: options.activation,
             dtype,
+            stores_conv_grad: false,
         }
     }
 
@@ -442,6 +445,11 @@ impl Op {
             }
         }
         let bias = self.channel_sums(&z_grad);
+        if self.stores_conv_grad {
+            for grad in &mut z_grad {
+                *grad = grad.stored(self.dtype);
+            }
+        }
 
         // Through the convolution.
         let mut input = vec![T::exact(0.0); self.input_len()];

@@ -206,7 +206,7 @@ pub fn cases(
     let options = (
         norm,
         select(activations),
-        select(vec![Recompute::Conv, Recompute::Never]),
+        select(vec![Recompute::Conv, Recompute::Norm, Recompute::Never]),
         select(vec![None, Some(1usize), Some(1 << 10), Some(1 << 20)]),
     );
     let gamma = prop_oneof![
