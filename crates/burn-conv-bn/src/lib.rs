@@ -79,7 +79,8 @@ pub use layer::{
     ConvBnSettings, FoldError, MaxPool2d, MaxPool2dConfig, RunningVariance,
 };
 pub use spec::{
-    Activation, ConvBnError, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute, SavedTensor,
+    Activation, ActivationError, ConvBnError, ConvBnOptions, ConvSpec, NormSpec, NormVariant,
+    Recompute, SavedTensor,
 };
 
 /// The code of the package's Markdown page.

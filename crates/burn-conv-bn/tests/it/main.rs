@@ -2,6 +2,7 @@
 
 mod common;
 
+mod activations;
 mod conv_bn_max_pool;
 mod fold;
 mod gradients;

@@ -100,6 +100,13 @@ fn messages_name_what_was_seen_and_wanted() {
         ),
         (fused(params(), epsilon(f64::NAN)), &["got NaN"]),
         (
+            fused(
+                params(),
+                options().with_activation(Activation::Softplus { beta: 0.0 }),
+            ),
+            &["softplus: beta must be finite and not 0, got 0"],
+        ),
+        (
             fused(ConvBnParams::new(zeros(w).cast(DType::F64)), options()),
             &[
                 "input is F32, weight is F64",
