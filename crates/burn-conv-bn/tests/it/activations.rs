@@ -2,7 +2,7 @@
 
 use burn::nn::activation::{
     Activation as BurnActivation, ActivationConfig, EluConfig, HardSigmoidConfig, LeakyReluConfig,
-    Mish, PReluConfig, Relu6, Silu, SoftplusConfig,
+    Mish, PReluConfig, Relu6, SiLU, SoftplusConfig,
 };
 use burn::tensor::{DType, Tensor, TensorData};
 use burn_conv_bn::functional::{ConvBnParams, conv_bn};
@@ -45,7 +45,7 @@ fn outputs_and_gradients_are_those_of_burns_modules() {
     });
     let others: [(Activation, Function); 3] = [
         (Activation::Relu6, Box::new(|v| Relu6::new().forward(v))),
-        (Activation::Silu, Box::new(|v| Silu::new().forward(v))),
+        (Activation::Silu, Box::new(|v| SiLU::new().forward(v))),
         (Activation::Mish, Box::new(|v| Mish::new().forward(v))),
     ];
     // Next to no kink.

@@ -12,8 +12,8 @@ use burn_conv_bn::functional::{
     ConvBnParams, batch_norm, conv, conv_bn, conv_bn_max_pool2d, max_pool2d,
 };
 use burn_conv_bn::{
-    ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig, ConvBnError, ConvBnOptions, ConvSpec,
-    MaxPool2dConfig, NormSpec, NormVariant,
+    Activation, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig, ConvBnError,
+    ConvBnOptions, ConvSpec, MaxPool2dConfig, NormSpec, NormVariant,
 };
 
 fn zeros<const D: usize>(shape: [usize; D]) -> Tensor<D> {
