@@ -5,8 +5,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Shape};
 use burn_conv_bn_cubecl::{
     Activation as KernelActivation, Affine as KernelAffine, ChannelTable, GradSums,
-    Moments as KernelMoments, Norm, PreActivation, Slope, channel_table, moments, norm_input_grad,
-    normalize,
+    Moments as KernelMoments, Norm, Parameter, PreActivation, channel_table, moments,
+    norm_input_grad, normalize,
 };
 use burn_cubecl::CubeBackend;
 
@@ -229,10 +229,19 @@ fn kernel_activation(activation: Activation) -> KernelActivation {
         Activation::Relu => KernelActivation::Relu,
         Activation::Relu6 => KernelActivation::Relu6,
         Activation::LeakyRelu { negative_slope } => {
-            KernelActivation::LeakyRelu(Slope::new(negative_slope))
+            KernelActivation::LeakyRelu(Parameter::new(negative_slope))
         }
         Activation::Silu => KernelActivation::Silu,
         Activation::Gelu => KernelActivation::Gelu,
+        Activation::GeluApproximate => KernelActivation::GeluApproximate,
         Activation::HardSwish => KernelActivation::HardSwish,
+        Activation::Sigmoid => KernelActivation::Sigmoid,
+        Activation::HardSigmoid { alpha, beta } => {
+            KernelActivation::HardSigmoid(Parameter::new(alpha), Parameter::new(beta))
+        }
+        Activation::Tanh => KernelActivation::Tanh,
+        Activation::Elu { alpha } => KernelActivation::Elu(Parameter::new(alpha)),
+        Activation::Mish => KernelActivation::Mish,
+        Activation::Softplus { beta } => KernelActivation::Softplus(Parameter::new(beta)),
     }
 }

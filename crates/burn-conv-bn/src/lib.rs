@@ -83,8 +83,8 @@ pub use layer::{
     FoldError, MaxPool2d, MaxPool2dConfig, RunningVariance, fuse,
 };
 pub use spec::{
-    Activation, BatchNormOptions, ConvBnError, ConvBnOptions, ConvSpec, NormSpec, NormVariant,
-    Recompute, SavedTensor,
+    Activation, ActivationError, BatchNormOptions, ConvBnError, ConvBnOptions, ConvSpec, NormSpec,
+    NormVariant, Recompute, SavedTensor,
 };
 
 /// The code of the package's Markdown page.

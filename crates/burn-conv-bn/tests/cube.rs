@@ -205,7 +205,17 @@ fn every_activation() {
         },
         Activation::Silu,
         Activation::Gelu,
+        Activation::GeluApproximate,
         Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid {
+            alpha: 0.2,
+            beta: 0.5,
+        },
+        Activation::Tanh,
+        Activation::Elu { alpha: 0.75 },
+        Activation::Mish,
+        Activation::Softplus { beta: 1.5 },
     ] {
         for (residual, fixed_statistics) in [(false, false), (true, false), (true, true)] {
             for (recompute, max_workspace) in [(Recompute::Conv, Some(1)), (Recompute::Never, None)]

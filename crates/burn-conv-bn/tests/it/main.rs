@@ -3,6 +3,7 @@
 mod borrowed;
 mod common;
 
+mod activations;
 mod conv_bn_max_pool;
 mod fold;
 mod gradients;

@@ -12,8 +12,8 @@ use burn_conv_bn::functional::{
     BatchNormParams, ConvBnParams, batch_norm, conv, conv_bn, conv_bn_max_pool2d, max_pool2d,
 };
 use burn_conv_bn::{
-    ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig, ConvBnError, ConvBnOptions, ConvSpec,
-    MaxPool2dConfig, NormSpec, NormVariant, fuse,
+    Activation, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig, ConvBnError,
+    ConvBnOptions, ConvSpec, MaxPool2dConfig, NormSpec, NormVariant, fuse,
 };
 
 fn zeros<const D: usize>(shape: [usize; D]) -> Tensor<D> {
@@ -99,6 +99,13 @@ fn messages_name_what_was_seen_and_wanted() {
             &["epsilon must be finite and positive, got 0"],
         ),
         (fused(params(), epsilon(f64::NAN)), &["got NaN"]),
+        (
+            fused(
+                params(),
+                options().with_activation(Activation::Softplus { beta: 0.0 }),
+            ),
+            &["softplus: beta must be finite and not 0, got 0"],
+        ),
         (
             fused(ConvBnParams::new(zeros(w).cast(DType::F64)), options()),
             &[
