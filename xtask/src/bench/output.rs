@@ -42,7 +42,7 @@ impl Outputs {
     /// Writes an unfinished report to the files that it can be replaced in later: not to a pipe.
     pub fn save(&self, report: &Report) -> Result<()> {
         for (path, form) in &self.0 {
-            if files::replaces(path)? {
+            if files::replaced(path)?.is_some() {
                 files::write(path, &form(report)?, Survives::Kill)?;
             }
         }
