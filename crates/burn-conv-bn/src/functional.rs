@@ -192,6 +192,7 @@ pub fn conv<const D: usize>(
     let bias = bias.map(Tensor::dequantize);
     let problem = ConvBnProblem::conv(input.shape(), weight.shape(), &spec)?;
     let check = Check::new(&input);
+    check.backend()?;
     check.data("weight", &weight)?;
     check.data_channels("bias", bias.as_ref(), problem.output[1])?;
     if problem.values_per_channel() == 0 {
@@ -258,6 +259,7 @@ pub fn batch_norm<const D: usize>(
     check_values(&shape, &shape)?;
     let (gamma, beta) = affine.unzip();
     let check = Check::new(&input);
+    check.backend()?;
     check.norm_channels("gamma", gamma.as_ref(), shape[1])?;
     check.norm_channels("beta", beta.as_ref(), shape[1])?;
     let result =
@@ -419,6 +421,7 @@ fn checked<const D: usize>(
     let (gamma, beta) = params.affine.unzip();
     let (mean, variance) = params.statistics.unzip();
     let check = Check::new(&input);
+    check.backend()?;
     check.data("weight", &params.weight)?;
     check.data_channels("bias", params.bias.as_ref(), channels_out)?;
     for (what, tensor) in [
@@ -501,8 +504,10 @@ fn checked<const D: usize>(
 pub fn max_pool2d(input: Tensor<4>, options: MaxPoolOptions<2>) -> Result<Tensor<4>, ConvBnError> {
     let input = input.dequantize();
     let output = MaxPoolProblem::new(input.shape(), options.clone())?.output();
+    let check = Check::new(&input);
+    check.backend()?;
     if output.num_elements() == 0 {
-        return Ok(Check::new(&input).empty(output));
+        return Ok(check.empty(output));
     }
     if options.is_asymmetric() {
         return Ok(burn::tensor::module::max_pool2d(input, options));
