@@ -165,6 +165,9 @@ impl Job {
         let data = self.data()?;
         say!("Data: {}", data.origin)?;
         self.precision.announce()?;
+        if let Some(notice) = self.device.tuning_notice(cfg!(feature = "autotune")) {
+            say!("{notice}")?;
+        }
         self.check_digits(data.train.len())?;
         Ok(data)
     }

@@ -9,6 +9,7 @@ use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
 use super::parents::{inner, node_or_untracked, retrieve};
 use crate::backend::{ConvBnBackend, OptionalTensor};
+use crate::portable::sweeps::Composed;
 use crate::portable::{channel_sum, channels, conv};
 use crate::spec::ConvSpec;
 
@@ -40,7 +41,7 @@ impl<B: Backend> Backward<B, 3> for ConvBackward {
             grads.register::<B>(node.id, grad);
         }
         if let (Some(node), Some(input)) = (node_weight, input) {
-            let grad = conv::weight_backward::<B>(
+            let grad = conv::weight_backward::<B, Composed>(
                 input,
                 &state.weight_shape,
                 output_grad.clone(),
@@ -50,7 +51,7 @@ impl<B: Backend> Backward<B, 3> for ConvBackward {
         }
         if let (Some(node), Some(weight)) = (node_input, weight) {
             let shape = &state.input_shape;
-            let grad = conv::input_backward::<B>(shape, weight, output_grad, &state.spec);
+            let grad = conv::input_backward::<B, Composed>(shape, weight, output_grad, &state.spec);
             grads.register::<B>(node.id, grad);
         }
     }

@@ -11,6 +11,7 @@ use burn::backend::{Backend, backend_extension};
 use burn::tensor::ops::MaxPoolOptions;
 
 use crate::portable;
+use crate::portable::sweeps::Composed;
 use crate::spec::{ConvBnOptions, ConvSpec, NormSpec};
 
 pub use self::tensors::{
@@ -139,7 +140,7 @@ pub trait ConvBnBackend: Backend {
         #[extension_type] bias: OptionalTensor<Self>,
         spec: ConvSpec,
     ) -> FloatTensor<Self> {
-        portable::conv::forward::<Self>(input, weight, bias.into_option(), &spec)
+        portable::conv::forward::<Self, Composed>(input, weight, bias.into_option(), &spec)
     }
 
     /// Batch normalization with batch statistics, with an explicit backward pass.
