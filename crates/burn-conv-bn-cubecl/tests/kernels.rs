@@ -477,8 +477,7 @@ impl Case {
             activation: self.activation,
         };
         let shared = pre_activation(kept.clone());
-        let grads =
-            GradSums::new(&shared, Some(&table)).finish(&table, &stats, affine, self.norm, values);
+        let grads = GradSums::new(&shared, Some(&table)).finish(&table);
         let gamma_grad: Vec<f64> = sum_gd.iter().zip(&s).map(|(sum, s)| sum * s).collect();
         assert_close(
             &format!("{name}: gamma's gradient"),
@@ -730,7 +729,7 @@ fn a_constant_channel() {
             activation: Activation::Identity,
         };
         let sums = GradSums::new(&pre_activation, Some(&table));
-        sums.finish(&table, &stats, Affine::default(), norm, 16);
+        sums.finish(&table);
         let grad = norm_input_grad(pre_activation, Some(&table), false);
         assert_eq!(download(&grad.grad), [0.0; 48]);
     }
@@ -798,7 +797,7 @@ fn chunks_of_a_batch() {
             GradSums::new(&pre_activation, Some(&table))
         });
         let sums = sums.reduce(GradSums::merge).expect("there are chunks");
-        sums.finish(&table, &stats, affine, BATCH_NORM, 80)
+        sums.finish(&table)
     };
     let (whole, parts) = (grads(&[5]), grads(&[2, 2, 1]));
     assert_close("gamma", &parts.gamma, &download(&whole.gamma), 1e-6);
@@ -874,7 +873,7 @@ fn closed_activations_pass_nothing() {
                 let sums = GradSums::new(&pre_activation, table);
                 let sums = match table {
                     Some(table) => {
-                        let grads = sums.finish(table, &stats, affine, BATCH_NORM, 48);
+                        let grads = sums.finish(table);
                         vec![grads.gamma, grads.beta]
                     }
                     None => vec![sums.grad()],
@@ -899,6 +898,24 @@ fn closed_activations_pass_nothing() {
                 }
             }
         }
+    }
+}
+
+/// A kept output is not as sparse as a pitched input: more than a tenth of gaps, and it is written elsewhere.
+#[test]
+fn sparse_inputs_are_written_dense() {
+    let device = CubeDevice::default();
+    let mut rng = ChaCha8Rng::seed_from_u64(23);
+    let shape = [2, 3, 4, 20];
+    let input = Host::random(&shape, &mut rng, 0.0, 1.0).map(|_, v| rounded(v, DType::F32));
+    let expected = input.map(|_, v| v.max(0.0));
+    for (gap, dense) in [(1, false), (4, true), (12, true)] {
+        let padded = input.upload(Layout::Pitched(gap), DType::F32, &device);
+        let output = normalize(padded, None, None, Activation::Relu);
+        assert_eq!(download(&output), expected.values, "gap {gap}");
+        let row = if dense { 20 } else { 20 + gap };
+        assert_eq!(output.meta.strides()[2], row, "gap {gap}");
+        assert_eq!(output.meta.strides()[0], 12 * row, "gap {gap}");
     }
 }
 
@@ -961,7 +978,7 @@ fn constant_statistics() {
                     let what = format!("{dtype:?}, {activation:?}, input {has_input}");
                     let sums = GradSums::new(&pre_activation, Some(&table));
                     if has_input {
-                        let grads = sums.finish(&table, &statistics, affine, norm, 1);
+                        let grads = sums.finish(&table);
                         let products = g.map(|i, g| g * deviation.values[i]).channel_sums();
                         let inverse = [0.5, 2.0, 1.0];
                         let gamma: Vec<f64> = products

@@ -350,9 +350,7 @@ fn other_networks_train_and_predict_in_mixed_precision() {
 fn mixed_precision_is_compared() {
     let folder = tempdir().unwrap();
     let [single, mixed] = ["f32", "bf16"].map(|precision| {
-        let arguments = format!(
-            "compare {SMALL} --precision {precision} --json report.json"
-        );
+        let arguments = format!("compare {SMALL} --precision {precision} --json report.json");
         let stdout = mnist(&folder, &arguments).printed();
         let told = stdout.contains("Precision: bf16 activations, f32 parameters");
         assert_eq!(told, precision == "bf16", "{stdout}");
@@ -718,7 +716,11 @@ fn outputs_overwrite_no_file_of_the_run() {
     let train = format!("train {SMALL} --plain --epochs 1 --artifacts run");
     mnist(&folder, &train).printed();
     let path = |name: &str| folder.path().join("run").join(name);
-    let names = ["job.json", "checkpoint/epoch-1.json", "checkpoint/other.json"];
+    let names = [
+        "job.json",
+        "checkpoint/epoch-1.json",
+        "checkpoint/other.json",
+    ];
     let job = fs::read(path("job.json")).unwrap();
     let list = fs::read(path("checkpoint/epoch-1.json")).unwrap();
     for command in [
@@ -1432,10 +1434,15 @@ fn a_report_is_of_the_whole_run() {
     assert!(!stdout.contains("Report:"), "{stdout}");
     assert_eq!(fs::read_to_string(&path).unwrap(), marked);
     // Unless it is not there, or of another run.
-    for other in [None, Some(fs::read(folder.path().join("whole.json")).unwrap())] {
+    for other in [
+        None,
+        Some(fs::read(folder.path().join("whole.json")).unwrap()),
+    ] {
         fs::remove_file(&path).unwrap();
         if let Some(other) = other {
-            let fewer = String::from_utf8(other).unwrap().replace("\"test_loss\"", "\"loss\"");
+            let fewer = String::from_utf8(other)
+                .unwrap()
+                .replace("\"test_loss\"", "\"loss\"");
             fs::write(&path, fewer).unwrap();
         }
         train(resume);

@@ -294,7 +294,10 @@ fn a_full_disk_costs_no_more_than_an_epoch() {
         };
         prlimit(Some(Pid::from_child(&child)), Resource::Fsize, limit).unwrap();
         let output = child.wait_with_output().unwrap();
-        assert_fails(&output, &["cannot write", run, "checkpoint", "File too large"]);
+        assert_fails(
+            &output,
+            &["cannot write", run, "checkpoint", "File too large"],
+        );
 
         let options = format!("--epochs 4 --artifacts {run} --json {run}.json --resume");
         let stdout = finish(folder, &options);

@@ -44,7 +44,7 @@
 //!   of `burn-conv-bn-cubecl` around Burn's convolutions. Each turns `cubecl` on, which alone
 //!   chooses no runtime.
 //! - `ndarray`, `tch`: the op composed of Burn's own.
-//! - `fusion`: needed with a CubeCL runtime wherever Burn's own `fusion` is on, as it is by default.
+//! - `fusion`, on by default as in Burn: needed with a CubeCL runtime wherever Burn's own `fusion` is on.
 //!
 //! `gradcheck` is no backend, but turns on the module of that name.
 //!
