@@ -1,7 +1,7 @@
 //! The folder for data and results.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::ErrorKind;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -38,25 +38,19 @@ impl Scratch {
         self.folder.path().join("data")
     }
 
-    pub fn all_results(&self) -> PathBuf {
-        self.folder.path().join("results")
-    }
-
     pub fn results(&self, contender: Contender) -> PathBuf {
-        self.all_results().join(contender.name())
+        self.folder.path().join(contender.to_string())
     }
 
+    /// Removes the data and results of an entry.
     pub fn clear(&self) -> Result<()> {
-        for folder in [self.data(), self.all_results()] {
-            match fs::remove_dir_all(&folder) {
-                Err(error) if error.kind() != ErrorKind::NotFound => {
-                    return Err(error)
-                        .with_context(|| format!("cannot remove {}", folder.display()));
-                }
-                _ => {}
+        let clear = || -> io::Result<()> {
+            for entry in fs::read_dir(self.folder.path())? {
+                fs::remove_dir_all(entry?.path())?;
             }
-        }
-        Ok(())
+            Ok(())
+        };
+        clear().with_context(|| format!("cannot clear {}", self.folder.path().display()))
     }
 }
 
