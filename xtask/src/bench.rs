@@ -3,12 +3,12 @@
 
 mod args;
 mod contender;
+mod lock;
 mod machine;
 mod output;
 mod plot;
 mod report;
 mod run;
-mod scratch;
 mod table;
 #[cfg(test)]
 mod testing;

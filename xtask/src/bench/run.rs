@@ -17,10 +17,10 @@ use burn_conv_bn_bench::tensor_file::{read, relative_error};
 
 use super::args::{Bench, Peer};
 use super::contender::{Process, Running, done, reply};
+use super::lock::Lock;
 use super::machine;
 use super::output::Outputs;
 use super::report::{EntryReport, Problem, ProblemKind, Report, TensorError};
-use super::scratch::Scratch;
 use super::table;
 use crate::interrupt;
 use crate::programs;
@@ -58,7 +58,7 @@ pub struct Lab<'a> {
     worker: PathBuf,
     /// The python, if the peer was asked for.
     python: Option<PathBuf>,
-    scratch: Scratch,
+    _lock: Option<Lock>,
     pub contenders: Vec<Contender>,
     /// Threads of each contender.
     pub threads: usize,
@@ -89,7 +89,7 @@ impl<'a> Lab<'a> {
             args,
             worker,
             python: (args.peer == Some(Peer::Pytorch)).then(|| python(args.python.clone())),
-            scratch: Scratch::create(&env::temp_dir())?,
+            _lock: Lock::take(&env::temp_dir())?,
             contenders: args.contenders(Engine::Burn),
             threads: args.threads.map_or(cores, NonZeroUsize::get),
             versions: machine::rustc_version().into_iter().collect(),
@@ -171,21 +171,26 @@ impl<'a> Lab<'a> {
         Ok(())
     }
 
-    /// Runs an entry. Returns the number of rounds.
+    /// Runs an entry. Returns the number of rounds and the contenders.
     fn measure(&self, entry: &EntryReport, say: &dyn Fn(&str)) -> Result<(usize, Vec<Running>)> {
         say("drawing the data");
-        self.scratch.clear()?;
+        let folder = tempfile::Builder::new()
+            .prefix("burn-conv-bn-bench-")
+            .tempdir();
+        let folder = folder.context("cannot create a folder for the data")?;
+        let data = folder.path().join("data");
         let prepare = Request::Prepare {
             entry: entry.entry.clone(),
             seed: SEED,
-            data_dir: self.scratch.data(),
+            data_dir: data.clone(),
         };
         let drawn = self.start(Engine::Burn)?.ask(&prepare, done);
         drawn.map_err(|problem| anyhow!("cannot draw the data: {}", problem.reason))?;
         say("loading");
         let contenders = self.contenders.iter();
-        let mut running: Vec<Running> = contenders.map(|c| self.load(&entry.entry, *c)).collect();
-        self.check(entry, &mut running, say);
+        let load = |contender| self.load(&entry.entry, contender, &data);
+        let mut running: Vec<Running> = contenders.map(|c| load(*c)).collect();
+        Self::check(entry, &mut running, folder.path(), say);
         let rounds = self.time(&mut running, say);
         if self.args.profile {
             say("profiling");
@@ -199,7 +204,7 @@ impl<'a> Lab<'a> {
                 continue;
             }
             say(&format!("measuring the memory of {}", report.contender));
-            let mut fresh = self.load(&entry.entry, report.contender);
+            let mut fresh = load(report.contender);
             report.memory = fresh.ask(&Request::Memory {}, reply!(Measured));
             if let Some(problem) = fresh.report.problem {
                 let reason = format!("while memory was measured: {}", problem.reason);
@@ -210,21 +215,22 @@ impl<'a> Lab<'a> {
     }
 
     /// A contender in a fresh process.
-    fn load(&self, entry: &Entry, contender: Contender) -> Running {
+    fn load(&self, entry: &Entry, contender: Contender, data: &Path) -> Running {
         let load = Request::Load {
             entry: entry.clone(),
             variant: contender,
             device: self.args.device.clone(),
             precision: self.args.precision,
-            data_dir: self.scratch.data(),
+            data_dir: data.to_path_buf(),
             threads: self.threads,
         };
         Running::load(contender, self.start(contender.engine()), &load)
     }
 
-    /// Compares every contender's results with those of the unfused one.
-    fn check(&self, entry: &EntryReport, running: &mut [Running], say: &dyn Fn(&str)) {
-        let reference = self.scratch.results(Contender::Unfused);
+    /// Compares every contender's results, each in a folder of its name, with those of the unfused one.
+    fn check(entry: &EntryReport, running: &mut [Running], folder: &Path, say: &dyn Fn(&str)) {
+        let results = |contender: Contender| folder.join(contender.to_string());
+        let reference = results(Contender::Unfused);
         // The unfused one first: the others are compared with what it wrote.
         let mut order: Vec<&mut Running> = running.iter_mut().collect();
         order.sort_by_key(|running| running.report.contender != Contender::Unfused);
@@ -232,7 +238,7 @@ impl<'a> Lab<'a> {
         for running in order {
             let name = running.report.contender;
             say(&format!("checking {name}"));
-            let dir = self.scratch.results(name);
+            let dir = results(name);
             let check = Request::Check { dir: dir.clone() };
             let Some(checked) = running.ask(&check, reply!(Checked)) else {
                 continue;
