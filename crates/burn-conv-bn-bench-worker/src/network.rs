@@ -10,7 +10,7 @@ use burn::optim::momentum::MomentumConfig;
 use burn::optim::{ModuleOptimizer, SgdConfig};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData};
-use burn_conv_bn::ConvBnModule;
+use burn_conv_bn::{ConvBnModule, Recompute};
 use burn_conv_bn_bench::catalogue::{Architecture, Classifier, Network};
 use burn_conv_bn_bench::protocol::Contender;
 use burn_conv_bn_bench::tensor_file::{read, write};
@@ -22,7 +22,7 @@ use burn_conv_bn_train::optim::AdadeltaConfig;
 use crate::device::is_cube;
 use crate::precision::Computing;
 use crate::tensors::{into_values, tensor, write_tensor};
-use crate::workload::{Passed, Workload, form, recompute, saved_bytes};
+use crate::workload::{Passed, Workload, chain_ends, form, recompute, saved_bytes};
 
 /// File of all parameters and running statistics of torchvision's networks, in the order in which
 /// Burn visits them. The tutorial's have a file each.
@@ -89,6 +89,15 @@ impl Model {
             Some(Architecture::ResNet50) => Self::ResNet(ResNetConfig::resnet50(form).init(device)),
             Some(Architecture::Vgg16Bn) => Self::Vgg(vgg.init(device)),
             Some(Architecture::MobileNetV2) => Self::MobileNetV2(mobile_net.init(device)),
+        }
+    }
+
+    fn with_rebuilt_chains(self, ends: Recompute) -> Self {
+        match self {
+            Self::Tutorial(network) => Self::Tutorial(network.with_rebuilt_chains(ends)),
+            Self::ResNet(network) => Self::ResNet(network.with_rebuilt_chains(ends)),
+            Self::Vgg(network) => Self::Vgg(network.with_rebuilt_chains(ends)),
+            Self::MobileNetV2(network) => Self::MobileNetV2(network.with_rebuilt_chains(ends)),
         }
     }
 
@@ -172,7 +181,10 @@ impl NetworkWork {
         data: &Path,
     ) -> Result<Self> {
         let model = Model::new(spec.architecture, form(contender), &device);
-        let model = model.with_recompute(recompute(contender));
+        let model = match chain_ends(contender) {
+            Some(ends) => model.with_rebuilt_chains(ends),
+            None => model.with_recompute(recompute(contender)),
+        };
         let images = tensor(data, "images", spec.images, &device)?;
         let targets = read(data, "targets")?;
         let targets: Vec<i64> = targets.into_iter().map(|class| class as i64).collect();

@@ -72,11 +72,21 @@ pub fn form(contender: Contender) -> Form {
     }
 }
 
-/// The recompute setting of a contender's fused blocks.
+/// The recompute setting of a contender's fused blocks, where [`chain_ends`] does not say otherwise.
 pub fn recompute(contender: Contender) -> Recompute {
     match contender {
         Contender::Never => Recompute::Never,
+        Contender::NormConv | Contender::NormNever => Recompute::Norm,
         _ => Recompute::Conv,
+    }
+}
+
+/// The recompute setting at the ends of a network's chains, if those inside are rebuilt.
+pub fn chain_ends(contender: Contender) -> Option<Recompute> {
+    match contender {
+        Contender::NormConv => Some(Recompute::Conv),
+        Contender::NormNever => Some(Recompute::Never),
+        _ => None,
     }
 }
 

@@ -23,6 +23,11 @@ pub enum Contender {
     Fused,
     /// The fused layer with `Recompute::Never`.
     Never,
+    /// Fused networks with `Recompute::Norm` inside chains and `Recompute::Conv` at their ends; a layer
+    /// alone with `Recompute::Norm`.
+    NormConv,
+    /// The same with `Recompute::Never` at the ends.
+    NormNever,
     /// Burn's own `Conv2d`, `BatchNorm` and ReLU: the reference of every check.
     Unfused,
     /// The same on a device with Burn's gradient checkpointing.

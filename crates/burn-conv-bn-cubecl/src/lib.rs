@@ -101,7 +101,7 @@ mod forward;
 mod norm;
 mod walk;
 
-pub use activation::{Activation, Slope};
+pub use activation::{Activation, Parameter};
 pub use backward::{GradSums, NormInputGrad, PreActivation, norm_input_grad};
 pub use element::accumulator_dtype;
 pub use forward::{moments, normalize};

@@ -3,11 +3,13 @@
 //! Runs on the device that `CubeDevice::default()` finds. What that device lacks is skipped with
 //! a line that says so; with `BURN_CONV_BN_STRICT=1` a skip fails.
 
+use std::f64::consts::PI;
+
 use burn_backend::ops::FloatTensorOps;
 use burn_backend::{DType, TensorData, bf16, f16};
 use burn_conv_bn_cubecl::{
-    Activation, Affine, ChannelTable, GradSums, Moments, Norm, PreActivation, Slope, channel_table,
-    moments, norm_input_grad, normalize,
+    Activation, Affine, ChannelTable, GradSums, Moments, Norm, Parameter, PreActivation,
+    channel_table, moments, norm_input_grad, normalize,
 };
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
@@ -27,8 +29,11 @@ const TUTORIAL: Norm = Norm {
     degrees_of_freedom: 1,
 };
 
-/// Of LeakyRelu below zero.
+/// Of LeakyRelu below zero, and the alpha of HardSigmoid and Elu.
 const SLOPE: f64 = 0.1;
+
+/// The beta of Softplus.
+const SHARPNESS: f64 = 1.5;
 
 /// How a `[batch, channels, spatial..]` tensor lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -231,8 +236,42 @@ fn formula(activation: Activation, v: f64) -> f64 {
         Activation::LeakyRelu(_) => v.max(SLOPE * v),
         Activation::Silu => v / (1.0 + (-v).exp()),
         Activation::Gelu => v * 0.5 * (1.0 + libm::erf(v / 2f64.sqrt())),
+        Activation::GeluApproximate => {
+            let cubic = v + 0.044715 * v.powi(3);
+            v * 0.5 * (1.0 + ((2.0 / PI).sqrt() * cubic).tanh())
+        }
         Activation::HardSwish => v * ((v + 3.0) / 6.0).clamp(0.0, 1.0),
+        Activation::Sigmoid => 1.0 / (1.0 + (-v).exp()),
+        Activation::HardSigmoid(..) => (SLOPE * v + 0.5).clamp(0.0, 1.0),
+        Activation::Tanh => v.tanh(),
+        Activation::Elu(_) if v > 0.0 => v,
+        Activation::Elu(_) => SLOPE * v.exp_m1(),
+        Activation::Mish => v * softplus(v).tanh(),
+        Activation::Softplus(_) => softplus(SHARPNESS * v) / SHARPNESS,
     }
+}
+
+fn softplus(v: f64) -> f64 {
+    v.max(0.0) + (-v.abs()).exp().ln_1p()
+}
+
+/// All but the identity and ReLU.
+fn activations() -> Vec<Activation> {
+    let slope = Parameter::new(SLOPE);
+    vec![
+        Activation::Relu6,
+        Activation::LeakyRelu(slope),
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::GeluApproximate,
+        Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid(slope, Parameter::new(0.5)),
+        Activation::Tanh,
+        Activation::Elu(slope),
+        Activation::Mish,
+        Activation::Softplus(Parameter::new(SHARPNESS)),
+    ]
 }
 
 /// By finite differences.
@@ -242,9 +281,9 @@ fn slope(activation: Activation, v: f64) -> f64 {
 }
 
 fn is_told_by_output(activation: Activation) -> bool {
-    !matches!(
+    matches!(
         activation,
-        Activation::Silu | Activation::Gelu | Activation::HardSwish
+        Activation::Identity | Activation::Relu | Activation::Relu6 | Activation::LeakyRelu(_)
     )
 }
 
@@ -535,17 +574,15 @@ fn every_option() {
 #[test]
 fn every_activation() {
     let device = CubeDevice::default();
-    for activation in [
-        Activation::Relu6,
-        Activation::LeakyRelu(Slope::new(SLOPE)),
-        Activation::Silu,
-        Activation::Gelu,
-        Activation::HardSwish,
-    ] {
+    for activation in activations() {
         for residual in [false, true] {
             for dtype in dtypes(&device) {
                 // WGSL and SPIR-V have no exponential of f64: the same call there is of other bits.
-                let exponential = matches!(activation, Activation::Silu | Activation::Gelu);
+                let exponential = !is_told_by_output(activation)
+                    && !matches!(
+                        activation,
+                        Activation::HardSwish | Activation::HardSigmoid(..)
+                    );
                 if exponential
                     && dtype == DType::F64
                     && cfg!(any(
@@ -580,13 +617,7 @@ fn activations_far_out() {
     };
     let ones = host.map(|_, _| 1.0);
     let up = |host: &Host| host.upload(Layout::ChannelsFirst, DType::F32, &device);
-    for activation in [
-        Activation::Relu6,
-        Activation::LeakyRelu(Slope::new(SLOPE)),
-        Activation::Silu,
-        Activation::Gelu,
-        Activation::HardSwish,
-    ] {
+    for activation in activations() {
         let output = download(&normalize(up(&host), None, None, activation));
         let pre_activation = PreActivation {
             output_grad: up(&ones),
@@ -822,8 +853,10 @@ fn closed_activations_pass_nothing() {
         for activation in [
             Activation::Relu,
             Activation::Relu6,
-            Activation::LeakyRelu(Slope::new(0.0)),
+            Activation::LeakyRelu(Parameter::new(0.0)),
             Activation::HardSwish,
+            Activation::HardSigmoid(Parameter::new(0.25), Parameter::new(0.5)),
+            Activation::Elu(Parameter::new(0.0)),
         ] {
             let (stats, table) = moments(&up(&input), affine, BATCH_NORM);
             let value = normalize(up(&input), Some(&table), None, Activation::Identity);

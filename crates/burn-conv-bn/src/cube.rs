@@ -5,33 +5,36 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Shape};
 use burn_conv_bn_cubecl::{
     Activation as KernelActivation, Affine as KernelAffine, ChannelTable, GradSums,
-    Moments as KernelMoments, Norm, PreActivation, Slope, channel_table, moments, norm_input_grad,
-    normalize,
+    Moments as KernelMoments, Norm, Parameter, PreActivation, channel_table, moments,
+    norm_input_grad, normalize,
 };
 use burn_cubecl::CubeBackend;
 
 use crate::backend::{
-    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
-    NormOutput, OptionalTensor,
+    BatchNormBackwardOptions, ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads,
+    ConvBnInputs, ConvBnSaved, NormGrads, NormInputs, NormOutput, NormSaved,
 };
+use crate::portable::batch_norm;
 use crate::portable::conv_bn::{backward_by, forward_by};
 use crate::portable::sweeps::{Affine, Argument, Moments, Sweeps};
 use crate::spec::{
-    Activation, ConvBnOptions, NormSpec, NormVariant, StatisticsKind, values_per_channel,
+    Activation, BatchNormOptions, ConvBnOptions, NormSpec, NormVariant, StatisticsKind,
+    values_per_channel,
 };
 
 impl ConvBnBackend for CubeBackend {
-    fn batch_normalize(
-        input: FloatTensor<Self>,
-        gamma: OptionalTensor<Self>,
-        beta: OptionalTensor<Self>,
-        norm: NormSpec,
+    fn batch_normalize_forward(
+        inputs: NormInputs<Self>,
+        options: BatchNormOptions,
     ) -> NormOutput<Self> {
-        let affine = Affine {
-            gamma: gamma.into_option(),
-            beta: beta.into_option(),
-        };
-        Kernels::normalize(input, affine, None, norm, Activation::Identity)
+        batch_norm::forward_by::<Self, Kernels>(inputs, options)
+    }
+
+    fn batch_normalize_backward(
+        saved: NormSaved<Self>,
+        options: BatchNormBackwardOptions,
+    ) -> NormGrads<Self> {
+        batch_norm::backward_by::<Self, Kernels>(saved, &options)
     }
 
     fn conv_bn_forward(
@@ -226,10 +229,19 @@ fn kernel_activation(activation: Activation) -> KernelActivation {
         Activation::Relu => KernelActivation::Relu,
         Activation::Relu6 => KernelActivation::Relu6,
         Activation::LeakyRelu { negative_slope } => {
-            KernelActivation::LeakyRelu(Slope::new(negative_slope))
+            KernelActivation::LeakyRelu(Parameter::new(negative_slope))
         }
         Activation::Silu => KernelActivation::Silu,
         Activation::Gelu => KernelActivation::Gelu,
+        Activation::GeluApproximate => KernelActivation::GeluApproximate,
         Activation::HardSwish => KernelActivation::HardSwish,
+        Activation::Sigmoid => KernelActivation::Sigmoid,
+        Activation::HardSigmoid { alpha, beta } => {
+            KernelActivation::HardSigmoid(Parameter::new(alpha), Parameter::new(beta))
+        }
+        Activation::Tanh => KernelActivation::Tanh,
+        Activation::Elu { alpha } => KernelActivation::Elu(Parameter::new(alpha)),
+        Activation::Mish => KernelActivation::Mish,
+        Activation::Softplus { beta } => KernelActivation::Softplus(Parameter::new(beta)),
     }
 }

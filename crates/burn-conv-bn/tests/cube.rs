@@ -205,7 +205,17 @@ fn every_activation() {
         },
         Activation::Silu,
         Activation::Gelu,
+        Activation::GeluApproximate,
         Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid {
+            alpha: 0.2,
+            beta: 0.5,
+        },
+        Activation::Tanh,
+        Activation::Elu { alpha: 0.75 },
+        Activation::Mish,
+        Activation::Softplus { beta: 1.5 },
     ] {
         for (residual, fixed_statistics) in [(false, false), (true, false), (true, true)] {
             for (recompute, max_workspace) in [(Recompute::Conv, Some(1)), (Recompute::Never, None)]
@@ -407,7 +417,7 @@ fn norm_alone() {
         let x = Tensor::<4>::from_data(random(&[3, 5, 4, 6], 1), (&device, DType::F32));
         let x = x.require_grad();
         let norm = NormSpec::new(NormVariant::Tutorial, 1e-3);
-        let result = batch_norm(x.clone(), None, norm).expect("the shapes are valid");
+        let result = batch_norm(x.clone(), Default::default(), norm).expect("the shapes are valid");
         let upstream = Tensor::<4>::from_data(random(&[3, 5, 4, 6], 2), (&device, DType::F32));
         let grads = (result.output.clone() * upstream).sum().backward();
         let grad = x.grad(&grads).expect("x is tracked");

@@ -40,7 +40,7 @@ impl Outputs {
     /// Writes a report; an unfinished one not to a pipe, in which it cannot be replaced later.
     pub fn write(&self, report: &Report, is_finished: bool) -> Result<()> {
         for (path, form) in &self.0 {
-            if is_finished || files::replaces(path)? {
+            if is_finished || files::replaced(path)?.is_some() {
                 files::write(path, &form(report)?, Survives::Kill)?;
             }
         }

@@ -3,6 +3,7 @@
 
 pub(crate) mod activation;
 mod batch;
+pub(crate) mod batch_norm;
 pub(crate) mod conv;
 pub(crate) mod conv_bn;
 pub(crate) mod max_pool;

@@ -153,6 +153,12 @@ pub enum ConvBnError {
         /// The value seen.
         got: f64,
     },
+    /// The beta of a softplus, which divides by it, is 0 or not finite.
+    #[error("softplus: beta must be finite and not 0, got {got}")]
+    SoftplusBeta {
+        /// The value seen.
+        got: f64,
+    },
     /// The momentum is not between 0 and 1.
     #[error("momentum must be between 0 and 1, got {got}")]
     Momentum {
