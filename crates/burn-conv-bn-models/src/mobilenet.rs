@@ -292,6 +292,24 @@ impl MobileNetV2 {
         self
     }
 
+    /// Sets [`Recompute::Norm`] for all convolutions but those that add a shortcut, which get `ends`.
+    ///
+    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
+    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
+    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
+    /// recomputes none of them, and keeps less than if all were that.
+    #[must_use]
+    pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
+        for block in &mut self.features {
+            let last = block.conv.len() - 1;
+            for (index, conv) in block.conv.iter_mut().enumerate() {
+                let is_end = block.residual && index == last;
+                conv.settings.recompute = if is_end { ends } else { Recompute::Norm };
+            }
+        }
+        self
+    }
+
     /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
     /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
     /// network does in evaluation, up to rounding.

@@ -296,6 +296,35 @@ impl ResNet {
         self
     }
 
+    /// Sets [`Recompute::Norm`] for the convolutions inside the residual blocks, and `ends` for those at their
+    /// ends: the one that adds the shortcut, and the shortcut's own. The first convolution of the network,
+    /// which is one op with the max pool, is `Recompute::Conv`.
+    ///
+    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
+    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
+    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
+    /// recomputes none of them, and keeps less than if all were that.
+    #[must_use]
+    pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
+        self.conv1.settings.recompute = Recompute::Conv;
+        let layers = [
+            &mut self.layer1,
+            &mut self.layer2,
+            &mut self.layer3,
+            &mut self.layer4,
+        ];
+        for block in layers.into_iter().flatten() {
+            for conv in block.convs() {
+                conv.settings.recompute = ends;
+            }
+            block.conv1.settings.recompute = Recompute::Norm;
+            if block.conv3.is_some() {
+                block.conv2.settings.recompute = Recompute::Norm;
+            }
+        }
+        self
+    }
+
     /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
     /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
     /// network does in evaluation, up to rounding.

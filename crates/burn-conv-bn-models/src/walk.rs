@@ -25,7 +25,7 @@ pub(crate) struct Activation {
 pub(crate) struct Walk {
     form: Form,
     pub(crate) current: Activation,
-    /// For each buffer, whether an entry lists it as its own, or it was there before.
+    /// For each buffer, whether an entry lists it as its own, it was there before, or it is rebuilt.
     held: Vec<bool>,
     saved: Vec<(String, SavedTensor)>,
 }
@@ -53,6 +53,8 @@ impl Walk {
         let input = self.current.shape.dims();
         let saved = self.form.saved_for_backward(block, input);
         self.pass(name, saved, None, block.output_shape(input));
+        // What keeps the output keeps how to rebuild it.
+        self.held[self.current.buffer] |= self.form.rebuilds_output(block);
     }
 
     pub(crate) fn block_residual(&mut self, name: &str, block: &ConvBn2d, residual: &Activation) {

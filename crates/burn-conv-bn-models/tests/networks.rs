@@ -191,6 +191,7 @@ fn both_forms_of_resnet18_agree() {
     for (recompute, max_workspace) in [
         (Recompute::Conv, None),
         (Recompute::Conv, Some(1 << 16)),
+        (Recompute::Norm, None),
         (Recompute::Never, None),
     ] {
         let config = ResNetConfig::resnet18(Form::Fused)
@@ -205,6 +206,10 @@ fn both_forms_of_resnet18_agree() {
 fn both_forms_of_resnet50_agree() {
     let config = ResNetConfig::resnet50(Form::Fused).with_classes(CLASSES);
     check(|device| config.init(device), 32);
+    check(
+        |device| config.init(device).with_rebuilt_chains(Recompute::Conv),
+        32,
+    );
 }
 
 #[test]

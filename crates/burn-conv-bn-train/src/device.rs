@@ -61,6 +61,22 @@ impl DeviceChoice {
         cfg!(feature = "flex").then_some(Self::Flex)
     }
 
+    /// What the first steps on the device wait for, in a build with autotuning or without it.
+    pub(crate) fn tuning_notice(self, autotunes: bool) -> Option<String> {
+        let name = self.name();
+        let kept = if cfg!(feature = "persistence") {
+            "The findings are kept for the next run"
+        } else {
+            "Build with the feature `persistence` to keep the findings for the next run"
+        };
+        (autotunes && self != Self::Flex).then(|| {
+            format!(
+                "Tuning: the first steps on {name} try several kernels for each shape, which may take \
+                 minutes. {kept}."
+            )
+        })
+    }
+
     /// The device, without autodiff: the best of its kind where there are several.
     ///
     /// # Errors
@@ -142,6 +158,15 @@ mod tests {
         for &precision in Precision::value_variants() {
             assert!(DeviceChoice::Flex.open_for(precision).is_ok());
         }
+    }
+
+    #[test]
+    fn tuning_is_announced_where_it_happens() {
+        assert_eq!(DeviceChoice::Flex.tuning_notice(true), None);
+        assert_eq!(DeviceChoice::Cuda.tuning_notice(false), None);
+        let notice = DeviceChoice::Cuda.tuning_notice(true).unwrap();
+        assert!(notice.contains("first steps on cuda"), "{notice}");
+        assert!(notice.contains("next run"), "{notice}");
     }
 
     #[cfg(not(feature = "rocm"))]

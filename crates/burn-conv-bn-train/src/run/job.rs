@@ -152,6 +152,9 @@ impl Job {
         let data = self.data()?;
         say!("Data: {}", data.origin)?;
         self.precision.announce()?;
+        if let Some(notice) = self.device.tuning_notice(cfg!(feature = "autotune")) {
+            say!("{notice}")?;
+        }
         self.model
             .check_batches(data.train.len(), self.batch_size)?;
         Ok(data)
