@@ -50,6 +50,23 @@ struct Peak {
     kernel: Option<&'static str>,
 }
 
+impl Peak {
+    fn raise(&mut self, bytes: usize, kernel: Option<&'static str>) {
+        if bytes > self.bytes {
+            *self = Self { bytes, kernel };
+        }
+    }
+}
+
+/// Starts a new peak at the bytes that `look` finds, which raises it.
+///
+/// The old peak goes first. Written after the level was read, the new one would overwrite that of a launch
+/// in between.
+fn restart(peak: &Mutex<Peak>, look: impl FnOnce() -> usize) -> usize {
+    *lock(peak) = Peak::default();
+    look()
+}
+
 impl PoolMeter {
     /// A meter of the pool behind `client`.
     pub fn new(client: Client) -> Self {
@@ -71,10 +88,7 @@ impl PoolMeter {
 
     /// Starts a new peak at the bytes in use now, which it returns, and a new count of launches.
     pub fn reset_peak(&self) -> usize {
-        // The old peak goes first. Written after the level was read, it would overwrite that of a launch
-        // in between.
-        *lock(&self.samples.peak) = Peak::default();
-        let current = self.samples.look(None);
+        let current = restart(&self.samples.peak, || self.samples.look(None));
         lock(&self.samples.launches).clear();
         *lock(&self.observation) = Some(LaunchObservation::new(self.samples.clone()));
         current
@@ -108,10 +122,7 @@ impl Samples {
     fn look(&self, kernel: Option<&'static str>) -> usize {
         let report = self.client.memory_report(MemoryScope::Device);
         let bytes = usize::try_from(report.usage().bytes_in_use).unwrap_or(usize::MAX);
-        let mut peak = lock(&self.peak);
-        if bytes > peak.bytes {
-            *peak = Peak { bytes, kernel };
-        }
+        lock(&self.peak).raise(bytes, kernel);
         bytes
     }
 }
@@ -128,5 +139,26 @@ impl fmt::Debug for PoolMeter {
         f.debug_struct("PoolMeter")
             .field("device", &self.samples.client.name())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launch_while_a_peak_starts_is_not_lost() {
+        let peak = Mutex::new(Peak {
+            bytes: 100,
+            kernel: Some("before"),
+        });
+        let level = restart(&peak, || {
+            // As on another thread, between the level and its peak.
+            lock(&peak).raise(70, Some("between"));
+            lock(&peak).raise(40, None);
+            40
+        });
+        let Peak { bytes, kernel } = *lock(&peak);
+        assert_eq!((level, bytes, kernel), (40, 70, Some("between")));
     }
 }

@@ -19,10 +19,7 @@ use burn::lr_scheduler::LrSchedulerRecord;
 use burn::optim::OptimizerRecord;
 use burn::store::ModuleRecord;
 use burn::tensor::Bytes;
-use burn::train::checkpoint::{
-    Checkpoint, Checkpointer, CheckpointerError, CheckpointingAction, CheckpointingStrategy,
-};
-use burn::train::metric::store::EventStoreClient;
+use burn::train::checkpoint::{Checkpoint, Checkpointer, CheckpointerError, KeepLastNCheckpoints};
 use burn::train::{LearnerModel, SupervisedTraining};
 use burn_conv_bn_files::{OutputError, Survives, sync_folder, write};
 use serde::{Deserialize, Serialize};
@@ -208,6 +205,7 @@ pub(crate) fn prune(directory: &Path, epoch: usize, history: &[Epoch]) -> Result
 /// the set.
 pub(crate) struct Store {
     directory: PathBuf,
+    history: History,
     /// The first of all parts.
     failure: Mutex<Option<OutputError>>,
     /// Sets that are not complete yet.
@@ -215,10 +213,11 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// Writes to the folder of `directory`.
-    pub(crate) fn new(directory: &Path) -> Self {
+    /// Writes to the folder of `directory`; `history` has the epochs.
+    pub(crate) fn new(directory: &Path, history: &History) -> Self {
         Self {
             directory: directory.to_path_buf(),
+            history: history.clone(),
             failure: Mutex::default(),
             pending: Mutex::default(),
         }
@@ -238,16 +237,6 @@ impl Store {
         self.complete(Contents::default())
     }
 
-    /// Expects the records of an epoch.
-    fn announce(&self, epoch: usize, history: Vec<Epoch>) {
-        let contents = Contents {
-            epoch,
-            history,
-            files: BTreeMap::new(),
-        };
-        lock(&self.pending).insert(epoch, contents);
-    }
-
     fn save<R: Checkpoint>(&self, part: &str, epoch: usize, record: R) -> Result<(), OutputError> {
         let name = file_name(part, epoch);
         let path = folder(&self.directory).join(&name);
@@ -258,9 +247,16 @@ impl Store {
         write(&path, &bytes, Survives::PowerLoss)?;
 
         let mut pending = lock(&self.pending);
-        let Some(set) = pending.get_mut(&epoch) else {
-            return Err(failed(io::Error::other("the epoch was not announced")));
-        };
+        let set = pending.entry(epoch).or_insert_with(|| {
+            // Burn has handed the whole epoch to the metrics before, and may have gone on.
+            let mut history = self.history.finished();
+            history.truncate(epoch);
+            Contents {
+                epoch,
+                history,
+                files: BTreeMap::new(),
+            }
+        });
         set.files.insert(name, checksum(&bytes));
         if set.files.len() < PARTS.len() {
             return Ok(());
@@ -310,8 +306,7 @@ impl<R: Checkpoint> Checkpointer<R> for PartCheckpointer<R> {
             })
     }
 
-    /// Does nothing: [`KeepLatestAndBest`] never asks for it. A set is removed when the one that
-    /// replaces it is complete, which only the store knows.
+    /// Does nothing: a set is removed when the one that replaces it is complete, which only the store knows.
     fn delete(&self, _epoch: usize) -> Result<(), CheckpointerError> {
         Ok(())
     }
@@ -337,7 +332,6 @@ pub(crate) fn with_checkpoints<M: LearnerModel>(
     training: SupervisedTraining<M>,
     store: &Arc<Store>,
     records: Option<Records>,
-    history: &History,
 ) -> SupervisedTraining<M> {
     let (model, rest) = records
         .map(|r| (r.model, (r.optimizer, r.scheduler)))
@@ -349,31 +343,8 @@ pub(crate) fn with_checkpoints<M: LearnerModel>(
             PartCheckpointer::new(store, OPTIMIZER, optimizer),
             PartCheckpointer::new(store, SCHEDULER, scheduler),
         )
-        .with_checkpointing_strategy(KeepLatestAndBest {
-            store: store.clone(),
-            history: history.clone(),
-        })
-}
-
-/// A checkpoint after every epoch; the two newest and the best epoch's are kept.
-///
-/// Burn's own strategy, the same otherwise, counts the epochs that it has seen, and would keep other
-/// sets in a run that is resumed; this one has no state but the run's history.
-pub(crate) struct KeepLatestAndBest {
-    pub(crate) store: Arc<Store>,
-    pub(crate) history: History,
-}
-
-impl CheckpointingStrategy for KeepLatestAndBest {
-    fn checkpointing(
-        &mut self,
-        epoch: usize,
-        _events: &EventStoreClient,
-    ) -> Vec<CheckpointingAction> {
-        // Burn has handed the whole epoch to the metrics before it asks.
-        self.store.announce(epoch, self.history.finished());
-        vec![CheckpointingAction::Save]
-    }
+        // After every epoch. Burn's choice of the best one begins anew in a run that is resumed.
+        .with_checkpointing_strategy(KeepLastNCheckpoints::new(usize::MAX))
 }
 
 /// The file that makes a set complete.

@@ -145,11 +145,14 @@ impl Canvas {
                 let _ = writeln!(svg, "<text x=\"{x}\" y=\"{baseline}\">{text}</text>");
             }
             Self::Png(picture) => {
-                for (letter, left) in text.chars().zip((x.into()..).step_by(LETTER[0] as usize)) {
+                for (letter, left) in text
+                    .chars()
+                    .zip((i64::from(x)..).step_by(LETTER[0] as usize))
+                {
                     let dots = BASIC_LEGACY.get(letter as usize).unwrap_or(&UNKNOWN);
                     let letter = GrayImage::from_fn(LETTER[0], LETTER[1], |x, y| {
                         // The lowest bit is the leftmost dot.
-                        let is_ink = dots[y as usize / 2] >> x & 1 == 1;
+                        let is_ink = (dots[y as usize / 2] >> x) & 1 == 1;
                         Luma([if is_ink { 0 } else { 255 }])
                     });
                     imageops::replace(picture, &letter, left, y.into());

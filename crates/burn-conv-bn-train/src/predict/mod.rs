@@ -11,7 +11,7 @@ use burn::train::Interrupter;
 use burn_dataset::Dataset;
 
 use crate::choice::Choice;
-use crate::data::{CLASSES, DataRequest, DigitItem, MnistData, PIXELS, resolve};
+use crate::data::{CLASSES, DataRequest, DigitItem, MnistData, resolve};
 use crate::measure::history::Evaluation;
 use crate::measure::report::{
     ImageReport, MistakeReport, PredictionReport, SkippedReport, TestReport,
@@ -22,7 +22,7 @@ use crate::run::job::Job;
 use images::{Picture, read_folder};
 use mistakes::{SHOWN, draw};
 pub(crate) use predictor::PredictForm;
-use predictor::{Predictor, check_statistics};
+use predictor::{Prediction, Predictor, check_statistics};
 
 /// How to predict.
 #[derive(Clone, Debug)]
@@ -177,8 +177,24 @@ fn test_digits(job: &Job, trained_on: &str) -> Result<MnistData> {
     Ok(data)
 }
 
-/// Classifies the test set, in batches as large as those of the training: a network without
-/// statistics of its own sees then what it saw in the tests between its epochs.
+/// Classifies digits in batches as large as those of the training: a network without statistics of its own
+/// sees then of the test set what it saw in the tests between its epochs.
+fn classify(
+    predictor: &Predictor,
+    job: &Job,
+    items: &[DigitItem],
+    interrupter: &Interrupter,
+) -> Result<Vec<Prediction>> {
+    let mut predictions = Vec::with_capacity(items.len());
+    for batch in items.chunks(job.batch_size) {
+        if interrupter.should_stop() {
+            bail!("interrupted: no prediction was printed, and no file was written");
+        }
+        predictions.extend(predictor.predict(batch.to_vec(), predictions.len())?);
+    }
+    Ok(predictions)
+}
+
 fn test_set(
     predictor: &Predictor,
     job: &Job,
@@ -189,29 +205,25 @@ fn test_set(
     let mut confusion = [[0; CLASSES]; CLASSES];
     let mut evaluation = Evaluation::default();
     let mut mistakes: Vec<MistakeReport> = Vec::new();
-    for first in (0..digits.len()).step_by(job.batch_size) {
-        stop_if_asked(interrupter)?;
-        let end = digits.len().min(first + job.batch_size);
-        let items = digits.get_many((first..end).collect())?;
-        let predictions = predictor.predict(items, first)?;
-        for (index, prediction) in (first..).zip(predictions) {
-            let label = digits.label(index);
-            let loss = -prediction.log_probabilities[usize::from(label)];
-            confusion[usize::from(label)][usize::from(prediction.digit)] += 1;
-            evaluation += Evaluation {
-                loss_sum: loss,
-                correct: usize::from(prediction.digit == label),
-                total: 1,
-            };
-            if prediction.digit != label {
-                mistakes.push(MistakeReport {
-                    index,
-                    label,
-                    prediction: prediction.digit,
-                    probability: prediction.probability(),
-                    loss,
-                });
-            }
+    let items = digits.get_many((0..digits.len()).collect())?;
+    let predictions = classify(predictor, job, &items, interrupter)?;
+    for (index, prediction) in predictions.into_iter().enumerate() {
+        let label = digits.label(index);
+        let loss = -prediction.log_probabilities[usize::from(label)];
+        confusion[usize::from(label)][usize::from(prediction.digit)] += 1;
+        evaluation += Evaluation {
+            loss_sum: loss,
+            correct: usize::from(prediction.digit == label),
+            total: 1,
+        };
+        if prediction.digit != label {
+            mistakes.push(MistakeReport {
+                index,
+                label,
+                prediction: prediction.digit,
+                probability: prediction.probability(),
+                loss,
+            });
         }
     }
     mistakes.sort_by(|a, b| b.loss.total_cmp(&a.loss));
@@ -272,11 +284,13 @@ fn classify_pictures(
     report: &mut PredictionReport,
     interrupter: &Interrupter,
 ) -> Result<()> {
-    let mut read: Vec<(String, [u8; PIXELS])> = Vec::new();
-    let mut others = Vec::new();
+    let (mut names, mut items, mut others) = (Vec::new(), Vec::new(), Vec::new());
     for Picture { name, digit } in pictures {
         match digit {
-            Ok(Some(digit)) => read.push((name, digit)),
+            Ok(Some(image)) => {
+                names.push(name);
+                items.push(DigitItem { image, label: 0 });
+            }
             Ok(None) => others.push(escaped(&name, &[])),
             Err(error) => {
                 let reason = message(&error);
@@ -291,25 +305,16 @@ fn classify_pictures(
             others.join(", ")
         )?;
     }
-    for (first, chunk) in (0..)
-        .step_by(job.batch_size)
-        .zip(read.chunks(job.batch_size))
-    {
-        stop_if_asked(interrupter)?;
-        let items = chunk.iter().map(|(_, image)| DigitItem {
-            image: *image,
-            label: 0,
-        });
-        let predictions = predictor.predict(items.collect(), first)?;
-        for ((file, _), prediction) in chunk.iter().zip(predictions) {
-            report.images.push(ImageReport {
-                file: file.clone(),
-                prediction: prediction.digit,
-                probability: prediction.probability(),
-                probabilities: prediction.probabilities(),
-            });
-        }
-    }
+    let predictions = classify(predictor, job, &items, interrupter)?;
+    let predicted = names.into_iter().zip(predictions);
+    report.images = predicted
+        .map(|(file, prediction)| ImageReport {
+            file,
+            prediction: prediction.digit,
+            probability: prediction.probability(),
+            probabilities: prediction.probabilities(),
+        })
+        .collect();
     Ok(())
 }
 
@@ -325,13 +330,6 @@ fn table(images: &[ImageReport]) -> String {
         ));
     }
     lines.join("\n")
-}
-
-fn stop_if_asked(interrupter: &Interrupter) -> Result<()> {
-    if interrupter.should_stop() {
-        bail!("interrupted: no prediction was printed, and no file was written");
-    }
-    Ok(())
 }
 
 #[cfg(test)]

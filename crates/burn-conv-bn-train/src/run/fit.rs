@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use burn::lr_scheduler::step::{StepLrScheduler, StepLrSchedulerConfig};
+use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
+use burn::lr_scheduler::step::StepLrSchedulerConfig;
 use burn::train::logger::InMemoryMetricLogger;
 use burn::train::metric::{AccuracyMetric, LossMetric};
 use burn::train::{ExecutionStrategy, Interrupter, Interruption, Learner, SupervisedTraining};
@@ -18,7 +19,7 @@ use crate::measure::history::{Epoch, Evaluation, History, StepRecord};
 use crate::measure::memory::MemoryProbe;
 use crate::measure::metrics::{StepMetric, TallyMetric};
 use crate::measure::report::{Divergence, EpochReport, StepSummary, VariantReport};
-use crate::persist::checkpoint::{self, Set, Store, with_checkpoints};
+use crate::persist::checkpoint::{self, Records, Set, Store, with_checkpoints};
 use crate::persist::run_file::RunFile;
 use crate::run::dashboard::Dashboard;
 use crate::run::early_stop::{EpochEnd, is_exhausted};
@@ -133,7 +134,9 @@ fn fit(
     let mut start = Start {
         classifier,
         schedule,
-        set: Set::default(),
+        resumed: 0,
+        history: History::default(),
+        records: None,
         store: None,
     };
     let mut _lock = None;
@@ -153,9 +156,11 @@ fn fit(
                 interrupted: None,
             });
         }
-        let store = folder.prepare(run_file, &start.classifier, &set.history)?;
+        start.resumed = set.epoch;
+        start.history = History::new(set.history);
+        start.records = set.records;
+        let store = folder.prepare(run_file, &start.classifier, &start.history)?;
         start.store = Some(Arc::new(store));
-        start.set = set;
     }
     launch(job, variant, options, start, train, test)
 }
@@ -163,8 +168,11 @@ fn fit(
 /// Where a training starts: at its beginning, or after the last epoch of a checkpoint.
 struct Start {
     classifier: Classifier,
-    schedule: StepLrScheduler,
-    set: Set,
+    schedule: ModuleLrScheduler,
+    /// Epochs of the checkpoint.
+    resumed: usize,
+    history: History,
+    records: Option<Records>,
     /// Where checkpoints go, if there are to be any.
     store: Option<Arc<Store>>,
 }
@@ -180,10 +188,11 @@ fn launch(
     let Start {
         classifier,
         schedule,
-        set,
+        resumed,
+        history,
+        records,
         store,
     } = start;
-    let resumed = set.epoch;
     let test_items = test.len();
     let loaders: [BatchLoader; 2] = [
         Arc::new(EpochLoader::new(
@@ -196,7 +205,6 @@ fn launch(
         )),
         test_loader(test, job.batch_size, classifier.activations()),
     ];
-    let history = History::new(set.history);
     let dashboard = options
         .dashboard
         .then(|| Dashboard::open(&options.interrupter, resumed))
@@ -212,7 +220,7 @@ fn launch(
             training = training.checkpoint(resumed);
         }
         if let Some(store) = &store {
-            training = with_checkpoints(training, store, set.records, &history);
+            training = with_checkpoints(training, store, records);
         }
         let learner = Learner::new(classifier, job.optimizer.init(), schedule);
         let result = training.launch(learner);

@@ -8,7 +8,7 @@ use burn::module::Module;
 use burn::tensor::DType;
 use burn_conv_bn_files::{OutputError, Survives, check_room, sweep, write};
 
-use crate::measure::history::Epoch;
+use crate::measure::history::{Epoch, History};
 use crate::persist::checkpoint::{self, Set, Store};
 use crate::persist::lock::Lock;
 use crate::persist::run_file::{RUN_FILE, RunFile};
@@ -87,7 +87,7 @@ impl RunFolder {
         &self,
         run_file: &RunFile,
         model: &Classifier,
-        history: &[Epoch],
+        history: &History,
     ) -> Result<Store> {
         self.check()?;
         // Before anything is removed: whoever has no room for a new run keeps the old one. A checkpoint
@@ -100,8 +100,8 @@ impl RunFolder {
             sweep(folder).with_context(|| self.not_writable())?;
         }
 
-        let store = Store::new(&self.path);
-        self.begin(&store, run_file, history)
+        let store = Store::new(&self.path, history);
+        self.begin(&store, run_file, &history.finished())
             .map_err(cannot_write)?;
         Ok(store)
     }

@@ -39,18 +39,19 @@ fn totals(test_loss: f64) -> Epoch {
 struct Run {
     folder: TempDir,
     store: Arc<Store>,
-    history: Vec<Epoch>,
+    history: History,
 }
 
 impl Run {
     fn new(losses: &[f64]) -> Self {
         let folder = TempDir::new().unwrap();
-        let store = Store::new(folder.path());
+        let history = History::default();
+        let store = Store::new(folder.path(), &history);
         store.begin().unwrap();
         let mut run = Self {
             folder,
             store: Arc::new(store),
-            history: Vec::new(),
+            history,
         };
         for &loss in losses {
             run.finish_epoch(loss).unwrap();
@@ -64,9 +65,10 @@ impl Run {
 
     /// Saves the records of one epoch, as Burn does.
     fn finish_epoch(&mut self, loss: f64) -> Result<(), CheckpointerError> {
-        self.history.push(totals(loss));
-        let epoch = self.history.len();
-        self.store.announce(epoch, self.history.clone());
+        let Epoch { train, test } = totals(loss);
+        self.history.trained(train);
+        self.history.tested(test.unwrap());
+        let epoch = self.history.finished().len();
         let layer = LinearConfig::new(3, 2).init(&Device::flex());
         let store = &self.store;
         PartCheckpointer::new(store, MODEL, None).save(epoch, layer.into_record())?;
@@ -115,10 +117,11 @@ fn a_set_comes_back_as_it_was_saved() {
         };
         history.iter().map(losses).collect()
     };
-    assert_eq!(bits(&set.history), bits(&run.history));
+    let history = run.history.finished();
+    assert_eq!(bits(&set.history), bits(&history));
     // All but the loss that is not a number.
     for epoch in [0, 2, 3] {
-        assert_eq!(set.history[epoch], run.history[epoch]);
+        assert_eq!(set.history[epoch], history[epoch]);
     }
     let records = set.records.unwrap();
     assert_eq!(records.model.len(), 2);
@@ -234,8 +237,11 @@ fn what_is_damaged_stays_until_the_run_has_gone_past_it() {
     let mut run = Run::new(&[1.0, 2.0, 3.0, 4.0]);
     damage_of(&run, 4);
     // Resumed after epoch 3, and epoch 4 done again.
-    run.history.truncate(3);
-    prune(run.directory(), 3, &run.history).unwrap();
+    let mut past = run.history.finished();
+    past.truncate(3);
+    prune(run.directory(), 3, &past).unwrap();
+    run.history = History::new(past);
+    run.store = Arc::new(Store::new(run.directory(), &run.history));
     assert!(run.file("model-4.bpk").exists());
     run.finish_epoch(4.0).unwrap();
     assert_eq!(run.newest(), (Some(4), Vec::new()));
