@@ -153,6 +153,8 @@ mod tests {
     use burn_conv_bn_bench::device::FLEX;
     use burn_conv_bn_bench::protocol::Engine;
     use burn_conv_bn_bench::tensor_file::{read, relative_error};
+    use burn_conv_bn_train::device::DeviceChoice;
+    use burn_conv_bn_train::job;
     use tempfile::TempDir;
 
     static ALLOCATOR: CountingAllocator = CountingAllocator::new();
@@ -302,11 +304,11 @@ mod tests {
     #[test]
     fn what_a_device_does_not_compute_in_is_unavailable() {
         let lacking = DeviceError::Precision {
-            device: "webgpu",
-            dtype: "bf16",
+            device: DeviceChoice::Webgpu,
+            precision: job::Precision::BF16,
         };
         assert!(matches!(explain(lacking.into()), Reply::Unavailable { .. }));
-        let missing = DeviceError::NotFound("cuda");
+        let missing = DeviceError::NotFound(DeviceChoice::Cuda);
         assert!(matches!(explain(missing.into()), Reply::Failed { .. }));
     }
 
