@@ -7,10 +7,10 @@ use burn::nn::PaddingConfig2d;
 use burn::nn::conv::Conv2dConfig;
 use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
 use burn_conv_bn::backend::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
-use burn_conv_bn::functional::{ConvBnParams, conv_bn};
+use burn_conv_bn::functional::{BatchNormParams, ConvBnParams, batch_norm, conv, conv_bn};
 use burn_conv_bn::{
-    Activation, ConvBn2d, ConvBn2dConfig, ConvBnOptions, ConvSpec, MaxPool2dConfig, Recompute,
-    SavedTensor,
+    Activation, BatchNormOptions, ConvBn2d, ConvBn2dConfig, ConvBnOptions, ConvSpec,
+    MaxPool2dConfig, NormSpec, Recompute, SavedTensor,
 };
 use burn_conv_bn_memory::CountingAllocator;
 
@@ -211,6 +211,7 @@ fn a_node_keeps_what_its_table_lists() {
     assert_eq!(activations(&all(Recompute::Conv, Activation::Silu)), 1);
     a_chain_keeps_one_activation_a_block(&device);
     a_rebuilt_output_is_kept_by_none(&device);
+    the_halves_keep_what_their_gradients_need(&device);
     frozen_layers_keep_no_input(&device);
     a_pool_keeps_what_it_lists(&device);
     nothing_is_kept_between_block_and_pool(&device);
@@ -303,6 +304,48 @@ fn a_rebuilt_output_is_kept_by_none(device: &Device) {
     let own = list.iter().filter(|tensor| !tensor.shared);
     let names: Vec<_> = own.map(|tensor| tensor.name).collect();
     assert_eq!(names, ["conv_output", "mean", "variance", "indices"]);
+}
+
+/// A convolution alone keeps its input for the weight's gradient, and a norm alone for gamma's and, but for a
+/// ReLU, not for beta's.
+fn the_halves_keep_what_their_gradients_need(device: &Device) {
+    for mask in 1..8 {
+        let [first, second, third] = [0, 1, 2].map(|bit| mask >> bit & 1 == 1);
+        let convolution = kept_by(
+            |x| {
+                let (weight, bias) = (tensor(WEIGHT, second, device), tensor([8], third, device));
+                conv(x, weight, Some(bias), ConvSpec::unit(2)).unwrap()
+            },
+            INPUT,
+            first,
+            device,
+        );
+        let norm = |activation| {
+            let options = BatchNormOptions::new(NormSpec::default()).with_activation(activation);
+            kept_by(
+                |x| {
+                    let (gamma, beta) = (tensor([8], second, device), tensor([8], third, device));
+                    let params = BatchNormParams::default().with_affine(gamma, beta);
+                    batch_norm(x, params, options).unwrap().output
+                },
+                INPUT,
+                first,
+                device,
+            )
+        };
+        let needs_input = first || second;
+        for (what, got, wanted) in [
+            ("conv", convolution, second),
+            ("norm", norm(Activation::Identity), needs_input),
+            ("norm and ReLU", norm(Activation::Relu), true),
+        ] {
+            let wanted = usize::from(wanted) * bytes(INPUT);
+            assert!(
+                got.abs_diff(wanted) < OVERHEAD,
+                "{what}, {mask:03b}: kept {got} bytes, wanted {wanted}"
+            );
+        }
+    }
 }
 
 /// A layer whose norm is frozen keeps its input for the weight's gradient. With the weight frozen

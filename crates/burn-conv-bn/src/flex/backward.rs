@@ -141,11 +141,9 @@ pub(super) fn kernel_backward<E: Kernel>(
         // The pooled output serves the two sums only, below.
         output: output.as_ref().filter(|_| joined.is_none()).map(slice),
     };
-    let invertible = output.as_ref().filter(|_| {
-        joined.is_some()
-            && options.options.activation.passes_unchanged()
-            && inverts_norm::<E>(&variance, &scale, shift.as_deref())
-    });
+    let invertible = output
+        .as_ref()
+        .filter(|_| joined.is_some() && inverts_norm::<E>(&variance, &scale, shift.as_deref()));
 
     // The convolution's output: saved in forward, stored between the two steps if that saves time and fits the
     // workspace, or recomputed in each step. Under given statistics only the activation may need it.

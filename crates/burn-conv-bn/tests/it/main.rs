@@ -7,6 +7,7 @@ mod activations;
 mod conv_bn_max_pool;
 mod fold;
 mod gradients;
+mod halves;
 mod layer;
 mod max_pool;
 mod module;
