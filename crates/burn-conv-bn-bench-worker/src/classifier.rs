@@ -14,7 +14,8 @@ use burn_conv_bn_bench::catalogue::{Architecture, Classifier};
 use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
+    EfficientNet, EfficientNetConfig, Form, MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig,
+    Vgg, VggConfig,
 };
 
 use crate::device::{Stopwatch, is_cube};
@@ -40,6 +41,7 @@ enum Model {
     ResNet(ResNet),
     Vgg(Vgg),
     MobileNetV2(MobileNetV2),
+    EfficientNet(EfficientNet),
 }
 
 impl Model {
@@ -47,6 +49,7 @@ impl Model {
         match architecture {
             Architecture::ResNet18 => Self::ResNet(ResNetConfig::resnet18(form).init(device)),
             Architecture::ResNet50 => Self::ResNet(ResNetConfig::resnet50(form).init(device)),
+            Architecture::ResNet101 => Self::ResNet(ResNetConfig::resnet101(form).init(device)),
             Architecture::Vgg16Bn => {
                 let config = VggConfig::vgg16_bn(form).with_dropout(0.0);
                 Self::Vgg(config.init(device))
@@ -54,6 +57,10 @@ impl Model {
             Architecture::MobileNetV2 => {
                 let config = MobileNetV2Config::new(form).with_dropout(0.0);
                 Self::MobileNetV2(config.init(device))
+            }
+            Architecture::EfficientNetB0 => {
+                let config = EfficientNetConfig::new(form).with_dropout(0.0);
+                Self::EfficientNet(config.with_stochastic_depth(0.0).init(device))
             }
         }
     }
@@ -63,6 +70,7 @@ impl Model {
             Self::ResNet(network) => network.forward(images),
             Self::Vgg(network) => network.forward(images),
             Self::MobileNetV2(network) => network.forward(images),
+            Self::EfficientNet(network) => network.forward(images),
         }
     }
 
@@ -71,6 +79,7 @@ impl Model {
             Self::ResNet(network) => network.saved_for_backward(shape),
             Self::Vgg(network) => network.saved_for_backward(shape),
             Self::MobileNetV2(network) => network.saved_for_backward(shape),
+            Self::EfficientNet(network) => network.saved_for_backward(shape),
         }
     }
 }
