@@ -185,7 +185,7 @@ fn a_layer_prints_one_line() {
         odd.to_string(),
         "ConvBn1d {channels: 4 -> 6, kernel: [5], stride: [2], padding: Same, dilation: [3], \
          groups: 2, bias: true, activation: Elu { alpha: 1.0 }, recompute: Never, \
-         max_workspace: 64, epsilon: 0.001, momentum: 0.01, training: false, params: 90}"
+         max_workspace: 64, epsilon: 0.001, momentum: 0.01, training: disabled, params: 90}"
     );
 }
 
