@@ -8,7 +8,7 @@ use burn_conv_bn::{Activation, ConvBn2d, FoldError, Recompute, SavedTensor};
 use crate::Form;
 use crate::fold::fold;
 use crate::head::rows;
-use crate::init::{block, draw, zeros};
+use crate::init::{block, draw, rounded, zeros};
 use crate::walk::Walk;
 
 /// Table 2 of the paper: expansion, output channels, number of blocks, stride of the first.
@@ -109,16 +109,6 @@ pub struct MobileNetV2Block {
     /// Whether the last convolution adds the block's input.
     #[module(skip)]
     residual: bool,
-}
-
-/// Multiple of 8 nearest to a number of channels, up by one step where that would take more than a
-/// tenth away: torchvision's `_make_divisible`.
-fn rounded(channels: f64) -> usize {
-    let nearest = ((channels + 4.0) as usize / 8 * 8).max(8);
-    match (nearest as f64) < 0.9 * channels {
-        true => nearest + 8,
-        false => nearest,
-    }
 }
 
 impl MobileNetV2Config {

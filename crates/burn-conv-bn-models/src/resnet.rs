@@ -160,6 +160,11 @@ impl ResNetConfig {
         Self::new(form, ResNetBlockKind::Bottleneck, [3, 4, 6, 3])
     }
 
+    /// ResNet-101, version 1.5.
+    pub fn resnet101(form: Form) -> Self {
+        Self::new(form, ResNetBlockKind::Bottleneck, [3, 4, 23, 3])
+    }
+
     /// Initializes a network, and draws its parameters at once in the order of its fields: the
     /// same seed of the device gives the same weights whatever the form and however it is used.
     ///

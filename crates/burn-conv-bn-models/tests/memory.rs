@@ -10,7 +10,8 @@ use burn_conv_bn::{
 };
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    EfficientNet, EfficientNetConfig, Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet,
+    ResNetConfig, Vgg, VggConfig,
 };
 
 #[global_allocator]
@@ -94,6 +95,7 @@ lists! {
     ResNet, |net, images| net.saved_for_backward(images);
     Vgg, |net, images| net.saved_for_backward(images);
     MobileNetV2, |net, images| net.saved_for_backward(images);
+    EfficientNet, |net, images| net.saved_for_backward(images);
 }
 
 /// Turns norms to their running statistics; gamma and beta go on being trained.
@@ -137,6 +139,10 @@ fn blocks_and_networks_keep_what_they_list() {
             .with_classes(classes)
             .with_recompute(recompute);
         network(&name("MobileNetV2"), mobilenet.init(&device), images);
+        let efficientnet = EfficientNetConfig::new(form)
+            .with_classes(classes)
+            .with_recompute(recompute);
+        network(&name("EfficientNet"), efficientnet.init(&device), images);
     }
 }
 

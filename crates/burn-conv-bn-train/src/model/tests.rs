@@ -10,6 +10,7 @@ impl Network {
             Self::ResNet(net) => net.form(),
             Self::Vgg(net) => net.form(),
             Self::MobileNetV2(net) => net.form(),
+            Self::EfficientNet(net) => net.form(),
         }
     }
     fn with_form(self, form: Form) -> Self {
@@ -18,6 +19,7 @@ impl Network {
             Self::ResNet(net) => Self::ResNet(net.with_form(form)),
             Self::Vgg(net) => Self::Vgg(net.with_form(form)),
             Self::MobileNetV2(net) => Self::MobileNetV2(net.with_form(form)),
+            Self::EfficientNet(net) => Self::EfficientNet(net.with_form(form)),
         }
     }
 }
