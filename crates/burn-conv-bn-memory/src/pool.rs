@@ -71,11 +71,10 @@ impl PoolMeter {
 
     /// Starts a new peak at the bytes in use now, which it returns, and a new count of launches.
     pub fn reset_peak(&self) -> usize {
+        // The old peak goes first. Written after the level was read, it would overwrite that of a launch
+        // in between.
+        *lock(&self.samples.peak) = Peak::default();
         let current = self.samples.look(None);
-        *lock(&self.samples.peak) = Peak {
-            bytes: current,
-            kernel: None,
-        };
         lock(&self.samples.launches).clear();
         *lock(&self.observation) = Some(LaunchObservation::new(self.samples.clone()));
         current

@@ -4,43 +4,41 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use burn::train::Interrupter;
 use burn_conv_bn_memory::CountingAllocator;
-use clap::Parser;
 
-use super::args::{Cli, Compare, LearningArgs, ParityArgs, Predict, Subcommands, Train};
-use super::config::Layers;
+use super::args::{Compare, ParityArgs, Predict, Subcommands, Train};
 use super::invocation::Invocation;
 use crate::choice::Choice;
 use crate::measure::history::Epoch;
 use crate::persist::run_file::{DataIdentity, Options, RUN_FILE, RunFile};
 use crate::persist::{checkpoint, output};
-use crate::predict::{PredictOptions, Source, predict};
+use crate::predict::{PredictOptions, predict};
 use crate::print::say;
 use crate::run::compare::{CompareOptions, compare};
 use crate::run::fit::{FitOutcome, RunOptions, run};
 use crate::run::folder::RunFolder;
 use crate::run::interrupt;
+use crate::run::job::{Job, Variant};
 use crate::run::parity::Parity;
 use crate::run::worker::work;
 
 /// Runs a command.
 pub(super) fn execute(invocation: Invocation, allocator: &'static CountingAllocator) -> Result<()> {
-    let trains = matches!(invocation.command, Subcommands::Train(_));
+    let Invocation {
+        command,
+        options,
+        stored,
+    } = invocation;
+    let trains = matches!(command, Subcommands::Train(_));
     let interrupter = interrupt::listen(trains).context("cannot listen for Ctrl-C")?;
-    match invocation.command {
+    match command {
         Subcommands::Worker => work(allocator, interrupter),
-        Subcommands::Compare(args) => run_compare(args, allocator, &interrupter),
-        Subcommands::Train(args) => train(
-            args,
-            &invocation.options,
-            invocation.stored,
-            allocator,
-            interrupter,
-        ),
-        Subcommands::Parity(args) => parity(args, &interrupter),
-        Subcommands::Predict(args) => run_predict(args, &interrupter),
+        Subcommands::Compare(args) => run_compare(args, &options, allocator, &interrupter),
+        Subcommands::Train(args) => train(args, &options, stored, allocator, interrupter),
+        Subcommands::Parity(args) => parity(&args, &options, &interrupter),
+        Subcommands::Predict(args) => run_predict(args, &options, &interrupter),
     }
 }
 
@@ -57,6 +55,7 @@ fn set_threads(threads: Option<usize>) -> Result<()> {
 
 fn run_compare(
     args: Compare,
+    given: &Options,
     allocator: &'static CountingAllocator,
     interrupter: &Interrupter,
 ) -> Result<()> {
@@ -72,8 +71,7 @@ fn run_compare(
         time_limit,
         threads,
     };
-    let job = args.job.into_job(args.epochs, args.learning)?;
-    compare(job, &options, allocator, interrupter)
+    compare(Job::of(given)?, &options, allocator, interrupter)
 }
 
 fn train(
@@ -100,7 +98,7 @@ fn train(
     }
     folder.check()?;
     output::check_beside(&directory, &[("--json", json)])?;
-    let job = args.job.into_job(args.epochs, args.learning)?;
+    let job = Job::of(given)?;
     let data = job.begin()?;
     let mut report = job.report(&data);
     let identity = DataIdentity::of(&data);
@@ -174,77 +172,66 @@ pub(super) fn interruption(
     format!("interrupted {lost}; {left}{}", report.unwrap_or_default())
 }
 
-fn parity(args: ParityArgs, interrupter: &Interrupter) -> Result<()> {
+fn parity(args: &ParityArgs, given: &Options, interrupter: &Interrupter) -> Result<()> {
     set_threads(args.job.threads)?;
-    let learning = LearningArgs {
-        // Trained without, whatever the network has.
-        dropout: None,
-        gamma: 1.0,
+    let job = Job {
         test_limit: Some(1),
-        log_interval: 0,
+        ..Job::of(given)?
     };
-    let job = args.job.into_job(1, learning)?;
     job.check()?;
     Parity::check(job.precision)?;
     let data = job.begin()?;
     Parity::measure(&job, Arc::new(data.train), args.steps, interrupter)?.judge()
 }
 
-fn run_predict(args: Predict, interrupter: &Interrupter) -> Result<()> {
-    let source = match (args.images, args.test_set) {
-        (Some(folder), false) => Source::Images(folder),
-        (None, true) => Source::TestSet,
+/// Options of a training that `predict` may have others of. The first three are about test digits.
+const OTHERS: [&str; 6] = [
+    "dataset",
+    "data-dir",
+    "test-limit",
+    "no-download",
+    "device",
+    "batch-size",
+];
+
+fn run_predict(args: Predict, given: &Options, interrupter: &Interrupter) -> Result<()> {
+    match (&args.images, args.test_set) {
         (Some(_), true) => bail!("--images and --test-set exclude each other"),
         (None, false) => bail!("there is nothing to classify; use --images DIR or --test-set"),
-    };
+        _ => {}
+    }
     set_threads(args.threads)?;
     let directory = args.artifacts;
     let file = RunFile::read(&directory)?;
-    let Train {
-        variant,
-        epochs,
-        mut job,
-        mut learning,
-        ..
-    } = stored_options(&file, &directory)?;
-    if matches!(source, Source::Images(_)) && job.model.tracks_statistics() {
-        for (option, is_given) in [
-            ("--dataset", args.dataset.is_some()),
-            ("--data-dir", args.data_dir.is_some()),
-            ("--test-limit", args.test_limit.is_some()),
-        ] {
-            if is_given {
-                bail!(
-                    "{option} is about test digits, of which {} needs none for pictures",
-                    job.model.name()
-                );
-            }
+    let mut options = file.options;
+    for option in OTHERS {
+        // A switch that is not given is as in the training.
+        if let Some(value) = given.get(option).filter(|value| **value != false) {
+            options.insert(option.to_string(), value.clone());
         }
     }
-    job.dataset = args.dataset.unwrap_or(job.dataset);
-    job.data_dir = args.data_dir.or(job.data_dir);
-    job.no_download |= args.no_download;
-    learning.test_limit = args.test_limit.or(learning.test_limit);
-    job.device = args.device.unwrap_or(job.device);
-    job.batch_size = args.batch_size.unwrap_or(job.batch_size);
+    let damaged = || format!("{} is damaged", directory.join(RUN_FILE).display());
+    let job = Job::of(&options).with_context(damaged)?;
+    job.device.open_for(job.precision)?;
+    let variant = options.remove("variant").unwrap_or_default();
+    let trained: Variant = serde_json::from_value(variant).with_context(damaged)?;
+    if args.images.is_some() && job.model.tracks_statistics() {
+        for option in &OTHERS[..3] {
+            ensure!(
+                !given.contains_key(*option),
+                "--{option} is about test digits, of which {} needs none for pictures",
+                job.model.name()
+            );
+        }
+    }
     let options = PredictOptions {
-        directory,
         epoch: args.epoch,
-        form: args.form.unwrap_or(variant.into()),
-        source,
+        form: args.form.unwrap_or(trained.into()),
+        images: args.images,
         trained_on: file.data.name,
         json: args.json,
         mistakes: args.mistakes,
+        directory,
     };
-    predict(&job.into_job(epochs, learning)?, &options, interrupter)
-}
-
-/// The options of `mnist train` that a run was started with.
-fn stored_options(file: &RunFile, directory: &Path) -> Result<Train> {
-    let defaults = Cli::try_parse_from(["mnist", "train"])?.command;
-    let origin = directory.join(RUN_FILE).display().to_string();
-    match Layers::new(&defaults, None)?.add(&file.options, &origin)? {
-        Subcommands::Train(train) => Ok(train),
-        _ => unreachable!("options do not change the command"),
-    }
+    predict(&job, &options, interrupter)
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::ArgMatches;
 use clap::parser::ValueSource;
 use serde::Serialize;
@@ -58,17 +58,13 @@ pub(crate) fn read(path: &Path) -> Result<Options> {
         anyhow!("{named} is not valid TOML: {reason} (line {line})")
     })?;
     let options = table.into_iter().map(|(option, value)| {
-        let value = match value {
-            toml::Value::String(text) => Value::from(text),
-            toml::Value::Integer(integer) => Value::from(integer),
-            toml::Value::Boolean(switch) => Value::from(switch),
-            toml::Value::Float(float) if float.is_finite() => Value::from(float),
-            other => bail!(
-                "{named} sets {option} to {other}: an option is a text, a finite number, true or \
-                 false"
-            ),
-        };
-        Ok((option, value))
+        // One that is not finite becomes null.
+        let json = serde_json::to_value(&value)?;
+        ensure!(
+            json.is_string() || json.is_number() || json.is_boolean(),
+            "{named} sets {option} to {value}: an option is a text, a finite number, true or false"
+        );
+        Ok((option, json))
     });
     options.collect()
 }

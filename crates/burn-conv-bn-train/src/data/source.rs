@@ -211,48 +211,43 @@ fn search(machine: &Machine, allow_download: bool) -> Result<MnistData, String> 
     let Some(cache) = &machine.cache else {
         return Err("this system names no cache folder".to_string());
     };
-    let path = cache.join("burn-dataset/mnist");
-    let paths = FILES
-        .each_ref()
-        .map(|file| path.join(file.part).join(file.name));
-    let (burn, ignored) = match from_cache(&path, &paths) {
-        Ok(Some(parts)) => {
-            return Ok(mnist(
-                parts,
-                format!("from Burn's cache at {}", path.display()),
-            ));
-        }
-        Ok(None) => (format!("nothing in {}", path.display()), String::new()),
-        Err(error) => (error.to_string(), format!(" (passed over: {error})")),
-    };
-
     let path = cache.join("burn-conv-bn/mnist");
-    let at = path.display();
     let paths = FILES.each_ref().map(|file| download::stored(&path, file));
-    let own = match from_cache(&path, &paths) {
-        Ok(Some(parts)) => {
-            return Ok(mnist(
-                parts,
-                format!("from an earlier download at {at}{ignored}"),
-            ));
+    let burn = cache.join("burn-dataset/mnist");
+    let burns = FILES
+        .each_ref()
+        .map(|file| burn.join(file.part).join(file.name));
+    let places = [
+        ("from Burn's cache at", &burn, &burns),
+        ("from an earlier download at", &path, &paths),
+    ];
+    let (mut tried, mut ignored) = (Vec::new(), String::new());
+    for (how, dir, paths) in places {
+        let at = dir.display();
+        match from_cache(dir, paths) {
+            Ok(Some(parts)) => return Ok(mnist(parts, format!("{how} {at}{ignored}"))),
+            Ok(None) => tried.push(format!("nothing in {at}")),
+            Err(error) => {
+                ignored = format!(" (passed over: {error})");
+                tried.push(error.to_string());
+            }
         }
-        Ok(None) => format!("nothing in {at}"),
-        Err(error) => error.to_string(),
-    };
+    }
 
-    let obstacle = if !allow_download {
-        "the download is not allowed".to_string()
+    if !allow_download {
+        tried.push("the download is not allowed".to_string());
     } else if machine.offline {
-        format!("the download is forbidden by {OFFLINE}")
+        tried.push(format!("the download is forbidden by {OFFLINE}"));
     } else {
+        let at = path.display();
         let fetched = download::fetch(machine.mirrors, &path).map_err(|error| anyhow!(error));
         match fetched.and_then(|()| from_cache(&path, &paths)) {
             Ok(Some(parts)) => return Ok(mnist(parts, format!("downloaded to {at}{ignored}"))),
-            Ok(None) => format!("the download is gone from {at}"),
-            Err(error) => format!("the download failed: {error}"),
+            Ok(None) => tried.push(format!("the download is gone from {at}")),
+            Err(error) => tried.push(format!("the download failed: {error}")),
         }
-    };
-    Err([burn, own, obstacle].join("; "))
+    }
+    Err(tried.join("; "))
 }
 
 /// Reads files that are MNIST only if their checksums say so. None if there are none.

@@ -5,8 +5,6 @@ use std::ops::AddAssign;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{Int, Tensor, TensorReadError};
-use burn::train::metric::store::{Aggregate, EventStoreClient, Split};
-use burn::train::metric::{LossMetric, Metric};
 use serde::{Deserialize, Serialize};
 
 use crate::measure::memory::StepMeasure;
@@ -159,13 +157,6 @@ pub(crate) fn best_epoch(history: &[Epoch]) -> Option<usize> {
         .filter_map(|(epoch, loss)| Some((epoch, loss.filter(|loss| loss.is_finite())?)))
         .min_by(|(_, a), (_, b)| a.total_cmp(b))
         .map(|(epoch, _)| epoch)
-}
-
-/// Waits until the metrics of an epoch are collected, which another thread does.
-pub(crate) fn wait_for_metrics(epoch: usize, store: &EventStoreClient) {
-    // It answers when it has done everything that it was asked before.
-    let name = LossMetric::new().name();
-    let _ = store.find_metric(&name, epoch, Aggregate::Mean, &Split::Valid);
 }
 
 #[cfg(test)]

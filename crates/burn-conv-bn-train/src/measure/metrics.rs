@@ -140,16 +140,29 @@ fn aggregated(aggregated_value: f64, count: usize) -> NumericEntry {
     }
 }
 
-/// Input of [`TallyMetric`].
-pub(crate) struct TallyInput {
+/// Output of a step.
+#[derive(Clone, Debug)]
+pub struct StepOutput {
     /// Loss of every digit, `[N]`.
-    pub(crate) losses: Tensor<1>,
-    /// Scores of the classes, `[N, classes]`.
-    pub(crate) scores: Tensor<2>,
+    pub loss: Tensor<1>,
+    /// Log-probabilities of the classes, `[N, classes]`.
+    pub scores: Tensor<2>,
     /// Classes, `[N]`.
-    pub(crate) targets: Tensor<1, Int>,
+    pub targets: Tensor<1, Int>,
     /// Memory and time, if it was a training step.
-    pub(crate) measure: Option<StepMeasure>,
+    pub measure: Option<StepMeasure>,
+}
+
+impl StepOutput {
+    /// The same without the tensors' graphs, which would be kept for as long as it is.
+    pub(crate) fn without_graph(self) -> Self {
+        Self {
+            loss: self.loss.without_autodiff(),
+            scores: self.scores.without_autodiff(),
+            targets: self.targets.without_autodiff(),
+            measure: self.measure,
+        }
+    }
 }
 
 /// Collects exact totals and all steps into a [`History`]: at the end of a training pass a new epoch,
@@ -186,7 +199,7 @@ impl TallyMetric {
 }
 
 impl Metric for TallyMetric {
-    type Input = TallyInput;
+    type Input = StepOutput;
 
     fn name(&self) -> MetricName {
         Arc::new("Totals".to_string())
@@ -194,11 +207,11 @@ impl Metric for TallyMetric {
 
     fn update(
         &mut self,
-        input: &TallyInput,
+        input: &StepOutput,
         _metadata: &MetricMetadata,
     ) -> Result<SerializedEntry, TensorReadError> {
         let evaluation = Evaluation::of(
-            input.losses.clone(),
+            input.loss.clone(),
             input.scores.clone(),
             input.targets.clone(),
         )?;

@@ -9,7 +9,6 @@
 //! without files, `epoch-0.json`.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -24,11 +23,11 @@ use burn::train::checkpoint::{
     Checkpoint, Checkpointer, CheckpointerError, CheckpointingAction, CheckpointingStrategy,
 };
 use burn::train::metric::store::EventStoreClient;
+use burn::train::{LearnerModel, SupervisedTraining};
 use burn_conv_bn_files::{OutputError, Survives, sync_folder, write};
 use serde::{Deserialize, Serialize};
 
-use crate::measure::history::{Epoch, History, best_epoch, wait_for_metrics};
-use crate::persist::lock::FirstFailure;
+use crate::measure::history::{Epoch, History, best_epoch};
 use crate::print::message;
 
 /// What Burn calls the files of a checkpoint.
@@ -55,27 +54,12 @@ fn file_name(kind: &str, epoch: usize) -> String {
     format!("{kind}-{epoch}.{extension}")
 }
 
-/// A checkpoint that cannot be read.
-#[derive(Debug)]
-pub(crate) struct Damaged {
-    /// The epoch after which it was written.
-    pub(crate) epoch: usize,
-    /// The file that is missing or not as it was written, and why.
-    reason: anyhow::Error,
-}
+/// Checkpoints that cannot be read, the newest first: the epoch of each, and which file is missing or not
+/// as it was written.
+pub(crate) type Damaged = Vec<(usize, String)>;
 
-impl fmt::Display for Damaged {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&message(&self.reason))
-    }
-}
-
-/// Checkpoints that cannot be read, as the end of a message.
-pub(crate) fn listed(damaged: &[Damaged]) -> String {
-    damaged.iter().map(|set| format!("; {set}")).collect()
-}
-
-/// A complete checkpoint, every byte of it as it was written.
+/// A complete checkpoint, every byte of it as it was written. By default that of no epoch.
+#[derive(Default)]
 pub(crate) struct Set {
     /// The epochs that were finished.
     pub(crate) epoch: usize,
@@ -95,12 +79,12 @@ pub(crate) struct Records {
 ///
 /// Sets whose list was never written count as neither: the process was killed before they were
 /// complete.
-pub(crate) fn newest(directory: &Path) -> Result<(Option<Set>, Vec<Damaged>)> {
+pub(crate) fn newest(directory: &Path) -> Result<(Option<Set>, Damaged)> {
     let mut damaged = Vec::new();
     for epoch in listed_epochs(directory)?.into_iter().rev() {
         match read(directory, epoch) {
             Ok(set) => return Ok((Some(set), damaged)),
-            Err(reason) => damaged.push(Damaged { epoch, reason }),
+            Err(error) => damaged.push((epoch, message(&error))),
         }
     }
     Ok((None, damaged))
@@ -224,19 +208,25 @@ pub(crate) fn prune(directory: &Path, epoch: usize, history: &[Epoch]) -> Result
 /// the set.
 pub(crate) struct Store {
     directory: PathBuf,
-    failure: FirstFailure,
+    /// The first of all parts.
+    failure: Mutex<Option<OutputError>>,
     /// Sets that are not complete yet.
     pending: Mutex<BTreeMap<usize, Contents>>,
 }
 
 impl Store {
-    /// Writes to the folder of `directory`; what cannot be written goes to `failure`.
-    pub(crate) fn new(directory: &Path, failure: FirstFailure) -> Self {
+    /// Writes to the folder of `directory`.
+    pub(crate) fn new(directory: &Path) -> Self {
         Self {
             directory: directory.to_path_buf(),
-            failure,
+            failure: Mutex::default(),
             pending: Mutex::default(),
         }
+    }
+
+    /// The first file that could not be written, which has stopped the training.
+    pub(crate) fn take_failure(&self) -> Option<OutputError> {
+        lock(&self.failure).take()
     }
 
     /// Begins a run: makes the folder, and the set of no epoch.
@@ -255,7 +245,7 @@ impl Store {
             history,
             files: BTreeMap::new(),
         };
-        self.pending().insert(epoch, contents);
+        lock(&self.pending).insert(epoch, contents);
     }
 
     fn save<R: Checkpoint>(&self, part: &str, epoch: usize, record: R) -> Result<(), OutputError> {
@@ -267,7 +257,7 @@ impl Store {
             .map_err(|error| failed(io::Error::other(error)))?;
         write(&path, &bytes, Survives::PowerLoss)?;
 
-        let mut pending = self.pending();
+        let mut pending = lock(&self.pending);
         let Some(set) = pending.get_mut(&epoch) else {
             return Err(failed(io::Error::other("the epoch was not announced")));
         };
@@ -292,12 +282,11 @@ impl Store {
         write(&path, &json, Survives::PowerLoss)?;
         prune(&self.directory, list.set.epoch, &list.set.history)
     }
+}
 
-    fn pending(&self) -> MutexGuard<'_, BTreeMap<usize, Contents>> {
-        // Each change is one operation on the map or on a list: what a poisoned lock guards is
-        // sound.
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// Each change is one operation on a map or a value: what a poisoned lock guards is sound.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Writes one record of every checkpoint, and hands out that of the run that is resumed.
@@ -316,7 +305,7 @@ impl<R: Checkpoint> Checkpointer<R> for PartCheckpointer<R> {
             .map_err(|failure| {
                 // Kept for the caller, and returned to Burn, which stops the training.
                 let error = CheckpointerError::Unknown(failure.to_string());
-                self.store.failure.report(failure);
+                lock(&self.store.failure).get_or_insert(failure);
                 error
             })
     }
@@ -328,38 +317,42 @@ impl<R: Checkpoint> Checkpointer<R> for PartCheckpointer<R> {
     }
 
     fn restore(&self, epoch: usize) -> Result<R, CheckpointerError> {
-        let mut restored = self.restored.lock().unwrap_or_else(PoisonError::into_inner);
         let absent = || CheckpointerError::Unknown(format!("there is no record of epoch {epoch}"));
-        restored.take().ok_or_else(absent)
+        lock(&self.restored).take().ok_or_else(absent)
     }
 }
 
-/// What Burn writes the checkpoints of a run with: the model's, the optimizer's and the schedule's.
-pub(crate) type Checkpointers = (
-    PartCheckpointer<ModuleRecord>,
-    PartCheckpointer<OptimizerRecord>,
-    PartCheckpointer<LrSchedulerRecord>,
-);
+impl<R> PartCheckpointer<R> {
+    fn new(store: &Arc<Store>, part: &'static str, restored: Option<R>) -> Self {
+        Self {
+            store: store.clone(),
+            part,
+            restored: Mutex::new(restored),
+        }
+    }
+}
 
-/// Checkpointers that write to `store`; `records` are those of the run that is resumed.
-pub(crate) fn checkpointers(store: &Arc<Store>, records: Option<Records>) -> Checkpointers {
+/// Makes a training write checkpoints to `store`; `records` are those of the run that is resumed.
+pub(crate) fn with_checkpoints<M: LearnerModel>(
+    training: SupervisedTraining<M>,
+    store: &Arc<Store>,
+    records: Option<Records>,
+    history: &History,
+) -> SupervisedTraining<M> {
     let (model, rest) = records
         .map(|r| (r.model, (r.optimizer, r.scheduler)))
         .unzip();
     let (optimizer, scheduler) = rest.unzip();
-    (
-        part(store, MODEL, model),
-        part(store, OPTIMIZER, optimizer),
-        part(store, SCHEDULER, scheduler),
-    )
-}
-
-fn part<R>(store: &Arc<Store>, part: &'static str, restored: Option<R>) -> PartCheckpointer<R> {
-    PartCheckpointer {
-        store: store.clone(),
-        part,
-        restored: Mutex::new(restored),
-    }
+    training
+        .with_custom_checkpointers(
+            PartCheckpointer::new(store, MODEL, model),
+            PartCheckpointer::new(store, OPTIMIZER, optimizer),
+            PartCheckpointer::new(store, SCHEDULER, scheduler),
+        )
+        .with_checkpointing_strategy(KeepLatestAndBest {
+            store: store.clone(),
+            history: history.clone(),
+        })
 }
 
 /// A checkpoint after every epoch; the two newest and the best epoch's are kept.
@@ -375,9 +368,9 @@ impl CheckpointingStrategy for KeepLatestAndBest {
     fn checkpointing(
         &mut self,
         epoch: usize,
-        events: &EventStoreClient,
+        _events: &EventStoreClient,
     ) -> Vec<CheckpointingAction> {
-        wait_for_metrics(epoch, events);
+        // Burn has handed the whole epoch to the metrics before it asks.
         self.store.announce(epoch, self.history.finished());
         vec![CheckpointingAction::Save]
     }

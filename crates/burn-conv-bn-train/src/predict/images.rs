@@ -29,7 +29,7 @@ const CONTRAST: u8 = 32;
 const STRONG: u8 = 32;
 
 /// Strongest ink of a picture, of 255, that is not stretched.
-const FULL: u8 = 240;
+const FULL: u32 = 240;
 
 /// A file of a folder.
 #[derive(Debug)]
@@ -139,7 +139,7 @@ pub(super) fn normalize(picture: &DynamicImage) -> Result<[u8; PIXELS]> {
         return Ok(centred(&cut));
     }
     // Averages make thin strokes faint.
-    Ok(centred(&stretched(&scaled(&cut, longer))))
+    Ok(centred(&stretched(scaled(&cut, longer))))
 }
 
 /// Grey, with what is transparent filled in.
@@ -165,9 +165,9 @@ fn grey(picture: &DynamicImage) -> GrayImage {
 /// White ink on black, stretched to all of the range where it is faint.
 fn ink(grey: &GrayImage) -> Result<GrayImage> {
     let background = background(grey);
-    let values = || grey.pixels().map(|pixel| pixel.0[0]);
-    let darker = background - values().min().unwrap_or(background).min(background);
-    let lighter = values().max().unwrap_or(background).max(background) - background;
+    let values = || grey.iter().copied().chain([background]);
+    let darker = background - values().min().unwrap_or(background);
+    let lighter = values().max().unwrap_or(background) - background;
     let strongest = darker.max(lighter);
     ensure!(
         strongest >= CONTRAST,
@@ -175,15 +175,18 @@ fn ink(grey: &GrayImage) -> Result<GrayImage> {
     );
     let dark =
         darker > lighter || (darker == lighter && sum(grey) < area(grey) * u64::from(background));
-    let ink = GrayImage::from_fn(grey.width(), grey.height(), |x, y| {
-        let value = grey.get_pixel(x, y).0[0];
-        Luma([if dark {
+    Ok(stretched(mapped(grey.clone(), |value| {
+        if dark {
             background.saturating_sub(value)
         } else {
             value.saturating_sub(background)
-        }])
-    });
-    Ok(stretched(&ink))
+        }
+    })))
+}
+
+fn mapped(mut picture: GrayImage, of: impl Fn(u8) -> u8) -> GrayImage {
+    picture.iter_mut().for_each(|value| *value = of(*value));
+    picture
 }
 
 /// Median of the frame. Of an even number's two middle values it is the one nearer to the picture's
@@ -212,7 +215,7 @@ fn frame(picture: &GrayImage) -> Vec<u8> {
 }
 
 fn sum(picture: &GrayImage) -> u64 {
-    picture.pixels().map(|pixel| u64::from(pixel.0[0])).sum()
+    picture.iter().map(|&value| u64::from(value)).sum()
 }
 
 fn area(picture: &GrayImage) -> u64 {
@@ -220,15 +223,13 @@ fn area(picture: &GrayImage) -> u64 {
 }
 
 /// The ink with its strongest pixel white, unless that is nearly white.
-fn stretched(ink: &GrayImage) -> GrayImage {
-    let strongest = ink.pixels().map(|pixel| pixel.0[0]).max().unwrap_or(0);
+fn stretched(ink: GrayImage) -> GrayImage {
+    let strongest = u32::from(ink.iter().copied().max().unwrap_or(0));
     if strongest == 0 || strongest >= FULL {
-        return ink.clone();
+        return ink;
     }
-    let (strongest, half) = (u32::from(strongest), u32::from(strongest) / 2);
-    GrayImage::from_fn(ink.width(), ink.height(), |x, y| {
-        let value = u32::from(ink.get_pixel(x, y).0[0]);
-        Luma([((255 * value + half) / strongest) as u8])
+    mapped(ink, |value| {
+        ((255 * u32::from(value) + strongest / 2) / strongest) as u8
     })
 }
 
@@ -255,26 +256,20 @@ fn cleaned(ink: &GrayImage) -> GrayImage {
         (column < columns && row < rows).then_some((column, row))
     };
     let mut near = GrayImage::new(columns, rows);
-    for (x, y, _) in ink
+    let strong = ink
         .enumerate_pixels()
-        .filter(|(.., pixel)| pixel.0[0] >= STRONG)
-    {
-        let (column, row) = cell_at(x, y).expect("strong ink is within its box");
-        for (x, y) in
-            (column - 1..=column + 1).flat_map(|x| (row - 1..=row + 1).map(move |y| (x, y)))
-        {
+        .filter(|(.., pixel)| pixel.0[0] >= STRONG);
+    for (column, row) in strong.filter_map(|(x, y, _)| cell_at(x, y)) {
+        // Strong ink is within its box, and has a cell on every side.
+        for (x, y) in (0..9).map(|at| (column - 1 + at % 3, row - 1 + at / 3)) {
             near.put_pixel(x, y, Luma([1]));
         }
     }
     GrayImage::from_fn(ink.width(), ink.height(), |x, y| {
         let value = ink.get_pixel(x, y).0[0];
-        let is_edge =
-            || value > noise && cell_at(x, y).is_some_and(|(x, y)| near.get_pixel(x, y).0[0] == 1);
-        Luma([if value >= STRONG || is_edge() {
-            value
-        } else {
-            0
-        }])
+        let is_near = || cell_at(x, y).is_some_and(|(x, y)| near.get_pixel(x, y).0[0] == 1);
+        let stays = value >= STRONG || value > noise && is_near();
+        Luma([if stays { value } else { 0 }])
     })
 }
 

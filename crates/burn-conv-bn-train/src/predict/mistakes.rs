@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::io::Cursor;
 
 use font8x8::legacy::BASIC_LEGACY;
-use image::{GrayImage, ImageFormat, Luma};
+use image::{GrayImage, ImageFormat, Luma, imageops};
 
 use crate::data::{Digits, PIXELS, SIDE};
 use crate::measure::report::MistakeReport;
@@ -57,20 +57,6 @@ fn lines(mistake: &MistakeReport) -> [String; 3] {
     ]
 }
 
-/// An element of a picture. Coordinates are of the upper left corner.
-enum Mark<'a> {
-    Digit {
-        x: u32,
-        y: u32,
-        image: &'a [u8; PIXELS],
-    },
-    Text {
-        x: u32,
-        y: u32,
-        text: String,
-    },
-}
-
 /// Draws the first [`SHOWN`] of `mistakes` on `digits`, below lines of text that are cut off where the
 /// picture ends.
 ///
@@ -88,34 +74,21 @@ pub(super) fn draw(
     let rows = mistakes.len().div_ceil(COLUMNS) as u32;
     let height = top + rows * DOWN + MARGIN;
 
-    let mut marks = Vec::new();
+    let mut canvas = Canvas::new(format, height);
     for (line, y) in heading.iter().zip((MARGIN..).step_by(LINE as usize)) {
-        marks.push(Mark::Text {
-            x: MARGIN,
-            y,
-            text: line.chars().take(LETTERS).collect(),
-        });
+        let cut: String = line.chars().take(LETTERS).collect();
+        canvas.text(MARGIN, y, &cut);
     }
     for (index, mistake) in mistakes.iter().enumerate() {
         let left = MARGIN + (index % COLUMNS) as u32 * RIGHT;
         let y = top + (index / COLUMNS) as u32 * DOWN;
-        marks.push(Mark::Digit {
-            x: left + (RIGHT - DIGIT) / 2,
-            y,
-            image: digits.image(mistake.index),
-        });
+        canvas.digit(left + (RIGHT - DIGIT) / 2, y, digits.image(mistake.index));
         for (line, text) in (0..).zip(lines(mistake)) {
-            marks.push(Mark::Text {
-                x: left + (RIGHT - width(&text)) / 2,
-                y: y + DIGIT + GAP + line * LINE,
-                text,
-            });
+            let x = left + (RIGHT - width(&text)) / 2;
+            canvas.text(x, y + DIGIT + GAP + line * LINE, &text);
         }
     }
-    match format {
-        PictureFormat::Svg => Ok(svg(height, &marks).into_bytes()),
-        PictureFormat::Png => png(height, &marks),
-    }
+    canvas.finish()
 }
 
 /// Width of a text, in letters that are all of the same width.
@@ -123,17 +96,29 @@ fn width(text: &str) -> u32 {
     text.chars().count() as u32 * LETTER[0]
 }
 
-fn svg(height: u32, marks: &[Mark]) -> String {
-    // A letter of such a font is 0.6 of its size wide, a little less than one of the picture's.
-    let size = f64::from(LETTER[0]) / 0.63;
-    let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
-         viewBox=\"0 0 {WIDTH} {height}\" font-family=\"monospace\" font-size=\"{size:.1}\">\n\
-         <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#fff\"/>\n"
-    );
-    for mark in marks {
-        match mark {
-            Mark::Digit { x, y, image } => {
+/// A white picture. Coordinates are of the upper left corner of what is drawn.
+enum Canvas {
+    Svg(String),
+    Png(GrayImage),
+}
+
+impl Canvas {
+    fn new(format: PictureFormat, height: u32) -> Self {
+        if format == PictureFormat::Png {
+            return Self::Png(GrayImage::from_pixel(WIDTH, height, Luma([255])));
+        }
+        // A letter of such a font is 0.6 of its size wide, a little less than one of the picture's.
+        let size = f64::from(LETTER[0]) / 0.63;
+        Self::Svg(format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
+             viewBox=\"0 0 {WIDTH} {height}\" font-family=\"monospace\" font-size=\"{size:.1}\">\n\
+             <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#fff\"/>\n"
+        ))
+    }
+
+    fn digit(&mut self, x: u32, y: u32, image: &[u8; PIXELS]) {
+        match self {
+            Self::Svg(svg) => {
                 let _ = writeln!(
                     svg,
                     "<g transform=\"translate({x} {y}) scale({ZOOM})\" \
@@ -142,15 +127,47 @@ fn svg(height: u32, marks: &[Mark]) -> String {
                     bars(image)
                 );
             }
-            Mark::Text { x, y, text } => {
+            Self::Png(picture) => {
+                let digit = GrayImage::from_fn(DIGIT, DIGIT, |x, y| {
+                    let [column, row] = [x, y].map(|at| (at / ZOOM) as usize);
+                    Luma([image[row * SIDE + column]])
+                });
+                imageops::replace(picture, &digit, x.into(), y.into());
+            }
+        }
+    }
+
+    fn text(&mut self, x: u32, y: u32, text: &str) {
+        match self {
+            Self::Svg(svg) => {
                 let baseline = y + LETTER[1] - 3;
                 let text = text.replace('&', "&amp;").replace('<', "&lt;");
                 let _ = writeln!(svg, "<text x=\"{x}\" y=\"{baseline}\">{text}</text>");
             }
+            Self::Png(picture) => {
+                for (letter, left) in text.chars().zip((x.into()..).step_by(LETTER[0] as usize)) {
+                    let dots = BASIC_LEGACY.get(letter as usize).unwrap_or(&UNKNOWN);
+                    let letter = GrayImage::from_fn(LETTER[0], LETTER[1], |x, y| {
+                        // The lowest bit is the leftmost dot.
+                        let is_ink = dots[y as usize / 2] >> x & 1 == 1;
+                        Luma([if is_ink { 0 } else { 255 }])
+                    });
+                    imageops::replace(picture, &letter, left, y.into());
+                }
+            }
         }
     }
-    svg.push_str("</svg>\n");
-    svg
+
+    fn finish(self) -> anyhow::Result<Vec<u8>> {
+        match self {
+            Self::Svg(svg) => Ok((svg + "</svg>\n").into_bytes()),
+            Self::Png(picture) => {
+                let mut bytes = Cursor::new(Vec::new());
+                picture.write_to(&mut bytes, ImageFormat::Png)?;
+                Ok(bytes.into_inner())
+            }
+        }
+    }
 }
 
 /// A digit on black, as a bar for each run of pixels of one shade in a row.
@@ -170,43 +187,6 @@ fn bars(image: &[u8; PIXELS]) -> String {
         }
     }
     svg
-}
-
-fn png(height: u32, marks: &[Mark]) -> anyhow::Result<Vec<u8>> {
-    let mut picture = GrayImage::from_pixel(WIDTH, height, Luma([255]));
-    for mark in marks {
-        match mark {
-            Mark::Digit { x, y, image } => {
-                for (at, &pixel) in image.iter().enumerate() {
-                    let (row, column) = ((at / SIDE) as u32, (at % SIDE) as u32);
-                    let corner = [x + column * ZOOM, y + row * ZOOM];
-                    fill(&mut picture, corner, [ZOOM; 2], pixel);
-                }
-            }
-            Mark::Text { x, y, text } => {
-                for (letter, left) in text.chars().zip((*x..).step_by(LETTER[0] as usize)) {
-                    let rows = BASIC_LEGACY.get(letter as usize).unwrap_or(&UNKNOWN);
-                    for (row, column) in (0..8).flat_map(|row| (0..8).map(move |x| (row, x))) {
-                        // The lowest bit is the leftmost dot.
-                        if rows[row as usize] >> column & 1 == 1 {
-                            fill(&mut picture, [left + column, y + 2 * row], [1, 2], 0);
-                        }
-                    }
-                }
-            }
-        }
-    }
-    let mut bytes = Cursor::new(Vec::new());
-    picture.write_to(&mut bytes, ImageFormat::Png)?;
-    Ok(bytes.into_inner())
-}
-
-fn fill(picture: &mut GrayImage, [left, top]: [u32; 2], [width, height]: [u32; 2], shade: u8) {
-    for y in top..top + height {
-        for x in left..left + width {
-            picture.put_pixel(x, y, Luma([shade]));
-        }
-    }
 }
 
 #[cfg(test)]

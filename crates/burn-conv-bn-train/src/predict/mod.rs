@@ -24,15 +24,6 @@ use mistakes::{SHOWN, draw};
 pub(crate) use predictor::PredictForm;
 use predictor::{Predictor, check_statistics};
 
-/// What to classify.
-#[derive(Clone, Debug)]
-pub(crate) enum Source {
-    /// The pictures in a folder.
-    Images(PathBuf),
-    /// The test set.
-    TestSet,
-}
-
 /// How to predict.
 #[derive(Clone, Debug)]
 pub(crate) struct PredictOptions {
@@ -42,8 +33,8 @@ pub(crate) struct PredictOptions {
     pub(crate) epoch: Option<usize>,
     /// In which form.
     pub(crate) form: PredictForm,
-    /// What to classify.
-    pub(crate) source: Source,
+    /// The folder of the pictures; the test set if there is none.
+    pub(crate) images: Option<PathBuf>,
     /// The digits that the model was trained on, `mnist`, `synthetic` or `custom`.
     pub(crate) trained_on: String,
     /// Where the predictions go.
@@ -64,11 +55,11 @@ pub(crate) fn predict(
     options: &PredictOptions,
     interrupter: &Interrupter,
 ) -> Result<()> {
-    let testing = matches!(options.source, Source::TestSet);
-    let format = check_outputs(options, testing)?;
-    let pictures = match &options.source {
-        Source::Images(folder) => read_folder(folder)?,
-        Source::TestSet => Vec::new(),
+    let testing = options.images.is_none();
+    let format = check_outputs(options)?;
+    let pictures = match &options.images {
+        Some(folder) => read_folder(folder)?,
+        None => Vec::new(),
     };
     // Folding is refused by the model itself, which says why.
     let needs_statistics =
@@ -124,8 +115,8 @@ pub(crate) fn predict(
 }
 
 /// Checks that the results can be written. Returns the format of the picture of the mistakes.
-fn check_outputs(options: &PredictOptions, testing: bool) -> Result<Option<PictureFormat>> {
-    if !testing && options.mistakes.is_some() {
+fn check_outputs(options: &PredictOptions) -> Result<Option<PictureFormat>> {
+    if options.images.is_some() && options.mistakes.is_some() {
         bail!("nobody knows what the pictures of a folder are; --mistakes needs --test-set");
     }
     let format = options.mistakes.as_deref().map(PictureFormat::of);

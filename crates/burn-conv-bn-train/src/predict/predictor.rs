@@ -178,7 +178,7 @@ fn records(directory: &Path, epoch: Option<usize>) -> Result<(Records, usize)> {
     // A run that has finished no epoch has a checkpoint without records.
     let found = set.and_then(|set| Some((set.records?, set.epoch)));
     found.with_context(|| {
-        let damaged = checkpoint::listed(&damaged);
+        let damaged: String = damaged.iter().map(|(_, why)| format!("; {why}")).collect();
         format!("{named} has no complete checkpoint of a trained model{damaged}")
     })
 }

@@ -5,8 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, bail};
-use burn::lr_scheduler::step::StepLrSchedulerConfig;
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use burn::lr_scheduler::step::{StepLrScheduler, StepLrSchedulerConfig};
 use burn::train::logger::InMemoryMetricLogger;
 use burn::train::metric::{AccuracyMetric, LossMetric};
 use burn::train::{ExecutionStrategy, Interrupter, Interruption, Learner, SupervisedTraining};
@@ -18,8 +18,7 @@ use crate::measure::history::{Epoch, Evaluation, History, StepRecord};
 use crate::measure::memory::MemoryProbe;
 use crate::measure::metrics::{StepMetric, TallyMetric};
 use crate::measure::report::{Divergence, EpochReport, StepSummary, VariantReport};
-use crate::persist::checkpoint::{self, KeepLatestAndBest, Records, checkpointers};
-use crate::persist::lock::FirstFailure;
+use crate::persist::checkpoint::{self, Set, Store, with_checkpoints};
 use crate::persist::run_file::RunFile;
 use crate::run::dashboard::Dashboard;
 use crate::run::early_stop::{EpochEnd, is_exhausted};
@@ -131,34 +130,60 @@ fn fit(
         .init()
         .map_err(|reason| anyhow!("invalid learning rate: {reason}"))?;
 
-    let folder = options.folder.as_ref();
-    let _lock = folder.map(|(folder, _)| folder.lock()).transpose()?;
-    let (classifier, history, records) = start(job, options, classifier)?;
-    let resumed = history.len();
-    if let Some((
-        RunFolder {
-            path, resume: true, ..
-        },
-        _,
-    )) = folder
-        && (resumed >= job.epochs || is_stopped(job, options, &history))
-    {
-        // A kill may have come between the last checkpoint and the removal of those before it.
-        // There is nothing to write, so that what cannot be removed does no harm.
-        let _ = checkpoint::prune(path, resumed, &history);
-        return Ok(FitOutcome {
-            stopped_early: is_stopped(job, options, &history),
-            epochs: history,
-            resumed,
-            interrupted: None,
-        });
+    let mut start = Start {
+        classifier,
+        schedule,
+        set: Set::default(),
+        store: None,
+    };
+    let mut _lock = None;
+    if let Some((folder, run_file)) = &options.folder {
+        _lock = Some(folder.lock()?);
+        let set = folder.resumed()?;
+        start.classifier = loaded(job, &folder.path, &set, start.classifier)?;
+        let stopped_early = is_stopped(job, options, &set.history);
+        if folder.resume && (set.epoch >= job.epochs || stopped_early) {
+            // A kill may have come between the last checkpoint and the removal of those before it.
+            // There is nothing to write, so that what cannot be removed does no harm.
+            let _ = checkpoint::prune(&folder.path, set.epoch, &set.history);
+            return Ok(FitOutcome {
+                stopped_early,
+                epochs: set.history,
+                resumed: set.epoch,
+                interrupted: None,
+            });
+        }
+        let store = folder.prepare(run_file, &start.classifier, &set.history)?;
+        start.store = Some(Arc::new(store));
+        start.set = set;
     }
-    let failure = FirstFailure::default();
-    let store = folder
-        .map(|(folder, run_file)| folder.prepare(run_file, &classifier, &history, &failure))
-        .transpose()?
-        .map(Arc::new);
+    launch(job, variant, options, start, train, test)
+}
 
+/// Where a training starts: at its beginning, or after the last epoch of a checkpoint.
+struct Start {
+    classifier: Classifier,
+    schedule: StepLrScheduler,
+    set: Set,
+    /// Where checkpoints go, if there are to be any.
+    store: Option<Arc<Store>>,
+}
+
+fn launch(
+    job: &Job,
+    variant: Variant,
+    options: &RunOptions,
+    start: Start,
+    train: Arc<Digits>,
+    test: Arc<Digits>,
+) -> Result<FitOutcome> {
+    let Start {
+        classifier,
+        schedule,
+        set,
+        store,
+    } = start;
+    let resumed = set.epoch;
     let test_items = test.len();
     let loaders: [BatchLoader; 2] = [
         Arc::new(EpochLoader::new(
@@ -171,13 +196,13 @@ fn fit(
         )),
         test_loader(test, job.batch_size, classifier.activations()),
     ];
-    let history = History::new(history);
+    let history = History::new(set.history);
     let dashboard = options
         .dashboard
         .then(|| Dashboard::open(&options.interrupter, resumed))
         .flatten();
     let launched = guarded(|| {
-        let mut training = training(job, options, loaders, &history, &failure)
+        let mut training = training(job, options, loaders, &history)
             .renderer(match &dashboard {
                 Some(dashboard) => Box::new(dashboard.clone()),
                 None => Box::new(LineRenderer::new(job.log_interval)),
@@ -187,13 +212,7 @@ fn fit(
             training = training.checkpoint(resumed);
         }
         if let Some(store) = &store {
-            let (model, optimizer, scheduler) = checkpointers(store, records);
-            training = training
-                .with_custom_checkpointers(model, optimizer, scheduler)
-                .with_checkpointing_strategy(KeepLatestAndBest {
-                    store: store.clone(),
-                    history: history.clone(),
-                });
+            training = with_checkpoints(training, store, set.records, &history);
         }
         let learner = Learner::new(classifier, job.optimizer.init(), schedule);
         let result = training.launch(learner);
@@ -202,7 +221,7 @@ fn fit(
     if let Some(dashboard) = &dashboard {
         dashboard.close();
     }
-    if let Some(failure) = failure.take() {
+    if let Some(failure) = store.and_then(|store| store.take_failure()) {
         return Err(cannot_write(failure));
     }
     let (interrupted, error) = launched?;
@@ -228,36 +247,22 @@ fn is_stopped(job: &Job, options: &RunOptions, history: &[Epoch]) -> bool {
     history.len() < job.epochs && options.patience.is_some_and(exhausted)
 }
 
-/// The model, the epochs and the records of the checkpoint to resume, if one is asked for.
-fn start(
-    job: &Job,
-    options: &RunOptions,
-    classifier: Classifier,
-) -> Result<(Classifier, Vec<Epoch>, Option<Records>)> {
-    let Some((folder, _)) = &options.folder else {
-        return Ok((classifier, Vec::new(), None));
-    };
-    let Some(set) = folder.resumed()? else {
-        return Ok((classifier, Vec::new(), None));
-    };
+/// Loads the model of the checkpoint to resume, as Burn does again when it launches: there, one that does
+/// not fit is a panic.
+fn loaded(job: &Job, folder: &Path, set: &Set, classifier: Classifier) -> Result<Classifier> {
     let Some(records) = &set.records else {
-        return Ok((classifier, set.history, None));
+        return Ok(classifier);
     };
-    if !job.optimizer.restores(classifier.dtype()) {
-        bail!(
-            "cannot resume a training in double precision with {}: Burn restores the optimizer's \
-             state in single precision",
-            job.optimizer.name()
-        );
-    }
-    // As Burn does again when it launches: there, one that does not fit is a panic.
-    let classifier = classifier
-        .restored(records.model.clone())
-        .with_context(|| {
-            let path = checkpoint::model_file(&folder.path, set.epoch);
-            format!("cannot resume from {}", path.display())
-        })?;
-    Ok((classifier, set.history, set.records))
+    ensure!(
+        job.optimizer.restores(classifier.dtype()),
+        "cannot resume a training in double precision with {}: Burn restores the optimizer's state \
+         in single precision",
+        job.optimizer.name()
+    );
+    classifier.restored(records.model.clone()).with_context(|| {
+        let path = checkpoint::model_file(folder, set.epoch);
+        format!("cannot resume from {}", path.display())
+    })
 }
 
 /// Burn's training, without checkpoints.
@@ -266,26 +271,25 @@ fn training(
     options: &RunOptions,
     [train, test]: [BatchLoader; 2],
     history: &History,
-    failure: &FirstFailure,
 ) -> SupervisedTraining<Classifier> {
     // Nothing is written there: logs are in memory, and checkpoints go through the store.
-    SupervisedTraining::<Classifier>::new(Path::new("."), train, test)
+    let training = SupervisedTraining::<Classifier>::new(Path::new("."), train, test)
         .with_training_strategy(ExecutionStrategy::single(job.device()).into())
         .with_application_logger(None)
         .with_interrupter(options.interrupter.clone())
         .with_metric_logger(InMemoryMetricLogger::new())
-        .early_stopping(EpochEnd {
-            history: history.clone(),
-            patience: options.patience,
-            failure: failure.clone(),
-        })
         .metrics((LossMetric::new(), AccuracyMetric::new()))
         .metric_train_numeric(StepMetric::forward_memory())
         .metric_train_numeric(StepMetric::peak_memory())
         .metric_train_numeric(StepMetric::time())
         .metric_train(TallyMetric::train(history))
         .metric_valid(TallyMetric::test(history))
-        .num_epochs(job.epochs)
+        .num_epochs(job.epochs);
+    let history = history.clone();
+    match options.patience {
+        Some(patience) => training.early_stopping(EpochEnd { history, patience }),
+        None => training,
+    }
 }
 
 /// Runs what may panic in Burn, and makes that an error.

@@ -10,7 +10,7 @@ use burn_conv_bn_files::{OutputError, Survives, check_room, sweep, write};
 
 use crate::measure::history::Epoch;
 use crate::persist::checkpoint::{self, Set, Store};
-use crate::persist::lock::{FirstFailure, Lock};
+use crate::persist::lock::Lock;
 use crate::persist::run_file::{RUN_FILE, RunFile};
 use crate::print::say;
 use crate::step::Classifier;
@@ -60,24 +60,25 @@ impl RunFolder {
             .with_context(|| format!("another process is training in the directory {path}"))
     }
 
-    /// The checkpoint to go on from, if one is asked for. Says which newer ones are damaged.
-    pub(super) fn resumed(&self) -> Result<Option<Set>> {
+    /// The checkpoint to go on from: that of no epoch if none is asked for. Says which newer ones are
+    /// damaged.
+    pub(super) fn resumed(&self) -> Result<Set> {
         if !self.resume {
-            return Ok(None);
+            return Ok(Set::default());
         }
         let (set, damaged) = checkpoint::newest(&self.path)?;
         let Some(set) = set else {
-            bail!("{}", self.no_checkpoint(&checkpoint::listed(&damaged)));
+            let damaged: String = damaged.iter().map(|(_, why)| format!("; {why}")).collect();
+            bail!("{}", self.no_checkpoint(&damaged));
         };
-        for damaged in damaged {
-            let epoch = damaged.epoch;
-            say!("Passed over the checkpoint of epoch {epoch}: {damaged}")?;
+        for (epoch, why) in damaged {
+            say!("Passed over the checkpoint of epoch {epoch}: {why}")?;
         }
         match set.epoch {
             0 => say!("Resuming a run that has not finished its first epoch.")?,
             epoch => say!("Resuming after epoch {epoch}.")?,
         }
-        Ok(Some(set))
+        Ok(set)
     }
 
     /// Makes sure that a training can write to it, removes an earlier run, and begins the new one or goes
@@ -87,7 +88,6 @@ impl RunFolder {
         run_file: &RunFile,
         model: &Classifier,
         history: &[Epoch],
-        failure: &FirstFailure,
     ) -> Result<Store> {
         self.check()?;
         // Before anything is removed: whoever has no room for a new run keeps the old one. A checkpoint
@@ -100,7 +100,7 @@ impl RunFolder {
             sweep(folder).with_context(|| self.not_writable())?;
         }
 
-        let store = Store::new(&self.path, failure.clone());
+        let store = Store::new(&self.path);
         self.begin(&store, run_file, history)
             .map_err(cannot_write)?;
         Ok(store)

@@ -8,6 +8,7 @@ use burn_conv_bn::{ConvBnModule, NormVariant, Recompute};
 use burn_conv_bn_models::Form;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::choice::Choice;
 use crate::data::{DataRequest, DatasetChoice, MnistData, resolve};
@@ -16,6 +17,7 @@ use crate::measure::memory::MemoryProbe;
 use crate::measure::report::{BURN_VERSION, Report, SCHEMA};
 use crate::model::{ModelChoice, Network};
 use crate::optim::OptimizerChoice;
+use crate::persist::run_file::Options;
 pub use crate::precision::Precision;
 use crate::print::say;
 use crate::step::Classifier;
@@ -71,20 +73,23 @@ pub enum RecomputePolicy {
     Never,
 }
 
-/// Everything that decides the result of a run, the same for both variants.
+/// Everything that decides the result of a run, the same for both variants. As JSON, options of the command
+/// line by their long names; those that `parity` has not may be absent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Job {
     /// Which data.
     pub dataset: DatasetChoice,
     /// Folder with the four IDX files.
     pub data_dir: Option<PathBuf>,
-    /// Whether MNIST may be downloaded.
-    pub download: bool,
+    /// Whether MNIST may not be downloaded.
+    pub no_download: bool,
     /// Most training digits.
     pub train_limit: Option<usize>,
     /// Most test digits.
     pub test_limit: Option<usize>,
     /// Epochs.
+    #[serde(default)]
     pub epochs: usize,
     /// Digits a step.
     pub batch_size: usize,
@@ -93,12 +98,15 @@ pub struct Job {
     /// Which optimizer.
     pub optimizer: OptimizerChoice,
     /// Learning rate of the first epoch.
+    #[serde(rename = "lr")]
     pub learning_rate: f64,
     /// Factor on it after every epoch.
+    #[serde(default, rename = "gamma")]
     pub decay: f64,
     /// Which batch norm.
     pub norm: Norm,
     /// Probability of dropping a hidden value.
+    #[serde(default)]
     pub dropout: f64,
     /// Types of activations and parameters.
     pub precision: Precision,
@@ -111,6 +119,7 @@ pub struct Job {
     /// Seed of weights, order, dropout and drawn digits.
     pub seed: u64,
     /// Print the loss of every so many batches; never if 0.
+    #[serde(default)]
     pub log_interval: usize,
 }
 
@@ -126,8 +135,14 @@ impl Job {
         device.unwrap_or_else(|error| panic!("{error}")).autodiff()
     }
 
-    /// Checks that there is such a network.
+    /// The job of some options.
+    pub(crate) fn of(options: &Options) -> anyhow::Result<Self> {
+        Ok(serde_json::from_value(Value::Object(options.clone()))?)
+    }
+
+    /// Checks that there is such a network, and such a device, which computes in the job's precision.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
+        self.device.open_for(self.precision)?;
         self.model.check(self.norm.variant(), self.dropout)
     }
 
@@ -164,7 +179,7 @@ impl Job {
         DataRequest {
             choice: self.dataset,
             data_dir: self.data_dir.clone(),
-            allow_download: self.download,
+            allow_download: !self.no_download,
             seed: self.seed,
             train_limit: self.train_limit,
             test_limit: self.test_limit,

@@ -44,26 +44,18 @@ struct Reordering {
 
 impl Reordering {
     /// No change.
-    const NONE: Self = Self {
-        batch: false,
-        features: false,
-    };
+    const NONE: Self = Self::new(false, false);
 
     /// The three others.
     const OTHERS: [Self; 3] = [
-        Self {
-            batch: true,
-            features: false,
-        },
-        Self {
-            batch: false,
-            features: true,
-        },
-        Self {
-            batch: true,
-            features: true,
-        },
+        Self::new(true, false),
+        Self::new(false, true),
+        Self::new(true, true),
     ];
+
+    const fn new(batch: bool, features: bool) -> Self {
+        Self { batch, features }
+    }
 
     fn of_batch(self, batch: MnistBatch, model: ModelChoice) -> MnistBatch {
         let MnistBatch {
@@ -309,7 +301,7 @@ fn losses(
                 bail!("interrupted");
             }
             let output = TrainStep::step(&model, reordering.of_batch(batch?, job.model));
-            losses.push(output.item.output.loss.mean().into_scalar::<f64>());
+            losses.push(output.item.loss.mean().into_scalar::<f64>());
             model = optimizer.step(job.learning_rate, model, output.grads);
         }
     }

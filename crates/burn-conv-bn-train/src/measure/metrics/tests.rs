@@ -25,11 +25,11 @@ fn measure(mebibytes: usize) -> StepMeasure {
     }
 }
 
-fn input(losses: &[f32], scores: &[[f32; 2]], targets: &[i64]) -> TallyInput {
+fn input(losses: &[f32], scores: &[[f32; 2]], targets: &[i64]) -> StepOutput {
     let device = Device::flex();
     let scores: Vec<f32> = scores.iter().flatten().copied().collect();
-    TallyInput {
-        losses: Tensor::from_data(losses, &device),
+    StepOutput {
+        loss: Tensor::from_data(losses, &device),
         scores: Tensor::<1>::from_data(scores.as_slice(), &device).reshape([targets.len(), 2]),
         targets: Tensor::from_data(targets, &device),
         measure: Some(measure(3)),

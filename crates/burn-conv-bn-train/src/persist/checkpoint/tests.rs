@@ -45,7 +45,7 @@ struct Run {
 impl Run {
     fn new(losses: &[f64]) -> Self {
         let folder = TempDir::new().unwrap();
-        let store = Store::new(folder.path(), FirstFailure::default());
+        let store = Store::new(folder.path());
         store.begin().unwrap();
         let mut run = Self {
             folder,
@@ -67,12 +67,12 @@ impl Run {
         self.history.push(totals(loss));
         let epoch = self.history.len();
         self.store.announce(epoch, self.history.clone());
-        let (model, optimizer, scheduler) = checkpointers(&self.store, None);
         let layer = LinearConfig::new(3, 2).init(&Device::flex());
-        model.save(epoch, layer.into_record())?;
-        optimizer.save(epoch, OptimizerRecord::default())?;
+        let store = &self.store;
+        PartCheckpointer::new(store, MODEL, None).save(epoch, layer.into_record())?;
+        PartCheckpointer::new(store, OPTIMIZER, None).save(epoch, OptimizerRecord::default())?;
         let record = LrSchedulerRecord::new().with_scalar("iter_idx", epoch as i64);
-        scheduler.save(epoch, record)
+        PartCheckpointer::new(store, SCHEDULER, None).save(epoch, record)
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -91,17 +91,13 @@ impl Run {
     /// The epoch of the newest readable set, and the names of the files that are damaged.
     fn newest(&self) -> (Option<usize>, Vec<String>) {
         let (set, damaged) = newest(self.directory()).unwrap();
-        let name = |damaged: &Damaged| {
-            let text = damaged.to_string();
+        let name = |(_, text): &(usize, String)| {
             let (path, _) = text.split_once(' ').unwrap();
-            Path::new(path)
-                .file_name()
-                .unwrap()
-                .to_str()
-                .unwrap()
-                .to_string()
+            let name = Path::new(path).file_name().unwrap();
+            name.to_str().unwrap().to_string()
         };
-        (set.map(|set| set.epoch), damaged.iter().map(name).collect())
+        let names = damaged.iter().map(name).collect();
+        (set.map(|set| set.epoch), names)
     }
 }
 
@@ -253,7 +249,7 @@ fn a_set_that_cannot_be_written_leaves_the_others() {
     fs::rename(&real, &aside).unwrap();
     fs::write(&real, "").unwrap();
     run.finish_epoch(3.0).unwrap_err();
-    let failure = run.store.failure.take().unwrap();
+    let failure = run.store.take_failure().unwrap();
     let model = real.join("model-3.bpk").display().to_string();
     assert!(failure.to_string().starts_with(&model), "{failure}");
 

@@ -5,7 +5,7 @@ pub(crate) fn job(epochs: usize, batch_size: usize) -> Job {
     Job {
         dataset: DatasetChoice::Synthetic,
         data_dir: None,
-        download: false,
+        no_download: true,
         train_limit: Some(64),
         test_limit: Some(32),
         epochs,

@@ -38,7 +38,7 @@ fn other_orders_compute_the_same() {
             images: batch.images.without_autodiff(),
             targets: batch.targets.without_autodiff(),
         };
-        let output = |classifier: &Classifier, batch| classifier.classify(batch).output;
+        let output = |classifier: &Classifier, batch| classifier.classify(batch).scores;
         let classifier =
             |network| Classifier::new(network, MemoryProbe::off(), job.precision.parameters());
 
