@@ -16,7 +16,11 @@ use crate::precision::types;
 /// The device of a contender, with autodiff.
 pub fn open(contender: Contender, name: &str, precision: Precision) -> Result<Device> {
     let is_checkpointed = match contender {
-        Contender::Fused | Contender::Never | Contender::Unfused => false,
+        Contender::Fused
+        | Contender::Never
+        | Contender::NormConv
+        | Contender::NormNever
+        | Contender::Unfused => false,
         Contender::UnfusedCheckpointed => true,
         other => bail!("{other} is not one of Burn's contenders"),
     };
