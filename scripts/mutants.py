@@ -139,7 +139,9 @@ pub(crate) fn mutant(index: usize) -> bool {
 
 def build(folder, target):
     """Builds the test programs; returns them by name."""
-    command = ["cargo", "test", "--release", "--workspace", "--no-run", "--message-format", "json-render-diagnostics"]
+    command = ["cargo", "test", "--release", "--workspace", "--no-default-features"]
+    command += ["--features", "burn-conv-bn-train/flex", "--no-run"]
+    command += ["--message-format", "json-render-diagnostics"]
     command += [word for name in PROGRAMS for word in ("--test", name)]
     environment = dict(os.environ, CARGO_TARGET_DIR=str(target))
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)

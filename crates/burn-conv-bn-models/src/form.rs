@@ -1,7 +1,10 @@
 use burn::config::Config;
 use burn::module::Param;
 use burn::nn::pool;
-use burn::tensor::activation::{gelu, hard_swish, leaky_relu, relu, relu6, silu};
+use burn::tensor::activation::{
+    elu, gelu, gelu_approximate, hard_sigmoid, hard_swish, leaky_relu, mish, relu, relu6, sigmoid,
+    silu, softplus, tanh,
+};
 use burn::tensor::module::batch_norm_train;
 use burn::tensor::{BoolStore, DType, Shape, Tensor};
 use burn_conv_bn::functional::{BatchNormParams, batch_norm};
@@ -116,9 +119,9 @@ impl Form {
     ///
     /// The unfused form's list is Burn 0.22.1's: the convolution keeps its input and weight, batch
     /// norm its input, gamma and its statistics, an activation its input, or masks of what it clamps, and
-    /// SiLU and HardSwish the gate as well. In mixed precision the norm's input is a cast of the
-    /// convolution's output, in f32. A frozen norm is composed of several ops, which keep the normalized
-    /// values where gamma is tracked, and what belongs to channels.
+    /// one that Burn composes of several functions, as SiLU or Mish, the inputs of each. In mixed precision
+    /// the norm's input is a cast of the convolution's output, in f32. A frozen norm is composed of several
+    /// ops, which keep the normalized values where gamma is tracked, and what belongs to channels.
     ///
     /// # Panics
     ///
@@ -239,13 +242,23 @@ fn kept_by_activation(
     // Of Flex, a byte for each value.
     let mask = DType::Bool(BoolStore::Native);
     let clamped = [("above", mask), ("below", mask)];
+    let of_softplus = [("scaled", dtype), ("exponential", dtype), clamped[0]];
     match activation {
         Activation::Identity => Vec::new(),
-        Activation::Relu | Activation::Gelu => vec![(input, dtype)],
-        Activation::Relu6 => clamped.to_vec(),
+        Activation::Relu | Activation::Gelu | Activation::Sigmoid | Activation::Tanh => {
+            vec![(input, dtype)]
+        }
+        Activation::Relu6 | Activation::HardSigmoid { .. } => clamped.to_vec(),
         Activation::LeakyRelu { .. } => vec![clamped[1]],
         Activation::Silu => vec![(input, dtype), ("gate", dtype)],
         Activation::HardSwish => [&[(input, dtype), ("gate", dtype)], &clamped[..]].concat(),
+        Activation::GeluApproximate => vec![(input, dtype), ("inner", dtype), ("gate", dtype)],
+        Activation::Elu { .. } => vec![(input, dtype), clamped[1]],
+        Activation::Softplus { .. } => of_softplus.to_vec(),
+        Activation::Mish => {
+            let gated = [(input, dtype), ("softplus", dtype), ("gate", dtype)];
+            [&gated, &of_softplus[..]].concat()
+        }
         other => panic!("{other:?} has no unfused form yet"),
     }
 }
@@ -259,7 +272,14 @@ fn unfused_activation(activation: Activation, value: Tensor<4>) -> Tensor<4> {
         Activation::LeakyRelu { negative_slope } => leaky_relu(value, negative_slope),
         Activation::Silu => silu(value),
         Activation::Gelu => gelu(value),
+        Activation::GeluApproximate => gelu_approximate(value),
         Activation::HardSwish => hard_swish(value),
+        Activation::Sigmoid => sigmoid(value),
+        Activation::HardSigmoid { alpha, beta } => hard_sigmoid(value, alpha, beta),
+        Activation::Tanh => tanh(value),
+        Activation::Elu { alpha } => elu(value, alpha),
+        Activation::Mish => mish(value),
+        Activation::Softplus { beta } => softplus(value, beta),
         other => panic!("{other:?} has no unfused form yet"),
     }
 }

@@ -127,7 +127,17 @@ fn both_forms_of_a_block_agree_for_every_activation() {
         },
         Activation::Silu,
         Activation::Gelu,
+        Activation::GeluApproximate,
         Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid {
+            alpha: 0.2,
+            beta: 0.5,
+        },
+        Activation::Tanh,
+        Activation::Elu { alpha: 0.75 },
+        Activation::Mish,
+        Activation::Softplus { beta: 1.5 },
     ] {
         let block = ConvBn2dConfig::new([2, 3], [1, 1])
             .with_activation(activation)

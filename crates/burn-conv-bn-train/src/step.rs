@@ -2,9 +2,11 @@
 
 use std::time::Instant;
 
+use anyhow::{Result, ensure};
 use burn::backend::ExecutionError;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
+use burn::store::ModuleRecord;
 use burn::tensor::{FloatDType, Tensor};
 use burn::train::metric::{AccuracyInput, Adaptor, ItemLazy, LossInput};
 use burn::train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep};
@@ -52,6 +54,22 @@ impl Classifier {
     pub(crate) fn with_activations(mut self, dtype: FloatDType) -> Self {
         self.activations = dtype;
         self
+    }
+
+    /// The same with the parameters of a record.
+    ///
+    /// # Errors
+    ///
+    /// If the record is of another network or of another type.
+    pub(crate) fn restored(self, record: ModuleRecord) -> Result<Self> {
+        let expected = self.dtype();
+        let restored = self.try_load_record(record)?;
+        let found = restored.dtype();
+        ensure!(
+            found == expected,
+            "it is of type {found:?}, the run of type {expected:?}"
+        );
+        Ok(restored)
     }
 
     /// The float type of the parameters.

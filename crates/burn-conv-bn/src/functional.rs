@@ -196,6 +196,7 @@ pub fn conv<const D: usize>(
     let bias = bias.map(Tensor::dequantize);
     let problem = ConvBnProblem::conv(input.shape(), weight.shape(), &spec)?;
     let check = Check::new(&input);
+    check.backend()?;
     check.data("weight", &weight)?;
     check.data_channels("bias", bias.as_ref(), problem.output[1])?;
     if problem.values_per_channel() == 0 {
@@ -312,6 +313,7 @@ pub fn batch_norm<const D: usize>(
         check_values(&shape, &shape)?;
     }
     let check = Check::new(&input);
+    check.backend()?;
     for (what, tensor) in [
         ("gamma", &gamma),
         ("beta", &beta),
@@ -500,6 +502,7 @@ fn checked<const D: usize>(
     let (gamma, beta) = params.affine.unzip();
     let (mean, variance) = params.statistics.unzip();
     let check = Check::new(&input);
+    check.backend()?;
     check.data("weight", &params.weight)?;
     check.data_channels("bias", params.bias.as_ref(), channels_out)?;
     for (what, tensor) in [

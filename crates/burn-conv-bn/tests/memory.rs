@@ -165,7 +165,12 @@ fn a_node_keeps_what_its_table_lists() {
     let mut cases = Vec::new();
     for statistics in [StatisticsKind::Batch, StatisticsKind::Fixed] {
         for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
-            for activation in [Activation::Identity, Activation::Relu, Activation::Silu] {
+            for activation in [
+                Activation::Identity,
+                Activation::Relu,
+                Activation::Silu,
+                Activation::Sigmoid,
+            ] {
                 for residual in [false, true] {
                     for mask in 1..8 {
                         cases.push(Case {

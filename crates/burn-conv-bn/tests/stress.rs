@@ -22,7 +22,7 @@ use reference::{Op, Tensors, rounded};
 
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
 
-const ACTIVATIONS: [Activation; 8] = [
+const ACTIVATIONS: [Activation; 15] = [
     Activation::Identity,
     Activation::Relu,
     Activation::Relu6,
@@ -34,7 +34,17 @@ const ACTIVATIONS: [Activation; 8] = [
     },
     Activation::Silu,
     Activation::Gelu,
+    Activation::GeluApproximate,
     Activation::HardSwish,
+    Activation::Sigmoid,
+    Activation::HardSigmoid {
+        alpha: 0.25,
+        beta: 0.375,
+    },
+    Activation::Tanh,
+    Activation::Elu { alpha: 0.75 },
+    Activation::Mish,
+    Activation::Softplus { beta: 1.5 },
 ];
 
 const BATCH_NORM: NormSpec = NormSpec {

@@ -94,6 +94,8 @@ networks have running statistics, and need no test digits for pictures.";
 pub(super) struct Cli {
     #[command(subcommand)]
     pub(super) command: Subcommands,
+    #[command(flatten)]
+    pub(super) config: ConfigArgs,
 }
 
 #[allow(clippy::large_enum_variant, reason = "there is one of it")]
@@ -130,27 +132,17 @@ impl Subcommands {
             learning.dropout = Some(learning.dropout(job.model));
         }
     }
-
-    pub(super) fn take_config(&mut self) -> ConfigArgs {
-        match self {
-            Self::Compare(args) => std::mem::take(&mut args.job.config),
-            Self::Train(args) => std::mem::take(&mut args.job.config),
-            Self::Parity(args) => std::mem::take(&mut args.job.config),
-            Self::Predict(args) => std::mem::take(&mut args.config),
-            Self::Worker => ConfigArgs::default(),
-        }
-    }
 }
 
-#[derive(Args, Debug, Default)]
+#[derive(Args, Debug)]
 #[command(next_help_heading = "Options as a file")]
 pub(super) struct ConfigArgs {
     /// Options from this TOML file, or JSON if it ends in .json: long names with values, true or
     /// false for a switch. The command line wins.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
     /// Print the options in effect as such a file, and exit.
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub(super) print_config: bool,
 }
 
@@ -204,9 +196,6 @@ pub(super) struct JobArgs {
     /// Most bytes of workspace in the backward pass of a fused block.
     #[arg(long, value_name = "BYTES", help_heading = ON_COMPUTATION)]
     pub(super) max_workspace: Option<usize>,
-    #[command(flatten)]
-    #[serde(skip)]
-    pub(super) config: ConfigArgs,
 }
 
 /// Options of a training to its end, which `parity` has not.
@@ -276,9 +265,6 @@ pub(super) struct Compare {
     /// Limit on the estimated duration, in minutes; above it, training is on fewer digits.
     #[arg(long, value_name = "MINUTES", value_parser = finite, help_heading = ON_RUN)]
     pub(super) time_limit: Option<f64>,
-    /// Folder for the logs of the metrics.
-    #[arg(long, value_name = "DIR", default_value = "artifacts/compare", help_heading = ON_RUN)]
-    pub(super) artifacts: PathBuf,
     #[command(flatten)]
     #[serde(flatten)]
     pub(super) job: JobArgs,
@@ -302,7 +288,7 @@ pub(super) struct Train {
     /// Stop when the test loss has not improved for N epochs.
     #[arg(long, value_name = "N", help_heading = ON_RUN)]
     pub(super) early_stopping: Option<usize>,
-    /// Folder for checkpoints and logs.
+    /// Folder for checkpoints.
     #[arg(long, value_name = "DIR", default_value = RUN, help_heading = ON_RUN)]
     pub(super) artifacts: PathBuf,
     /// Resume the run in the folder from its newest complete checkpoint, with its options.
@@ -379,9 +365,6 @@ pub(super) struct Predict {
     /// Digits a batch; the tutorial's network normalizes by batch [default: as in the training].
     #[arg(long, value_name = "N", help_heading = ON_COMPUTATION)]
     pub(super) batch_size: Option<usize>,
-    #[command(flatten)]
-    #[serde(skip)]
-    pub(super) config: ConfigArgs,
     /// Draw the misclassified digits of the test set, highest loss first, to this SVG or PNG file.
     #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
     pub(super) mistakes: Option<PathBuf>,

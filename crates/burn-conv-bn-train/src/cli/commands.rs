@@ -12,12 +12,15 @@ use clap::Parser;
 use super::args::{Cli, Compare, LearningArgs, ParityArgs, Predict, Subcommands, Train};
 use super::config::Layers;
 use super::invocation::Invocation;
+use crate::choice::Choice;
+use crate::measure::history::Epoch;
 use crate::persist::run_file::{DataIdentity, Options, RUN_FILE, RunFile};
 use crate::persist::{checkpoint, output};
 use crate::predict::{PredictOptions, Source, predict};
-use crate::print::{PrintError, say};
+use crate::print::say;
 use crate::run::compare::{CompareOptions, compare};
-use crate::run::fit::{FitOutcome, RunOptions, check_directory, run};
+use crate::run::fit::{FitOutcome, RunOptions, run};
+use crate::run::folder::RunFolder;
 use crate::run::interrupt;
 use crate::run::parity::Parity;
 use crate::run::worker::work;
@@ -66,7 +69,6 @@ fn run_compare(
     let options = CompareOptions {
         json: args.json,
         plot: args.plot,
-        artifacts: args.artifacts,
         time_limit,
         threads,
     };
@@ -81,29 +83,24 @@ fn train(
     allocator: &'static CountingAllocator,
     interrupter: Interrupter,
 ) -> Result<()> {
-    let Train {
-        epochs,
-        early_stopping,
-        artifacts: directory,
-        resume,
-        overwrite,
-        variant,
-        job,
-        learning,
-        plain,
-        json,
-    } = args;
-    if resume && overwrite {
+    if args.resume && args.overwrite {
         bail!("--resume goes on with the run that --overwrite removes; use one of them");
     }
-    set_threads(job.threads)?;
+    set_threads(args.job.threads)?;
+    let folder = RunFolder {
+        path: args.artifacts,
+        resume: args.resume,
+        overwrite: args.overwrite,
+    };
+    let directory = folder.path.clone();
+    let json = args.json.as_deref();
     // Before the digits are drawn or downloaded.
     if let Some(stored) = &stored {
         stored.check_options(&directory, given)?;
     }
-    check_directory(&directory, resume, overwrite)?;
-    output::check(&[("--json", json.as_deref())])?;
-    let job = job.into_job(epochs, learning)?;
+    folder.check()?;
+    output::check_beside(&directory, &[("--json", json)])?;
+    let job = args.job.into_job(args.epochs, args.learning)?;
     let data = job.begin()?;
     let mut report = job.report(&data);
     let identity = DataIdentity::of(&data);
@@ -112,45 +109,33 @@ fn train(
     }
     let steps = job.steps(data.train.len());
     let options = RunOptions {
-        directory: directory.clone(),
-        overwrite,
-        checkpoints: true,
-        resume,
-        patience: early_stopping,
-        dashboard: !plain,
-        run_file: Some(RunFile::new(given, identity).to_json()),
+        folder: Some((folder, RunFile::new(given, identity))),
+        patience: args.early_stopping,
+        dashboard: !args.plain,
         interrupter,
     };
-    let (trained, outcome) = run(&job, variant, data, allocator, &options)?;
+    let (trained, outcome) = run(&job, args.variant, data, allocator, &options)?;
     report.variants.push(trained);
-    let tested = outcome.history.last();
-    let tested = tested.map(|epoch| format!("Test set ({}): {}", report.dataset, epoch.test));
-    let json = json.as_deref();
-    let files = json.map(|path| ("Report", path, output::json(&report)));
+    let tested = outcome.finished().last();
+    let tested = tested.map(|(_, test)| format!("Test set ({}): {test}", report.dataset));
+    let idle = outcome.epochs.len() == outcome.resumed;
+    let new = json.filter(|path| !(idle && report.is_in(path)));
+    let files = new.map(|path| ("Report", path, output::json(&report)));
     output::finish(tested, Vec::from_iter(files))?;
-    let kept = checkpoint::epochs(&directory)
-        .with_context(|| format!("cannot read {}", checkpoint::folder(&directory).display()))?;
+    let kept = checkpoint::epochs(&directory)?;
     // Ctrl-C may have come when everything was done.
-    if outcome.interrupted.is_some() && kept.last() != Some(&epochs) {
+    if outcome.interrupted.is_some() && kept.last() != Some(&job.epochs) {
         bail!("{}", interruption(&outcome, steps, &kept, &directory, json));
     }
-    say_end(&outcome, epochs)?;
-    report.check_finite()
-}
-
-/// Says why a training has ended before its last epoch.
-fn say_end(outcome: &FitOutcome, epochs: usize) -> Result<(), PrintError> {
-    let finished = outcome.history.len();
-    match outcome.epochs.last().map(|epoch| epoch.epoch) {
-        None if outcome.stopped_early => {
-            say!("Nothing to do: the run that was resumed stopped early after epoch {finished}.")
-        }
-        None => say!("Nothing to do: the run that was resumed has {finished} epochs already."),
-        Some(epoch) if epoch < epochs => {
-            say!("Stopped early after epoch {epoch}: the test loss no longer improves.")
-        }
-        Some(_) => Ok(()),
+    let finished = outcome.epochs.len();
+    if idle && outcome.stopped_early {
+        say!("Nothing to do: the run that was resumed stopped early after epoch {finished}.")?;
+    } else if idle {
+        say!("Nothing to do: the run that was resumed has {finished} epochs already.")?;
+    } else if outcome.stopped_early {
+        say!("Stopped early after epoch {finished}: the test loss no longer improves.")?;
     }
+    report.check_finite()
 }
 
 /// The message of an interrupted training: lost steps, and kept checkpoints.
@@ -161,16 +146,15 @@ pub(super) fn interruption(
     directory: &Path,
     report: Option<&Path>,
 ) -> String {
-    let lost = match outcome.epochs.last() {
+    let epoch = outcome.epochs.len();
+    let lost = match outcome.epochs[outcome.resumed..].last() {
         None => "before the first training step".to_string(),
-        Some(epoch) if epoch.train.steps.len() < steps => format!(
-            "in epoch {} after {} of its {steps} training steps, which are lost",
-            epoch.epoch,
-            epoch.train.steps.len()
+        Some(Epoch { train, .. }) if train.steps.len() < steps => format!(
+            "in epoch {epoch} after {} of its {steps} training steps, which are lost",
+            train.steps.len()
         ),
-        Some(epoch) => format!(
-            "in the test after epoch {}, which is lost: its checkpoint comes after the test",
-            epoch.epoch
+        Some(_) => format!(
+            "in the test after epoch {epoch}, which is lost: its checkpoint comes after the test"
         ),
     };
     let directory = directory.display();
@@ -180,16 +164,14 @@ pub(super) fn interruption(
              the run anew"
         ),
         [.., last] => format!(
-            "kept in {directory}: {} and the logs; --resume goes on with epoch {}",
+            "kept in {directory}: {}; --resume goes on with epoch {}",
             checkpoint::named(kept),
             last + 1
         ),
     };
-    let report = match report {
-        Some(path) => format!("; {} has the epochs that were finished", path.display()),
-        None => String::new(),
-    };
-    format!("interrupted {lost}; {left}{report}")
+    let report =
+        report.map(|path| format!("; {} has the epochs that were finished", path.display()));
+    format!("interrupted {lost}; {left}{}", report.unwrap_or_default())
 }
 
 fn parity(args: ParityArgs, interrupter: &Interrupter) -> Result<()> {

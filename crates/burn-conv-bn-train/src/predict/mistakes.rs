@@ -3,10 +3,11 @@
 use std::fmt::Write as _;
 use std::io::Cursor;
 
+use font8x8::legacy::BASIC_LEGACY;
 use image::{GrayImage, ImageFormat, Luma};
 
-use super::font;
-use crate::data::{PIXELS, SIDE};
+use crate::data::{Digits, PIXELS, SIDE};
+use crate::measure::report::MistakeReport;
 use crate::persist::output::PictureFormat;
 use crate::print::number;
 
@@ -16,12 +17,14 @@ pub(super) const SHOWN: usize = COLUMNS * 5;
 /// Digits in a row.
 const COLUMNS: usize = 8;
 
-/// Points in the picture for a pixel of a digit, and for a dot of a letter.
+/// Points in the picture for a pixel of a digit.
 const ZOOM: u32 = 4;
-const DOT: u32 = 2;
 
-/// From one letter to the next.
-const ADVANCE: u32 = (font::WIDTH + 1) * DOT;
+/// Width and height of a letter: those of the font, whose dots are two points high.
+const LETTER: [u32; 2] = [8, 16];
+
+/// In the place of a letter that the font does not have: a block.
+const UNKNOWN: [u8; 8] = [0xff; 8];
 
 /// From one line to the next.
 const LINE: u32 = 22;
@@ -30,7 +33,7 @@ const LINE: u32 = 22;
 const DIGIT: u32 = SIDE as u32 * ZOOM;
 
 /// From one digit to the next, right and down, with room for its three lines.
-const RIGHT: u32 = 12 * ADVANCE + 4;
+const RIGHT: u32 = DIGIT + 20;
 const DOWN: u32 = DIGIT + GAP + 3 * LINE + 12;
 
 /// Between a digit and the line below it.
@@ -43,32 +46,15 @@ const MARGIN: u32 = 20;
 const WIDTH: u32 = 2 * MARGIN + COLUMNS as u32 * RIGHT;
 
 /// Letters that fit a line across the picture.
-pub(super) const LETTERS: usize = ((WIDTH - 2 * MARGIN) / ADVANCE) as usize;
+pub(super) const LETTERS: usize = ((WIDTH - 2 * MARGIN) / LETTER[0]) as usize;
 
-/// A misclassified digit.
-#[derive(Clone, Debug)]
-pub(super) struct Tile {
-    /// The digit, white on black.
-    pub(super) image: [u8; PIXELS],
-    /// Its class.
-    pub(super) label: u8,
-    /// The predicted class.
-    pub(super) prediction: u8,
-    /// Probability of the prediction, from 0 to 1.
-    pub(super) probability: f64,
-    /// Loss of the digit, which orders them.
-    pub(super) loss: f64,
-}
-
-impl Tile {
-    /// What stands below the digit.
-    fn lines(&self) -> [String; 3] {
-        [
-            format!("{} read as {}", self.label, self.prediction),
-            format!("{:.2} %", 100.0 * self.probability),
-            format!("loss {}", number(self.loss, 6, 3).trim_start()),
-        ]
-    }
+/// What stands below a misclassified digit.
+fn lines(mistake: &MistakeReport) -> [String; 3] {
+    [
+        format!("{} read as {}", mistake.label, mistake.prediction),
+        format!("{:.2} %", 100.0 * mistake.probability),
+        format!("loss {}", number(mistake.loss, 6, 3).trim_start()),
+    ]
 }
 
 /// An element of a picture. Coordinates are of the upper left corner.
@@ -85,8 +71,8 @@ enum Mark<'a> {
     },
 }
 
-/// Draws the first [`SHOWN`] of `tiles`, below lines of text that are cut off where the picture
-/// ends.
+/// Draws the first [`SHOWN`] of `mistakes` on `digits`, below lines of text that are cut off where the
+/// picture ends.
 ///
 /// # Errors
 ///
@@ -94,11 +80,12 @@ enum Mark<'a> {
 pub(super) fn draw(
     format: PictureFormat,
     heading: &[String],
-    tiles: &[Tile],
+    digits: &Digits,
+    mistakes: &[MistakeReport],
 ) -> anyhow::Result<Vec<u8>> {
-    let tiles = &tiles[..tiles.len().min(SHOWN)];
+    let mistakes = &mistakes[..mistakes.len().min(SHOWN)];
     let top = MARGIN + heading.len() as u32 * LINE + 12;
-    let rows = tiles.len().div_ceil(COLUMNS) as u32;
+    let rows = mistakes.len().div_ceil(COLUMNS) as u32;
     let height = top + rows * DOWN + MARGIN;
 
     let mut marks = Vec::new();
@@ -106,18 +93,18 @@ pub(super) fn draw(
         marks.push(Mark::Text {
             x: MARGIN,
             y,
-            text: line.to_lowercase().chars().take(LETTERS).collect(),
+            text: line.chars().take(LETTERS).collect(),
         });
     }
-    for (index, tile) in tiles.iter().enumerate() {
+    for (index, mistake) in mistakes.iter().enumerate() {
         let left = MARGIN + (index % COLUMNS) as u32 * RIGHT;
         let y = top + (index / COLUMNS) as u32 * DOWN;
         marks.push(Mark::Digit {
             x: left + (RIGHT - DIGIT) / 2,
             y,
-            image: &tile.image,
+            image: digits.image(mistake.index),
         });
-        for (line, text) in (0..).zip(tile.lines()) {
+        for (line, text) in (0..).zip(lines(mistake)) {
             marks.push(Mark::Text {
                 x: left + (RIGHT - width(&text)) / 2,
                 y: y + DIGIT + GAP + line * LINE,
@@ -133,12 +120,12 @@ pub(super) fn draw(
 
 /// Width of a text, in letters that are all of the same width.
 fn width(text: &str) -> u32 {
-    text.chars().count() as u32 * ADVANCE - DOT
+    text.chars().count() as u32 * LETTER[0]
 }
 
 fn svg(height: u32, marks: &[Mark]) -> String {
-    // A letter of such a font is 0.6 of its size wide, a little less than a letter of dots.
-    let size = f64::from(ADVANCE) / 0.63;
+    // A letter of such a font is 0.6 of its size wide, a little less than one of the picture's.
+    let size = f64::from(LETTER[0]) / 0.63;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
          viewBox=\"0 0 {WIDTH} {height}\" font-family=\"monospace\" font-size=\"{size:.1}\">\n\
@@ -152,11 +139,11 @@ fn svg(height: u32, marks: &[Mark]) -> String {
                     "<g transform=\"translate({x} {y}) scale({ZOOM})\" \
                      shape-rendering=\"crispEdges\">\
                      <rect width=\"{SIDE}\" height=\"{SIDE}\"/>{}</g>",
-                    paths(image)
+                    bars(image)
                 );
             }
             Mark::Text { x, y, text } => {
-                let baseline = y + font::HEIGHT * DOT;
+                let baseline = y + LETTER[1] - 3;
                 let text = text.replace('&', "&amp;").replace('<', "&lt;");
                 let _ = writeln!(svg, "<text x=\"{x}\" y=\"{baseline}\">{text}</text>");
             }
@@ -166,30 +153,20 @@ fn svg(height: u32, marks: &[Mark]) -> String {
     svg
 }
 
-/// A digit on black as one path for each of 15 shades, of bars as long as a shade goes on.
-fn paths(image: &[u8; PIXELS]) -> String {
-    const STEP: u8 = 17;
-
-    let shade = |pixel: u8| (u32::from(pixel) + u32::from(STEP) / 2) / u32::from(STEP);
+/// A digit on black, as a bar for each run of pixels of one shade in a row.
+fn bars(image: &[u8; PIXELS]) -> String {
     let mut svg = String::new();
-    for wanted in 1..=u32::from(u8::MAX / STEP) {
-        let mut path = String::new();
-        for (y, row) in image.chunks_exact(SIDE).enumerate() {
-            let mut x = 0;
-            for bar in row.chunk_by(|a, b| shade(*a) == shade(*b)) {
-                let length = bar.len();
-                if shade(bar[0]) == wanted {
-                    let _ = write!(path, "M{x} {y}h{length}v1h-{length}z");
-                }
-                x += length;
+    for (y, row) in image.chunks_exact(SIDE).enumerate() {
+        let mut x = 0;
+        for bar in row.chunk_by(|a, b| a == b) {
+            let (grey, length) = (bar[0], bar.len());
+            if grey > 0 {
+                let _ = write!(
+                    svg,
+                    "<path fill=\"rgb({grey},{grey},{grey})\" d=\"M{x} {y}h{length}v1h-{length}z\"/>"
+                );
             }
-        }
-        if !path.is_empty() {
-            let grey = wanted * u32::from(STEP);
-            let _ = write!(
-                svg,
-                "<path fill=\"rgb({grey},{grey},{grey})\" d=\"{path}\"/>"
-            );
+            x += length;
         }
     }
     svg
@@ -202,21 +179,18 @@ fn png(height: u32, marks: &[Mark]) -> anyhow::Result<Vec<u8>> {
             Mark::Digit { x, y, image } => {
                 for (at, &pixel) in image.iter().enumerate() {
                     let (row, column) = ((at / SIDE) as u32, (at % SIDE) as u32);
-                    fill(
-                        &mut picture,
-                        [x + column * ZOOM, y + row * ZOOM],
-                        ZOOM,
-                        pixel,
-                    );
+                    let corner = [x + column * ZOOM, y + row * ZOOM];
+                    fill(&mut picture, corner, [ZOOM; 2], pixel);
                 }
             }
             Mark::Text { x, y, text } => {
-                for (letter, left) in text.chars().zip((*x..).step_by(ADVANCE as usize)) {
-                    for (column, row) in (0..font::HEIGHT)
-                        .flat_map(|row| (0..font::WIDTH).map(move |column| (column, row)))
-                        .filter(|&(column, row)| font::has_dot(letter, column, row))
-                    {
-                        fill(&mut picture, [left + column * DOT, y + row * DOT], DOT, 0);
+                for (letter, left) in text.chars().zip((*x..).step_by(LETTER[0] as usize)) {
+                    let rows = BASIC_LEGACY.get(letter as usize).unwrap_or(&UNKNOWN);
+                    for (row, column) in (0..8).flat_map(|row| (0..8).map(move |x| (row, x))) {
+                        // The lowest bit is the leftmost dot.
+                        if rows[row as usize] >> column & 1 == 1 {
+                            fill(&mut picture, [left + column, y + 2 * row], [1, 2], 0);
+                        }
                     }
                 }
             }
@@ -227,10 +201,9 @@ fn png(height: u32, marks: &[Mark]) -> anyhow::Result<Vec<u8>> {
     Ok(bytes.into_inner())
 }
 
-/// Fills a square.
-fn fill(picture: &mut GrayImage, [left, top]: [u32; 2], side: u32, shade: u8) {
-    for y in top..top + side {
-        for x in left..left + side {
+fn fill(picture: &mut GrayImage, [left, top]: [u32; 2], [width, height]: [u32; 2], shade: u8) {
+    for y in top..top + height {
+        for x in left..left + width {
             picture.put_pixel(x, y, Luma([shade]));
         }
     }

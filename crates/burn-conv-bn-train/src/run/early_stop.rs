@@ -3,11 +3,11 @@
 use burn::train::EarlyStoppingStrategy;
 use burn::train::metric::store::EventStoreClient;
 
-use crate::persist::history::{EpochTotals, History, best_epoch, wait_for_logs};
+use crate::measure::history::{Epoch, History, best_epoch, wait_for_metrics};
 use crate::persist::lock::FirstFailure;
 
 /// Whether the last `patience` epochs have brought nothing better than the epochs before them.
-pub(crate) fn is_exhausted(history: &[EpochTotals], patience: usize) -> bool {
+pub(crate) fn is_exhausted(history: &[Epoch], patience: usize) -> bool {
     // As with Burn's own early stopping, a first epoch without a loss counts as the best so far.
     let best = best_epoch(history).unwrap_or(1);
     history.len().saturating_sub(best) >= patience
@@ -26,11 +26,9 @@ pub(crate) struct EpochEnd {
 
 impl EarlyStoppingStrategy for EpochEnd {
     fn should_stop(&mut self, epoch: usize, store: &EventStoreClient) -> bool {
-        wait_for_logs(epoch, store);
-        self.failure.happened()
-            || self
-                .patience
-                .is_some_and(|patience| is_exhausted(&self.history.finished(), patience))
+        wait_for_metrics(epoch, store);
+        let exhausted = |patience| is_exhausted(&self.history.finished(), patience);
+        self.failure.happened() || self.patience.is_some_and(exhausted)
     }
 }
 
@@ -38,7 +36,7 @@ impl EarlyStoppingStrategy for EpochEnd {
 mod tests {
     use super::*;
 
-    use crate::persist::history::tests::history;
+    use crate::measure::history::tests::history;
 
     /// The epoch after which a training stops, as Burn's `MetricEarlyStoppingStrategy` decides.
     fn burn_stops_after(losses: &[f64], patience: usize) -> Option<usize> {

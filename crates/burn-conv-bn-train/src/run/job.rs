@@ -4,16 +4,17 @@ use std::path::PathBuf;
 
 use burn::module::Module;
 use burn::tensor::Device;
-use burn_conv_bn::{NormVariant, Recompute};
+use burn_conv_bn::{ConvBnModule, NormVariant, Recompute};
 use burn_conv_bn_models::Form;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::data::{DataError, DataRequest, DatasetChoice, MnistData, resolve};
+use crate::choice::Choice;
+use crate::data::{DataRequest, DatasetChoice, MnistData, resolve};
 use crate::device::DeviceChoice;
 use crate::measure::memory::MemoryProbe;
 use crate::measure::report::{BURN_VERSION, Report, SCHEMA};
-use crate::model::{ModelChoice, ModelError, Network, NetworkOptions};
+use crate::model::{ModelChoice, Network};
 use crate::optim::OptimizerChoice;
 pub use crate::precision::Precision;
 use crate::print::say;
@@ -32,14 +33,6 @@ pub enum Variant {
 impl Variant {
     /// In the order of a comparison.
     pub(crate) const ALL: [Self; 2] = [Self::Fused, Self::Unfused];
-
-    /// As on the command line.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Fused => "fused",
-            Self::Unfused => "unfused",
-        }
-    }
 
     pub(crate) fn form(self) -> Form {
         match self {
@@ -60,14 +53,6 @@ pub enum Norm {
 }
 
 impl Norm {
-    /// As on the command line.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Burn => "burn",
-            Self::Tutorial => "tutorial",
-        }
-    }
-
     pub(crate) fn variant(self) -> NormVariant {
         match self {
             Self::Burn => NormVariant::BatchNorm,
@@ -142,21 +127,8 @@ impl Job {
     }
 
     /// Checks that there is such a network.
-    ///
-    /// # Errors
-    ///
-    /// As [`ModelChoice::check`].
-    pub(crate) fn check(&self) -> Result<(), ModelError> {
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
         self.model.check(self.norm.variant(), self.dropout)
-    }
-
-    /// Checks that the network can be trained on that many digits.
-    ///
-    /// # Errors
-    ///
-    /// As [`ModelChoice::check_batches`].
-    pub(crate) fn check_digits(&self, digits: usize) -> Result<(), ModelError> {
-        self.model.check_batches(digits, self.batch_size)
     }
 
     /// Checks the job, and finds its data, which it names on standard output.
@@ -165,7 +137,11 @@ impl Job {
         let data = self.data()?;
         say!("Data: {}", data.origin)?;
         self.precision.announce()?;
-        self.check_digits(data.train.len())?;
+        if let Some(notice) = self.device.tuning_notice(cfg!(feature = "autotune")) {
+            say!("{notice}")?;
+        }
+        self.model
+            .check_batches(data.train.len(), self.batch_size)?;
         Ok(data)
     }
 
@@ -178,8 +154,8 @@ impl Job {
     ///
     /// # Errors
     ///
-    /// [`DataError`] if they are not found or not sound.
-    pub fn data(&self) -> Result<MnistData, DataError> {
+    /// If they are not found or not sound.
+    pub fn data(&self) -> anyhow::Result<MnistData> {
         resolve(&self.data_request())
     }
 
@@ -202,12 +178,12 @@ impl Job {
             dataset: data.origin.name().to_string(),
             train_digits: data.train.len(),
             test_digits: data.test.len(),
-            device: self.device.name().to_string(),
+            device: self.device.name(),
             dtype: self.precision.dtype_name(),
             batch_size: self.batch_size,
-            model: self.model.name().to_string(),
-            optimizer: self.optimizer.name().to_string(),
-            norm: self.norm.name().to_string(),
+            model: self.model.name(),
+            optimizer: self.optimizer.name(),
+            norm: self.norm.name(),
             seed: self.seed,
             threads: rayon::current_num_threads(),
             burn_version: BURN_VERSION.to_string(),
@@ -225,17 +201,15 @@ impl Job {
         drawn_on.seed(self.seed);
         // The dropout's draws are the device's own.
         device.seed(self.seed);
-        let options = NetworkOptions {
-            form,
-            norm: self.norm.variant(),
-            dropout: self.dropout,
-            recompute: match self.recompute {
-                RecomputePolicy::Conv => Recompute::Conv,
-                RecomputePolicy::Never => Recompute::Never,
-            },
-            max_workspace: self.max_workspace,
+        let recompute = match self.recompute {
+            RecomputePolicy::Conv => Recompute::Conv,
+            RecomputePolicy::Never => Recompute::Never,
         };
-        self.model.init(&options, &drawn_on).fork(&device)
+        self.model
+            .init(form, self.norm.variant(), self.dropout, &drawn_on)
+            .fork(&device)
+            .with_recompute(recompute)
+            .with_max_workspace(self.max_workspace)
     }
 
     /// The network in its initial state, ready to be trained.

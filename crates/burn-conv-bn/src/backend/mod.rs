@@ -11,6 +11,7 @@ use burn::backend::{Backend, backend_extension};
 use burn::tensor::ops::MaxPoolOptions;
 
 use crate::portable;
+use crate::portable::sweeps::Composed;
 use crate::spec::{BatchNormOptions, ConvBnOptions, ConvSpec};
 
 pub use self::tensors::{
@@ -140,7 +141,7 @@ pub trait ConvBnBackend: Backend {
         #[extension_type] bias: OptionalTensor<Self>,
         spec: ConvSpec,
     ) -> FloatTensor<Self> {
-        portable::conv::forward::<Self>(input, weight, bias.into_option(), &spec)
+        portable::conv::forward::<Self, Composed>(input, weight, bias.into_option(), &spec)
     }
 
     /// Backward kernel of `conv`.
@@ -149,7 +150,7 @@ pub trait ConvBnBackend: Backend {
         #[extension_type] saved: ConvSaved<Self>,
         options: ConvBackwardOptions,
     ) -> ConvGrads<Self> {
-        portable::conv::backward::<Self>(saved, &options)
+        portable::conv::backward::<Self, Composed>(saved, &options)
     }
 
     /// `activation(norm(input))`, with an explicit backward pass. Whatever keeps its output for a backward

@@ -27,7 +27,14 @@ pub(super) fn kernel_activation(activation: Activation) -> KernelActivation {
         Activation::LeakyRelu { negative_slope } => KernelActivation::LeakyRelu { negative_slope },
         Activation::Silu => KernelActivation::Silu,
         Activation::Gelu => KernelActivation::Gelu,
+        Activation::GeluApproximate => KernelActivation::GeluApproximate,
         Activation::HardSwish => KernelActivation::HardSwish,
+        Activation::Sigmoid => KernelActivation::Sigmoid,
+        Activation::HardSigmoid { alpha, beta } => KernelActivation::HardSigmoid { alpha, beta },
+        Activation::Tanh => KernelActivation::Tanh,
+        Activation::Elu { alpha } => KernelActivation::Elu { alpha },
+        Activation::Mish => KernelActivation::Mish,
+        Activation::Softplus { beta } => KernelActivation::Softplus { beta },
     }
 }
 

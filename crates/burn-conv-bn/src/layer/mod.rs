@@ -1,6 +1,7 @@
 //! The layers, for one, two and three spatial dimensions, and the max pool for two.
 
 mod block;
+mod borrowed;
 mod convolution;
 mod error;
 mod fold;
@@ -20,10 +21,11 @@ use burn::tensor::{Device, Tensor};
 use crate::spec::{
     Activation, NormVariant, Recompute, SavedTensor, check_epsilon, check_geometry, check_momentum,
 };
-use block::Block;
 use convolution::Sizes;
 use error::or_panic;
 
+pub use borrowed::{ConvBnRef, fuse};
+pub use convolution::Convolution;
 pub use error::FoldError;
 pub use max_pool::{MaxPool2d, MaxPool2dConfig};
 pub use module::ConvBnModule;
@@ -167,6 +169,7 @@ macro_rules! conv_bn_layer {
         /// It holds Burn's own modules, so that records, optimizers, freezing and renamed PyTorch
         /// weights work as for the two layers that it replaces. Made by
         #[doc = concat!("[`", stringify!($config), "`], or [`from_parts`](Self::from_parts).")]
+        /// [`fuse`] is the same over modules that stay where they are.
         ///
         /// # Statistics
         ///
@@ -240,7 +243,7 @@ macro_rules! conv_bn_layer {
             /// statistics of. With running statistics an empty batch gives an empty output.
             #[track_caller]
             pub fn forward(&self, input: Tensor<$rank>) -> Tensor<$rank> {
-                self.block().forward(input, None)
+                self.borrowed().forward(input)
             }
 
             /// `activation(norm(conv(input)) + residual)`.
@@ -259,7 +262,7 @@ macro_rules! conv_bn_layer {
                 input: Tensor<$rank>,
                 residual: Tensor<$rank>,
             ) -> Tensor<$rank> {
-                self.block().forward(input, Some(residual))
+                self.borrowed().forward_residual(input, residual)
             }
 
             /// What a training step keeps for the backward pass of this layer's
@@ -271,7 +274,7 @@ macro_rules! conv_bn_layer {
             /// As [`forward`](Self::forward), for the shape.
             #[track_caller]
             pub fn saved_for_backward(&self, input_shape: [usize; $rank]) -> Vec<SavedTensor> {
-                self.block().saved_for_backward(input_shape, false)
+                self.borrowed().saved_for_backward(input_shape)
             }
 
             /// As [`saved_for_backward`](Self::saved_for_backward), for
@@ -285,7 +288,7 @@ macro_rules! conv_bn_layer {
                 &self,
                 input_shape: [usize; $rank],
             ) -> Vec<SavedTensor> {
-                self.block().saved_for_backward(input_shape, true)
+                self.borrowed().saved_for_backward_residual(input_shape)
             }
 
             /// Shape of the output for an input of that shape.
@@ -307,35 +310,23 @@ macro_rules! conv_bn_layer {
             /// assert_eq!(block.output_shape([2, 3, 16, 16]), [2, 8, 7, 7]);
             /// # }
             /// ```
+            #[track_caller]
             pub fn output_shape(&self, input_shape: [usize; $rank]) -> [usize; $rank] {
-                self.block().output_shape(input_shape)
+                self.borrowed().output_shape(input_shape)
             }
 
             /// For inference: one convolution, with a bias, that computes `norm(conv(input))` of
-            /// the evaluation mode. The activation is not part of it; apply
-            /// `settings.activation.forward(..)`, after adding a residual if there is one.
-            ///
-            /// The new weight `gamma * s * weight` and bias `gamma * s * (bias - running_mean) +
-            /// beta` are formed in f64 and have the dtype of the old weight. They are parameters of
-            /// their own on its device, trainable as those of a new convolution.
+            /// the evaluation mode. The activation is not part of it.
             ///
             /// # Errors
             ///
-            /// [`FoldError::NoRunningStatistics`] if the layer evaluates on the batch's
-            /// statistics, which no fixed weight reproduces; [`FoldError::NotFinite`] if a
-            /// channel's scale or shift is not finite, as from a negative running variance;
-            /// [`FoldError::OutOfRange`] if the weight's dtype does not hold a folded value;
-            /// [`FoldError::SamePadding`] for `Same` padding that Burn's `Conv3d` does not have.
+            /// As [`ConvBnRef::fold`].
             pub fn fold(&self) -> Result<$conv, FoldError> {
-                self.block().fold()
+                self.borrowed().fold()
             }
 
-            fn block(&self) -> Block<'_, $conv> {
-                Block {
-                    conv: &self.conv,
-                    norm: &self.norm,
-                    settings: &self.settings,
-                }
+            fn borrowed(&self) -> ConvBnRef<'_, $conv, $rank> {
+                fuse(&self.conv, &self.norm).with_settings(self.settings.clone())
             }
         }
 
@@ -542,13 +533,9 @@ conv_bn_layer! {
 }
 
 impl ConvBn2d {
-    /// `max_pool(activation(norm(conv(input))))`: [`forward`](Self::forward) and [`MaxPool2d::forward`], as
-    /// one op where [`conv_bn_max_pool2d`](crate::functional::conv_bn_max_pool2d) is one.
-    ///
-    /// # Shapes
-    ///
-    /// - `input`: `[batch, channels_in, height, width]`
-    /// - output: `[batch, channels_out, height_out, width_out]`, of the pool
+    /// `max_pool(activation(norm(conv(input))))`, to the pool's `[batch, channels_out, height_out, width_out]`:
+    /// [`forward`](Self::forward) and [`MaxPool2d::forward`], as one op where
+    /// [`conv_bn_max_pool2d`](crate::functional::conv_bn_max_pool2d) is one.
     ///
     /// # Panics
     ///
@@ -579,12 +566,10 @@ impl ConvBn2d {
     /// ```
     #[track_caller]
     pub fn forward_max_pool(&self, input: Tensor<4>, pool: &MaxPool2d) -> Tensor<4> {
-        self.block().forward_max_pool(input, pool)
+        self.borrowed().forward_max_pool(input, pool)
     }
 
-    /// As [`saved_for_backward`](Self::saved_for_backward), of
-    /// [`forward_max_pool`](Self::forward_max_pool) on Flex. `pooled` is what that returns, and `output`
-    /// the block's, with the padding that Burn's pool adds, where it is kept between the two.
+    /// As [`ConvBnRef::saved_for_backward_max_pool`].
     ///
     /// # Panics
     ///
@@ -595,6 +580,7 @@ impl ConvBn2d {
         input_shape: [usize; 4],
         pool: &MaxPool2d,
     ) -> Vec<SavedTensor> {
-        self.block().saved_for_backward_max_pool(input_shape, pool)
+        self.borrowed()
+            .saved_for_backward_max_pool(input_shape, pool)
     }
 }

@@ -8,13 +8,14 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::ops::PadMode;
 use burn::tensor::{Shape, Slice};
 
+use super::layout::{Layouts, lift_shape};
 use super::{channel_sum, channels};
 use crate::backend::tensors::{ConvBackwardOptions, ConvGrads, ConvSaved};
 use crate::spec::ConvSpec;
 
 /// `input`: `[batch, channels_in, spatial..]`, `weight`: `[channels_out, channels_in / groups,
 /// kernel..]`, `bias`: `[channels_out]`.
-pub(crate) fn forward<B: Backend>(
+pub(crate) fn forward<B: Backend, L: Layouts<B>>(
     input: FloatTensor<B>,
     weight: FloatTensor<B>,
     bias: Option<FloatTensor<B>>,
@@ -22,8 +23,8 @@ pub(crate) fn forward<B: Backend>(
 ) -> FloatTensor<B> {
     match spec.rank() {
         1 => {
-            let (input, weight) = (lift::<B>(input), lift::<B>(weight));
-            lower::<B>(forward::<B>(input, weight, bias, &lift_spec(spec)))
+            let (input, weight) = (L::lift(input), L::lift(weight));
+            L::lower(forward::<B, L>(input, weight, bias, &lift_spec(spec)))
         }
         2 => B::conv2d(input, weight, bias, spec.to_burn()),
         3 => {
@@ -35,7 +36,7 @@ pub(crate) fn forward<B: Backend>(
 }
 
 /// The requested gradients.
-pub(crate) fn backward<B: Backend>(
+pub(crate) fn backward<B: Backend, L: Layouts<B>>(
     saved: ConvSaved<B>,
     options: &ConvBackwardOptions,
 ) -> ConvGrads<B> {
@@ -46,12 +47,12 @@ pub(crate) fn backward<B: Backend>(
     let weight = saved.input.into_option().filter(|_| wanted.weight);
     let weight = weight.map(|input| {
         let shape = &options.weight_shape;
-        weight_backward::<B>(input, shape, output_grad.clone(), &options.spec)
+        weight_backward::<B, L>(input, shape, output_grad.clone(), &options.spec)
     });
     let input = saved.weight.into_option().filter(|_| wanted.input);
     let input = input.map(|weight| {
         let shape = &options.input_shape;
-        input_backward::<B>(shape, weight, output_grad, &options.spec)
+        input_backward::<B, L>(shape, weight, output_grad, &options.spec)
     });
     ConvGrads {
         input: input.into(),
@@ -61,17 +62,17 @@ pub(crate) fn backward<B: Backend>(
 }
 
 /// Gradient of the input, which itself is not needed.
-pub(crate) fn input_backward<B: Backend>(
+pub(crate) fn input_backward<B: Backend, L: Layouts<B>>(
     input_shape: &Shape,
     weight: FloatTensor<B>,
     output_grad: FloatTensor<B>,
     spec: &ConvSpec,
 ) -> FloatTensor<B> {
     if spec.rank() == 1 {
-        let (weight, output_grad) = (lift::<B>(weight), lift::<B>(output_grad));
+        let (weight, output_grad) = (L::lift(weight), L::lift(output_grad));
         let shape = lift_shape(input_shape);
-        let grad = input_backward::<B>(&shape, weight, output_grad, &lift_spec(spec));
-        return lower::<B>(grad);
+        let grad = input_backward::<B, L>(&shape, weight, output_grad, &lift_spec(spec));
+        return L::lower(grad);
     }
     // Burn's backward takes the input for its shape alone, and pads it when the padding is
     // asymmetric: hand it a stand-in without memory, padded already, and crop the result.
@@ -86,8 +87,8 @@ pub(crate) fn input_backward<B: Backend>(
     }
     let stand_in = stand_in::<B>(&Shape::from(padded_shape), &output_grad);
     let grad = match spec.rank() {
-        2 => B::conv2d_x_backward(stand_in, weight, output_grad, padded_spec.to_burn()),
-        3 => B::conv3d_x_backward(stand_in, weight, output_grad, padded_spec.to_burn()),
+        2 => L::conv2d_x_backward(stand_in, weight, output_grad, padded_spec.to_burn()),
+        3 => L::conv3d_x_backward(stand_in, weight, output_grad, padded_spec.to_burn()),
         rank => unsupported_rank(rank),
     };
     if symmetric {
@@ -103,17 +104,17 @@ pub(crate) fn input_backward<B: Backend>(
 }
 
 /// Gradient of the weight, which itself is not needed.
-pub(crate) fn weight_backward<B: Backend>(
+pub(crate) fn weight_backward<B: Backend, L: Layouts<B>>(
     input: FloatTensor<B>,
     weight_shape: &Shape,
     output_grad: FloatTensor<B>,
     spec: &ConvSpec,
 ) -> FloatTensor<B> {
     if spec.rank() == 1 {
-        let (input, output_grad) = (lift::<B>(input), lift::<B>(output_grad));
+        let (input, output_grad) = (L::lift(input), L::lift(output_grad));
         let shape = lift_shape(weight_shape);
-        let grad = weight_backward::<B>(input, &shape, output_grad, &lift_spec(spec));
-        return lower::<B>(grad);
+        let grad = weight_backward::<B, L>(input, &shape, output_grad, &lift_spec(spec));
+        return L::lower(grad);
     }
     let weight = stand_in::<B>(weight_shape, &output_grad);
     let (input, spec) = pad_if_asymmetric::<B>(input, spec);
@@ -153,25 +154,6 @@ fn pad_if_asymmetric<B: Backend>(
     let mut spec = spec.clone();
     spec.padding.fill((0, 0));
     (padded, spec)
-}
-
-/// `[a, b, length]` viewed as `[a, b, 1, length]`.
-fn lift<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
-    let shape = lift_shape(&tensor.shape());
-    B::float_reshape(tensor, shape)
-}
-
-/// `[a, b, 1, length]` viewed as `[a, b, length]`.
-fn lower<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
-    let mut shape = tensor.shape().to_vec();
-    shape.remove(2);
-    B::float_reshape(tensor, Shape::from(shape))
-}
-
-fn lift_shape(shape: &Shape) -> Shape {
-    let mut shape = shape.to_vec();
-    shape.insert(2, 1);
-    Shape::from(shape)
 }
 
 fn lift_spec(spec: &ConvSpec) -> ConvSpec {

@@ -153,14 +153,16 @@ pub struct ConvBnOptions {
     /// Whether the convolution's output is kept or recomputed.
     pub recompute: Recompute,
     /// Most bytes that the backward pass may hold beyond what was saved and what it returns
-    /// (recomputed output, im2col columns, temporaries), or `None` for no bound.
+    /// (recomputed output, im2col columns, temporaries), or `None` for the backend's own bound.
     ///
     /// On Flex, a recomputed output that does not fit is never stored: each tile of it is
     /// recomputed twice, as is one of more than 128 MiB, or of 32 taps or fewer, without a bound.
-    /// Elsewhere the backward pass works over the largest number of images that fits, but at least
-    /// one, and recomputes twice unless all of them fit. A few tiles for each thread and copies of the
-    /// weight are not bounded, nor is a block under [`Recompute::Norm`], which recomputes no convolution: the
-    /// gradient of its convolution's output is a tensor.
+    /// Elsewhere the gradients of the convolution are taken over the largest number of images that fits beside
+    /// the recomputed output, but at least one; only if not even that fits, the output is recomputed in parts,
+    /// and each of them twice. Without a bound CubeCL's devices allow these gradients 64 MiB beside the
+    /// output, or as much as input and output take. A few tiles for each thread and copies of the weight are
+    /// not bounded, nor is a block under [`Recompute::Norm`], which recomputes no convolution: the gradient of its
+    /// convolution's output is a tensor.
     pub max_workspace: Option<usize>,
 }
 

@@ -342,7 +342,17 @@ fn fused_over_every_activation() {
         },
         Activation::Silu,
         Activation::Gelu,
+        Activation::GeluApproximate,
         Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid {
+            alpha: 0.2,
+            beta: 0.5,
+        },
+        Activation::Tanh,
+        Activation::Elu { alpha: 0.75 },
+        Activation::Mish,
+        Activation::Softplus { beta: 1.5 },
     ] {
         for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
             for (residual, frozen) in [(false, false), (false, true), (true, false), (true, true)] {

@@ -1,7 +1,9 @@
 //! Tests of the op and the layer on Flex.
 
+mod borrowed;
 mod common;
 
+mod activations;
 mod conv_bn_max_pool;
 mod fold;
 mod gradients;
@@ -14,5 +16,6 @@ mod parity;
 mod pytorch;
 mod ranks;
 mod rebuilt;
+mod save_plan;
 mod states;
 mod validation;

@@ -25,19 +25,6 @@ pub(crate) fn job(epochs: usize, batch_size: usize) -> Job {
     }
 }
 
-#[test]
-fn names_are_those_of_the_command_line() {
-    fn check<T: ValueEnum + Copy>(name: impl Fn(T) -> &'static str) {
-        for choice in T::value_variants() {
-            let value = choice.to_possible_value().expect("no choice is hidden");
-            assert_eq!(value.get_name(), name(*choice));
-        }
-    }
-    check(Variant::name);
-    check(Norm::name);
-    check(Precision::name);
-}
-
 /// Bytes of the tutorial's network for a batch of two, with activations of `size` bytes.
 fn saved_by_tutorial(size: usize) -> [usize; 2] {
     let [first, second] = [2 * 32 * 26 * 26, 2 * 64 * 24 * 24];
