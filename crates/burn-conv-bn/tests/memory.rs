@@ -473,8 +473,8 @@ fn a_block_joined_with_its_pool_keeps_what_it_lists(device: &Device) {
             &["input", "pooled", "argmax"][..],
         ),
         (Activation::Silu, Recompute::Conv, &["input", "argmax"][..]),
-        (Activation::Relu, Recompute::Never, &kept_too),
-        (Activation::Relu, Recompute::Norm, &kept_too),
+        (Activation::Relu, Recompute::Never, &kept_too[..]),
+        (Activation::Relu, Recompute::Norm, &kept_too[..]),
     ] {
         let block = ConvBn2dConfig::new([WEIGHT[1], WEIGHT[0]], [3, 3])
             .with_activation(activation)

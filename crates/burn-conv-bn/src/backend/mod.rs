@@ -144,13 +144,13 @@ pub trait ConvBnBackend: Backend {
         portable::conv::forward::<Self, Composed>(input, weight, bias.into_option(), &spec)
     }
 
-    /// Backward kernel of `conv`.
-    #[fusion(default)]
+    /// Backward kernel of `conv`: the gradients in `options.wanted`.
+    #[fusion(meta = crate::backend::fusion::conv_backward)]
     fn conv_backward(
         #[extension_type] saved: ConvSaved<Self>,
         options: ConvBackwardOptions,
     ) -> ConvGrads<Self> {
-        portable::conv::backward::<Self, Composed>(saved, &options)
+        portable::conv_bn::conv_backward::<Self>(saved, &options)
     }
 
     /// `activation(norm(input))`, with an explicit backward pass. Whatever keeps its output for a backward

@@ -226,6 +226,8 @@ pub struct ConvBackwardOptions {
     pub input_shape: Shape,
     /// `[channels_out, channels_in / groups, kernel..]`.
     pub weight_shape: Shape,
+    /// As [`ConvBnOptions::max_workspace`].
+    pub max_workspace: Option<usize>,
     /// Requested gradients, of `input`, `weight` and `bias`.
     pub wanted: Parents,
 }

@@ -1,6 +1,8 @@
 //! The kernels against the portable bodies, which serve the other backends, in f64. The
 //! kernels themselves are held against finite differences and PyTorch in `tests/it`.
 
+mod halves;
+
 use burn::backend::flex::FlexTensor;
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::{Flex, TensorMetadata};

@@ -161,8 +161,8 @@ pub struct ConvBnOptions {
     /// the recomputed output, but at least one; only if not even that fits, the output is recomputed in parts,
     /// and each of them twice. Without a bound CubeCL's devices allow these gradients 64 MiB beside the
     /// output, or as much as input and output take. A few tiles for each thread and copies of the weight are
-    /// not bounded, nor is a block under [`Recompute::Norm`], which recomputes no convolution: the gradient of its
-    /// convolution's output is a tensor.
+    /// not bounded. Under [`Recompute::Norm`] nothing is recomputed, and the gradient of the convolution's
+    /// output is a tensor; the bound is that of the convolution's gradients.
     pub max_workspace: Option<usize>,
 }
 
