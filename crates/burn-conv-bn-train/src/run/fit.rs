@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use burn::lr_scheduler::step::{StepLrScheduler, StepLrSchedulerConfig};
+use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
+use burn::lr_scheduler::step::StepLrSchedulerConfig;
 use burn::train::logger::InMemoryMetricLogger;
 use burn::train::metric::{AccuracyMetric, LossMetric};
 use burn::train::{ExecutionStrategy, Interrupter, Interruption, Learner, SupervisedTraining};
@@ -163,7 +164,7 @@ fn fit(
 /// Where a training starts: at its beginning, or after the last epoch of a checkpoint.
 struct Start {
     classifier: Classifier,
-    schedule: StepLrScheduler,
+    schedule: ModuleLrScheduler,
     set: Set,
     /// Where checkpoints go, if there are to be any.
     store: Option<Arc<Store>>,
