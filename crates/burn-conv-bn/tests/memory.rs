@@ -1,6 +1,8 @@
 //! What a node and a layer keep, counted by the allocator, against the table in [`SavePlan`].
 //!
-//! One test, so that no other allocates at the same time.
+//! Peaks are in the module of that name. One test, so that no other allocates at the same time.
+
+mod peaks;
 
 use burn::module::{Module, Param};
 use burn::nn::PaddingConfig2d;
@@ -219,6 +221,7 @@ fn a_node_keeps_what_its_table_lists() {
     no_gradient_is_made_between_block_and_pool(&device);
     unfused_keeps_three(&device);
     workspace_is_bounded(&device);
+    peaks::no_layer_exceeds_burns(&ALLOCATOR);
 }
 
 fn same_block(recompute: Recompute, device: &Device) -> ConvBn2d {
@@ -563,7 +566,7 @@ fn unfused_keeps_three(device: &Device) {
     );
 }
 
-/// A bound on the workspace keeps the recomputed output out of the backward pass's peak. Those of a
+/// A bound on the workspace keeps the recomputed output and large tiles out of the backward pass's peak. Outputs of a
 /// depthwise convolution, of nine taps, and of more than 128 MiB are not in it to begin with.
 fn workspace_is_bounded(device: &Device) {
     const INPUT: [usize; 4] = [256, 8, 32, 32];
@@ -589,7 +592,11 @@ fn workspace_is_bounded(device: &Device) {
     let bounded = workspace(INPUT, WEIGHT, Some(conv_output - 1));
     let depthwise = workspace(INPUT, [8, 1, 3, 3], None);
     let large = workspace([583, 1, 36, 36], [64, 1, 7, 7], None);
-    for got in [bounded, depthwise, large] {
+    // Winograd's tiles are 6 MiB for each thread.
+    let tiled = |most| workspace([8, 64, 56, 56], [64, 64, 3, 3], most);
+    let (tiles_free, tiles_bounded) = (tiled(None), tiled(Some(1)));
+    assert!(tiles_free > 2 * scratch, "got {tiles_free}");
+    for got in [bounded, depthwise, large, tiles_bounded] {
         assert!(got < scratch, "got {got}");
     }
     assert!(free < conv_output + scratch, "got {free}");

@@ -32,7 +32,7 @@ const ABSENT: OptionalTensor<Flex> = OptionalTensor::Absent;
 fn backward_passes_of_convolutions_agree() {
     for (spec, input, weight) in geometries() {
         let (input, weight) = (random(&input, 1), random(&weight, 2));
-        let geometry = geometry(&input.shape(), &weight.shape(), &spec);
+        let geometry = geometry([&input.shape(), &weight.shape()], &spec, None);
         let output = output_shape(&input.shape(), &geometry);
         for max_workspace in [None, Some(1)] {
             let saved = ConvSaved::<Flex> {
