@@ -75,6 +75,9 @@ mod documents {
     #[doc = include_str!("../../../README.md")]
     mod repository {}
 
+    #[doc = include_str!("../../../docs/memory.md")]
+    mod memory {}
+
     #[doc = include_str!("../../../docs/migration.md")]
     mod migration {}
 }
