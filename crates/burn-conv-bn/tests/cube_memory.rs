@@ -16,7 +16,7 @@ use burn_conv_bn::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnGrads, ConvBnInputs, ConvBnSaved, OptionalTensor,
     Parents, Statistics, StatisticsKind,
 };
-use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec};
+use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, Recompute};
 use burn_conv_bn_memory::PoolMeter;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
@@ -105,6 +105,8 @@ fn fewer_launches_less_kept_and_a_lower_peak() {
     let (some, little) = (bounded(2 * ACTIVATION), bounded(ACTIVATION));
     let gradients = measure(&device, "fused, gradients in chunks", |x| some.forward(x));
     let chunked = measure(&device, "fused, all in chunks", |x| little.forward(x));
+    let keeping = config().with_recompute(Recompute::Norm).init(&tracked);
+    let rebuilt = measure(&device, "fused, Recompute::Norm", |x| keeping.forward(x));
 
     assert!(ours.launches < own.launches);
     // The output, and nothing else: the input is there in any case.
@@ -117,6 +119,13 @@ fn fewer_launches_less_kept_and_a_lower_peak() {
     // z is recomputed once, unless it does not fit.
     assert_eq!([ours.sums, gradients.sums], [1, 1]);
     assert!(chunked.sums > 1, "{chunked:?}");
+    // The convolution's output beside the op's, which nothing keeps, and one convolution less.
+    assert!(
+        rebuilt.forward_end <= 2 * ACTIVATION + OVERHEAD,
+        "{rebuilt:?}"
+    );
+    assert!(rebuilt.launches < ours.launches, "{rebuilt:?} {ours:?}");
+    assert_eq!(rebuilt.sums, 1, "{rebuilt:?}");
 }
 
 /// The device, and a meter of its pool.
