@@ -7,7 +7,7 @@ Needs torch, torchvision and safetensors. `cargo xtask torchvision` runs it and 
 (`crates/burn-conv-bn-models/tests/torchvision.rs`). Some 1.8 GB; nothing of it is committed.
 
 For each network, in float64, with random weights, scales and shifts of the norms off 1 and 0,
-running statistics off their initial values, ten classes and no dropout:
+running statistics off their initial values, ten classes, no dropout and no stochastic depth:
 
     NAME.pt, NAME.safetensors   the state_dict
     NAME.grads.safetensors      its gradients by the same names, after one training step; in the
@@ -59,8 +59,12 @@ NETWORKS = {
     "resnet18": lambda: models.resnet18(num_classes=CLASSES),
     "resnet34": lambda: models.resnet34(num_classes=CLASSES),
     "resnet50": lambda: models.resnet50(num_classes=CLASSES),
+    "resnet101": lambda: models.resnet101(num_classes=CLASSES),
     "vgg16_bn": vgg16_bn,
     "mobilenet_v2": lambda: models.mobilenet_v2(num_classes=CLASSES, dropout=0.0),
+    "efficientnet_b0": lambda: models.efficientnet_b0(
+        num_classes=CLASSES, dropout=0.0, stochastic_depth_prob=0.0
+    ),
 }
 
 

@@ -14,8 +14,8 @@ tutorial    The custom function of the tutorial "Fusing Convolution and Batch No
             Function", with stride, padding and groups added. Its norm is another than everybody
             else's and has no scale and shift, so it is checked against its own formula, and is not
             there for torchvision's networks.
-checkpoint  PyTorch's own layers, each block under torch.utils.checkpoint. In ResNets and
-            MobileNetV2 that is a residual block, which keeps its input alone, as one does there;
+checkpoint  PyTorch's own layers, each block under torch.utils.checkpoint. In ResNets,
+            MobileNetV2 and EfficientNet that is a residual block, which keeps its input alone, as one does there;
             elsewhere one convolution with its norm and activation.
 """
 
@@ -262,11 +262,12 @@ class Net(nn.Module):
 
 # --- Torchvision's networks -----------------------------------------------------------------
 #
-# ResNet (version 1.5), VGG with batch norm and MobileNetV2, without dropout. Modules are in the
-# order in which Burn's networks are visited, which is that of the file of their parameters.
+# ResNet (version 1.5), VGG with batch norm, MobileNetV2 and EfficientNet, without dropout and
+# stochastic depth. Modules are in the order in which Burn's networks are visited, which is that of the file of their parameters.
 
 CLASSES = 1000
 RELU6 = partial(F.relu6, inplace=True)
+SILU = partial(F.silu, inplace=True)
 
 
 def conv(channels, kernel, stride=1, **options):
@@ -370,11 +371,55 @@ def mobilenet_v2(keep):
     return Classifier(features, 1, [1280, CLASSES])
 
 
+class SqueezeExcitation(nn.Module):
+    def __init__(self, channels, squeezed):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, squeezed, 1)
+        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x):
+        gate = self.fc2(SILU(self.fc1(F.adaptive_avg_pool2d(x, 1))))
+        return x * torch.sigmoid(gate)
+
+
+def efficientnet_b0(keep):
+    def inverted_residual(channels_in, channels, expansion, kernel, stride):
+        inner = channels_in * expansion
+        expand = [conv([channels_in, inner], 1, activation=SILU)] if expansion != 1 else []
+        depthwise = conv([inner, inner], kernel, stride, groups=inner, activation=SILU)
+        squeeze = SqueezeExcitation(inner, channels_in // 4)
+        project = conv([inner, channels], 1, activation=None)
+        adds = stride == 1 and channels_in == channels
+        blocks = [*expand, depthwise, squeeze, project]
+        return keep(Chain(blocks, nn.Identity() if adds else None))
+
+    features = [keep(conv([3, 32], 3, 2, activation=SILU))]
+    channels_in = 32
+    # Expansion, kernel, stride of the first block, output channels, number of blocks.
+    for expansion, kernel, first_stride, channels, count in (
+        (1, 3, 1, 16, 1),
+        (6, 3, 2, 24, 2),
+        (6, 5, 2, 40, 2),
+        (6, 3, 2, 80, 3),
+        (6, 5, 1, 112, 3),
+        (6, 5, 2, 192, 4),
+        (6, 3, 1, 320, 1),
+    ):
+        for index in range(count):
+            stride = first_stride if index == 0 else 1
+            features.append(inverted_residual(channels_in, channels, expansion, kernel, stride))
+            channels_in = channels
+    features.append(keep(conv([channels_in, 1280], 1, activation=SILU)))
+    return Classifier(features, 1, [1280, CLASSES])
+
+
 ARCHITECTURES = {
     "resnet18": lambda keep: resnet(keep, 1, (2, 2, 2, 2)),
     "resnet50": lambda keep: resnet(keep, 4, (3, 4, 6, 3)),
+    "resnet101": lambda keep: resnet(keep, 4, (3, 4, 23, 3)),
     "vgg16_bn": lambda keep: vgg(keep, (2, 2, 3, 3, 3)),
     "mobilenet_v2": mobilenet_v2,
+    "efficientnet_b0": efficientnet_b0,
 }
 
 

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cubecl::MemoryScope;
@@ -40,8 +39,15 @@ pub struct PoolMeter {
 
 struct Samples {
     client: Client,
-    peak: AtomicUsize,
+    peak: Mutex<Peak>,
     launches: Mutex<BTreeMap<&'static str, usize>>,
+}
+
+/// Most bytes in use, and the kernel that was launched then.
+#[derive(Clone, Copy, Default)]
+struct Peak {
+    bytes: usize,
+    kernel: Option<&'static str>,
 }
 
 impl PoolMeter {
@@ -50,7 +56,7 @@ impl PoolMeter {
         Self {
             samples: Arc::new(Samples {
                 client,
-                peak: AtomicUsize::new(0),
+                peak: Mutex::default(),
                 launches: Mutex::default(),
             }),
             observation: Arc::default(),
@@ -60,13 +66,15 @@ impl PoolMeter {
     /// Bytes in use now, padding left out. What is still queued, as by Burn's fusion, has not
     /// happened: synchronize first.
     pub fn current(&self) -> usize {
-        self.samples.look()
+        self.samples.look(None)
     }
 
     /// Starts a new peak at the bytes in use now, which it returns, and a new count of launches.
     pub fn reset_peak(&self) -> usize {
-        let current = self.samples.look();
-        self.samples.peak.store(current, Relaxed);
+        // The old peak goes first. Written after the level was read, it would overwrite that of a launch
+        // in between.
+        *lock(&self.samples.peak) = Peak::default();
+        let current = self.samples.look(None);
         lock(&self.samples.launches).clear();
         *lock(&self.observation) = Some(LaunchObservation::new(self.samples.clone()));
         current
@@ -75,8 +83,14 @@ impl PoolMeter {
     /// Most bytes in use at any launch since [`reset_peak`](Self::reset_peak). Stops looking.
     pub fn peak(&self) -> usize {
         *lock(&self.observation) = None;
-        self.samples.look();
-        self.samples.peak.load(Relaxed)
+        self.samples.look(None);
+        lock(&self.samples.peak).bytes
+    }
+
+    /// The kernel whose launch had the most bytes in use since [`reset_peak`](Self::reset_peak), by its own
+    /// name; `None` if no launch had more than before or after.
+    pub fn peak_kernel(&self) -> Option<&'static str> {
+        lock(&self.samples.peak).kernel
     }
 
     /// How often each kernel was launched since [`reset_peak`](Self::reset_peak), by its own name.
@@ -91,10 +105,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Samples {
-    fn look(&self) -> usize {
+    fn look(&self, kernel: Option<&'static str>) -> usize {
         let report = self.client.memory_report(MemoryScope::Device);
         let bytes = usize::try_from(report.usage().bytes_in_use).unwrap_or(usize::MAX);
-        self.peak.fetch_max(bytes, Relaxed);
+        let mut peak = lock(&self.peak);
+        if bytes > peak.bytes {
+            *peak = Peak { bytes, kernel };
+        }
         bytes
     }
 }
@@ -102,7 +119,7 @@ impl Samples {
 impl LaunchObserver for Samples {
     fn launched(&self, kernel: &'static str) {
         *lock(&self.launches).entry(kernel).or_default() += 1;
-        self.look();
+        self.look(Some(kernel));
     }
 }
 

@@ -2,7 +2,7 @@
 //! switch between the fused form and Burn's own layers.
 //!
 //! - [`Net`]: the PyTorch tutorial's.
-//! - [`ResNet`], [`Vgg`] and [`MobileNetV2`]: torchvision's, with its layers, initial
+//! - [`ResNet`], [`Vgg`], [`MobileNetV2`] and [`EfficientNet`]: torchvision's, with its layers, initial
 //!   distributions and names.
 //!
 //! Both forms have the same modules, so they share records, optimizer states and, from the same
@@ -45,6 +45,7 @@
 
 #![deny(missing_docs)]
 
+mod efficientnet;
 mod fold;
 mod form;
 mod head;
@@ -58,6 +59,7 @@ mod walk;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
+pub use efficientnet::{EfficientNet, EfficientNetBlock, EfficientNetConfig, SqueezeExcitation};
 pub use form::Form;
 pub use mobilenet::{MobileNetV2, MobileNetV2Block, MobileNetV2Config};
 pub use net::{Net, NetConfig};

@@ -160,6 +160,11 @@ impl ResNetConfig {
         Self::new(form, ResNetBlockKind::Bottleneck, [3, 4, 6, 3])
     }
 
+    /// ResNet-101, version 1.5.
+    pub fn resnet101(form: Form) -> Self {
+        Self::new(form, ResNetBlockKind::Bottleneck, [3, 4, 23, 3])
+    }
+
     /// Initializes a network, and draws its parameters at once in the order of its fields: the
     /// same seed of the device gives the same weights whatever the form and however it is used.
     ///
@@ -293,6 +298,35 @@ impl ResNet {
     #[must_use]
     pub fn with_form(mut self, form: Form) -> Self {
         self.form = form;
+        self
+    }
+
+    /// Sets [`Recompute::Norm`] for the convolutions inside the residual blocks, and `ends` for those at their
+    /// ends: the one that adds the shortcut, and the shortcut's own. The first convolution of the network,
+    /// which is one op with the max pool, is `Recompute::Conv`.
+    ///
+    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
+    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
+    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
+    /// recomputes none of them, and keeps less than if all were that.
+    #[must_use]
+    pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
+        self.conv1.settings.recompute = Recompute::Conv;
+        let layers = [
+            &mut self.layer1,
+            &mut self.layer2,
+            &mut self.layer3,
+            &mut self.layer4,
+        ];
+        for block in layers.into_iter().flatten() {
+            for conv in block.convs() {
+                conv.settings.recompute = ends;
+            }
+            block.conv1.settings.recompute = Recompute::Norm;
+            if block.conv3.is_some() {
+                block.conv2.settings.recompute = Recompute::Norm;
+            }
+        }
         self
     }
 

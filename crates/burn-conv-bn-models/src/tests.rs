@@ -4,10 +4,14 @@
 use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleVisitor, Param};
+use burn::nn::DropoutConfig;
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
 use burn_conv_bn::{Activation, ConvBn2dConfig, ConvBnModule, NormVariant};
 
-use crate::{Form, MobileNetV2Config, Net, NetConfig, ResNetConfig, VggConfig};
+use crate::{
+    EfficientNetBlock, EfficientNetConfig, Form, MobileNetV2Config, Net, NetConfig, ResNetConfig,
+    VggConfig,
+};
 
 /// Sizes of all parameters and buffers, by name.
 #[derive(Default)]
@@ -70,6 +74,7 @@ fn resnets_are_those_of_torchvision() {
         (ResNetConfig::resnet18(Form::Fused), 2, 11_689_512),
         (ResNetConfig::resnet34(Form::Fused), 2, 21_797_672),
         (ResNetConfig::resnet50(Form::Fused), 3, 25_557_032),
+        (ResNetConfig::resnet101(Form::Fused), 3, 44_549_160),
     ];
     for (config, convs, count) in networks {
         let mut blocks = vec!["conv1".to_owned()];
@@ -85,6 +90,21 @@ fn resnets_are_those_of_torchvision() {
         let network = config.init_lazy(&Device::flex());
         check(&network, &blocks, false, &["fc"], count);
     }
+}
+
+/// A line for each block; Burn's own layers take 84.
+#[test]
+fn resnet18_prints_a_line_for_each_block() {
+    let text = ResNetConfig::resnet18(Form::Fused)
+        .init_lazy(&Device::flex())
+        .to_string();
+    assert_eq!(text.matches("ConvBn2d").count(), 20, "{text}");
+    let lines: Vec<&str> = text.lines().collect();
+    let of_blocks = lines
+        .iter()
+        .filter(|line| line.contains("ConvBn2d {channels: "));
+    assert_eq!(of_blocks.count(), 20, "{text}");
+    assert!(lines.len() < 84, "{} lines: {text}", lines.len());
 }
 
 #[test]
@@ -112,6 +132,61 @@ fn mobilenet_v2_is_that_of_torchvision() {
 }
 
 #[test]
+fn efficientnet_b0_is_that_of_torchvision() {
+    let (mut blocks, mut linear) = (vec!["stem".to_owned()], vec!["classifier".to_owned()]);
+    for (stage, length) in (1..).zip([1, 2, 2, 3, 3, 4, 1]) {
+        for index in 0..length {
+            let block = format!("stage{stage}.{index}");
+            let convs = ["expand", "depthwise", "project"];
+            // The first stage does not expand.
+            let convs = if stage == 1 { &convs[1..] } else { &convs[..] };
+            blocks.extend(convs.iter().map(|conv| format!("{block}.{conv}")));
+            linear.extend(["fc1", "fc2"].map(|fc| format!("{block}.squeeze.{fc}")));
+        }
+    }
+    blocks.push("head".to_owned());
+    let linear: Vec<&str> = linear.iter().map(String::as_str).collect();
+    let network = EfficientNetConfig::new(Form::Fused).init_lazy(&Device::flex());
+    check(&network, &blocks, false, &linear, 5_288_548);
+}
+
+/// In training an image's branch is left out, or doubled where half of them are; in evaluation it is whole.
+#[test]
+fn stochastic_depth_leaves_out_branches_of_images() {
+    let device = Device::flex().autodiff();
+    let config = EfficientNetConfig::new(Form::Fused).with_width(0.25);
+    let network = config.init(&device);
+    let mut block = network.stage3[1].clone();
+    let normal = Distribution::Normal(0.0, 1.0);
+    let input = Tensor::<4>::random([40, 16, 4, 4], normal, &device);
+    let branch = |block: &EfficientNetBlock, input: Tensor<4>| {
+        (block.forward(input.clone(), Form::Fused) - input).without_autodiff()
+    };
+    block.stochastic_depth = DropoutConfig::new(0.0).init();
+    let whole = branch(&block, input.clone());
+    block.stochastic_depth = DropoutConfig::new(0.5).init();
+    let drawn = branch(&block, input.clone());
+    let mut counts = [0; 2];
+    for image in 0..40 {
+        let [drawn, whole] = [&drawn, &whole].map(|all| all.clone().narrow(0, image, 1));
+        let left_out = drawn.clone().abs().max().into_scalar::<f32>() == 0.0;
+        let factor = if left_out { 0.0 } else { 2.0 };
+        let difference = (drawn - whole * factor).abs().max().into_scalar::<f32>();
+        assert!(difference < 1e-4, "{image}: {difference}");
+        counts[usize::from(left_out)] += 1;
+    }
+    assert!(counts.iter().all(|count| *count > 5), "{counts:?}");
+
+    let evaluated = |prob: f64| {
+        block.stochastic_depth = DropoutConfig::new(prob).init();
+        let data = branch(&block.valid(), input.clone().without_autodiff()).into_data();
+        data.iter::<f32>().collect::<Vec<_>>()
+    };
+    let [with, without] = [0.5, 0.0].map(evaluated);
+    assert_eq!(with, without);
+}
+
+#[test]
 fn both_forms_of_a_block_agree_for_every_activation() {
     let device = Device::flex().autodiff();
     let random = |channels: usize| {
@@ -127,7 +202,17 @@ fn both_forms_of_a_block_agree_for_every_activation() {
         },
         Activation::Silu,
         Activation::Gelu,
+        Activation::GeluApproximate,
         Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid {
+            alpha: 0.2,
+            beta: 0.5,
+        },
+        Activation::Tanh,
+        Activation::Elu { alpha: 0.75 },
+        Activation::Mish,
+        Activation::Softplus { beta: 1.5 },
     ] {
         let block = ConvBn2dConfig::new([2, 3], [1, 1])
             .with_activation(activation)

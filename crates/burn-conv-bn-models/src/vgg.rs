@@ -236,6 +236,25 @@ impl Vgg {
         self
     }
 
+    /// Sets [`Recompute::Norm`] for the convolutions with another one behind, and `ends` for those that are one
+    /// op with the max pool behind.
+    ///
+    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
+    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
+    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
+    /// recomputes none of them, and keeps less than if all were that.
+    #[must_use]
+    pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
+        let mut features = self.features.iter_mut();
+        for count in self.blocks {
+            for (index, block) in features.by_ref().take(count).enumerate() {
+                let is_end = index + 1 == count;
+                block.settings.recompute = if is_end { ends } else { Recompute::Norm };
+            }
+        }
+        self
+    }
+
     /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
     /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
     /// network does in evaluation, up to rounding.

@@ -2,6 +2,7 @@
 
 use std::mem::replace;
 
+use burn::nn::conv::Conv2d;
 use burn::nn::{Dropout, Linear};
 use burn::tensor::{DType, Shape};
 use burn_conv_bn::{ConvBn2d, MaxPool2d, SavedTensor};
@@ -25,7 +26,7 @@ pub(crate) struct Activation {
 pub(crate) struct Walk {
     form: Form,
     pub(crate) current: Activation,
-    /// For each buffer, whether an entry lists it as its own, or it was there before.
+    /// For each buffer, whether an entry lists it as its own, it was there before, or it is rebuilt.
     held: Vec<bool>,
     saved: Vec<(String, SavedTensor)>,
 }
@@ -53,6 +54,8 @@ impl Walk {
         let input = self.current.shape.dims();
         let saved = self.form.saved_for_backward(block, input);
         self.pass(name, saved, None, block.output_shape(input));
+        // What keeps the output keeps how to rebuild it.
+        self.held[self.current.buffer] |= self.form.rebuilds_output(block);
     }
 
     pub(crate) fn block_residual(&mut self, name: &str, block: &ConvBn2d, residual: &Activation) {
@@ -95,6 +98,39 @@ impl Walk {
         }
         self.keep(name, "weight", weight.shape(), true);
         self.advance([self.current.shape[0], weight.dims()[1]]);
+    }
+
+    /// Passes a squeeze and excitation, given its two convolutions: the pool and the product keep its input.
+    pub(crate) fn squeeze(&mut self, name: &str, [fc1, fc2]: [&Conv2d; 2]) {
+        let map = self.current.clone();
+        self.keep_input(name);
+        self.current.dtype = fc1.weight.val().dtype();
+        let batch = map.shape[0];
+        let mut keep = |name: &str, role, channels| {
+            self.keep(name, role, Shape::new([batch, channels, 1, 1]), false);
+        };
+        let [squeezed, channels, ..] = fc1.weight.dims();
+        keep(&format!("{name}.fc1"), "input", channels);
+        keep(&format!("{name}.silu"), "input", squeezed);
+        keep(&format!("{name}.silu"), "gate", squeezed);
+        keep(&format!("{name}.fc2"), "input", squeezed);
+        keep(&format!("{name}.sigmoid"), "input", channels);
+        for (layer, conv) in [("fc1", fc1), ("fc2", fc2)] {
+            let weight = conv.weight.shape();
+            let bias = Shape::new([weight[0]]);
+            self.keep(&format!("{name}.{layer}"), "weight", weight, true);
+            self.keep(&format!("{name}.{layer}"), "bias", bias, true);
+        }
+        self.current.dtype = map.dtype;
+        self.keep(name, "gate", Shape::new([batch, channels, 1, 1]), false);
+        self.advance(map.shape);
+    }
+
+    /// Passes a product with a number for each image, and a sum.
+    pub(crate) fn stochastic_depth(&mut self, name: &str) {
+        let mask = Shape::new([self.current.shape[0], 1, 1, 1]);
+        self.keep(name, "mask", mask, false);
+        self.advance(self.current.shape.clone());
     }
 
     pub(crate) fn relu(&mut self) {

@@ -10,7 +10,8 @@ use burn_conv_bn::{
 };
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    EfficientNet, EfficientNetConfig, Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet,
+    ResNetConfig, Vgg, VggConfig,
 };
 
 #[global_allocator]
@@ -94,6 +95,7 @@ lists! {
     ResNet, |net, images| net.saved_for_backward(images);
     Vgg, |net, images| net.saved_for_backward(images);
     MobileNetV2, |net, images| net.saved_for_backward(images);
+    EfficientNet, |net, images| net.saved_for_backward(images);
 }
 
 /// Turns norms to their running statistics; gamma and beta go on being trained.
@@ -113,7 +115,8 @@ fn blocks_and_networks_keep_what_they_list() {
         norms_of_no_leaves(form, &device);
     }
     let (form, classes) = (Form::Fused, 10);
-    for recompute in [Recompute::Conv, Recompute::Never] {
+    rebuilt_chains(&device);
+    for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
         let name = |network: &str| format!("{network}, {recompute:?}");
         let net = NetConfig::new(form).with_recompute(recompute);
         network(&name("tutorial"), net.init(&device), [16, 1, 28, 28]);
@@ -136,7 +139,58 @@ fn blocks_and_networks_keep_what_they_list() {
             .with_classes(classes)
             .with_recompute(recompute);
         network(&name("MobileNetV2"), mobilenet.init(&device), images);
+        let efficientnet = EfficientNetConfig::new(form)
+            .with_classes(classes)
+            .with_recompute(recompute);
+        network(&name("EfficientNet"), efficientnet.init(&device), images);
     }
+}
+
+/// Networks whose chains are rebuilt, with either kind of ends, between those that are of one policy.
+fn rebuilt_chains(device: &Device) {
+    let images = [4, 3, 64, 64];
+    let bytes = |saved: Vec<(String, SavedTensor)>| -> usize {
+        let own = saved.iter().filter(|(_, tensor)| !tensor.shared);
+        own.map(|(_, tensor)| tensor.bytes()).sum()
+    };
+    macro_rules! chains {
+        ($name:literal, $images:expr, $network:expr) => {
+            let init = || $network.init(device);
+            let [conv, never] = [Recompute::Conv, Recompute::Never].map(|ends| {
+                let chains = init().with_rebuilt_chains(ends);
+                let whole = bytes(init().with_recompute(ends).saved($images));
+                let listed = bytes(chains.saved($images));
+                network(
+                    &format!("{}, chains before {ends:?}", $name),
+                    chains,
+                    $images,
+                );
+                listed as f64 / whole as f64
+            });
+            println!("{}: {conv:.3} of Conv, {never:.3} of Never", $name);
+            assert!(conv < 1.06, "{}: {conv} of Conv's bytes", $name);
+            assert!(never < 0.95, "{}: {never} of Never's bytes", $name);
+        };
+    }
+    chains!(
+        "ResNet-18",
+        images,
+        ResNetConfig::resnet18(Form::Fused).with_classes(10)
+    );
+    chains!(
+        "ResNet-50",
+        images,
+        ResNetConfig::resnet50(Form::Fused).with_classes(10)
+    );
+    let vgg = VggConfig::vgg16_bn(Form::Fused)
+        .with_classes(10)
+        .with_hidden(64);
+    chains!("VGG-16", images, vgg);
+    let mobilenet = MobileNetV2Config::new(Form::Fused).with_classes(10);
+    chains!("MobileNetV2", images, mobilenet);
+    let net = NetConfig::new(Form::Fused);
+    let chains = net.init(device).with_rebuilt_chains(Recompute::Conv);
+    network("tutorial, chains", chains, [16, 1, 28, 28]);
 }
 
 /// In both forms, each also in half, with parameters that are no leaves, and with running statistics.
@@ -184,7 +238,17 @@ fn blocks(form: Form, device: &Device) {
         },
         Activation::Silu,
         Activation::Gelu,
+        Activation::GeluApproximate,
         Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid {
+            alpha: 0.2,
+            beta: 0.5,
+        },
+        Activation::Tanh,
+        Activation::Elu { alpha: 0.75 },
+        Activation::Mish,
+        Activation::Softplus { beta: 1.5 },
     ] {
         for config in [&config, &dilated] {
             for fixed in [false, true] {

@@ -6,7 +6,8 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Distribution, Gradients, Tensor};
 use burn_conv_bn::{Recompute, SavedTensor};
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
+    EfficientNet, EfficientNetConfig, Form, MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig,
+    Vgg, VggConfig,
 };
 
 const BATCH: usize = 4;
@@ -41,7 +42,7 @@ macro_rules! networks {
     };
 }
 
-networks!(MobileNetV2 ResNet Vgg);
+networks!(EfficientNet MobileNetV2 ResNet Vgg);
 
 /// Turns a network to f64, with biases, scales, shifts and statistics off their initial values.
 struct Prepare;
@@ -191,6 +192,7 @@ fn both_forms_of_resnet18_agree() {
     for (recompute, max_workspace) in [
         (Recompute::Conv, None),
         (Recompute::Conv, Some(1 << 16)),
+        (Recompute::Norm, None),
         (Recompute::Never, None),
     ] {
         let config = ResNetConfig::resnet18(Form::Fused)
@@ -205,6 +207,10 @@ fn both_forms_of_resnet18_agree() {
 fn both_forms_of_resnet50_agree() {
     let config = ResNetConfig::resnet50(Form::Fused).with_classes(CLASSES);
     check(|device| config.init(device), 32);
+    check(
+        |device| config.init(device).with_rebuilt_chains(Recompute::Conv),
+        32,
+    );
 }
 
 #[test]
@@ -222,6 +228,19 @@ fn both_forms_of_mobilenet_v2_agree() {
         .with_classes(CLASSES)
         .with_dropout(0.0);
     check(|device| config.init(device), 32);
+}
+
+#[test]
+fn both_forms_of_efficientnet_agree() {
+    for recompute in [Recompute::Conv, Recompute::Never] {
+        let config = EfficientNetConfig::new(Form::Fused)
+            .with_width(0.5)
+            .with_classes(CLASSES)
+            .with_dropout(0.0)
+            .with_stochastic_depth(0.0)
+            .with_recompute(recompute);
+        check(|device| config.init(device), 32);
+    }
 }
 
 #[test]
@@ -312,6 +331,27 @@ fn what_the_blocks_of_a_mobilenet_keep() {
         ("features.18.conv.0", vec![2, 320, 2, 2]),
     ] {
         assert_eq!(activations(&saved, block), [("input", shape)], "{block}");
+    }
+}
+
+#[test]
+fn what_the_blocks_of_an_efficientnet_keep() {
+    let _alone = alone();
+    let network = EfficientNetConfig::new(Form::Fused).init(&Device::flex().autodiff());
+    let saved = network.saved_for_backward([2, 3, 64, 64]);
+    let (narrow, wide) = (vec![2, 24, 16, 16], vec![2, 144, 16, 16]);
+    for (block, wanted) in [
+        ("stem", vec![("input", vec![2, 3, 64, 64])]),
+        ("stage2.1.expand", vec![("input", narrow)]),
+        ("stage2.1.depthwise", vec![("input", wide.clone())]),
+        (
+            "stage2.1.squeeze",
+            vec![("input", wide.clone()), ("gate", vec![2, 144, 1, 1])],
+        ),
+        ("stage2.1.project", vec![("input", wide)]),
+        ("stage2.1", vec![("mask", vec![2, 1, 1, 1])]),
+    ] {
+        assert_eq!(activations(&saved, block), wanted, "{block}");
     }
 }
 

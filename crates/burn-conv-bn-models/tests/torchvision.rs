@@ -21,7 +21,8 @@ use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{DType, Device, Gradients, Int, Tensor, TensorData};
 use burn_conv_bn::{ConvBnModule, RunningVariance};
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
+    EfficientNet, EfficientNetConfig, Form, MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig,
+    Vgg, VggConfig,
 };
 use burn_store::{
     ApplyResult, ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, PytorchStore, SafetensorsStore,
@@ -454,6 +455,18 @@ fn resnet50() {
 }
 
 #[test]
+fn resnet101() {
+    let config = ResNetConfig::resnet101(Form::Fused).with_classes(CLASSES);
+    check(
+        "resnet101",
+        ResNet::PYTORCH_KEYS,
+        "fc.",
+        |device| config.init(device),
+        ResNet::forward,
+    );
+}
+
+#[test]
 fn vgg16_bn() {
     let config = VggConfig::vgg16_bn(Form::Fused)
         .with_classes(CLASSES)
@@ -479,6 +492,21 @@ fn mobilenet_v2() {
         "classifier.",
         |device| config.init(device),
         MobileNetV2::forward,
+    );
+}
+
+#[test]
+fn efficientnet_b0() {
+    let config = EfficientNetConfig::new(Form::Fused)
+        .with_classes(CLASSES)
+        .with_dropout(0.0)
+        .with_stochastic_depth(0.0);
+    check(
+        "efficientnet_b0",
+        EfficientNet::PYTORCH_KEYS,
+        "classifier.",
+        |device| config.init(device),
+        EfficientNet::forward,
     );
 }
 

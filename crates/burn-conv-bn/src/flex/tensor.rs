@@ -27,7 +27,14 @@ pub(super) fn kernel_activation(activation: Activation) -> KernelActivation {
         Activation::LeakyRelu { negative_slope } => KernelActivation::LeakyRelu { negative_slope },
         Activation::Silu => KernelActivation::Silu,
         Activation::Gelu => KernelActivation::Gelu,
+        Activation::GeluApproximate => KernelActivation::GeluApproximate,
         Activation::HardSwish => KernelActivation::HardSwish,
+        Activation::Sigmoid => KernelActivation::Sigmoid,
+        Activation::HardSigmoid { alpha, beta } => KernelActivation::HardSigmoid { alpha, beta },
+        Activation::Tanh => KernelActivation::Tanh,
+        Activation::Elu { alpha } => KernelActivation::Elu { alpha },
+        Activation::Mish => KernelActivation::Mish,
+        Activation::Softplus { beta } => KernelActivation::Softplus { beta },
     }
 }
 
@@ -65,6 +72,21 @@ pub(super) fn contiguous(tensor: &FlexTensor) -> FlexTensor {
         Some(_) => tensor.clone(),
         None => tensor.to_contiguous(),
     }
+}
+
+/// The tensor with its values changed: in place where nothing else holds them.
+pub(super) fn updated<E: Element + Pod>(
+    tensor: FlexTensor,
+    change: impl FnOnce(&mut [E]),
+) -> FlexTensor {
+    let mut tensor = match tensor.layout().contiguous_offsets() {
+        Some(_) => tensor,
+        None => tensor.to_contiguous(),
+    };
+    let offsets = tensor.layout().contiguous_offsets();
+    let (start, end) = offsets.expect("a contiguous tensor has offsets");
+    change(&mut tensor.storage_mut()[start..end]);
+    tensor
 }
 
 pub(super) fn slice<E: Element + Pod>(tensor: &FlexTensor) -> &[E] {

@@ -3,6 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use burn::module::{Module, RunningState};
+use burn::nn::BatchNorm;
 use burn::nn::conv::Conv2d;
 use burn::tensor::{DType, Shape, Tensor};
 
@@ -13,7 +14,7 @@ use super::{MaxPool2d, RunningVariance};
 use crate::functional::{ConvBnParams, Normalized};
 use crate::spec::{
     ConvBnError, ConvBnOptions, ConvBnProblem, NormSpec, Parents, SavePlan, SavedTensor,
-    StatisticsKind, values_per_channel,
+    StatisticsKind,
 };
 
 /// Held while running statistics are read and written.
@@ -30,6 +31,37 @@ fn take_pending(running: &RunningState<Tensor<1>>) {
 pub(super) fn current(running: &RunningState<Tensor<1>>) -> Tensor<1> {
     take_pending(running);
     running.value()
+}
+
+/// The one place where running statistics are written. `values` is how many values of a channel the result's
+/// statistics are taken of.
+pub(super) fn update_running_statistics<const D: usize>(
+    norm: &BatchNorm,
+    kind: RunningVariance,
+    result: &Normalized<D>,
+    values: impl FnOnce() -> usize,
+) {
+    let variance = match kind {
+        RunningVariance::Biased => result.variance.clone(),
+        RunningVariance::Unbiased => {
+            let values = values() as f64;
+            result.variance.clone() * (values / (values - 1.0))
+        }
+    };
+    // Threads that train clones of a layer share its statistics: no update is lost between reading
+    // and writing. The tensors are too small for Flex to run another task of this thread meanwhile.
+    let _guard = UPDATE.lock().unwrap_or_else(PoisonError::into_inner);
+    for (running, new) in [
+        (&norm.running_mean, result.mean.clone()),
+        (&norm.running_var, variance),
+    ] {
+        let old = current(running).dequantize().to_device(&new.device());
+        let new = new.cast(old.dtype()).detach();
+        let momentum = norm.momentum;
+        running.update((old * (1.0 - momentum) + new * momentum).detach());
+        // A pending update would overwrite a record that is loaded next.
+        take_pending(running);
+    }
 }
 
 impl<C: Convolution<D>, const D: usize> ConvBnRef<'_, C, D> {
@@ -66,7 +98,12 @@ impl<C: Convolution<D>, const D: usize> ConvBnRef<'_, C, D> {
         let options = self.options(&shape);
         let result = or_panic(op(input, params, options));
         if training && self.settings.track_running_stats {
-            self.update_running_statistics(&result, shape);
+            let kind = self.settings.running_variance;
+            update_running_statistics(self.norm, kind, &result, || {
+                // Not of the result, which may be pooled.
+                let problem = self.problem(shape, StatisticsKind::Batch);
+                problem.values_per_channel()
+            });
         }
         result.output
     }
@@ -101,33 +138,6 @@ impl<C: Convolution<D>, const D: usize> ConvBnRef<'_, C, D> {
         let is_batch = statistics == StatisticsKind::Batch;
         let weight = self.conv.weight().val().shape();
         or_panic(ConvBnProblem::conv_bn(input, weight, &options, is_batch))
-    }
-
-    /// The one place where running statistics are written.
-    fn update_running_statistics(&self, result: &Normalized<D>, input: Shape) {
-        let variance = match self.settings.running_variance {
-            RunningVariance::Biased => result.variance.clone(),
-            RunningVariance::Unbiased => {
-                // Not of the result, which may be pooled.
-                let output = self.problem(input, StatisticsKind::Batch).output;
-                let values = values_per_channel(&output) as f64;
-                result.variance.clone() * (values / (values - 1.0))
-            }
-        };
-        // Threads that train clones of a layer share its statistics: no update is lost between reading
-        // and writing. The tensors are too small for Flex to run another task of this thread meanwhile.
-        let _guard = UPDATE.lock().unwrap_or_else(PoisonError::into_inner);
-        for (running, new) in [
-            (&self.norm.running_mean, result.mean.clone()),
-            (&self.norm.running_var, variance),
-        ] {
-            let old = current(running).dequantize().to_device(&new.device());
-            let new = new.cast(old.dtype()).detach();
-            let momentum = self.norm.momentum;
-            running.update((old * (1.0 - momentum) + new * momentum).detach());
-            // A pending update would overwrite a record that is loaded next.
-            take_pending(running);
-        }
     }
 
     /// What a training step keeps for the backward pass of [`forward`](Self::forward), for an input of that
@@ -236,12 +246,14 @@ impl ConvBnRef<'_, Conv2d, 4> {
             return Vec::new();
         }
         let pooled = pool.problem(problem.output.clone());
-        let mut plan = SavePlan::new(&options, statistics, present, tracked);
-        let joined =
-            SavePlan::joins_max_pool(&options, statistics, false) && pooled.joins_a_block();
-        if joined {
-            plan = plan.with_max_pool(&options, present);
-        }
+        let joined = SavePlan::joins_max_pool(statistics, false) && pooled.joins_a_block();
+        let plan = if joined {
+            let options = options.joined();
+            let plan = SavePlan::new(&options, statistics, present, tracked);
+            plan.with_max_pool(&options, present)
+        } else {
+            SavePlan::new(&options, statistics, present, tracked)
+        };
         let dtype = self.weight().dtype();
         let mut saved = self.tensors(plan, &problem);
         for tensor in &mut saved {
@@ -257,8 +269,8 @@ impl ConvBnRef<'_, Conv2d, 4> {
         }
         for tensor in pooled.saved(dtype) {
             let is_output = tensor.name == "input";
-            // The block may keep the very buffer that Burn's pool does.
-            if is_output && tensor.shared && plan.output {
+            // The block may keep the very buffer that Burn's pool does, or rebuild it.
+            if is_output && tensor.shared && (plan.output || plan.rebuilds_output) {
                 continue;
             }
             saved.push(SavedTensor {

@@ -3,10 +3,12 @@
 mod block;
 mod borrowed;
 mod convolution;
+mod display;
 mod error;
 mod fold;
 mod max_pool;
 mod module;
+mod norm;
 mod settings;
 
 use burn::config::Config;
@@ -28,6 +30,7 @@ pub use convolution::Convolution;
 pub use error::FoldError;
 pub use max_pool::{MaxPool2d, MaxPool2dConfig};
 pub use module::ConvBnModule;
+pub use norm::{BatchNormActivation, BatchNormActivationConfig};
 pub use settings::{ConvBnSettings, RunningVariance};
 
 /// A layer and its configuration over one of Burn's convolutions.
@@ -81,10 +84,9 @@ macro_rules! conv_bn_layer {
             )]
             pub initializer: Initializer,
             /// Added to the variance (or to the standard deviation, in the tutorial's variant).
-            /// Finite and positive. Default: 1e-5.
-            ///
-            /// Running statistics alone also go with 0, which a loaded norm or one changed later may
-            /// have: `forward` in evaluation and `fold` take it, training refuses it.
+            /// Finite and positive. Default: 1e-5. Running statistics alone also go with 0, which a loaded
+            /// norm or one changed later may have: `forward` in evaluation and `fold` take it, training
+            /// refuses it.
             #[config(default = 1e-5)]
             pub epsilon: f64,
             /// Weight of the newest batch in the running statistics. Default: 0.1.
@@ -106,12 +108,11 @@ macro_rules! conv_bn_layer {
             /// Applied last. Default: identity.
             #[config(default = "Activation::Identity")]
             pub activation: Activation,
-            /// Whether the convolution's output is kept or recomputed. Default: recomputed.
+            /// What is kept of the block's inside, and recomputed. Default: recomputed convolution.
             #[config(default = "Recompute::Conv")]
             pub recompute: Recompute,
             /// Bound on the backward pass's workspace in bytes; see
-            /// [`ConvBnOptions::max_workspace`](crate::ConvBnOptions::max_workspace).
-            /// Default: none.
+            /// [`ConvBnOptions::max_workspace`](crate::ConvBnOptions::max_workspace). Default: none.
             #[config(default = "None")]
             pub max_workspace: Option<usize>,
         }
@@ -333,13 +334,12 @@ macro_rules! conv_bn_layer {
         impl ModuleDisplay for $layer {
             fn custom_settings(&self) -> Option<DisplaySettings> {
                 DisplaySettings::new()
-                    .with_new_line_after_attribute(true)
+                    .with_new_line_after_attribute(false)
                     .optional()
             }
 
             fn custom_content(&self, content: Content) -> Option<Content> {
-                let content = content.add("conv", &self.conv).add("norm", &self.norm);
-                self.settings.describe(content).optional()
+                self.borrowed().describe(content).optional()
             }
         }
     };

@@ -1,6 +1,7 @@
 //! What the op computes, as plain data: no backend, and tensors in [`Activation::forward`] alone.
 
 mod activation;
+mod activation_config;
 mod conv;
 mod error;
 mod norm;
@@ -10,9 +11,10 @@ mod save_plan;
 
 pub use activation::Activation;
 pub(crate) use activation::Derivative;
+pub use activation_config::ActivationError;
 pub use conv::{ConvBnOptions, ConvSpec, Recompute};
 pub use error::ConvBnError;
-pub use norm::{NormSpec, NormVariant};
+pub use norm::{BatchNormOptions, NormSpec, NormVariant};
 pub(crate) use pool::{MaxPoolProblem, check_window};
 pub use problem::ConvBnProblem;
 pub(crate) use problem::{

@@ -9,11 +9,11 @@ use burn::nn::{BatchNormConfig, PaddingConfig2d};
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Device, Shape, Tensor};
 use burn_conv_bn::functional::{
-    ConvBnParams, batch_norm, conv, conv_bn, conv_bn_max_pool2d, max_pool2d,
+    BatchNormParams, ConvBnParams, batch_norm, conv, conv_bn, conv_bn_max_pool2d, max_pool2d,
 };
 use burn_conv_bn::{
-    ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig, ConvBnError, ConvBnOptions, ConvSpec,
-    MaxPool2dConfig, NormSpec, NormVariant, fuse,
+    Activation, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig, ConvBnError,
+    ConvBnOptions, ConvSpec, MaxPool2dConfig, NormSpec, NormVariant, fuse,
 };
 
 fn zeros<const D: usize>(shape: [usize; D]) -> Tensor<D> {
@@ -100,6 +100,13 @@ fn messages_name_what_was_seen_and_wanted() {
         ),
         (fused(params(), epsilon(f64::NAN)), &["got NaN"]),
         (
+            fused(
+                params(),
+                options().with_activation(Activation::Softplus { beta: 0.0 }),
+            ),
+            &["softplus: beta must be finite and not 0, got 0"],
+        ),
+        (
             fused(ConvBnParams::new(zeros(w).cast(DType::F64)), options()),
             &[
                 "input is F32, weight is F64",
@@ -136,15 +143,25 @@ fn messages_name_what_was_seen_and_wanted() {
             &["an empty batch", "[0, 3, 8, 8]", "given statistics"],
         ),
         (
-            batch_norm(zeros([0, 3]), None, NormSpec::default()).unwrap_err(),
+            batch_norm(
+                zeros([0, 3]),
+                BatchNormParams::default(),
+                NormSpec::default(),
+            )
+            .unwrap_err(),
             &["an empty batch", "[0, 3]"],
         ),
         (
-            batch_norm(zeros([1, 3]), None, NormSpec::default()).unwrap_err(),
+            batch_norm(
+                zeros([1, 3]),
+                BatchNormParams::default(),
+                NormSpec::default(),
+            )
+            .unwrap_err(),
             &["more than one value per channel"],
         ),
         (
-            batch_norm(zeros([3]), None, NormSpec::default()).unwrap_err(),
+            batch_norm(zeros([3]), BatchNormParams::default(), NormSpec::default()).unwrap_err(),
             &["batch norm's input", "expected 2"],
         ),
         (
