@@ -17,7 +17,9 @@ use stripes::{CLASSES, say};
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator::new();
 
+/// Images of a step that trains, and of the one whose memory is measured.
 const BATCH: usize = 64;
+const MEASURED: usize = 256;
 
 #[derive(Module, Debug)]
 struct Network {
@@ -80,7 +82,7 @@ impl Network {
     }
 }
 
-/// The memory of a step, and the accuracy after so many on images that it has not seen.
+/// The memory of a step, and the accuracy after so many steps on images that the network has not seen.
 fn train(forward: fn(&Network, Tensor<4>) -> Tensor<2>, steps: u64) -> (StepMemory, f64) {
     let device = Device::flex().autodiff();
     device.seed(1);
@@ -97,7 +99,7 @@ fn train(forward: fn(&Network, Tensor<4>) -> Tensor<2>, steps: u64) -> (StepMemo
     let (images, classes) = stripes::batch(&stripes::examples(512, u64::MAX), &Device::flex());
     let accuracy = stripes::accuracy(forward(&network.valid(), images), classes);
 
-    let (images, classes) = stripes::batch(&stripes::examples(BATCH, steps), &device);
+    let (images, classes) = stripes::batch(&stripes::examples(MEASURED, steps), &device);
     let memory = measure_step(
         &device,
         &ALLOCATOR,
@@ -109,7 +111,8 @@ fn train(forward: fn(&Network, Tensor<4>) -> Tensor<2>, steps: u64) -> (StepMemo
 
 /// Before and after the edit.
 fn compare(steps: u64) -> [(StepMemory, f64); 2] {
-    say!("                                  kept by forward  peak of the step  accuracy");
+    let title = format!("A step of {MEASURED} images");
+    say!("{title:<33} kept by forward  peak of the step  accuracy");
     let forms: [(&str, fn(&Network, Tensor<4>) -> Tensor<2>); 2] = [
         ("relu(bn.forward(conv.forward(x)))", Network::before),
         ("fuse(&conv, &bn)", Network::after),
