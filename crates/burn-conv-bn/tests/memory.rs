@@ -220,8 +220,8 @@ fn a_node_keeps_what_its_table_lists() {
     a_block_joined_with_its_pool_keeps_what_it_lists(&device);
     no_gradient_is_made_between_block_and_pool(&device);
     unfused_keeps_three(&device);
-    workspace_is_bounded(&device);
     peaks::no_layer_exceeds_burns(&ALLOCATOR);
+    workspace_is_bounded(&device);
 }
 
 fn same_block(recompute: Recompute, device: &Device) -> ConvBn2d {
@@ -594,7 +594,10 @@ fn workspace_is_bounded(device: &Device) {
     // Winograd's tiles are 6 MiB for each thread.
     let tiled = |most| workspace([8, 64, 56, 56], [64, 64, 3, 3], most);
     let (tiles_free, tiles_bounded) = (tiled(None), tiled(Some(1)));
-    assert!(tiles_free > 2 * scratch, "got {tiles_free}");
+    assert!(
+        tiles_free > tiles_bounded + scratch,
+        "got {tiles_free}, {tiles_bounded}"
+    );
     for got in [bounded, depthwise, large, tiles_bounded] {
         assert!(got < scratch, "got {got}");
     }

@@ -15,6 +15,10 @@ const GRANTED: usize = 1792 << 10;
 /// Threads whose tiles are counted. Not the machine's, or its threads would choose the order of sums.
 const THREADS: usize = 2;
 
+/// Fewest taps, and output channels of a group, for which packed products are as fast as sums of planes.
+const LEAST_TAPS: usize = 64;
+const LEAST_CHANNELS: usize = 24;
+
 /// Bytes of a channel's moments, of which each block has its own.
 const MOMENTS_BYTES: usize = 24;
 
@@ -96,6 +100,15 @@ pub(super) fn fits<E: Element, A: Algorithm<E>>(algorithm: &A) -> bool {
     forward <= forward_limit::<E>(geometry) && backward <= backward_limit::<E>(geometry)
 }
 
+/// Whether threads are better divided by channels: a small image is alone, and has products enough for all.
+pub(super) fn is_alone<E: Element>(geometry: &Geometry) -> bool {
+    let bytes = Bytes::new::<E>(geometry);
+    geometry.batch() == 1
+        && geometry.depth() >= LEAST_TAPS
+        && geometry.group_out() >= LEAST_CHANNELS
+        && bytes.input + bytes.output <= GRANTED
+}
+
 /// Blocks of images of the weight's gradient, for an algorithm that fits: as many as have room for their sums.
 pub(crate) fn weight_blocks<E: Element, A: Algorithm<E>>(algorithm: &A) -> usize {
     let limit = backward_limit::<E>(algorithm.geometry());
@@ -112,5 +125,6 @@ pub(super) fn winograd_tile<E: Element>(geometry: &Geometry) -> usize {
     let forward = forward_limit::<E>(geometry).saturating_sub(filter) / 2 * 3;
     let filters = (filters::<E>(geometry) + LEAST_BLOCKS) * filter;
     let backward = backward_limit::<E>(geometry).saturating_sub(filters);
-    forward.min(backward) / THREADS
+    // Planes are rounded up to cache lines.
+    forward.min(backward) / THREADS / 6 * 5
 }

@@ -12,7 +12,7 @@ mod winograd;
 pub(crate) use self::limit::weight_blocks;
 
 use self::direct::Direct;
-use self::limit::{fits, winograd_tile};
+use self::limit::{fits, is_alone, winograd_tile};
 use self::packed::Packed;
 use self::tile::Transposed;
 use self::winograd::Winograd;
@@ -46,7 +46,7 @@ pub(crate) fn choose<'a, E: Element>(
         if fits::<E, _>(&winograd) {
             return Chosen::Winograd(winograd.with_weights(weight, transposed));
         }
-    } else {
+    } else if !is_alone::<E>(geometry) {
         let direct = Direct::new(geometry);
         if fits::<E, _>(&direct) {
             return Chosen::Direct(direct.with_weights(weight, transposed));

@@ -185,6 +185,9 @@ fn compute<E: Element>(
 
 /// Rounds the values of a chunk as they are stored.
 fn round<E: Element>(geometry: &Geometry, chunk: Span, rows: &mut Rows<E::Real>, column: usize) {
+    if size_of::<E>() == size_of::<E::Real>() {
+        return;
+    }
     let pitch = rows.pitch;
     let scratch = ScratchPool::new();
     rows.of(geometry.channels_out())
@@ -204,23 +207,20 @@ fn for_each_line<E: Element>(
     task: impl Fn(usize, Span, &[E::Real], &mut [MaybeUninit<E>]) + Sync,
 ) {
     let (channels, positions) = (geometry.channels_out(), geometry.positions());
-    let len = channels * positions;
-    for (image, part) in span.parts(geometry) {
-        let start = image * positions + part.start;
-        let column = start - span.start;
-        tensor[image * len..][..len]
-            .par_chunks_exact_mut(positions)
-            .with_min_len(LINES)
-            .enumerate()
-            .for_each(|(channel, line)| {
-                let row = &rows.values[channel * rows.pitch + column..][..part.len()];
-                let span = Span {
-                    start,
-                    len: part.len(),
-                };
-                task(channel, span, row, &mut line[part.clone()]);
-            });
-    }
+    let (first, end) = (span.start / positions, span.start + span.len);
+    let lines = first * channels * positions..end.div_ceil(positions) * channels * positions;
+    tensor[lines]
+        .par_chunks_exact_mut(positions)
+        .with_min_len(LINES)
+        .enumerate()
+        .for_each(|(index, line)| {
+            let (image, channel) = (first + index / channels, index % channels);
+            let start = span.start.max(image * positions);
+            let len = end.min((image + 1) * positions) - start;
+            let row = &rows.values[channel * rows.pitch + start - span.start..][..len];
+            let line = &mut line[start - image * positions..][..len];
+            task(channel, Span { start, len }, row, line);
+        });
 }
 
 /// Writes a chunk of the output.
@@ -242,19 +242,16 @@ fn write_input_grad<E: Element>(
     rows: &[E::Real],
     grad: &mut [MaybeUninit<E>],
 ) {
-    let plane = geometry.input_plane();
+    let (channels, plane) = (geometry.channels[0], geometry.input_plane());
     let first = block.start / geometry.positions();
     let images = block.len / geometry.positions();
     let len = geometry.input_len();
-    for (image, grad) in grad[first * len..][..images * len]
-        .chunks_exact_mut(len)
+    grad[first * len..][..images * len]
+        .par_chunks_exact_mut(plane)
+        .with_min_len(LINES)
         .enumerate()
-    {
-        grad.par_chunks_exact_mut(plane)
-            .with_min_len(LINES)
-            .enumerate()
-            .for_each(|(channel, line)| {
-                E::write(&rows[(channel * images + image) * plane..][..plane], line);
-            });
-    }
+        .for_each(|(index, line)| {
+            let (image, channel) = (index / channels, index % channels);
+            E::write(&rows[(channel * images + image) * plane..][..plane], line);
+        });
 }

@@ -1,4 +1,4 @@
-//! The microkernels of packed products: sums over the operands' rows, and dot products of their rows.
+//! The microkernel of packed products: sums of rows.
 //!
 //! Blocks of sums are six rows by as many vectors as the registers hold: two of sixteen, four of 32. Operands
 //! are padded to whole blocks, and what comes of the padding is dropped.
@@ -14,121 +14,8 @@ use crate::Real;
 /// Rows of a block of sums; operands are readable to a multiple of them.
 pub(crate) const ROWS: usize = 6;
 
-/// Most columns of a block of dot products; operands are readable to a multiple of them.
-pub(crate) const COLUMNS: usize = 4;
-
 /// Registers of the larger units: AVX-512, NEON.
 const MANY_REGISTERS: usize = 32;
-
-/// `target[m][n] = sum over k of a[m][k] * b[n][k]`, added to what is there if `adds`.
-///
-/// The rows of `a` and `b` are `pitch` apart and hold zeros from `depth` to the next multiple of [`WIDEST`].
-pub(crate) struct Dots<'a, T> {
-    pub(crate) rows: usize,
-    pub(crate) columns: usize,
-    pub(crate) depth: usize,
-    pub(crate) a: &'a [T],
-    pub(crate) b: &'a [T],
-    pub(crate) pitch: usize,
-    pub(crate) target: &'a mut [T],
-    pub(crate) target_pitch: usize,
-    pub(crate) adds: bool,
-}
-
-impl<T: Real> Dots<'_, T> {
-    /// Computes the products.
-    ///
-    /// # Panics
-    ///
-    /// Panics if the slices are too short.
-    pub(crate) fn run(self) {
-        assert!(self.depth.next_multiple_of(WIDEST) <= self.pitch);
-        assert!(self.rows.next_multiple_of(ROWS) * self.pitch <= self.a.len());
-        assert!(self.columns.next_multiple_of(COLUMNS) * self.pitch <= self.b.len());
-        Arch::new().dispatch(self);
-    }
-}
-
-impl<T: Real> WithSimd for Dots<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        if S::REGISTER_COUNT >= MANY_REGISTERS {
-            self.blocks::<S, COLUMNS>(simd);
-        } else {
-            self.blocks::<S, 2>(simd);
-        }
-    }
-}
-
-impl<T: Real> Dots<'_, T> {
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    fn blocks<S: Simd, const N: usize>(&mut self, simd: S) {
-        let vectors = self
-            .depth
-            .div_ceil(size_of::<T::Vector<S>>() / size_of::<T>());
-        for row in (0..self.rows).step_by(ROWS) {
-            for column in (0..self.columns).step_by(N) {
-                // SAFETY: `run` checked that `a` and `b` hold whole blocks of rows of `pitch` values,
-                // which are at least the vectors'; `N` divides `COLUMNS`.
-                let sums = unsafe {
-                    let a = self.a.as_ptr().add(row * self.pitch);
-                    let b = self.b.as_ptr().add(column * self.pitch);
-                    dots::<S, T, N>(simd, a, b, self.pitch, vectors)
-                };
-                let rows = self.target[row * self.target_pitch..].chunks_mut(self.target_pitch);
-                for (target, sums) in rows.zip(&sums).take(self.rows - row) {
-                    let end = self.columns.min(column + N);
-                    for (target, sum) in target[column..end].iter_mut().zip(sums) {
-                        *target = if self.adds { *target + *sum } else { *sum };
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// The dot products of six rows with `N` others.
-///
-/// # Safety
-///
-/// `a + m * pitch` must be good for reading `vectors` vectors for each `m < ROWS`, and `b + n * pitch` for each
-/// `n < N`.
-#[inline(always)]
-#[allow(unsafe_code)]
-unsafe fn dots<S: Simd, T: Real, const N: usize>(
-    simd: S,
-    a: *const T,
-    b: *const T,
-    pitch: usize,
-    vectors: usize,
-) -> [[T; N]; ROWS] {
-    let lanes = size_of::<T::Vector<S>>() / size_of::<T>();
-    let mut sums = [[T::splat(simd, T::ZERO); N]; ROWS];
-    for vector in 0..vectors {
-        let mut values = [T::splat(simd, T::ZERO); N];
-        for n in 0..N {
-            // SAFETY: the caller's promise; `lanes` values are a vector.
-            values[n] = unsafe { load::<S, T>(b.add(n * pitch + vector * lanes)) };
-        }
-        for m in 0..ROWS {
-            // SAFETY: as above.
-            let factor = unsafe { load::<S, T>(a.add(m * pitch + vector * lanes)) };
-            for n in 0..N {
-                sums[m][n] = T::mul_add(simd, factor, values[n], sums[m][n]);
-            }
-        }
-    }
-    let mut totals = [[T::ZERO; N]; ROWS];
-    for m in 0..ROWS {
-        for n in 0..N {
-            totals[m][n] = T::sum(simd, sums[m][n]);
-        }
-    }
-    totals
-}
 
 /// `target[m][n] = sum over k of a[m * row + k * step] * b[k][n]`, added to what is there if `adds`.
 ///
@@ -154,10 +41,13 @@ impl<T: Real> Sums<'_, T> {
     ///
     /// Panics if the slices are too short.
     pub(crate) fn run(self) {
-        if self.rows == 0 || self.columns == 0 || self.depth == 0 {
+        let rows = self.rows.next_multiple_of(ROWS);
+        if self.depth == 0 && !self.adds {
+            self.target[..rows * self.pitch].fill(T::ZERO);
+        }
+        if rows * self.columns * self.depth == 0 {
             return;
         }
-        let rows = self.rows.next_multiple_of(ROWS);
         assert!(self.columns.next_multiple_of(WIDEST) <= self.pitch);
         assert!((rows - 1) * self.row + (self.depth - 1) * self.step < self.a.len());
         assert!(self.depth * self.pitch <= self.b.len());
@@ -290,68 +180,37 @@ mod tests {
 
     #[test]
     fn products_of_any_size() {
-        for (rows, columns, depth) in [
-            (1usize, 1usize, 1usize),
-            (6, 4, 16),
-            (7, 5, 17),
-            (13, 66, 40),
-        ] {
-            let pitch = depth.max(columns).next_multiple_of(WIDEST);
+        let sizes: [[usize; 3]; 5] = [[1, 1, 1], [6, 4, 16], [7, 5, 17], [13, 66, 40], [2, 3, 0]];
+        for [rows, columns, depth] in sizes {
+            let pitch = columns.next_multiple_of(WIDEST);
             let padded = rows.next_multiple_of(ROWS);
-            for adds in [false, true] {
-                let (mut a, mut b) = (values(padded * pitch, 1), values(68 * pitch, 2));
-                for line in a.chunks_mut(pitch).chain(b.chunks_mut(pitch)) {
-                    line[depth..].fill(0.0);
-                }
-                let start = values(padded * pitch, 3);
-                let mut dots = start.clone();
-                Dots {
-                    rows,
-                    columns,
-                    depth,
-                    a: &a,
-                    b: &b,
-                    pitch,
-                    target: &mut dots,
-                    target_pitch: pitch,
-                    adds,
-                }
-                .run();
-                // The same sums, with the second operand's rows along k.
-                let mut b_rows = vec![0.0; depth * pitch];
-                for k in 0..depth {
-                    for n in 0..columns {
-                        b_rows[k * pitch + n] = b[n * pitch + k];
+            // By rows, and by columns.
+            for (row, step) in [(depth, 1), (1, padded)] {
+                for adds in [false, true] {
+                    let (a, b) = (values(padded * depth, 1), values(depth * pitch, 2));
+                    let start = values(padded * pitch, 3);
+                    let mut got = start.clone();
+                    Sums {
+                        rows,
+                        columns,
+                        depth,
+                        a: &a,
+                        row,
+                        step,
+                        b: &b,
+                        pitch,
+                        target: &mut got,
+                        adds,
                     }
-                }
-                let mut sums = start.clone();
-                Sums {
-                    rows,
-                    columns,
-                    depth,
-                    a: &a,
-                    row: pitch,
-                    step: 1,
-                    b: &b_rows,
-                    pitch,
-                    target: &mut sums,
-                    adds,
-                }
-                .run();
-                for m in 0..rows {
-                    for n in 0..pitch {
-                        let at = m * pitch + n;
-                        let products = (0..depth).map(|k| a[m * pitch + k] * b[n * pitch + k]);
-                        let before = if adds { start[at] } else { 0.0 };
-                        if n < columns {
+                    .run();
+                    for m in 0..rows {
+                        for n in 0..columns {
+                            let at = m * pitch + n;
+                            let products =
+                                (0..depth).map(|k| a[m * row + k * step] * b[k * pitch + n]);
+                            let before = if adds { start[at] } else { 0.0 };
                             let wanted = before + products.sum::<f32>();
-                            assert_eq!(
-                                [dots[at], sums[at]],
-                                [wanted; 2],
-                                "{rows} {columns} {depth}"
-                            );
-                        } else {
-                            assert_eq!(dots[at], start[at], "not a column");
+                            assert_eq!(got[at], wanted, "{rows} {columns} {depth}");
                         }
                     }
                 }

@@ -1,20 +1,23 @@
 //! Any convolution as products of packed operands, for weights that outweigh the activations.
 //!
 //! The inputs of a few output positions, their *patches*, are copied side by side for as many channels as fit
-//! the second-level cache; taps that meet padding alone are left out. The output is made of dot products of the
-//! weight's rows with patches, the weight's gradient of sums of patches, and the input's gradient of sums of the
+//! the second-level cache; taps that meet padding alone are left out. The output is made of sums of the patches'
+//! rows, one for each tap of each channel; the weight's gradient of sums of patches; the input's of sums of the
 //! weight's rows, added to the inputs' places. Neither weight nor gradient is copied as a whole: each thread copies
 //! the rows of a few channels at a time.
 //!
 //! Threads divide the channels and not the images, so that one image is enough for all of them. Sums run over
 //! the positions in order.
 
+mod patches;
+
+use pulp::Arch;
 use rayon::prelude::*;
 
 use super::span::Span;
 use crate::scratch::{Aligned, ScratchPool};
 use crate::simd::planes::{WIDEST, plane_len};
-use crate::simd::products::{COLUMNS, Dots, ROWS, Sums};
+use crate::simd::products::{ROWS, Sums};
 use crate::simd::sweeps;
 use crate::{Element, Geometry, Real};
 
@@ -42,9 +45,6 @@ const WEIGHT_ROWS: usize = 128;
 /// Fewest parts of the channels: as many threads are busy with any layer.
 const PARTS: usize = 16;
 
-/// Rows of patches that a thread packs at a time.
-const PATCHES: usize = 4;
-
 /// A convolution prepared for any chunk of positions.
 #[derive(Debug)]
 pub(crate) struct Packed<'a> {
@@ -53,9 +53,10 @@ pub(crate) struct Packed<'a> {
     taps: Vec<(usize, [usize; 3])>,
     /// Most positions of a chunk.
     positions: usize,
-    /// Input channels whose patches are packed at a time, and the distance of the patches.
+    /// Input channels whose patches are packed at a time, and the distance of the patches, or of their rows.
     channels: usize,
     pitch: usize,
+    row_pitch: usize,
     /// Output channels, and input channels, that a thread takes at a time.
     outputs: usize,
     inputs: usize,
@@ -71,7 +72,18 @@ pub(crate) struct Rows<T> {
 /// Buffers that the threads share, and those of each.
 pub(crate) struct Scratch<E: Element> {
     patches: Aligned<E::Real>,
+    /// For each tap, the inputs of a chunk.
+    runs: Vec<Vec<Run>>,
     threads: ScratchPool<Buffers<E>>,
+}
+
+/// Neighbouring positions whose inputs are evenly spaced.
+#[derive(Debug)]
+struct Run {
+    /// The first position of the chunk, and its input in the batch's first channel.
+    at: usize,
+    from: usize,
+    len: usize,
 }
 
 /// Buffers of one thread.
@@ -87,6 +99,7 @@ impl<E: Element> Scratch<E> {
     pub(crate) fn new() -> Self {
         Self {
             patches: Aligned::default(),
+            runs: Vec::new(),
             threads: ScratchPool::new(),
         }
     }
@@ -115,7 +128,7 @@ impl<'a> Packed<'a> {
         let most = (values / columns).min(ROW_BYTES / size / geometry.channels_out());
         let positions = (geometry.batch() * geometry.positions())
             .min(POSITIONS)
-            .min(most.max(COLUMNS));
+            .min(most.max(1));
         let channels = ((values / positions).min(WIDTH) / columns).clamp(1, group_in);
         let channels = group_in.div_ceil(group_in.div_ceil(channels));
         let parts = |channels: usize, unit: usize| channels.div_ceil(PARTS).next_multiple_of(unit);
@@ -124,6 +137,7 @@ impl<'a> Packed<'a> {
             positions,
             channels,
             pitch: plane_len(channels * columns),
+            row_pitch: plane_len(positions),
             outputs: parts(group_out, ROWS).min(CHANNELS),
             inputs: parts(group_in, WIDEST)
                 .min(WEIGHT_COLUMNS / columns)
@@ -168,9 +182,10 @@ impl<'a> Packed<'a> {
     ) {
         let group_out = self.geometry.group_out();
         let pitch = rows.pitch;
+        self.find_runs(chunk, &mut scratch.runs);
         for group in 0..self.geometry.groups() {
             for first in (0..self.geometry.group_in()).step_by(self.channels) {
-                let depth = self.pack(scratch, input, chunk, group, first);
+                let depth = self.pack_rows(scratch, input, chunk, group, first);
                 let (patches, threads) = (&scratch.patches, &scratch.threads);
                 rows.values[group * group_out * pitch..][..group_out * pitch]
                     .par_chunks_mut(self.outputs * pitch)
@@ -179,29 +194,35 @@ impl<'a> Packed<'a> {
                         threads.with(|buffers| {
                             let start = group * group_out + index * self.outputs;
                             let rows = target.len() / pitch;
-                            let weight_rows = &mut buffers.weight;
-                            weight_rows.resize(self.outputs * self.pitch, E::Real::ZERO);
-                            for (row, target) in weight_rows
-                                .chunks_exact_mut(self.pitch)
-                                .enumerate()
-                                .take(rows)
+                            let (factors, sums) = (&mut buffers.weight, &mut buffers.sums);
+                            factors.resize(self.outputs * self.pitch, E::Real::ZERO);
+                            sums.resize(self.outputs * self.row_pitch, E::Real::ZERO);
+                            for (row, factors) in
+                                factors.chunks_exact_mut(self.pitch).enumerate().take(rows)
                             {
-                                self.copy_weight(weight, start + row, first, depth, target);
-                                let end = depth.next_multiple_of(WIDEST);
-                                target[depth..end].fill(E::Real::ZERO);
+                                self.copy_weight(weight, start + row, first, depth, factors);
                             }
-                            Dots {
+                            Sums {
                                 rows,
                                 columns: chunk.len,
                                 depth,
-                                a: weight_rows,
+                                a: factors,
+                                row: self.pitch,
+                                step: 1,
                                 b: patches,
-                                pitch: self.pitch,
-                                target: &mut target[column..],
-                                target_pitch: pitch,
-                                adds: first > 0,
+                                pitch: self.row_pitch,
+                                target: sums,
+                                adds: false,
                             }
                             .run();
+                            let sums = sums.chunks_exact(self.row_pitch);
+                            for (target, sums) in target.chunks_exact_mut(pitch).zip(sums) {
+                                let target = &mut target[column..][..chunk.len];
+                                match first {
+                                    0 => target.copy_from_slice(&sums[..chunk.len]),
+                                    _ => sweeps::add(Arch::new(), target, &sums[..chunk.len]),
+                                }
+                            }
                         });
                     });
             }
@@ -369,74 +390,6 @@ impl<'a> Packed<'a> {
         }
     }
 
-    /// Packs the patches of a chunk's positions, of some channels from `first` on. Returns their length.
-    fn pack<E: Element>(
-        &self,
-        scratch: &mut Scratch<E>,
-        input: &[E],
-        chunk: Span,
-        group: usize,
-        first: usize,
-    ) -> usize {
-        let (geometry, taps) = (self.geometry, self.taps.len());
-        let plane = geometry.input_plane();
-        let channels = self.channels.min(geometry.group_in() - first);
-        let (depth, positions) = (channels * taps, geometry.positions());
-        let rows = self.positions.next_multiple_of(COLUMNS);
-        scratch.patches.resize(rows * self.pitch, E::Real::ZERO);
-        let threads = &scratch.threads;
-        scratch.patches[..chunk.len * self.pitch]
-            .par_chunks_mut(PATCHES * self.pitch)
-            .enumerate()
-            .for_each(|(index, rows)| {
-                threads.with(|buffers| {
-                    for (row, target) in rows.chunks_exact_mut(self.pitch).enumerate() {
-                        let at = chunk.start + index * PATCHES + row;
-                        self.find_places(at % positions, &mut buffers.places);
-                        let channel = at / positions * geometry.channels[0]
-                            + group * geometry.group_in()
-                            + first;
-                        let source = &input[channel * plane..][..channels * plane];
-                        let line = &mut buffers.line;
-                        line.clear();
-                        line.resize(depth, E::default());
-                        for (channel, source) in source.chunks_exact(plane).enumerate() {
-                            let line = &mut line[channel * taps..][..taps];
-                            for (tap, place) in &buffers.places {
-                                line[*tap] = source[*place];
-                            }
-                        }
-                        E::load(line, &mut target[..depth]);
-                        target[depth..].fill(E::Real::ZERO);
-                    }
-                });
-            });
-        depth
-    }
-
-    /// The taps of an output position that meet the input, and the place of each in its plane.
-    fn find_places(&self, position: usize, places: &mut Vec<(usize, usize)>) {
-        let geometry = self.geometry;
-        let [_, rows, columns] = geometry.output;
-        let at = [
-            position / columns / rows,
-            position / columns % rows,
-            position % columns,
-        ];
-        let [_, height, width] = geometry.input;
-        places.clear();
-        for (tap, (_, offset)) in self.taps.iter().enumerate() {
-            let place = |dim: usize| {
-                (at[dim] * geometry.stride[dim] + offset[dim])
-                    .checked_sub(geometry.padding[dim].0)
-                    .filter(|place| *place < geometry.input[dim])
-            };
-            if let (Some(slice), Some(row), Some(column)) = (place(0), place(1), place(2)) {
-                places.push((tap, (slice * height + row) * width + column));
-            }
-        }
-    }
-
     /// Copies `len` taps of one output channel, of the input channels from `first` on.
     fn copy_weight<T: Real>(
         &self,
@@ -465,7 +418,7 @@ impl<'a> Packed<'a> {
         let kernel = self.kernel();
         let row = &mut row[first * kernel..];
         if kernel == self.taps.len() {
-            sweeps::add(pulp::Arch::new(), &mut row[..sums.len()], sums);
+            sweeps::add(Arch::new(), &mut row[..sums.len()], sums);
             return;
         }
         let sums = sums.chunks_exact(self.taps.len().max(1));
