@@ -43,7 +43,7 @@ use crate::backend::{
 };
 use crate::spec::{
     BatchNormOptions, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPoolProblem,
-    accumulator_dtype, check_epsilon, check_values,
+    accumulator_dtype, check_activation, check_epsilon, check_values,
 };
 
 /// A normalized output and the statistics that it was normalized with: what [`batch_norm`] and
@@ -261,7 +261,7 @@ impl BatchNormParams {
 /// # Errors
 ///
 /// Shapes, dtypes or devices that do not fit each other, or batch statistics over one value per channel or
-/// none, or an epsilon that is not positive; with given statistics it may be 0.
+/// none, or an epsilon that is not positive, which with given statistics may be 0, or a softplus's beta of 0.
 ///
 /// # Examples
 ///
@@ -291,6 +291,7 @@ pub fn batch_norm<const D: usize>(
 ) -> Result<Normalized<D>, ConvBnError> {
     let options = options.into();
     check_epsilon(options.norm.epsilon, params.statistics.is_none())?;
+    check_activation(options.activation)?;
     let input = input.dequantize();
     let (gamma, beta) = params.affine.map(dequantize).unzip();
     let (mean, variance) = params.statistics.map(dequantize).unzip();
