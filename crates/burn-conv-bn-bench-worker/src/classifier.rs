@@ -14,7 +14,8 @@ use burn_conv_bn_bench::catalogue::{Architecture, Classifier};
 use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
+    DenseNet, DenseNetConfig, Form, MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig, Vgg,
+    VggConfig,
 };
 
 use crate::device::{Stopwatch, is_cube};
@@ -40,6 +41,7 @@ enum Model {
     ResNet(ResNet),
     Vgg(Vgg),
     MobileNetV2(MobileNetV2),
+    DenseNet(DenseNet),
 }
 
 impl Model {
@@ -50,6 +52,9 @@ impl Model {
             Architecture::Vgg16Bn => {
                 let config = VggConfig::vgg16_bn(form).with_dropout(0.0);
                 Self::Vgg(config.init(device))
+            }
+            Architecture::DenseNet121 => {
+                Self::DenseNet(DenseNetConfig::densenet121(form).init(device))
             }
             Architecture::MobileNetV2 => {
                 let config = MobileNetV2Config::new(form).with_dropout(0.0);
@@ -63,6 +68,7 @@ impl Model {
             Self::ResNet(network) => Self::ResNet(network.with_rebuilt_chains(ends)),
             Self::Vgg(network) => Self::Vgg(network.with_rebuilt_chains(ends)),
             Self::MobileNetV2(network) => Self::MobileNetV2(network.with_rebuilt_chains(ends)),
+            Self::DenseNet(network) => Self::DenseNet(network.with_rebuilt_chains(ends)),
         }
     }
 
@@ -71,6 +77,7 @@ impl Model {
             Self::ResNet(network) => network.forward(images),
             Self::Vgg(network) => network.forward(images),
             Self::MobileNetV2(network) => network.forward(images),
+            Self::DenseNet(network) => network.forward(images),
         }
     }
 
@@ -79,6 +86,7 @@ impl Model {
             Self::ResNet(network) => network.saved_for_backward(shape),
             Self::Vgg(network) => network.saved_for_backward(shape),
             Self::MobileNetV2(network) => network.saved_for_backward(shape),
+            Self::DenseNet(network) => network.saved_for_backward(shape),
         }
     }
 }

@@ -317,7 +317,11 @@ mod tests {
 
     #[test]
     fn all_forms_of_a_classifier_agree() {
-        for architecture in [Architecture::ResNet18, Architecture::MobileNetV2] {
+        for architecture in [
+            Architecture::ResNet18,
+            Architecture::MobileNetV2,
+            Architecture::DenseNet121,
+        ] {
             let classifier = small_classifier(architecture);
             let names = check(&classifier, Precision::F32);
             assert_eq!(names[..2], ["logits", "loss"]);

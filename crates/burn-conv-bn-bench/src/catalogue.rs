@@ -88,6 +88,9 @@ pub enum Architecture {
     /// MobileNetV2.
     #[serde(rename = "mobilenet_v2")]
     MobileNetV2,
+    /// DenseNet-121.
+    #[serde(rename = "densenet121")]
+    DenseNet121,
 }
 
 /// The whole catalogue; with smaller batches, and smaller images of the classifiers, if `quick`.
@@ -140,6 +143,7 @@ pub fn catalogue(quick: bool) -> Vec<Entry> {
         classifier("resnet50", Architecture::ResNet50, 8),
         classifier("vgg16-bn", Architecture::Vgg16Bn, 4),
         classifier("mobilenet-v2", Architecture::MobileNetV2, 16),
+        classifier("densenet121", Architecture::DenseNet121, 8),
     ]
 }
 
@@ -358,6 +362,7 @@ impl fmt::Display for Classifier {
             Architecture::ResNet50 => "ResNet-50",
             Architecture::Vgg16Bn => "VGG-16-BN",
             Architecture::MobileNetV2 => "MobileNetV2",
+            Architecture::DenseNet121 => "DenseNet-121",
         };
         write!(f, "{name}, batch {} at {}", self.batch, self.size)
     }
@@ -417,12 +422,12 @@ mod tests {
         };
         let networks_alone = ids(&networks);
         assert_eq!(networks_alone[..3], ["net-256", "net-2048", "resnet18"]);
-        assert_eq!(networks_alone.len(), 6);
+        assert_eq!(networks_alone.len(), 7);
         let both = Selection {
             layers: true,
             ..networks
         };
-        assert_eq!(ids(&both).len(), 12);
+        assert_eq!(ids(&both).len(), 13);
     }
 
     #[test]
@@ -457,6 +462,7 @@ mod tests {
                 "ResNet-50, batch 8 at 224",
                 "VGG-16-BN, batch 4 at 224",
                 "MobileNetV2, batch 16 at 224",
+                "DenseNet-121, batch 8 at 224",
             ]
         );
         let quick = catalogue(true);

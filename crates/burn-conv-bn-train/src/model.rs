@@ -6,7 +6,8 @@ use burn::tensor::ops::PadMode;
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{FoldError, NormVariant, Recompute, SavedTensor};
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    DenseNet, DenseNetConfig, Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet,
+    ResNetConfig, Vgg, VggConfig,
 };
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,8 @@ pub enum ModelChoice {
     Vgg16Bn,
     /// MobileNetV2.
     MobilenetV2,
+    /// DenseNet-121.
+    Densenet121,
 }
 
 /// Why there is no such network, or none for such batches.
@@ -104,15 +107,16 @@ impl ModelChoice {
             Self::Resnet50 => "resnet50",
             Self::Vgg16Bn => "vgg16-bn",
             Self::MobilenetV2 => "mobilenet-v2",
+            Self::Densenet121 => "densenet121",
         }
     }
 
-    /// The dropout of its authors; 0 for the residual networks, which have none.
+    /// The dropout of its authors; 0 for the residual networks and DenseNet, which have none.
     pub(crate) fn default_dropout(self) -> f64 {
         match self {
             Self::Tutorial | Self::Vgg16Bn => 0.5,
             Self::MobilenetV2 => 0.2,
-            Self::Resnet18 | Self::Resnet34 | Self::Resnet50 => 0.0,
+            Self::Resnet18 | Self::Resnet34 | Self::Resnet50 | Self::Densenet121 => 0.0,
         }
     }
 
@@ -203,6 +207,14 @@ impl ModelChoice {
                     .with_max_workspace(max_workspace)
                     .init(device),
             ),
+            Self::Densenet121 => Network::DenseNet(
+                DenseNetConfig::densenet121(form)
+                    .with_classes(CLASSES)
+                    .with_input_channels(1)
+                    .with_recompute(recompute)
+                    .with_max_workspace(max_workspace)
+                    .init(device),
+            ),
             Self::MobilenetV2 => Network::MobileNetV2(
                 MobileNetV2Config::new(form)
                     .with_classes(CLASSES)
@@ -228,6 +240,8 @@ pub(crate) enum Network {
     Vgg(Vgg),
     /// MobileNetV2.
     MobileNetV2(MobileNetV2),
+    /// DenseNet-121.
+    DenseNet(DenseNet),
 }
 
 impl Network {
@@ -248,6 +262,7 @@ impl Network {
             Self::ResNet(net) => net.forward(padded(images)),
             Self::Vgg(net) => net.forward(padded(images)),
             Self::MobileNetV2(net) => net.forward(padded(images)),
+            Self::DenseNet(net) => net.forward(padded(images)),
         };
         log_softmax(scores, 1)
     }
@@ -264,6 +279,7 @@ impl Network {
             Self::ResNet(net) => Self::ResNet(net.folded()?),
             Self::Vgg(net) => Self::Vgg(net.folded()?),
             Self::MobileNetV2(net) => Self::MobileNetV2(net.folded()?),
+            Self::DenseNet(net) => Self::DenseNet(net.folded()?),
         })
     }
 
@@ -280,6 +296,7 @@ impl Network {
             Self::ResNet(net) => net.saved_for_backward(shape),
             Self::Vgg(net) => net.saved_for_backward(shape),
             Self::MobileNetV2(net) => net.saved_for_backward(shape),
+            Self::DenseNet(net) => net.saved_for_backward(shape),
         };
         if let Some((_, padded)) = saved.iter_mut().find(|(_, kept)| kept.name == "input") {
             padded.shared = false;

@@ -7,7 +7,7 @@ use burn::nn::PaddingConfig2d;
 use burn::nn::conv::Conv2dConfig;
 use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
 use burn_conv_bn::backend::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
-use burn_conv_bn::functional::{ConvBnParams, conv_bn};
+use burn_conv_bn::functional::{ConvBnParams, cat_channels, conv_bn};
 use burn_conv_bn::{
     Activation, ConvBn2d, ConvBn2dConfig, ConvBnOptions, ConvSpec, MaxPool2dConfig, Recompute,
     SavedTensor,
@@ -206,6 +206,7 @@ fn a_node_keeps_what_its_table_lists() {
     assert_eq!(activations(&all(Recompute::Conv, Activation::Silu)), 1);
     a_chain_keeps_one_activation_a_block(&device);
     a_rebuilt_output_is_kept_by_none(&device);
+    a_concatenation_is_kept_by_none(&device);
     frozen_layers_keep_no_input(&device);
     a_pool_keeps_what_it_lists(&device);
     nothing_is_kept_between_block_and_pool(&device);
@@ -304,6 +305,31 @@ fn a_rebuilt_output_is_kept_by_none(device: &Device) {
     let own = list.iter().filter(|tensor| !tensor.shared);
     let names: Vec<_> = own.map(|tensor| tensor.name).collect();
     assert_eq!(names, ["conv_output", "mean", "variance", "indices"]);
+}
+
+/// Three convolutions, each over the input and all outputs before it: these are kept, and of their concatenations
+/// nothing. Burn's concatenation makes a copy of each for every convolution.
+fn a_concatenation_is_kept_by_none(device: &Device) {
+    let convs = [1, 2, 3].map(|inputs| {
+        Conv2dConfig::new([inputs * INPUT[1], INPUT[1]], [1, 1])
+            .with_bias(false)
+            .init(device)
+    });
+    let burns: fn(Vec<Tensor<4>>) -> Tensor<4> = |tensors| Tensor::cat(tensors, 1);
+    let ours: fn(Vec<Tensor<4>>) -> Tensor<4> = |tensors| cat_channels(tensors).unwrap();
+    for (cat, wanted) in [(ours, 3), (burns, 6)] {
+        let forward = |x: Tensor<4>| {
+            let mut features = vec![x];
+            for conv in &convs {
+                features.push(conv.forward(cat(features.clone())));
+            }
+            features.swap_remove(convs.len())
+        };
+        let runs = (0..5).map(|_| kept_by(forward, INPUT, true, device));
+        let (count, rest) = activations_in(runs.min().unwrap_or_default());
+        assert_eq!(count, wanted);
+        assert!(rest < 4 * OVERHEAD, "{rest} bytes more or less");
+    }
 }
 
 /// A layer whose norm is frozen keeps its input for the weight's gradient. With the weight frozen

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use burn::data::dataloader::DataLoader;
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::{Module, ModuleMapper, Param, RunningState};
 use burn::tensor::Tensor;
 use burn::train::{Interrupter, TrainStep};
-use burn_conv_bn_models::Net;
+use burn_conv_bn_models::{DenseNet, Net};
 
 use crate::data::{CLASSES, Digits, EpochLoader, MnistBatch};
 use crate::device::DeviceChoice;
@@ -91,6 +91,7 @@ impl Reordering {
     fn of_network(self, network: Network) -> Network {
         match network {
             Network::Tutorial(net) => Network::Tutorial(self.of_net(net)),
+            Network::DenseNet(net) => Network::DenseNet(self.of_dense_net(net)),
             network if self.channels => network.map(&mut ReverseFeatures),
             network => network,
         }
@@ -111,6 +112,29 @@ impl Reordering {
             self.mirrored(self.reversed(pixels, 0), 2)
                 .reshape([features, hidden])
         });
+        net
+    }
+
+    /// Of the channels inside the dense layers alone: those of a concatenation are in the order of the layers.
+    fn of_dense_net(self, mut net: DenseNet) -> DenseNet {
+        let blocks = [
+            &mut net.denseblock1,
+            &mut net.denseblock2,
+            &mut net.denseblock3,
+            &mut net.denseblock4,
+        ];
+        for layer in blocks.into_iter().flatten() {
+            let norm = &mut layer.conv1.norm;
+            norm.gamma = leaf(norm.gamma.clone(), |gamma| self.reversed(gamma, 0));
+            norm.beta = leaf(norm.beta.clone(), |beta| self.reversed(beta, 0));
+            for running in [&mut norm.running_mean, &mut norm.running_var] {
+                *running = RunningState::new(self.reversed(running.value_sync(), 0));
+            }
+            let conv1 = &mut layer.conv1.conv;
+            conv1.weight = leaf(conv1.weight.clone(), |weight| self.reversed(weight, 0));
+            let conv2 = &mut layer.conv2;
+            conv2.weight = leaf(conv2.weight.clone(), |weight| self.reversed(weight, 1));
+        }
         net
     }
 

@@ -1,5 +1,6 @@
 //! Tests of the op and the layer on Flex.
 
+mod cat_channels;
 mod common;
 
 mod conv_bn_max_pool;

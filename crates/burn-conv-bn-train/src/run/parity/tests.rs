@@ -9,7 +9,7 @@ use crate::run::job::tests::job;
 /// A reordering of a network is the same function, in training and in evaluation.
 #[test]
 fn other_orders_compute_the_same() {
-    use ModelChoice::{MobilenetV2, Resnet18, Tutorial, Vgg16Bn};
+    use ModelChoice::{Densenet121, MobilenetV2, Resnet18, Tutorial, Vgg16Bn};
 
     let [first, second, all] = Reordering::others(Tutorial);
     let of_others = Reordering::others(Resnet18)[2];
@@ -20,6 +20,7 @@ fn other_orders_compute_the_same() {
         (Resnet18, of_others),
         (Vgg16Bn, of_others),
         (MobilenetV2, of_others),
+        (Densenet121, of_others),
     ] {
         let job = Job {
             model,
