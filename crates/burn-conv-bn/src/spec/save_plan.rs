@@ -297,6 +297,38 @@ mod tests {
     }
 
     #[test]
+    fn norm_saves_the_convolutions_output_where_it_can_rebuild_the_ops() {
+        let options = ConvBnOptions::new(ConvSpec::unit(2)).with_recompute(Recompute::Norm);
+        let never = options.clone().with_recompute(Recompute::Never);
+        let plan = SavePlan::new(&options, StatisticsKind::Batch, given(), given());
+        assert!(plan.rebuilds_output && plan.conv_output && plan.input && plan.beta);
+
+        // Only the input wants a gradient: nothing needs it again.
+        let tracked = Parents {
+            input: true,
+            ..Parents::default()
+        };
+        let plan = SavePlan::new(&options, StatisticsKind::Batch, given(), tracked);
+        assert!(plan.rebuilds_output && plan.conv_output && plan.weight && !plan.input);
+
+        let residual = Parents {
+            residual: true,
+            ..given()
+        };
+        for (kind, present) in [
+            (StatisticsKind::Batch, residual),
+            (StatisticsKind::Fixed, given()),
+        ] {
+            let plan = |options| SavePlan::new(options, kind, present, present);
+            assert_eq!(plan(&options), plan(&never));
+        }
+        let nothing = Parents::default();
+        let plan = SavePlan::new(&options, StatisticsKind::Batch, given(), nothing);
+        assert!(!plan.rebuilds_output && !plan.conv_output);
+        assert_eq!(options.joined(), never);
+    }
+
+    #[test]
     fn a_joined_pool_saves_output_and_beta() {
         let options = ConvBnOptions::new(ConvSpec::unit(2));
         let plan = SavePlan::new(&options, StatisticsKind::Batch, given(), given());
