@@ -194,7 +194,7 @@ impl<N> Search<N> {
                 name: convolution.name.clone(),
                 recompute: Recompute::Conv,
                 multiply_adds: convolution.multiply_adds,
-                recomputed: convolution.multiply_adds,
+                recomputed: 0,
             })
             .collect();
         let mut upgrades = Vec::new();
@@ -226,11 +226,11 @@ impl<N> Search<N> {
         upgrades.sort_by(|a, b| b.gain.total_cmp(&a.gain));
         while self.take_first(&upgrades, &mut blocks, budget) {}
         for (block, convolution) in blocks.iter_mut().zip(&convolutions) {
-            match block.recompute {
-                Recompute::Conv => {}
-                Recompute::Norm => block.recomputed = convolution.outputs,
-                Recompute::Never => block.recomputed = 0,
-            }
+            block.recomputed = match block.recompute {
+                Recompute::Never => 0,
+                Recompute::Norm => convolution.outputs,
+                _ => convolution.multiply_adds,
+            };
         }
         let plan = MemoryPlan {
             input_shape: self.input_shape,
