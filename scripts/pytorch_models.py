@@ -17,8 +17,8 @@ running statistics off their initial values, ten classes, no dropout and no stoc
     NAME.f32.safetensors        how far PyTorch's float32 is from all of that, by the same names: the
                                 2-norms of the differences
 
-and for ResNet-18 the cross entropies of 30 steps of SGD (`losses`, over `batches` of images with
-`labels`), from the same weights.
+and for ResNet-18 and DenseNet-121 the cross entropies of 30 steps of SGD (`losses`, over `batches` of
+images with `labels`), from the same weights.
 """
 
 import argparse
@@ -34,6 +34,9 @@ CLASSES = 10
 BATCH = 4
 SIZE = 64
 STEPS = 30
+
+# The networks that are trained.
+TRAINED = ("resnet18", "densenet121")
 
 # The names of a network's outputs.
 OUTPUTS = ("evaluation", "logits", "loss")
@@ -65,6 +68,7 @@ NETWORKS = {
     "efficientnet_b0": lambda: models.efficientnet_b0(
         num_classes=CLASSES, dropout=0.0, stochastic_depth_prob=0.0
     ),
+    "densenet121": lambda: models.densenet121(num_classes=CLASSES),
 }
 
 
@@ -156,7 +160,7 @@ def write(name, out):
     distances = single_distances(net, state, values, exact)
     save_file(distances, out / f"{name}.f32.safetensors")
 
-    if name == "resnet18":
+    if name in TRAINED:
         net.double().load_state_dict(state)
         train(net, values)
     save_file(contiguous(values), out / f"{name}.values.safetensors")

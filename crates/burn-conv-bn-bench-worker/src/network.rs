@@ -15,8 +15,8 @@ use burn_conv_bn_bench::catalogue::{Architecture, Classifier, Network};
 use burn_conv_bn_bench::protocol::Contender;
 use burn_conv_bn_bench::tensor_file::{read, write};
 use burn_conv_bn_models::{
-    EfficientNet, EfficientNetConfig, Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet,
-    ResNetConfig, Vgg, VggConfig,
+    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
+    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 use burn_conv_bn_train::optim::AdadeltaConfig;
 
@@ -79,6 +79,7 @@ enum Model {
     Vgg(Vgg),
     MobileNetV2(MobileNetV2),
     EfficientNet(EfficientNet),
+    DenseNet(DenseNet),
 }
 
 impl Model {
@@ -98,6 +99,9 @@ impl Model {
             Some(Architecture::Vgg16Bn) => Self::Vgg(vgg.init(device)),
             Some(Architecture::MobileNetV2) => Self::MobileNetV2(mobile_net.init(device)),
             Some(Architecture::EfficientNetB0) => Self::EfficientNet(efficient_net.init(device)),
+            Some(Architecture::DenseNet121) => {
+                Self::DenseNet(DenseNetConfig::densenet121(form).init(device))
+            }
         }
     }
 
@@ -108,6 +112,7 @@ impl Model {
             Self::Vgg(network) => Self::Vgg(network.with_rebuilt_chains(ends)),
             Self::MobileNetV2(network) => Self::MobileNetV2(network.with_rebuilt_chains(ends)),
             Self::EfficientNet(network) => Self::EfficientNet(network.with_rebuilt_chains(ends)),
+            Self::DenseNet(network) => Self::DenseNet(network.with_rebuilt_chains(ends)),
         }
     }
 
@@ -119,6 +124,7 @@ impl Model {
             Self::Vgg(network) => network.forward(images),
             Self::MobileNetV2(network) => network.forward(images),
             Self::EfficientNet(network) => network.forward(images),
+            Self::DenseNet(network) => network.forward(images),
         }
     }
 
@@ -140,6 +146,7 @@ impl Model {
             Self::Vgg(network) => network.saved_for_backward(images),
             Self::MobileNetV2(network) => network.saved_for_backward(images),
             Self::EfficientNet(network) => network.saved_for_backward(images),
+            Self::DenseNet(network) => network.saved_for_backward(images),
         };
         saved_bytes(listed.iter().map(|(_, kept)| kept))
     }

@@ -15,7 +15,8 @@ tutorial    The custom function of the tutorial "Fusing Convolution and Batch No
             else's and has no scale and shift, so it is checked against its own formula, and is not
             there for torchvision's networks.
 checkpoint  PyTorch's own layers, each block under torch.utils.checkpoint. In ResNets,
-            MobileNetV2 and EfficientNet that is a residual block, which keeps its input alone, as one does there;
+            MobileNetV2 and EfficientNet that is a residual block, which keeps its input alone, as one does
+            there; in DenseNet a dense layer, which keeps the outputs before it;
             elsewhere one convolution with its norm and activation.
 """
 
@@ -262,8 +263,9 @@ class Net(nn.Module):
 
 # --- Torchvision's networks -----------------------------------------------------------------
 #
-# ResNet (version 1.5), VGG with batch norm, MobileNetV2 and EfficientNet, without dropout and
-# stochastic depth. Modules are in the order in which Burn's networks are visited, which is that of the file of their parameters.
+# ResNet (version 1.5), VGG with batch norm, MobileNetV2, EfficientNet and DenseNet, without dropout and
+# stochastic depth. Modules are in the order in which Burn's networks are visited, which is that of the file of
+# their parameters.
 
 CLASSES = 1000
 RELU6 = partial(F.relu6, inplace=True)
@@ -413,6 +415,59 @@ def efficientnet_b0(keep):
     return Classifier(features, 1, [1280, CLASSES])
 
 
+class Normalized(nn.Module):
+    """Batch norm and ReLU."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, eps=EPSILON)
+
+    def forward(self, x):
+        return F.relu_(self.norm(x))
+
+
+class DenseLayer(nn.Module):
+    """Norm of all outputs before, 1x1 convolution with the norm behind it, 3x3 convolution."""
+
+    def __init__(self, channels, growth):
+        super().__init__()
+        self.norm1 = Normalized(channels)
+        self.conv1 = conv([channels, 4 * growth], 1)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, outputs):
+        return self.conv2(self.conv1(self.norm1(torch.cat(outputs, 1))))
+
+
+class DenseBlock(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        outputs = [x]
+        for layer in self.layers:
+            outputs.append(layer(list(outputs)))
+        return torch.cat(outputs, 1)
+
+
+def densenet121(keep):
+    growth = 32
+    channels = 2 * growth
+    features = [keep(conv([3, channels], 7, 2)), nn.MaxPool2d(3, 2, 1)]
+    for index, count in enumerate((6, 12, 24, 16)):
+        if index > 0:
+            features.append(Normalized(channels))
+            features.append(nn.Conv2d(channels, channels // 2, 1, bias=False))
+            features.append(nn.AvgPool2d(2))
+            channels //= 2
+        layers = [keep(DenseLayer(channels + layer * growth, growth)) for layer in range(count)]
+        features.append(DenseBlock(layers))
+        channels += count * growth
+    features.append(Normalized(channels))
+    return Classifier(features, 1, [channels, CLASSES])
+
+
 ARCHITECTURES = {
     "resnet18": lambda keep: resnet(keep, 1, (2, 2, 2, 2)),
     "resnet50": lambda keep: resnet(keep, 4, (3, 4, 6, 3)),
@@ -420,6 +475,7 @@ ARCHITECTURES = {
     "vgg16_bn": lambda keep: vgg(keep, (2, 2, 3, 3, 3)),
     "mobilenet_v2": mobilenet_v2,
     "efficientnet_b0": efficientnet_b0,
+    "densenet121": densenet121,
 }
 
 

@@ -94,6 +94,9 @@ pub enum Architecture {
     /// EfficientNet-B0.
     #[serde(rename = "efficientnet_b0")]
     EfficientNetB0,
+    /// DenseNet-121.
+    #[serde(rename = "densenet121")]
+    DenseNet121,
 }
 
 /// The whole catalogue; with smaller batches, and smaller images of the classifiers, if `quick`.
@@ -148,6 +151,7 @@ pub fn catalogue(quick: bool) -> Vec<Entry> {
         classifier("mobilenet-v2", Architecture::MobileNetV2, 16),
         classifier("resnet101", Architecture::ResNet101, 8),
         classifier("efficientnet-b0", Architecture::EfficientNetB0, 16),
+        classifier("densenet121", Architecture::DenseNet121, 8),
     ]
 }
 
@@ -314,6 +318,7 @@ impl fmt::Display for Classifier {
             Architecture::MobileNetV2 => "MobileNetV2",
             Architecture::ResNet101 => "ResNet-101",
             Architecture::EfficientNetB0 => "EfficientNet-B0",
+            Architecture::DenseNet121 => "DenseNet-121",
         };
         write!(f, "{name}, batch {} at {}", self.batch, self.size)
     }
@@ -370,6 +375,7 @@ mod tests {
                 "MobileNetV2, batch 16 at 224",
                 "ResNet-101, batch 8 at 224",
                 "EfficientNet-B0, batch 16 at 224",
+                "DenseNet-121, batch 8 at 224",
             ]
         );
         let quick = catalogue(true);

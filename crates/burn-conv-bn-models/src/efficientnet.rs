@@ -368,15 +368,9 @@ impl EfficientNet {
     /// See [`Recompute::Norm`]: inside a chain an output is rebuilt in the backward pass, without a convolution.
     #[must_use]
     pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
-        self.stem.settings.recompute = Recompute::Norm;
-        self.head.settings.recompute = ends;
-        for block in self.stages_mut().into_iter().flatten() {
-            if let Some(expand) = &mut block.expand {
-                expand.settings.recompute = Recompute::Norm;
-            }
-            for conv in [&mut block.depthwise, &mut block.project] {
-                conv.settings.recompute = ends;
-            }
+        for (name, block) in self.blocks_mut() {
+            let is_inside = name == "stem" || name.ends_with("expand");
+            block.settings.recompute = if is_inside { Recompute::Norm } else { ends };
         }
         self
     }
@@ -390,12 +384,7 @@ impl EfficientNet {
     /// [`FoldError::NotFinite`] if a channel's scale or shift is not finite, and others of [`ConvBn2d::fold`].
     pub fn folded(&self) -> Result<Self, FoldError> {
         let mut net = self.valid();
-        let blocks = net.stages_mut().into_iter().flatten().flat_map(|block| {
-            let others = [&mut block.depthwise, &mut block.project];
-            block.expand.iter_mut().chain(others)
-        });
-        fold(blocks)?;
-        fold([&mut net.stem, &mut net.head])?;
+        fold(net.blocks_mut().into_iter().map(|(_, block)| block))?;
         Ok(net)
     }
 
@@ -411,6 +400,11 @@ impl EfficientNet {
     ///
     /// As [`forward`](Self::forward), for the shape.
     pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
+        self.walk(input_shape).into_saved()
+    }
+
+    /// Goes through the network in the order of [`forward`](Self::forward).
+    pub(crate) fn walk(&self, input_shape: [usize; 4]) -> Walk {
         let mut walk = Walk::new(self.form, input_shape, &self.stem);
         walk.block("stem", &self.stem);
         for (name, stage) in self.stages() {
@@ -423,11 +417,13 @@ impl EfficientNet {
         walk.rows(&self.classifier);
         walk.dropout(&self.dropout);
         walk.linear("classifier", &self.classifier);
-        walk.into_saved()
+        walk
     }
 
-    fn stages_mut(&mut self) -> [&mut Vec<EfficientNetBlock>; 7] {
-        [
+    /// The blocks by name.
+    pub(crate) fn blocks_mut(&mut self) -> Vec<(String, &mut ConvBn2d)> {
+        let mut blocks = vec![("stem".to_owned(), &mut self.stem)];
+        let stages = [
             &mut self.stage1,
             &mut self.stage2,
             &mut self.stage3,
@@ -435,7 +431,19 @@ impl EfficientNet {
             &mut self.stage5,
             &mut self.stage6,
             &mut self.stage7,
-        ]
+        ];
+        for (stage, residuals) in (1..).zip(stages) {
+            for (index, block) in residuals.iter_mut().enumerate() {
+                let name = |conv| format!("stage{stage}.{index}.{conv}");
+                if let Some(expand) = &mut block.expand {
+                    blocks.push((name("expand"), expand));
+                }
+                blocks.push((name("depthwise"), &mut block.depthwise));
+                blocks.push((name("project"), &mut block.project));
+            }
+        }
+        blocks.push(("head".to_owned(), &mut self.head));
+        blocks
     }
 
     fn stages(&self) -> [(&'static str, &Vec<EfficientNetBlock>); 7] {

@@ -2,7 +2,7 @@
 //! switch between the fused form and Burn's own layers.
 //!
 //! - [`Net`]: the PyTorch tutorial's.
-//! - [`ResNet`], [`Vgg`], [`MobileNetV2`] and [`EfficientNet`]: torchvision's, with its layers, initial
+//! - [`ResNet`], [`Vgg`], [`MobileNetV2`], [`EfficientNet`] and [`DenseNet`]: torchvision's, with its layers, initial
 //!   distributions and names.
 //!
 //! Both forms have the same modules, so they share records, optimizer states and, from the same
@@ -45,6 +45,8 @@
 
 #![deny(missing_docs)]
 
+mod budget;
+mod densenet;
 mod efficientnet;
 mod fold;
 mod form;
@@ -52,6 +54,7 @@ mod head;
 mod init;
 mod mobilenet;
 mod net;
+mod pre_activation;
 mod resnet;
 mod vgg;
 mod walk;
@@ -59,6 +62,8 @@ mod walk;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
+pub use budget::{BlockPlan, BudgetError, MemoryPlan};
+pub use densenet::{DenseLayer, DenseNet, DenseNetConfig, Transition};
 pub use efficientnet::{EfficientNet, EfficientNetBlock, EfficientNetConfig, SqueezeExcitation};
 pub use form::Form;
 pub use mobilenet::{MobileNetV2, MobileNetV2Block, MobileNetV2Config};

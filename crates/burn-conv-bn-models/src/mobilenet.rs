@@ -325,6 +325,11 @@ impl MobileNetV2 {
     ///
     /// As [`forward`](Self::forward), for the shape.
     pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
+        self.walk(input_shape).into_saved()
+    }
+
+    /// Goes through the network in the order of [`forward`](Self::forward).
+    pub(crate) fn walk(&self, input_shape: [usize; 4]) -> Walk {
         let mut walk = Walk::new(self.form, input_shape, &self.features[0].conv[0]);
         for (index, block) in self.features.iter().enumerate() {
             block.walk(&format!("features.{index}"), &mut walk);
@@ -333,7 +338,18 @@ impl MobileNetV2 {
         walk.rows(&self.classifier);
         walk.dropout(&self.dropout);
         walk.linear("classifier", &self.classifier);
-        walk.into_saved()
+        walk
+    }
+
+    /// The blocks by name.
+    pub(crate) fn blocks_mut(&mut self) -> Vec<(String, &mut ConvBn2d)> {
+        let mut blocks = Vec::new();
+        for (index, block) in self.features.iter_mut().enumerate() {
+            for (place, conv) in block.conv.iter_mut().enumerate() {
+                blocks.push((format!("features.{index}.conv.{place}"), conv));
+            }
+        }
+        blocks
     }
 }
 

@@ -7,10 +7,11 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::DropoutConfig;
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
 use burn_conv_bn::{Activation, ConvBn2dConfig, ConvBnModule, NormVariant};
+use burn_store::KeyRemapper;
 
 use crate::{
-    EfficientNetBlock, EfficientNetConfig, Form, MobileNetV2Config, Net, NetConfig, ResNetConfig,
-    VggConfig,
+    DenseNet, DenseNetConfig, EfficientNetBlock, EfficientNetConfig, Form, MobileNetV2Config, Net,
+    NetConfig, ResNetConfig, VggConfig,
 };
 
 /// Sizes of all parameters and buffers, by name.
@@ -129,6 +130,50 @@ fn mobilenet_v2_is_that_of_torchvision() {
         .collect();
     let network = MobileNetV2Config::new(Form::Fused).init_lazy(&Device::flex());
     check(&network, &blocks, false, &["classifier"], 3_504_872);
+}
+
+/// Torchvision's names, in both spellings, with the patterns for them.
+#[test]
+fn densenet_is_that_of_torchvision() {
+    let config = DenseNetConfig::densenet121(Form::Fused);
+    let mut visitor = Sizes::default();
+    config.init_lazy(&Device::flex()).visit(&mut visitor);
+    let buffers = ["running_mean", "running_var"];
+    let mut sizes = visitor.sizes.clone();
+    sizes.retain(|name, _| !buffers.iter().any(|buffer| name.ends_with(buffer)));
+    assert_eq!(sizes.values().sum::<usize>(), 7_978_856);
+
+    for dot in ["", "."] {
+        let (mut convs, mut norms) = (vec!["features.conv0".to_owned()], Vec::new());
+        norms.extend(["features.norm0", "features.norm5"].map(str::to_owned));
+        for (block, layers) in (1..).zip(config.blocks) {
+            for layer in 1..=layers {
+                let name = format!("features.denseblock{block}.denselayer{layer}");
+                convs.extend([1, 2].map(|conv| format!("{name}.conv{dot}{conv}")));
+                norms.extend([1, 2].map(|norm| format!("{name}.norm{dot}{norm}")));
+            }
+            if block < 4 {
+                convs.push(format!("features.transition{block}.conv"));
+                norms.push(format!("features.transition{block}.norm"));
+            }
+        }
+        let mut names: Vec<_> = ["classifier.weight", "classifier.bias"]
+            .map(str::to_owned)
+            .into();
+        names.extend(convs.iter().map(|conv| format!("{conv}.weight")));
+        for norm in norms {
+            let of_norm = ["weight", "bias", "running_mean", "running_var"];
+            names.extend(of_norm.map(|name| format!("{norm}.{name}")));
+        }
+        let patterns = KeyRemapper::from_patterns(DenseNet::PYTORCH_KEYS.to_vec()).unwrap();
+        for (pattern, replacement) in patterns.to_regex_pairs() {
+            for name in &mut names {
+                *name = pattern.replace_all(name, replacement.as_str()).into_owned();
+            }
+        }
+        names.sort();
+        assert!(visitor.sizes.keys().eq(&names), "{names:#?}");
+    }
 }
 
 #[test]

@@ -6,8 +6,8 @@ use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{Device, Distribution, Tensor};
 use burn_conv_bn::{ConvBnModule, Recompute};
 use burn_conv_bn_models::{
-    EfficientNet, EfficientNetConfig, Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet,
-    ResNetConfig, Vgg, VggConfig,
+    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
+    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 
 /// What has happened to a network.
@@ -176,4 +176,14 @@ network!(
         .with_stochastic_depth(0.0)
         .init(device),
     |network: &EfficientNet| bytes(network.saved_for_backward([2, 3, 64, 64]))
+);
+network!(
+    densenet,
+    DenseNet,
+    [2, 3, 64, 64],
+    |device| DenseNetConfig::new(Form::Fused, [1, 2, 2, 1])
+        .with_growth(8)
+        .with_classes(5)
+        .init(device),
+    |network: &DenseNet| bytes(network.saved_for_backward([2, 3, 64, 64]))
 );

@@ -7,8 +7,8 @@ use burn::tensor::ops::PadMode;
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{FoldError, NormVariant, SavedTensor};
 use burn_conv_bn_models::{
-    EfficientNet, EfficientNetConfig, Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet,
-    ResNetConfig, Vgg, VggConfig,
+    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
+    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -48,15 +48,21 @@ pub enum ModelChoice {
     MobilenetV2,
     /// EfficientNet-B0, without stochastic depth.
     EfficientnetB0,
+    /// DenseNet-121.
+    Densenet121,
 }
 
 impl ModelChoice {
-    /// The dropout of its authors; 0 for the residual networks, which have none.
+    /// The dropout of its authors; 0 for the residual networks and DenseNet, which have none.
     pub(crate) fn default_dropout(self) -> f64 {
         match self {
             Self::Tutorial | Self::Vgg16Bn => 0.5,
             Self::MobilenetV2 | Self::EfficientnetB0 => 0.2,
-            Self::Resnet18 | Self::Resnet34 | Self::Resnet50 | Self::Resnet101 => 0.0,
+            Self::Resnet18
+            | Self::Resnet34
+            | Self::Resnet50
+            | Self::Resnet101
+            | Self::Densenet121 => 0.0,
         }
     }
 
@@ -127,6 +133,12 @@ impl ModelChoice {
                     .with_dropout(dropout)
                     .init(device),
             ),
+            Self::Densenet121 => Network::DenseNet(
+                DenseNetConfig::densenet121(form)
+                    .with_classes(CLASSES)
+                    .with_input_channels(1)
+                    .init(device),
+            ),
             Self::MobilenetV2 => Network::MobileNetV2(
                 MobileNetV2Config::new(form)
                     .with_classes(CLASSES)
@@ -161,6 +173,8 @@ pub(crate) enum Network {
     MobileNetV2(MobileNetV2),
     /// EfficientNet-B0.
     EfficientNet(EfficientNet),
+    /// DenseNet-121.
+    DenseNet(DenseNet),
 }
 
 impl Network {
@@ -182,6 +196,7 @@ impl Network {
             Self::Vgg(net) => net.forward(padded(images)),
             Self::MobileNetV2(net) => net.forward(padded(images)),
             Self::EfficientNet(net) => net.forward(padded(images)),
+            Self::DenseNet(net) => net.forward(padded(images)),
         };
         log_softmax(scores, 1)
     }
@@ -199,6 +214,7 @@ impl Network {
             Self::Vgg(net) => Self::Vgg(net.folded()?),
             Self::MobileNetV2(net) => Self::MobileNetV2(net.folded()?),
             Self::EfficientNet(net) => Self::EfficientNet(net.folded()?),
+            Self::DenseNet(net) => Self::DenseNet(net.folded()?),
         })
     }
 
@@ -216,6 +232,7 @@ impl Network {
             Self::Vgg(net) => net.saved_for_backward(shape),
             Self::MobileNetV2(net) => net.saved_for_backward(shape),
             Self::EfficientNet(net) => net.saved_for_backward(shape),
+            Self::DenseNet(net) => net.saved_for_backward(shape),
         };
         if let Some((_, padded)) = saved.iter_mut().find(|(_, kept)| kept.name == "input") {
             padded.shared = false;

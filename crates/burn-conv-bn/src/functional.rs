@@ -4,7 +4,7 @@
 //! Norm using Custom Function", over one to three spatial dimensions and with every option. Each
 //! has a backward pass of its own rather than one derived from its parts, and is differentiable
 //! once. So has [`max_pool2d`], which takes the place of Burn's where a block is followed by one, and
-//! [`conv_bn_max_pool2d`], which is both.
+//! [`conv_bn_max_pool2d`], which is both. [`cat_channels`] concatenates for dense networks.
 //!
 //! Quantized tensors are dequantized first, as by Burn's ops. A batch may be empty unless statistics are taken
 //! of it; the output then is no part of the graph.
@@ -29,6 +29,7 @@
 //! # Ok::<(), burn_conv_bn::ConvBnError>(())
 //! ```
 
+mod cat;
 mod check;
 mod max_pool;
 
@@ -36,6 +37,7 @@ use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 use burn::tensor::ops::MaxPoolOptions;
 
+pub use self::cat::cat_channels;
 use self::check::Check;
 pub use self::max_pool::max_pool2d;
 use crate::backend::{

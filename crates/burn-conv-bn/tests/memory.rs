@@ -9,7 +9,9 @@ use burn::nn::PaddingConfig2d;
 use burn::nn::conv::Conv2dConfig;
 use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
 use burn_conv_bn::backend::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
-use burn_conv_bn::functional::{BatchNormParams, ConvBnParams, batch_norm, conv, conv_bn};
+use burn_conv_bn::functional::{
+    BatchNormParams, ConvBnParams, batch_norm, cat_channels, conv, conv_bn,
+};
 use burn_conv_bn::{
     Activation, BatchNormOptions, ConvBn2d, ConvBn2dConfig, ConvBnOptions, ConvSpec,
     MaxPool2dConfig, NormSpec, Recompute, SavedTensor,
@@ -214,6 +216,7 @@ fn a_node_keeps_what_its_table_lists() {
     a_chain_keeps_one_activation_a_block(&device);
     a_rebuilt_output_is_kept_by_none(&device);
     the_halves_keep_what_their_gradients_need(&device);
+    a_concatenation_is_kept_by_none(&device);
     frozen_layers_keep_no_input(&device);
     a_pool_keeps_what_it_lists(&device);
     nothing_is_kept_between_block_and_pool(&device);
@@ -347,6 +350,31 @@ fn the_halves_keep_what_their_gradients_need(device: &Device) {
                 "{what}, {mask:03b}: kept {got} bytes, wanted {wanted}"
             );
         }
+    }
+}
+
+/// Three convolutions, each over the input and all outputs before it: these are kept, and of their concatenations
+/// nothing. Burn's concatenation makes a copy of each for every convolution.
+fn a_concatenation_is_kept_by_none(device: &Device) {
+    let convs = [1, 2, 3].map(|inputs| {
+        Conv2dConfig::new([inputs * INPUT[1], INPUT[1]], [1, 1])
+            .with_bias(false)
+            .init(device)
+    });
+    let burns: fn(Vec<Tensor<4>>) -> Tensor<4> = |tensors| Tensor::cat(tensors, 1);
+    let ours: fn(Vec<Tensor<4>>) -> Tensor<4> = |tensors| cat_channels(tensors).unwrap();
+    for (cat, wanted) in [(ours, 3), (burns, 6)] {
+        let forward = |x: Tensor<4>| {
+            let mut features = vec![x];
+            for conv in &convs {
+                features.push(conv.forward(cat(features.clone())));
+            }
+            features.swap_remove(convs.len())
+        };
+        let runs = (0..5).map(|_| kept_by(forward, INPUT, true, device));
+        let (count, rest) = activations_in(runs.min().unwrap_or_default());
+        assert_eq!(count, wanted);
+        assert!(rest < 4 * OVERHEAD, "{rest} bytes more or less");
     }
 }
 

@@ -1,6 +1,7 @@
 //! Tests of the op and the layer on Flex.
 
 mod borrowed;
+mod cat_channels;
 mod common;
 
 mod activations;
