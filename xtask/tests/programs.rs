@@ -489,6 +489,7 @@ fn nothing_tested_and_nothing_checked_is_no_success() {
         "length",
         "clippy",
         "gpu-clippy",
+        "package",
         "docs",
         "gpu-docs",
         "gpu-others",

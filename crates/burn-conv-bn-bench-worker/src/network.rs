@@ -15,7 +15,8 @@ use burn_conv_bn_bench::catalogue::{Architecture, Classifier, Network};
 use burn_conv_bn_bench::protocol::Contender;
 use burn_conv_bn_bench::tensor_file::{read, write};
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
+    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 use burn_conv_bn_train::optim::AdadeltaConfig;
 
@@ -77,18 +78,30 @@ enum Model {
     ResNet(ResNet),
     Vgg(Vgg),
     MobileNetV2(MobileNetV2),
+    EfficientNet(EfficientNet),
+    DenseNet(DenseNet),
 }
 
 impl Model {
     fn new(architecture: Option<Architecture>, form: Form, device: &Device) -> Self {
         let vgg = VggConfig::vgg16_bn(form).with_dropout(0.0);
         let mobile_net = MobileNetV2Config::new(form).with_dropout(0.0);
+        let efficient_net = EfficientNetConfig::new(form)
+            .with_dropout(0.0)
+            .with_stochastic_depth(0.0);
         match architecture {
             None => Self::Tutorial(NetConfig::new(form).init(device)),
             Some(Architecture::ResNet18) => Self::ResNet(ResNetConfig::resnet18(form).init(device)),
             Some(Architecture::ResNet50) => Self::ResNet(ResNetConfig::resnet50(form).init(device)),
+            Some(Architecture::ResNet101) => {
+                Self::ResNet(ResNetConfig::resnet101(form).init(device))
+            }
             Some(Architecture::Vgg16Bn) => Self::Vgg(vgg.init(device)),
             Some(Architecture::MobileNetV2) => Self::MobileNetV2(mobile_net.init(device)),
+            Some(Architecture::EfficientNetB0) => Self::EfficientNet(efficient_net.init(device)),
+            Some(Architecture::DenseNet121) => {
+                Self::DenseNet(DenseNetConfig::densenet121(form).init(device))
+            }
         }
     }
 
@@ -98,6 +111,8 @@ impl Model {
             Self::ResNet(network) => Self::ResNet(network.with_rebuilt_chains(ends)),
             Self::Vgg(network) => Self::Vgg(network.with_rebuilt_chains(ends)),
             Self::MobileNetV2(network) => Self::MobileNetV2(network.with_rebuilt_chains(ends)),
+            Self::EfficientNet(network) => Self::EfficientNet(network.with_rebuilt_chains(ends)),
+            Self::DenseNet(network) => Self::DenseNet(network.with_rebuilt_chains(ends)),
         }
     }
 
@@ -108,6 +123,8 @@ impl Model {
             Self::ResNet(network) => network.forward(images),
             Self::Vgg(network) => network.forward(images),
             Self::MobileNetV2(network) => network.forward(images),
+            Self::EfficientNet(network) => network.forward(images),
+            Self::DenseNet(network) => network.forward(images),
         }
     }
 
@@ -128,6 +145,8 @@ impl Model {
             Self::ResNet(network) => network.saved_for_backward(images),
             Self::Vgg(network) => network.saved_for_backward(images),
             Self::MobileNetV2(network) => network.saved_for_backward(images),
+            Self::EfficientNet(network) => network.saved_for_backward(images),
+            Self::DenseNet(network) => network.saved_for_backward(images),
         };
         saved_bytes(listed.iter().map(|(_, kept)| kept))
     }

@@ -294,7 +294,11 @@ mod tests {
             "fc2.bias_grad",
         ];
         assert_eq!(names, wanted);
-        for architecture in [Architecture::ResNet18, Architecture::MobileNetV2] {
+        for architecture in [
+            Architecture::ResNet18,
+            Architecture::MobileNetV2,
+            Architecture::DenseNet121,
+        ] {
             let names = check(&small_classifier(architecture), Precision::F32);
             assert_eq!(names[..2], ["logits", "loss"]);
             assert_eq!(names[2..], ["norms_and_biases_grad", "weight_grad_norms"]);

@@ -88,6 +88,15 @@ pub enum Architecture {
     /// MobileNetV2.
     #[serde(rename = "mobilenet_v2")]
     MobileNetV2,
+    /// ResNet-101, version 1.5.
+    #[serde(rename = "resnet101")]
+    ResNet101,
+    /// EfficientNet-B0.
+    #[serde(rename = "efficientnet_b0")]
+    EfficientNetB0,
+    /// DenseNet-121.
+    #[serde(rename = "densenet121")]
+    DenseNet121,
 }
 
 /// The whole catalogue; with smaller batches, and smaller images of the classifiers, if `quick`.
@@ -140,6 +149,9 @@ pub fn catalogue(quick: bool) -> Vec<Entry> {
         classifier("resnet50", Architecture::ResNet50, 8),
         classifier("vgg16-bn", Architecture::Vgg16Bn, 4),
         classifier("mobilenet-v2", Architecture::MobileNetV2, 16),
+        classifier("resnet101", Architecture::ResNet101, 8),
+        classifier("efficientnet-b0", Architecture::EfficientNetB0, 16),
+        classifier("densenet121", Architecture::DenseNet121, 8),
     ]
 }
 
@@ -304,6 +316,9 @@ impl fmt::Display for Classifier {
             Architecture::ResNet50 => "ResNet-50",
             Architecture::Vgg16Bn => "VGG-16-BN",
             Architecture::MobileNetV2 => "MobileNetV2",
+            Architecture::ResNet101 => "ResNet-101",
+            Architecture::EfficientNetB0 => "EfficientNet-B0",
+            Architecture::DenseNet121 => "DenseNet-121",
         };
         write!(f, "{name}, batch {} at {}", self.batch, self.size)
     }
@@ -358,6 +373,9 @@ mod tests {
                 "ResNet-50, batch 8 at 224",
                 "VGG-16-BN, batch 4 at 224",
                 "MobileNetV2, batch 16 at 224",
+                "ResNet-101, batch 8 at 224",
+                "EfficientNet-B0, batch 16 at 224",
+                "DenseNet-121, batch 8 at 224",
             ]
         );
         let quick = catalogue(true);

@@ -36,7 +36,7 @@ fn random(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
 }
 
-/// The layers of the catalogue, and those of ResNet-50 at batch 8: small images of many channels.
+/// The layers of the catalogue, those of ResNet-50 at batch 8, and deep ones: small images of many channels.
 fn all_layers() -> Vec<(String, Layer)> {
     let mut layers = Vec::new();
     for entry in catalogue(false) {
@@ -69,6 +69,35 @@ fn all_layers() -> Vec<(String, Layer)> {
                 size,
                 kernel,
                 stride,
+                padding: kernel / 2,
+                groups: 1,
+                input_grad: true,
+            },
+        ));
+    }
+    // Weights that outweigh the activations, and one image.
+    for (batch, channels, size, kernel) in [
+        (32, [512, 512], 7, 3),
+        (32, [512, 512], 4, 3),
+        (32, [512, 512], 2, 3),
+        (32, [512, 512], 1, 3),
+        (32, [1024, 2048], 2, 1),
+        (1, [512, 512], 7, 3),
+        (1, [1024, 1024], 8, 3),
+        (1, [256, 256], 28, 1),
+    ] {
+        let id = format!(
+            "deep-{batch}x{}x{size}-{}-k{kernel}",
+            channels[0], channels[1]
+        );
+        layers.push((
+            id,
+            Layer {
+                batch,
+                channels,
+                size,
+                kernel,
+                stride: 1,
                 padding: kernel / 2,
                 groups: 1,
                 input_grad: true,

@@ -66,7 +66,7 @@ pub enum GeometryError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Geometry {
     batch: usize,
-    channels: [usize; 2],
+    pub(crate) channels: [usize; 2],
     groups: usize,
     pub(crate) input: [usize; 3],
     pub(crate) kernel: [usize; 3],
@@ -74,6 +74,7 @@ pub struct Geometry {
     pub(crate) stride: [usize; 3],
     pub(crate) padding: [(usize, usize); 3],
     pub(crate) dilation: [usize; 3],
+    pub(crate) max_scratch: usize,
 }
 
 impl Geometry {
@@ -136,7 +137,33 @@ impl Geometry {
             stride,
             padding,
             dilation,
+            max_scratch: usize::MAX,
         })
+    }
+
+    /// The same geometry with a bound on scratch, in bytes, beyond which slower algorithms are taken. The
+    /// smallest takes about 1 MiB, and the output of one image; two threads are counted.
+    ///
+    /// All passes of a step must be bounded alike, for the recomputed output to have the bits of the first.
+    ///
+    /// ```
+    /// use burn_conv_bn_cpu::{Geometry, conv};
+    ///
+    /// // 3x3 over one image of 8 channels.
+    /// let padding = [(0, 0), (1, 1), (1, 1)];
+    /// let one = [1; 3];
+    /// let geometry = Geometry::new(1, [8, 8], 1, [1, 4, 4], [1, 3, 3], one, padding, one)?;
+    /// let bounded = geometry.clone().with_max_scratch(0);
+    /// let (input, weight) = (vec![1.0f32; 8 * 16], vec![1.0; 8 * 8 * 9]);
+    /// let (mut output, mut other) = (Vec::new(), Vec::new());
+    /// conv(&geometry, &input, &weight, &mut output);
+    /// conv(&bounded, &input, &weight, &mut other);
+    /// assert_eq!(output, other);
+    /// # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
+    /// ```
+    pub fn with_max_scratch(mut self, bytes: usize) -> Self {
+        self.max_scratch = bytes;
+        self
     }
 
     /// Number of images.

@@ -5,7 +5,8 @@
 //! planes would be padding for a good part, have a plane for each tap instead. The output is a sum of planes;
 //! statistics, norm and gradient of a tile are computed while it is in the cache. The backward pass copies
 //! the same planes once, for the recomputed output and the weight's gradient; the input's gradient is a sum
-//! of planes too. Kernels of 3x3 with enough channels use Winograd's F(2x2, 3x3).
+//! of planes too. Kernels of 3x3 with enough channels use Winograd's F(2x2, 3x3), and weights that outweigh
+//! the activations packed products.
 //!
 //! - [`Geometry`]: shapes of a convolution over one to three spatial dimensions.
 //! - [`conv_moments`]: the convolution, with mean and squared deviations of each channel.
@@ -24,9 +25,9 @@
 //! are `f32` or `f64` ([`Real`]).
 //!
 //! All tensors are contiguous, `[batch, channels, depth, height, width]`. Allocations are room for results, in
-//! the caller's buffers, tiles for each thread, and a few copies of the weight (each 16/9 of its size with
-//! Winograd). Results do not depend on the number of threads: sums run over fixed blocks of images, in order.
-//! A recomputed output has the bits of the first.
+//! the caller's buffers, tiles for each thread, and copies of the weight as far as they are small beside the
+//! activations ([`Geometry::with_max_scratch`] bounds them). Results do not depend on the number of threads: sums
+//! run over fixed blocks of images, in order. A recomputed output has the bits of the first.
 //!
 //! The kernels are the same for all variants of batch norm: the caller passes mean, scale and shift, and the
 //! coefficients of the gradient, per channel.

@@ -22,6 +22,8 @@ struct Case {
     stride: [usize; 3],
     padding: [(usize, usize); 3],
     dilation: [usize; 3],
+    /// On scratch: 0 leaves the packed products alone.
+    bound: Option<usize>,
 }
 
 const PLAIN: Case = Case {
@@ -33,12 +35,20 @@ const PLAIN: Case = Case {
     stride: [1; 3],
     padding: [(0, 0); 3],
     dilation: [1; 3],
+    bound: None,
 };
+
+/// The cases with each algorithm: that of their geometry, and packed products.
+fn cases() -> impl Iterator<Item = Case> {
+    let bounds = [None, Some(0)];
+    let bounded = move |case| bounds.map(|bound| Case { bound, ..case });
+    geometries().into_iter().flat_map(bounded)
+}
 
 /// Ugly on purpose: one channel, 65 of them, one pixel, odd strides, asymmetric padding, dilation,
 /// groups, depthwise, pointwise, three dimensions, more images than blocks, more than one tile; then
-/// channels enough for Winograd, and for a layout without gaps.
-fn cases() -> Vec<Case> {
+/// channels enough for Winograd, and for a layout without gaps; then what only packed products treat apart.
+fn geometries() -> Vec<Case> {
     let padded = [(0, 0), (1, 1), (1, 1)];
     vec![
         PLAIN,
@@ -301,16 +311,53 @@ fn cases() -> Vec<Case> {
             padding: padded,
             ..PLAIN
         },
+        // More positions than a chunk, of several images, in parts of one, and with channels in several parts; more
+        // output channels than a block of the weight's rows; no tap that meets the input at all.
+        Case {
+            batch: 5,
+            channels: [70, 31],
+            input: [1, 9, 5],
+            padding: padded,
+            ..PLAIN
+        },
+        Case {
+            channels: [40, 150],
+            input: [1, 13, 12],
+            kernel: [1, 5, 5],
+            padding: [(0, 0), (2, 2), (2, 2)],
+            ..PLAIN
+        },
+        Case {
+            input: [1, 1, 1],
+            kernel: [1; 3],
+            stride: [1, 2, 2],
+            padding: padded,
+            ..PLAIN
+        },
     ]
 }
 
-/// Channels and stride for shifted planes, for Winograd, and for planes without gaps.
-fn algorithms() -> [([usize; 2], [usize; 3]); 3] {
-    [([5, 6], [1; 3]), ([16, 17], [1; 3]), ([16, 17], [1, 2, 2])]
+/// Channels and stride for shifted planes, for Winograd, and for planes without gaps; and for packed products
+/// the bound.
+fn algorithms() -> [([usize; 2], [usize; 3], Option<usize>); 4] {
+    [
+        ([5, 6], [1; 3], None),
+        ([16, 17], [1; 3], None),
+        ([16, 17], [1, 2, 2], None),
+        ([50, 61], [1, 2, 2], Some(0)),
+    ]
 }
 
 impl Case {
     fn geometry(&self) -> Geometry {
+        let geometry = self.unbounded();
+        match self.bound {
+            Some(bytes) => geometry.with_max_scratch(bytes),
+            None => geometry,
+        }
+    }
+
+    fn unbounded(&self) -> Geometry {
         Geometry::new(
             self.batch,
             self.channels,
@@ -759,9 +806,11 @@ fn compare_half<E: Element<Real = f32> + PartialEq>(case: &Case, tolerance: f64)
 #[test]
 fn closed_activations_pass_nothing() {
     fn check_all<E: Element<Real: Debug> + PartialEq + Debug>() {
-        let shapes = algorithms().map(|(channels, stride)| (channels, stride, 1));
-        for (channels, stride, groups) in shapes.into_iter().chain([([4, 4], [1; 3], 4)]) {
+        let shapes = algorithms().map(|(channels, stride, bound)| (channels, stride, bound, 1));
+        let grouped = ([4, 4], [1; 3], None, 4);
+        for (channels, stride, bound, groups) in shapes.into_iter().chain([grouped]) {
             let case = Case {
+                bound,
                 channels,
                 stride,
                 groups,
@@ -883,8 +932,9 @@ fn check_closed<E: Element<Real: Debug> + PartialEq + Debug>(
 /// What a kept output makes superfluous may be left out, and changes nothing.
 #[test]
 fn a_kept_output_takes_neither_weight_nor_input() {
-    for (channels, stride) in algorithms() {
+    for (channels, stride, bound) in algorithms() {
         let case = Case {
+            bound,
             channels,
             stride,
             padding: [(0, 0), (1, 1), (1, 1)],
@@ -974,8 +1024,9 @@ fn nothing_is_recomputed_without_the_weight() {
 
 #[test]
 fn the_number_of_threads_changes_no_bit() {
-    for (channels, stride) in algorithms() {
+    for (channels, stride, bound) in algorithms() {
         let case = Case {
+            bound,
             batch: 37,
             channels,
             stride,
@@ -1034,6 +1085,60 @@ fn the_number_of_threads_changes_no_bit() {
         for threads in [2, 3, 8] {
             assert!(on(threads) == one, "{case:?}: {threads} threads");
         }
+    }
+}
+
+/// Without coefficients the input's gradient is that of scaled outputs, the weight's is not.
+#[test]
+fn given_statistics_scale_the_input_gradient() {
+    for case in cases() {
+        let geometry = case.geometry();
+        let channels = geometry.channels_out();
+        let len = case.batch * geometry.output_len();
+        let input = random(case.batch * geometry.input_len(), 1);
+        let weight = random(geometry.weight_len(), 2);
+        let output_grad = random(len, 3);
+        let [mean, scale] = [4, 5].map(|seed| random(channels, seed));
+        let pass = Backward {
+            geometry: &geometry,
+            input: Some(&input),
+            weight: Some(&weight),
+            output_grad: OutputGrad::Whole(&output_grad),
+            affine: Affine {
+                mean: &mean,
+                scale: &scale,
+                shift: &mean,
+            },
+            activation: Activation::Identity,
+            residual: None,
+            output: None,
+        };
+        let (mut input_grad, mut weight_grad) = (Vec::new(), Vec::new());
+        let gradients = Gradients {
+            input: Some((&mut input_grad, &weight)),
+            weight: Some(&mut weight_grad),
+            residual: None,
+        };
+        backward(&pass, Some(&output_grad), None, gradients);
+        let mut wanted_input = vec![0.0; input.len()];
+        let mut wanted_weight = vec![0.0; weight.len()];
+        case.for_each_product(|x, w, y| {
+            let channel = y / geometry.positions() % channels;
+            wanted_input[x] += output_grad[y] * scale[channel] * weight[w];
+            wanted_weight[w] += output_grad[y] * input[x];
+        });
+        assert_close(
+            &format!("input grad of {case:?}"),
+            &input_grad,
+            &wanted_input,
+            1e-12,
+        );
+        assert_close(
+            &format!("weight grad of {case:?}"),
+            &weight_grad,
+            &wanted_weight,
+            1e-12,
+        );
     }
 }
 

@@ -1,5 +1,5 @@
-//! What the kernels take beyond their arguments is counted: tiles for each thread and a few copies
-//! of the weight, and nothing that grows with the activations.
+//! What the kernels take beyond their arguments is counted: tiles for each thread and a few copies of the
+//! weight, none of one that outweighs the activations, and nothing that grows with the activations.
 
 use burn_conv_bn_cpu::{
     Activation, Affine, Backward, ConvOutput, Element, Geometry, Gradients, InputGradCoefficients,
@@ -126,10 +126,17 @@ fn scratch_is_a_few_tiles_for_each_thread() {
         assert!(bound < smallest, "{name}: as much as an output");
         assert_taken(&pool, name, &geometry, bound);
     }
-    // A deep layer's weight outweighs its output. Its gradient has as many sums as 16 MiB hold,
-    // four.
-    let deep = square([256, 256], 14, [3, 1, 1, 1]);
-    assert_taken(&pool, "3x3, deep", &deep, bound(&deep, 8 << 10, 11));
+    // A weight that outweighs the activations is not copied at all: rows of one image, and a few of the weight.
+    for (name, geometry) in [
+        ("3x3, deep", square([256, 256], 14, [3, 1, 1, 1])),
+        ("3x3, deeper", square([512, 512], 4, [3, 1, 1, 1])),
+        ("1x1, deep", square([1024, 2048], 2, [1, 1, 0, 1])),
+        ("7x7, deep", square([256, 256], 7, [7, 1, 0, 1])),
+    ] {
+        assert_taken(&pool, name, &geometry, 2 << 20);
+    }
+    let bounded = square([64, 64], 56, [3, 1, 1, 1]).with_max_scratch(2 << 20);
+    assert_taken(&pool, "3x3, bounded", &bounded, 3 << 20);
     // A small image's planes without gaps, one for each tap, may outweigh its output too.
     let dense = square([64, 64], 56, [3, 2, 1, 1]);
     assert_taken(&pool, "3x3, no gaps", &dense, bound(&dense, 4 << 10, 10));

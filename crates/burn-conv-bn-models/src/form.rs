@@ -1,6 +1,6 @@
 use burn::config::Config;
 use burn::module::Param;
-use burn::nn::pool;
+use burn::nn::{BatchNorm, pool};
 use burn::tensor::activation::{
     elu, gelu, gelu_approximate, hard_sigmoid, hard_swish, leaky_relu, mish, relu, relu6, sigmoid,
     silu, softplus, tanh,
@@ -9,7 +9,7 @@ use burn::tensor::module::batch_norm_train;
 use burn::tensor::{BoolStore, DType, Shape, Tensor};
 use burn_conv_bn::functional::{BatchNormParams, batch_norm};
 use burn_conv_bn::{
-    Activation, ConvBn2d, MaxPool2d, NormSpec, NormVariant, Recompute, SavedTensor,
+    Activation, ConvBn2d, ConvBnSettings, MaxPool2d, NormSpec, NormVariant, Recompute, SavedTensor,
 };
 
 /// How a network runs its blocks and the max pools behind some of them.
@@ -64,7 +64,8 @@ impl Form {
         match self {
             Self::Fused => block.forward(input),
             Self::Unfused => {
-                let normalized = unfused_norm(block, block.conv.forward(input));
+                let normalized =
+                    unfused_norm(&block.norm, &block.settings, block.conv.forward(input));
                 unfused_activation(block.settings.activation, normalized)
             }
         }
@@ -84,7 +85,8 @@ impl Form {
         match self {
             Self::Fused => block.forward_residual(input, residual),
             Self::Unfused => {
-                let sum = unfused_norm(block, block.conv.forward(input)) + residual;
+                let sum = unfused_norm(&block.norm, &block.settings, block.conv.forward(input))
+                    + residual;
                 unfused_activation(block.settings.activation, sum)
             }
         }
@@ -234,7 +236,7 @@ fn unfused_saved(
 }
 
 /// Names and types of what Burn's activation keeps, for an input of that name and type.
-fn kept_by_activation(
+pub(crate) fn kept_by_activation(
     activation: Activation,
     input: &'static str,
     dtype: DType,
@@ -264,7 +266,7 @@ fn kept_by_activation(
 }
 
 /// The activation as a user of Burn calls it.
-fn unfused_activation(activation: Activation, value: Tensor<4>) -> Tensor<4> {
+pub(crate) fn unfused_activation(activation: Activation, value: Tensor<4>) -> Tensor<4> {
     match activation {
         Activation::Identity => value,
         Activation::Relu => relu(value),
@@ -285,9 +287,12 @@ fn unfused_activation(activation: Activation, value: Tensor<4>) -> Tensor<4> {
 }
 
 /// The norm, in the type of its parameters, between casts where that is not the input's.
-fn unfused_norm(block: &ConvBn2d, input: Tensor<4>) -> Tensor<4> {
-    let settings = &block.settings;
-    let mut norm = block.norm.clone();
+pub(crate) fn unfused_norm(
+    norm: &BatchNorm,
+    settings: &ConvBnSettings,
+    input: Tensor<4>,
+) -> Tensor<4> {
+    let mut norm = norm.clone();
     if !settings.affine {
         // Burn's norm has a scale and a shift in any case: constants, which no optimizer moves.
         norm.gamma = Param::initialized(norm.gamma.id, norm.gamma.val().ones_like());

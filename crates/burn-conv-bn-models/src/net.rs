@@ -213,6 +213,11 @@ impl Net {
         image_size: usize,
     ) -> Vec<(String, SavedTensor)> {
         let images = [batch, 1, image_size, image_size];
+        self.walk(images).into_saved()
+    }
+
+    /// Goes through the network in the order of [`forward`](Self::forward).
+    pub(crate) fn walk(&self, images: [usize; 4]) -> Walk {
         let mut walk = Walk::new(self.form, images, &self.conv1);
         walk.block("conv1", &self.conv1);
         walk.block_max_pool("conv2", &self.conv2, &pool());
@@ -222,7 +227,15 @@ impl Net {
         walk.relu();
         walk.linear("fc2", &self.fc2);
         walk.log_softmax();
-        walk.into_saved()
+        walk
+    }
+
+    /// The blocks by name.
+    pub(crate) fn blocks_mut(&mut self) -> Vec<(String, &mut ConvBn2d)> {
+        vec![
+            ("conv1".to_owned(), &mut self.conv1),
+            ("conv2".to_owned(), &mut self.conv2),
+        ]
     }
 }
 

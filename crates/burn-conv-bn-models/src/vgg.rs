@@ -280,6 +280,11 @@ impl Vgg {
     ///
     /// As [`forward`](Self::forward), for the shape.
     pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
+        self.walk(input_shape).into_saved()
+    }
+
+    /// Goes through the network in the order of [`forward`](Self::forward).
+    pub(crate) fn walk(&self, input_shape: [usize; 4]) -> Walk {
         let mut walk = Walk::new(self.form, input_shape, &self.features[0]);
         let mut features = self.features.iter().enumerate();
         for count in self.blocks {
@@ -301,7 +306,15 @@ impl Vgg {
             }
             walk.linear(&format!("classifier.{index}"), linear);
         }
-        walk.into_saved()
+        walk
+    }
+
+    /// The blocks by name.
+    pub(crate) fn blocks_mut(&mut self) -> Vec<(String, &mut ConvBn2d)> {
+        let features = self.features.iter_mut().enumerate();
+        features
+            .map(|(index, block)| (format!("features.{index}"), block))
+            .collect()
     }
 }
 

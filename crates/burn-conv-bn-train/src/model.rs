@@ -7,7 +7,8 @@ use burn::tensor::ops::PadMode;
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{FoldError, NormVariant, SavedTensor};
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
+    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -39,19 +40,29 @@ pub enum ModelChoice {
     Resnet34,
     /// ResNet-50, version 1.5.
     Resnet50,
+    /// ResNet-101, version 1.5.
+    Resnet101,
     /// VGG-16 with batch norm, and hidden linear layers of 512.
     Vgg16Bn,
     /// MobileNetV2.
     MobilenetV2,
+    /// EfficientNet-B0, without stochastic depth.
+    EfficientnetB0,
+    /// DenseNet-121.
+    Densenet121,
 }
 
 impl ModelChoice {
-    /// The dropout of its authors; 0 for the residual networks, which have none.
+    /// The dropout of its authors; 0 for the residual networks and DenseNet, which have none.
     pub(crate) fn default_dropout(self) -> f64 {
         match self {
             Self::Tutorial | Self::Vgg16Bn => 0.5,
-            Self::MobilenetV2 => 0.2,
-            Self::Resnet18 | Self::Resnet34 | Self::Resnet50 => 0.0,
+            Self::MobilenetV2 | Self::EfficientnetB0 => 0.2,
+            Self::Resnet18
+            | Self::Resnet34
+            | Self::Resnet50
+            | Self::Resnet101
+            | Self::Densenet121 => 0.0,
         }
     }
 
@@ -113,6 +124,7 @@ impl ModelChoice {
             Self::Resnet18 => resnet(ResNetConfig::resnet18(form)),
             Self::Resnet34 => resnet(ResNetConfig::resnet34(form)),
             Self::Resnet50 => resnet(ResNetConfig::resnet50(form)),
+            Self::Resnet101 => resnet(ResNetConfig::resnet101(form)),
             Self::Vgg16Bn => Network::Vgg(
                 VggConfig::vgg16_bn(form)
                     .with_classes(CLASSES)
@@ -121,11 +133,26 @@ impl ModelChoice {
                     .with_dropout(dropout)
                     .init(device),
             ),
+            Self::Densenet121 => Network::DenseNet(
+                DenseNetConfig::densenet121(form)
+                    .with_classes(CLASSES)
+                    .with_input_channels(1)
+                    .init(device),
+            ),
             Self::MobilenetV2 => Network::MobileNetV2(
                 MobileNetV2Config::new(form)
                     .with_classes(CLASSES)
                     .with_input_channels(1)
                     .with_dropout(dropout)
+                    .init(device),
+            ),
+            // One probability is an option of the program, the dropout's.
+            Self::EfficientnetB0 => Network::EfficientNet(
+                EfficientNetConfig::new(form)
+                    .with_classes(CLASSES)
+                    .with_input_channels(1)
+                    .with_dropout(dropout)
+                    .with_stochastic_depth(0.0)
                     .init(device),
             ),
         }
@@ -144,6 +171,10 @@ pub(crate) enum Network {
     Vgg(Vgg),
     /// MobileNetV2.
     MobileNetV2(MobileNetV2),
+    /// EfficientNet-B0.
+    EfficientNet(EfficientNet),
+    /// DenseNet-121.
+    DenseNet(DenseNet),
 }
 
 impl Network {
@@ -164,6 +195,8 @@ impl Network {
             Self::ResNet(net) => net.forward(padded(images)),
             Self::Vgg(net) => net.forward(padded(images)),
             Self::MobileNetV2(net) => net.forward(padded(images)),
+            Self::EfficientNet(net) => net.forward(padded(images)),
+            Self::DenseNet(net) => net.forward(padded(images)),
         };
         log_softmax(scores, 1)
     }
@@ -180,6 +213,8 @@ impl Network {
             Self::ResNet(net) => Self::ResNet(net.folded()?),
             Self::Vgg(net) => Self::Vgg(net.folded()?),
             Self::MobileNetV2(net) => Self::MobileNetV2(net.folded()?),
+            Self::EfficientNet(net) => Self::EfficientNet(net.folded()?),
+            Self::DenseNet(net) => Self::DenseNet(net.folded()?),
         })
     }
 
@@ -196,6 +231,8 @@ impl Network {
             Self::ResNet(net) => net.saved_for_backward(shape),
             Self::Vgg(net) => net.saved_for_backward(shape),
             Self::MobileNetV2(net) => net.saved_for_backward(shape),
+            Self::EfficientNet(net) => net.saved_for_backward(shape),
+            Self::DenseNet(net) => net.saved_for_backward(shape),
         };
         if let Some((_, padded)) = saved.iter_mut().find(|(_, kept)| kept.name == "input") {
             padded.shared = false;

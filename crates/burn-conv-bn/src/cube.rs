@@ -17,9 +17,9 @@ use crate::backend::{
     ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved, ConvGrads, ConvSaved, NormGrads,
     NormInputs, NormOutput, NormSaved,
 };
-use crate::portable::conv_bn::{backward_by, forward_by};
+use crate::portable::batch_norm;
+use crate::portable::conv_bn::{backward_by, conv_backward_by, forward_by};
 use crate::portable::sweeps::{Affine, Argument, Moments, Sweeps};
-use crate::portable::{batch_norm, conv};
 use crate::spec::{
     Activation, BatchNormOptions, ConvBnOptions, NormSpec, NormVariant, StatisticsKind,
     values_per_channel,
@@ -27,7 +27,7 @@ use crate::spec::{
 
 impl ConvBnBackend for CubeBackend {
     fn conv_backward(saved: ConvSaved<Self>, options: ConvBackwardOptions) -> ConvGrads<Self> {
-        conv::backward::<Self, Kernels>(saved, &options)
+        conv_backward_by::<Self, Kernels>(saved, &options)
     }
 
     fn batch_normalize_forward(

@@ -4,7 +4,7 @@
 //! Norm using Custom Function", over one to three spatial dimensions and with every option. Each
 //! has a backward pass of its own rather than one derived from its parts, and is differentiable
 //! once. So has [`max_pool2d`], which takes the place of Burn's where a block is followed by one, and
-//! [`conv_bn_max_pool2d`], which is both.
+//! [`conv_bn_max_pool2d`], which is both. [`cat_channels`] concatenates for dense networks.
 //!
 //! Quantized tensors are dequantized first, as by Burn's ops. A batch may be empty unless statistics are taken
 //! of it; the output then is no part of the graph.
@@ -29,6 +29,7 @@
 //! # Ok::<(), burn_conv_bn::ConvBnError>(())
 //! ```
 
+mod cat;
 mod check;
 mod max_pool;
 
@@ -36,6 +37,7 @@ use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 use burn::tensor::ops::MaxPoolOptions;
 
+pub use self::cat::cat_channels;
 use self::check::Check;
 pub use self::max_pool::max_pool2d;
 use crate::backend::{
@@ -43,7 +45,7 @@ use crate::backend::{
 };
 use crate::spec::{
     BatchNormOptions, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPoolProblem,
-    accumulator_dtype, check_epsilon, check_values,
+    accumulator_dtype, check_activation, check_epsilon, check_values,
 };
 
 /// A normalized output and the statistics that it was normalized with: what [`batch_norm`] and
@@ -261,7 +263,7 @@ impl BatchNormParams {
 /// # Errors
 ///
 /// Shapes, dtypes or devices that do not fit each other, or batch statistics over one value per channel or
-/// none, or an epsilon that is not positive; with given statistics it may be 0.
+/// none, or an epsilon that is not positive, which with given statistics may be 0, or a softplus's beta of 0.
 ///
 /// # Examples
 ///
@@ -291,6 +293,7 @@ pub fn batch_norm<const D: usize>(
 ) -> Result<Normalized<D>, ConvBnError> {
     let options = options.into();
     check_epsilon(options.norm.epsilon, params.statistics.is_none())?;
+    check_activation(options.activation)?;
     let input = input.dequantize();
     let (gamma, beta) = params.affine.map(dequantize).unzip();
     let (mean, variance) = params.statistics.map(dequantize).unzip();

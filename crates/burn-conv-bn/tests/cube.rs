@@ -177,7 +177,7 @@ fn every_option() {
     for activation in [Activation::Identity, Activation::Relu] {
         for residual in [false, true] {
             for fixed_statistics in [false, true] {
-                for recompute in [Recompute::Conv, Recompute::Never] {
+                for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
                     for (affine, bias) in [(true, false), (false, true), (true, true)] {
                         Case {
                             activation,
@@ -288,7 +288,7 @@ fn what_is_not_tracked_is_not_computed() {
         (false, false, true, false),
         (false, false, false, true),
     ] {
-        for recompute in [Recompute::Conv, Recompute::Never] {
+        for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
             for fixed_statistics in [false, true] {
                 Case {
                     tracked: [input, weight, affine, residual],

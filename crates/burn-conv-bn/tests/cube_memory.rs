@@ -16,7 +16,7 @@ use burn_conv_bn::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnGrads, ConvBnInputs, ConvBnSaved, OptionalTensor,
     Parents, Statistics, StatisticsKind,
 };
-use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec};
+use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, Recompute};
 use burn_conv_bn_memory::PoolMeter;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
@@ -105,6 +105,8 @@ fn fewer_launches_less_kept_and_a_lower_peak() {
     let (some, little) = (bounded(2 * ACTIVATION), bounded(ACTIVATION));
     let gradients = measure(&device, "fused, gradients in chunks", |x| some.forward(x));
     let chunked = measure(&device, "fused, all in chunks", |x| little.forward(x));
+    let keeping = config().with_recompute(Recompute::Norm).init(&tracked);
+    let rebuilt = measure(&device, "fused, Recompute::Norm", |x| keeping.forward(x));
 
     assert!(ours.launches < own.launches);
     // The output, and nothing else: the input is there in any case.
@@ -117,6 +119,13 @@ fn fewer_launches_less_kept_and_a_lower_peak() {
     // z is recomputed once, unless it does not fit.
     assert_eq!([ours.sums, gradients.sums], [1, 1]);
     assert!(chunked.sums > 1, "{chunked:?}");
+    // The convolution's output beside the op's, which nothing keeps, and one convolution less.
+    assert!(
+        rebuilt.forward_end <= 2 * ACTIVATION + OVERHEAD,
+        "{rebuilt:?}"
+    );
+    assert!(rebuilt.launches < ours.launches, "{rebuilt:?} {ours:?}");
+    assert_eq!(rebuilt.sums, 1, "{rebuilt:?}");
 }
 
 /// The device, and a meter of its pool.
@@ -248,18 +257,22 @@ fn input_and_weight() -> Parents {
 fn gradients_in_chunks() {
     let _alone = alone();
     let (device, meter) = cube();
-    for (size, aligned) in [(16, true), (5, false)] {
+    // Images of 300 and 500 bytes begin where a device reads no buffer, unless many are taken at once.
+    for (size, [channels_in, channels_out], aligned) in [(16, [16, 32], true), (5, [3, 5], false)] {
         let mut layer = Layer {
-            input: vec![8, 16, size, size],
-            channels_out: 32,
+            input: vec![8, channels_in, size, size],
+            channels_out,
             statistics: StatisticsKind::Batch,
             max_workspace: None,
         };
         let (whole, _, launches) = layer.backward(input_and_weight(), &device, &meter);
         println!("{size}x{size}, whole");
         print(&launches);
+        // Three convolutions, the weight and both operands of its gradient in another layout, three kernels.
+        assert!(launches.values().sum::<usize>() <= 9);
         let positions = size * size * 4;
-        let (input, output, columns) = (16 * positions, 32 * positions, 9 * 16 * positions);
+        let (input, output) = (channels_in * positions, channels_out * positions);
+        let columns = 9 * input;
         let copies = if aligned { 0 } else { input + output };
         // Two images of the gradients beside the whole z.
         let bound = 8 * output + 2 * (columns + input + copies);
@@ -269,8 +282,11 @@ fn gradients_in_chunks() {
         print(&launches);
         assert_eq!(count(&launches, "partial_sums_kernel"), 1);
         assert_eq!(count(&launches, "slice_assign_kernel"), 4);
-        let sliced = if aligned { 0 } else { 2 * 2 * 4 };
+        // Of the input and twice of z's gradient, for each of four chunks.
+        let sliced = if aligned { 0 } else { 3 * 4 };
         assert_eq!(count(&launches, "slice_kernel"), sliced);
+        // Those of the weight's gradient, and the weight once.
+        assert_eq!(count(&launches, "copy_kernel"), 2 * 4 + 1);
         assert!(peak <= bound + 8 * input + OVERHEAD, "{peak} of {bound}");
         let grads = [(whole.input, parts.input), (whole.weight, parts.weight)];
         for (whole, parts) in grads {
@@ -339,7 +355,10 @@ fn one_dimension_copies_nothing() {
         let level = meter.reset_peak();
         let result = CubeBackend::conv_bn_forward(inputs, layer.options(), false);
         forward = Some((result.output, meter.peak() - level));
-        print(&meter.launches());
+        let launches = meter.launches();
+        print(&launches);
+        // A convolution, its weight in another layout, three kernels.
+        assert!(launches.values().sum::<usize>() <= 5);
     }
     let (output, peak) = forward.expect("it ran");
     assert_eq!(output.meta.shape().to_vec(), layer.output());

@@ -1,16 +1,20 @@
 //! What a node and a layer keep, counted by the allocator, against the table in [`SavePlan`].
 //!
-//! One test, so that no other allocates at the same time.
+//! Peaks are in the module of that name. One test, so that no other allocates at the same time.
+
+mod peaks;
 
 use burn::module::{Module, Param};
 use burn::nn::PaddingConfig2d;
 use burn::nn::conv::Conv2dConfig;
 use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
 use burn_conv_bn::backend::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
-use burn_conv_bn::functional::{ConvBnParams, conv_bn};
+use burn_conv_bn::functional::{
+    BatchNormParams, ConvBnParams, batch_norm, cat_channels, conv, conv_bn,
+};
 use burn_conv_bn::{
-    Activation, ConvBn2d, ConvBn2dConfig, ConvBnOptions, ConvSpec, MaxPool2dConfig, Recompute,
-    SavedTensor,
+    Activation, BatchNormOptions, ConvBn2d, ConvBn2dConfig, ConvBnOptions, ConvSpec,
+    MaxPool2dConfig, NormSpec, Recompute, SavedTensor,
 };
 use burn_conv_bn_memory::CountingAllocator;
 
@@ -211,12 +215,15 @@ fn a_node_keeps_what_its_table_lists() {
     assert_eq!(activations(&all(Recompute::Conv, Activation::Silu)), 1);
     a_chain_keeps_one_activation_a_block(&device);
     a_rebuilt_output_is_kept_by_none(&device);
+    the_halves_keep_what_their_gradients_need(&device);
+    a_concatenation_is_kept_by_none(&device);
     frozen_layers_keep_no_input(&device);
     a_pool_keeps_what_it_lists(&device);
     nothing_is_kept_between_block_and_pool(&device);
     a_block_joined_with_its_pool_keeps_what_it_lists(&device);
     no_gradient_is_made_between_block_and_pool(&device);
     unfused_keeps_three(&device);
+    peaks::no_layer_exceeds_burns(&ALLOCATOR);
     workspace_is_bounded(&device);
 }
 
@@ -303,6 +310,72 @@ fn a_rebuilt_output_is_kept_by_none(device: &Device) {
     let own = list.iter().filter(|tensor| !tensor.shared);
     let names: Vec<_> = own.map(|tensor| tensor.name).collect();
     assert_eq!(names, ["conv_output", "mean", "variance", "indices"]);
+}
+
+/// A convolution alone keeps its input for the weight's gradient, and a norm alone in any case, to rebuild its
+/// output.
+fn the_halves_keep_what_their_gradients_need(device: &Device) {
+    for mask in 1..8 {
+        let [first, second, third] = [0, 1, 2].map(|bit| mask >> bit & 1 == 1);
+        let convolution = kept_by(
+            |x| {
+                let (weight, bias) = (tensor(WEIGHT, second, device), tensor([8], third, device));
+                conv(x, weight, Some(bias), ConvSpec::unit(2)).unwrap()
+            },
+            INPUT,
+            first,
+            device,
+        );
+        let norm = |activation| {
+            let options = BatchNormOptions::new(NormSpec::default()).with_activation(activation);
+            kept_by(
+                |x| {
+                    let (gamma, beta) = (tensor([8], second, device), tensor([8], third, device));
+                    let params = BatchNormParams::default().with_affine(gamma, beta);
+                    batch_norm(x, params, options).unwrap().output
+                },
+                INPUT,
+                first,
+                device,
+            )
+        };
+        for (what, got, wanted) in [
+            ("conv", convolution, second),
+            ("norm", norm(Activation::Identity), true),
+            ("norm and ReLU", norm(Activation::Relu), true),
+        ] {
+            let wanted = usize::from(wanted) * bytes(INPUT);
+            assert!(
+                got.abs_diff(wanted) < OVERHEAD,
+                "{what}, {mask:03b}: kept {got} bytes, wanted {wanted}"
+            );
+        }
+    }
+}
+
+/// Three convolutions, each over the input and all outputs before it: these are kept, and of their concatenations
+/// nothing. Burn's concatenation makes a copy of each for every convolution.
+fn a_concatenation_is_kept_by_none(device: &Device) {
+    let convs = [1, 2, 3].map(|inputs| {
+        Conv2dConfig::new([inputs * INPUT[1], INPUT[1]], [1, 1])
+            .with_bias(false)
+            .init(device)
+    });
+    let burns: fn(Vec<Tensor<4>>) -> Tensor<4> = |tensors| Tensor::cat(tensors, 1);
+    let ours: fn(Vec<Tensor<4>>) -> Tensor<4> = |tensors| cat_channels(tensors).unwrap();
+    for (cat, wanted) in [(ours, 3), (burns, 6)] {
+        let forward = |x: Tensor<4>| {
+            let mut features = vec![x];
+            for conv in &convs {
+                features.push(conv.forward(cat(features.clone())));
+            }
+            features.swap_remove(convs.len())
+        };
+        let runs = (0..5).map(|_| kept_by(forward, INPUT, true, device));
+        let (count, rest) = activations_in(runs.min().unwrap_or_default());
+        assert_eq!(count, wanted);
+        assert!(rest < 4 * OVERHEAD, "{rest} bytes more or less");
+    }
 }
 
 /// A layer whose norm is frozen keeps its input for the weight's gradient. With the weight frozen
@@ -430,8 +503,8 @@ fn a_block_joined_with_its_pool_keeps_what_it_lists(device: &Device) {
             &["input", "pooled", "argmax"][..],
         ),
         (Activation::Silu, Recompute::Conv, &["input", "argmax"][..]),
-        (Activation::Relu, Recompute::Never, &kept_too),
-        (Activation::Relu, Recompute::Norm, &kept_too),
+        (Activation::Relu, Recompute::Never, &kept_too[..]),
+        (Activation::Relu, Recompute::Norm, &kept_too[..]),
     ] {
         let block = ConvBn2dConfig::new([WEIGHT[1], WEIGHT[0]], [3, 3])
             .with_activation(activation)
@@ -520,7 +593,7 @@ fn unfused_keeps_three(device: &Device) {
     );
 }
 
-/// A bound on the workspace keeps the recomputed output out of the backward pass's peak. Those of a
+/// A bound on the workspace keeps the recomputed output and large tiles out of the backward pass's peak. Outputs of a
 /// depthwise convolution, of nine taps, and of more than 128 MiB are not in it to begin with.
 fn workspace_is_bounded(device: &Device) {
     const INPUT: [usize; 4] = [256, 8, 32, 32];
@@ -546,7 +619,14 @@ fn workspace_is_bounded(device: &Device) {
     let bounded = workspace(INPUT, WEIGHT, Some(conv_output - 1));
     let depthwise = workspace(INPUT, [8, 1, 3, 3], None);
     let large = workspace([583, 1, 36, 36], [64, 1, 7, 7], None);
-    for got in [bounded, depthwise, large] {
+    // Winograd's tiles are 6 MiB for each thread.
+    let tiled = |most| workspace([8, 64, 56, 56], [64, 64, 3, 3], most);
+    let (tiles_free, tiles_bounded) = (tiled(None), tiled(Some(1)));
+    assert!(
+        tiles_free > tiles_bounded + scratch,
+        "got {tiles_free}, {tiles_bounded}"
+    );
+    for got in [bounded, depthwise, large, tiles_bounded] {
         assert!(got < scratch, "got {got}");
     }
     assert!(free < conv_output + scratch, "got {free}");

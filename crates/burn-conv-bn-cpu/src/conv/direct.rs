@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use pulp::Arch;
 
 use super::layout::{Copy, Layout, Run, Source, Tile};
-use super::tile::{Algorithm, Piece};
+use super::tile::{Algorithm, Piece, Transposed};
 use crate::scratch::Aligned;
 use crate::simd::planes::{Filter, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache};
 use crate::simd::sweeps::{self, Sweep, zero};
@@ -60,14 +60,10 @@ pub(crate) struct Scratch<T> {
 }
 
 impl<'a, T: Real> Direct<'a, T> {
-    /// `weight` is the convolution's, and `input_weight` that of its input's gradient, each if it is needed.
-    pub(crate) fn new(
-        geometry: &'a Geometry,
-        weight: Option<&[T]>,
-        input_weight: Option<&[T]>,
-    ) -> Self {
+    /// Planes and tiles, without the weight.
+    pub(crate) fn new(geometry: &'a Geometry) -> Self {
         let layout = Layout::new(geometry, LEAST_POSITIONS..=MOST_POSITIONS);
-        let (channels, depth) = (geometry.group_in(), geometry.depth());
+        let channels = geometry.group_in();
         let bytes = (layout.phases() * channels + geometry.group_out()) * size_of::<T>();
         // Room for an image that is not too large: its channels are contiguous, which reads faster than
         // pieces.
@@ -88,18 +84,7 @@ impl<'a, T: Real> Direct<'a, T> {
                     .map(move |(phase, shift)| (channel * phases + phase) * plane + shift)
             })
             .collect();
-        let taps = layout.taps().len();
-        let block = taps_in_cache(channels, taps, layout.lines(taps));
-        let filters = weight
-            .unwrap_or_default()
-            .chunks_exact(geometry.group_out() * depth)
-            .map(|weight| {
-                Filter::new(geometry.group_out(), depth, block, |tap| {
-                    move |channel| weight[channel * depth + tap]
-                })
-            })
-            .collect();
-        let mut this = Self {
+        Self {
             geometry,
             tile,
             plane,
@@ -108,20 +93,44 @@ impl<'a, T: Real> Direct<'a, T> {
             ),
             layout,
             offsets,
-            filters,
+            filters: Vec::new(),
             transposed: Vec::new(),
-        };
-        if let Some(weight) = input_weight {
-            this.transposed = weight
+        }
+    }
+
+    /// Prepares the convolution, and that of its input's gradient, each if it is needed.
+    pub(crate) fn with_weights(
+        mut self,
+        weight: Option<&[T]>,
+        transposed: Option<Transposed<'_, T>>,
+    ) -> Self {
+        let (geometry, depth) = (self.geometry, self.geometry.depth());
+        let (channels, taps) = (geometry.group_in(), self.layout.taps().len());
+        let block = taps_in_cache(channels, taps, self.layout.lines(taps));
+        self.filters = weight
+            .unwrap_or_default()
+            .chunks_exact(geometry.group_out() * depth)
+            .map(|weight| {
+                Filter::new(geometry.group_out(), depth, block, |tap| {
+                    move |channel| weight[channel * depth + tap]
+                })
+            })
+            .collect();
+        if let Some(Transposed { weight, scale }) = transposed {
+            self.transposed = weight
                 .chunks_exact(geometry.group_out() * depth)
-                .map(|weight| this.transposed(weight))
+                .enumerate()
+                .map(|(group, weight)| {
+                    let first = group * geometry.group_out();
+                    self.transposed(weight, scale.map(|scale| &scale[first..]))
+                })
                 .collect();
         }
-        this
+        self
     }
 
     /// The transposed convolution of one group, by phases.
-    fn transposed(&self, weight: &[T]) -> Vec<(Filter<T>, Vec<usize>)> {
+    fn transposed(&self, weight: &[T], scale: Option<&[T]>) -> Vec<(Filter<T>, Vec<usize>)> {
         let (group_in, group_out) = (self.geometry.group_in(), self.geometry.group_out());
         let depth = self.geometry.depth();
         let kernel = self.layout.taps().len();
@@ -138,7 +147,8 @@ impl<'a, T: Real> Direct<'a, T> {
             let filter = Filter::new(group_in, group_out * taps.len(), block, |index| {
                 let (channel, (tap, _)) = (index / taps.len(), taps[index % taps.len()]);
                 let weight = &weight[channel * depth + tap..];
-                move |into| weight[into * kernel]
+                let scale = scale.map_or(T::ONE, |scale| scale[channel]);
+                move |into| weight[into * kernel] * scale
             });
             (filter, offsets)
         };
@@ -175,6 +185,24 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
 
     fn geometry(&self) -> &Geometry {
         self.geometry
+    }
+
+    fn tile_bytes(&self, gradients: bool) -> usize {
+        let (group_in, group_out) = (self.geometry.group_in(), self.geometry.group_out());
+        let planes = self.layout.phases() * group_in * self.plane + group_out * self.pitch;
+        let copies = self.layout.copies().len() * group_out + group_in;
+        let copies = if gradients { copies * self.pitch } else { 0 };
+        (planes + copies) * size_of::<E::Real>()
+    }
+
+    fn offset_bytes(&self, gradients: bool) -> usize {
+        let taps = self.layout.taps().len();
+        let transposed = if gradients {
+            self.geometry.channels_out() * taps
+        } else {
+            0
+        };
+        (self.offsets.len() + transposed) * size_of::<usize>()
     }
 
     fn tiles(&self, images: usize) -> Vec<Tile> {

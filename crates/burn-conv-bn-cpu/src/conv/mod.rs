@@ -1,14 +1,22 @@
-//! The convolution and its gradients by tiles, and the choice of the algorithm for a geometry.
+//! The convolution and its gradients, and the choice of the algorithm for a geometry.
 
+pub(crate) mod packed;
+pub(crate) mod span;
 pub(crate) mod tile;
 
 mod direct;
 mod layout;
+mod limit;
 mod winograd;
 
+pub(crate) use self::limit::weight_blocks;
+
 use self::direct::Direct;
+use self::limit::{fits, is_alone, winograd_tile};
+use self::packed::Packed;
+use self::tile::Transposed;
 use self::winograd::Winograd;
-use crate::{Element, Geometry, Real};
+use crate::{Element, Geometry};
 
 /// Fewest channels, in and out, for which Winograd's savings outweigh its transforms.
 const LEAST_CHANNELS: usize = 16;
@@ -17,15 +25,16 @@ const LEAST_CHANNELS: usize = 16;
 pub(crate) enum Chosen<'a, T> {
     Direct(Direct<'a, T>),
     Winograd(Winograd<'a, T>),
+    Packed(Packed<'a>),
 }
 
-/// Prepares the algorithm for a geometry. `weight` is the convolution's, and `input_weight` that of its
-/// input's gradient, each if it is needed.
-pub(crate) fn choose<'a, T: Real>(
+/// Prepares the algorithm for a geometry, each of the weights if it is needed. A function of the geometry and the
+/// type alone, so that forward and backward are by the same algorithm.
+pub(crate) fn choose<'a, E: Element>(
     geometry: &'a Geometry,
-    weight: Option<&[T]>,
-    input_weight: Option<&[T]>,
-) -> Chosen<'a, T> {
+    weight: Option<&[E::Real]>,
+    transposed: Option<Transposed<'_, E::Real>>,
+) -> Chosen<'a, E::Real> {
     let plain = geometry.kernel == [1, 3, 3]
         && geometry.stride == [1; 3]
         && geometry.dilation == [1; 3]
@@ -33,10 +42,17 @@ pub(crate) fn choose<'a, T: Real>(
         && geometry.padding[0] == (0, 0)
         && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS;
     if plain {
-        Chosen::Winograd(Winograd::new(geometry, weight, input_weight))
-    } else {
-        Chosen::Direct(Direct::new(geometry, weight, input_weight))
+        let winograd = Winograd::new(geometry, winograd_tile::<E>(geometry));
+        if fits::<E, _>(&winograd) {
+            return Chosen::Winograd(winograd.with_weights(weight, transposed));
+        }
+    } else if !is_alone::<E>(geometry) {
+        let direct = Direct::new(geometry);
+        if fits::<E, _>(&direct) {
+            return Chosen::Direct(direct.with_weights(weight, transposed));
+        }
     }
+    Chosen::Packed(Packed::new(geometry, size_of::<E::Real>()))
 }
 
 /// Panics if a slice is not of the geometry's size.
@@ -63,6 +79,7 @@ mod tests {
 
     use super::tile::{Algorithm, BlockGrads, TileScratch, Work};
     use super::*;
+    use crate::Real;
 
     fn random(len: usize, seed: u64) -> Vec<f64> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -130,6 +147,11 @@ mod tests {
         (squares / wanted.iter().map(|wanted| wanted.powi(2)).sum::<f64>()).sqrt()
     }
 
+    fn transposed<T>(weight: &[T]) -> Option<Transposed<'_, T>> {
+        let scale = None;
+        Some(Transposed { weight, scale })
+    }
+
     #[test]
     fn winograd_keeps_the_two_times_rule() {
         let geometry = Geometry::new(
@@ -146,12 +168,13 @@ mod tests {
         let weight = random(geometry.weight_len(), 1);
         let input = random(2 * geometry.input_len(), 2);
         let grad = random(2 * geometry.output_len(), 3);
-        let exact = Direct::new(&geometry, Some(&weight), Some(&weight));
+        let exact = Direct::new(&geometry).with_weights(Some(&weight), transposed(&weight));
         let exact = results::<f64, _>(&exact, &input, &grad);
         let weight = rounded::<f32>(&weight);
-        let direct = Direct::new(&geometry, Some(&weight), Some(&weight));
+        let direct = Direct::new(&geometry).with_weights(Some(&weight), transposed(&weight));
         let direct = results::<f32, _>(&direct, &input, &grad);
-        let winograd = Winograd::new(&geometry, Some(&weight), Some(&weight));
+        let winograd = Winograd::new(&geometry, usize::MAX);
+        let winograd = winograd.with_weights(Some(&weight), transposed(&weight));
         let winograd = results::<f32, _>(&winograd, &input, &grad);
         for (index, what) in ["output", "weight gradient", "input gradient"]
             .into_iter()

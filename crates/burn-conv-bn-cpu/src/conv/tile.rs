@@ -18,6 +18,12 @@ pub(crate) trait Algorithm<E: Element>: Sync {
 
     fn geometry(&self) -> &Geometry;
 
+    /// Bytes of a thread's scratch: that of the output, and with `gradients` that of all.
+    fn tile_bytes(&self, gradients: bool) -> usize;
+
+    /// Bytes of the tables that all threads share.
+    fn offset_bytes(&self, gradients: bool) -> usize;
+
     /// The tiles of a block of images, in the order of the calls.
     fn tiles(&self, images: usize) -> Vec<Self::Tile>;
 
@@ -75,6 +81,13 @@ pub(crate) trait Algorithm<E: Element>: Sync {
         tile: &Self::Tile,
         grad: &mut [MaybeUninit<E>],
     );
+}
+
+/// The weight of the input's gradient, with a factor for each output channel if there is one.
+#[derive(Clone, Copy)]
+pub(crate) struct Transposed<'a, T> {
+    pub(crate) weight: &'a [T],
+    pub(crate) scale: Option<&'a [T]>,
 }
 
 /// A part of a tile that is contiguous in memory in each channel: of one image or, with one channel,

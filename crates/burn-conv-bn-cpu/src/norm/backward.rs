@@ -6,19 +6,16 @@ use std::ops::Range;
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::gradient::{
-    Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, OutputGrad,
-};
+use super::gradient::{Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients};
+use super::lines::{Converted, Source, Step, conv_output_grad, sums_of, write_residual_grad};
+use super::packed;
 use crate::blocks::{BLOCKS, split};
-use crate::conv::tile::{Algorithm, BlockGrads, TileScratch, Work};
-use crate::conv::{Chosen, choose};
-use crate::pool::backward::Routes;
+use crate::conv::span::Span;
+use crate::conv::tile::{Algorithm, BlockGrads, TileScratch, Transposed, Work};
+use crate::conv::{Chosen, choose, weight_blocks};
 use crate::scratch::{ScratchPool, room};
-use crate::simd::sweeps::{self, Argument, ChannelGrad, Gate};
-use crate::{Activation, Element, Real};
-
-/// Most bytes of all blocks' weight gradients; two blocks are allowed in any case.
-const WEIGHT_BYTES: usize = 16 << 20;
+use crate::simd::sweeps;
+use crate::{Element, Real};
 
 /// Values of the weight's gradient that a thread reduces at a time: 64 KiB in single precision.
 const SUMS: usize = 16 << 10;
@@ -81,18 +78,12 @@ pub fn grad_sums<E: Element>(pass: &Backward<'_, E>, conv_output: ConvOutput<'_,
     }
 }
 
-/// [`ConvOutput`] of all blocks, or of one.
-enum Source<'a, E> {
-    Recompute,
-    Store(&'a mut [MaybeUninit<E>]),
-    Kept(&'a [E]),
-}
-
 fn sum<E: Element>(pass: &Backward<'_, E>, source: Source<'_, E>) -> GradSums {
     let weight = pass.weight.filter(|_| !matches!(source, Source::Kept(_)));
-    match choose(pass.geometry, weight, None) {
+    match choose::<E>(pass.geometry, weight, None) {
         Chosen::Direct(algorithm) => sum_blocks(pass, &algorithm, source),
         Chosen::Winograd(algorithm) => sum_blocks(pass, &algorithm, source),
+        Chosen::Packed(packed) => packed::sum(pass, &packed, source),
     }
 }
 
@@ -125,97 +116,12 @@ fn sum_blocks<E: Element, A: Algorithm<E>>(
     GradSums::total(geometry.channels_out(), &parts)
 }
 
-impl GradSums {
-    /// Adds one channel's values of the convolution's output, at offset `start` of the tensor.
-    fn add<E: Element>(
-        &mut self,
-        pass: &Backward<'_, E>,
-        channel: usize,
-        start: usize,
-        conv_output: &[E::Real],
-        converted: &mut Converted<E::Real>,
-    ) {
-        let Gated { output_grad, gate } = gated(pass, channel, start, conv_output, converted);
-        let (grad, grad_deviation) = sweeps::grad_sums(
-            Arch::new(),
-            conv_output,
-            output_grad,
-            pass.affine.channel(channel),
-            gate,
-        );
-        self.grad[channel] += grad.to_f64();
-        self.grad_deviation[channel] += grad_deviation.to_f64();
-    }
-}
-
-/// The output's gradient, and the mask that turns it into `g`.
-struct Gated<'a, T> {
-    output_grad: &'a [T],
-    gate: Gate<'a, T>,
-}
-
-/// The gradient of one channel's values at offset `start` of the tensor. The sweep that reads it applies a
-/// ReLU's mask, at no cost beside the memory; another activation's `g` is computed here.
-fn gated<'a, E: Element>(
-    pass: &Backward<'a, E>,
-    channel: usize,
-    start: usize,
-    conv_output: &[E::Real],
-    converted: &'a mut Converted<E::Real>,
-) -> Gated<'a, E::Real> {
-    let len = conv_output.len();
-    let output_grad = match pass.output_grad {
-        OutputGrad::Whole(all) => E::read(&all[start..][..len], &mut converted.output_grad),
-        OutputGrad::Pooled(pooled) => {
-            let new = || Routes::new::<E::Real>(pooled.geometry);
-            let routes = converted.routes.get_or_insert_with(new);
-            let line = &mut converted.output_grad;
-            line.resize(len, E::Real::ZERO);
-            pooled.lay(routes, start, line, &mut converted.pooled);
-            line
-        }
-    };
-    let gate = match (pass.activation, pass.output, pass.residual) {
-        (Activation::Identity, ..) => Gate::Open,
-        (Activation::Relu, None, None) => Gate::PreActivation,
-        (Activation::Relu, Some(output), _) => {
-            Gate::Output(E::read(&output[start..][..len], &mut converted.output))
-        }
-        (activation, output, residual) => {
-            let argument = match output {
-                Some(output) => {
-                    Argument::Output(E::read(&output[start..][..len], &mut converted.output))
-                }
-                None => Argument::PreActivation(
-                    residual
-                        .map(|residual| E::read(&residual[start..][..len], &mut converted.output)),
-                ),
-            };
-            let grad = &mut converted.grad;
-            grad.resize(len, E::Real::ZERO);
-            sweeps::activation_grad(
-                Arch::new(),
-                conv_output,
-                output_grad,
-                pass.affine.channel(channel),
-                (activation, argument),
-                grad,
-            );
-            return Gated {
-                output_grad: grad,
-                gate: Gate::Open,
-            };
-        }
-    };
-    Gated { output_grad, gate }
-}
-
 /// Second step of the backward pass: the gradients, from the norm's coefficients. The convolution's output
 /// `z` is `kept` or recomputed. [The crate's example](crate) shows both steps.
 ///
-/// Under fixed statistics there are no coefficients: the gradient of `z` is `g`, and the input's weight
-/// already contains the scale. If the activation's derivative does not depend on `z` either, the values of
-/// `kept` are irrelevant.
+/// Under fixed statistics there are no coefficients. The gradient of `z` is then the norm's scale times `g`, and
+/// so is made the input's gradient; the weight's gradient is made of `g` alone, that of the weight with the norm
+/// folded in. If the activation's derivative does not depend on `z` either, the values of `kept` are irrelevant.
 ///
 /// # Panics
 ///
@@ -234,13 +140,26 @@ pub fn backward<E: Element>(
         assert_eq!(weight.len(), geometry.weight_len());
     }
     let weight = pass.weight.filter(|_| kept.is_none());
-    let input_weight = gradients.input.as_ref().map(|(_, weight)| *weight);
-    match choose(geometry, weight, input_weight) {
+    let scale = coefficients.is_none().then_some(pass.affine.scale);
+    let transposed = gradients
+        .input
+        .as_ref()
+        .map(|(_, weight)| Transposed { weight, scale });
+    match choose::<E>(geometry, weight, transposed) {
         Chosen::Direct(algorithm) => {
             backward_blocks(pass, &algorithm, kept, coefficients, gradients);
         }
         Chosen::Winograd(algorithm) => {
             backward_blocks(pass, &algorithm, kept, coefficients, gradients);
+        }
+        Chosen::Packed(packed) => {
+            packed::backward(
+                &Step { pass, coefficients },
+                &packed,
+                kept,
+                scale,
+                gradients,
+            );
         }
     }
 }
@@ -259,10 +178,10 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
         Some(_) => algorithm.weight_grad_len(),
         None => 0,
     };
-    let most = WEIGHT_BYTES
-        .checked_div(sums_len * size_of::<E::Real>())
-        .map_or(BLOCKS, |most| most.clamp(2, BLOCKS));
-    let images = geometry.images_per_block(most);
+    let images = geometry.images_per_block(match sums_len {
+        0 => BLOCKS,
+        _ => weight_blocks::<E, A>(algorithm),
+    });
     let blocks = geometry.blocks(images);
     let (input_len, output_len) = (geometry.input_len(), geometry.output_len());
     let batch = geometry.batch();
@@ -321,12 +240,6 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
     }
 }
 
-/// Arguments that all blocks share.
-struct Step<'a, E: Element> {
-    pass: &'a Backward<'a, E>,
-    coefficients: Option<InputGradCoefficients<'a, E::Real>>,
-}
-
 /// A block of images and its share of [`Gradients`].
 struct Block<'a, E: Element> {
     images: Range<usize>,
@@ -344,19 +257,6 @@ struct Scratch<S, E: Element> {
     tiles: TileScratch<S, E>,
     converted: Converted<E::Real>,
     residual_grad: Vec<E::Real>,
-}
-
-/// Lines in the compute type.
-#[derive(Default)]
-struct Converted<T> {
-    /// The output, or the residual.
-    output: Vec<T>,
-    output_grad: Vec<T>,
-    /// Of the max pool behind, if there is one, and a part of its output's gradient.
-    routes: Option<Routes>,
-    pooled: Vec<T>,
-    /// `g` of an activation other than ReLU.
-    grad: Vec<T>,
 }
 
 impl<S: Default, E: Element> Scratch<S, E> {
@@ -388,7 +288,8 @@ impl<S: Default, E: Element> Scratch<S, E> {
                     line
                 }
             };
-            sums.add(pass, channel, at, values, converted);
+            let span = Span::of_tensor(pass.geometry, at, values.len());
+            sums.add(channel, sums_of(pass, channel, span, values, converted));
         });
     }
 
@@ -423,48 +324,20 @@ impl<S: Default, E: Element> Scratch<S, E> {
                 line.resize(range.len(), E::Real::ZERO);
                 E::load(&kept[range.clone()], line);
             }
-            let residual_grad = residual_grad.as_deref_mut();
-            let residual_grad = residual_grad.map(|grad| &mut grad[range]);
-            conv_output_grad(step, channel, at, line, residual_grad, converted, masked);
+            let span = Span::of_tensor(step.pass.geometry, at, range.len());
+            if let Some(grad) = residual_grad.as_deref_mut() {
+                let pass = step.pass;
+                write_residual_grad(
+                    pass,
+                    channel,
+                    span,
+                    line,
+                    &mut grad[range],
+                    converted,
+                    masked,
+                );
+            }
+            conv_output_grad(step, channel, span, line, converted);
         });
     }
-}
-
-/// Replaces a line of the convolution's output, at offset `at` of the tensor, by its gradient, and writes
-/// the residual's. `masked` is scratch.
-fn conv_output_grad<E: Element>(
-    step: &Step<'_, E>,
-    channel: usize,
-    at: usize,
-    line: &mut [E::Real],
-    residual_grad: Option<&mut [MaybeUninit<E>]>,
-    converted: &mut Converted<E::Real>,
-    masked: &mut Vec<E::Real>,
-) {
-    let pass = step.pass;
-    let arch = Arch::new();
-    let Gated { output_grad, gate } = gated(pass, channel, at, line, converted);
-    let affine = pass.affine.channel(channel);
-    let coefficients = step.coefficients.map(|all| ChannelGrad {
-        scale: all.scale[channel],
-        slope: all.slope[channel],
-        offset: all.offset[channel],
-    });
-    if let Some(grad) = residual_grad {
-        let argument = match gate {
-            Gate::Open => None,
-            Gate::PreActivation => Some(Argument::PreActivation(None)),
-            Gate::Output(output) => Some(Argument::Output(output)),
-        };
-        match argument {
-            None => E::write(output_grad, grad),
-            Some(argument) => {
-                masked.resize(line.len(), E::Real::ZERO);
-                let relu = (Activation::Relu, argument);
-                sweeps::activation_grad(arch, line, output_grad, affine, relu, masked);
-                E::write(masked, grad);
-            }
-        }
-    }
-    sweeps::conv_output_grad(arch, line, output_grad, affine, gate, coefficients);
 }

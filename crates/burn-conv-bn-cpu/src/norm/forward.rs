@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::packed;
 use crate::blocks::BLOCKS;
 use crate::conv::tile::{Algorithm, TileScratch, Work};
 use crate::conv::{Chosen, check, choose};
@@ -70,12 +71,20 @@ fn conv_seeing<E: Element, S: Send>(
     check(geometry, Some(input), Some(weight));
     let len = geometry.batch() * geometry.output_len();
     let room = room(output, len);
-    let seen = match choose(geometry, Some(weight), None) {
+    let seen = match choose::<E>(geometry, Some(weight), None) {
         Chosen::Direct(algorithm) => conv_blocks(&algorithm, input, room, new, see),
         Chosen::Winograd(algorithm) => conv_blocks(&algorithm, input, room, new, see),
+        Chosen::Packed(packed) => {
+            let mut seen = new();
+            packed::conv(&packed, input, weight, room, |channel, row| {
+                see(&mut seen, channel, row);
+            });
+            vec![seen]
+        }
     };
     // SAFETY: there is room for `len` values, all of which belong to the blocks; and a block's tiles
-    // have pieces for all of its channels and positions, which `conv_blocks` writes.
+    // have pieces for all of its channels and positions, which `conv_blocks` writes. `packed::conv` writes
+    // every channel of its chunks, which are all positions.
     unsafe { output.set_len(len) };
     seen
 }

@@ -126,6 +126,12 @@ impl GradSums {
         }
     }
 
+    /// Adds to one channel's sums.
+    pub(crate) fn add(&mut self, channel: usize, [grad, grad_deviation]: [f64; 2]) {
+        self.grad[channel] += grad;
+        self.grad_deviation[channel] += grad_deviation;
+    }
+
     /// The sum of the blocks' sums, in order.
     pub(crate) fn total(channels: usize, parts: &[Self]) -> Self {
         let mut sums = Self::new(channels);

@@ -6,3 +6,6 @@ pub(crate) mod backward;
 pub(crate) mod forward;
 pub(crate) mod gradient;
 pub(crate) mod moments;
+
+mod lines;
+mod packed;

@@ -2,4 +2,5 @@
 
 pub(crate) mod chunk;
 pub(crate) mod planes;
+pub(crate) mod products;
 pub(crate) mod sweeps;

@@ -10,6 +10,8 @@ impl Network {
             Self::ResNet(net) => net.form(),
             Self::Vgg(net) => net.form(),
             Self::MobileNetV2(net) => net.form(),
+            Self::EfficientNet(net) => net.form(),
+            Self::DenseNet(net) => net.form(),
         }
     }
     fn with_form(self, form: Form) -> Self {
@@ -18,6 +20,8 @@ impl Network {
             Self::ResNet(net) => Self::ResNet(net.with_form(form)),
             Self::Vgg(net) => Self::Vgg(net.with_form(form)),
             Self::MobileNetV2(net) => Self::MobileNetV2(net.with_form(form)),
+            Self::EfficientNet(net) => Self::EfficientNet(net.with_form(form)),
+            Self::DenseNet(net) => Self::DenseNet(net.with_form(form)),
         }
     }
 }
@@ -102,6 +106,7 @@ fn one_digit_alone_is_refused() {
         (ModelChoice::Resnet18, 65, 32, false),
         (ModelChoice::Resnet18, 66, 32, true),
         (ModelChoice::MobilenetV2, 64, 1, false),
+        (ModelChoice::Densenet121, 65, 32, false),
         (ModelChoice::Resnet50, 1, 32, false),
         (ModelChoice::Tutorial, 65, 32, true),
         (ModelChoice::Vgg16Bn, 65, 32, true),

@@ -69,6 +69,8 @@ impl Norm {
 pub enum RecomputePolicy {
     /// Recompute it in the backward pass.
     Conv,
+    /// Keep it, and rebuild the blocks' outputs from it.
+    Norm,
     /// Keep it.
     Never,
 }
@@ -218,6 +220,7 @@ impl Job {
         device.seed(self.seed);
         let recompute = match self.recompute {
             RecomputePolicy::Conv => Recompute::Conv,
+            RecomputePolicy::Norm => Recompute::Norm,
             RecomputePolicy::Never => Recompute::Never,
         };
         self.model

@@ -1,6 +1,7 @@
 //! Whether fused and unfused training are the same computation: the first losses from the same
 //! weights on the same batches.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
@@ -8,6 +9,7 @@ use burn::data::dataloader::DataLoader;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::Tensor;
 use burn::train::{Interrupter, TrainStep};
+use burn_conv_bn_models::DenseNet;
 
 use crate::choice::Choice;
 use crate::data::{CLASSES, Digits, EpochLoader, MnistBatch};
@@ -73,13 +75,38 @@ impl Reordering {
     }
 
     fn of_network(self, network: Network, model: ModelChoice) -> Network {
-        if self.features {
-            let pixels = model == ModelChoice::Tutorial;
-            network.map(&mut ReverseFeatures { pixels })
-        } else {
-            network
+        if !self.features {
+            return network;
+        }
+        match network {
+            Network::DenseNet(net) => Network::DenseNet(of_dense_net(net)),
+            network => {
+                let axes = if model == ModelChoice::Tutorial {
+                    0..4
+                } else {
+                    0..2
+                };
+                network.map(&mut ReverseFeatures { axes })
+            }
         }
     }
+}
+
+/// Of the channels inside the dense layers alone: those of a concatenation are in the order of the layers.
+fn of_dense_net(mut net: DenseNet) -> DenseNet {
+    let blocks = [
+        &mut net.denseblock1,
+        &mut net.denseblock2,
+        &mut net.denseblock3,
+        &mut net.denseblock4,
+    ];
+    for layer in blocks.into_iter().flatten() {
+        let outputs = &mut ReverseFeatures { axes: 0..1 };
+        layer.conv1 = layer.conv1.clone().map(outputs);
+        let inputs = &mut ReverseFeatures { axes: 1..2 };
+        layer.conv2 = layer.conv2.clone().map(inputs);
+    }
+    net
 }
 
 /// Counts the channels and features of a network from the other end, all but the classes and the images'
@@ -88,8 +115,9 @@ impl Reordering {
 /// What goes into VGG's linear layers is one pixel for each channel, repeated: turned around as a
 /// whole it is the channels turned around.
 struct ReverseFeatures {
-    /// The kernels' pixels, too.
-    pixels: bool,
+    /// Those of each parameter that are turned around. Weights of linear layers are `[in, out]`, of
+    /// convolutions `[out, in, ..]`.
+    axes: Range<usize>,
 }
 
 impl ModuleMapper for ReverseFeatures {
@@ -97,8 +125,7 @@ impl ModuleMapper for ReverseFeatures {
         param.map(|tensor| {
             let tracked = tensor.is_require_grad();
             let mut tensor = tensor.detach().set_require_grad(false);
-            // Weights of linear layers are `[in, out]`, of convolutions `[out, in, ..]`.
-            for axis in 0..if self.pixels { D } else { D.min(2) } {
+            for axis in self.axes.start..self.axes.end.min(D) {
                 if tensor.dims()[axis] != CLASSES {
                     tensor = tensor.flip([axis as isize]);
                 }

@@ -81,7 +81,7 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
     let (input, weight) = (input.primitive().clone(), weight.primitive().clone());
     let bias = inner::<B, C>(bias.clone());
     let output = B::conv(input, weight, bias.into(), spec.clone());
-    attach(operands, Bias::Added, output, spec)
+    attach(operands, Bias::Added, output, spec, None)
 }
 
 /// Registers a convolution that has been computed.
@@ -90,6 +90,7 @@ pub(super) fn attach<B: ConvBnBackend, C: CheckpointStrategy>(
     bias_use: Bias,
     output: FloatTensor<B>,
     spec: ConvSpec,
+    max_workspace: Option<usize>,
 ) -> FloatTensor<Autodiff<B, C>> {
     let Operands {
         input,
@@ -113,6 +114,7 @@ pub(super) fn attach<B: ConvBnBackend, C: CheckpointStrategy>(
             spec,
             input_shape: input.shape(),
             weight_shape: weight.shape(),
+            max_workspace,
             wanted: Parents {
                 input: input.is_tracked(),
                 weight: weight.is_tracked(),

@@ -161,7 +161,13 @@ fn register_rebuilt<B: ConvBnBackend, C: CheckpointStrategy>(
         weight: inputs.weight,
         bias: inputs.bias,
     };
-    let conv_output = conv::attach(operands, conv::Bias::Absorbed, conv_output, options.conv);
+    let conv_output = conv::attach(
+        operands,
+        conv::Bias::Absorbed,
+        conv_output,
+        options.conv,
+        options.max_workspace,
+    );
     let operands = norm::Operands::<B, C> {
         input: conv_output,
         gamma: inputs.gamma,

@@ -4,6 +4,7 @@
 //! Tensors that other nodes may hold too go through burn-autodiff's checkpoints, so that gradient
 //! checkpointing may drop and recompute them; what only this op knows stays in the node's state.
 
+mod concatenate;
 mod conv;
 mod conv_bn;
 mod max_pool;
@@ -18,7 +19,7 @@ use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use crate::backend::{
     BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackend, ConvBnBackwardOptions,
     ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved, ConvGrads, ConvSaved, NormGrads,
-    NormInputs, NormOutput, NormSaved, OptionalTensor,
+    NormInputs, NormOutput, NormSaved, OptionalTensor, Tensors,
 };
 use crate::spec::{BatchNormOptions, ConvBnOptions, ConvSpec};
 
@@ -39,6 +40,10 @@ impl<B: ConvBnBackend, C: CheckpointStrategy> ConvBnBackend for Autodiff<B, C> {
 
     fn conv_backward(_saved: ConvSaved<Self>, _options: ConvBackwardOptions) -> ConvGrads<Self> {
         panic!("Can't differentiate conv_backward: the op is differentiable once.");
+    }
+
+    fn concatenate(tensors: Tensors<Self>) -> FloatTensor<Self> {
+        concatenate::register::<B, C>(tensors.0)
     }
 
     fn batch_normalize(inputs: NormInputs<Self>, options: BatchNormOptions) -> NormOutput<Self> {

@@ -79,13 +79,13 @@ struct Rebuild<B: Backend> {
 /// An operand of the rebuilt output. A tracked one must be taken from its node's state, or that state lives
 /// until the backward pass ends; an untracked one has none.
 #[derive(Debug)]
-enum Source<B: Backend> {
+pub(super) enum Source<B: Backend> {
     Node(NodeId),
     Value(FloatTensor<B>),
 }
 
 impl<B: Backend> Source<B> {
-    fn new<C: CheckpointStrategy>(tensor: &FloatTensor<Autodiff<B, C>>) -> Self {
+    pub(super) fn new<C: CheckpointStrategy>(tensor: &FloatTensor<Autodiff<B, C>>) -> Self {
         if tensor.is_tracked() {
             Self::Node(tensor.id())
         } else {
@@ -93,7 +93,7 @@ impl<B: Backend> Source<B> {
         }
     }
 
-    fn get(&self, states: &mut BackwardStates) -> FloatTensor<B> {
+    pub(super) fn get(&self, states: &mut BackwardStates) -> FloatTensor<B> {
         match self {
             Self::Node(id) => states.get_state::<FloatTensor<B>>(id),
             Self::Value(tensor) => tensor.clone(),

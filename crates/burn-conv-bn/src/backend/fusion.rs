@@ -4,11 +4,27 @@ use burn::backend::fusion::custom::TensorSpec;
 use burn::tensor::{DType, Shape};
 
 use super::tensors::{
-    BatchNormBackwardOptions, ConvBnBackwardOptions, ConvBnForwardMetadata, ConvBnGradsMetadata,
-    ConvBnInputsMetadata, ConvBnSavedMetadata, NormGradsMetadata, NormInputsMetadata,
-    NormOutputMetadata, NormSavedMetadata, OptionalTensorMetadata,
+    BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackwardOptions, ConvBnForwardMetadata,
+    ConvBnGradsMetadata, ConvBnInputsMetadata, ConvBnSavedMetadata, ConvGradsMetadata,
+    ConvSavedMetadata, NormGradsMetadata, NormInputsMetadata, NormOutputMetadata,
+    NormSavedMetadata, OptionalTensorMetadata,
 };
 use crate::spec::{BatchNormOptions, ConvBnOptions, ConvBnProblem, accumulator_dtype};
+
+pub(crate) fn conv_backward(
+    saved: &ConvSavedMetadata,
+    options: &ConvBackwardOptions,
+) -> ConvGradsMetadata {
+    let dtype = saved.output_grad.dtype;
+    let wanted = options.wanted;
+    let spec = |shape: &Shape| TensorSpec::new(shape.clone(), dtype);
+    let channels = Shape::new([options.weight_shape[0]]);
+    ConvGradsMetadata {
+        input: optional(wanted.input, || spec(&options.input_shape)),
+        weight: optional(wanted.weight, || spec(&options.weight_shape)),
+        bias: optional(wanted.bias, || spec(&channels)),
+    }
+}
 
 pub(crate) fn batch_normalize_forward(
     inputs: &NormInputsMetadata,

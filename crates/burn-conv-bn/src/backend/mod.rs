@@ -18,7 +18,7 @@ pub use self::tensors::{
     BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackwardOptions, ConvBnForward,
     ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved,
     ConvGrads, ConvSaved, MaxPoolBackwardOptions, MaxPoolForward, NormGrads, NormInputs,
-    NormOutput, NormSaved, NormStatistics, OptionalTensor, Statistics,
+    NormOutput, NormSaved, NormStatistics, OptionalTensor, Statistics, Tensors,
 };
 pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
 
@@ -27,6 +27,7 @@ pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
 /// | Differentiable     | Kernels                                                 | Without kernels          |
 /// |--------------------|---------------------------------------------------------|--------------------------|
 /// | `conv`             | `conv_backward`                                         | Burn's ops               |
+/// | `concatenate`      |                                                         | Burn's op                |
 /// | `batch_normalize`  | `batch_normalize_forward`, `batch_normalize_backward`   | Burn's ops               |
 /// | `conv_bn`          | `conv_bn_forward`, `conv_bn_backward`                   | Burn's ops               |
 /// | `max_pool`         | `max_pool_forward`, `max_pool_backward`                 | Burn's pool and its node |
@@ -144,13 +145,25 @@ pub trait ConvBnBackend: Backend {
         portable::conv::forward::<Self, Composed>(input, weight, bias.into_option(), &spec)
     }
 
-    /// Backward kernel of `conv`.
-    #[fusion(default)]
+    /// Backward kernel of `conv`: the gradients in `options.wanted`.
+    #[fusion(meta = crate::backend::fusion::conv_backward)]
     fn conv_backward(
         #[extension_type] saved: ConvSaved<Self>,
         options: ConvBackwardOptions,
     ) -> ConvGrads<Self> {
-        portable::conv::backward::<Self, Composed>(saved, &options)
+        portable::conv_bn::conv_backward::<Self>(saved, &options)
+    }
+
+    /// Concatenation along channels. Whatever keeps its output for a backward pass keeps how to rebuild it from
+    /// the tensors instead.
+    ///
+    /// # Shapes
+    ///
+    /// - tensors: `[batch, channels, spatial..]`, 1 or more, each with channels of its own
+    /// - output: `[batch, sum of the channels, spatial..]`
+    #[fusion(default)]
+    fn concatenate(#[extension_type] tensors: Tensors<Self>) -> FloatTensor<Self> {
+        Self::float_cat(tensors.0, 1)
     }
 
     /// `activation(norm(input))`, with an explicit backward pass. Whatever keeps its output for a backward

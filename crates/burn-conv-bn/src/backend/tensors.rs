@@ -1,7 +1,10 @@
 //! The structs and enums of tensors that pass through the trait.
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Backend, ExtensionType, TensorMetadata};
+use burn::backend::{
+    Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind,
+    ExtensionType, TensorMetadata,
+};
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Shape};
 
@@ -51,6 +54,51 @@ impl<B: Backend> From<Option<FloatTensor<B>>> for OptionalTensor<B> {
             None => Self::Absent,
             Some(tensor) => Self::Present(tensor),
         }
+    }
+}
+
+/// Any number of tensors.
+///
+/// Burn's extension macro passes structs of tensors across backends, but no `Vec`.
+#[derive(Clone, Debug)]
+pub struct Tensors<B: Backend>(pub Vec<FloatTensor<B>>);
+
+impl<B: Backend> ExtensionType<B> for Tensors<B> {
+    type Target = Tensors<Dispatch>;
+
+    fn map_to_dispatch<F>(self, map_kind: F, autodiff: DispatchAutodiffContext) -> Tensors<Dispatch>
+    where
+        F: Fn(BackendTensor<B>) -> DispatchTensorKind,
+    {
+        let wrap = |tensor| DispatchTensor {
+            kind: map_kind(BackendTensor::Float(tensor)),
+            autodiff,
+        };
+        Tensors(self.0.into_iter().map(wrap).collect())
+    }
+
+    fn map_from_dispatch<F>(target: Tensors<Dispatch>, unwrap_kind: F) -> Self
+    where
+        F: Fn(DispatchTensor) -> BackendTensor<B>,
+    {
+        let unwrap = |tensor| unwrap_kind(tensor).float();
+        Self(target.0.into_iter().map(unwrap).collect())
+    }
+
+    fn routing_tensor(target: &Tensors<Dispatch>) -> Option<&DispatchTensor> {
+        target.0.first()
+    }
+
+    fn routing_float_tensor(target: &Tensors<Dispatch>) -> Option<&DispatchTensor> {
+        Self::routing_tensor(target)
+    }
+
+    fn autodiff_context(target: &Tensors<Dispatch>) -> DispatchAutodiffContext {
+        let contexts = target.0.iter().map(|tensor| tensor.autodiff);
+        contexts.fold(
+            DispatchAutodiffContext::Disabled,
+            DispatchAutodiffContext::merge,
+        )
     }
 }
 
@@ -226,6 +274,8 @@ pub struct ConvBackwardOptions {
     pub input_shape: Shape,
     /// `[channels_out, channels_in / groups, kernel..]`.
     pub weight_shape: Shape,
+    /// As [`ConvBnOptions::max_workspace`].
+    pub max_workspace: Option<usize>,
     /// Requested gradients, of `input`, `weight` and `bias`.
     pub wanted: Parents,
 }

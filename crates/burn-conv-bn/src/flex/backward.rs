@@ -85,9 +85,9 @@ pub(super) fn kernel_backward<E: Kernel>(
     } = saved;
     let wanted = options.wanted;
     let geometry = geometry(
-        &options.input_shape,
-        &options.weight_shape,
+        [&options.input_shape, &options.weight_shape],
         &options.options.conv,
+        options.options.max_workspace,
     );
     let channels = geometry.channels_out();
     let output_grad = contiguous(&output_grad);
@@ -141,11 +141,9 @@ pub(super) fn kernel_backward<E: Kernel>(
         // The pooled output serves the two sums only, below.
         output: output.as_ref().filter(|_| joined.is_none()).map(slice),
     };
-    let invertible = output.as_ref().filter(|_| {
-        joined.is_some()
-            && options.options.activation.passes_unchanged()
-            && inverts_norm::<E>(&variance, &scale, shift.as_deref())
-    });
+    let invertible = output
+        .as_ref()
+        .filter(|_| joined.is_some() && inverts_norm::<E>(&variance, &scale, shift.as_deref()));
 
     // The convolution's output: saved in forward, stored between the two steps if that saves time and fits the
     // workspace, or recomputed in each step. Under given statistics only the activation may need it.
@@ -181,12 +179,6 @@ pub(super) fn kernel_backward<E: Kernel>(
     let mut residual_grad =
         (wanted.residual && activation != KernelActivation::Identity).then(Vec::<E>::new);
     if weight_grad.is_some() || input_grad.is_some() || residual_grad.is_some() {
-        // With given statistics the norm is folded into the weight.
-        let folded = match &batch_norm {
-            Some(_) => None,
-            None => pass.weight.map(|weight| scaled_rows(weight, &scale)),
-        };
-        let input_weight = folded.as_deref().or(pass.weight);
         let coefficients = batch_norm.as_ref().map(|norm| {
             let (slope, offset) =
                 norm.input_grad(gamma.as_deref(), &sums.grad, &sums.grad_deviation);
@@ -204,7 +196,7 @@ pub(super) fn kernel_backward<E: Kernel>(
                 }),
             Gradients {
                 input: input_grad.as_mut().map(|grad| {
-                    let weight = input_weight.expect("the plan keeps it for this gradient");
+                    let weight = pass.weight.expect("the plan keeps it for this gradient");
                     (grad, weight)
                 }),
                 weight: weight_grad.as_mut(),
@@ -224,7 +216,9 @@ pub(super) fn kernel_backward<E: Kernel>(
                 (Some(weight), Some(folded_grad)) => row_dots(weight, folded_grad, channels),
                 _ => vec![0.0; channels],
             };
-            weight_grad = weight_grad.map(|grad| scaled_rows(&grad, &scale));
+            if let Some(grad) = &mut weight_grad {
+                scale_rows(grad, &scale);
+            }
             let scale: Vec<f64> = scale.iter().map(|scale| Real::to_f64(*scale)).collect();
             (
                 times(&scale, &sums.grad),
@@ -294,13 +288,14 @@ fn fixed_gamma_grad<T: Real>(
     times(&norm.inv_std, &deviation_sums)
 }
 
-/// Each row of `[channels, ..]` times its scale.
-fn scaled_rows<T: Real>(rows: &[T], scale: &[T]) -> Vec<T> {
+/// Multiplies each row of `[channels, ..]` by its scale.
+fn scale_rows<T: Real>(rows: &mut [T], scale: &[T]) {
     let len = rows.len() / scale.len();
-    rows.chunks_exact(len)
-        .zip(scale)
-        .flat_map(|(row, scale)| row.iter().map(move |value| *value * *scale))
-        .collect()
+    for (row, scale) in rows.chunks_exact_mut(len).zip(scale) {
+        for value in row {
+            *value = *value * *scale;
+        }
+    }
 }
 
 /// Dot product of each row of `[channels, ..]` with its counterpart.

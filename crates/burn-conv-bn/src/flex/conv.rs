@@ -14,7 +14,8 @@ pub(super) fn backward<E: Kernel>(
     options: &ConvBackwardOptions,
 ) -> ConvGrads<Flex> {
     let wanted = options.wanted;
-    let geometry = geometry(&options.input_shape, &options.weight_shape, &options.spec);
+    let shapes = [&options.input_shape, &options.weight_shape];
+    let geometry = geometry(shapes, &options.spec, options.max_workspace);
     let output_grad = contiguous(&saved.output_grad);
     let input = saved.input.as_option().map(contiguous);
     let weight = saved.weight.as_option().map(contiguous);
@@ -22,8 +23,10 @@ pub(super) fn backward<E: Kernel>(
     let mut input_grad = wanted.input.then(Vec::<E>::new);
     let mut weight_grad = wanted.weight.then(Vec::<E::Real>::new);
     if input_grad.is_some() || weight_grad.is_some() {
-        // Without an activation and coefficients the gradient passes as it is.
-        let unused = vec![E::Real::ZERO; geometry.channels_out()];
+        // Without an activation and coefficients the gradient passes as it is, times the scale.
+        let channels = geometry.channels_out();
+        let unused = vec![E::Real::ZERO; channels];
+        let one = vec![E::Real::from_f64(1.0); channels];
         let pass = Backward {
             geometry: &geometry,
             input: input.as_ref().map(slice::<E>),
@@ -31,7 +34,7 @@ pub(super) fn backward<E: Kernel>(
             output_grad: OutputGrad::Whole(slice(&output_grad)),
             affine: Affine {
                 mean: &unused,
-                scale: &unused,
+                scale: &one,
                 shift: &unused,
             },
             activation: Activation::Identity,

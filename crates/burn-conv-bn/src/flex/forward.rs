@@ -22,7 +22,8 @@ pub(super) fn kernel_forward<E: Kernel>(
     keep_conv_output: bool,
 ) -> ConvBnForward<Flex> {
     let (input, weight) = (contiguous(&inputs.input), contiguous(&inputs.weight));
-    let geometry = geometry(&input.shape(), &weight.shape(), &options.conv);
+    let shapes = [&input.shape(), &weight.shape()];
+    let geometry = geometry(shapes, &options.conv, options.max_workspace);
     let output_shape = output_shape(&input.shape(), &geometry);
     let channels = geometry.channels_out();
 
@@ -105,7 +106,8 @@ pub(super) fn kernel_forward_max_pool<E: Kernel>(
         return ConvBnMaxPoolForward::Unsupported;
     }
     let (input, weight) = (contiguous(&inputs.input), contiguous(&inputs.weight));
-    let geometry = geometry(&input.shape(), &weight.shape(), &options.conv);
+    let shapes = [&input.shape(), &weight.shape()];
+    let geometry = geometry(shapes, &options.conv, options.max_workspace);
     let output_shape = output_shape(&input.shape(), &geometry);
     let pool = match max_pool::geometry(&output_shape, pool) {
         Some(pool) if pool.is_regular() => pool,

@@ -28,7 +28,6 @@ use crate::backend::{
     NormInputs, NormOutput, NormSaved,
 };
 use crate::portable;
-use crate::portable::sweeps::Composed;
 use crate::spec::{BatchNormOptions, ConvBnOptions};
 
 impl ConvBnBackend for Flex {
@@ -38,7 +37,7 @@ impl ConvBnBackend for Flex {
             DType::F64 => conv::backward::<f64>(saved, &options),
             DType::F16 => conv::backward::<f16>(saved, &options),
             DType::BF16 => conv::backward::<bf16>(saved, &options),
-            _ => portable::conv::backward::<Self, Composed>(saved, &options),
+            _ => portable::conv_bn::conv_backward::<Self>(saved, &options),
         }
     }
 

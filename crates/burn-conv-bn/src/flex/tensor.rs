@@ -38,9 +38,16 @@ pub(super) fn kernel_activation(activation: Activation) -> KernelActivation {
     }
 }
 
-/// The kernels' geometry, with missing leading dimensions of size 1. The shapes were checked by
-/// [`ConvBnProblem`](crate::backend::ConvBnProblem).
-pub(super) fn geometry(input: &Shape, weight: &Shape, spec: &ConvSpec) -> Geometry {
+/// Least bound on the kernels' scratch: each of them takes as much.
+const LEAST_SCRATCH: usize = 2 << 20;
+
+/// The kernels' geometry, with missing leading dimensions of size 1 and scratch bounded by the workspace. The
+/// shapes were checked by [`ConvBnProblem`](crate::backend::ConvBnProblem).
+pub(super) fn geometry(
+    [input, weight]: [&Shape; 2],
+    spec: &ConvSpec,
+    max_workspace: Option<usize>,
+) -> Geometry {
     fn lifted<T: Copy>(values: &[T], missing: T) -> [T; 3] {
         let mut all = [missing; 3];
         all[3 - values.len()..].copy_from_slice(values);
@@ -57,6 +64,7 @@ pub(super) fn geometry(input: &Shape, weight: &Shape, spec: &ConvSpec) -> Geomet
         lifted(&spec.dilation, 1),
     )
     .unwrap_or_else(|error| panic!("{error}"))
+    .with_max_scratch(max_workspace.map_or(usize::MAX, |most| most.max(LEAST_SCRATCH)))
 }
 
 pub(super) fn output_shape(input: &Shape, geometry: &Geometry) -> Shape {

@@ -1,6 +1,8 @@
 //! The kernels against the portable bodies, which serve the other backends, in f64. The
 //! kernels themselves are held against finite differences and PyTorch in `tests/it`.
 
+mod halves;
+
 use burn::backend::flex::FlexTensor;
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::{Flex, TensorMetadata};
@@ -159,9 +161,12 @@ fn compare(
     let what = format!("{options:?}, input {input_shape:?}, fixed {fixed}");
     let channels = &weight_shape[..1];
     let geometry = geometry(
-        &Shape::from(input_shape.to_vec()),
-        &Shape::from(weight_shape.to_vec()),
+        [
+            &Shape::from(input_shape.to_vec()),
+            &Shape::from(weight_shape.to_vec()),
+        ],
         &options.conv,
+        None,
     );
     let output_shape = output_shape(&Shape::from(input_shape.to_vec()), &geometry).to_vec();
     // Every other image of a larger batch: a view that is not contiguous.

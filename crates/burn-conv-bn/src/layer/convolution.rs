@@ -22,6 +22,9 @@ pub trait Convolution<const D: usize>: Clone + Sealed {
     /// The geometry for an input of that shape, on which `Same` padding depends.
     fn spec(&self, input: &Shape) -> ConvSpec;
 
+    /// The padding as Burn's module has it, for a reader.
+    fn padding(&self) -> String;
+
     /// Checks that Burn's module computes the padding for every size of the input.
     ///
     /// # Errors
@@ -56,6 +59,10 @@ macro_rules! convolution {
                 self.weight = weight;
                 self.bias = Some(bias);
                 self
+            }
+
+            fn padding(&self) -> String {
+                format!("{:?}", self.padding)
             }
 
             fn spec(&self, input: &Shape) -> ConvSpec {

@@ -3,6 +3,7 @@
 mod block;
 mod borrowed;
 mod convolution;
+mod display;
 mod error;
 mod fold;
 mod max_pool;
@@ -333,13 +334,12 @@ macro_rules! conv_bn_layer {
         impl ModuleDisplay for $layer {
             fn custom_settings(&self) -> Option<DisplaySettings> {
                 DisplaySettings::new()
-                    .with_new_line_after_attribute(true)
+                    .with_new_line_after_attribute(false)
                     .optional()
             }
 
             fn custom_content(&self, content: Content) -> Option<Content> {
-                let content = content.add("conv", &self.conv).add("norm", &self.norm);
-                self.settings.describe(content).optional()
+                self.borrowed().describe(content).optional()
             }
         }
     };

@@ -201,7 +201,7 @@ impl BatchNormActivation {
 impl ModuleDisplay for BatchNormActivation {
     fn custom_settings(&self) -> Option<DisplaySettings> {
         DisplaySettings::new()
-            .with_new_line_after_attribute(true)
+            .with_new_line_after_attribute(false)
             .optional()
     }
 

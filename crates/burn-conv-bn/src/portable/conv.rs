@@ -9,8 +9,6 @@ use burn::tensor::ops::PadMode;
 use burn::tensor::{Shape, Slice};
 
 use super::layout::{Layouts, lift_shape};
-use super::{channel_sum, channels};
-use crate::backend::tensors::{ConvBackwardOptions, ConvGrads, ConvSaved};
 use crate::spec::ConvSpec;
 
 /// `input`: `[batch, channels_in, spatial..]`, `weight`: `[channels_out, channels_in / groups,
@@ -32,32 +30,6 @@ pub(crate) fn forward<B: Backend, L: Layouts<B>>(
             B::conv3d(input, weight, bias, spec.to_burn())
         }
         rank => unsupported_rank(rank),
-    }
-}
-
-/// The requested gradients.
-pub(crate) fn backward<B: Backend, L: Layouts<B>>(
-    saved: ConvSaved<B>,
-    options: &ConvBackwardOptions,
-) -> ConvGrads<B> {
-    let (output_grad, wanted) = (saved.output_grad, options.wanted);
-    let bias = wanted
-        .bias
-        .then(|| channels::<B>(channel_sum::<B>(output_grad.clone())));
-    let weight = saved.input.into_option().filter(|_| wanted.weight);
-    let weight = weight.map(|input| {
-        let shape = &options.weight_shape;
-        weight_backward::<B, L>(input, shape, output_grad.clone(), &options.spec)
-    });
-    let input = saved.weight.into_option().filter(|_| wanted.input);
-    let input = input.map(|weight| {
-        let shape = &options.input_shape;
-        input_backward::<B, L>(shape, weight, output_grad, &options.spec)
-    });
-    ConvGrads {
-        input: input.into(),
-        weight: weight.into(),
-        bias: bias.into(),
     }
 }
 

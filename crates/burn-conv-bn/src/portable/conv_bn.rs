@@ -13,8 +13,8 @@ use super::sweeps::{Affine, Argument, Composed, Moments, Sweeps};
 use super::workspace::Costs;
 use super::{cast, channels, conv};
 use crate::backend::tensors::{
-    ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved, OptionalTensor,
-    Statistics,
+    ConvBackwardOptions, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs,
+    ConvBnSaved, ConvGrads, ConvSaved, OptionalTensor, Statistics,
 };
 use crate::spec::{ConvBnOptions, Derivative, NormSpec, StatisticsKind, accumulator_dtype};
 
@@ -33,6 +33,48 @@ pub(crate) fn backward<B: Backend>(
     options: &ConvBnBackwardOptions,
 ) -> ConvBnGrads<B> {
     backward_by::<B, Composed>(saved, options)
+}
+
+/// Backward of a convolution with no norm behind it, with Burn's own ops.
+pub(crate) fn conv_backward<B: Backend>(
+    saved: ConvSaved<B>,
+    options: &ConvBackwardOptions,
+) -> ConvGrads<B> {
+    conv_backward_by::<B, Composed>(saved, options)
+}
+
+/// Without statistics and activation the fused op's backward is the convolution's, in the same chunks.
+pub(crate) fn conv_backward_by<B: Backend, S: Sweeps<B>>(
+    saved: ConvSaved<B>,
+    options: &ConvBackwardOptions,
+) -> ConvGrads<B> {
+    let options = ConvBnBackwardOptions {
+        options: ConvBnOptions::new(options.spec.clone()).with_max_workspace(options.max_workspace),
+        statistics: StatisticsKind::Fixed,
+        input_shape: options.input_shape.clone(),
+        weight_shape: options.weight_shape.clone(),
+        norm_dtype: saved.output_grad.dtype(),
+        wanted: options.wanted,
+    };
+    let saved = ConvBnSaved {
+        output_grad: saved.output_grad,
+        input: saved.input,
+        weight: saved.weight,
+        bias: OptionalTensor::Absent,
+        gamma: OptionalTensor::Absent,
+        beta: OptionalTensor::Absent,
+        mean: OptionalTensor::Absent,
+        variance: OptionalTensor::Absent,
+        conv_output: OptionalTensor::Absent,
+        output: OptionalTensor::Absent,
+        residual: OptionalTensor::Absent,
+    };
+    let grads = backward_by::<B, S>(saved, &options);
+    ConvGrads {
+        input: grads.input,
+        weight: grads.weight,
+        bias: grads.bias,
+    }
 }
 
 pub(crate) fn forward_by<B: Backend, S: Sweeps<B>>(
@@ -119,13 +161,15 @@ pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
     let wanted = options.wanted;
     let output_shape = saved.output_grad.shape();
     let device = saved.output_grad.device();
+    let has_norm = saved.mean.is_present();
     let mut pass = Pass::<B, S>::new(saved, options);
     let chunks = pass.chunks();
     let single = chunks.len() == 1;
     let mut kept_chunk = None;
 
     let mut sums = None;
-    if wanted.bias || wanted.gamma || wanted.beta || wanted.input || wanted.weight {
+    let wants_conv = has_norm && (wanted.input || wanted.weight);
+    if wanted.bias || wanted.gamma || wanted.beta || wants_conv {
         for chunk in &chunks {
             let part = pass.chunk(chunk, single);
             let part_sums = S::sums(pass.norm.as_ref(), &part);
@@ -394,9 +438,13 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
         let mut input = OptionalTensor::<B>::from(take(&mut self.saved.input, last));
         let view = view::<B, S>([&conv_grad].into_iter().chain(input.as_option()));
         let max_workspace = self.options.options.max_workspace;
-        let parts = self
-            .costs
-            .conv_chunks::<B, S>(chunk, self.batch, max_workspace, view);
+        let parts = self.costs.conv_chunks(
+            chunk,
+            self.batch,
+            max_workspace,
+            S::MAY_ALLOCATE_COLUMNS,
+            view,
+        );
         let within = |part: &Range<usize>| part.start - chunk.start..part.end - chunk.start;
         if self.wants_weight() {
             for part in &parts {
@@ -443,12 +491,20 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
         grad_sum: Option<FloatTensor<B>>,
         folded_weight: Option<FloatTensor<B>>,
     ) -> ParameterGrads<B> {
+        let Some(variance) = self.saved.variance.as_option() else {
+            // No norm.
+            return ParameterGrads {
+                weight: folded_weight,
+                bias: grad_sum.map(|sum| cast::<B>(sum, self.dtype)),
+                gamma: None,
+            };
+        };
         let mut grads = ParameterGrads {
             weight: None,
             bias: None,
             gamma: None,
         };
-        let (Some(grad_sum), Some(variance)) = (grad_sum, self.saved.variance.as_option()) else {
+        let Some(grad_sum) = grad_sum else {
             return grads;
         };
         let gamma = self.saved.gamma.as_option();

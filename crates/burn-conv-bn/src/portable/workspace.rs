@@ -85,19 +85,19 @@ impl Costs {
         chunks(0..batch, most(bytes, per_image, view))
     }
 
-    /// Chunks of `chunk`, of which z's gradient is there, that convolution gradients go over.
-    pub(super) fn conv_chunks<B: Backend, S: Sweeps<B>>(
+    /// Chunks of `chunk`, of which z's gradient is there, that convolution gradients go over. Without
+    /// `max_workspace` they are bounded where they may allocate columns.
+    pub(super) fn conv_chunks(
         &self,
         chunk: &Range<usize>,
         batch: usize,
         max_workspace: Option<usize>,
+        may_allocate_columns: bool,
         view: Option<usize>,
     ) -> Vec<Range<usize>> {
         let bytes = match max_workspace {
             Some(bytes) => bytes.saturating_sub(chunk.len() * self.output),
-            None if S::MAY_ALLOCATE_COLUMNS => {
-                DEFAULT_BOUND.max(batch * (self.input + self.output))
-            }
+            None if may_allocate_columns => DEFAULT_BOUND.max(batch * (self.input + self.output)),
             None => usize::MAX,
         };
         if chunk.len() * self.scratch <= bytes {
@@ -160,6 +160,31 @@ mod tests {
             assert_eq!(chunks.first().unwrap().start, 0);
             assert_eq!(chunks.last().unwrap().end, 16);
         }
+    }
+
+    #[test]
+    fn columns_are_bounded_without_max_workspace() {
+        let largest = |batch, may_allocate_columns| {
+            let chunks =
+                costs().conv_chunks(&(0..batch), batch, None, may_allocate_columns, Some(1));
+            assert_eq!(chunks.last().unwrap().end, batch);
+            chunks.into_iter().map(|chunk| chunk.len()).max().unwrap()
+        };
+        // All of seven images in 63 MiB; then ten MiB an image in 64, and in input and gradient.
+        assert_eq!(largest(7, true), 7);
+        assert_eq!(largest(16, true), 6);
+        assert_eq!(largest(100, true), 20);
+        assert_eq!(largest(100, false), 100);
+    }
+
+    #[test]
+    fn max_workspace_takes_the_place_of_the_default() {
+        let largest = |mib: usize| {
+            let chunks = costs().conv_chunks(&(0..16), 16, Some(mib * MIB), true, Some(1));
+            chunks.into_iter().map(|chunk| chunk.len()).max().unwrap()
+        };
+        // z's gradient takes 16 MiB of it.
+        assert_eq!([largest(1), largest(36), largest(160)], [1, 2, 16]);
     }
 
     #[test]

@@ -160,9 +160,12 @@ pub struct ConvBnOptions {
     /// Elsewhere the gradients of the convolution are taken over the largest number of images that fits beside
     /// the recomputed output, but at least one; only if not even that fits, the output is recomputed in parts,
     /// and each of them twice. Without a bound CubeCL's devices allow these gradients 64 MiB beside the
-    /// output, or as much as input and output take. A few tiles for each thread and copies of the weight are
-    /// not bounded, nor is a block under [`Recompute::Norm`], which recomputes no convolution: the gradient of its
-    /// convolution's output is a tensor.
+    /// output, or as much as input and output take. Under
+    /// [`Recompute::Norm`] nothing is recomputed, and the gradient of the convolution's output is a tensor; the
+    /// bound is that of the convolution's gradients.
+    ///
+    /// On Flex it bounds the scratch of the kernels too, beside a stored output, forward as well, and at no less
+    /// than 2 MiB on two threads.
     pub max_workspace: Option<usize>,
 }
 

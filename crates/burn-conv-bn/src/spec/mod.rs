@@ -18,7 +18,8 @@ pub use norm::{BatchNormOptions, NormSpec, NormVariant};
 pub(crate) use pool::{MaxPoolProblem, check_window};
 pub use problem::ConvBnProblem;
 pub(crate) use problem::{
-    check_epsilon, check_geometry, check_momentum, check_values, values_per_channel,
+    check_activation, check_epsilon, check_geometry, check_momentum, check_values,
+    values_per_channel,
 };
 pub(crate) use save_plan::accumulator_dtype;
 pub use save_plan::{Parents, SavePlan, SavedTensor, StatisticsKind};

@@ -193,7 +193,8 @@ pub(crate) fn check_epsilon(epsilon: f64, batch_statistics: bool) -> Result<(), 
     }
 }
 
-fn check_activation(activation: Activation) -> Result<(), ConvBnError> {
+/// Checks an activation's parameters.
+pub(crate) fn check_activation(activation: Activation) -> Result<(), ConvBnError> {
     match activation {
         Activation::Softplus { beta } if beta == 0.0 || !beta.is_finite() => {
             Err(ConvBnError::SoftplusBeta { got: beta })

@@ -3,7 +3,7 @@
 
 use burn::tensor::{Device, TensorData};
 use burn_conv_bn::functional::{BatchNormParams, ConvBnParams, batch_norm, conv, conv_bn};
-use burn_conv_bn::gradcheck::{GradCheck, GradCheckError, Upstream};
+use burn_conv_bn::gradcheck::{GradCheck, GradCheckError, Inputs, Upstream};
 use burn_conv_bn::{
     Activation, BatchNormOptions, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute,
 };

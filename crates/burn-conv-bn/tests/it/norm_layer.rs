@@ -109,6 +109,15 @@ fn every_setting_of_the_configuration_is_kept() {
     assert!((mean - 3.0).abs() < 1e-6 && (variance - 14.0 / 3.0).abs() < 1e-6);
 }
 
+#[test]
+fn a_norm_with_an_activation_prints_one_line() {
+    let text = BatchNormActivationConfig::new(4)
+        .init(&device())
+        .to_string();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.contains("activation: Relu"), "{text}");
+}
+
 /// The record of the norm that was there before.
 #[test]
 fn records_of_burns_norm_load() {

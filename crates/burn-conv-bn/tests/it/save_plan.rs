@@ -53,7 +53,7 @@ fn kept(plan: SavePlan) -> Vec<&'static str> {
 fn all_options() -> impl Iterator<Item = ConvBnOptions> {
     let activations = [Activation::Identity, Activation::Relu, Activation::Silu];
     activations.into_iter().flat_map(|activation| {
-        [Recompute::Conv, Recompute::Never].map(|recompute| {
+        [Recompute::Conv, Recompute::Norm, Recompute::Never].map(|recompute| {
             ConvBnOptions::new(ConvSpec::unit(2))
                 .with_activation(activation)
                 .with_recompute(recompute)

@@ -205,7 +205,9 @@ macro_rules! states {
                     assert_close(&format!("{what}: {how}"), &y, &evaluated, 5e-2, 5e-2);
                     assert!(!half.saved_for_backward(plain.dims()).is_empty());
                 }
-                assert!(format!("{layer}").contains("norm") && !format!("{layer:?}").is_empty());
+                assert!(
+                    format!("{layer}").contains("channels") && !format!("{layer:?}").is_empty()
+                );
 
                 // Lists, from shapes alone.
                 let shape = plain.dims();

@@ -12,8 +12,8 @@ use burn_conv_bn::functional::{
     BatchNormParams, ConvBnParams, batch_norm, conv, conv_bn, conv_bn_max_pool2d, max_pool2d,
 };
 use burn_conv_bn::{
-    Activation, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig, ConvBnError,
-    ConvBnOptions, ConvSpec, MaxPool2dConfig, NormSpec, NormVariant, fuse,
+    Activation, BatchNormOptions, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig,
+    ConvBnError, ConvBnOptions, ConvSpec, MaxPool2dConfig, NormSpec, NormVariant, fuse,
 };
 
 fn zeros<const D: usize>(shape: [usize; D]) -> Tensor<D> {
@@ -105,6 +105,16 @@ fn messages_name_what_was_seen_and_wanted() {
                 options().with_activation(Activation::Softplus { beta: 0.0 }),
             ),
             &["softplus: beta must be finite and not 0, got 0"],
+        ),
+        (
+            batch_norm(
+                zeros(x),
+                BatchNormParams::default(),
+                BatchNormOptions::new(NormSpec::default())
+                    .with_activation(Activation::Softplus { beta: f64::NAN }),
+            )
+            .unwrap_err(),
+            &["softplus: beta", "got NaN"],
         ),
         (
             fused(ConvBnParams::new(zeros(w).cast(DType::F64)), options()),

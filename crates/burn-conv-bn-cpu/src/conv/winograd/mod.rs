@@ -31,7 +31,7 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use self::transforms::{E, STEP, filter_transposed, output, output_transposed, transformed};
-use super::tile::{Algorithm, Piece};
+use super::tile::{Algorithm, Piece, Transposed};
 use crate::blocks::BLOCKS;
 use crate::scratch::{Aligned, room};
 use crate::simd::chunk::{CHUNK, Chunk, copy_short, deinterleave, interleave};
@@ -118,22 +118,15 @@ pub(crate) struct Scratch<T> {
 }
 
 impl<'a, T: Real> Winograd<'a, T> {
-    /// `weight` is the convolution's, and `input_weight` that of its input's gradient, each if it is needed.
-    pub(crate) fn new(
-        geometry: &'a Geometry,
-        weight: Option<&[T]>,
-        input_weight: Option<&[T]>,
-    ) -> Self {
-        let filters = |weight: Option<&[T]>, transposed| {
-            weight.map(|weight| Self::filters(geometry, weight, transposed))
-        };
+    /// Planes and tiles of about `tile_bytes` or [`TILE_BYTES`], without the weight.
+    pub(crate) fn new(geometry: &'a Geometry, tile_bytes: usize) -> Self {
         let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
         let [_, height, width] = geometry.output();
         let (rows, columns) = (height.div_ceil(2), width.div_ceil(2));
         let bytes = E * E * (2 * group_in + group_out) * size_of::<T>();
         // A row of the preceding tile, and the values written behind the last position.
         let margin = columns + slack(group_in).max(slack(group_out));
-        let positions = (TILE_BYTES / bytes)
+        let positions = (TILE_BYTES.min(tile_bytes) / bytes)
             .saturating_sub(margin)
             .clamp(LEAST_POSITIONS, MOST_POSITIONS);
         // Small batches have small blocks, which would leave large planes empty.
@@ -151,13 +144,34 @@ impl<'a, T: Real> Winograd<'a, T> {
             output_product: product_len(group_out * plane),
             inputs: starts(group_in),
             outputs: starts(group_out),
-            filters: filters(weight, false).unwrap_or_default(),
-            transposed: filters(input_weight, true).unwrap_or_default(),
+            filters: Vec::new(),
+            transposed: Vec::new(),
         }
     }
 
-    /// `G w G'` of each group, from input channels to output channels or, `transposed`, back.
-    fn filters(geometry: &Geometry, weight: &[T], transposed: bool) -> Vec<Filter<T>> {
+    /// Prepares the convolution, and that of its input's gradient, each if it is needed.
+    pub(crate) fn with_weights(
+        mut self,
+        weight: Option<&[T]>,
+        transposed: Option<Transposed<'_, T>>,
+    ) -> Self {
+        if let Some(weight) = weight {
+            self.filters = Self::filters(self.geometry, weight, false, None);
+        }
+        if let Some(Transposed { weight, scale }) = transposed {
+            self.transposed = Self::filters(self.geometry, weight, true, scale);
+        }
+        self
+    }
+
+    /// `G w G'` of each group, from input channels to output channels or, `transposed`, back, where the output
+    /// channels may be scaled.
+    fn filters(
+        geometry: &Geometry,
+        weight: &[T],
+        transposed: bool,
+        scale: Option<&[T]>,
+    ) -> Vec<Filter<T>> {
         let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
         let (channels, taps, channel_step, tap_step) = if transposed {
             (group_in, group_out, 1, group_in)
@@ -167,7 +181,9 @@ impl<'a, T: Real> Winograd<'a, T> {
         let (kernels, _) = weight.as_chunks::<9>();
         kernels
             .chunks_exact(group_out * group_in)
-            .flat_map(|kernels| {
+            .enumerate()
+            .flat_map(|(group, kernels)| {
+                let scale = scale.map(|scale| &scale[group * group_out..]);
                 let block = taps_in_cache(taps, 1, 1);
                 let arch = Arch::new();
                 Filter::several(channels, taps, block, |tap, channels| {
@@ -176,9 +192,21 @@ impl<'a, T: Real> Winograd<'a, T> {
                         let channel = (channels.start + lane).min(last);
                         &kernels[channel * channel_step + tap * tap_step]
                     });
+                    let scale = scale.map_or(T::ONE, |scale| scale[tap]);
                     arch.dispatch(Sweep(
                         #[inline(always)]
-                        || transformed(&kernels),
+                        || {
+                            let factors: [[T; CHANNELS]; E * E] = transformed(&kernels);
+                            factors.map(
+                                #[inline(always)]
+                                |factors| {
+                                    factors.map(
+                                        #[inline(always)]
+                                        |factor| factor * scale,
+                                    )
+                                },
+                            )
+                        },
                     ))
                 })
             })
@@ -200,6 +228,15 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
 
     fn geometry(&self) -> &Geometry {
         self.geometry
+    }
+
+    fn tile_bytes(&self, gradients: bool) -> usize {
+        let inputs = if gradients { 2 } else { 1 };
+        E * E * (inputs * self.input_product + self.output_product) * size_of::<F::Real>()
+    }
+
+    fn offset_bytes(&self, _: bool) -> usize {
+        (self.inputs.len() + self.outputs.len()) * size_of::<usize>()
     }
 
     fn tiles(&self, images: usize) -> Vec<Tile> {

@@ -9,7 +9,7 @@ use crate::run::job::tests::job;
 /// A reordering of a network is the same function, in training and in evaluation.
 #[test]
 fn other_orders_compute_the_same() {
-    use ModelChoice::{MobilenetV2, Resnet18, Tutorial, Vgg16Bn};
+    use ModelChoice::{Densenet121, EfficientnetB0, MobilenetV2, Resnet18, Tutorial, Vgg16Bn};
 
     let [batch, features, both] = Reordering::OTHERS;
     for (model, order) in [
@@ -19,6 +19,8 @@ fn other_orders_compute_the_same() {
         (Resnet18, both),
         (Vgg16Bn, both),
         (MobilenetV2, both),
+        (EfficientnetB0, both),
+        (Densenet121, both),
     ] {
         let job = Job {
             model,

@@ -1,0 +1,130 @@
+//! Bytes of scratch: what an algorithm takes, and what it may.
+//!
+//! A layer must not need more than Burn's own, which copies input and weight to another order for a convolution,
+//! and for its gradients the output's gradient too. Pointwise and depthwise kernels, and unpadded ones over one
+//! dimension, are computed in place, so that only little may be copied for their output.
+
+use super::tile::Algorithm;
+use crate::blocks::BLOCKS;
+use crate::{Element, Geometry};
+
+/// Bytes that are always granted, less than the 2 MiB by which a layer may exceed Burn's: a few go to values of
+/// the channels, and to lists of the work.
+const GRANTED: usize = 1792 << 10;
+
+/// Threads whose tiles are counted. Not the machine's, or its threads would choose the order of sums.
+const THREADS: usize = 2;
+
+/// Fewest taps, and output channels of a group, for which packed products are as fast as sums of planes.
+const LEAST_TAPS: usize = 64;
+const LEAST_CHANNELS: usize = 24;
+
+/// Bytes of a channel's moments, of which each block has its own.
+const MOMENTS_BYTES: usize = 24;
+
+/// Most bytes of all blocks' weight gradients.
+const WEIGHT_BYTES: usize = 16 << 20;
+
+/// Fewest blocks with a weight gradient each: fewer leave threads idle.
+const LEAST_BLOCKS: usize = 2;
+
+/// Bytes of the activations and the weight of a step.
+struct Bytes {
+    input: usize,
+    output: usize,
+    weight: usize,
+}
+
+impl Bytes {
+    fn new<E: Element>(geometry: &Geometry) -> Self {
+        let activation = geometry.batch() * size_of::<E>();
+        Self {
+            input: activation * geometry.input_len(),
+            output: activation * geometry.output_len(),
+            weight: geometry.weight_len() * size_of::<E::Real>(),
+        }
+    }
+}
+
+/// Most bytes of scratch of the output.
+fn forward_limit<E: Element>(geometry: &Geometry) -> usize {
+    let bytes = Bytes::new::<E>(geometry);
+    let is_unpadded = geometry.padding == [(0, 0); 3];
+    let is_pointwise = geometry.kernel == [1; 3] && geometry.stride == [1; 3] && is_unpadded;
+    let is_depthwise = geometry.group_in() == 1;
+    let is_flat = geometry.input[..2] == [1; 2] && is_unpadded;
+    let copied = match is_pointwise || is_depthwise || is_flat {
+        true => 0,
+        false => bytes.input + bytes.weight,
+    };
+    (GRANTED + copied).min(geometry.max_scratch)
+}
+
+/// Most bytes of scratch of the gradients, beside a stored output.
+fn backward_limit<E: Element>(geometry: &Geometry) -> usize {
+    let bytes = Bytes::new::<E>(geometry);
+    (GRANTED + 2 * bytes.input + bytes.output).min(geometry.max_scratch)
+}
+
+/// Bytes of a weight in an algorithm's form.
+fn filter_bytes<E: Element, A: Algorithm<E>>(algorithm: &A) -> usize {
+    algorithm.weight_grad_len() * size_of::<E::Real>()
+}
+
+/// Weights in an algorithm's form that its gradients take beside their sums: the transposed one, and that of an
+/// output which is not stored.
+fn filters<E: Element>(geometry: &Geometry) -> usize {
+    let output = Bytes::new::<E>(geometry).output;
+    match geometry.is_worth_storing(output) && output <= geometry.max_scratch {
+        true => 1,
+        false => 2,
+    }
+}
+
+/// Bytes that the gradients take beside the sums of the weight's.
+fn backward_bytes<E: Element, A: Algorithm<E>>(algorithm: &A) -> usize {
+    filters::<E>(algorithm.geometry()) * filter_bytes::<E, A>(algorithm)
+        + THREADS * algorithm.tile_bytes(true)
+        + algorithm.offset_bytes(true)
+}
+
+/// Whether an algorithm fits the limits of its geometry, with two blocks' sums of the weight's gradient.
+pub(super) fn fits<E: Element, A: Algorithm<E>>(algorithm: &A) -> bool {
+    let geometry = algorithm.geometry();
+    let filter = filter_bytes::<E, A>(algorithm);
+    let blocks = geometry.batch().div_ceil(geometry.images_per_block(BLOCKS));
+    let moments = blocks * geometry.channels_out() * MOMENTS_BYTES;
+    let tiles = THREADS * algorithm.tile_bytes(false);
+    let forward = filter + tiles + algorithm.offset_bytes(false) + moments;
+    let backward = backward_bytes::<E, A>(algorithm) + LEAST_BLOCKS * filter;
+    forward <= forward_limit::<E>(geometry) && backward <= backward_limit::<E>(geometry)
+}
+
+/// Whether threads are better divided by channels: a small image is alone, and has products enough for all.
+pub(super) fn is_alone<E: Element>(geometry: &Geometry) -> bool {
+    let bytes = Bytes::new::<E>(geometry);
+    geometry.batch() == 1
+        && geometry.depth() >= LEAST_TAPS
+        && geometry.group_out() >= LEAST_CHANNELS
+        && bytes.input + bytes.output <= GRANTED
+}
+
+/// Blocks of images of the weight's gradient, for an algorithm that fits: as many as have room for their sums.
+pub(crate) fn weight_blocks<E: Element, A: Algorithm<E>>(algorithm: &A) -> usize {
+    let limit = backward_limit::<E>(algorithm.geometry());
+    let room = limit
+        .saturating_sub(backward_bytes::<E, A>(algorithm))
+        .min(WEIGHT_BYTES);
+    (room / filter_bytes::<E, A>(algorithm)).clamp(LEAST_BLOCKS, BLOCKS)
+}
+
+/// Bytes of a thread's tile that the limits of a geometry leave to Winograd's algorithm.
+pub(super) fn winograd_tile<E: Element>(geometry: &Geometry) -> usize {
+    let filter = geometry.weight_len() / 9 * 16 * size_of::<E::Real>();
+    // Three planes of each product, of which the output takes two.
+    let forward = forward_limit::<E>(geometry).saturating_sub(filter) / 2 * 3;
+    let filters = (filters::<E>(geometry) + LEAST_BLOCKS) * filter;
+    let backward = backward_limit::<E>(geometry).saturating_sub(filters);
+    // Planes are rounded up to cache lines.
+    forward.min(backward) / THREADS / 6 * 5
+}
