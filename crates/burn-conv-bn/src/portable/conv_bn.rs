@@ -203,20 +203,20 @@ pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
         }
     }
 
+    let weight_grad = grads.weight.map(|grad| cast::<B>(grad, pass.dtype));
+    let zeros = || B::float_zeros(Shape::new([output_shape[1]]), &device, pass.dtype.into());
     let parameters = match options.statistics {
         StatisticsKind::Batch => ParameterGrads {
-            weight: grads.weight,
-            bias: wanted
-                .bias
-                .then(|| B::float_zeros(Shape::new([output_shape[1]]), &device, pass.dtype.into())),
+            weight: weight_grad,
+            bias: wanted.bias.then(zeros),
             gamma: gamma_grad,
         },
         StatisticsKind::Fixed if pass.norm.is_some() => ParameterGrads {
-            weight: grads.weight,
+            weight: weight_grad,
             bias: grad_sum.clone().and_then(|sum| pass.bias_grad(sum)),
             gamma: gamma_grad,
         },
-        StatisticsKind::Fixed => pass.unfold(grad_sum.clone(), grads.weight),
+        StatisticsKind::Fixed => pass.unfold(grad_sum.clone(), weight_grad),
     };
     let norm_grad = |wanted: bool, grad: Option<FloatTensor<B>>| {
         grad.filter(|_| wanted)
@@ -224,11 +224,7 @@ pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
     };
     ConvBnGrads {
         input: grads.input.map(Batch::finish).into(),
-        weight: parameters
-            .weight
-            .filter(|_| wanted.weight)
-            .map(|grad| cast::<B>(grad, pass.dtype))
-            .into(),
+        weight: parameters.weight.filter(|_| wanted.weight).into(),
         bias: parameters.bias.filter(|_| wanted.bias).into(),
         gamma: norm_grad(wanted.gamma, parameters.gamma).into(),
         beta: norm_grad(wanted.beta, grad_sum).into(),
@@ -278,7 +274,9 @@ struct Pass<'a, B: Backend, S: Sweeps<B>> {
 
 impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
     fn new(mut saved: ConvBnSaved<B>, options: &'a ConvBnBackwardOptions) -> Self {
-        if (options.wanted.input || !saved.conv_output.is_present())
+        let is_of_batch = options.statistics == StatisticsKind::Batch;
+        let recomputes = is_of_batch && !saved.conv_output.is_present();
+        if (options.wanted.input || recomputes)
             && let Some(weight) = take(&mut saved.weight, true)
         {
             saved.weight = OptionalTensor::Present(S::shared_weight(weight));
@@ -326,7 +324,6 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
                 }
             }
         }
-        let is_of_batch = options.statistics == StatisticsKind::Batch;
         let needs_conv_output =
             norm.is_some() && (is_of_batch || options.wanted.gamma || needs_value);
         Self {
