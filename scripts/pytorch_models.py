@@ -7,7 +7,7 @@ Needs torch, torchvision and safetensors. `cargo xtask torchvision` runs it and 
 (`crates/burn-conv-bn-models/tests/torchvision.rs`). Some 1.8 GB; nothing of it is committed.
 
 For each network, in float64, with random weights, scales and shifts of the norms off 1 and 0,
-running statistics off their initial values, ten classes and no dropout:
+running statistics off their initial values, ten classes, no dropout and no stochastic depth:
 
     NAME.pt, NAME.safetensors   the state_dict
     NAME.grads.safetensors      its gradients by the same names, after one training step; in the
@@ -17,8 +17,8 @@ running statistics off their initial values, ten classes and no dropout:
     NAME.f32.safetensors        how far PyTorch's float32 is from all of that, by the same names: the
                                 2-norms of the differences
 
-and for ResNet-18 the cross entropies of 30 steps of SGD (`losses`, over `batches` of images with
-`labels`), from the same weights.
+and for ResNet-18 and DenseNet-121 the cross entropies of 30 steps of SGD (`losses`, over `batches` of
+images with `labels`), from the same weights.
 """
 
 import argparse
@@ -34,6 +34,9 @@ CLASSES = 10
 BATCH = 4
 SIZE = 64
 STEPS = 30
+
+# The networks that are trained.
+TRAINED = ("resnet18", "densenet121")
 
 # The names of a network's outputs.
 OUTPUTS = ("evaluation", "logits", "loss")
@@ -59,8 +62,13 @@ NETWORKS = {
     "resnet18": lambda: models.resnet18(num_classes=CLASSES),
     "resnet34": lambda: models.resnet34(num_classes=CLASSES),
     "resnet50": lambda: models.resnet50(num_classes=CLASSES),
+    "resnet101": lambda: models.resnet101(num_classes=CLASSES),
     "vgg16_bn": vgg16_bn,
     "mobilenet_v2": lambda: models.mobilenet_v2(num_classes=CLASSES, dropout=0.0),
+    "efficientnet_b0": lambda: models.efficientnet_b0(
+        num_classes=CLASSES, dropout=0.0, stochastic_depth_prob=0.0
+    ),
+    "densenet121": lambda: models.densenet121(num_classes=CLASSES),
 }
 
 
@@ -152,7 +160,7 @@ def write(name, out):
     distances = single_distances(net, state, values, exact)
     save_file(distances, out / f"{name}.f32.safetensors")
 
-    if name == "resnet18":
+    if name in TRAINED:
         net.double().load_state_dict(state)
         train(net, values)
     save_file(contiguous(values), out / f"{name}.values.safetensors")

@@ -1,4 +1,4 @@
-//! `cargo xtask check`: format, lints, documentation and layout.
+//! `cargo xtask check`: format, lints, documentation, layout and packages.
 
 mod circles;
 mod length;
@@ -26,12 +26,24 @@ const HELD: &[&str] = &[
     "crates/burn-conv-bn-models",
     "crates/burn-conv-bn-train",
     "examples/add-layer",
+    "examples/borrowed",
     "examples/convert-model",
     "examples/data-parallel",
     "examples/fine-tune",
     "examples/fold",
     "examples/stripes",
     "xtask",
+];
+
+/// The packages that are published: the libraries.
+const PUBLISHED: [&str; 7] = [
+    "burn-conv-bn",
+    "burn-conv-bn-cpu",
+    "burn-conv-bn-cubecl",
+    "burn-conv-bn-files",
+    "burn-conv-bn-memory",
+    "burn-conv-bn-models",
+    "burn-conv-bn-train",
 ];
 
 #[derive(Args, Debug)]
@@ -53,6 +65,8 @@ pub enum Step {
     Clippy,
     /// `cargo clippy` of what a GPU runs, in the build of its tests.
     GpuClippy,
+    /// `cargo package` of what is published, without a build of the packages.
+    Package,
     /// `cargo doc`, where a warning is an error.
     Docs,
     /// `cargo doc` of what a GPU runs.
@@ -62,12 +76,13 @@ pub enum Step {
 }
 
 impl Step {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Fmt,
         Self::Circles,
         Self::Length,
         Self::Clippy,
         Self::GpuClippy,
+        Self::Package,
         Self::Docs,
         Self::GpuDocs,
         Self::GpuOthers,
@@ -80,6 +95,7 @@ impl Step {
             Self::Length => "length",
             Self::Clippy => "clippy",
             Self::GpuClippy => "gpu-clippy",
+            Self::Package => "package",
             Self::Docs => "docs",
             Self::GpuDocs => "gpu-docs",
             Self::GpuOthers => "gpu-others",
@@ -101,6 +117,12 @@ impl Step {
                 let mut command = cargo(&["clippy", "--all-targets"]);
                 command.args(gpu::webgpu(Fusion::On));
                 command.args(["--", "-D", "warnings"]);
+                command
+            }
+            Self::Package => {
+                // Offline: what the packages' lock files name is here, since the workspace is built with it.
+                let mut command = cargo(&["package", "--no-verify", "--offline", "--allow-dirty"]);
+                command.args(PUBLISHED.iter().flat_map(|name| ["-p", *name]));
                 command
             }
             Self::Docs => {

@@ -16,8 +16,13 @@ use crate::programs::{self, Program};
 use crate::say::say;
 use crate::workspace::{cargo, root};
 
-/// What needs no GPU: what is there for one needs features.
-pub const WITHOUT: [&str; 1] = ["--workspace"];
+/// What needs no GPU: what is there for one needs features, which `burn-conv-bn` has by default.
+pub const WITHOUT: [&str; 4] = [
+    "--workspace",
+    "--no-default-features",
+    "--features",
+    "burn-conv-bn-train/flex",
+];
 
 /// Whether Burn's fusion is between the tests and the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +48,7 @@ pub fn webgpu(fusion: Fusion) -> Vec<&'static str> {
         "gpu",
         "--target-dir",
         "target/gpu",
+        "--no-default-features",
         "-p",
         "burn-conv-bn-cubecl",
         "-p",
@@ -55,7 +61,7 @@ pub fn webgpu(fusion: Fusion) -> Vec<&'static str> {
         "burn-conv-bn-memory",
         "--features",
         "burn-conv-bn-cubecl/webgpu,burn-conv-bn-gpu-tests/webgpu,burn-conv-bn-memory/wgpu,\
-         burn-conv-bn-train/webgpu",
+         burn-conv-bn-train/flex,burn-conv-bn-train/webgpu",
     ];
     if fusion == Fusion::On {
         arguments.extend(["--features", "burn-conv-bn-train/fusion"]);

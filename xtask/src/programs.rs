@@ -7,8 +7,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::say::say;
-use crate::workspace::show;
+use crate::say::{note, say};
+use crate::workspace::{show, typed};
 
 /// A program that was built.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub struct Program {
 /// Runs a cargo command that builds, and returns the programs that it built.
 pub fn build(mut command: Command) -> Result<Vec<Program>> {
     command.arg("--message-format=json-render-diagnostics");
-    show(&command)?;
+    note!("$ {}", typed(&command));
     let output = command
         .stderr(Stdio::inherit())
         .output()

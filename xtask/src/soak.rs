@@ -25,44 +25,18 @@ const SEEDS: [&str; 4] = [
     "PROPTEST_RNG_SEED",
 ];
 
-/// A test program, and how it is run.
-#[derive(Debug, PartialEq)]
-struct Stage {
-    program: &'static str,
-    /// Variables that say how much it is to do.
-    settings: &'static [(&'static str, &'static str)],
-}
+/// A test program, and the variables that say how much it is to do.
+type Stage = (&'static str, &'static [(&'static str, &'static str)]);
 
 /// In the order of a round.
-static STAGES: [Stage; 7] = [
-    Stage {
-        program: "property",
-        settings: &[("PROPTEST_CASES", "2000")],
-    },
-    Stage {
-        program: "stress",
-        settings: &[],
-    },
-    Stage {
-        program: "concurrency",
-        settings: &[],
-    },
-    Stage {
-        program: "leaks",
-        settings: &[],
-    },
-    Stage {
-        program: "convergence",
-        settings: &[],
-    },
-    Stage {
-        program: "data_fuzz",
-        settings: &[("BURN_CONV_BN_FUZZ_MUTATIONS", "200000")],
-    },
-    Stage {
-        program: "kill",
-        settings: &[("BURN_CONV_BN_KILLS", "20")],
-    },
+const STAGES: [Stage; 7] = [
+    ("property", &[("PROPTEST_CASES", "2000")]),
+    ("stress", &[]),
+    ("concurrency", &[]),
+    ("leaks", &[]),
+    ("convergence", &[]),
+    ("data_fuzz", &[("BURN_CONV_BN_FUZZ_MUTATIONS", "200000")]),
+    ("kill", &[("BURN_CONV_BN_KILLS", "20")]),
 ];
 
 /// A program that runs for longer hangs.
@@ -132,15 +106,19 @@ fn rounds(
     let mut seeds = Seeds(seed);
     let started = Instant::now();
     for round in 0_usize.. {
-        for (stage, program) in STAGES.iter().zip(programs) {
+        for (stage, program) in STAGES.into_iter().zip(programs) {
             if round > 0 && started.elapsed() >= args.minutes {
                 return Ok(());
             }
             let run = run(stage, program, seeds.draw(), folder)?;
-            let line = run.line();
-            runs.push(run);
             let minutes = started.elapsed().as_secs_f64() / 60.0;
-            say!("soak: {minutes:.1} min, {line}")?;
+            let how = match &run.failure {
+                None => "passed".to_string(),
+                Some((how, log)) => format!("{how} (see {})", log.display()),
+            };
+            let (name, seed, tests) = (stage.0, run.seed, run.passed);
+            runs.push(run);
+            say!("soak: {minutes:.1} min, {name} with seed {seed}: {how}, {tests} tests")?;
         }
     }
     Ok(())
@@ -150,51 +128,45 @@ fn rounds(
 fn build() -> Result<Vec<Program>> {
     let mut command = cargo(&["test", "--release", "--no-run"]);
     command.args(gpu::WITHOUT);
-    for stage in &STAGES {
-        command.args(["--test", stage.program]);
+    for (name, _) in STAGES {
+        command.args(["--test", name]);
     }
     let built = programs::build(command)?;
-    let find = |stage: &Stage| {
-        let found = built.iter().find(|program| program.name == stage.program);
+    let find = |(name, _): &Stage| {
+        let found = built.iter().find(|program| program.name == *name);
         found
             .cloned()
-            .with_context(|| format!("cargo built no test program {}", stage.program))
+            .with_context(|| format!("cargo built no test program {name}"))
     };
     STAGES.iter().map(find).collect()
 }
 
 /// Runs a program with that seed.
-fn run(stage: &'static Stage, program: &Program, seed: u64, folder: &Path) -> Result<Run> {
-    let log = folder.join(format!("{}-{seed}.log", stage.program));
+fn run(stage: Stage, program: &Program, seed: u64, folder: &Path) -> Result<Run> {
+    let log = folder.join(format!("{}-{seed}.log", program.name));
     let output = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
     let mut command = Command::new(&program.file);
     command
         .current_dir(&program.folder)
         .env("CARGO_MANIFEST_DIR", &program.folder)
         .env("RUST_BACKTRACE", "1")
-        .envs(stage.settings.iter().copied())
+        .envs(stage.1.iter().copied())
         .envs(SEEDS.map(|name| (name, seed.to_string())))
         .stdin(Stdio::null())
         .stdout(output.try_clone().context("cannot share a file")?)
         .stderr(output);
-    let started = Instant::now();
     let status = wait(Guarded::spawn(command)?, LIMIT)?;
-    let took = started.elapsed();
     // A program that is killed may leave half a character.
     let output = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
     let count = Count::of(&String::from_utf8_lossy(&output));
-    let failure = problem(status, count).map(|how| Failure {
-        how,
-        log: log.clone(),
-    });
+    let failure = problem(status, count).map(|how| (how, log.clone()));
     if failure.is_none() {
         fs::remove_file(&log).with_context(|| format!("cannot remove {}", log.display()))?;
     }
     Ok(Run {
         stage,
         seed,
-        took,
-        count,
+        passed: count.passed,
         failure,
     })
 }
@@ -245,72 +217,37 @@ impl Seeds {
 
 /// One run of a program.
 struct Run {
-    stage: &'static Stage,
+    stage: Stage,
     seed: u64,
-    took: Duration,
-    count: Count,
-    failure: Option<Failure>,
-}
-
-struct Failure {
-    how: String,
-    /// File with what it printed.
-    log: PathBuf,
-}
-
-impl Run {
-    /// It, on the screen.
-    fn line(&self) -> String {
-        let how = match &self.failure {
-            None => "passed".to_string(),
-            Some(failure) => format!("{} (see {})", failure.how, failure.log.display()),
-        };
-        format!(
-            "{} with seed {}: {how}, {} tests in {:.1} s",
-            self.stage.program,
-            self.seed,
-            self.count.passed,
-            self.took.as_secs_f64()
-        )
-    }
-
-    /// The command that repeats it.
-    fn command(&self) -> String {
-        let mut command = String::new();
-        for name in SEEDS {
-            let _ = write!(command, "{name}={} ", self.seed);
-        }
-        for (name, value) in self.stage.settings {
-            let _ = write!(command, "{name}={value} ");
-        }
-        let _ = write!(
-            command,
-            "cargo xtask test --only host --test {}",
-            self.stage.program
-        );
-        command
-    }
+    /// Tests that passed.
+    passed: usize,
+    /// What went wrong, and the file with what it printed.
+    failure: Option<(String, PathBuf)>,
 }
 
 /// The seeds that each program ran with, and the commands that repeat failures.
 fn list(seed: u64, runs: &[Run]) -> String {
     let mut text = format!("{} runs from seed {seed}\n", runs.len());
-    for stage in &STAGES {
-        let of = runs.iter().filter(|run| run.stage == stage);
+    for stage in STAGES {
+        let of = runs.iter().filter(|run| run.stage.0 == stage.0);
         let seeds: Vec<String> = of.map(|run| run.seed.to_string()).collect();
         if !seeds.is_empty() {
-            let _ = writeln!(text, "{}: {}", stage.program, seeds.join(" "));
+            let _ = writeln!(text, "{}: {}", stage.0, seeds.join(" "));
         }
     }
     for run in runs {
-        if let Some(failure) = &run.failure {
+        if let Some((how, _)) = &run.failure {
+            let (name, settings) = run.stage;
+            let seed = run.seed.to_string();
+            let seeds = SEEDS.map(|name| (name, seed.as_str()));
+            let all = seeds.iter().chain(settings);
+            let all: String = all
+                .map(|(name, value)| format!("{name}={value} "))
+                .collect();
             let _ = writeln!(
                 text,
-                "{} failed with seed {}: {}; to repeat it:\n  {}",
-                run.stage.program,
-                run.seed,
-                failure.how,
-                run.command()
+                "{name} failed with seed {seed}: {how}; to repeat it:\n  \
+                 {all}cargo xtask test --only host --test {name}"
             );
         }
     }
@@ -320,23 +257,6 @@ fn list(seed: u64, runs: &[Run]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn run_of(program: &str, seed: u64, failure: Option<Failure>) -> Run {
-        Run {
-            stage: STAGES
-                .iter()
-                .find(|stage| stage.program == program)
-                .unwrap(),
-            seed,
-            took: Duration::from_secs(90),
-            count: Count {
-                programs: 1,
-                passed: 5,
-                failed: usize::from(failure.is_some()),
-            },
-            failure,
-        }
-    }
 
     #[test]
     fn minutes_may_be_parts_of_them() {
@@ -392,14 +312,17 @@ mod tests {
 
     #[test]
     fn the_list_has_every_seed_and_how_to_repeat_a_failure() {
-        let failure = Failure {
-            how: "exit status: 101".to_string(),
-            log: "property-13.log".into(),
+        let run = |index: usize, seed, failure| Run {
+            stage: STAGES[index],
+            seed,
+            passed: 5,
+            failure,
         };
+        let failure = ("exit status: 101".to_string(), "property-13.log".into());
         let runs = [
-            run_of("property", 11, None),
-            run_of("leaks", 12, None),
-            run_of("property", 13, Some(failure)),
+            run(0, 11, None),
+            run(3, 12, None),
+            run(0, 13, Some(failure)),
         ];
         assert_eq!(
             list(7, &runs),
@@ -411,6 +334,5 @@ mod tests {
              PROPTEST_RNG_SEED=13 PROPTEST_CASES=2000 cargo xtask test --only host --test \
              property\n"
         );
-        assert!(runs[2].line().contains("property-13.log"));
     }
 }

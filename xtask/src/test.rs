@@ -62,11 +62,8 @@ pub enum Half {
     Gpu,
 }
 
-/// Tests that this run leaves out.
-struct Skip {
-    what: &'static str,
-    why: String,
-}
+/// Tests that this run leaves out, and why.
+type Skip = (&'static str, String);
 
 /// Runs the tests, and names what this machine cannot run.
 pub fn test(args: Test) -> Result<()> {
@@ -77,13 +74,13 @@ pub fn test(args: Test) -> Result<()> {
         );
     }
     let (commands, skips) = plan(&args);
-    for skip in &skips {
-        say!("Will be skipped: {} ({})", skip.what, skip.why)?;
+    for (what, why) in &skips {
+        say!("Will be skipped: {what} ({why})")?;
     }
     let names = if skips.is_empty() {
         "nothing".to_string()
     } else {
-        let names: Vec<_> = skips.iter().map(|skip| skip.what).collect();
+        let names: Vec<_> = skips.iter().map(|(what, _)| *what).collect();
         names.join(", ")
     };
     if args.strict && !skips.is_empty() {
@@ -133,7 +130,7 @@ fn plan(args: &Test) -> (Vec<Tests>, Vec<Skip>) {
                 command.env(variable, dir);
             }
             Err(_) if args.only == Some(Half::Gpu) => {}
-            Err(why) => skips.push(Skip { what, why }),
+            Err(why) => skips.push((what, why)),
         }
     }
     let fusion = if args.without_fusion {
@@ -158,10 +155,7 @@ fn plan(args: &Test) -> (Vec<Tests>, Vec<Skip>) {
                 commands.push((gpu::doc_tests(fusion), None));
             }
         }
-        Err(why) => skips.push(Skip {
-            what: "GPU kernels",
-            why,
-        }),
+        Err(why) => skips.push(("GPU kernels", why)),
     }
     (commands, skips)
 }

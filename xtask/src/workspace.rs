@@ -27,15 +27,20 @@ pub fn cargo(args: &[&str]) -> Command {
     command
 }
 
-/// Prints the command as one types it.
+/// Prints a command.
 pub fn show(command: &Command) -> Result<()> {
+    say!("$ {}", typed(command))
+}
+
+/// The command as one types it.
+pub fn typed(command: &Command) -> String {
     let program = Path::new(command.get_program());
     let program = program.file_name().unwrap_or(program.as_os_str());
     let args: Vec<_> = command
         .get_args()
         .map(|arg| arg.to_string_lossy())
         .collect();
-    say!("$ {} {}", program.to_string_lossy(), args.join(" "))
+    format!("{} {}", program.to_string_lossy(), args.join(" "))
 }
 
 /// Shows the command, runs it, and says whether it succeeded.

@@ -13,13 +13,21 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// Answers every request well. Before a timed step it waits if its folder has a file `slow`.
+/// Answers every request well. Before a timed step it waits if its folder has a file `slow`; the fused
+/// form's results are wrong if it has a file `wrong`.
 const WORKER: &str = r#"
 while read -r line; do
     case $line in
     '{"hello"'*) echo '{"hello":{"versions":{"burn":"0.22.1"}}}' ;;
-    '{"check"'*) echo '{"checked":{"tensors":["output"],"own_reference":false}}' ;;
-    '{"compare"'*) echo '{"compared":{"tensors":[{"name":"output","error":1e-7}]}}' ;;
+    '{"check"'*)
+        folder=${line##*dir\":\"}
+        folder=${folder%%\"*}
+        mkdir -p "$folder"
+        # 1 as f32, or -1.
+        value='\000\000\200\077'
+        case $folder in */fused) [ -e "$(dirname "$0")/wrong" ] && value='\000\000\200\277' ;; esac
+        printf "$value" > "$folder/output.f32"
+        echo '{"checked":{"tensors":["output"],"own_reference":false}}' ;;
     '{"run"'*)
         [ -e "$(dirname "$0")/slow" ] && { echo $$ > "$(dirname "$0")/slow"; sleep 600; }
         echo '{"ran":{"forward_ms":1.0,"backward_ms":2.0}}' ;;
@@ -378,11 +386,45 @@ fn a_report_says_what_it_is_of() {
         tables.contains("\nquick run, of smaller batches and images: flex"),
         "{tables}"
     );
+    let csv = fs::read_to_string(place.path("out.csv")).unwrap();
+    let (header, lines) = csv.split_once('\n').unwrap();
+    assert!(header.starts_with("batch,"), "{header}");
+    assert!(lines.contains("\n256,"), "{csv}");
+}
+
+#[test]
+fn contenders_take_turns_and_a_wrong_one_fails_the_run() {
+    let place = Place::new();
+    let worker = place.program("bench-worker", WORKER);
+    let bench = || {
+        let mut command = place.xtask(&["bench", "--only", "k3", "--rounds", "2"]);
+        command.args(["--contender", "fused", "--worker"]);
+        command.arg(&worker);
+        run(command)
+    };
+    let output = bench();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let words = stderr(&output);
+    let rounds = words.lines().filter_map(|line| line.split_once(" of 2"));
+    let rounds: Vec<&str> = rounds.map(|(line, _)| line).collect();
+    let turns = [
+        "bench: [1/1] k3: fused, round 1",
+        "bench: [1/1] k3: unfused, round 1",
+        "bench: [1/1] k3: unfused, round 2",
+        "bench: [1/1] k3: fused, round 2",
+    ];
+    assert_eq!(rounds, turns, "{words}");
+
+    fs::write(place.path("wrong"), "").unwrap();
+    let output = bench();
+    assert_eq!(output.status.code(), Some(1));
+    let words = stderr(&output);
     assert!(
-        fs::read_to_string(place.path("out.csv"))
-            .unwrap()
-            .contains("batch 256\",256,fused")
+        words.ends_with("error: something failed in: k3\n"),
+        "{words}"
     );
+    let tables = stdout(&output);
+    assert!(tables.contains("WRONG") && tables.contains("off the reference in output by 2.0e0"));
 }
 
 #[test]
@@ -447,6 +489,7 @@ fn nothing_tested_and_nothing_checked_is_no_success() {
         "length",
         "clippy",
         "gpu-clippy",
+        "package",
         "docs",
         "gpu-docs",
         "gpu-others",

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 use burn_conv_bn_bench::precision::Precision;
-use burn_conv_bn_bench::protocol::Contender;
+use burn_conv_bn_bench::protocol::{Contender, Engine};
 use burn_conv_bn_train::device::DeviceChoice;
 use pulp::{Arch, Simd, WithSimd};
 
@@ -15,17 +15,15 @@ use crate::precision::types;
 
 /// The device of a contender, with autodiff.
 pub fn open(contender: Contender, name: &str, precision: Precision) -> Result<Device> {
-    let is_checkpointed = match contender {
-        Contender::Fused | Contender::Never | Contender::Unfused => false,
-        Contender::UnfusedCheckpointed => true,
-        other => bail!("{other} is not one of Burn's contenders"),
-    };
+    if contender.engine() != Engine::Burn {
+        bail!("{contender} is not one of Burn's contenders");
+    }
     let choice: DeviceChoice = serde_json::from_value(name.into())
         .with_context(|| format!("there is no device {name:?}"))?;
     let device = choice.open_for(types(precision))?.autodiff();
-    match is_checkpointed {
-        true => Ok(device.gradient_checkpointing()),
-        false => Ok(device),
+    match contender {
+        Contender::UnfusedCheckpointed => Ok(device.gradient_checkpointing()),
+        _ => Ok(device),
     }
 }
 
@@ -65,24 +63,24 @@ pub fn vectors() -> String {
 }
 
 /// Times the parts of a step, each to the end of its work on the device.
-pub struct Stopwatch<'a> {
-    device: &'a Device,
+pub struct Stopwatch {
+    device: Device,
     started: Instant,
 }
 
-impl<'a> Stopwatch<'a> {
+impl Stopwatch {
     /// Starts when the device has nothing left to do.
-    pub fn start(device: &'a Device) -> Self {
+    pub fn start(device: &Device) -> Self {
         finish(device);
         Self {
-            device,
+            device: device.clone(),
             started: Instant::now(),
         }
     }
 
     /// Milliseconds of the part that ends here. The next one starts.
     pub fn lap(&mut self) -> f64 {
-        finish(self.device);
+        finish(&self.device);
         let ended = Instant::now();
         let part = ended - self.started;
         self.started = ended;
@@ -99,7 +97,7 @@ mod tests {
     fn devices_are_those_of_the_protocol() {
         for name in DEVICES {
             let choice: DeviceChoice = serde_json::from_value(name.into()).unwrap();
-            assert_eq!(choice.name(), name);
+            assert_eq!(serde_json::to_value(choice).unwrap(), name);
         }
         let error = open(Contender::Fused, "abacus", Precision::F32)
             .err()

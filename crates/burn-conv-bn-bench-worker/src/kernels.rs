@@ -5,16 +5,16 @@ use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use burn_conv_bn_bench::protocol::{KernelTime, StepProfile};
+use burn_conv_bn_bench::protocol::KernelTime;
 use cubecl::config::{TypeNameFormatLevel, type_name_format};
 use cubecl::future::block_on;
 use cubecl::logging::{
     LaunchObservation, LaunchObserver, ProfileDuration, TimingMethod, TimingRequest,
 };
 
-/// Times every kernel that `step` launches; `step` must wait until the device is done. Nothing waits
-/// for a single kernel: they follow each other as they do elsewhere.
-pub fn profile(step: impl FnOnce()) -> StepProfile {
+/// Times every kernel that `step` launches, the slowest first; `step` must wait until the device is
+/// done. Nothing waits for a single kernel: they follow each other as they do elsewhere.
+pub fn profile(step: impl FnOnce()) -> Vec<KernelTime> {
     let launches = Arc::new(Launches::default());
     let observation = LaunchObservation::new(launches.clone());
     step();
@@ -34,7 +34,9 @@ pub fn profile(step: impl FnOnce()) -> StepProfile {
         kernel.launches += 1;
         kernel.ms += 1e3 * time.unwrap_or_default().as_secs_f64();
     }
-    StepProfile::new(kernels.into_values().collect())
+    let mut kernels: Vec<KernelTime> = kernels.into_values().collect();
+    kernels.sort_by(|a, b| b.ms.total_cmp(&a.ms));
+    kernels
 }
 
 enum Measurement {

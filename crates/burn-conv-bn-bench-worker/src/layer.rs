@@ -1,28 +1,25 @@
 //! A conv -> batch norm -> ReLU block in each of Burn's forms.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use burn::module::Param;
 use burn::nn::conv::Conv2dConfig;
 use burn::nn::{BatchNormConfig, PaddingConfig2d};
 use burn::tensor::module::batch_norm_train;
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{Device, Distribution, Gradients, Tensor};
 use burn_conv_bn::{Activation, ConvBn2d};
 use burn_conv_bn_bench::catalogue::Layer;
-use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
-use burn_conv_bn_memory::CountingAllocator;
+use burn_conv_bn_bench::protocol::Contender;
+use burn_conv_bn_bench::tensor_file::write;
 use burn_conv_bn_models::Form;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::device::Stopwatch;
-use crate::files::write;
-use crate::meter::Meter;
 use crate::precision::Computing;
-use crate::tensors::{into_values, parameter, tensor, write_tensor};
+use crate::tensors::{into_values, parameter, tensor};
 use crate::upstream::backward_from;
-use crate::workload::{Workload, form, recompute, saved_bytes};
+use crate::workload::{Passed, Workload, form, recompute, saved_bytes};
 
 /// Images and least size of the step that warms up before memory is measured.
 const SMALL: [usize; 2] = [2, 8];
@@ -141,70 +138,53 @@ pub fn read_block(layer: &Layer, data: &Path, device: &Device) -> Result<ConvBn2
 
 impl Workload for LayerWork {
     fn check(&self, folder: &Path) -> Result<Vec<String>> {
-        fs::create_dir_all(folder)
-            .with_context(|| format!("cannot create {}", folder.display()))?;
         let output = self.forward(self.input.clone());
         let grads = backward_from(output.clone(), self.upstream.clone());
         let (conv, norm) = (&self.block.conv, &self.block.norm);
-
-        let mut names = Vec::new();
-        let mut write = |name: &str, tensor: Option<Tensor<4>>| {
-            names.push(name.to_string());
-            write_tensor(folder, name, tensor.context("a gradient is missing")?)
-        };
-        write("output", Some(output))?;
+        let vector = |parameter: &Param<Tensor<1>>| parameter.val().grad(&grads).map(into_values);
+        let mut results = vec![
+            ("output", Some(into_values(output))),
+            (
+                "weight_grad",
+                conv.weight.val().grad(&grads).map(into_values),
+            ),
+            ("gamma_grad", vector(&norm.gamma)),
+            ("beta_grad", vector(&norm.beta)),
+        ];
         if self.layer.input_grad {
-            write("input_grad", self.input.grad(&grads))?;
+            results.push(("input_grad", self.input.grad(&grads).map(into_values)));
         }
-        write("weight_grad", conv.weight.val().grad(&grads))?;
-        for (name, parameter) in [("gamma_grad", &norm.gamma), ("beta_grad", &norm.beta)] {
-            let grad = parameter.val().grad(&grads);
-            let grad = grad.context("a gradient of the norm is missing")?;
+        let mut names = Vec::new();
+        for (name, values) in results {
+            let values = values.with_context(|| format!("there is no {name}"))?;
+            write(folder, name, &values?)?;
             names.push(name.to_string());
-            write_tensor(folder, name, grad)?;
         }
         Ok(names)
     }
 
-    fn step(&mut self) -> StepTime {
-        let mut watch = Stopwatch::start(&self.device);
-        let output = self.forward(self.input.clone());
-        let forward_ms = watch.lap();
-        // The output stays alive, as the input of the next layer would.
-        let kept = output.clone();
-        let grads = backward_from(output, self.upstream.clone());
-        let backward_ms = watch.lap();
-        drop((grads, kept));
-        StepTime {
-            forward_ms,
-            backward_ms,
-            optimizer_ms: None,
-        }
+    fn pass(&self, is_small: bool, forward_end: &mut dyn FnMut()) -> Passed {
+        let (input, upstream) = if is_small {
+            let [batch, least] = SMALL;
+            let size = least.max(self.layer.kernel);
+            let shape = [batch, self.layer.channels[0], size, size];
+            let input = Tensor::random(shape, Distribution::Default, &self.device);
+            (self.computing.activations(input), None)
+        } else {
+            (self.input.clone(), Some(self.upstream.clone()))
+        };
+        let output = self.forward(input.set_require_grad(self.layer.input_grad));
+        forward_end();
+        let upstream = upstream.unwrap_or_else(|| output.clone().detach().ones_like());
+        (backward_from(output.clone(), upstream), Some(output))
+    }
+
+    fn optimize(&mut self, _grads: Gradients) -> bool {
+        false
     }
 
     fn device(&self) -> &Device {
         &self.device
-    }
-
-    fn warm_up(&self) {
-        let [batch, least] = SMALL;
-        let size = least.max(self.layer.kernel);
-        let shape = [batch, self.layer.channels[0], size, size];
-        let input = Tensor::<4>::random(shape, Distribution::Default, &self.device);
-        let input = self.computing.activations(input);
-        let output = self.forward(input.set_require_grad(self.layer.input_grad));
-        let upstream = output.clone().detach().ones_like();
-        backward_from(output, upstream);
-    }
-
-    fn measure(&self, allocator: &'static CountingAllocator) -> StepMemory {
-        let mut meter = Meter::start(&self.device, allocator);
-        let output = self.forward(self.input.clone());
-        meter.forward_end();
-        let grads = backward_from(output.clone(), self.upstream.clone());
-        let memory = meter.finish();
-        drop((grads, output));
-        memory
     }
 
     fn saved(&self) -> u64 {
@@ -223,7 +203,7 @@ impl Workload for LayerWork {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::files::read;
+    use burn_conv_bn_bench::tensor_file::read;
 
     const LAYER: Layer = Layer {
         batch: 8,

@@ -1,9 +1,7 @@
 //! One of Burn's contenders of `cargo xtask bench`, driven over standard input and output by the
 //! [protocol](burn_conv_bn_bench::protocol). Not for people.
 
-mod classifier;
 mod device;
-mod files;
 #[cfg(feature = "cubecl")]
 mod kernels;
 mod layer;

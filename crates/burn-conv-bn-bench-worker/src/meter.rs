@@ -14,83 +14,64 @@ use crate::device::is_cube;
 /// in.
 pub struct Meter {
     probe: MemoryProbe,
-    /// `None` where the device's memory is not the process's.
-    resident: Option<Resident>,
-}
-
-impl Meter {
-    /// Call just before forward.
-    pub fn start(device: &Device, allocator: &'static CountingAllocator) -> Self {
-        let resident = (!is_cube(device)).then(Resident::start).flatten();
-        let probe = MemoryProbe::of(device, allocator);
-        probe.begin();
-        Self { probe, resident }
-    }
-
-    /// Call just after forward, with its output alive.
-    pub fn forward_end(&mut self) {
-        self.probe.forward_end();
-        if let Some(resident) = &mut self.resident {
-            resident.forward_end = resident.above_base("VmRSS");
-        }
-    }
-
-    /// Call just after backward, with output and gradients alive.
-    pub fn finish(self) -> StepMemory {
-        let counted = self.probe.backward_end();
-        let resident = self.resident;
-        StepMemory {
-            heap_forward_end: Some(counted.forward_end_bytes as u64),
-            heap_peak: Some(counted.peak_bytes as u64),
-            resident_forward_end: resident.as_ref().and_then(|resident| resident.forward_end),
-            resident_peak: resident.as_ref().and_then(Resident::peak),
-            saved: None,
-        }
-    }
-}
-
-/// The process's resident set over a step.
-struct Resident {
-    base: u64,
+    /// The resident set before forward. `None` where the device's memory is not the process's.
+    base: Option<u64>,
     /// Whether the largest resident set could be set back to the one of now.
     peak_was_reset: bool,
     forward_end: Option<u64>,
 }
 
-impl Resident {
-    fn start() -> Option<Self> {
-        return_freed_memory();
-        let peak_was_reset = fs::write("/proc/self/clear_refs", "5").is_ok();
-        Some(Self {
-            base: status("VmRSS")?,
-            peak_was_reset,
+impl Meter {
+    /// Call just before forward.
+    pub fn start(device: &Device, allocator: &'static CountingAllocator) -> Self {
+        let mut meter = Self {
+            probe: MemoryProbe::of(device, allocator),
+            base: None,
+            peak_was_reset: false,
             forward_end: None,
-        })
+        };
+        if !is_cube(device) {
+            return_freed_memory();
+            meter.peak_was_reset = fs::write("/proc/self/clear_refs", "5").is_ok();
+            meter.base = status("VmRSS");
+        }
+        meter.probe.begin();
+        meter
     }
 
-    fn peak(&self) -> Option<u64> {
-        self.peak_was_reset
-            .then(|| self.above_base("VmHWM"))
-            .flatten()
+    /// Call just after forward, with its output alive.
+    pub fn forward_end(&mut self) {
+        self.probe.forward_end();
+        self.forward_end = self.above_base("VmRSS");
+    }
+
+    /// Call just after backward, with output and gradients alive.
+    pub fn finish(self) -> StepMemory {
+        let counted = self.probe.backward_end();
+        let peak = self.peak_was_reset.then(|| self.above_base("VmHWM"));
+        StepMemory {
+            heap_forward_end: Some(counted.forward_end_bytes as u64),
+            heap_peak: Some(counted.peak_bytes as u64),
+            resident_forward_end: self.forward_end,
+            resident_peak: peak.flatten(),
+            saved: None,
+        }
     }
 
     fn above_base(&self, name: &str) -> Option<u64> {
-        Some(status(name)?.saturating_sub(self.base))
+        Some(status(name)?.saturating_sub(self.base?))
     }
 }
 
 /// Gives the system what the warm-up freed and the C library kept: gradients as large as the
 /// parameters. Else a step would fill that first, and seem to take so much less.
-fn return_freed_memory() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    trim();
-}
-
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[allow(unsafe_code)]
-fn trim() {
+fn return_freed_memory() {
     // SAFETY: it takes no pointer, touches freed memory alone, and may be called at any time.
-    unsafe { libc::malloc_trim(0) };
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    unsafe {
+        libc::malloc_trim(0)
+    };
 }
 
 /// A size in this process's status, in bytes. `None` elsewhere than on Linux.

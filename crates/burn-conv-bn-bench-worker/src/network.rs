@@ -1,71 +1,186 @@
-//! The tutorial's network in each of Burn's forms.
+//! A training step of the tutorial's network or one of torchvision's, in each of Burn's forms.
 
-use std::fs;
 use std::path::Path;
+use std::vec;
 
-use anyhow::{Context, Result};
-use burn::module::Param;
+use anyhow::{Result, ensure};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::nn::DropoutConfig;
-use burn::optim::ModuleOptimizer;
+use burn::optim::momentum::MomentumConfig;
+use burn::optim::{ModuleOptimizer, SgdConfig};
+use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData};
-use burn_conv_bn_bench::catalogue::Network;
-use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
-use burn_conv_bn_memory::CountingAllocator;
-use burn_conv_bn_models::{Net, NetConfig};
+use burn_conv_bn::{ConvBnModule, Recompute};
+use burn_conv_bn_bench::catalogue::{Architecture, Classifier, Network};
+use burn_conv_bn_bench::protocol::Contender;
+use burn_conv_bn_bench::tensor_file::{read, write};
+use burn_conv_bn_models::{
+    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
+    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+};
 use burn_conv_bn_train::optim::AdadeltaConfig;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 
-use crate::device::Stopwatch;
-use crate::files::write;
-use crate::meter::Meter;
+use crate::device::is_cube;
 use crate::precision::Computing;
-use crate::tensors::{parameter, tensor, values, write_tensor};
-use crate::workload::{Workload, form, loss, recompute, saved_bytes};
+use crate::tensors::{into_values, tensor, write_tensor};
+use crate::workload::{Passed, Workload, chain_ends, form, recompute, saved_bytes};
 
-/// The tutorial's.
-const LEARNING_RATE: f64 = 1.0;
-
-/// Name of each parameter, its number of values, and the inputs of one output.
-const PARAMETERS: [(&str, usize, usize); 6] = [
-    ("conv1.weight", 32 * 9, 9),
-    ("conv2.weight", 64 * 32 * 9, 32 * 9),
-    ("fc1.weight", 9216 * 128, 9216),
-    ("fc1.bias", 128, 9216),
-    ("fc2.weight", 128 * Network::CLASSES, 128),
-    ("fc2.bias", Network::CLASSES, 128),
-];
+/// File of all parameters and running statistics of torchvision's networks, in the order in which
+/// Burn visits them. The tutorial's have a file each.
+const PARAMETERS: &str = "parameters";
 
 /// Images of the step that warms up before memory is measured.
 const SMALL_BATCH: usize = 2;
 
-/// Draws the targets, the images and the parameters from a seed.
-pub fn prepare(network: &Network, seed: u64, folder: &Path) -> Result<()> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let targets: Vec<f32> = (0..network.batch)
-        .map(|_| rng.random_range(0..Network::CLASSES) as f32)
-        .collect();
-    write(folder, "targets", &targets)?;
-    let mut uniform = |count: usize, bound: f32| -> Vec<f32> {
-        (0..count)
-            .map(|_| rng.random_range(-bound..bound))
-            .collect()
-    };
-    let pixels = network.batch * Network::IMAGE_SIZE * Network::IMAGE_SIZE;
-    write(folder, "images", &uniform(pixels, 1.0))?;
-    for (name, count, fan_in) in PARAMETERS {
-        // As initialized by default.
-        let bound = 1.0 / (fan_in as f32).sqrt();
-        write(folder, name, &uniform(count, bound))?;
+/// A network and the shape of its images.
+#[derive(Clone, Copy, Debug)]
+pub struct Spec {
+    /// One of torchvision's; `None` for the tutorial's network.
+    architecture: Option<Architecture>,
+    images: [usize; 4],
+    classes: usize,
+    /// Height and width of the images of the step that warms up.
+    small_size: usize,
+    /// The tutorial's; for torchvision's small enough that random images do not throw the weights far
+    /// off.
+    learning_rate: f64,
+}
+
+impl From<&Network> for Spec {
+    fn from(network: &Network) -> Self {
+        let size = Network::IMAGE_SIZE;
+        Self {
+            architecture: None,
+            images: [network.batch, 1, size, size],
+            classes: Network::CLASSES,
+            small_size: size,
+            learning_rate: 1.0,
+        }
     }
-    Ok(())
+}
+
+impl From<&Classifier> for Spec {
+    fn from(classifier: &Classifier) -> Self {
+        Self {
+            architecture: Some(classifier.architecture),
+            images: classifier.input_shape(),
+            classes: Classifier::CLASSES,
+            small_size: 64,
+            learning_rate: 1e-3,
+        }
+    }
+}
+
+#[allow(clippy::large_enum_variant, reason = "there is one of it")]
+#[derive(Module, Debug)]
+enum Model {
+    Tutorial(Net),
+    ResNet(ResNet),
+    Vgg(Vgg),
+    MobileNetV2(MobileNetV2),
+    EfficientNet(EfficientNet),
+    DenseNet(DenseNet),
+}
+
+impl Model {
+    fn new(architecture: Option<Architecture>, form: Form, device: &Device) -> Self {
+        let vgg = VggConfig::vgg16_bn(form).with_dropout(0.0);
+        let mobile_net = MobileNetV2Config::new(form).with_dropout(0.0);
+        let efficient_net = EfficientNetConfig::new(form)
+            .with_dropout(0.0)
+            .with_stochastic_depth(0.0);
+        match architecture {
+            None => Self::Tutorial(NetConfig::new(form).init(device)),
+            Some(Architecture::ResNet18) => Self::ResNet(ResNetConfig::resnet18(form).init(device)),
+            Some(Architecture::ResNet50) => Self::ResNet(ResNetConfig::resnet50(form).init(device)),
+            Some(Architecture::ResNet101) => {
+                Self::ResNet(ResNetConfig::resnet101(form).init(device))
+            }
+            Some(Architecture::Vgg16Bn) => Self::Vgg(vgg.init(device)),
+            Some(Architecture::MobileNetV2) => Self::MobileNetV2(mobile_net.init(device)),
+            Some(Architecture::EfficientNetB0) => Self::EfficientNet(efficient_net.init(device)),
+            Some(Architecture::DenseNet121) => {
+                Self::DenseNet(DenseNetConfig::densenet121(form).init(device))
+            }
+        }
+    }
+
+    fn with_rebuilt_chains(self, ends: Recompute) -> Self {
+        match self {
+            Self::Tutorial(network) => Self::Tutorial(network.with_rebuilt_chains(ends)),
+            Self::ResNet(network) => Self::ResNet(network.with_rebuilt_chains(ends)),
+            Self::Vgg(network) => Self::Vgg(network.with_rebuilt_chains(ends)),
+            Self::MobileNetV2(network) => Self::MobileNetV2(network.with_rebuilt_chains(ends)),
+            Self::EfficientNet(network) => Self::EfficientNet(network.with_rebuilt_chains(ends)),
+            Self::DenseNet(network) => Self::DenseNet(network.with_rebuilt_chains(ends)),
+        }
+    }
+
+    /// Log-probabilities of the tutorial's network, logits of torchvision's.
+    fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        match self {
+            Self::Tutorial(network) => network.forward(images),
+            Self::ResNet(network) => network.forward(images),
+            Self::Vgg(network) => network.forward(images),
+            Self::MobileNetV2(network) => network.forward(images),
+            Self::EfficientNet(network) => network.forward(images),
+            Self::DenseNet(network) => network.forward(images),
+        }
+    }
+
+    /// Mean of the images' negative log-likelihoods, as in `burn-conv-bn-train`.
+    fn loss(&self, output: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+        let log_probabilities = match self {
+            Self::Tutorial(_) => output,
+            _ => log_softmax(output, 1),
+        };
+        let own = log_probabilities.gather(1, targets.unsqueeze_dim::<2>(1));
+        own.squeeze_dim::<1>(1).neg().mean()
+    }
+
+    /// Bytes kept for the backward pass of images of that shape.
+    fn saved(&self, images: [usize; 4]) -> u64 {
+        let listed = match self {
+            Self::Tutorial(network) => network.saved_for_backward(images[0], images[2]),
+            Self::ResNet(network) => network.saved_for_backward(images),
+            Self::Vgg(network) => network.saved_for_backward(images),
+            Self::MobileNetV2(network) => network.saved_for_backward(images),
+            Self::EfficientNet(network) => network.saved_for_backward(images),
+            Self::DenseNet(network) => network.saved_for_backward(images),
+        };
+        saved_bytes(listed.iter().map(|(_, kept)| kept))
+    }
+}
+
+/// Draws parameters, images and classes from a seed.
+pub fn prepare(spec: Spec, seed: u64, folder: &Path) -> Result<()> {
+    let device = Device::flex();
+    device.seed(seed);
+    let model = Model::new(spec.architecture, Form::Fused, &device);
+    let mut all = Vec::new();
+    visit(&model, None, |name, _, values| match spec.architecture {
+        None => write(folder, name, &values),
+        Some(_) => {
+            all.extend(values);
+            Ok(())
+        }
+    })?;
+    if spec.architecture.is_some() {
+        write(folder, PARAMETERS, &all)?;
+    }
+    let images = Tensor::<4>::random(spec.images, Distribution::Normal(0.0, 1.0), &device);
+    write_tensor(folder, "images", images)?;
+    let classes = Distribution::Uniform(0.0, spec.classes as f64);
+    let targets = Tensor::<1>::random([spec.images[0]], classes, &device);
+    write_tensor(folder, "targets", targets.floor())
 }
 
 /// The network with its data and its optimizer.
 pub struct NetworkWork {
+    spec: Spec,
     /// Taken out while the optimizer works on it: a second handle would keep it from working in
     /// place.
-    net: Option<Net>,
+    model: Option<Model>,
     optimizer: ModuleOptimizer,
     images: Tensor<4>,
     targets: Tensor<1, Int>,
@@ -73,165 +188,267 @@ pub struct NetworkWork {
     device: Device,
 }
 
+const PUT_BACK: &str = "a step puts the network back";
+
 impl NetworkWork {
     /// Reads the data that `prepare` wrote.
     pub fn load(
-        network: &Network,
+        spec: Spec,
         contender: Contender,
         computing: Computing,
         device: Device,
         data: &Path,
     ) -> Result<Self> {
-        let config = NetConfig::new(form(contender)).with_recompute(recompute(contender));
-        let mut net = config.init(&device);
-        read_parameters(&mut net, data, &device)?;
-        let size = Network::IMAGE_SIZE;
-        let targets = values(data, "targets", network.batch)?;
+        let model = Model::new(spec.architecture, form(contender), &device);
+        let model = match chain_ends(contender) {
+            Some(ends) => model.with_rebuilt_chains(ends),
+            None => model.with_recompute(recompute(contender)),
+        };
+        let images = tensor(data, "images", spec.images, &device)?;
+        let targets = read(data, "targets")?;
         let targets: Vec<i64> = targets.into_iter().map(|class| class as i64).collect();
-        let images = tensor(data, "images", [network.batch, 1, size, size], &device)?;
         Ok(Self {
-            net: Some(net),
-            optimizer: AdadeltaConfig::new().init(),
+            spec,
+            model: Some(fill(model, spec.architecture.is_some(), data)?),
+            optimizer: match spec.architecture {
+                None => AdadeltaConfig::new().init(),
+                Some(_) => {
+                    let momentum = MomentumConfig::new();
+                    SgdConfig::new().with_momentum(Some(momentum)).init()
+                }
+            },
             images: computing.activations(images),
-            targets: Tensor::from_data(TensorData::new(targets, [network.batch]), &device),
+            targets: Tensor::from_data(TensorData::new(targets, [spec.images[0]]), &device),
             computing,
             device,
         })
     }
 
-    fn net(&self) -> &Net {
-        self.net.as_ref().expect(PUT_BACK)
+    fn model(&self) -> &Model {
+        self.model.as_ref().expect(PUT_BACK)
     }
-
-    fn loss(&self, images: Tensor<4>, targets: Tensor<1, Int>) -> Tensor<1> {
-        loss(self.computing.module(self.net()).forward(images), targets)
-    }
-}
-
-const PUT_BACK: &str = "a step puts the network back";
-
-fn read_parameters(net: &mut Net, data: &Path, device: &Device) -> Result<()> {
-    for (name, block) in [("conv1", &mut net.conv1), ("conv2", &mut net.conv2)] {
-        let weight = &mut block.conv.weight;
-        *weight = parameter(data, &format!("{name}.weight"), weight.dims(), device)?;
-    }
-    for (name, linear) in [("fc1", &mut net.fc1), ("fc2", &mut net.fc2)] {
-        let weight = &mut linear.weight;
-        *weight = parameter(data, &format!("{name}.weight"), weight.dims(), device)?;
-        let bias = linear
-            .bias
-            .as_mut()
-            .context("the linear layers have a bias")?;
-        *bias = parameter(data, &format!("{name}.bias"), bias.dims(), device)?;
-    }
-    Ok(())
-}
-
-/// Writes the gradient of every parameter, in Burn's layout. Returns their names.
-fn write_gradients(
-    net: &Net,
-    grads: &Gradients,
-    computing: Computing,
-    folder: &Path,
-) -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    for (name, block) in [("conv1", &net.conv1), ("conv2", &net.conv2)] {
-        let (weight, name) = (&block.conv.weight, format!("{name}.weight_grad"));
-        names.push(write_gradient(weight, grads, computing, folder, name)?);
-    }
-    for (name, linear) in [("fc1", &net.fc1), ("fc2", &net.fc2)] {
-        let bias = linear
-            .bias
-            .as_ref()
-            .context("the linear layers have a bias")?;
-        let weight_name = format!("{name}.weight_grad");
-        names.push(write_gradient(
-            &linear.weight,
-            grads,
-            computing,
-            folder,
-            weight_name,
-        )?);
-        let bias_name = format!("{name}.bias_grad");
-        names.push(write_gradient(bias, grads, computing, folder, bias_name)?);
-    }
-    Ok(names)
-}
-
-fn write_gradient<const D: usize>(
-    parameter: &Param<Tensor<D>>,
-    grads: &Gradients,
-    computing: Computing,
-    folder: &Path,
-    name: String,
-) -> Result<String> {
-    let grad = computing.gradient(&parameter.val(), grads);
-    let grad = grad.with_context(|| format!("there is no {name}"))?;
-    write_tensor(folder, &name, grad)?;
-    Ok(name)
 }
 
 impl Workload for NetworkWork {
     fn check(&self, folder: &Path) -> Result<Vec<String>> {
-        fs::create_dir_all(folder)
-            .with_context(|| format!("cannot create {}", folder.display()))?;
-        let mut net = self.net().clone();
-        net.dropout = DropoutConfig::new(0.0).init();
-        let log_probabilities = self.computing.module(&net).forward(self.images.clone());
-        let loss = loss(log_probabilities.clone(), self.targets.clone());
+        let mut model = self.model().clone();
+        let output_name = match &mut model {
+            Model::Tutorial(net) => {
+                net.dropout = DropoutConfig::new(0.0).init();
+                "log_probabilities"
+            }
+            _ => "logits",
+        };
+        let cast = self.computing.module(&model);
+        let output = cast.forward(self.images.clone());
+        let loss = cast.loss(output.clone(), self.targets.clone());
         let grads = self.computing.backward(&loss);
-        write_tensor(folder, "log_probabilities", log_probabilities)?;
+        write_tensor(folder, output_name, output)?;
         write_tensor(folder, "loss", loss)?;
-        let mut names = vec!["log_probabilities".to_string(), "loss".to_string()];
-        names.extend(write_gradients(&net, &grads, self.computing, folder)?);
+        let mut names = vec![output_name.to_string(), "loss".to_string()];
+        let is_coarse = self.computing.is_mixed() || is_cube(&self.device);
+        let (mut vectors, mut weights) = (Vec::new(), Vec::new());
+        visit(
+            &model,
+            Some((&grads, self.computing)),
+            |name, rank, values| {
+                match self.spec.architecture {
+                    None => {
+                        let name = format!("{name}_grad");
+                        write(folder, &name, &values)?;
+                        names.push(name);
+                    }
+                    Some(_) if rank > 1 => weights.push(euclidean(&values)),
+                    Some(_) if is_coarse => vectors.push(euclidean(&values)),
+                    Some(_) => vectors.extend(values),
+                }
+                Ok(())
+            },
+        )?;
+        // The gradients of all norms and biases as one tensor, and the Euclidean norms of those of the
+        // weights as another.
+        //
+        // A shift that the next norm takes away again has rounding noise for a gradient, which is to be
+        // judged beside the others. In a weight's gradient one ReLU that rounding turned over moves single
+        // values by a good part of the largest: the last maps of ResNet-50 have 392 values a channel, and a
+        // million values that may lie near the kink. In mixed precision, and where f32 may be multiplied as
+        // TF32, it moves as much of a norm's: on an H200, values of the fused form and of PyTorch's were 0.5
+        // and 0.7 of the largest away from Burn's, and norms of weights 2e-3. Of those, too, the Euclidean
+        // norms are gathered there.
+        if self.spec.architecture.is_some() {
+            for (name, values) in [
+                ("norms_and_biases_grad", vectors),
+                ("weight_grad_norms", weights),
+            ] {
+                write(folder, name, &values)?;
+                names.push(name.to_string());
+            }
+        }
         Ok(names)
     }
 
-    fn step(&mut self) -> StepTime {
-        let mut watch = Stopwatch::start(&self.device);
-        let loss = self.loss(self.images.clone(), self.targets.clone());
-        let forward_ms = watch.lap();
-        let grads = self.computing.backward(&loss);
-        let backward_ms = watch.lap();
-        let net = self.net.take().expect(PUT_BACK);
-        let grads = self.computing.gradients(grads, &net);
-        self.net = Some(self.optimizer.step(LEARNING_RATE, net, grads));
-        let optimizer_ms = watch.lap();
-        StepTime {
-            forward_ms,
-            backward_ms,
-            optimizer_ms: Some(optimizer_ms),
-        }
+    fn pass(&self, is_small: bool, forward_end: &mut dyn FnMut()) -> Passed {
+        let (images, targets) = if is_small {
+            let (channels, size) = (self.spec.images[1], self.spec.small_size);
+            let shape = [SMALL_BATCH, channels, size, size];
+            let images = Tensor::random(shape, Distribution::Default, &self.device);
+            let targets = Tensor::zeros([SMALL_BATCH], &self.device);
+            (self.computing.activations(images), targets)
+        } else {
+            (self.images.clone(), self.targets.clone())
+        };
+        let model = self.computing.module(self.model());
+        let loss = model.loss(model.forward(images), targets);
+        drop(model);
+        forward_end();
+        (self.computing.backward(&loss), None)
+    }
+
+    fn optimize(&mut self, grads: Gradients) -> bool {
+        let model = self.model.take().expect(PUT_BACK);
+        let grads = self.computing.gradients(grads, &model);
+        let rate = self.spec.learning_rate;
+        self.model = Some(self.optimizer.step(rate, model, grads));
+        true
     }
 
     fn device(&self) -> &Device {
         &self.device
     }
 
-    fn warm_up(&self) {
-        let size = Network::IMAGE_SIZE;
-        let shape = [SMALL_BATCH, 1, size, size];
-        let images = Tensor::<4>::random(shape, Distribution::Default, &self.device);
-        let images = self.computing.activations(images);
-        let targets = Tensor::<1, Int>::zeros([SMALL_BATCH], &self.device);
-        self.computing.backward(&self.loss(images, targets));
-    }
-
-    fn measure(&self, allocator: &'static CountingAllocator) -> StepMemory {
-        let mut meter = Meter::start(&self.device, allocator);
-        let loss = self.loss(self.images.clone(), self.targets.clone());
-        meter.forward_end();
-        let grads = self.computing.backward(&loss);
-        // Without the optimizer: by then the activations are gone, and its state stays.
-        let memory = meter.finish();
-        drop((grads, loss));
-        memory
-    }
-
     fn saved(&self) -> u64 {
-        let [batch, ..] = self.images.dims();
-        let net = self.computing.module(self.net());
-        let listed = net.saved_for_backward(batch, Network::IMAGE_SIZE);
-        saved_bytes(listed.iter().map(|(_, kept)| kept))
+        let model = self.computing.module(self.model());
+        model.saved(self.images.dims())
+    }
+}
+
+fn euclidean(values: &[f32]) -> f32 {
+    let squares = values.iter().map(|value| f64::from(*value).powi(2));
+    squares.sum::<f64>().sqrt() as f32
+}
+
+/// Name of a parameter's file: its path in the network, without the block's convolution.
+fn file_name(path: &[String]) -> String {
+    // The first is the model's variant.
+    path[1..].join(".").replace(".conv.", ".")
+}
+
+/// Hands out a network's parameters, or the gradients of those that have one, by name, rank and
+/// values.
+fn visit(
+    model: &Model,
+    grads: Option<(&Gradients, Computing)>,
+    each: impl FnMut(&str, usize, Vec<f32>) -> Result<()>,
+) -> Result<()> {
+    let mut visitor = Visitor {
+        grads,
+        path: Vec::new(),
+        each,
+        result: Ok(()),
+    };
+    model.visit(&mut visitor);
+    visitor.result
+}
+
+struct Visitor<'a, F> {
+    grads: Option<(&'a Gradients, Computing)>,
+    path: Vec<String>,
+    each: F,
+    result: Result<()>,
+}
+
+impl<F: FnMut(&str, usize, Vec<f32>) -> Result<()>> Visitor<'_, F> {
+    fn hand_out<const D: usize>(&mut self, param: &Param<Tensor<D>>) -> Result<()> {
+        let name = file_name(&self.path);
+        let mut value = param.val();
+        if let Some((grads, computing)) = self.grads {
+            // Running statistics have none, nor have scale and shift of a norm without them. One that is
+            // missing is missed in the comparison.
+            let is_trained = value.is_require_grad();
+            let grad = is_trained.then(|| computing.gradient(&value, grads));
+            let Some(grad) = grad.flatten() else {
+                return Ok(());
+            };
+            value = grad;
+        }
+        (self.each)(&name, D, into_values(value)?)
+    }
+}
+
+impl<F: FnMut(&str, usize, Vec<f32>) -> Result<()>> ModuleVisitor for Visitor<'_, F> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_string());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if self.result.is_ok() {
+            self.result = self.hand_out(param);
+        }
+    }
+}
+
+/// Gives a network the values that `prepare` wrote, in one file or in one for each parameter.
+fn fill(model: Model, is_one_file: bool, data: &Path) -> Result<Model> {
+    let all = is_one_file.then(|| read(data, PARAMETERS)).transpose()?;
+    let mut fill = Fill {
+        data,
+        all: all.map(Vec::into_iter),
+        path: Vec::new(),
+        result: Ok(()),
+    };
+    let model = model.map(&mut fill);
+    fill.result?;
+    let left = fill.all.map_or(0, |all| all.len());
+    ensure!(left == 0, "{left} values more than the network has");
+    Ok(model)
+}
+
+struct Fill<'a> {
+    data: &'a Path,
+    all: Option<vec::IntoIter<f32>>,
+    path: Vec<String>,
+    result: Result<()>,
+}
+
+impl Fill<'_> {
+    fn values(&mut self, count: usize) -> Result<Vec<f32>> {
+        let name = file_name(&self.path);
+        let values: Vec<f32> = match &mut self.all {
+            Some(all) => all.by_ref().take(count).collect(),
+            None => read(self.data, &name)?,
+        };
+        let found = values.len();
+        ensure!(found == count, "{found} values for the {count} of {name}");
+        Ok(values)
+    }
+}
+
+impl ModuleMapper for Fill<'_> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_string());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let shape = param.dims();
+        match self.values(shape.iter().product()) {
+            Ok(values) => param.map(|old| {
+                let new = Tensor::from_data(TensorData::new(values, shape), &old.device());
+                new.set_require_grad(old.is_require_grad())
+            }),
+            Err(error) => {
+                if self.result.is_ok() {
+                    self.result = Err(error);
+                }
+                param
+            }
+        }
     }
 }

@@ -5,20 +5,18 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Error, Result};
-use burn_conv_bn_bench::catalogue::{Entry, Work};
+use burn_conv_bn_bench::catalogue::Work;
 use burn_conv_bn_bench::precision::Precision;
-use burn_conv_bn_bench::protocol::{Checked, Contender, Reply, Request, StepMemory, TensorError};
+use burn_conv_bn_bench::protocol::{Checked, Contender, Reply, Request, Software, StepMemory};
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_train::device::DeviceError;
 use burn_conv_bn_train::report::BURN_VERSION;
 
-use crate::classifier::{self, ClassifierWork};
 use crate::device::{open, vectors};
-use crate::files::{read, relative_error};
 #[cfg(feature = "cubecl")]
 use crate::kernels;
 use crate::layer::{self, LayerWork};
-use crate::network::{self, NetworkWork};
+use crate::network::{self, NetworkWork, Spec};
 use crate::precision::Computing;
 use crate::workload::Workload;
 
@@ -34,32 +32,37 @@ pub fn explain(error: Error) -> Reply {
 /// What one process has been told so far.
 pub struct Session {
     allocator: &'static CountingAllocator,
-    contender: Option<Contender>,
-    workload: Option<Box<dyn Workload>>,
+    workload: Option<(Contender, Box<dyn Workload>)>,
 }
 
 impl Session {
     pub fn new(allocator: &'static CountingAllocator) -> Self {
         Self {
             allocator,
-            contender: None,
             workload: None,
         }
     }
 
     pub fn answer(&mut self, request: Request) -> Result<Reply> {
         match request {
-            Request::Hello {} => Ok(Reply::Hello {
-                versions: BTreeMap::from([("burn".to_string(), BURN_VERSION.to_string())]),
-                vectors: Some(vectors()),
-            }),
+            Request::Hello {} => {
+                return Ok(Reply::Hello(Software {
+                    versions: BTreeMap::from([("burn".to_string(), BURN_VERSION.to_string())]),
+                    vectors: Some(vectors()),
+                }));
+            }
             Request::Prepare {
                 entry,
                 seed,
                 data_dir,
             } => {
-                prepare(&entry.work, seed, &data_dir)?;
-                Ok(Reply::Done {})
+                create(&data_dir)?;
+                match &entry.work {
+                    Work::Layer(layer) => layer::prepare(layer, seed, &data_dir)?,
+                    Work::Network(work) => network::prepare(work.into(), seed, &data_dir)?,
+                    Work::Classifier(work) => network::prepare(work.into(), seed, &data_dir)?,
+                }
+                return Ok(Reply::Done {});
             }
             // The threads are rayon's, whose pool the driver sizes through the environment.
             Request::Load {
@@ -70,54 +73,43 @@ impl Session {
                 data_dir,
                 threads: _,
             } => {
-                self.workload = Some(load(&entry, variant, &device, precision, &data_dir)?);
-                self.contender = Some(variant);
-                Ok(Reply::Done {})
+                let workload = load(&entry.work, variant, &device, precision, &data_dir)?;
+                self.workload = Some((variant, workload));
+                return Ok(Reply::Done {});
             }
-            Request::Check { dir } => Ok(Reply::Checked(Checked {
-                tensors: self.loaded()?.check(&dir)?,
-                own_reference: false,
-            })),
-            Request::Compare {
-                dir,
-                reference,
-                tensors,
-            } => compare(&dir, &reference, tensors),
-            Request::Run {} => Ok(Reply::Ran(self.loaded()?.step())),
-            Request::Profile {} => Ok(profile(self.loaded()?)),
+            _ => {}
+        }
+        let (contender, workload) = self.workload.as_mut().context("nothing was loaded")?;
+        Ok(match request {
+            Request::Check { dir } => {
+                create(&dir)?;
+                Reply::Checked(Checked {
+                    tensors: workload.check(&dir)?,
+                    own_reference: false,
+                })
+            }
+            Request::Profile {} => profile(workload.as_mut()),
             Request::Memory {} => {
-                let allocator = self.allocator;
+                let memory = workload.memory(self.allocator);
                 // What Burn's gradient checkpointing leaves out is in no list.
-                let is_listed = self.contender != Some(Contender::UnfusedCheckpointed);
-                let workload = self.loaded()?;
-                let memory = workload.memory(allocator);
-                Ok(Reply::Measured(StepMemory {
+                let is_listed = *contender != Contender::UnfusedCheckpointed;
+                Reply::Measured(StepMemory {
                     saved: is_listed.then(|| workload.saved()),
                     ..memory
-                }))
+                })
             }
-        }
-    }
-
-    fn loaded(&mut self) -> Result<&mut (dyn Workload + 'static)> {
-        let workload = self.workload.as_deref_mut();
-        workload.context("nothing was loaded")
+            _ => Reply::Ran(workload.step()),
+        })
     }
 }
 
-/// Draws the data of an entry from a seed, and writes them to a folder.
-fn prepare(work: &Work, seed: u64, folder: &Path) -> Result<()> {
-    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    match work {
-        Work::Layer(layer) => layer::prepare(layer, seed, folder),
-        Work::Network(network) => network::prepare(network, seed, folder),
-        Work::Classifier(classifier) => classifier::prepare(classifier, seed, folder),
-    }
+fn create(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))
 }
 
 /// An entry in the form of a contender, with its data, on the device of that name, in a precision.
 fn load(
-    entry: &Entry,
+    work: &Work,
     contender: Contender,
     device: &str,
     precision: Precision,
@@ -125,27 +117,27 @@ fn load(
 ) -> Result<Box<dyn Workload>> {
     let device = open(contender, device, precision)?;
     let computing = Computing::new(precision);
-    let workload: Box<dyn Workload> = match &entry.work {
-        Work::Layer(layer) => Box::new(LayerWork::load(layer, contender, computing, device, data)?),
-        Work::Network(network) => Box::new(NetworkWork::load(
-            network, contender, computing, device, data,
-        )?),
-        Work::Classifier(classifier) => Box::new(ClassifierWork::load(
-            classifier, contender, computing, device, data,
-        )?),
+    let spec: Spec = match work {
+        Work::Layer(layer) => {
+            let work = LayerWork::load(layer, contender, computing, device, data)?;
+            return Ok(Box::new(work));
+        }
+        Work::Network(network) => network.into(),
+        Work::Classifier(classifier) => classifier.into(),
     };
-    Ok(workload)
+    let work = NetworkWork::load(spec, contender, computing, device, data)?;
+    Ok(Box::new(work))
 }
 
 /// The kernels of a step, where there are any.
 fn profile(workload: &mut dyn Workload) -> Reply {
     #[cfg(feature = "cubecl")]
     {
-        let profile = kernels::profile(|| {
+        let kernels = kernels::profile(|| {
             workload.step();
         });
-        if !profile.kernels.is_empty() {
-            return Reply::Profiled(profile);
+        if !kernels.is_empty() {
+            return Reply::Profiled { kernels };
         }
     }
     let _ = workload;
@@ -154,141 +146,122 @@ fn profile(workload: &mut dyn Workload) -> Reply {
     }
 }
 
-fn compare(folder: &Path, reference: &Path, tensors: Vec<String>) -> Result<Reply> {
-    let compare = |name: String| -> Result<TensorError> {
-        let error = relative_error(&read(folder, &name)?, &read(reference, &name)?);
-        Ok(TensorError { name, error })
-    };
-    let tensors = tensors.into_iter().map(compare).collect::<Result<_>>()?;
-    Ok(Reply::Compared { tensors })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn_conv_bn_bench::catalogue::{Architecture, Classifier, Layer, Network};
+    use burn_conv_bn_bench::catalogue::{Architecture, Classifier, Entry, Layer, Network};
     use burn_conv_bn_bench::device::FLEX;
+    use burn_conv_bn_bench::protocol::Engine;
+    use burn_conv_bn_bench::tensor_file::{read, relative_error};
+    use burn_conv_bn_train::device::DeviceChoice;
+    use burn_conv_bn_train::job;
+    use tempfile::TempDir;
 
     static ALLOCATOR: CountingAllocator = CountingAllocator::new();
-
-    const OURS: [Contender; 4] = [
-        Contender::Fused,
-        Contender::Never,
-        Contender::Unfused,
-        Contender::UnfusedCheckpointed,
-    ];
 
     /// Less than the catalogue's: the sums of these sizes are short.
     const LAYER_TOLERANCE: f64 = 1e-4;
 
-    fn small_layer(input_grad: bool) -> Entry {
+    fn small_layer(input_grad: bool) -> Work {
+        Work::Layer(Layer {
+            batch: 3,
+            channels: [4, 6],
+            size: 9,
+            kernel: 3,
+            stride: 2,
+            padding: 1,
+            groups: 2,
+            input_grad,
+        })
+    }
+
+    const NETWORK: Work = Work::Network(Network { batch: 4 });
+
+    fn small_classifier(architecture: Architecture) -> Work {
+        Work::Classifier(Classifier {
+            architecture,
+            batch: 4,
+            size: 64,
+        })
+    }
+
+    fn entry(work: &Work) -> Entry {
         Entry {
-            id: "layer".to_string(),
-            work: Work::Layer(Layer {
-                batch: 3,
-                channels: [4, 6],
-                size: 9,
-                kernel: 3,
-                stride: 2,
-                padding: 1,
-                groups: 2,
-                input_grad,
-            }),
+            id: "entry".to_string(),
+            work: work.clone(),
         }
     }
 
-    fn small_network() -> Entry {
-        Entry {
-            id: "network".to_string(),
-            work: Work::Network(Network { batch: 4 }),
-        }
-    }
-
-    fn small_classifier(architecture: Architecture) -> Entry {
-        Entry {
-            id: "classifier".to_string(),
-            work: Work::Classifier(Classifier {
-                architecture,
-                batch: 4,
-                size: 64,
-            }),
-        }
-    }
-
-    /// Checks every contender of Burn against the unfused one, by the protocol alone.
-    fn check_all(entry: &Entry, precision: Precision, tolerance: f64) -> Vec<String> {
+    /// A folder with the data of an entry.
+    fn drawn(work: &Work, seed: u64) -> TempDir {
         let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str| folder.path().join(name);
+        let prepare = Request::Prepare {
+            entry: entry(work),
+            seed,
+            data_dir: folder.path().join("data"),
+        };
+        let done = Session::new(&ALLOCATOR).answer(prepare).unwrap();
+        assert_eq!(done, Reply::Done {});
+        folder
+    }
+
+    fn loaded(work: &Work, variant: Contender, precision: Precision, folder: &TempDir) -> Session {
         let mut session = Session::new(&ALLOCATOR);
-        let done = session.answer(Request::Prepare {
-            entry: entry.clone(),
-            seed: 1,
-            data_dir: path("data"),
-        });
-        assert_eq!(done.unwrap(), Reply::Done {});
+        let load = Request::Load {
+            entry: entry(work),
+            variant,
+            device: FLEX.to_string(),
+            precision,
+            data_dir: folder.path().join("data"),
+            threads: 1,
+        };
+        assert_eq!(session.answer(load).unwrap(), Reply::Done {});
+        session
+    }
+
+    /// Checks every contender of Burn against the unfused one. Returns the names of the results.
+    fn check_all(work: &Work, precision: Precision, tolerance: f64) -> Vec<String> {
+        let folder = drawn(work, 1);
+        let dir = |contender: Contender| folder.path().join(contender.to_string());
         let mut names = Vec::new();
-        for variant in OURS {
-            let load = Request::Load {
-                entry: entry.clone(),
-                variant,
-                device: FLEX.to_string(),
-                precision,
-                data_dir: path("data"),
-                threads: 1,
+        for contender in Contender::of(Engine::Burn) {
+            let mut session = loaded(work, contender, precision, &folder);
+            let check = Request::Check {
+                dir: dir(contender),
             };
-            session.answer(load).unwrap();
-            let dir = path(variant.name());
-            let Ok(Reply::Checked(checked)) = session.answer(Request::Check { dir }) else {
-                panic!("{variant} did not check");
+            let Reply::Checked(checked) = session.answer(check).unwrap() else {
+                panic!("{contender} did not check");
             };
             assert!(!checked.own_reference);
             names = checked.tensors;
         }
-        for variant in OURS {
-            let compare = Request::Compare {
-                dir: path(variant.name()),
-                reference: path("unfused"),
-                tensors: names.clone(),
-            };
-            let Ok(Reply::Compared { tensors }) = session.answer(compare) else {
-                panic!("{variant} cannot be compared");
-            };
-            assert_eq!(tensors.len(), names.len());
-            for tensor in tensors {
-                let error = tensor.error.unwrap_or(f64::INFINITY);
-                assert!(error <= tolerance, "{variant}, {}: {error:e}", tensor.name);
+        for contender in Contender::of(Engine::Burn) {
+            for name in &names {
+                let [values, reference] =
+                    [contender, Contender::Unfused].map(|c| read(&dir(c), name).unwrap());
+                let error = relative_error(&values, &reference).unwrap_or(f64::INFINITY);
+                assert!(error <= tolerance, "{contender}, {name}: {error:e}");
             }
         }
         names
     }
 
-    /// As in the benchmark.
-    fn check(entry: &Entry, precision: Precision) -> Vec<String> {
-        check_all(entry, precision, entry.work.tolerance(FLEX, precision))
+    /// The same with the catalogue's tolerance.
+    fn check(work: &Work, precision: Precision) -> Vec<String> {
+        check_all(work, precision, work.tolerance(FLEX, precision))
     }
 
     #[test]
     fn all_forms_agree_in_mixed_precision() {
         for precision in [Precision::F16, Precision::Bf16] {
-            for entry in [
+            for work in [
                 small_layer(true),
-                small_network(),
+                NETWORK,
                 small_classifier(Architecture::ResNet18),
             ] {
-                assert!(check(&entry, precision).len() >= 4);
+                assert!(check(&work, precision).len() >= 4);
             }
         }
-    }
-
-    #[test]
-    fn what_a_device_does_not_compute_in_is_unavailable() {
-        let lacking = DeviceError::Precision {
-            device: "webgpu",
-            dtype: "bf16",
-        };
-        assert!(matches!(explain(lacking.into()), Reply::Unavailable { .. }));
-        let missing = DeviceError::NotFound("cuda");
-        assert!(matches!(explain(missing.into()), Reply::Failed { .. }));
     }
 
     #[test]
@@ -296,52 +269,67 @@ mod tests {
         let names = check_all(&small_layer(true), Precision::F32, LAYER_TOLERANCE);
         let wanted = [
             "output",
-            "input_grad",
             "weight_grad",
             "gamma_grad",
             "beta_grad",
+            "input_grad",
         ];
         assert_eq!(names, wanted);
         // A first layer's input has no gradient.
         let names = check_all(&small_layer(false), Precision::F32, LAYER_TOLERANCE);
-        assert!(!names.contains(&"input_grad".to_string()), "{names:?}");
+        assert_eq!(names, wanted[..4]);
     }
 
     #[test]
-    fn all_forms_of_the_network_agree() {
-        let network = small_network();
-        let names = check(&network, Precision::F32);
-        assert_eq!(names.len(), 8, "{names:?}");
-        assert_eq!(names[..2], ["log_probabilities", "loss"]);
-    }
-
-    #[test]
-    fn all_forms_of_a_classifier_agree() {
-        for architecture in [Architecture::ResNet18, Architecture::MobileNetV2] {
-            let classifier = small_classifier(architecture);
-            let names = check(&classifier, Precision::F32);
+    fn all_forms_of_the_networks_agree() {
+        let names = check(&NETWORK, Precision::F32);
+        let wanted = [
+            "log_probabilities",
+            "loss",
+            "conv1.weight_grad",
+            "conv2.weight_grad",
+            "fc1.weight_grad",
+            "fc1.bias_grad",
+            "fc2.weight_grad",
+            "fc2.bias_grad",
+        ];
+        assert_eq!(names, wanted);
+        for architecture in [
+            Architecture::ResNet18,
+            Architecture::MobileNetV2,
+            Architecture::DenseNet121,
+        ] {
+            let names = check(&small_classifier(architecture), Precision::F32);
             assert_eq!(names[..2], ["logits", "loss"]);
             assert_eq!(names[2..], ["norms_and_biases_grad", "weight_grad_norms"]);
         }
     }
 
-    /// What each contender says that it keeps.
-    fn saved(entry: &Entry, precision: Precision) -> [Option<u64>; 4] {
-        let folder = tempfile::tempdir().unwrap();
-        prepare(&entry.work, 5, folder.path()).unwrap();
-        OURS.map(|variant| {
-            let mut session = Session::new(&ALLOCATOR);
-            let load = Request::Load {
-                entry: entry.clone(),
-                variant,
-                device: FLEX.to_string(),
-                precision,
-                data_dir: folder.path().to_path_buf(),
-                threads: 1,
-            };
-            session.answer(load).unwrap();
+    #[test]
+    fn what_a_device_does_not_compute_in_is_unavailable() {
+        let lacking = DeviceError::Precision {
+            device: DeviceChoice::Webgpu,
+            precision: job::Precision::BF16,
+        };
+        assert!(matches!(explain(lacking.into()), Reply::Unavailable { .. }));
+        let missing = DeviceError::NotFound(DeviceChoice::Cuda);
+        assert!(matches!(explain(missing.into()), Reply::Failed { .. }));
+    }
+
+    /// What the fused form, the one that never recomputes, the unfused and the checkpointed one say
+    /// that they keep.
+    fn saved(work: &Work, precision: Precision) -> [Option<u64>; 4] {
+        let folder = drawn(work, 5);
+        [
+            Contender::Fused,
+            Contender::Never,
+            Contender::Unfused,
+            Contender::UnfusedCheckpointed,
+        ]
+        .map(|contender| {
+            let mut session = loaded(work, contender, precision, &folder);
             let Ok(Reply::Measured(memory)) = session.answer(Request::Memory {}) else {
-                panic!("{variant} did not measure");
+                panic!("{contender} did not measure");
             };
             memory.saved
         })
@@ -382,7 +370,7 @@ mod tests {
         let never = fused + first + second;
         let unfused = 3 * first + 3 * second + 2 * pooled + rest;
         let wanted = [Some(fused), Some(never), Some(unfused), None];
-        assert_eq!(saved(&small_network(), Precision::F32), wanted);
+        assert_eq!(saved(&NETWORK, Precision::F32), wanted);
 
         let [fused, never, unfused, checkpointed] =
             saved(&small_classifier(Architecture::ResNet18), Precision::F32);
@@ -392,18 +380,18 @@ mod tests {
 
     #[test]
     fn steps_are_timed_in_their_parts() {
-        for (entry, optimizer) in [
+        for (work, optimizer) in [
             (small_layer(true), false),
-            (small_network(), true),
+            (NETWORK, true),
             (small_classifier(Architecture::ResNet18), true),
         ] {
-            let folder = tempfile::tempdir().unwrap();
-            prepare(&entry.work, 2, folder.path()).unwrap();
-            for contender in OURS {
-                let mut workload =
-                    load(&entry, contender, FLEX, Precision::F32, folder.path()).unwrap();
+            let folder = drawn(&work, 2);
+            for contender in Contender::of(Engine::Burn) {
+                let mut session = loaded(&work, contender, Precision::F32, &folder);
                 for _ in 0..2 {
-                    let step = workload.step();
+                    let Ok(Reply::Ran(step)) = session.answer(Request::Run {}) else {
+                        panic!("{contender} did not run");
+                    };
                     assert!(step.forward_ms > 0.0 && step.backward_ms > 0.0, "{step:?}");
                     assert_eq!(step.optimizer_ms.is_some(), optimizer, "{step:?}");
                 }
@@ -413,41 +401,40 @@ mod tests {
 
     #[test]
     fn the_same_seed_gives_the_same_data() {
-        for entry in [small_layer(true), small_network()] {
-            let read = |seed: u64| {
-                let folder = tempfile::tempdir().unwrap();
-                prepare(&entry.work, seed, folder.path()).unwrap();
-                let mut files: Vec<_> = fs::read_dir(folder.path())
-                    .unwrap()
-                    .map(|file| file.unwrap().path())
-                    .collect();
-                files.sort();
-                let contents = files.iter().map(|path| fs::read(path).unwrap());
-                contents.collect::<Vec<_>>()
-            };
-            let first = read(7);
-            assert!(first.len() > 4);
-            assert_eq!(first, read(7));
-            assert_ne!(first, read(8));
-        }
+        let read = |seed: u64| {
+            let folder = drawn(&small_layer(true), seed);
+            let names = ["input", "weight", "gamma", "beta", "upstream"];
+            names.map(|name| read(&folder.path().join("data"), name).unwrap())
+        };
+        let first = read(7);
+        assert_eq!(first, read(7));
+        assert_ne!(first, read(8));
     }
 
     #[test]
     fn what_is_not_ours_is_refused() {
-        let mut session = Session::new(&ALLOCATOR);
-        assert!(session.answer(Request::Run {}).is_err());
-        let folder = tempfile::tempdir().unwrap();
-        let entry = small_layer(true);
-        prepare(&entry.work, 3, folder.path()).unwrap();
-        let error = load(
-            &entry,
-            Contender::Eager,
-            FLEX,
-            Precision::F32,
-            folder.path(),
-        )
-        .err()
-        .unwrap();
-        assert!(error.to_string().contains("eager"), "{error:#}");
+        let error = Session::new(&ALLOCATOR).answer(Request::Run {});
+        assert!(
+            error
+                .unwrap_err()
+                .to_string()
+                .contains("nothing was loaded")
+        );
+        let layer = small_layer(true);
+        let folder = drawn(&layer, 3);
+        let data = folder.path().join("data");
+        let eager = load(&layer, Contender::Eager, FLEX, Precision::F32, &data);
+        assert!(eager.err().unwrap().to_string().contains("eager"));
+        // Data that are not those of the entry.
+        let loaded = load(&NETWORK, Contender::Fused, FLEX, Precision::F32, &data);
+        assert!(loaded.err().unwrap().to_string().contains("images.f32"));
+        let images = data.join("input.f32");
+        fs::write(images, [0; 4]).unwrap();
+        let loaded = load(&layer, Contender::Fused, FLEX, Precision::F32, &data);
+        let error = loaded.err().unwrap().to_string();
+        assert!(
+            error.contains("input has 1 values instead of 972"),
+            "{error}"
+        );
     }
 }

@@ -2,24 +2,10 @@
 
 use std::path::Path;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow, ensure};
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
-
-use crate::files::{read, tensor_file, write};
-
-/// Reads a tensor's values, of which there must be so many.
-pub fn values(folder: &Path, name: &str, count: usize) -> Result<Vec<f32>> {
-    let values = read(folder, name)?;
-    if values.len() != count {
-        bail!(
-            "{} holds {} values instead of {count}",
-            tensor_file(folder, name).display(),
-            values.len()
-        );
-    }
-    Ok(values)
-}
+use burn_conv_bn_bench::tensor_file::{read, write};
 
 /// Reads a tensor.
 pub fn tensor<const D: usize>(
@@ -28,7 +14,12 @@ pub fn tensor<const D: usize>(
     shape: [usize; D],
     device: &Device,
 ) -> Result<Tensor<D>> {
-    let values = values(folder, name, shape.iter().product())?;
+    let values = read(folder, name)?;
+    let (found, wanted) = (values.len(), shape.iter().product::<usize>());
+    ensure!(
+        found == wanted,
+        "{name} has {found} values instead of {wanted}"
+    );
     Ok(Tensor::from_data(TensorData::new(values, shape), device))
 }
 

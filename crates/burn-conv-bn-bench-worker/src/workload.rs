@@ -3,70 +3,91 @@
 use std::path::Path;
 
 use anyhow::Result;
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Gradients, Tensor};
 use burn_conv_bn::{Recompute, SavedTensor};
 use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_models::Form;
 
-use crate::device::is_cube;
+use crate::device::{Stopwatch, is_cube};
+use crate::meter::Meter;
+
+/// The results of forward and backward: the gradients, and a layer's output, which stays alive as the
+/// input of the next layer would.
+pub type Passed = (Gradients, Option<Tensor<4>>);
 
 /// An entry in the form of one contender.
 pub trait Workload {
-    /// Runs forward and backward once, without dropout, and writes the results. Returns their
-    /// names.
+    /// Runs forward and backward once, without dropout, and writes the results to a folder. Returns
+    /// their names.
     fn check(&self, folder: &Path) -> Result<Vec<String>>;
 
-    /// Runs one timed step.
-    fn step(&mut self) -> StepTime;
+    /// Runs forward, `forward_end` with its output alive, and backward, over the data or over a few
+    /// small images, which start thread pools and bring code into memory.
+    fn pass(&self, is_small: bool, forward_end: &mut dyn FnMut()) -> Passed;
+
+    /// Runs the optimizer, if there is one, and says whether there is.
+    fn optimize(&mut self, grads: Gradients) -> bool;
 
     /// Where it computes.
     fn device(&self) -> &Device;
 
-    /// A small step that starts thread pools and brings code into memory.
-    fn warm_up(&self);
-
-    /// Measures forward and backward.
-    fn measure(&self, allocator: &'static CountingAllocator) -> StepMemory;
-
-    /// Measures a step after one that pays the one-time costs. CubeCL's devices compile and tune
-    /// kernels for each shape, so there it is a step of the full size.
-    fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory {
-        if is_cube(self.device()) {
-            self.measure(allocator);
-        } else {
-            self.warm_up();
-        }
-        self.measure(allocator)
-    }
-
     /// Bytes that its layers list as kept for the backward pass, as [`StepMemory::saved`].
     fn saved(&self) -> u64;
+
+    /// Runs one timed step.
+    fn step(&mut self) -> StepTime {
+        let mut watch = Stopwatch::start(self.device());
+        let mut forward_ms = 0.0;
+        let (grads, output) = self.pass(false, &mut || forward_ms = watch.lap());
+        let backward_ms = watch.lap();
+        let has_optimizer = self.optimize(grads);
+        let optimizer_ms = watch.lap();
+        drop(output);
+        StepTime {
+            forward_ms,
+            backward_ms,
+            optimizer_ms: has_optimizer.then_some(optimizer_ms),
+        }
+    }
+
+    /// Measures forward and backward after a pass that pays the one-time costs. CubeCL's devices
+    /// compile and tune kernels for each shape, so there it is one of the full size. The optimizer is
+    /// left out: by then the activations are gone, and its state stays.
+    fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory {
+        drop(self.pass(!is_cube(self.device()), &mut || {}));
+        let mut meter = Meter::start(self.device(), allocator);
+        let passed = self.pass(false, &mut || meter.forward_end());
+        let memory = meter.finish();
+        drop(passed);
+        memory
+    }
 }
 
 /// The form of a contender's blocks.
 pub fn form(contender: Contender) -> Form {
     match contender {
-        Contender::Fused | Contender::Never => Form::Fused,
-        _ => Form::Unfused,
+        Contender::Unfused | Contender::UnfusedCheckpointed => Form::Unfused,
+        _ => Form::Fused,
     }
 }
 
-/// The recompute setting of a contender's fused blocks.
+/// The recompute setting of a contender's fused blocks, where [`chain_ends`] does not say otherwise.
 pub fn recompute(contender: Contender) -> Recompute {
     match contender {
         Contender::Never => Recompute::Never,
+        Contender::NormConv | Contender::NormNever => Recompute::Norm,
         _ => Recompute::Conv,
     }
 }
 
-/// Mean of the images' negative log-likelihoods, as in `burn-conv-bn-train`.
-pub fn loss(log_probabilities: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
-    log_probabilities
-        .gather(1, targets.unsqueeze_dim::<2>(1))
-        .squeeze_dim::<1>(1)
-        .neg()
-        .mean()
+/// The recompute setting at the ends of a network's chains, if those inside are rebuilt.
+pub fn chain_ends(contender: Contender) -> Option<Recompute> {
+    match contender {
+        Contender::NormConv => Some(Recompute::Conv),
+        Contender::NormNever => Some(Recompute::Never),
+        _ => None,
+    }
 }
 
 /// Bytes of the saved tensors that are not shared: each buffer once, without parameters and images.

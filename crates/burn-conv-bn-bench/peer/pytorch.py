@@ -14,8 +14,9 @@ tutorial    The custom function of the tutorial "Fusing Convolution and Batch No
             Function", with stride, padding and groups added. Its norm is another than everybody
             else's and has no scale and shift, so it is checked against its own formula, and is not
             there for torchvision's networks.
-checkpoint  PyTorch's own layers, each block under torch.utils.checkpoint. In ResNets and
-            MobileNetV2 that is a residual block, which keeps its input alone, as one does there;
+checkpoint  PyTorch's own layers, each block under torch.utils.checkpoint. In ResNets,
+            MobileNetV2 and EfficientNet that is a residual block, which keeps its input alone, as one does
+            there; in DenseNet a dense layer, which keeps the outputs before it;
             elsewhere one convolution with its norm and activation.
 """
 
@@ -262,11 +263,13 @@ class Net(nn.Module):
 
 # --- Torchvision's networks -----------------------------------------------------------------
 #
-# ResNet (version 1.5), VGG with batch norm and MobileNetV2, without dropout. Modules are in the
-# order in which Burn's networks are visited, which is that of the file of their parameters.
+# ResNet (version 1.5), VGG with batch norm, MobileNetV2, EfficientNet and DenseNet, without dropout and
+# stochastic depth. Modules are in the order in which Burn's networks are visited, which is that of the file of
+# their parameters.
 
 CLASSES = 1000
 RELU6 = partial(F.relu6, inplace=True)
+SILU = partial(F.silu, inplace=True)
 
 
 def conv(channels, kernel, stride=1, **options):
@@ -370,11 +373,109 @@ def mobilenet_v2(keep):
     return Classifier(features, 1, [1280, CLASSES])
 
 
+class SqueezeExcitation(nn.Module):
+    def __init__(self, channels, squeezed):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, squeezed, 1)
+        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x):
+        gate = self.fc2(SILU(self.fc1(F.adaptive_avg_pool2d(x, 1))))
+        return x * torch.sigmoid(gate)
+
+
+def efficientnet_b0(keep):
+    def inverted_residual(channels_in, channels, expansion, kernel, stride):
+        inner = channels_in * expansion
+        expand = [conv([channels_in, inner], 1, activation=SILU)] if expansion != 1 else []
+        depthwise = conv([inner, inner], kernel, stride, groups=inner, activation=SILU)
+        squeeze = SqueezeExcitation(inner, channels_in // 4)
+        project = conv([inner, channels], 1, activation=None)
+        adds = stride == 1 and channels_in == channels
+        blocks = [*expand, depthwise, squeeze, project]
+        return keep(Chain(blocks, nn.Identity() if adds else None))
+
+    features = [keep(conv([3, 32], 3, 2, activation=SILU))]
+    channels_in = 32
+    # Expansion, kernel, stride of the first block, output channels, number of blocks.
+    for expansion, kernel, first_stride, channels, count in (
+        (1, 3, 1, 16, 1),
+        (6, 3, 2, 24, 2),
+        (6, 5, 2, 40, 2),
+        (6, 3, 2, 80, 3),
+        (6, 5, 1, 112, 3),
+        (6, 5, 2, 192, 4),
+        (6, 3, 1, 320, 1),
+    ):
+        for index in range(count):
+            stride = first_stride if index == 0 else 1
+            features.append(inverted_residual(channels_in, channels, expansion, kernel, stride))
+            channels_in = channels
+    features.append(keep(conv([channels_in, 1280], 1, activation=SILU)))
+    return Classifier(features, 1, [1280, CLASSES])
+
+
+class Normalized(nn.Module):
+    """Batch norm and ReLU."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, eps=EPSILON)
+
+    def forward(self, x):
+        return F.relu_(self.norm(x))
+
+
+class DenseLayer(nn.Module):
+    """Norm of all outputs before, 1x1 convolution with the norm behind it, 3x3 convolution."""
+
+    def __init__(self, channels, growth):
+        super().__init__()
+        self.norm1 = Normalized(channels)
+        self.conv1 = conv([channels, 4 * growth], 1)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, outputs):
+        return self.conv2(self.conv1(self.norm1(torch.cat(outputs, 1))))
+
+
+class DenseBlock(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        outputs = [x]
+        for layer in self.layers:
+            outputs.append(layer(list(outputs)))
+        return torch.cat(outputs, 1)
+
+
+def densenet121(keep):
+    growth = 32
+    channels = 2 * growth
+    features = [keep(conv([3, channels], 7, 2)), nn.MaxPool2d(3, 2, 1)]
+    for index, count in enumerate((6, 12, 24, 16)):
+        if index > 0:
+            features.append(Normalized(channels))
+            features.append(nn.Conv2d(channels, channels // 2, 1, bias=False))
+            features.append(nn.AvgPool2d(2))
+            channels //= 2
+        layers = [keep(DenseLayer(channels + layer * growth, growth)) for layer in range(count)]
+        features.append(DenseBlock(layers))
+        channels += count * growth
+    features.append(Normalized(channels))
+    return Classifier(features, 1, [channels, CLASSES])
+
+
 ARCHITECTURES = {
     "resnet18": lambda keep: resnet(keep, 1, (2, 2, 2, 2)),
     "resnet50": lambda keep: resnet(keep, 4, (3, 4, 6, 3)),
+    "resnet101": lambda keep: resnet(keep, 4, (3, 4, 23, 3)),
     "vgg16_bn": lambda keep: vgg(keep, (2, 2, 3, 3, 3)),
     "mobilenet_v2": mobilenet_v2,
+    "efficientnet_b0": efficientnet_b0,
+    "densenet121": densenet121,
 }
 
 

@@ -88,6 +88,15 @@ pub enum Architecture {
     /// MobileNetV2.
     #[serde(rename = "mobilenet_v2")]
     MobileNetV2,
+    /// ResNet-101, version 1.5.
+    #[serde(rename = "resnet101")]
+    ResNet101,
+    /// EfficientNet-B0.
+    #[serde(rename = "efficientnet_b0")]
+    EfficientNetB0,
+    /// DenseNet-121.
+    #[serde(rename = "densenet121")]
+    DenseNet121,
 }
 
 /// The whole catalogue; with smaller batches, and smaller images of the classifiers, if `quick`.
@@ -140,6 +149,9 @@ pub fn catalogue(quick: bool) -> Vec<Entry> {
         classifier("resnet50", Architecture::ResNet50, 8),
         classifier("vgg16-bn", Architecture::Vgg16Bn, 4),
         classifier("mobilenet-v2", Architecture::MobileNetV2, 16),
+        classifier("resnet101", Architecture::ResNet101, 8),
+        classifier("efficientnet-b0", Architecture::EfficientNetB0, 16),
+        classifier("densenet121", Architecture::DenseNet121, 8),
     ]
 }
 
@@ -148,60 +160,6 @@ fn shrunk(batch: usize, quick: bool) -> usize {
         true => batch / QUICK_DIVISOR,
         false => batch,
     }
-}
-
-/// Which entries to run.
-#[derive(Clone, Debug, Default)]
-pub struct Selection {
-    /// Their ids; all if empty.
-    pub only: Vec<String>,
-    /// Whether layers alone were asked for.
-    pub layers: bool,
-    /// Whether networks alone were asked for. With `layers`, both.
-    pub networks: bool,
-}
-
-/// An id that no entry has.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UnknownEntry {
-    /// What was asked for.
-    pub id: String,
-    /// What there is.
-    pub known: Vec<String>,
-}
-
-impl fmt::Display for UnknownEntry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let known = self.known.join(", ");
-        write!(f, "there is no entry {:?}; there are {known}", self.id)
-    }
-}
-
-impl std::error::Error for UnknownEntry {}
-
-/// The selected entries, in the catalogue's order.
-///
-/// # Errors
-///
-/// The first id that no entry has.
-pub fn select(catalogue: Vec<Entry>, selection: &Selection) -> Result<Vec<Entry>, UnknownEntry> {
-    let unknown = |id: &&String| !catalogue.iter().any(|entry| entry.id == **id);
-    if let Some(id) = selection.only.iter().find(unknown) {
-        return Err(UnknownEntry {
-            id: id.clone(),
-            known: catalogue.into_iter().map(|entry| entry.id).collect(),
-        });
-    }
-    let any_kind = selection.layers == selection.networks;
-    let wanted = |entry: &Entry| {
-        let kind = match entry.work {
-            Work::Layer(_) => selection.layers,
-            Work::Network(_) | Work::Classifier(_) => selection.networks,
-        };
-        let named = selection.only.is_empty() || selection.only.contains(&entry.id);
-        named && (kind || any_kind)
-    };
-    Ok(catalogue.into_iter().filter(wanted).collect())
 }
 
 impl Layer {
@@ -358,6 +316,9 @@ impl fmt::Display for Classifier {
             Architecture::ResNet50 => "ResNet-50",
             Architecture::Vgg16Bn => "VGG-16-BN",
             Architecture::MobileNetV2 => "MobileNetV2",
+            Architecture::ResNet101 => "ResNet-101",
+            Architecture::EfficientNetB0 => "EfficientNet-B0",
+            Architecture::DenseNet121 => "DenseNet-121",
         };
         write!(f, "{name}, batch {} at {}", self.batch, self.size)
     }
@@ -372,21 +333,14 @@ impl fmt::Display for Network {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn ids(selection: &Selection) -> Vec<String> {
-        let entries = select(catalogue(false), selection).unwrap();
-        entries.into_iter().map(|entry| entry.id).collect()
-    }
+    use std::collections::BTreeSet;
 
     #[test]
     fn ids_are_unique_and_stay_under_quick() {
-        let all = ids(&Selection::default());
-        let quick: Vec<String> = catalogue(true).into_iter().map(|entry| entry.id).collect();
-        assert_eq!(all, quick);
-        let mut sorted = all.clone();
-        sorted.sort();
-        sorted.dedup();
-        assert_eq!(sorted.len(), all.len());
+        let ids = |quick| catalogue(quick).into_iter().map(|entry| entry.id);
+        assert!(ids(false).eq(ids(true)));
+        let unique: BTreeSet<String> = ids(false).collect();
+        assert_eq!(unique.len(), ids(false).count());
     }
 
     #[test]
@@ -396,44 +350,6 @@ mod tests {
             assert_eq!(work.batch(), 77);
             assert_eq!(work.with_batch(entry.work.batch()), entry.work);
         }
-    }
-
-    #[test]
-    fn selects_by_id_and_by_kind() {
-        let only = |names: &[&str]| names.iter().map(|name| name.to_string()).collect();
-        let named = Selection {
-            only: only(&["net-256", "dw"]),
-            ..Selection::default()
-        };
-        assert_eq!(ids(&named), ["dw", "net-256"]);
-        let layers = Selection {
-            layers: true,
-            ..named.clone()
-        };
-        assert_eq!(ids(&layers), ["dw"]);
-        let networks = Selection {
-            networks: true,
-            ..Selection::default()
-        };
-        let networks_alone = ids(&networks);
-        assert_eq!(networks_alone[..3], ["net-256", "net-2048", "resnet18"]);
-        assert_eq!(networks_alone.len(), 6);
-        let both = Selection {
-            layers: true,
-            ..networks
-        };
-        assert_eq!(ids(&both).len(), 12);
-    }
-
-    #[test]
-    fn an_unknown_id_is_named_with_what_there_is() {
-        let selection = Selection {
-            only: vec!["k3".to_string(), "k33".to_string()],
-            ..Selection::default()
-        };
-        let error = select(catalogue(false), &selection).unwrap_err();
-        assert_eq!(error.id, "k33");
-        assert!(error.to_string().contains("k3-s2, k7-s2, dw"), "{error}");
     }
 
     #[test]
@@ -457,6 +373,9 @@ mod tests {
                 "ResNet-50, batch 8 at 224",
                 "VGG-16-BN, batch 4 at 224",
                 "MobileNetV2, batch 16 at 224",
+                "ResNet-101, batch 8 at 224",
+                "EfficientNet-B0, batch 16 at 224",
+                "DenseNet-121, batch 8 at 224",
             ]
         );
         let quick = catalogue(true);

@@ -1,17 +1,14 @@
-//! Names of the devices that Burn's contenders compute on.
-//!
-//! PyTorch's compute on the same kind of device, where they have one.
+//! Names of the devices that contenders compute on, each that of Burn's feature for it.
 
 /// The CPU, through Burn's Flex: the default, and the only device that computes at once. All others
-/// are CubeCL's, which compile kernels when they first run, try several, and do the work later than
-/// they are told to.
+/// are CubeCL's, which compile and try kernels when they first run, and work asynchronously.
 pub const FLEX: &str = "flex";
 
 /// An NVIDIA GPU.
 pub const CUDA: &str = "cuda";
 
-/// Any GPU, through wgpu and its own shading language, WGSL.
+/// Any GPU, through wgpu and WGSL.
 pub const WEBGPU: &str = "webgpu";
 
-/// All of them, each named as Burn's feature for it.
+/// All of them.
 pub const DEVICES: [&str; 8] = [FLEX, "cpu", CUDA, "metal", "rocm", "vulkan", WEBGPU, "wgpu"];

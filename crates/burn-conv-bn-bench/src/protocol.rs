@@ -1,8 +1,6 @@
 //! What the driver and a contender's process say to each other: a [`Request`] a line on the
-//! process's standard input, and a [`Reply`] a line on its standard output for each.
-//!
-//! Tensors pass between them in folders that requests name, the tensor `input` as the file
-//! `input.f32`: raw little-endian f32, without a header.
+//! process's standard input, and a [`Reply`] a line on its standard output for each. Tensors pass
+//! between them as [files](crate::tensor_file) in folders that requests name.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,11 +12,10 @@ use serde::{Deserialize, Serialize};
 use crate::catalogue::Entry;
 use crate::precision::Precision;
 
-/// Results of a check that a contender is to be compared with are in this folder of the check's
-/// own, if [`Checked::own_reference`] says so.
+/// Folder, in that of a check, with what the results should be if [`Checked::own_reference`].
 pub const OWN_REFERENCE: &str = "own";
 
-/// Who is timed.
+/// Who is timed, in the order of the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Contender {
@@ -26,6 +23,11 @@ pub enum Contender {
     Fused,
     /// The fused layer with `Recompute::Never`.
     Never,
+    /// Fused networks with `Recompute::Norm` inside chains and `Recompute::Conv` at their ends; a layer
+    /// alone with `Recompute::Norm`.
+    NormConv,
+    /// The same with `Recompute::Never` at the ends.
+    NormNever,
     /// Burn's own `Conv2d`, `BatchNorm` and ReLU: the reference of every check.
     Unfused,
     /// The same on a device with Burn's gradient checkpointing.
@@ -50,44 +52,25 @@ pub enum Engine {
 }
 
 impl Contender {
-    /// All of them, in the order of the tables.
-    pub const ALL: [Self; 8] = [
-        Self::Fused,
-        Self::Never,
-        Self::Unfused,
-        Self::UnfusedCheckpointed,
-        Self::Eager,
-        Self::Compile,
-        Self::Tutorial,
-        Self::Checkpoint,
-    ];
-
-    /// As in the protocol and the tables.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Fused => "fused",
-            Self::Never => "never",
-            Self::Unfused => "unfused",
-            Self::UnfusedCheckpointed => "unfused-checkpointed",
-            Self::Eager => "eager",
-            Self::Compile => "compile",
-            Self::Tutorial => "tutorial",
-            Self::Checkpoint => "checkpoint",
-        }
+    /// The contenders of an engine.
+    pub fn of(engine: Engine) -> impl Iterator<Item = Self> {
+        let all = Self::value_variants().iter().copied();
+        all.filter(move |contender| contender.engine() == engine)
     }
 
     /// What runs it.
     pub fn engine(self) -> Engine {
         match self {
-            Self::Fused | Self::Never | Self::Unfused | Self::UnfusedCheckpointed => Engine::Burn,
             Self::Eager | Self::Compile | Self::Tutorial | Self::Checkpoint => Engine::PyTorch,
+            _ => Engine::Burn,
         }
     }
 }
 
 impl fmt::Display for Contender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
+        let value = self.to_possible_value().ok_or(fmt::Error)?;
+        f.pad(value.get_name())
     }
 }
 
@@ -95,48 +78,38 @@ impl fmt::Display for Contender {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Which versions of what it would run on. Answered by [`Reply::Hello`].
+    /// Which versions of what it would run on.
     Hello {},
-    /// Draw an entry's data from a seed and write them to a folder, by the CPU whatever the device
-    /// of the contenders. For `bench-worker` alone; answered by [`Reply::Done`].
+    /// Draw an entry's data on the CPU and write them. For `bench-worker` alone; answered by
+    /// [`Reply::Done`].
     Prepare {
-        /// The entry.
+        /// What the data are for.
         entry: Entry,
-        /// The seed.
+        /// Seed of the data.
         seed: u64,
-        /// The folder.
+        /// Folder of the data.
         data_dir: PathBuf,
     },
     /// Become a contender and read the data. Answered by [`Reply::Done`].
     Load {
-        /// The entry.
+        /// What to run.
         entry: Entry,
         /// Which contender.
         variant: Contender,
-        /// Where to compute: one of [`DEVICES`](crate::device::DEVICES).
+        /// One of [`DEVICES`](crate::device::DEVICES).
         device: String,
         /// What to compute in.
         precision: Precision,
-        /// Where the data are.
+        /// Folder of the data.
         data_dir: PathBuf,
         /// Threads to compute with.
         threads: usize,
     },
-    /// Run forward and backward once, without dropout, and write the results to a folder.
-    /// Answered by [`Reply::Checked`].
+    /// Run forward and backward once, without dropout, and write the results. Answered by
+    /// [`Reply::Checked`].
     Check {
-        /// The folder.
+        /// Folder of the results.
         dir: PathBuf,
-    },
-    /// Compare tensors of two folders. For `bench-worker` alone; answered by
-    /// [`Reply::Compared`].
-    Compare {
-        /// The folder with the results.
-        dir: PathBuf,
-        /// The folder with what they should be.
-        reference: PathBuf,
-        /// Names of the tensors.
-        tensors: Vec<String>,
     },
     /// Run a timed step. Answered by [`Reply::Ran`].
     Run {},
@@ -152,26 +125,18 @@ pub enum Request {
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
     /// To [`Request::Hello`].
-    Hello {
-        /// Version by name.
-        versions: BTreeMap<String, String>,
-        /// The widest vectors that it computes with on this processor, if it can tell.
-        #[serde(default)]
-        vectors: Option<String>,
-    },
-    /// It was done, and there is nothing to say about it.
+    Hello(Software),
+    /// It was done.
     Done {},
     /// To [`Request::Check`].
     Checked(Checked),
-    /// To [`Request::Compare`].
-    Compared {
-        /// In the order of the request.
-        tensors: Vec<TensorError>,
-    },
     /// To [`Request::Run`].
     Ran(StepTime),
     /// To [`Request::Profile`].
-    Profiled(StepProfile),
+    Profiled {
+        /// The slowest first.
+        kernels: Vec<KernelTime>,
+    },
     /// To [`Request::Memory`].
     Measured(StepMemory),
     /// To anything: this machine lacks what that needs.
@@ -186,6 +151,16 @@ pub enum Reply {
     },
 }
 
+/// What a contender runs on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Software {
+    /// Version by name.
+    pub versions: BTreeMap<String, String>,
+    /// The widest vectors that it computes with on this processor, if known.
+    #[serde(default)]
+    pub vectors: Option<String>,
+}
+
 /// What a check wrote.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checked {
@@ -194,16 +169,6 @@ pub struct Checked {
     /// Whether it computes something else than the others, and wrote what that should be, by the
     /// framework's own differentiation, to [`OWN_REFERENCE`].
     pub own_reference: bool,
-}
-
-/// How far a result is off.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct TensorError {
-    /// Name of the tensor.
-    pub name: String,
-    /// Largest difference, relative to the reference's largest value; `None` where the two cannot
-    /// be compared, as for values that are not finite.
-    pub error: Option<f64>,
 }
 
 /// Time of one step.
@@ -224,57 +189,31 @@ impl StepTime {
     }
 }
 
-/// What a device did in one step.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct StepProfile {
-    /// Its kernels, the one that took longest first.
-    pub kernels: Vec<KernelTime>,
-}
-
 /// The launches of one kernel in a step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct KernelTime {
-    /// Its name.
+    /// Name of the kernel.
     pub name: String,
-    /// How often it was launched.
+    /// Number of launches.
     pub launches: usize,
     /// Milliseconds of the device, over all launches.
     pub ms: f64,
 }
 
-impl StepProfile {
-    /// The profile of kernels in any order.
-    pub fn new(mut kernels: Vec<KernelTime>) -> Self {
-        kernels.sort_by(|a, b| b.ms.total_cmp(&a.ms));
-        Self { kernels }
-    }
-
-    /// Milliseconds of the device, over all kernels.
-    pub fn busy_ms(&self) -> f64 {
-        self.kernels.iter().map(|kernel| kernel.ms).sum()
-    }
-
-    /// Launches of all kernels.
-    pub fn launches(&self) -> usize {
-        self.kernels.iter().map(|kernel| kernel.launches).sum()
-    }
-}
-
 /// Memory of one step, in bytes above the level just before its forward pass: data, parameters
 /// and the upstream gradient were there before. `None` is what cannot be had.
 ///
-/// The heap is the memory that the contender computes in: the host's, or that of a device's pool.
-/// With a pool the resident set tells nothing, and is left out.
+/// The heap is the memory that the contender computes in: the host's, or a device's pool, beside
+/// which the resident set says nothing and is left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepMemory {
     /// Resident set at the end of forward, with the output alive.
     pub resident_forward_end: Option<u64>,
     /// Largest resident set from the start of forward to the end of backward.
     pub resident_peak: Option<u64>,
-    /// As [`resident_forward_end`](Self::resident_forward_end), counted by the allocator or the
-    /// pool.
+    /// Bytes of the allocator or the pool at the end of forward.
     pub heap_forward_end: Option<u64>,
-    /// As [`resident_peak`](Self::resident_peak), counted by the allocator or the pool.
+    /// Most bytes of the allocator or the pool.
     pub heap_peak: Option<u64>,
     /// What the layers list as kept for the backward pass, each buffer once, without parameters and
     /// images. It follows from shapes, and leaves out what a network's other layers keep.
@@ -286,15 +225,16 @@ mod tests {
     use super::*;
     use crate::catalogue::catalogue;
 
+    const PEER: &str = include_str!("../peer/pytorch.py");
+
     fn json(message: &impl Serialize) -> String {
         serde_json::to_string(message).unwrap()
     }
 
     #[test]
     fn requests_are_what_peers_read() {
-        let entry = catalogue(false).remove(4);
         let load = Request::Load {
-            entry,
+            entry: catalogue(false).remove(4),
             variant: Contender::UnfusedCheckpointed,
             device: "flex".to_string(),
             precision: Precision::Bf16,
@@ -308,117 +248,70 @@ mod tests {
                 + r#""size":224,"kernel":7,"stride":2,"padding":3,"groups":1,"input_grad":false}}},"#
                 + r#""variant":"unfused-checkpointed","device":"flex","precision":"bf16","data_dir":"/data","threads":3}}"#
         );
-        assert_eq!(json(&Request::Hello {}), r#"{"hello":{}}"#);
-        assert_eq!(json(&Request::Memory {}), r#"{"memory":{}}"#);
-        assert_eq!(json(&Request::Profile {}), r#"{"profile":{}}"#);
-        assert_eq!(json(&Request::Run {}), r#"{"run":{}}"#);
-        let network = catalogue(true).remove(7);
-        assert_eq!(json(&network.work), r#"{"network":{"batch":256}}"#);
-        let classifier = catalogue(false).remove(11);
-        assert_eq!(
-            json(&classifier.work),
-            r#"{"classifier":{"architecture":"mobilenet_v2","batch":16,"size":224}}"#
-        );
-    }
-
-    #[test]
-    fn messages_survive_the_line() {
-        let requests = [
-            Request::Prepare {
-                entry: catalogue(false).remove(0),
-                seed: u64::MAX,
-                data_dir: "a b".into(),
-            },
-            Request::Check { dir: "c".into() },
-            Request::Compare {
-                dir: "c".into(),
-                reference: "d".into(),
-                tensors: vec!["output".to_string()],
-            },
-        ];
-        for request in requests {
-            let line = json(&request);
-            assert!(!line.contains('\n'));
-            assert_eq!(serde_json::from_str::<Request>(&line).unwrap(), request);
-        }
-        let replies = [
-            Reply::Done {},
-            Reply::Measured(StepMemory {
-                resident_peak: Some(7),
-                ..StepMemory::default()
-            }),
-            Reply::Compared {
-                tensors: vec![TensorError {
-                    name: "output".to_string(),
-                    error: None,
-                }],
-            },
-            Reply::Failed {
-                reason: "two\nlines".to_string(),
-            },
-        ];
-        for reply in replies {
-            let line = json(&reply);
-            assert!(!line.contains('\n'));
-            assert_eq!(serde_json::from_str::<Reply>(&line).unwrap(), reply);
+        for (request, line) in [
+            (Request::Hello {}, r#"{"hello":{}}"#),
+            (
+                Request::Check { dir: "c".into() },
+                r#"{"check":{"dir":"c"}}"#,
+            ),
+            (Request::Run {}, r#"{"run":{}}"#),
+            (Request::Profile {}, r#"{"profile":{}}"#),
+            (Request::Memory {}, r#"{"memory":{}}"#),
+        ] {
+            assert_eq!(json(&request), line);
+            let (name, _) = line[2..].split_once('"').unwrap();
+            assert!(PEER.contains(&format!("name == \"{name}\"")), "{name}");
         }
     }
 
     #[test]
-    fn a_peer_may_leave_out_what_it_has_not() {
-        let ran = r#"{"ran":{"forward_ms":1,"backward_ms":2.5}}"#;
-        let Reply::Ran(step) = serde_json::from_str(ran).unwrap() else {
-            panic!("not the reply that it is");
+    fn replies_are_one_line_and_a_peer_may_leave_out_what_it_has_not() {
+        let reason = "two\nlines".to_string();
+        assert!(!json(&Reply::Failed { reason }).contains('\n'));
+        let read = |line: &str| serde_json::from_str::<Reply>(line).unwrap();
+        let step = StepTime {
+            forward_ms: 1.0,
+            backward_ms: 2.5,
+            optimizer_ms: None,
         };
-        assert_eq!(step.optimizer_ms, None);
         assert_eq!(step.total_ms(), 3.5);
-        let measured = r#"{"measured":{"resident_forward_end":5,"resident_peak":null}}"#;
+        assert_eq!(
+            read(r#"{"ran":{"forward_ms":1,"backward_ms":2.5}}"#),
+            Reply::Ran(step)
+        );
         let memory = StepMemory {
             resident_forward_end: Some(5),
             ..StepMemory::default()
         };
         assert_eq!(
-            serde_json::from_str::<Reply>(measured).unwrap(),
+            read(r#"{"measured":{"resident_forward_end":5,"resident_peak":null}}"#),
             Reply::Measured(memory)
         );
-        let hello = Reply::Hello {
+        let software = Software {
             versions: BTreeMap::new(),
             vectors: None,
         };
-        let line = r#"{"hello":{"versions":{}}}"#;
-        assert_eq!(serde_json::from_str::<Reply>(line).unwrap(), hello);
+        assert_eq!(read(r#"{"hello":{"versions":{}}}"#), Reply::Hello(software));
     }
 
     #[test]
-    fn names_are_those_of_the_protocol() {
-        for contender in Contender::ALL {
-            assert_eq!(json(&contender), format!("{:?}", contender.name()));
+    fn the_peer_knows_its_contenders_its_precisions_and_the_catalogue() {
+        for contender in Contender::value_variants() {
+            assert_eq!(json(contender), format!("\"{contender}\""));
         }
-    }
-
-    #[test]
-    fn the_peer_knows_its_contenders_and_requests() {
-        let peer = include_str!("../peer/pytorch.py");
-        for contender in Contender::ALL {
-            if contender.engine() == Engine::PyTorch {
-                assert!(peer.contains(&format!("\"{contender}\"")), "{contender}");
-            }
+        let mut names: Vec<String> = Contender::of(Engine::PyTorch).map(|c| json(&c)).collect();
+        for precision in Precision::value_variants() {
+            assert_eq!(json(precision), format!("\"{precision}\""));
+            names.push(json(precision));
         }
-        for request in ["hello", "load", "check", "run", "memory"] {
-            assert!(peer.contains(&format!("\"{request}\"")), "{request}");
-        }
-    }
-
-    #[test]
-    fn the_peer_knows_the_catalogue() {
-        let peer = include_str!("../peer/pytorch.py");
         for entry in catalogue(false) {
             let work = serde_json::to_value(&entry.work).unwrap();
             let (kind, shape) = work.as_object().unwrap().iter().next().unwrap();
-            assert!(peer.contains(&format!("\"{kind}\"")), "{kind}");
-            if let Some(architecture) = shape.get("architecture") {
-                assert!(peer.contains(&architecture.to_string()), "{architecture}");
-            }
+            names.push(format!("\"{kind}\""));
+            names.extend(shape.get("architecture").map(ToString::to_string));
+        }
+        for name in names {
+            assert!(PEER.contains(&name), "{name}");
         }
     }
 }

@@ -15,6 +15,7 @@
 //! - [`grad_sums`]: recomputes the convolution, and computes the sums of the norm's gradient.
 //! - [`backward`]: recomputes the convolution again, or reads what [`grad_sums`] stored, and computes the
 //!   gradients.
+//! - [`moments`], [`normalize_into`], [`norm_grad_sums`], [`norm_input_grad`]: the norm without a convolution.
 //! - [`PoolGeometry`], [`max_pool`], [`max_pool_backward`]: max pooling, with an argmax of one byte for each
 //!   output.
 //! - [`normalize_max_pool`], [`pooled_grad_sums`], [`OutputGrad::Pooled`]: norm and max pool as one op, with
@@ -105,6 +106,9 @@ pub use activation::Activation;
 pub use element::Element;
 pub use geometry::{Geometry, GeometryError};
 pub use norm::affine::Affine;
+pub use norm::alone::{
+    NormBackward, Planes, moments, norm_grad_sums, norm_input_grad, normalize_into,
+};
 pub use norm::backward::{backward, grad_sums};
 pub use norm::forward::{conv, conv_moments, normalize};
 pub use norm::gradient::{

@@ -37,6 +37,12 @@ pub trait Real:
     fn from_f64(value: f64) -> Self;
     /// `e^self`.
     fn exp(self) -> Self;
+    /// `e^self - 1`, exact where that is small.
+    fn exp_m1(self) -> Self;
+    /// `ln(1 + self)`, exact where that is small.
+    fn ln_1p(self) -> Self;
+    /// The hyperbolic tangent.
+    fn tanh(self) -> Self;
     /// The complementary error function, `1 - erf(self)`.
     fn erfc(self) -> Self;
 }
@@ -55,6 +61,18 @@ impl Real for f32 {
 
     fn exp(self) -> Self {
         self.exp()
+    }
+
+    fn exp_m1(self) -> Self {
+        self.exp_m1()
+    }
+
+    fn ln_1p(self) -> Self {
+        self.ln_1p()
+    }
+
+    fn tanh(self) -> Self {
+        self.tanh()
     }
 
     fn erfc(self) -> Self {
@@ -76,6 +94,18 @@ impl Real for f64 {
 
     fn exp(self) -> Self {
         self.exp()
+    }
+
+    fn exp_m1(self) -> Self {
+        self.exp_m1()
+    }
+
+    fn ln_1p(self) -> Self {
+        self.ln_1p()
+    }
+
+    fn tanh(self) -> Self {
+        self.tanh()
     }
 
     fn erfc(self) -> Self {

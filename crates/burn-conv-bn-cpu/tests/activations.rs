@@ -1,13 +1,15 @@
 //! Every activation against its formula in f64 and the formula's slope by finite differences,
 //! through the kernels.
 
+use std::f64::consts::PI;
+
 use burn_conv_bn_cpu::{
     Activation, Affine, Backward, ConvOutput, Element, Geometry, Gradients, OutputGrad, Real,
     backward, grad_sums, normalize,
 };
 use half::{bf16, f16};
 
-const ACTIVATIONS: [Activation; 9] = [
+const ACTIVATIONS: [Activation; 16] = [
     Activation::Identity,
     Activation::Relu,
     Activation::Relu6,
@@ -22,7 +24,17 @@ const ACTIVATIONS: [Activation; 9] = [
     },
     Activation::Silu,
     Activation::Gelu,
+    Activation::GeluApproximate,
     Activation::HardSwish,
+    Activation::Sigmoid,
+    Activation::HardSigmoid {
+        alpha: 0.2,
+        beta: 0.5,
+    },
+    Activation::Tanh,
+    Activation::Elu { alpha: 0.75 },
+    Activation::Mish,
+    Activation::Softplus { beta: 2.0 },
 ];
 
 fn formula(activation: Activation, v: f64) -> f64 {
@@ -39,8 +51,28 @@ fn formula(activation: Activation, v: f64) -> f64 {
         }
         Activation::Silu => v / (1.0 + (-v).exp()),
         Activation::Gelu => v * 0.5 * (1.0 + libm::erf(v / 2f64.sqrt())),
+        Activation::GeluApproximate => {
+            let cubic = v + 0.044715 * v.powi(3);
+            v * 0.5 * (1.0 + ((2.0 / PI).sqrt() * cubic).tanh())
+        }
         Activation::HardSwish => v * ((v + 3.0) / 6.0).clamp(0.0, 1.0),
+        Activation::Sigmoid => 1.0 / (1.0 + (-v).exp()),
+        Activation::HardSigmoid { alpha, beta } => (alpha * v + beta).clamp(0.0, 1.0),
+        Activation::Tanh => v.tanh(),
+        Activation::Elu { alpha } => {
+            if v > 0.0 {
+                v
+            } else {
+                alpha * (v.exp() - 1.0)
+            }
+        }
+        Activation::Mish => v * softplus(v).tanh(),
+        Activation::Softplus { beta } => softplus(beta * v) / beta,
     }
+}
+
+fn softplus(v: f64) -> f64 {
+    v.max(0.0) + libm::log1p((-v.abs()).exp())
 }
 
 fn slope(activation: Activation, v: f64) -> f64 {
@@ -198,7 +230,7 @@ fn compare<E: Element>(tolerance: f64) {
                 let mut grad_sum = 0.0;
                 for (index, v) in values.iter().enumerate() {
                     // Rounding may carry a half's value over a kink.
-                    if [-3.0, 0.0, 3.0, 6.0]
+                    if [-3.0, -2.5, 0.0, 2.5, 3.0, 6.0]
                         .iter()
                         .any(|kink| (v - kink).abs() < tolerance)
                     {
@@ -264,6 +296,56 @@ fn stay_finite_far_out() {
     }
 }
 
+/// Tails keep their digits: what is far below 1 is not the rounded rest of a difference with 1.
+#[test]
+fn tails_are_accurate() {
+    fn check<E: Element>(tolerance: f64) {
+        let hyperbolic = |v: f64| 1.0 / v.cosh().powi(2);
+        let logistic = |v: f64| 1.0 / (2.0 + v.exp() + (-v).exp());
+        // Exact also as the difference of residual and shift.
+        let tiny = 2f64.powi(-20);
+        let outputs: [(Activation, f64, f64); 8] = [
+            (Activation::Sigmoid, -20.0, (-20f64).exp()),
+            (Activation::Tanh, tiny, tiny),
+            (Activation::Elu { alpha: 1.0 }, -tiny, (-tiny).exp_m1()),
+            (Activation::Mish, -20.0, -20.0 * (-20f64).exp()),
+            (Activation::Softplus { beta: 1.0 }, -20.0, (-20f64).exp()),
+            (Activation::Softplus { beta: 1.0 }, 21.0, softplus(21.0)),
+            (Activation::Gelu, -6.0, -3.0 * libm::erfc(6.0 / 2f64.sqrt())),
+            (Activation::GeluApproximate, -6.0, {
+                let doubled = 2.0 * (2.0 / PI).sqrt() * (6.0 + 0.044715 * 216.0);
+                -6.0 / (1.0 + doubled.exp())
+            }),
+        ];
+        let slopes: [(Activation, f64, f64); 5] = [
+            (Activation::Sigmoid, 20.0, logistic(20.0)),
+            (Activation::Sigmoid, -20.0, logistic(20.0)),
+            (Activation::Tanh, 10.0, hyperbolic(10.0)),
+            (Activation::Elu { alpha: 1.0 }, -20.0, (-20f64).exp()),
+            (
+                Activation::Softplus { beta: 1.0 },
+                -20.0,
+                1.0 / (1.0 + 20f64.exp()),
+            ),
+        ];
+        let run = |activation, v| run::<E>(activation, &[MEAN], Some(&[v - SHIFT]), &[1.0], false);
+        let close = |what: String, got: f64, wanted: f64| {
+            let error = (got - wanted).abs() / wanted.abs();
+            assert!(error <= tolerance, "{what}: {got}, not {wanted}");
+        };
+        for (activation, v, wanted) in outputs {
+            let got = run(activation, v).output[0];
+            close(format!("{activation:?} of {v}"), got, wanted);
+        }
+        for (activation, v, wanted) in slopes {
+            let got = run(activation, v).grad[0];
+            close(format!("slope of {activation:?} at {v}"), got, wanted);
+        }
+    }
+    check::<f64>(1e-8);
+    check::<f32>(2e-5);
+}
+
 #[test]
 fn keep_nan() {
     for activation in ACTIVATIONS {
@@ -280,13 +362,23 @@ fn keep_nan() {
 fn a_derivative_of_zero_passes_nothing() {
     fn check<E: Element>() {
         let leaky = |negative_slope| Activation::LeakyRelu { negative_slope };
+        let hard_sigmoid = |alpha| Activation::HardSigmoid { alpha, beta: 0.5 };
         for (activation, values) in [
             (Activation::Relu, &[-1.0, 0.0][..]),
             (Activation::Relu6, &[-1.0, 0.0, 6.0, 8.0]),
             (leaky(0.0), &[-1.0, 0.0]),
             (Activation::Silu, &[-1e4]),
             (Activation::Gelu, &[-1e4]),
+            (Activation::GeluApproximate, &[-1e4]),
             (Activation::HardSwish, &[-8.0, -3.0, -1.5]),
+            (Activation::Sigmoid, &[-1e4, 1e4]),
+            (hard_sigmoid(0.2), &[-8.0, -2.5, 2.5, 8.0]),
+            (hard_sigmoid(0.0), &[0.0]),
+            (Activation::Tanh, &[-1e4, 1e4]),
+            (Activation::Elu { alpha: 1.0 }, &[-1e4]),
+            (Activation::Elu { alpha: 0.0 }, &[-1.0, 0.0]),
+            (Activation::Mish, &[-1e4]),
+            (Activation::Softplus { beta: 1.0 }, &[-1e4]),
         ] {
             for v in values {
                 // The pre-activation is the residual and the shift, exactly.

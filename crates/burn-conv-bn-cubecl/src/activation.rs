@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 /// Element-wise function applied to the normalized (and residual-added) value. Kernels are compiled
 /// for each.
 ///
-/// [The examples of the crate](crate#examples) pass one, and [`Slope`] has that of a LeakyRelu.
+/// [The examples of the crate](crate#examples) pass one, and [`Parameter`] has that of a LeakyRelu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// `y = v`.
@@ -18,43 +18,77 @@ pub enum Activation {
     /// `y = min(max(v, 0), 6)`, with derivative 0 at 0 and 6. NaN stays NaN.
     Relu6,
     /// `y = v` where `v > 0`, the slope times `v` elsewhere.
-    LeakyRelu(Slope),
+    LeakyRelu(Parameter),
     /// `y = v / (1 + exp(-v))`.
     Silu,
     /// `y = v * (1 + erf(v / sqrt(2))) / 2`. Where the device has no erf of its own CubeCL's is
     /// within 1.5e-7.
     Gelu,
+    /// `y = v * sigmoid(2 * u)`, `u = sqrt(2 / pi) * (v + 0.044715 * v^3)`: GELU's approximation by tanh.
+    GeluApproximate,
     /// `y = v * clamp(v / 6 + 1/2, 0, 1)`, with derivative 0 at -3 and 1 at 3.
     HardSwish,
+    /// `y = 1 / (1 + exp(-v))`.
+    Sigmoid,
+    /// `y = clamp(alpha * v + beta, 0, 1)`, of alpha and beta, with derivative 0 where that is 0 or 1.
+    HardSigmoid(Parameter, Parameter),
+    /// `y = tanh(v)`.
+    Tanh,
+    /// `y = v` where `v > 0`, `alpha * (exp(v) - 1)` elsewhere, of alpha, at 0 with that derivative.
+    Elu(Parameter),
+    /// `y = v * tanh(ln(1 + exp(v)))`.
+    Mish,
+    /// `y = ln(1 + exp(beta * v)) / beta`, of a beta that is not 0.
+    Softplus(Parameter),
 }
 
-/// A slope, by the bits of an f64: kernels are told apart by it.
+/// A parameter of an activation, by the bits of an f64: kernels are told apart by it.
 ///
 /// ```
-/// use burn_conv_bn_cubecl::{Activation, Slope};
+/// use burn_conv_bn_cubecl::{Activation, Parameter};
 ///
-/// let leaky = |slope| Activation::LeakyRelu(Slope::new(slope));
+/// let leaky = |slope| Activation::LeakyRelu(Parameter::new(slope));
 /// assert_ne!(leaky(0.01), leaky(0.2));
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Slope(u64);
+pub struct Parameter(u64);
 
-impl Slope {
-    /// A slope of that value.
-    pub fn new(slope: f64) -> Self {
-        Self(slope.to_bits())
+impl Parameter {
+    /// A parameter of that value.
+    pub fn new(value: f64) -> Self {
+        Self(value.to_bits())
+    }
+
+    fn value(self) -> f64 {
+        f64::from_bits(self.0)
     }
 }
 
 impl Activation {
-    /// The slope below zero, where that is what the activation has there.
-    fn negative_slope(self) -> f64 {
+    /// The first parameter, or the only one; 0 of an activation without.
+    fn first(self) -> f64 {
         match self {
-            Self::LeakyRelu(Slope(bits)) => f64::from_bits(bits),
+            Self::LeakyRelu(parameter)
+            | Self::HardSigmoid(parameter, _)
+            | Self::Elu(parameter)
+            | Self::Softplus(parameter) => parameter.value(),
+            _ => 0.0,
+        }
+    }
+
+    /// The second parameter; 0 of an activation with fewer.
+    fn second(self) -> f64 {
+        match self {
+            Self::HardSigmoid(_, parameter) => parameter.value(),
             _ => 0.0,
         }
     }
 }
+
+/// Factor of the cube in GELU's approximation by tanh.
+const GELU_CUBIC: f64 = 0.044715;
+/// `2 sqrt(2 / pi)`: the tanh's argument, doubled to be a sigmoid's.
+const GELU_SCALE: f64 = 2.0 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
 
 /// A constant in more digits than those of the f32 that CubeCL takes.
 #[cube]
@@ -79,6 +113,71 @@ fn bounded<T: Float, N: Size>(value: Vector<T, N>, #[comptime] bound: f64) -> Ve
 fn sigmoid<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
     let one = constant::<T, N>(1.0);
     one / (one + (-bounded(value, 80.0)).exp())
+}
+
+/// `exp(-|value|)`.
+#[cube]
+fn decay<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
+    let zero = Vector::<T, N>::zero();
+    select_many(value.less_equal(&zero), value, -value).exp()
+}
+
+/// The sigmoid's derivative. `s * (1 - s)` would lose its digits where the sigmoid is near 1.
+#[cube]
+fn sigmoid_slope<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
+    let decay = decay(value);
+    let sum = constant::<T, N>(1.0) + decay;
+    decay / (sum * sum)
+}
+
+/// `clamp(alpha * value + beta, 0, 1)` before the clamp.
+#[cube]
+fn hard_line<T: Float, N: Size>(
+    value: Vector<T, N>,
+    #[comptime] activation: Activation,
+) -> Vector<T, N> {
+    let alpha = constant::<T, N>(comptime!(activation.first()));
+    value * alpha + constant::<T, N>(comptime!(activation.second()))
+}
+
+/// The value, or 40 above: from there on Mish's gate is 1, and powers of the exponential would overflow.
+#[cube]
+fn mish_bounded<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
+    let most = constant::<T, N>(40.0);
+    select_many(value.greater_equal(&most), most, value)
+}
+
+/// `tanh(ln(1 + exp(value)))`, of a bounded value.
+#[cube]
+fn mish_gate<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
+    let two = constant::<T, N>(2.0);
+    let exp = value.exp();
+    let numerator = exp * (exp + two);
+    numerator / (numerator + two)
+}
+
+/// The derivative of [`mish_gate`].
+#[cube]
+fn mish_gate_slope<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
+    let two = constant::<T, N>(2.0);
+    let exp = value.exp();
+    let denominator = exp * (exp + two) + two;
+    let ratio = (exp + constant::<T, N>(1.0)) / denominator;
+    constant::<T, N>(4.0) * (exp / denominator) * ratio
+}
+
+/// The argument of the sigmoid in GELU's approximation by tanh, of a bounded value.
+#[cube]
+fn gelu_argument<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
+    let cubic = value * value * constant::<T, N>(GELU_CUBIC);
+    constant::<T, N>(GELU_SCALE) * value * (constant::<T, N>(1.0) + cubic)
+}
+
+/// The derivative of [`gelu_argument`].
+#[cube]
+fn gelu_argument_slope<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
+    let cubic = value * value * constant::<T, N>(comptime!(3.0 * GELU_CUBIC));
+    constant::<T, N>(GELU_SCALE) * (constant::<T, N>(1.0) + cubic)
 }
 
 /// The normal distribution's `P(X <= value)`.
@@ -112,7 +211,7 @@ pub(crate) fn forward<T: Float, N: Size>(
             select_many(value.greater_equal(&six), six, value)
         }
         Activation::LeakyRelu(_) => {
-            let slope = constant::<T, N>(comptime!(activation.negative_slope()));
+            let slope = constant::<T, N>(comptime!(activation.first()));
             select_many(value.less_equal(&zero), value * slope, value)
         }
         Activation::Silu => value * sigmoid(value),
@@ -120,6 +219,25 @@ pub(crate) fn forward<T: Float, N: Size>(
         Activation::HardSwish => {
             let bent = value * (value / constant::<T, N>(6.0) + constant::<T, N>(0.5));
             pieces(value, zero, bent, value)
+        }
+        Activation::GeluApproximate => value * sigmoid(gelu_argument(bounded(value, 40.0))),
+        Activation::Sigmoid => sigmoid(value),
+        Activation::HardSigmoid(_, _) => {
+            let line = hard_line(value, activation);
+            unit_pieces(line, zero, line, constant::<T, N>(1.0))
+        }
+        Activation::Tanh => bounded(value, 40.0).tanh(),
+        Activation::Elu(_) => {
+            let alpha = constant::<T, N>(comptime!(activation.first()));
+            let bent = alpha * (decay(value) - constant::<T, N>(1.0));
+            select_many(value.less_equal(&zero), bent, value)
+        }
+        Activation::Mish => value * mish_gate(mish_bounded(value)),
+        Activation::Softplus(_) => {
+            let beta = constant::<T, N>(comptime!(activation.first()));
+            let scaled = value * beta;
+            let linear = select_many(scaled.less_equal(&zero), zero, value);
+            linear + decay(scaled).log1p() / beta
         }
     }
 }
@@ -143,7 +261,7 @@ pub(crate) fn backward<T: Float, N: Size>(
             select_many(value.greater_equal(&six), zero, grad)
         }
         Activation::LeakyRelu(_) => {
-            let slope = constant::<T, N>(comptime!(activation.negative_slope()));
+            let slope = constant::<T, N>(comptime!(activation.first()));
             select_many(
                 value.less_equal(&zero),
                 sloped(output_grad, slope),
@@ -162,6 +280,37 @@ pub(crate) fn backward<T: Float, N: Size>(
         Activation::HardSwish => {
             let slope = value / constant::<T, N>(3.0) + constant::<T, N>(0.5);
             pieces(value, zero, sloped(output_grad, slope), output_grad)
+        }
+        Activation::GeluApproximate => {
+            let value = bounded(value, 40.0);
+            let argument = gelu_argument(value);
+            let bent = value * sigmoid_slope(argument) * gelu_argument_slope(value);
+            sloped(output_grad, sigmoid(argument) + bent)
+        }
+        Activation::Sigmoid => sloped(output_grad, sigmoid_slope(value)),
+        Activation::HardSigmoid(_, _) => {
+            let alpha = constant::<T, N>(comptime!(activation.first()));
+            let line = hard_line(value, activation);
+            unit_pieces(line, zero, sloped(output_grad, alpha), zero)
+        }
+        // 1 - tanh(v)^2
+        Activation::Tanh => {
+            let slope = sigmoid_slope(value * constant::<T, N>(2.0));
+            sloped(output_grad, slope * constant::<T, N>(4.0))
+        }
+        Activation::Elu(_) => {
+            let alpha = constant::<T, N>(comptime!(activation.first()));
+            let bent = sloped(output_grad, alpha * decay(value));
+            select_many(value.less_equal(&zero), bent, output_grad)
+        }
+        Activation::Mish => {
+            let value = mish_bounded(value);
+            let slope = mish_gate(value) + value * mish_gate_slope(value);
+            sloped(output_grad, slope)
+        }
+        Activation::Softplus(_) => {
+            let beta = constant::<T, N>(comptime!(activation.first()));
+            sloped(output_grad, sigmoid(value * beta))
         }
     }
 }
@@ -184,4 +333,18 @@ fn pieces<T: Float, N: Size>(
     let three = constant::<T, N>(3.0);
     let result = select_many(value.less_equal(&(-three)), below, between);
     select_many(value.greater_equal(&three), above, result)
+}
+
+/// HardSigmoid's three pieces, by the line before the clamp: up to 0, between, and from 1 on.
+#[cube]
+fn unit_pieces<T: Float, N: Size>(
+    line: Vector<T, N>,
+    below: Vector<T, N>,
+    between: Vector<T, N>,
+    above: Vector<T, N>,
+) -> Vector<T, N> {
+    let zero = Vector::<T, N>::zero();
+    let one = constant::<T, N>(1.0);
+    let result = select_many(line.less_equal(&zero), below, between);
+    select_many(line.greater_equal(&one), above, result)
 }

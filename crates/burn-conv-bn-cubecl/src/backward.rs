@@ -10,12 +10,11 @@ use cubecl::prelude::*;
 use crate::activation::{self, Activation};
 use crate::element::{accumulator_type, element_type};
 use crate::fold::{Fold, Partial, fold_lanes, partial_table, write_partial};
-use crate::norm::{
-    self, Affine, AffineGrads, ChannelTable, Moments, Norm, UnitAffine, rows, unit_affine,
-};
+use crate::norm::{NormArgs, UnitAffine, rows, unit_affine, unit_norm};
+use crate::table::{self, AffineGrads, ChannelTable};
 use crate::walk::{
-    Grid, Lanes, Steps, Unit, Walk, coordinates, empty_like, index, is_idle, is_writable, row,
-    tensor_arg, unit,
+    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, coordinates, empty_like, index,
+    is_idle, is_writable, row, tensor_arg, unit,
 };
 
 /// What the gradient `g` at the pre-activation is made of: `g = output_grad * activation'(v)`.
@@ -39,7 +38,7 @@ pub struct PreActivation {
 }
 
 impl PreActivation {
-    fn walk(&self, others: &[&CubeTensor]) -> Walk {
+    fn walk(&self, others: &[&CubeTensor], cubes: usize) -> Walk {
         // The norm's input first: it was just written, in the layout of the device's convolution.
         let tensors: Vec<&CubeTensor> = self
             .norm_input
@@ -49,7 +48,8 @@ impl PreActivation {
             .chain(self.masking_output())
             .chain(others.iter().copied())
             .collect();
-        Walk::new(&tensors, accumulator_type(self.output_grad.dtype).size())
+        let accumulator = accumulator_type(self.output_grad.dtype);
+        Walk::new(&tensors, accumulator.size(), cubes)
     }
 
     fn steps(&self, walk: &Walk) -> PreActivationStepsLaunch {
@@ -138,24 +138,29 @@ fn grad_at<E: Float, T: Float, N: Size>(
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn partial_sums_kernel<E: Float, T: Float, N: Size>(
+fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
     output_grad: &Tensor<Vector<E, N>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
-    table: ComptimeOption<&Tensor<T>>,
+    mean: ComptimeOption<&Tensor<T>>,
+    variance: ComptimeOption<&Tensor<T>>,
+    gamma: ComptimeOption<&Tensor<P>>,
+    beta: ComptimeOption<&Tensor<P>>,
     partials: &mut Tensor<T>,
+    norm: &NormArgs,
     steps: &PreActivationSteps,
     grid: &Grid,
     #[comptime] activation: Activation,
     #[comptime] lanes: Lanes,
-    #[define(E, T)] _elements: [ElemType; 2],
+    #[define(E, T, P)] _elements: [ElemType; 3],
 ) {
     if is_idle(grid) {
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
-    let affine = unit_affine::<T, N>(table, grid, &unit, lanes);
+    // From the statistics themselves: no launch has to write them into a table first.
+    let affine = unit_norm::<T, P, N>(mean, variance, gamma, beta, norm, &unit, lanes);
     let mut sums = Partial::<T, N>::empty();
     for position in range_stepped(unit.start, unit.end, lanes.positions) {
         let at = coordinates(grid, position);
@@ -199,10 +204,12 @@ impl GradSums {
     ///
     /// One read of each tensor.
     pub fn new(pre_activation: &PreActivation, table: Option<&ChannelTable>) -> Self {
-        let walk = pre_activation.walk(&[]);
+        let walk = pre_activation.walk(&[], REDUCTION_CUBES);
         let output_grad = &pre_activation.output_grad;
         let client = &output_grad.client;
         let partials = partial_table(output_grad, walk.chunks, walk.channels);
+        let [element, accumulator] = pre_activation.elements();
+        let parameters = table.map_or(accumulator, ChannelTable::parameter_type);
         if walk.channels > 0 {
             // SAFETY: `unit` keeps positions and channels below the tensors' common ones.
             unsafe {
@@ -216,13 +223,17 @@ impl GradSums {
                     tensor_arg(pre_activation.norm_input.as_ref()).into(),
                     tensor_arg(pre_activation.added_residual()).into(),
                     tensor_arg(pre_activation.masking_output()).into(),
-                    tensor_arg(table.map(|table| &table.values)).into(),
+                    tensor_arg(table.map(|table| &table.moments.mean)).into(),
+                    tensor_arg(table.map(|table| &table.moments.variance)).into(),
+                    tensor_arg(table.and_then(|table| table.gamma.as_ref())).into(),
+                    tensor_arg(table.and_then(|table| table.beta.as_ref())).into(),
                     partials.clone().into_tensor_arg(),
+                    table::args(table, accumulator),
                     pre_activation.steps(&walk),
                     walk.grid(),
                     pre_activation.activation,
                     walk.lanes,
-                    pre_activation.elements(),
+                    [element, accumulator, parameters],
                 );
             }
         }
@@ -236,22 +247,15 @@ impl GradSums {
         self
     }
 
-    /// The gradients of the norm's parameters, in their dtype (the accumulator's without them),
-    /// over `values` values a channel. Also completes `table` for [`norm_input_grad`].
-    pub fn finish(
-        self,
-        table: &ChannelTable,
-        moments: &Moments,
-        affine: Affine,
-        norm: Norm,
-        values: usize,
-    ) -> AffineGrads {
-        norm::finish_sums(self.join(), table, moments, affine, norm, values)
+    /// The gradients of the norm's parameters, in their dtype (the accumulator's without them). Also
+    /// completes `table` for [`norm_input_grad`].
+    pub fn finish(self, table: &ChannelTable) -> AffineGrads {
+        table::finish_sums(self.join(), table)
     }
 
     /// `sum(g)`, `[channels]` in the accumulator's dtype.
     pub fn grad(self) -> CubeTensor {
-        norm::finish_grad_sum(self.join())
+        table::finish_grad_sum(self.join())
     }
 
     fn join(mut self) -> CubeTensor {
@@ -377,7 +381,7 @@ pub fn norm_input_grad(
         .as_ref()
         .filter(|_| !is_unchanged && table.is_some());
     let others: Vec<&CubeTensor> = [&grad].into_iter().chain(written_residual_grad).collect();
-    let walk = pre_activation.walk(&others);
+    let walk = pre_activation.walk(&others, MAP_CUBES);
     if walk.is_empty() {
         return NormInputGrad {
             grad,
@@ -385,6 +389,7 @@ pub fn norm_input_grad(
         };
     }
     let client = output_grad.client.clone();
+    let rows = table.map(ChannelTable::rows);
     let target = match in_place {
         true => grad.as_tensor_alias(position),
         false => grad.clone().into_tensor_arg(),
@@ -402,7 +407,7 @@ pub fn norm_input_grad(
             tensor_arg(pre_activation.norm_input.as_ref()).into(),
             tensor_arg(pre_activation.added_residual()).into(),
             tensor_arg(pre_activation.masking_output()).into(),
-            tensor_arg(table.map(|table| &table.values)).into(),
+            tensor_arg(rows.as_ref()).into(),
             target,
             tensor_arg(written_residual_grad).into(),
             pre_activation.steps(&walk),

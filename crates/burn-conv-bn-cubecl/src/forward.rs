@@ -8,11 +8,12 @@ use cubecl::prelude::*;
 use crate::activation::{self, Activation};
 use crate::element::{accumulator_type, element_type};
 use crate::fold::{Fold, Partial, fold_lanes, partial_table, write_partial};
-use crate::norm::{self, Affine, ChannelTable, Moments, Norm, unit_affine};
+use crate::norm::{Norm, unit_affine};
+use crate::table::{self, Affine, ChannelTable, Moments};
 use crate::values_per_channel;
 use crate::walk::{
-    Grid, Lanes, Steps, Walk, coordinates, empty_like, index, is_idle, is_writable, tensor_arg,
-    unit,
+    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Walk, coordinates, empty_like, index, is_idle,
+    is_sparse, is_writable, tensor_arg, unit,
 };
 
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -29,16 +30,18 @@ fn partial_moments_kernel<E: Float, T: Float, N: Size>(
     }
     let unit = unit::<N>(grid, lanes);
     let mut moments = Partial::<T, N>::empty();
-    let one = Vector::new(T::from_int(1));
-    // Welford's update: one value at a time, exact however far the mean is from zero.
+    let mut count = T::from_int(0);
+    // Welford's update: one value at a time, exact however far the mean is from zero. The count is that of
+    // every component: one division serves them all.
     for position in range_stepped(unit.start, unit.end, lanes.positions) {
         let at = coordinates(grid, position);
         let value = Vector::<T, N>::cast_from(input[index(input_steps, &at, &unit)]);
-        moments.count += one;
+        count += T::from_int(1);
         let delta = value - moments.first;
-        moments.first += delta / moments.count;
+        moments.first += delta * Vector::new(T::from_int(1) / count);
         moments.second += delta * (value - moments.first);
     }
+    moments.count = Vector::new(count);
     fold_lanes(&mut moments, &unit, lanes, Fold::Moments);
     write_partial(
         partials,
@@ -58,7 +61,7 @@ fn partial_moments_kernel<E: Float, T: Float, N: Size>(
 /// [The crate](crate) has an example.
 pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, ChannelTable) {
     let accumulator = accumulator_type(input.dtype);
-    let walk = Walk::new(&[input], accumulator.size());
+    let walk = Walk::new(&[input], accumulator.size(), REDUCTION_CUBES);
     let partials = partial_table(input, walk.chunks, walk.channels);
     let client = &input.client;
     if walk.channels > 0 {
@@ -80,7 +83,7 @@ pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, Chan
         }
     }
     let values = values_per_channel(input);
-    norm::finish_moments(partials, affine, norm, values)
+    table::finish_moments(partials, affine, norm, values)
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -122,7 +125,8 @@ fn normalize_kernel<E: Float, T: Float, N: Size>(
 /// `activation(input + residual)`.
 ///
 /// `residual` is of the input's shape and dtype. Written over the input where nothing else holds
-/// it, otherwise into a new buffer of the same layout. [The crate](crate) has an example.
+/// it, otherwise into a new buffer of the same layout without gaps; so is an input of which more than a tenth
+/// is padding, as the output is kept. [The crate](crate) has an example.
 pub fn normalize(
     input: CubeTensor,
     table: Option<&ChannelTable>,
@@ -130,17 +134,18 @@ pub fn normalize(
     activation: Activation,
 ) -> CubeTensor {
     let accumulator = accumulator_type(input.dtype);
-    let in_place = is_writable(&input);
+    let in_place = is_writable(&input) && !is_sparse(&input);
     let output = match in_place {
         true => input.clone(),
         false => empty_like(&input),
     };
     let tensors: Vec<&CubeTensor> = [&input, &output].into_iter().chain(residual).collect();
-    let walk = Walk::new(&tensors, accumulator.size());
+    let walk = Walk::new(&tensors, accumulator.size(), MAP_CUBES);
     if walk.is_empty() {
         return output;
     }
     let client = input.client.clone();
+    let rows = table.map(ChannelTable::rows);
     let output_arg = match in_place {
         true => output.as_tensor_alias(0),
         false => output.clone().into_tensor_arg(),
@@ -162,7 +167,7 @@ pub fn normalize(
             walk.vector_size,
             input.clone().into_tensor_arg(),
             tensor_arg(residual).into(),
-            tensor_arg(table.map(|table| &table.values)).into(),
+            tensor_arg(rows.as_ref()).into(),
             output_arg,
             input_steps,
             residual_steps,

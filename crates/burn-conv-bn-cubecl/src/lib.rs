@@ -66,7 +66,7 @@
 //!         activation: Activation::Relu,
 //!     };
 //!     let sums = GradSums::new(&value, Some(&table));
-//!     let grads = sums.finish(&table, statistics, affine, norm, values);
+//!     let grads = sums.finish(&table);
 //!     (norm_input_grad(value, Some(&table), false).grad, grads)
 //! }
 //! ```
@@ -99,13 +99,15 @@ mod element;
 mod fold;
 mod forward;
 mod norm;
+mod table;
 mod walk;
 
-pub use activation::{Activation, Slope};
+pub use activation::{Activation, Parameter};
 pub use backward::{GradSums, NormInputGrad, PreActivation, norm_input_grad};
 pub use element::accumulator_dtype;
 pub use forward::{moments, normalize};
-pub use norm::{Affine, AffineGrads, ChannelTable, Moments, Norm, channel_table};
+pub use norm::Norm;
+pub use table::{Affine, AffineGrads, ChannelTable, Moments, channel_table};
 
 /// The code of the package's Markdown page.
 #[cfg(doctest)]

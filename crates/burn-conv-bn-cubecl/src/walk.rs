@@ -25,9 +25,11 @@ const CHANNEL_LANES: usize = 32;
 const ROW_CHANNEL_LANES: usize = 8;
 /// Positions that a unit should have before another cube is worth its partial result.
 const POSITIONS_PER_UNIT: usize = 8;
-/// Cubes of a launch over one block of channels or more: a few for each multiprocessor of a
+/// Cubes of a reduction over one block of channels or more: a few for each multiprocessor of a
 /// large GPU, and few enough that adding up their partial results costs nothing.
-const CUBES: usize = 512;
+pub(crate) const REDUCTION_CUBES: usize = 512;
+/// Cubes of a launch without partial results: as many as hide the latency of memory.
+pub(crate) const MAP_CUBES: usize = 4096;
 
 /// The axis that the components of a vector lie along.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -203,8 +205,9 @@ pub(crate) struct Walk {
 }
 
 impl Walk {
-    /// A walk over `tensors`, which have one shape. The first decides what lies next to what.
-    pub(crate) fn new(tensors: &[&CubeTensor], accumulator_size: usize) -> Self {
+    /// A walk of at most `cubes` cubes, or one for each block of channels, over `tensors`, which have one
+    /// shape. The first decides what lies next to what.
+    pub(crate) fn new(tensors: &[&CubeTensor], accumulator_size: usize, cubes: usize) -> Self {
         let first = tensors[0];
         let hardware = &first.client.properties().hardware;
         let shape = first.meta.shape();
@@ -248,7 +251,7 @@ impl Walk {
         let channel_blocks = vectors.div_ceil(channel_lanes);
         let chunks = positions
             .div_ceil(position_lanes * POSITIONS_PER_UNIT)
-            .clamp(1, (CUBES / channel_blocks.max(1)).max(1));
+            .clamp(1, (cubes / channel_blocks.max(1)).max(1));
         let chunk = positions.div_ceil(chunks).max(1);
         Self {
             groups,
@@ -430,6 +433,17 @@ pub(crate) fn empty_like(tensor: &CubeTensor) -> CubeTensor {
         tensor.dtype,
     );
     permute(empty, &inverse)
+}
+
+/// Whether more than a tenth of what the tensor spans in its buffer lies between its elements, as the padding
+/// of a pitched allocation's rows does.
+pub(crate) fn is_sparse(tensor: &CubeTensor) -> bool {
+    let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
+    let reach = shape.iter().zip(strides.iter());
+    let span = 1 + reach
+        .map(|(size, stride)| size.saturating_sub(1) * stride)
+        .sum::<usize>();
+    10 * span > 11 * tensor.meta.num_elements()
 }
 
 /// Whether nothing else holds the tensor's buffer, and no two of its elements share a place in it.

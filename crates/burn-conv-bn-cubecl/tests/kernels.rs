@@ -3,11 +3,13 @@
 //! Runs on the device that `CubeDevice::default()` finds. What that device lacks is skipped with
 //! a line that says so; with `BURN_CONV_BN_STRICT=1` a skip fails.
 
+use std::f64::consts::PI;
+
 use burn_backend::ops::FloatTensorOps;
 use burn_backend::{DType, TensorData, bf16, f16};
 use burn_conv_bn_cubecl::{
-    Activation, Affine, ChannelTable, GradSums, Moments, Norm, PreActivation, Slope, channel_table,
-    moments, norm_input_grad, normalize,
+    Activation, Affine, ChannelTable, GradSums, Moments, Norm, Parameter, PreActivation,
+    channel_table, moments, norm_input_grad, normalize,
 };
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
@@ -27,8 +29,11 @@ const TUTORIAL: Norm = Norm {
     degrees_of_freedom: 1,
 };
 
-/// Of LeakyRelu below zero.
+/// Of LeakyRelu below zero, and the alpha of HardSigmoid and Elu.
 const SLOPE: f64 = 0.1;
+
+/// The beta of Softplus.
+const SHARPNESS: f64 = 1.5;
 
 /// How a `[batch, channels, spatial..]` tensor lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -231,8 +236,42 @@ fn formula(activation: Activation, v: f64) -> f64 {
         Activation::LeakyRelu(_) => v.max(SLOPE * v),
         Activation::Silu => v / (1.0 + (-v).exp()),
         Activation::Gelu => v * 0.5 * (1.0 + libm::erf(v / 2f64.sqrt())),
+        Activation::GeluApproximate => {
+            let cubic = v + 0.044715 * v.powi(3);
+            v * 0.5 * (1.0 + ((2.0 / PI).sqrt() * cubic).tanh())
+        }
         Activation::HardSwish => v * ((v + 3.0) / 6.0).clamp(0.0, 1.0),
+        Activation::Sigmoid => 1.0 / (1.0 + (-v).exp()),
+        Activation::HardSigmoid(..) => (SLOPE * v + 0.5).clamp(0.0, 1.0),
+        Activation::Tanh => v.tanh(),
+        Activation::Elu(_) if v > 0.0 => v,
+        Activation::Elu(_) => SLOPE * v.exp_m1(),
+        Activation::Mish => v * softplus(v).tanh(),
+        Activation::Softplus(_) => softplus(SHARPNESS * v) / SHARPNESS,
     }
+}
+
+fn softplus(v: f64) -> f64 {
+    v.max(0.0) + (-v.abs()).exp().ln_1p()
+}
+
+/// All but the identity and ReLU.
+fn activations() -> Vec<Activation> {
+    let slope = Parameter::new(SLOPE);
+    vec![
+        Activation::Relu6,
+        Activation::LeakyRelu(slope),
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::GeluApproximate,
+        Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid(slope, Parameter::new(0.5)),
+        Activation::Tanh,
+        Activation::Elu(slope),
+        Activation::Mish,
+        Activation::Softplus(Parameter::new(SHARPNESS)),
+    ]
 }
 
 /// By finite differences.
@@ -242,9 +281,9 @@ fn slope(activation: Activation, v: f64) -> f64 {
 }
 
 fn is_told_by_output(activation: Activation) -> bool {
-    !matches!(
+    matches!(
         activation,
-        Activation::Silu | Activation::Gelu | Activation::HardSwish
+        Activation::Identity | Activation::Relu | Activation::Relu6 | Activation::LeakyRelu(_)
     )
 }
 
@@ -438,8 +477,7 @@ impl Case {
             activation: self.activation,
         };
         let shared = pre_activation(kept.clone());
-        let grads =
-            GradSums::new(&shared, Some(&table)).finish(&table, &stats, affine, self.norm, values);
+        let grads = GradSums::new(&shared, Some(&table)).finish(&table);
         let gamma_grad: Vec<f64> = sum_gd.iter().zip(&s).map(|(sum, s)| sum * s).collect();
         assert_close(
             &format!("{name}: gamma's gradient"),
@@ -535,17 +573,15 @@ fn every_option() {
 #[test]
 fn every_activation() {
     let device = CubeDevice::default();
-    for activation in [
-        Activation::Relu6,
-        Activation::LeakyRelu(Slope::new(SLOPE)),
-        Activation::Silu,
-        Activation::Gelu,
-        Activation::HardSwish,
-    ] {
+    for activation in activations() {
         for residual in [false, true] {
             for dtype in dtypes(&device) {
                 // WGSL and SPIR-V have no exponential of f64: the same call there is of other bits.
-                let exponential = matches!(activation, Activation::Silu | Activation::Gelu);
+                let exponential = !is_told_by_output(activation)
+                    && !matches!(
+                        activation,
+                        Activation::HardSwish | Activation::HardSigmoid(..)
+                    );
                 if exponential
                     && dtype == DType::F64
                     && cfg!(any(
@@ -580,13 +616,7 @@ fn activations_far_out() {
     };
     let ones = host.map(|_, _| 1.0);
     let up = |host: &Host| host.upload(Layout::ChannelsFirst, DType::F32, &device);
-    for activation in [
-        Activation::Relu6,
-        Activation::LeakyRelu(Slope::new(SLOPE)),
-        Activation::Silu,
-        Activation::Gelu,
-        Activation::HardSwish,
-    ] {
+    for activation in activations() {
         let output = download(&normalize(up(&host), None, None, activation));
         let pre_activation = PreActivation {
             output_grad: up(&ones),
@@ -699,7 +729,7 @@ fn a_constant_channel() {
             activation: Activation::Identity,
         };
         let sums = GradSums::new(&pre_activation, Some(&table));
-        sums.finish(&table, &stats, Affine::default(), norm, 16);
+        sums.finish(&table);
         let grad = norm_input_grad(pre_activation, Some(&table), false);
         assert_eq!(download(&grad.grad), [0.0; 48]);
     }
@@ -767,7 +797,7 @@ fn chunks_of_a_batch() {
             GradSums::new(&pre_activation, Some(&table))
         });
         let sums = sums.reduce(GradSums::merge).expect("there are chunks");
-        sums.finish(&table, &stats, affine, BATCH_NORM, 80)
+        sums.finish(&table)
     };
     let (whole, parts) = (grads(&[5]), grads(&[2, 2, 1]));
     assert_close("gamma", &parts.gamma, &download(&whole.gamma), 1e-6);
@@ -822,8 +852,10 @@ fn closed_activations_pass_nothing() {
         for activation in [
             Activation::Relu,
             Activation::Relu6,
-            Activation::LeakyRelu(Slope::new(0.0)),
+            Activation::LeakyRelu(Parameter::new(0.0)),
             Activation::HardSwish,
+            Activation::HardSigmoid(Parameter::new(0.25), Parameter::new(0.5)),
+            Activation::Elu(Parameter::new(0.0)),
         ] {
             let (stats, table) = moments(&up(&input), affine, BATCH_NORM);
             let value = normalize(up(&input), Some(&table), None, Activation::Identity);
@@ -841,7 +873,7 @@ fn closed_activations_pass_nothing() {
                 let sums = GradSums::new(&pre_activation, table);
                 let sums = match table {
                     Some(table) => {
-                        let grads = sums.finish(table, &stats, affine, BATCH_NORM, 48);
+                        let grads = sums.finish(table);
                         vec![grads.gamma, grads.beta]
                     }
                     None => vec![sums.grad()],
@@ -866,6 +898,24 @@ fn closed_activations_pass_nothing() {
                 }
             }
         }
+    }
+}
+
+/// A kept output is not as sparse as a pitched input: more than a tenth of gaps, and it is written elsewhere.
+#[test]
+fn sparse_inputs_are_written_dense() {
+    let device = CubeDevice::default();
+    let mut rng = ChaCha8Rng::seed_from_u64(23);
+    let shape = [2, 3, 4, 20];
+    let input = Host::random(&shape, &mut rng, 0.0, 1.0).map(|_, v| rounded(v, DType::F32));
+    let expected = input.map(|_, v| v.max(0.0));
+    for (gap, dense) in [(1, false), (4, true), (12, true)] {
+        let padded = input.upload(Layout::Pitched(gap), DType::F32, &device);
+        let output = normalize(padded, None, None, Activation::Relu);
+        assert_eq!(download(&output), expected.values, "gap {gap}");
+        let row = if dense { 20 } else { 20 + gap };
+        assert_eq!(output.meta.strides()[2], row, "gap {gap}");
+        assert_eq!(output.meta.strides()[0], 12 * row, "gap {gap}");
     }
 }
 
@@ -928,7 +978,7 @@ fn constant_statistics() {
                     let what = format!("{dtype:?}, {activation:?}, input {has_input}");
                     let sums = GradSums::new(&pre_activation, Some(&table));
                     if has_input {
-                        let grads = sums.finish(&table, &statistics, affine, norm, 1);
+                        let grads = sums.finish(&table);
                         let products = g.map(|i, g| g * deviation.values[i]).channel_sums();
                         let inverse = [0.5, 2.0, 1.0];
                         let gamma: Vec<f64> = products

@@ -86,14 +86,17 @@ pub fn check_distinct(outputs: &[(&'static str, &Path)]) -> Result<(), OutputErr
     Ok(())
 }
 
-/// Whether [`write()`] replaces what is at `path`, so that interim results may be written, too. It
-/// appends otherwise.
+/// Regular file that [`write()`] replaces for `path`, behind its links; absent or not. `None` where it
+/// appends, so that interim results must not be written.
 ///
 /// # Errors
 ///
 /// As of [`check`] for a path that cannot be resolved.
-pub fn replaces(path: &Path) -> Result<bool, OutputError> {
-    Ok(matches!(Target::of(path)?, Target::File { .. }))
+pub fn replaced(path: &Path) -> Result<Option<PathBuf>, OutputError> {
+    Ok(match Target::of(path)? {
+        Target::File { path, .. } => Some(path),
+        _ => None,
+    })
 }
 
 /// Makes sure that the names in a folder are on the disk, as far as the system can.

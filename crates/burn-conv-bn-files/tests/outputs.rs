@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use burn_conv_bn_files::{
-    OutputError, Survives, check, check_distinct, check_room, replaces, sweep, write,
+    OutputError, Survives, check, check_distinct, check_room, replaced, sweep, write,
 };
 use tempfile::TempDir;
 
@@ -48,13 +48,16 @@ fn a_check_changes_nothing() {
 fn files_are_replaced_and_devices_are_not() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("file");
-    assert!(replaces(&path).unwrap());
+    let file = fs::canonicalize(folder.path()).unwrap().join("file");
+    assert_eq!(replaced(&path).unwrap(), Some(file.clone()));
     fs::write(&path, "old").unwrap();
     let link = folder.path().join("link");
     std::os::unix::fs::symlink(&path, &link).unwrap();
-    assert!(replaces(&path).unwrap() && replaces(&link).unwrap());
-    assert!(!replaces(Path::new("/dev/null")).unwrap());
-    assert!(replaces(folder.path()).is_err());
+    for path in [&path, &link] {
+        assert_eq!(replaced(path).unwrap(), Some(file.clone()));
+    }
+    assert_eq!(replaced(Path::new("/dev/null")).unwrap(), None);
+    assert!(replaced(folder.path()).is_err());
 }
 
 #[test]

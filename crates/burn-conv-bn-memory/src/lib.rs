@@ -5,6 +5,8 @@
 mod bindings;
 #[cfg(feature = "cubecl")]
 mod pool;
+#[cfg(feature = "burn")]
+mod step;
 #[cfg(any(feature = "wgpu", test))]
 mod trace;
 
@@ -12,6 +14,8 @@ mod trace;
 pub use bindings::{BindingError, BindingMeter};
 #[cfg(feature = "cubecl")]
 pub use pool::PoolMeter;
+#[cfg(feature = "burn")]
+pub use step::{MemoryProbe, StepMemory, measure_step};
 #[cfg(feature = "wgpu")]
 pub use trace::{Launch, TraceError};
 

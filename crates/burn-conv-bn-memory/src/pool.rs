@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cubecl::MemoryScope;
@@ -40,8 +39,32 @@ pub struct PoolMeter {
 
 struct Samples {
     client: Client,
-    peak: AtomicUsize,
+    peak: Mutex<Peak>,
     launches: Mutex<BTreeMap<&'static str, usize>>,
+}
+
+/// Most bytes in use, and the kernel that was launched then.
+#[derive(Clone, Copy, Default)]
+struct Peak {
+    bytes: usize,
+    kernel: Option<&'static str>,
+}
+
+impl Peak {
+    fn raise(&mut self, bytes: usize, kernel: Option<&'static str>) {
+        if bytes > self.bytes {
+            *self = Self { bytes, kernel };
+        }
+    }
+}
+
+/// Starts a new peak at the bytes that `look` finds, which raises it.
+///
+/// The old peak goes first. Written after the level was read, the new one would overwrite that of a launch
+/// in between.
+fn restart(peak: &Mutex<Peak>, look: impl FnOnce() -> usize) -> usize {
+    *lock(peak) = Peak::default();
+    look()
 }
 
 impl PoolMeter {
@@ -50,7 +73,7 @@ impl PoolMeter {
         Self {
             samples: Arc::new(Samples {
                 client,
-                peak: AtomicUsize::new(0),
+                peak: Mutex::default(),
                 launches: Mutex::default(),
             }),
             observation: Arc::default(),
@@ -60,13 +83,12 @@ impl PoolMeter {
     /// Bytes in use now, padding left out. What is still queued, as by Burn's fusion, has not
     /// happened: synchronize first.
     pub fn current(&self) -> usize {
-        self.samples.look()
+        self.samples.look(None)
     }
 
     /// Starts a new peak at the bytes in use now, which it returns, and a new count of launches.
     pub fn reset_peak(&self) -> usize {
-        let current = self.samples.look();
-        self.samples.peak.store(current, Relaxed);
+        let current = restart(&self.samples.peak, || self.samples.look(None));
         lock(&self.samples.launches).clear();
         *lock(&self.observation) = Some(LaunchObservation::new(self.samples.clone()));
         current
@@ -75,8 +97,14 @@ impl PoolMeter {
     /// Most bytes in use at any launch since [`reset_peak`](Self::reset_peak). Stops looking.
     pub fn peak(&self) -> usize {
         *lock(&self.observation) = None;
-        self.samples.look();
-        self.samples.peak.load(Relaxed)
+        self.samples.look(None);
+        lock(&self.samples.peak).bytes
+    }
+
+    /// The kernel whose launch had the most bytes in use since [`reset_peak`](Self::reset_peak), by its own
+    /// name; `None` if no launch had more than before or after.
+    pub fn peak_kernel(&self) -> Option<&'static str> {
+        lock(&self.samples.peak).kernel
     }
 
     /// How often each kernel was launched since [`reset_peak`](Self::reset_peak), by its own name.
@@ -91,10 +119,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Samples {
-    fn look(&self) -> usize {
+    fn look(&self, kernel: Option<&'static str>) -> usize {
         let report = self.client.memory_report(MemoryScope::Device);
         let bytes = usize::try_from(report.usage().bytes_in_use).unwrap_or(usize::MAX);
-        self.peak.fetch_max(bytes, Relaxed);
+        lock(&self.peak).raise(bytes, kernel);
         bytes
     }
 }
@@ -102,7 +130,7 @@ impl Samples {
 impl LaunchObserver for Samples {
     fn launched(&self, kernel: &'static str) {
         *lock(&self.launches).entry(kernel).or_default() += 1;
-        self.look();
+        self.look(Some(kernel));
     }
 }
 
@@ -111,5 +139,26 @@ impl fmt::Debug for PoolMeter {
         f.debug_struct("PoolMeter")
             .field("device", &self.samples.client.name())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launch_while_a_peak_starts_is_not_lost() {
+        let peak = Mutex::new(Peak {
+            bytes: 100,
+            kernel: Some("before"),
+        });
+        let level = restart(&peak, || {
+            // As on another thread, between the level and its peak.
+            lock(&peak).raise(70, Some("between"));
+            lock(&peak).raise(40, None);
+            40
+        });
+        let Peak { bytes, kernel } = *lock(&peak);
+        assert_eq!((level, bytes, kernel), (40, 70, Some("between")));
     }
 }

@@ -1,12 +1,15 @@
 use burn::config::Config;
 use burn::module::Param;
-use burn::nn::pool;
-use burn::tensor::activation::{gelu, hard_swish, leaky_relu, relu, relu6, silu};
+use burn::nn::{BatchNorm, pool};
+use burn::tensor::activation::{
+    elu, gelu, gelu_approximate, hard_sigmoid, hard_swish, leaky_relu, mish, relu, relu6, sigmoid,
+    silu, softplus, tanh,
+};
 use burn::tensor::module::batch_norm_train;
 use burn::tensor::{BoolStore, DType, Shape, Tensor};
-use burn_conv_bn::functional::batch_norm;
+use burn_conv_bn::functional::{BatchNormParams, batch_norm};
 use burn_conv_bn::{
-    Activation, ConvBn2d, MaxPool2d, NormSpec, NormVariant, Recompute, SavedTensor,
+    Activation, ConvBn2d, ConvBnSettings, MaxPool2d, NormSpec, NormVariant, Recompute, SavedTensor,
 };
 
 /// How a network runs its blocks and the max pools behind some of them.
@@ -61,7 +64,8 @@ impl Form {
         match self {
             Self::Fused => block.forward(input),
             Self::Unfused => {
-                let normalized = unfused_norm(block, block.conv.forward(input));
+                let normalized =
+                    unfused_norm(&block.norm, &block.settings, block.conv.forward(input));
                 unfused_activation(block.settings.activation, normalized)
             }
         }
@@ -81,7 +85,8 @@ impl Form {
         match self {
             Self::Fused => block.forward_residual(input, residual),
             Self::Unfused => {
-                let sum = unfused_norm(block, block.conv.forward(input)) + residual;
+                let sum = unfused_norm(&block.norm, &block.settings, block.conv.forward(input))
+                    + residual;
                 unfused_activation(block.settings.activation, sum)
             }
         }
@@ -116,9 +121,9 @@ impl Form {
     ///
     /// The unfused form's list is Burn 0.22.1's: the convolution keeps its input and weight, batch
     /// norm its input, gamma and its statistics, an activation its input, or masks of what it clamps, and
-    /// SiLU and HardSwish the gate as well. In mixed precision the norm's input is a cast of the
-    /// convolution's output, in f32. A frozen norm is composed of several ops, which keep the normalized
-    /// values where gamma is tracked, and what belongs to channels.
+    /// one that Burn composes of several functions, as SiLU or Mish, the inputs of each. In mixed precision
+    /// the norm's input is a cast of the convolution's output, in f32. A frozen norm is composed of several
+    /// ops, which keep the normalized values where gamma is tracked, and what belongs to channels.
     ///
     /// # Panics
     ///
@@ -128,6 +133,14 @@ impl Form {
             Self::Fused => block.saved_for_backward(input_shape),
             Self::Unfused => unfused_saved(block, input_shape, "norm_output"),
         }
+    }
+
+    /// Whether a block's output is rebuilt in the backward pass for whatever needs it, and kept by none; see
+    /// [`Recompute::Norm`]. That of a block with a residual, or with a max pool behind it, is not.
+    pub(crate) fn rebuilds_output(self, block: &ConvBn2d) -> bool {
+        let settings = &block.settings;
+        let is_frozen = settings.track_running_stats && !block.norm.training.is_enabled();
+        self == Self::Fused && settings.recompute == Recompute::Norm && !is_frozen
     }
 
     /// As [`saved_for_backward`](Self::saved_for_backward), for a block that adds a tracked
@@ -223,7 +236,7 @@ fn unfused_saved(
 }
 
 /// Names and types of what Burn's activation keeps, for an input of that name and type.
-fn kept_by_activation(
+pub(crate) fn kept_by_activation(
     activation: Activation,
     input: &'static str,
     dtype: DType,
@@ -231,19 +244,29 @@ fn kept_by_activation(
     // Of Flex, a byte for each value.
     let mask = DType::Bool(BoolStore::Native);
     let clamped = [("above", mask), ("below", mask)];
+    let of_softplus = [("scaled", dtype), ("exponential", dtype), clamped[0]];
     match activation {
         Activation::Identity => Vec::new(),
-        Activation::Relu | Activation::Gelu => vec![(input, dtype)],
-        Activation::Relu6 => clamped.to_vec(),
+        Activation::Relu | Activation::Gelu | Activation::Sigmoid | Activation::Tanh => {
+            vec![(input, dtype)]
+        }
+        Activation::Relu6 | Activation::HardSigmoid { .. } => clamped.to_vec(),
         Activation::LeakyRelu { .. } => vec![clamped[1]],
         Activation::Silu => vec![(input, dtype), ("gate", dtype)],
         Activation::HardSwish => [&[(input, dtype), ("gate", dtype)], &clamped[..]].concat(),
+        Activation::GeluApproximate => vec![(input, dtype), ("inner", dtype), ("gate", dtype)],
+        Activation::Elu { .. } => vec![(input, dtype), clamped[1]],
+        Activation::Softplus { .. } => of_softplus.to_vec(),
+        Activation::Mish => {
+            let gated = [(input, dtype), ("softplus", dtype), ("gate", dtype)];
+            [&gated, &of_softplus[..]].concat()
+        }
         other => panic!("{other:?} has no unfused form yet"),
     }
 }
 
 /// The activation as a user of Burn calls it.
-fn unfused_activation(activation: Activation, value: Tensor<4>) -> Tensor<4> {
+pub(crate) fn unfused_activation(activation: Activation, value: Tensor<4>) -> Tensor<4> {
     match activation {
         Activation::Identity => value,
         Activation::Relu => relu(value),
@@ -251,15 +274,25 @@ fn unfused_activation(activation: Activation, value: Tensor<4>) -> Tensor<4> {
         Activation::LeakyRelu { negative_slope } => leaky_relu(value, negative_slope),
         Activation::Silu => silu(value),
         Activation::Gelu => gelu(value),
+        Activation::GeluApproximate => gelu_approximate(value),
         Activation::HardSwish => hard_swish(value),
+        Activation::Sigmoid => sigmoid(value),
+        Activation::HardSigmoid { alpha, beta } => hard_sigmoid(value, alpha, beta),
+        Activation::Tanh => tanh(value),
+        Activation::Elu { alpha } => elu(value, alpha),
+        Activation::Mish => mish(value),
+        Activation::Softplus { beta } => softplus(value, beta),
         other => panic!("{other:?} has no unfused form yet"),
     }
 }
 
 /// The norm, in the type of its parameters, between casts where that is not the input's.
-fn unfused_norm(block: &ConvBn2d, input: Tensor<4>) -> Tensor<4> {
-    let settings = &block.settings;
-    let mut norm = block.norm.clone();
+pub(crate) fn unfused_norm(
+    norm: &BatchNorm,
+    settings: &ConvBnSettings,
+    input: Tensor<4>,
+) -> Tensor<4> {
+    let mut norm = norm.clone();
     if !settings.affine {
         // Burn's norm has a scale and a shift in any case: constants, which no optimizer moves.
         norm.gamma = Param::initialized(norm.gamma.id, norm.gamma.val().ones_like());
@@ -276,7 +309,11 @@ fn unfused_norm(block: &ConvBn2d, input: Tensor<4>) -> Tensor<4> {
         }
         (variant @ NormVariant::Tutorial, false) => {
             let spec = NormSpec::new(variant, norm.epsilon);
-            batch_norm(input, settings.affine.then(affine), spec)
+            let params = BatchNormParams {
+                affine: settings.affine.then(affine),
+                statistics: None,
+            };
+            batch_norm(input, params, spec)
                 .unwrap_or_else(|error| panic!("{error}"))
                 .output
         }

@@ -31,6 +31,16 @@ pub(crate) fn block(
         .with_activation(activation)
 }
 
+/// Multiple of 8 nearest to a number of channels, up by one step where that would take more than a
+/// tenth away: torchvision's `_make_divisible`.
+pub(crate) fn rounded(channels: f64) -> usize {
+    let nearest = ((channels + 4.0) as usize / 8 * 8).max(8);
+    match (nearest as f64) < 0.9 * channels {
+        true => nearest + 8,
+        false => nearest,
+    }
+}
+
 /// Zeros, for what torchvision starts there.
 pub(crate) fn zeros(size: usize, device: &Device) -> Param<Tensor<1>> {
     Initializer::Zeros.init([size], device)

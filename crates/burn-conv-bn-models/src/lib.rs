@@ -2,7 +2,7 @@
 //! switch between the fused form and Burn's own layers.
 //!
 //! - [`Net`]: the PyTorch tutorial's.
-//! - [`ResNet`], [`Vgg`] and [`MobileNetV2`]: torchvision's, with its layers, initial
+//! - [`ResNet`], [`Vgg`], [`MobileNetV2`], [`EfficientNet`] and [`DenseNet`]: torchvision's, with its layers, initial
 //!   distributions and names.
 //!
 //! Both forms have the same modules, so they share records, optimizer states and, from the same
@@ -45,12 +45,16 @@
 
 #![deny(missing_docs)]
 
+mod budget;
+mod densenet;
+mod efficientnet;
 mod fold;
 mod form;
 mod head;
 mod init;
 mod mobilenet;
 mod net;
+mod pre_activation;
 mod resnet;
 mod vgg;
 mod walk;
@@ -58,6 +62,9 @@ mod walk;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
+pub use budget::{BlockPlan, BudgetError, MemoryPlan};
+pub use densenet::{DenseLayer, DenseNet, DenseNetConfig, Transition};
+pub use efficientnet::{EfficientNet, EfficientNetBlock, EfficientNetConfig, SqueezeExcitation};
 pub use form::Form;
 pub use mobilenet::{MobileNetV2, MobileNetV2Block, MobileNetV2Config};
 pub use net::{Net, NetConfig};
@@ -72,6 +79,9 @@ mod documents {
 
     #[doc = include_str!("../../../README.md")]
     mod repository {}
+
+    #[doc = include_str!("../../../docs/memory.md")]
+    mod memory {}
 
     #[doc = include_str!("../../../docs/migration.md")]
     mod migration {}

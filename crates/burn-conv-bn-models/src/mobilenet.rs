@@ -8,7 +8,7 @@ use burn_conv_bn::{Activation, ConvBn2d, FoldError, Recompute, SavedTensor};
 use crate::Form;
 use crate::fold::fold;
 use crate::head::rows;
-use crate::init::{block, draw, zeros};
+use crate::init::{block, draw, rounded, zeros};
 use crate::walk::Walk;
 
 /// Table 2 of the paper: expansion, output channels, number of blocks, stride of the first.
@@ -109,16 +109,6 @@ pub struct MobileNetV2Block {
     /// Whether the last convolution adds the block's input.
     #[module(skip)]
     residual: bool,
-}
-
-/// Multiple of 8 nearest to a number of channels, up by one step where that would take more than a
-/// tenth away: torchvision's `_make_divisible`.
-fn rounded(channels: f64) -> usize {
-    let nearest = ((channels + 4.0) as usize / 8 * 8).max(8);
-    match (nearest as f64) < 0.9 * channels {
-        true => nearest + 8,
-        false => nearest,
-    }
 }
 
 impl MobileNetV2Config {
@@ -292,6 +282,24 @@ impl MobileNetV2 {
         self
     }
 
+    /// Sets [`Recompute::Norm`] for all convolutions but those that add a shortcut, which get `ends`.
+    ///
+    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
+    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
+    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
+    /// recomputes none of them, and keeps less than if all were that.
+    #[must_use]
+    pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
+        for block in &mut self.features {
+            let last = block.conv.len() - 1;
+            for (index, conv) in block.conv.iter_mut().enumerate() {
+                let is_end = block.residual && index == last;
+                conv.settings.recompute = if is_end { ends } else { Recompute::Norm };
+            }
+        }
+        self
+    }
+
     /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
     /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
     /// network does in evaluation, up to rounding.
@@ -317,6 +325,11 @@ impl MobileNetV2 {
     ///
     /// As [`forward`](Self::forward), for the shape.
     pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
+        self.walk(input_shape).into_saved()
+    }
+
+    /// Goes through the network in the order of [`forward`](Self::forward).
+    pub(crate) fn walk(&self, input_shape: [usize; 4]) -> Walk {
         let mut walk = Walk::new(self.form, input_shape, &self.features[0].conv[0]);
         for (index, block) in self.features.iter().enumerate() {
             block.walk(&format!("features.{index}"), &mut walk);
@@ -325,7 +338,18 @@ impl MobileNetV2 {
         walk.rows(&self.classifier);
         walk.dropout(&self.dropout);
         walk.linear("classifier", &self.classifier);
-        walk.into_saved()
+        walk
+    }
+
+    /// The blocks by name.
+    pub(crate) fn blocks_mut(&mut self) -> Vec<(String, &mut ConvBn2d)> {
+        let mut blocks = Vec::new();
+        for (index, block) in self.features.iter_mut().enumerate() {
+            for (place, conv) in block.conv.iter_mut().enumerate() {
+                blocks.push((format!("features.{index}.conv.{place}"), conv));
+            }
+        }
+        blocks
     }
 }
 

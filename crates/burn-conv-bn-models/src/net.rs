@@ -169,6 +169,20 @@ impl Net {
         self
     }
 
+    /// Sets [`Recompute::Norm`] for the first block, and `ends` for the second, which is one op with the max pool
+    /// behind.
+    ///
+    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
+    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
+    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
+    /// recomputes none of them, and keeps less than if all were that.
+    #[must_use]
+    pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
+        self.conv1.settings.recompute = Recompute::Norm;
+        self.conv2.settings.recompute = ends;
+        self
+    }
+
     /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
     /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
     /// network does in evaluation, up to rounding.
@@ -199,6 +213,11 @@ impl Net {
         image_size: usize,
     ) -> Vec<(String, SavedTensor)> {
         let images = [batch, 1, image_size, image_size];
+        self.walk(images).into_saved()
+    }
+
+    /// Goes through the network in the order of [`forward`](Self::forward).
+    pub(crate) fn walk(&self, images: [usize; 4]) -> Walk {
         let mut walk = Walk::new(self.form, images, &self.conv1);
         walk.block("conv1", &self.conv1);
         walk.block_max_pool("conv2", &self.conv2, &pool());
@@ -208,7 +227,15 @@ impl Net {
         walk.relu();
         walk.linear("fc2", &self.fc2);
         walk.log_softmax();
-        walk.into_saved()
+        walk
+    }
+
+    /// The blocks by name.
+    pub(crate) fn blocks_mut(&mut self) -> Vec<(String, &mut ConvBn2d)> {
+        vec![
+            ("conv1".to_owned(), &mut self.conv1),
+            ("conv2".to_owned(), &mut self.conv2),
+        ]
     }
 }
 

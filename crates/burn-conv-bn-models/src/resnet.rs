@@ -160,6 +160,11 @@ impl ResNetConfig {
         Self::new(form, ResNetBlockKind::Bottleneck, [3, 4, 6, 3])
     }
 
+    /// ResNet-101, version 1.5.
+    pub fn resnet101(form: Form) -> Self {
+        Self::new(form, ResNetBlockKind::Bottleneck, [3, 4, 23, 3])
+    }
+
     /// Initializes a network, and draws its parameters at once in the order of its fields: the
     /// same seed of the device gives the same weights whatever the form and however it is used.
     ///
@@ -296,6 +301,35 @@ impl ResNet {
         self
     }
 
+    /// Sets [`Recompute::Norm`] for the convolutions inside the residual blocks, and `ends` for those at their
+    /// ends: the one that adds the shortcut, and the shortcut's own. The first convolution of the network,
+    /// which is one op with the max pool, is `Recompute::Conv`.
+    ///
+    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
+    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
+    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
+    /// recomputes none of them, and keeps less than if all were that.
+    #[must_use]
+    pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
+        self.conv1.settings.recompute = Recompute::Conv;
+        let layers = [
+            &mut self.layer1,
+            &mut self.layer2,
+            &mut self.layer3,
+            &mut self.layer4,
+        ];
+        for block in layers.into_iter().flatten() {
+            for (_, conv) in block.convs() {
+                conv.settings.recompute = ends;
+            }
+            block.conv1.settings.recompute = Recompute::Norm;
+            if block.conv3.is_some() {
+                block.conv2.settings.recompute = Recompute::Norm;
+            }
+        }
+        self
+    }
+
     /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
     /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
     /// network does in evaluation, up to rounding.
@@ -305,14 +339,7 @@ impl ResNet {
     /// [`FoldError::NotFinite`] if a channel's scale or shift is not finite, and others of [`ConvBn2d::fold`].
     pub fn folded(&self) -> Result<Self, FoldError> {
         let mut net = self.valid();
-        let layers = [
-            &mut net.layer1,
-            &mut net.layer2,
-            &mut net.layer3,
-            &mut net.layer4,
-        ];
-        let blocks = layers.into_iter().flatten().flat_map(ResNetBlock::convs);
-        fold(std::iter::once(&mut net.conv1).chain(blocks))?;
+        fold(net.blocks_mut().into_iter().map(|(_, block)| block))?;
         Ok(net)
     }
 
@@ -328,6 +355,11 @@ impl ResNet {
     ///
     /// As [`forward`](Self::forward), for the shape.
     pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
+        self.walk(input_shape).into_saved()
+    }
+
+    /// Goes through the network in the order of [`forward`](Self::forward).
+    pub(crate) fn walk(&self, input_shape: [usize; 4]) -> Walk {
         let mut walk = Walk::new(self.form, input_shape, &self.conv1);
         walk.block_max_pool("conv1", &self.conv1, &pool());
         for (name, layer) in self.layers() {
@@ -338,7 +370,27 @@ impl ResNet {
         walk.average_pool([1, 1]);
         walk.rows(&self.fc);
         walk.linear("fc", &self.fc);
-        walk.into_saved()
+        walk
+    }
+
+    /// The blocks by name.
+    pub(crate) fn blocks_mut(&mut self) -> Vec<(String, &mut ConvBn2d)> {
+        let mut blocks = vec![("conv1".to_owned(), &mut self.conv1)];
+        let layers = [
+            &mut self.layer1,
+            &mut self.layer2,
+            &mut self.layer3,
+            &mut self.layer4,
+        ];
+        for (number, layer) in (1..).zip(layers) {
+            for (index, block) in layer.iter_mut().enumerate() {
+                let convs = block.convs().into_iter();
+                blocks.extend(
+                    convs.map(|(conv, block)| (format!("layer{number}.{index}.{conv}"), block)),
+                );
+            }
+        }
+        blocks
     }
 
     fn layers(&self) -> [(&'static str, &Vec<ResNetBlock>); 4] {
@@ -360,11 +412,17 @@ fn pool() -> MaxPool2d {
 }
 
 impl ResNetBlock {
-    fn convs(&mut self) -> impl Iterator<Item = &mut ConvBn2d> {
-        let others = [self.conv3.as_mut(), self.downsample.as_mut()];
-        [&mut self.conv1, &mut self.conv2]
-            .into_iter()
-            .chain(others.into_iter().flatten())
+    /// Its convolutions by name.
+    fn convs(&mut self) -> Vec<(&'static str, &mut ConvBn2d)> {
+        [
+            ("conv1", Some(&mut self.conv1)),
+            ("conv2", Some(&mut self.conv2)),
+            ("conv3", self.conv3.as_mut()),
+            ("downsample", self.downsample.as_mut()),
+        ]
+        .into_iter()
+        .filter_map(|(name, conv)| Some((name, conv?)))
+        .collect()
     }
 
     fn forward(&self, input: Tensor<4>, form: Form) -> Tensor<4> {

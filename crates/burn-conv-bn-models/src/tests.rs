@@ -4,10 +4,15 @@
 use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleVisitor, Param};
+use burn::nn::DropoutConfig;
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
 use burn_conv_bn::{Activation, ConvBn2dConfig, ConvBnModule, NormVariant};
+use burn_store::KeyRemapper;
 
-use crate::{Form, MobileNetV2Config, Net, NetConfig, ResNetConfig, VggConfig};
+use crate::{
+    DenseNet, DenseNetConfig, EfficientNetBlock, EfficientNetConfig, Form, MobileNetV2Config, Net,
+    NetConfig, ResNetConfig, VggConfig,
+};
 
 /// Sizes of all parameters and buffers, by name.
 #[derive(Default)]
@@ -70,6 +75,7 @@ fn resnets_are_those_of_torchvision() {
         (ResNetConfig::resnet18(Form::Fused), 2, 11_689_512),
         (ResNetConfig::resnet34(Form::Fused), 2, 21_797_672),
         (ResNetConfig::resnet50(Form::Fused), 3, 25_557_032),
+        (ResNetConfig::resnet101(Form::Fused), 3, 44_549_160),
     ];
     for (config, convs, count) in networks {
         let mut blocks = vec!["conv1".to_owned()];
@@ -85,6 +91,21 @@ fn resnets_are_those_of_torchvision() {
         let network = config.init_lazy(&Device::flex());
         check(&network, &blocks, false, &["fc"], count);
     }
+}
+
+/// A line for each block; Burn's own layers take 84.
+#[test]
+fn resnet18_prints_a_line_for_each_block() {
+    let text = ResNetConfig::resnet18(Form::Fused)
+        .init_lazy(&Device::flex())
+        .to_string();
+    assert_eq!(text.matches("ConvBn2d").count(), 20, "{text}");
+    let lines: Vec<&str> = text.lines().collect();
+    let of_blocks = lines
+        .iter()
+        .filter(|line| line.contains("ConvBn2d {channels: "));
+    assert_eq!(of_blocks.count(), 20, "{text}");
+    assert!(lines.len() < 84, "{} lines: {text}", lines.len());
 }
 
 #[test]
@@ -111,6 +132,105 @@ fn mobilenet_v2_is_that_of_torchvision() {
     check(&network, &blocks, false, &["classifier"], 3_504_872);
 }
 
+/// Torchvision's names, in both spellings, with the patterns for them.
+#[test]
+fn densenet_is_that_of_torchvision() {
+    let config = DenseNetConfig::densenet121(Form::Fused);
+    let mut visitor = Sizes::default();
+    config.init_lazy(&Device::flex()).visit(&mut visitor);
+    let buffers = ["running_mean", "running_var"];
+    let mut sizes = visitor.sizes.clone();
+    sizes.retain(|name, _| !buffers.iter().any(|buffer| name.ends_with(buffer)));
+    assert_eq!(sizes.values().sum::<usize>(), 7_978_856);
+
+    for dot in ["", "."] {
+        let (mut convs, mut norms) = (vec!["features.conv0".to_owned()], Vec::new());
+        norms.extend(["features.norm0", "features.norm5"].map(str::to_owned));
+        for (block, layers) in (1..).zip(config.blocks) {
+            for layer in 1..=layers {
+                let name = format!("features.denseblock{block}.denselayer{layer}");
+                convs.extend([1, 2].map(|conv| format!("{name}.conv{dot}{conv}")));
+                norms.extend([1, 2].map(|norm| format!("{name}.norm{dot}{norm}")));
+            }
+            if block < 4 {
+                convs.push(format!("features.transition{block}.conv"));
+                norms.push(format!("features.transition{block}.norm"));
+            }
+        }
+        let mut names: Vec<_> = ["classifier.weight", "classifier.bias"]
+            .map(str::to_owned)
+            .into();
+        names.extend(convs.iter().map(|conv| format!("{conv}.weight")));
+        for norm in norms {
+            let of_norm = ["weight", "bias", "running_mean", "running_var"];
+            names.extend(of_norm.map(|name| format!("{norm}.{name}")));
+        }
+        let patterns = KeyRemapper::from_patterns(DenseNet::PYTORCH_KEYS.to_vec()).unwrap();
+        for (pattern, replacement) in patterns.to_regex_pairs() {
+            for name in &mut names {
+                *name = pattern.replace_all(name, replacement.as_str()).into_owned();
+            }
+        }
+        names.sort();
+        assert!(visitor.sizes.keys().eq(&names), "{names:#?}");
+    }
+}
+
+#[test]
+fn efficientnet_b0_is_that_of_torchvision() {
+    let (mut blocks, mut linear) = (vec!["stem".to_owned()], vec!["classifier".to_owned()]);
+    for (stage, length) in (1..).zip([1, 2, 2, 3, 3, 4, 1]) {
+        for index in 0..length {
+            let block = format!("stage{stage}.{index}");
+            let convs = ["expand", "depthwise", "project"];
+            // The first stage does not expand.
+            let convs = if stage == 1 { &convs[1..] } else { &convs[..] };
+            blocks.extend(convs.iter().map(|conv| format!("{block}.{conv}")));
+            linear.extend(["fc1", "fc2"].map(|fc| format!("{block}.squeeze.{fc}")));
+        }
+    }
+    blocks.push("head".to_owned());
+    let linear: Vec<&str> = linear.iter().map(String::as_str).collect();
+    let network = EfficientNetConfig::new(Form::Fused).init_lazy(&Device::flex());
+    check(&network, &blocks, false, &linear, 5_288_548);
+}
+
+/// In training an image's branch is left out, or doubled where half of them are; in evaluation it is whole.
+#[test]
+fn stochastic_depth_leaves_out_branches_of_images() {
+    let device = Device::flex().autodiff();
+    let config = EfficientNetConfig::new(Form::Fused).with_width(0.25);
+    let network = config.init(&device);
+    let mut block = network.stage3[1].clone();
+    let normal = Distribution::Normal(0.0, 1.0);
+    let input = Tensor::<4>::random([40, 16, 4, 4], normal, &device);
+    let branch = |block: &EfficientNetBlock, input: Tensor<4>| {
+        (block.forward(input.clone(), Form::Fused) - input).without_autodiff()
+    };
+    block.stochastic_depth = DropoutConfig::new(0.0).init();
+    let whole = branch(&block, input.clone());
+    block.stochastic_depth = DropoutConfig::new(0.5).init();
+    let drawn = branch(&block, input.clone());
+    let mut counts = [0; 2];
+    for image in 0..40 {
+        let [drawn, whole] = [&drawn, &whole].map(|all| all.clone().narrow(0, image, 1));
+        let left_out = drawn.clone().abs().max().into_scalar::<f32>() == 0.0;
+        let factor = if left_out { 0.0 } else { 2.0 };
+        let difference = (drawn - whole * factor).abs().max().into_scalar::<f32>();
+        assert!(difference < 1e-4, "{image}: {difference}");
+        counts[usize::from(left_out)] += 1;
+    }
+    assert!(counts.iter().all(|count| *count > 5), "{counts:?}");
+
+    let evaluated = |prob: f64| {
+        block.stochastic_depth = DropoutConfig::new(prob).init();
+        let data = branch(&block.valid(), input.clone().without_autodiff()).into_data();
+        data.iter::<f32>().collect::<Vec<_>>()
+    };
+    let [with, without] = [0.5, 0.0].map(evaluated);
+    assert_eq!(with, without);
+}
+
 #[test]
 fn both_forms_of_a_block_agree_for_every_activation() {
     let device = Device::flex().autodiff();
@@ -127,7 +247,17 @@ fn both_forms_of_a_block_agree_for_every_activation() {
         },
         Activation::Silu,
         Activation::Gelu,
+        Activation::GeluApproximate,
         Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid {
+            alpha: 0.2,
+            beta: 0.5,
+        },
+        Activation::Tanh,
+        Activation::Elu { alpha: 0.75 },
+        Activation::Mish,
+        Activation::Softplus { beta: 1.5 },
     ] {
         let block = ConvBn2dConfig::new([2, 3], [1, 1])
             .with_activation(activation)

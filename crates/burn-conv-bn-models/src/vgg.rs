@@ -236,6 +236,25 @@ impl Vgg {
         self
     }
 
+    /// Sets [`Recompute::Norm`] for the convolutions with another one behind, and `ends` for those that are one
+    /// op with the max pool behind.
+    ///
+    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
+    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
+    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
+    /// recomputes none of them, and keeps less than if all were that.
+    #[must_use]
+    pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
+        let mut features = self.features.iter_mut();
+        for count in self.blocks {
+            for (index, block) in features.by_ref().take(count).enumerate() {
+                let is_end = index + 1 == count;
+                block.settings.recompute = if is_end { ends } else { Recompute::Norm };
+            }
+        }
+        self
+    }
+
     /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
     /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
     /// network does in evaluation, up to rounding.
@@ -261,6 +280,11 @@ impl Vgg {
     ///
     /// As [`forward`](Self::forward), for the shape.
     pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
+        self.walk(input_shape).into_saved()
+    }
+
+    /// Goes through the network in the order of [`forward`](Self::forward).
+    pub(crate) fn walk(&self, input_shape: [usize; 4]) -> Walk {
         let mut walk = Walk::new(self.form, input_shape, &self.features[0]);
         let mut features = self.features.iter().enumerate();
         for count in self.blocks {
@@ -282,7 +306,15 @@ impl Vgg {
             }
             walk.linear(&format!("classifier.{index}"), linear);
         }
-        walk.into_saved()
+        walk
+    }
+
+    /// The blocks by name.
+    pub(crate) fn blocks_mut(&mut self) -> Vec<(String, &mut ConvBn2d)> {
+        let features = self.features.iter_mut().enumerate();
+        features
+            .map(|(index, block)| (format!("features.{index}"), block))
+            .collect()
     }
 }
 

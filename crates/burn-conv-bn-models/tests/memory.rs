@@ -2,6 +2,8 @@
 //!
 //! One test, so that no other allocates at the same time.
 
+use std::cell::Cell;
+
 use burn::module::{Flag, Module, ModuleMapper, Param};
 use burn::nn::PaddingConfig2d;
 use burn::tensor::{Device, Distribution, FloatDType, Tensor};
@@ -10,7 +12,8 @@ use burn_conv_bn::{
 };
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    BudgetError, DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MemoryPlan,
+    MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 
 #[global_allocator]
@@ -66,6 +69,7 @@ trait Lists: Module + ConvBnModule {
     fn in_form(self, form: Form) -> Self;
     fn forward(&self, images: Tensor<4>) -> Tensor<2>;
     fn saved(&self, images: [usize; 4]) -> Vec<(String, SavedTensor)>;
+    fn within(self, images: [usize; 4], bytes: usize) -> Result<(Self, MemoryPlan), BudgetError>;
 }
 
 macro_rules! lists {
@@ -84,6 +88,14 @@ macro_rules! lists {
                     let $this = self;
                     $saved
                 }
+
+                fn within(
+                    self,
+                    images: [usize; 4],
+                    bytes: usize,
+                ) -> Result<(Self, MemoryPlan), BudgetError> {
+                    self.with_memory_budget(images, bytes)
+                }
             }
         )*
     };
@@ -94,6 +106,8 @@ lists! {
     ResNet, |net, images| net.saved_for_backward(images);
     Vgg, |net, images| net.saved_for_backward(images);
     MobileNetV2, |net, images| net.saved_for_backward(images);
+    EfficientNet, |net, images| net.saved_for_backward(images);
+    DenseNet, |net, images| net.saved_for_backward(images);
 }
 
 /// Turns norms to their running statistics; gamma and beta go on being trained.
@@ -113,7 +127,10 @@ fn blocks_and_networks_keep_what_they_list() {
         norms_of_no_leaves(form, &device);
     }
     let (form, classes) = (Form::Fused, 10);
-    for recompute in [Recompute::Conv, Recompute::Never] {
+    rebuilt_chains(&device);
+    a_dense_network_keeps_each_output_once(&device);
+    budgets(&device);
+    for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
         let name = |network: &str| format!("{network}, {recompute:?}");
         let net = NetConfig::new(form).with_recompute(recompute);
         network(&name("tutorial"), net.init(&device), [16, 1, 28, 28]);
@@ -136,7 +153,147 @@ fn blocks_and_networks_keep_what_they_list() {
             .with_classes(classes)
             .with_recompute(recompute);
         network(&name("MobileNetV2"), mobilenet.init(&device), images);
+        let efficientnet = EfficientNetConfig::new(form)
+            .with_classes(classes)
+            .with_recompute(recompute);
+        network(&name("EfficientNet"), efficientnet.init(&device), images);
+        let densenet = DenseNetConfig::densenet121(form)
+            .with_classes(classes)
+            .with_recompute(recompute);
+        network(&name("DenseNet-121"), densenet.init(&device), images);
     }
+}
+
+fn own_bytes(saved: &[(String, SavedTensor)]) -> usize {
+    let own = saved.iter().filter(|(_, tensor)| !tensor.shared);
+    own.map(|(_, tensor)| tensor.bytes()).sum()
+}
+
+/// Counted, DenseNet-121 keeps at most a fifth of what it keeps as Burn's layers.
+fn a_dense_network_keeps_each_output_once(device: &Device) {
+    let config = DenseNetConfig::densenet121(Form::Fused).with_classes(10);
+    let images = Tensor::<4>::random([4, 3, 96, 96], Distribution::Default, device);
+    for recompute in [Recompute::Conv, Recompute::Norm] {
+        let [fused, unfused] = [Form::Fused, Form::Unfused].map(|form| {
+            let chains = config.init(device).with_rebuilt_chains(Recompute::Conv);
+            let network = match recompute {
+                Recompute::Norm => chains,
+                _ => chains.with_recompute(recompute),
+            };
+            let network = network.with_form(form);
+            kept(
+                || network.clone(),
+                |network| network.forward(images.clone()),
+            )
+        });
+        let ratio = fused as f64 / unfused as f64;
+        println!("DenseNet-121, {recompute:?}: {fused} of {unfused} bytes, {ratio:.3}");
+        assert!(ratio < 0.2, "{fused} of {unfused} bytes");
+    }
+}
+
+/// Between the least and the most that a network can keep, and below.
+fn budgets(device: &Device) {
+    let images = [4, 3, 64, 64];
+    let resnet = ResNetConfig::resnet18(Form::Fused).with_classes(10);
+    budget("ResNet-18", || resnet.init(device), images);
+    let mobilenet = MobileNetV2Config::new(Form::Fused).with_classes(10);
+    budget("MobileNetV2", || mobilenet.init(device), images);
+    let efficientnet = EfficientNetConfig::new(Form::Fused).with_classes(10);
+    budget("EfficientNet", || efficientnet.init(device), images);
+    let densenet = DenseNetConfig::new(Form::Fused, [3, 4, 5, 2]).with_classes(10);
+    budget("DenseNet", || densenet.init(device), images);
+    let vgg = VggConfig::vgg16_bn(Form::Fused)
+        .with_classes(10)
+        .with_hidden(64);
+    budget("VGG-16", || vgg.init(device), images);
+    let net = NetConfig::new(Form::Fused);
+    budget("tutorial", || net.init(device), [16, 1, 28, 28]);
+}
+
+fn budget<M: Lists>(what: &str, init: impl Fn() -> M, shape: [usize; 4]) {
+    let images = Tensor::<4>::random(shape, Distribution::Default, &init().devices()[0]);
+    let [least, most] = [Recompute::Conv, Recompute::Never]
+        .map(|recompute| own_bytes(&init().with_recompute(recompute).saved(shape)));
+    let mut recomputed = u64::MAX;
+    for share in [0, 1, 4, 7, 10] {
+        let bytes = least + (most - least) * share / 10;
+        let (network, plan) = init().within(shape, bytes).unwrap();
+        let saved = network.saved(shape);
+        assert!(plan.bytes <= bytes, "{what}: {plan}");
+        assert_eq!(plan.bytes, own_bytes(&saved), "{what}: {plan}");
+        let kept = kept(
+            || network.clone(),
+            |network| network.forward(images.clone()),
+        );
+        let what = format!("{what}, {plan}");
+        assert_listed(&what, kept, saved.iter().map(|(_, tensor)| tensor));
+        assert!(plan.recomputed() <= recomputed, "{what}");
+        recomputed = plan.recomputed();
+    }
+    assert_eq!(recomputed, 0, "{what}: there is room for everything");
+
+    let error = init().within(shape, least - 1).unwrap_err();
+    assert_eq!((error.budget, error.least), (least - 1, least));
+    assert!(!error.layer.is_empty());
+    assert!(init().within(shape, error.least).is_ok());
+    // No other mix keeps less.
+    for seed in 0..20 {
+        let state = Cell::new(seed);
+        let mixed = init().map_settings(move |settings| {
+            let next = u64::wrapping_mul(state.get() + 1, 0x9e37_79b9_7f4a_7c15);
+            state.set(next >> 8);
+            let policies = [Recompute::Conv, Recompute::Norm, Recompute::Never];
+            settings.recompute = policies[(next >> 40) as usize % 3];
+        });
+        assert!(own_bytes(&mixed.saved(shape)) >= least, "{what}");
+    }
+}
+
+/// Networks whose chains are rebuilt, with either kind of ends, between those that are of one policy.
+fn rebuilt_chains(device: &Device) {
+    let images = [4, 3, 64, 64];
+    macro_rules! chains {
+        ($name:literal, $images:expr, $network:expr) => {
+            let init = || $network.init(device);
+            let [conv, never] = [Recompute::Conv, Recompute::Never].map(|ends| {
+                let chains = init().with_rebuilt_chains(ends);
+                let whole = own_bytes(&init().with_recompute(ends).saved($images));
+                let listed = own_bytes(&chains.saved($images));
+                network(
+                    &format!("{}, chains before {ends:?}", $name),
+                    chains,
+                    $images,
+                );
+                listed as f64 / whole as f64
+            });
+            println!("{}: {conv:.3} of Conv, {never:.3} of Never", $name);
+            assert!(conv < 1.06, "{}: {conv} of Conv's bytes", $name);
+            assert!(never < 0.95, "{}: {never} of Never's bytes", $name);
+        };
+    }
+    chains!(
+        "ResNet-18",
+        images,
+        ResNetConfig::resnet18(Form::Fused).with_classes(10)
+    );
+    chains!(
+        "ResNet-50",
+        images,
+        ResNetConfig::resnet50(Form::Fused).with_classes(10)
+    );
+    let vgg = VggConfig::vgg16_bn(Form::Fused)
+        .with_classes(10)
+        .with_hidden(64);
+    chains!("VGG-16", images, vgg);
+    let mobilenet = MobileNetV2Config::new(Form::Fused).with_classes(10);
+    chains!("MobileNetV2", images, mobilenet);
+    // Its chains keep what Conv's do.
+    let densenet = DenseNetConfig::densenet121(Form::Fused).with_classes(10);
+    chains!("DenseNet-121", images, densenet);
+    let net = NetConfig::new(Form::Fused);
+    let chains = net.init(device).with_rebuilt_chains(Recompute::Conv);
+    network("tutorial, chains", chains, [16, 1, 28, 28]);
 }
 
 /// In both forms, each also in half, with parameters that are no leaves, and with running statistics.
@@ -184,7 +341,17 @@ fn blocks(form: Form, device: &Device) {
         },
         Activation::Silu,
         Activation::Gelu,
+        Activation::GeluApproximate,
         Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid {
+            alpha: 0.2,
+            beta: 0.5,
+        },
+        Activation::Tanh,
+        Activation::Elu { alpha: 0.75 },
+        Activation::Mish,
+        Activation::Softplus { beta: 1.5 },
     ] {
         for config in [&config, &dilated] {
             for fixed in [false, true] {

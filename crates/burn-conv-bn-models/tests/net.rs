@@ -175,7 +175,7 @@ fn values_of_pytorch() {
     assert_eq!(file.variants.len(), 2);
     for variant in &file.variants {
         for form in FORMS {
-            for recompute in [Recompute::Conv, Recompute::Never] {
+            for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
                 file.check(variant, form, recompute);
             }
         }

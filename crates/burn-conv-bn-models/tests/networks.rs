@@ -6,7 +6,8 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Distribution, Gradients, Tensor};
 use burn_conv_bn::{Recompute, SavedTensor};
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
+    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
+    MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 
 const BATCH: usize = 4;
@@ -41,7 +42,7 @@ macro_rules! networks {
     };
 }
 
-networks!(MobileNetV2 ResNet Vgg);
+networks!(DenseNet EfficientNet MobileNetV2 ResNet Vgg);
 
 /// Turns a network to f64, with biases, scales, shifts and statistics off their initial values.
 struct Prepare;
@@ -191,6 +192,7 @@ fn both_forms_of_resnet18_agree() {
     for (recompute, max_workspace) in [
         (Recompute::Conv, None),
         (Recompute::Conv, Some(1 << 16)),
+        (Recompute::Norm, None),
         (Recompute::Never, None),
     ] {
         let config = ResNetConfig::resnet18(Form::Fused)
@@ -205,6 +207,10 @@ fn both_forms_of_resnet18_agree() {
 fn both_forms_of_resnet50_agree() {
     let config = ResNetConfig::resnet50(Form::Fused).with_classes(CLASSES);
     check(|device| config.init(device), 32);
+    check(
+        |device| config.init(device).with_rebuilt_chains(Recompute::Conv),
+        32,
+    );
 }
 
 #[test]
@@ -222,6 +228,40 @@ fn both_forms_of_mobilenet_v2_agree() {
         .with_classes(CLASSES)
         .with_dropout(0.0);
     check(|device| config.init(device), 32);
+}
+
+#[test]
+fn both_forms_of_efficientnet_agree() {
+    for recompute in [Recompute::Conv, Recompute::Never] {
+        let config = EfficientNetConfig::new(Form::Fused)
+            .with_width(0.5)
+            .with_classes(CLASSES)
+            .with_dropout(0.0)
+            .with_stochastic_depth(0.0)
+            .with_recompute(recompute);
+        check(|device| config.init(device), 32);
+    }
+}
+
+#[test]
+fn both_forms_of_densenet121_agree() {
+    let config = DenseNetConfig::densenet121(Form::Fused).with_classes(CLASSES);
+    check(
+        |device| config.init(device).with_rebuilt_chains(Recompute::Conv),
+        32,
+    );
+}
+
+/// With every policy, and with images that its pools do not divide.
+#[test]
+fn both_forms_of_a_small_densenet_agree() {
+    for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
+        let config = DenseNetConfig::new(Form::Fused, [1, 2, 3, 2])
+            .with_growth(6)
+            .with_classes(CLASSES)
+            .with_recompute(recompute);
+        check(|device| config.init(device), 59);
+    }
 }
 
 #[test]
@@ -312,6 +352,54 @@ fn what_the_blocks_of_a_mobilenet_keep() {
         ("features.18.conv.0", vec![2, 320, 2, 2]),
     ] {
         assert_eq!(activations(&saved, block), [("input", shape)], "{block}");
+    }
+}
+
+/// Of what is before it, a dense layer keeps the newest output alone; of its own, that of one convolution.
+#[test]
+fn what_the_layers_of_a_densenet_keep() {
+    let _alone = alone();
+    let network = DenseNetConfig::densenet121(Form::Fused).init(&Device::flex().autodiff());
+    let network = network.with_rebuilt_chains(Recompute::Conv);
+    let saved = network.saved_for_backward([2, 3, 64, 64]);
+    let (newest, all, inner) = (
+        vec![2, 32, 16, 16],
+        vec![2, 128, 16, 16],
+        vec![2, 128, 16, 16],
+    );
+    let own: Vec<_> = saved
+        .iter()
+        .filter(|(_, tensor)| !tensor.shared)
+        .cloned()
+        .collect();
+    let own = |layer| activations(&own, layer);
+    assert_eq!(activations(&saved, "denseblock1.2"), [("input", newest)]);
+    assert_eq!(activations(&saved, "denseblock1.2.norm1"), [("input", all)]);
+    assert!(own("denseblock1.2.norm1").is_empty());
+    assert_eq!(own("denseblock1.2.conv1"), [("conv_output", inner)]);
+    assert!(own("denseblock1.2.conv2").is_empty());
+    // A quarter of what the unfused form's keeps, which pools last.
+    assert_eq!(own("transition1.conv"), [("input", vec![2, 256, 8, 8])]);
+}
+
+#[test]
+fn what_the_blocks_of_an_efficientnet_keep() {
+    let _alone = alone();
+    let network = EfficientNetConfig::new(Form::Fused).init(&Device::flex().autodiff());
+    let saved = network.saved_for_backward([2, 3, 64, 64]);
+    let (narrow, wide) = (vec![2, 24, 16, 16], vec![2, 144, 16, 16]);
+    for (block, wanted) in [
+        ("stem", vec![("input", vec![2, 3, 64, 64])]),
+        ("stage2.1.expand", vec![("input", narrow)]),
+        ("stage2.1.depthwise", vec![("input", wide.clone())]),
+        (
+            "stage2.1.squeeze",
+            vec![("input", wide.clone()), ("gate", vec![2, 144, 1, 1])],
+        ),
+        ("stage2.1.project", vec![("input", wide)]),
+        ("stage2.1", vec![("mask", vec![2, 1, 1, 1])]),
+    ] {
+        assert_eq!(activations(&saved, block), wanted, "{block}");
     }
 }
 

@@ -6,7 +6,8 @@ use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{Device, Distribution, Tensor};
 use burn_conv_bn::{ConvBnModule, Recompute};
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
+    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 
 /// What has happened to a network.
@@ -162,4 +163,27 @@ network!(
         .with_dropout(0.0)
         .init(device),
     |network: &MobileNetV2| bytes(network.saved_for_backward([2, 3, 64, 64]))
+);
+network!(
+    efficientnet,
+    EfficientNet,
+    [2, 3, 64, 64],
+    |device| EfficientNetConfig::new(Form::Fused)
+        .with_width(0.25)
+        .with_depth(0.5)
+        .with_classes(5)
+        .with_dropout(0.0)
+        .with_stochastic_depth(0.0)
+        .init(device),
+    |network: &EfficientNet| bytes(network.saved_for_backward([2, 3, 64, 64]))
+);
+network!(
+    densenet,
+    DenseNet,
+    [2, 3, 64, 64],
+    |device| DenseNetConfig::new(Form::Fused, [1, 2, 2, 1])
+        .with_growth(8)
+        .with_classes(5)
+        .init(device),
+    |network: &DenseNet| bytes(network.saved_for_backward([2, 3, 64, 64]))
 );

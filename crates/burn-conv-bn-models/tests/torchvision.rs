@@ -21,7 +21,8 @@ use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{DType, Device, Gradients, Int, Tensor, TensorData};
 use burn_conv_bn::{ConvBnModule, RunningVariance};
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
+    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
+    MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 use burn_store::{
     ApplyResult, ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, PytorchStore, SafetensorsStore,
@@ -454,6 +455,18 @@ fn resnet50() {
 }
 
 #[test]
+fn resnet101() {
+    let config = ResNetConfig::resnet101(Form::Fused).with_classes(CLASSES);
+    check(
+        "resnet101",
+        ResNet::PYTORCH_KEYS,
+        "fc.",
+        |device| config.init(device),
+        ResNet::forward,
+    );
+}
+
+#[test]
 fn vgg16_bn() {
     let config = VggConfig::vgg16_bn(Form::Fused)
         .with_classes(CLASSES)
@@ -482,17 +495,69 @@ fn mobilenet_v2() {
     );
 }
 
-/// The losses of 30 training steps from the same weights.
+#[test]
+fn efficientnet_b0() {
+    let config = EfficientNetConfig::new(Form::Fused)
+        .with_classes(CLASSES)
+        .with_dropout(0.0)
+        .with_stochastic_depth(0.0);
+    check(
+        "efficientnet_b0",
+        EfficientNet::PYTORCH_KEYS,
+        "classifier.",
+        |device| config.init(device),
+        EfficientNet::forward,
+    );
+}
+
+#[test]
+fn densenet121() {
+    let config = DenseNetConfig::densenet121(Form::Fused).with_classes(CLASSES);
+    check(
+        "densenet121",
+        DenseNet::PYTORCH_KEYS,
+        "classifier.",
+        |device| config.init(device),
+        DenseNet::forward,
+    );
+}
+
 #[test]
 fn resnet18_trains_as_in_pytorch() {
+    let config = ResNetConfig::resnet18(Form::Fused).with_classes(CLASSES);
+    check_training(
+        "resnet18",
+        ResNet::PYTORCH_KEYS,
+        |device| config.init(device),
+        ResNet::forward,
+    );
+}
+
+#[test]
+fn densenet121_trains_as_in_pytorch() {
+    let config = DenseNetConfig::densenet121(Form::Fused).with_classes(CLASSES);
+    check_training(
+        "densenet121",
+        DenseNet::PYTORCH_KEYS,
+        |device| config.init(device),
+        DenseNet::forward,
+    );
+}
+
+/// The losses of 30 training steps from the same weights.
+fn check_training<N: Module>(
+    name: &str,
+    keys: Keys,
+    init: impl Fn(&Device) -> N,
+    forward: impl Fn(&N, Tensor<4>) -> Tensor<2>,
+) {
     let Some(files) = files() else { return };
     let device = Device::flex().autodiff();
-    let config = ResNetConfig::resnet18(Form::Fused).with_classes(CLASSES);
-    let mut network = config.init(&device);
-    let weights = files.join("resnet18.safetensors");
-    let mut store = safetensors(&weights, ResNet::PYTORCH_KEYS);
+    let mut network = init(&device);
+    let weights = files.join(format!("{name}.safetensors"));
+    let mut store = safetensors(&weights, keys);
     assert_complete(network.load_from(&mut store).unwrap());
-    let file = files.join("resnet18.values.safetensors");
+    let file = files.join(format!("{name}.values.safetensors"));
     let mut expected = Values(SafetensorsStore::from_file(file));
     let batches = expected.floats::<5>("batches", &device, DType::F64);
     let labels = expected.ints::<2>("labels", &device);
@@ -505,7 +570,7 @@ fn resnet18_trains_as_in_pytorch() {
         let index = step % batches.dims()[0];
         let images = batches.clone().narrow(0, index, 1).squeeze_dim(0);
         let targets = labels.clone().narrow(0, index, 1).squeeze_dim(0);
-        let loss = cross_entropy.forward(network.forward(images), targets);
+        let loss = cross_entropy.forward(forward(&network, images), targets);
         let got = loss.clone().into_scalar::<f64>();
         let difference = (got - wanted).abs() / wanted.abs();
         println!("step {step:2}: {got:.12}, PyTorch {wanted:.12}, {difference:.1e} apart");

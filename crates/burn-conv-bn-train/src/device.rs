@@ -4,6 +4,7 @@ use burn::tensor::{Device, DeviceType};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::choice::Choice;
 use crate::precision::Precision;
 
 /// A device, named as Burn's feature for it.
@@ -34,43 +35,46 @@ pub enum DeviceChoice {
 pub enum DeviceError {
     /// The feature was not compiled in.
     #[error(
-        "this build has no device {0:?}: build it with `--features {0},fusion,autotune` \
-         (it has {built})", built = built()
+        "this build has no device {name:?}: build it with `--features {name},fusion,autotune` \
+         (it has {built})", name = .0.name(), built = built()
     )]
-    NotBuilt(&'static str),
+    NotBuilt(DeviceChoice),
     /// The machine has no such device, or no driver for it.
-    #[error("this machine has no device {0:?}, or no driver for one")]
-    NotFound(&'static str),
+    #[error("this machine has no device {:?}, or no driver for one", .0.name())]
+    NotFound(DeviceChoice),
     /// The device is there, and does not compute in a type.
     #[error(
-        "the device {device:?} of this machine does not compute in {dtype}; use --precision f32"
+        "the device {:?} of this machine does not compute in {}; use --precision f32",
+        .device.name(), .precision.name()
     )]
     Precision {
         /// The device.
-        device: &'static str,
-        /// The type, as on the command line.
-        dtype: &'static str,
+        device: DeviceChoice,
+        /// The types.
+        precision: Precision,
     },
 }
 
 impl DeviceChoice {
-    /// As on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Flex => "flex",
-            Self::Cpu => "cpu",
-            Self::Cuda => "cuda",
-            Self::Metal => "metal",
-            Self::Rocm => "rocm",
-            Self::Vulkan => "vulkan",
-            Self::Webgpu => "webgpu",
-            Self::Wgpu => "wgpu",
-        }
-    }
-
     /// The CPU, where everything else can be compared with, if Flex was compiled in.
     pub(crate) fn host() -> Option<Self> {
         cfg!(feature = "flex").then_some(Self::Flex)
+    }
+
+    /// What the first steps on the device wait for, in a build with autotuning or without it.
+    pub(crate) fn tuning_notice(self, autotunes: bool) -> Option<String> {
+        let name = self.name();
+        let kept = if cfg!(feature = "persistence") {
+            "The findings are kept for the next run"
+        } else {
+            "Build with the feature `persistence` to keep the findings for the next run"
+        };
+        (autotunes && self != Self::Flex).then(|| {
+            format!(
+                "Tuning: the first steps on {name} try several kernels for each shape, which may take \
+                 minutes. {kept}."
+            )
+        })
     }
 
     /// The device, without autodiff: the best of its kind where there are several.
@@ -79,10 +83,10 @@ impl DeviceChoice {
     ///
     /// If this build or this machine has none.
     pub fn open(self) -> Result<Device, DeviceError> {
-        let (kind, device) = self.built().ok_or(DeviceError::NotBuilt(self.name()))?;
+        let (kind, device) = self.built().ok_or(DeviceError::NotBuilt(self))?;
         // Burn opens a device when it is first used, and panics if it is not there.
         if Device::enumerate(kind).is_empty() {
-            Err(DeviceError::NotFound(self.name()))
+            Err(DeviceError::NotFound(self))
         } else {
             Ok(device)
         }
@@ -99,10 +103,8 @@ impl DeviceChoice {
         if device.supports_dtype(precision.activations()) {
             Ok(device)
         } else {
-            Err(DeviceError::Precision {
-                device: self.name(),
-                dtype: precision.name(),
-            })
+            let device = self;
+            Err(DeviceError::Precision { device, precision })
         }
     }
 
@@ -150,20 +152,21 @@ fn built() -> String {
 mod tests {
     use super::*;
 
-    #[test]
-    fn names_are_those_of_the_command_line() {
-        for choice in DeviceChoice::value_variants() {
-            let value = choice.to_possible_value().expect("no choice is hidden");
-            assert_eq!(value.get_name(), choice.name());
-        }
-    }
-
     #[cfg(feature = "flex")]
     #[test]
     fn the_cpu_computes_in_every_precision() {
         for &precision in Precision::value_variants() {
             assert!(DeviceChoice::Flex.open_for(precision).is_ok());
         }
+    }
+
+    #[test]
+    fn tuning_is_announced_where_it_happens() {
+        assert_eq!(DeviceChoice::Flex.tuning_notice(true), None);
+        assert_eq!(DeviceChoice::Cuda.tuning_notice(false), None);
+        let notice = DeviceChoice::Cuda.tuning_notice(true).unwrap();
+        assert!(notice.contains("first steps on cuda"), "{notice}");
+        assert!(notice.contains("next run"), "{notice}");
     }
 
     #[cfg(not(feature = "rocm"))]

@@ -4,6 +4,7 @@
 //! The program `mnist` is [`cli::main`]. The other public items are those that the workspace's
 //! benchmark, example and tests use.
 
+mod choice;
 pub mod cli;
 pub mod data;
 pub mod device;

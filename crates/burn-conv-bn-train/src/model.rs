@@ -1,16 +1,19 @@
 //! The networks that a job can train, as one.
 
+use anyhow::{Result, bail};
 use burn::module::Module;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::ops::PadMode;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{FoldError, NormVariant, Recompute, SavedTensor};
+use burn_conv_bn::{FoldError, NormVariant, SavedTensor};
 use burn_conv_bn_models::{
-    Form, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
+    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::choice::Choice;
 use crate::data::{CLASSES, MEAN, SIDE, STD};
 
 /// Pixels added on each side for torchvision's networks, which halve their images five times:
@@ -37,82 +40,29 @@ pub enum ModelChoice {
     Resnet34,
     /// ResNet-50, version 1.5.
     Resnet50,
+    /// ResNet-101, version 1.5.
+    Resnet101,
     /// VGG-16 with batch norm, and hidden linear layers of 512.
     Vgg16Bn,
     /// MobileNetV2.
     MobilenetV2,
-}
-
-/// Why there is no such network, or none for such batches.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub(crate) enum ModelError {
-    /// A norm that the network does not have.
-    #[error(
-        "{model} keeps running statistics, with which the tutorial's norm has no unfused form to \
-         compare with; use --norm burn"
-    )]
-    Norm {
-        /// The network.
-        model: &'static str,
-    },
-    /// A dropout that the network does not have.
-    #[error("{model} has no dropout, but a probability of {probability} was given")]
-    Dropout {
-        /// The network.
-        model: &'static str,
-        /// The probability that was given.
-        probability: f64,
-    },
-    /// A training batch of one digit, which the network cannot take statistics of.
-    #[error(
-        "{digits} digits in batches of {batch_size} leave one digit alone in a batch, which \
-         {model} cannot take statistics of: its last images are of one pixel; use another \
-         --batch-size or --train-limit"
-    )]
-    Alone {
-        /// The network.
-        model: &'static str,
-        /// Training digits.
-        digits: usize,
-        /// Digits a step.
-        batch_size: usize,
-    },
-}
-
-/// Settings of a network.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct NetworkOptions {
-    /// How the blocks run.
-    pub(crate) form: Form,
-    /// The norm of all blocks.
-    pub(crate) norm: NormVariant,
-    /// Probability of dropping a hidden value.
-    pub(crate) dropout: f64,
-    /// What fused blocks do with the convolution's output.
-    pub(crate) recompute: Recompute,
-    /// Bound on the fused blocks' workspace, in bytes.
-    pub(crate) max_workspace: Option<usize>,
+    /// EfficientNet-B0, without stochastic depth.
+    EfficientnetB0,
+    /// DenseNet-121.
+    Densenet121,
 }
 
 impl ModelChoice {
-    /// As on the command line.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Tutorial => "tutorial",
-            Self::Resnet18 => "resnet18",
-            Self::Resnet34 => "resnet34",
-            Self::Resnet50 => "resnet50",
-            Self::Vgg16Bn => "vgg16-bn",
-            Self::MobilenetV2 => "mobilenet-v2",
-        }
-    }
-
-    /// The dropout of its authors; 0 for the residual networks, which have none.
+    /// The dropout of its authors; 0 for the residual networks and DenseNet, which have none.
     pub(crate) fn default_dropout(self) -> f64 {
         match self {
             Self::Tutorial | Self::Vgg16Bn => 0.5,
-            Self::MobilenetV2 => 0.2,
-            Self::Resnet18 | Self::Resnet34 | Self::Resnet50 => 0.0,
+            Self::MobilenetV2 | Self::EfficientnetB0 => 0.2,
+            Self::Resnet18
+            | Self::Resnet34
+            | Self::Resnet50
+            | Self::Resnet101
+            | Self::Densenet121 => 0.0,
         }
     }
 
@@ -121,64 +71,47 @@ impl ModelChoice {
         self != Self::Tutorial
     }
 
-    fn has_dropout(self) -> bool {
-        self.default_dropout() > 0.0
-    }
-
     /// Checks that the network exists with that norm and that dropout.
-    ///
-    /// # Errors
-    ///
-    /// [`ModelError::Norm`] or [`ModelError::Dropout`].
-    pub(crate) fn check(self, norm: NormVariant, dropout: f64) -> Result<(), ModelError> {
+    pub(crate) fn check(self, norm: NormVariant, dropout: f64) -> Result<()> {
         let model = self.name();
         if self.tracks_statistics() && norm == NormVariant::Tutorial {
-            return Err(ModelError::Norm { model });
+            bail!(
+                "{model} keeps running statistics, with which the tutorial's norm has no unfused \
+                 form to compare with; use --norm burn"
+            );
         }
-        if dropout > 0.0 && !self.has_dropout() {
-            return Err(ModelError::Dropout {
-                model,
-                probability: dropout,
-            });
+        if dropout > 0.0 && self.default_dropout() == 0.0 {
+            bail!("{model} has no dropout, but a probability of {dropout} was given");
         }
         Ok(())
     }
 
-    /// Checks that no batch of a training is too small.
-    ///
-    /// # Errors
-    ///
-    /// [`ModelError::Alone`].
-    pub(crate) fn check_batches(self, digits: usize, batch_size: usize) -> Result<(), ModelError> {
+    /// Checks that no training batch is of one digit, if the network cannot take statistics of it.
+    pub(crate) fn check_batches(self, digits: usize, batch_size: usize) -> Result<()> {
         // VGG's last convolutions see four pixels, and the tutorial's hundreds.
         let takes_one = matches!(self, Self::Tutorial | Self::Vgg16Bn);
-        let alone = batch_size == 1 || digits.checked_rem(batch_size) == Some(1);
-        if alone && !takes_one {
-            return Err(ModelError::Alone {
-                model: self.name(),
-                digits,
-                batch_size,
-            });
+        if !takes_one && (batch_size == 1 || digits % batch_size == 1) {
+            bail!(
+                "{digits} digits in batches of {batch_size} leave one digit alone in a batch, \
+                 which {} cannot take statistics of: its last images are of one pixel; use another \
+                 --batch-size or --train-limit",
+                self.name()
+            );
         }
         Ok(())
     }
 
     /// A network in its initial state, drawn from the device's generator at once: the same seed
     /// gives the same weights in both forms.
-    pub(crate) fn init(self, options: &NetworkOptions, device: &Device) -> Network {
-        let NetworkOptions {
-            form,
-            norm,
-            dropout,
-            recompute,
-            max_workspace,
-        } = *options;
+    pub(crate) fn init(
+        self,
+        form: Form,
+        norm: NormVariant,
+        dropout: f64,
+        device: &Device,
+    ) -> Network {
         let resnet = |config: ResNetConfig| {
-            let config = config
-                .with_classes(CLASSES)
-                .with_input_channels(1)
-                .with_recompute(recompute)
-                .with_max_workspace(max_workspace);
+            let config = config.with_classes(CLASSES).with_input_channels(1);
             Network::ResNet(config.init(device))
         };
         match self {
@@ -186,21 +119,24 @@ impl ModelChoice {
                 NetConfig::new(form)
                     .with_norm(norm)
                     .with_dropout(dropout)
-                    .with_recompute(recompute)
-                    .with_max_workspace(max_workspace)
                     .init(device),
             ),
             Self::Resnet18 => resnet(ResNetConfig::resnet18(form)),
             Self::Resnet34 => resnet(ResNetConfig::resnet34(form)),
             Self::Resnet50 => resnet(ResNetConfig::resnet50(form)),
+            Self::Resnet101 => resnet(ResNetConfig::resnet101(form)),
             Self::Vgg16Bn => Network::Vgg(
                 VggConfig::vgg16_bn(form)
                     .with_classes(CLASSES)
                     .with_input_channels(1)
                     .with_hidden(VGG_HIDDEN)
                     .with_dropout(dropout)
-                    .with_recompute(recompute)
-                    .with_max_workspace(max_workspace)
+                    .init(device),
+            ),
+            Self::Densenet121 => Network::DenseNet(
+                DenseNetConfig::densenet121(form)
+                    .with_classes(CLASSES)
+                    .with_input_channels(1)
                     .init(device),
             ),
             Self::MobilenetV2 => Network::MobileNetV2(
@@ -208,8 +144,15 @@ impl ModelChoice {
                     .with_classes(CLASSES)
                     .with_input_channels(1)
                     .with_dropout(dropout)
-                    .with_recompute(recompute)
-                    .with_max_workspace(max_workspace)
+                    .init(device),
+            ),
+            // One probability is an option of the program, the dropout's.
+            Self::EfficientnetB0 => Network::EfficientNet(
+                EfficientNetConfig::new(form)
+                    .with_classes(CLASSES)
+                    .with_input_channels(1)
+                    .with_dropout(dropout)
+                    .with_stochastic_depth(0.0)
                     .init(device),
             ),
         }
@@ -228,6 +171,10 @@ pub(crate) enum Network {
     Vgg(Vgg),
     /// MobileNetV2.
     MobileNetV2(MobileNetV2),
+    /// EfficientNet-B0.
+    EfficientNet(EfficientNet),
+    /// DenseNet-121.
+    DenseNet(DenseNet),
 }
 
 impl Network {
@@ -248,6 +195,8 @@ impl Network {
             Self::ResNet(net) => net.forward(padded(images)),
             Self::Vgg(net) => net.forward(padded(images)),
             Self::MobileNetV2(net) => net.forward(padded(images)),
+            Self::EfficientNet(net) => net.forward(padded(images)),
+            Self::DenseNet(net) => net.forward(padded(images)),
         };
         log_softmax(scores, 1)
     }
@@ -264,6 +213,8 @@ impl Network {
             Self::ResNet(net) => Self::ResNet(net.folded()?),
             Self::Vgg(net) => Self::Vgg(net.folded()?),
             Self::MobileNetV2(net) => Self::MobileNetV2(net.folded()?),
+            Self::EfficientNet(net) => Self::EfficientNet(net.folded()?),
+            Self::DenseNet(net) => Self::DenseNet(net.folded()?),
         })
     }
 
@@ -280,6 +231,8 @@ impl Network {
             Self::ResNet(net) => net.saved_for_backward(shape),
             Self::Vgg(net) => net.saved_for_backward(shape),
             Self::MobileNetV2(net) => net.saved_for_backward(shape),
+            Self::EfficientNet(net) => net.saved_for_backward(shape),
+            Self::DenseNet(net) => net.saved_for_backward(shape),
         };
         if let Some((_, padded)) = saved.iter_mut().find(|(_, kept)| kept.name == "input") {
             padded.shared = false;

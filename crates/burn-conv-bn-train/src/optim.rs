@@ -27,16 +27,6 @@ pub enum OptimizerChoice {
 }
 
 impl OptimizerChoice {
-    /// As on the command line.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Adadelta => "adadelta",
-            Self::Adam => "adam",
-            Self::Adamw => "adamw",
-            Self::Sgd => "sgd",
-        }
-    }
-
     /// The learning rate to start with where none is given.
     pub(crate) fn default_learning_rate(self) -> LearningRate {
         match self {

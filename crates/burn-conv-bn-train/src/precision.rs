@@ -4,6 +4,7 @@ use burn::tensor::{DType, FloatDType};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::choice::Choice;
 use crate::print::{PrintError, say};
 
 /// Types of a network's activations and parameters.
@@ -21,22 +22,12 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// As on the command line.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F64 => "f64",
-            Self::F16 => "f16",
-            Self::BF16 => "bf16",
-        }
-    }
-
     /// For people.
     pub(crate) fn describe(self) -> String {
         if self.is_mixed() {
             format!("{} activations, f32 parameters", self.name())
         } else {
-            self.name().to_string()
+            self.name()
         }
     }
 
@@ -58,9 +49,10 @@ impl Precision {
     /// Type of everything else, and of records: parameters, gradients, the optimizer's state, norms and
     /// their statistics, linear layers and the loss.
     pub fn parameters(self) -> FloatDType {
-        match self {
-            Self::F32 | Self::F16 | Self::BF16 => FloatDType::F32,
-            Self::F64 => FloatDType::F64,
+        if self == Self::F64 {
+            FloatDType::F64
+        } else {
+            FloatDType::F32
         }
     }
 

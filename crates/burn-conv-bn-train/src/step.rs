@@ -2,18 +2,20 @@
 
 use std::time::Instant;
 
+use anyhow::{Result, ensure};
 use burn::backend::ExecutionError;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
+use burn::store::ModuleRecord;
 use burn::tensor::{FloatDType, Tensor};
 use burn::train::metric::{AccuracyInput, Adaptor, ItemLazy, LossInput};
-use burn::train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep};
+use burn::train::{InferenceStep, TrainOutput, TrainStep};
 use burn_conv_bn::ConvBnModule;
 
 use crate::data::MnistBatch;
 use crate::loss_scale::LossScale;
 use crate::measure::memory::{MemoryProbe, StepMeasure};
-use crate::measure::metrics::TallyInput;
+use crate::measure::metrics::StepOutput;
 use crate::model::Network;
 
 /// A network that classifies digits, as Burn trains it.
@@ -54,6 +56,22 @@ impl Classifier {
         self
     }
 
+    /// The same with the parameters of a record.
+    ///
+    /// # Errors
+    ///
+    /// If the record is of another network or of another type.
+    pub(crate) fn restored(self, record: ModuleRecord) -> Result<Self> {
+        let expected = self.dtype();
+        let restored = self.try_load_record(record)?;
+        let found = restored.dtype();
+        ensure!(
+            found == expected,
+            "it is of type {found:?}, the run of type {expected:?}"
+        );
+        Ok(restored)
+    }
+
     /// The float type of the parameters.
     pub(crate) fn dtype(&self) -> FloatDType {
         let mut first = FirstDtype(None);
@@ -81,17 +99,22 @@ impl Classifier {
         scale.gradients(scale.backward(&loss), self)
     }
 
-    pub(crate) fn classify(&self, batch: MnistBatch) -> ClassificationOutput {
+    pub(crate) fn classify(&self, batch: MnistBatch) -> StepOutput {
         let MnistBatch { images, targets } = batch;
-        let log_probabilities = self.computing().forward(images);
-        let loss = log_probabilities
+        let scores = self.computing().forward(images);
+        let loss = scores
             .clone()
             .gather(1, targets.clone().unsqueeze_dim::<2>(1))
             .squeeze_dim::<1>(1)
             .neg();
         // One loss per digit: Burn's `LossMetric` weights what it gets by the number of
         // elements, so that a smaller last batch counts for less, as it should.
-        ClassificationOutput::new(loss, log_probabilities, targets)
+        StepOutput {
+            loss,
+            scores,
+            targets,
+            measure: None,
+        }
     }
 }
 
@@ -120,101 +143,64 @@ impl ModuleVisitor for FirstDtype {
     }
 }
 
-/// Output of a training step.
-pub struct ClassificationStep {
-    /// Loss of every digit, log-probabilities and classes.
-    pub output: ClassificationOutput,
-    /// Memory and time.
-    pub measure: StepMeasure,
-}
-
-impl ItemLazy for ClassificationStep {
+impl ItemLazy for StepOutput {
     fn sync(self) -> Result<Self, ExecutionError> {
-        Ok(Self {
-            output: self.output.sync()?,
-            measure: self.measure,
-        })
+        self.loss.device().flush()?;
+        Ok(self.without_graph())
     }
 }
 
-impl Adaptor<LossInput> for ClassificationStep {
+impl Adaptor<LossInput> for StepOutput {
     fn adapt(&self) -> LossInput {
-        self.output.adapt()
+        LossInput::new(self.loss.clone())
     }
 }
 
-impl Adaptor<AccuracyInput> for ClassificationStep {
+impl Adaptor<AccuracyInput> for StepOutput {
     fn adapt(&self) -> AccuracyInput {
-        self.output.adapt()
+        AccuracyInput::new(self.scores.clone(), self.targets.clone())
     }
 }
 
-impl Adaptor<StepMeasure> for ClassificationStep {
+impl Adaptor<StepMeasure> for StepOutput {
     fn adapt(&self) -> StepMeasure {
-        self.measure
+        self.measure.expect("a training step is measured")
     }
 }
 
-impl Adaptor<TallyInput> for ClassificationStep {
-    fn adapt(&self) -> TallyInput {
-        TallyInput {
-            measure: Some(self.measure),
-            ..self.output.adapt()
-        }
-    }
-}
-
-impl Adaptor<TallyInput> for ClassificationOutput {
-    fn adapt(&self) -> TallyInput {
-        TallyInput {
-            losses: self.loss.clone(),
-            scores: self.output.clone(),
-            targets: self.targets.clone(),
-            measure: None,
-        }
+impl Adaptor<Self> for StepOutput {
+    fn adapt(&self) -> Self {
+        self.clone()
     }
 }
 
 impl TrainStep for Classifier {
     type Input = MnistBatch;
-    type Output = ClassificationStep;
+    type Output = StepOutput;
 
-    fn step(&self, batch: MnistBatch) -> TrainOutput<ClassificationStep> {
+    fn step(&self, batch: MnistBatch) -> TrainOutput<StepOutput> {
         let started = Instant::now();
         self.probe.begin();
 
-        let ClassificationOutput {
-            loss: losses,
-            output,
-            targets,
-        } = self.classify(batch);
-        let loss = losses.clone().mean();
-        // The metrics run on another thread, for longer than the step: what they get must not
-        // hold on to the graph.
-        let output = ClassificationOutput::new(
-            losses.without_autodiff(),
-            output.without_autodiff(),
-            targets.without_autodiff(),
-        );
+        let output = self.classify(batch);
+        let loss = output.loss.clone().mean();
+        // The metrics run on another thread, for longer than the step.
+        let mut item = output.without_graph();
         self.probe.forward_end();
 
         let grads = self.gradients(loss);
         let memory = self.probe.backward_end();
-
-        let measure = StepMeasure {
-            memory,
-            duration: started.elapsed(),
-        };
-        let item = ClassificationStep { output, measure };
+        let duration = started.elapsed();
+        item.measure = Some(StepMeasure { memory, duration });
         TrainOutput { grads, item }
     }
 }
 
 impl InferenceStep for Classifier {
     type Input = MnistBatch;
-    type Output = ClassificationOutput;
+    type Output = StepOutput;
 
-    fn step(&self, batch: MnistBatch) -> ClassificationOutput {
+    fn step(&self, batch: MnistBatch) -> StepOutput {
         self.classify(batch)
     }
 }

@@ -124,7 +124,7 @@ fn compare_draws_the_memory_that_it_reports() {
 #[test]
 fn compare_tells_and_reports() {
     let folder = tempdir().unwrap();
-    let arguments = format!("compare {SMALL} --json report.json --artifacts logs");
+    let arguments = format!("compare {SMALL} --json report.json");
     let stdout = mnist(&folder, &arguments).printed();
     assert!(!stdout.contains("GB"), "{stdout}");
     for part in [
@@ -144,7 +144,7 @@ fn compare_tells_and_reports() {
         2,
         "{stdout}"
     );
-    assert_eq!(entries(&folder.path().join("logs")), ["fused", "unfused"]);
+    assert_eq!(entries(folder.path()), ["report.json"]);
 
     let json = fs::read_to_string(folder.path().join("report.json")).unwrap();
     let report: Report = serde_json::from_str(&json).unwrap();
@@ -350,9 +350,7 @@ fn other_networks_train_and_predict_in_mixed_precision() {
 fn mixed_precision_is_compared() {
     let folder = tempdir().unwrap();
     let [single, mixed] = ["f32", "bf16"].map(|precision| {
-        let arguments = format!(
-            "compare {SMALL} --precision {precision} --artifacts {precision} --json report.json"
-        );
+        let arguments = format!("compare {SMALL} --precision {precision} --json report.json");
         let stdout = mnist(&folder, &arguments).printed();
         let told = stdout.contains("Precision: bf16 activations, f32 parameters");
         assert_eq!(told, precision == "bf16", "{stdout}");
@@ -561,15 +559,20 @@ fn outputs_that_cannot_be_written() {
 
     // Root may write anywhere, but not below a file.
     for (options, name) in [
-        ("--json absent/report.json --artifacts logs", "absent"),
-        ("--json file/report.json --artifacts logs", "file"),
-        ("--json folder --artifacts logs", "folder"),
-        ("--artifacts file", "file"),
-        ("--artifacts file/logs --json old.json", "file/logs"),
+        ("--json absent/report.json", "absent"),
+        ("--json file/report.json", "file"),
+        ("--json folder", "folder"),
     ] {
-        for job in ["compare", "train --epochs 1 --plain"] {
+        for job in ["compare", "train --epochs 1 --plain --artifacts run"] {
             mnist(&folder, &format!("{job} {SMALL} {options}")).assert_refused(&[name]);
         }
+    }
+    for (options, name) in [
+        ("--artifacts file", "file"),
+        ("--artifacts file/run --json old.json", "file/run"),
+    ] {
+        let arguments = format!("train --epochs 1 --plain {SMALL} {options}");
+        mnist(&folder, &arguments).assert_refused(&[name]);
     }
     // Nothing was touched, and nothing is left behind.
     assert_eq!(fs::read_to_string(path("old.json")).unwrap(), "old");
@@ -682,6 +685,64 @@ fn networks_that_there_are_not() {
             mnist(&folder, &arguments).assert_refused(&parts);
         }
     }
+}
+
+#[test]
+fn options_of_fused_blocks_are_refused_without_any() {
+    let folder = tempdir().unwrap();
+    for (options, option) in [
+        ("--recompute never", "--recompute"),
+        ("--recompute conv", "--recompute"),
+        ("--max-workspace 1000000", "--max-workspace"),
+    ] {
+        let arguments = format!("train {SMALL} --plain --variant unfused {options}");
+        mnist(&folder, &arguments).assert_refused(&[option, "--variant unfused"]);
+    }
+    let file = "variant = \"unfused\"\nrecompute = \"never\"\n";
+    fs::write(folder.path().join("job.toml"), file).unwrap();
+    mnist(&folder, "train --config job.toml").assert_refused(&["--recompute", "--variant unfused"]);
+    // Files have the default.
+    let printed = mnist(&folder, "train --variant unfused --print-config").printed();
+    assert!(printed.contains("recompute = \"conv\""), "{printed}");
+    fs::write(folder.path().join("job.toml"), &printed).unwrap();
+    let again = mnist(&folder, "train --config job.toml --print-config").printed();
+    assert_eq!(again, printed);
+}
+
+/// Outputs in a run's own folder that are its files.
+#[test]
+fn outputs_overwrite_no_file_of_the_run() {
+    let folder = tempdir().unwrap();
+    let train = format!("train {SMALL} --plain --epochs 1 --artifacts run");
+    mnist(&folder, &train).printed();
+    let path = |name: &str| folder.path().join("run").join(name);
+    let names = [
+        "job.json",
+        "checkpoint/epoch-1.json",
+        "checkpoint/other.json",
+    ];
+    let job = fs::read(path("job.json")).unwrap();
+    let list = fs::read(path("checkpoint/epoch-1.json")).unwrap();
+    for command in [
+        format!("{train} --overwrite"),
+        format!("{train} --resume"),
+        "predict --artifacts run --test-set".to_string(),
+    ] {
+        for name in names {
+            let outcome = mnist(&folder, &format!("{command} --json run/{name}"));
+            outcome.assert_refused(&["--json", name, "a file of the run in run"]);
+        }
+    }
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("run/job.json", folder.path().join("link")).unwrap();
+        mnist(&folder, &format!("{train} --resume --json link")).assert_refused(&["link", "run"]);
+    }
+    assert_eq!(fs::read(path("job.json")).unwrap(), job);
+    assert_eq!(fs::read(path("checkpoint/epoch-1.json")).unwrap(), list);
+    // Beside them there is room.
+    mnist(&folder, &format!("{train} --resume --json run/report.json")).printed();
+    assert_eq!(trained(&folder, "run/report.json").epochs.len(), 1);
 }
 
 #[test]
@@ -1002,6 +1063,8 @@ fn pictures_in_a_folder_are_predicted() {
     let predict = |options: &str| mnist(&folder, &format!("predict --artifacts run {options}"));
     let stdout = predict("--images scans --json all.json").printed();
     assert!(stdout.contains("the first 32 test digits"), "{stdout}");
+    let others = "No pictures by ending or content, and left out: notes.txt\n";
+    assert!(stdout.contains(others), "{stdout}");
     let all: PredictionReport = json(&folder, "all.json");
     assert_eq!((all.images.len(), all.skipped.len()), (8, 0));
     assert_eq!(all.images[0].file, "black-0.png");
@@ -1360,12 +1423,31 @@ fn a_report_is_of_the_whole_run() {
     assert_eq!(parts.step_losses, whole.step_losses);
     assert_eq!(parts.epochs, whole.epochs);
 
-    // There is nothing to do, and nothing new to report.
-    let before = fs::read_to_string(folder.path().join("parts.json")).unwrap();
-    let stdout = train("--epochs 3 --artifacts parts --resume --json parts.json");
+    // There is nothing to do, and nothing new to report: the file is not written.
+    let path = folder.path().join("parts.json");
+    let before = fs::read_to_string(&path).unwrap();
+    let marked = format!("{before}\n\n");
+    fs::write(&path, &marked).unwrap();
+    let resume = "--epochs 3 --artifacts parts --resume --json parts.json";
+    let stdout = train(resume);
     assert!(stdout.contains("Nothing to do"), "{stdout}");
-    let after = fs::read_to_string(folder.path().join("parts.json")).unwrap();
-    assert_eq!(after, before);
+    assert!(!stdout.contains("Report:"), "{stdout}");
+    assert_eq!(fs::read_to_string(&path).unwrap(), marked);
+    // Unless it is not there, or of another run.
+    for other in [
+        None,
+        Some(fs::read(folder.path().join("whole.json")).unwrap()),
+    ] {
+        fs::remove_file(&path).unwrap();
+        if let Some(other) = other {
+            let fewer = String::from_utf8(other)
+                .unwrap()
+                .replace("\"test_loss\"", "\"loss\"");
+            fs::write(&path, fewer).unwrap();
+        }
+        train(resume);
+        assert_eq!(trained(&folder, "parts.json").epochs, parts.epochs);
+    }
 }
 
 #[test]
@@ -1508,9 +1590,9 @@ fn two_outputs_are_two_files() {
     for outputs in [
         "--plot s.svg --json s.svg",
         "--plot ./s.svg --json s.svg",
-        "--json s.svg --plot artifacts/../s.svg",
+        "--json s.svg --plot folder/../s.svg",
     ] {
-        fs::create_dir_all(folder.path().join("artifacts")).unwrap();
+        fs::create_dir_all(folder.path().join("folder")).unwrap();
         mnist(&folder, &format!("compare {SMALL} {outputs}")).assert_refused(&[
             "--json",
             "--plot",
@@ -1522,7 +1604,7 @@ fn two_outputs_are_two_files() {
         mnist(&folder, &format!("compare {SMALL} --plot {name}"))
             .assert_refused(&["--plot", ".svg", name]);
     }
-    assert_eq!(entries(folder.path()), ["artifacts"]);
+    assert_eq!(entries(folder.path()), ["folder"]);
 }
 
 /// What cannot be printed is an error, and what was asked for as a file is there all the same.

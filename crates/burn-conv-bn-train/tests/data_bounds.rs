@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 
 use burn_conv_bn_memory::CountingAllocator;
-use burn_conv_bn_train::data::{Digits, IdxError, MAX_BYTES, PIXELS};
+use burn_conv_bn_train::data::{Digits, IdxError, IdxProblem, MAX_BYTES, PIXELS};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use tempfile::tempdir;
@@ -28,7 +28,7 @@ struct Case {
     images: bool,
     content: Vec<u8>,
     /// Whether it is the right error.
-    refused: fn(&IdxError) -> bool,
+    refused: fn(&IdxProblem) -> bool,
     /// Most bytes that reading it may take besides [`READER`], and besides the two images that are
     /// read before labels are.
     bound: usize,
@@ -77,7 +77,7 @@ fn case(
     name: &'static str,
     images: bool,
     content: Vec<u8>,
-    refused: fn(&IdxError) -> bool,
+    refused: fn(&IdxProblem) -> bool,
 ) -> Case {
     Case {
         name,
@@ -89,7 +89,7 @@ fn case(
 }
 
 fn cases() -> Vec<Case> {
-    use IdxError::{Count, Empty, Gzip, Label, Magic, Shape, TooLarge, Trailing, Truncated};
+    use IdxProblem::{Count, Empty, Gzip, Label, Magic, Shape, TooLarge, Trailing, Truncated};
 
     let digit = [7; PIXELS];
     let sound = then(images(1, 28, 28), &digit);
@@ -317,7 +317,7 @@ fn files_are_refused_within_bounds() {
             Ok(digits) => panic!("{name}: accepted, as {} digits", digits.len()),
             Err(error) => error,
         };
-        assert!(refused(&error), "{name}: {error}");
+        assert!(refused(&error.problem), "{name}: {error}");
         assert!(
             error.to_string().contains(path.to_str().unwrap()),
             "{name}: {error}"
@@ -335,7 +335,11 @@ fn files_are_refused_within_bounds() {
         let zeros = Path::new("/dev/zero");
         let (digits, peak) = read(zeros, zeros);
         let error = digits.unwrap_err();
-        assert!(matches!(error, IdxError::Magic { found: 0, .. }), "{error}");
+        let problem = &error.problem;
+        assert!(
+            matches!(problem, IdxProblem::Magic { found: 0, .. }),
+            "{error}"
+        );
         assert!(peak < READER, "{peak} bytes for a device");
     }
 }

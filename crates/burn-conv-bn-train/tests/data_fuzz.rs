@@ -9,12 +9,21 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::str::FromStr;
 
-use burn_conv_bn_train::data::{IdxError, exercise_idx};
 use chacha20::ChaCha8Rng;
 use chacha20::rand_core::{Rng, SeedableRng};
 use flate2::Compression;
 use flate2::read::MultiGzDecoder;
 use flate2::write::GzEncoder;
+
+use exercise::exercise;
+use idx::IdxProblem;
+
+mod exercise;
+
+/// The reader, by the names that the fuzz target has for it.
+mod idx {
+    pub use burn_conv_bn_train::data::{CLASSES, IdxProblem, Kind, PIXELS, parse_idx as parse};
+}
 
 const MUTATIONS: usize = 40_000;
 const SEED: u64 = 20_260_401;
@@ -49,7 +58,7 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
 
 /// The items of images and of labels that an input has.
 fn items(bytes: &[u8]) -> [Option<usize>; 2] {
-    exercise_idx(bytes).map(Result::ok)
+    exercise(bytes).map(Result::ok)
 }
 
 #[test]
@@ -73,20 +82,20 @@ fn seeds_are_what_they_are_called() {
     assert_eq!(refused.count(), seeds.len() - 7);
 
     // Each kind of refusal that is in the content is among them.
-    let errors: Vec<IdxError> = seeds
+    let errors: Vec<IdxProblem> = seeds
         .iter()
-        .flat_map(|(_, bytes)| exercise_idx(bytes))
+        .flat_map(|(_, bytes)| exercise(bytes))
         .filter_map(Result::err)
         .collect();
-    let kinds: [fn(&IdxError) -> bool; 8] = [
-        |e| matches!(e, IdxError::Gzip { .. }),
-        |e| matches!(e, IdxError::Truncated { .. }),
-        |e| matches!(e, IdxError::Trailing { .. }),
-        |e| matches!(e, IdxError::Magic { .. }),
-        |e| matches!(e, IdxError::Shape { .. }),
-        |e| matches!(e, IdxError::Empty { .. }),
-        |e| matches!(e, IdxError::TooLarge { .. }),
-        |e| matches!(e, IdxError::Label { .. }),
+    let kinds: [fn(&IdxProblem) -> bool; 8] = [
+        |e| matches!(e, IdxProblem::Gzip { .. }),
+        |e| matches!(e, IdxProblem::Truncated { .. }),
+        |e| matches!(e, IdxProblem::Trailing { .. }),
+        |e| matches!(e, IdxProblem::Magic { .. }),
+        |e| matches!(e, IdxProblem::Shape { .. }),
+        |e| matches!(e, IdxProblem::Empty { .. }),
+        |e| matches!(e, IdxProblem::TooLarge { .. }),
+        |e| matches!(e, IdxProblem::Label { .. }),
     ];
     for (i, kind) in kinds.iter().enumerate() {
         assert!(errors.iter().any(kind), "no error of kind {i}");

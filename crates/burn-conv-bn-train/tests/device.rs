@@ -9,7 +9,7 @@ use burn_conv_bn_train::data::OFFLINE;
 use burn_conv_bn_train::report::Report;
 use tempfile::{TempDir, tempdir};
 
-const JOB: &str = "--dataset synthetic --device webgpu --train-limit 24";
+const JOB: &str = "--dataset synthetic --device webgpu --train-limit 8";
 
 fn mnist(folder: &TempDir, arguments: &str) -> Output {
     Command::new(env!("CARGO_BIN_EXE_mnist"))
@@ -35,7 +35,7 @@ fn fused_and_unfused_train_alike() {
     let folder = tempdir().unwrap();
     let text = printed(mnist(
         &folder,
-        &format!("parity {JOB} --batch-size 8 --steps 3"),
+        &format!("parity {JOB} --batch-size 4 --steps 2"),
     ));
     println!("{text}");
 }
@@ -46,7 +46,7 @@ fn memory_is_that_of_the_device() {
     let folder = tempdir().unwrap();
     let text = printed(mnist(
         &folder,
-        &format!("compare {JOB} --test-limit 16 --batch-size 8 --json report.json"),
+        &format!("compare {JOB} --test-limit 4 --batch-size 4 --json report.json"),
     ));
     println!("{text}");
     let report = fs::read(folder.path().join("report.json")).unwrap();
@@ -59,8 +59,8 @@ fn memory_is_that_of_the_device() {
     let [fused, unfused] = report.variants.as_slice() else {
         panic!("expected two variants, got {}", report.variants.len());
     };
-    // Of 8 digits: the second block's output alone is 8 * 64 * 24 * 24 values.
-    let activation = 4 * 8 * 64 * 24 * 24;
+    // Of 4 digits: the second block's output alone is 4 * 64 * 24 * 24 values.
+    let activation = 4 * 4 * 64 * 24 * 24;
     assert!(fused.forward_end_bytes > activation, "{text}");
     assert!(
         fused.forward_end_bytes < unfused.forward_end_bytes,

@@ -24,7 +24,7 @@ fn the_estimated_peak_is_that_of_a_step() {
         let job = Job {
             dataset: DatasetChoice::Synthetic,
             data_dir: None,
-            download: false,
+            no_download: true,
             train_limit: Some(batch_size),
             test_limit: Some(8),
             epochs: 1,
@@ -54,7 +54,7 @@ fn the_estimated_peak_is_that_of_a_step() {
             let [_, measured] = [(); 2].map(|()| {
                 let batch = batcher.batch(items.clone(), &device);
                 let step = TrainStep::step(&classifier, batch);
-                step.item.measure.memory.peak_bytes
+                step.item.measure.unwrap().memory.peak_bytes
             });
             let what = format!("{variant:?} of {batch_size}: {estimated} for {measured} bytes");
             println!("{what}");

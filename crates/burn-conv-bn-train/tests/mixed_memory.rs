@@ -27,7 +27,7 @@ fn job(model: ModelChoice, precision: Precision, batch_size: usize) -> Job {
     Job {
         dataset: DatasetChoice::Synthetic,
         data_dir: None,
-        download: false,
+        no_download: true,
         train_limit: None,
         test_limit: None,
         epochs: 1,
@@ -57,7 +57,7 @@ fn kept(job: &Job, variant: Variant) -> usize {
     // the least is without. The batch stays, though a network that pads it lets it go.
     let runs = (0..3).map(|_| {
         let output = TrainStep::step(&classifier, batch.clone());
-        output.item.measure.memory.forward_end_bytes
+        output.item.measure.unwrap().memory.forward_end_bytes
     });
     runs.min().unwrap_or_default()
 }

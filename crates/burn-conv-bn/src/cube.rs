@@ -1,37 +1,47 @@
 //! `ConvBnBackend` on CubeCL devices, by the kernels of `burn-conv-bn-cubecl` around Burn's own
 //! autotuned convolutions.
 
+mod layout;
+
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Shape};
 use burn_conv_bn_cubecl::{
     Activation as KernelActivation, Affine as KernelAffine, ChannelTable, GradSums,
-    Moments as KernelMoments, Norm, PreActivation, Slope, channel_table, moments, norm_input_grad,
-    normalize,
+    Moments as KernelMoments, Norm as KernelNorm, Parameter, PreActivation, channel_table, moments,
+    norm_input_grad, normalize,
 };
 use burn_cubecl::CubeBackend;
 
 use crate::backend::{
-    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
-    NormOutput, OptionalTensor,
+    BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackend, ConvBnBackwardOptions,
+    ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved, ConvGrads, ConvSaved, NormGrads,
+    NormInputs, NormOutput, NormSaved,
 };
-use crate::portable::conv_bn::{backward_by, forward_by};
+use crate::portable::batch_norm;
+use crate::portable::conv_bn::{backward_by, conv_backward_by, forward_by};
 use crate::portable::sweeps::{Affine, Argument, Moments, Sweeps};
 use crate::spec::{
-    Activation, ConvBnOptions, NormSpec, NormVariant, StatisticsKind, values_per_channel,
+    Activation, BatchNormOptions, ConvBnOptions, NormSpec, NormVariant, StatisticsKind,
+    values_per_channel,
 };
 
 impl ConvBnBackend for CubeBackend {
-    fn batch_normalize(
-        input: FloatTensor<Self>,
-        gamma: OptionalTensor<Self>,
-        beta: OptionalTensor<Self>,
-        norm: NormSpec,
+    fn conv_backward(saved: ConvSaved<Self>, options: ConvBackwardOptions) -> ConvGrads<Self> {
+        conv_backward_by::<Self, Kernels>(saved, &options)
+    }
+
+    fn batch_normalize_forward(
+        inputs: NormInputs<Self>,
+        options: BatchNormOptions,
     ) -> NormOutput<Self> {
-        let affine = Affine {
-            gamma: gamma.into_option(),
-            beta: beta.into_option(),
-        };
-        Kernels::normalize(input, affine, None, norm, Activation::Identity)
+        batch_norm::forward_by::<Self, Kernels>(inputs, options)
+    }
+
+    fn batch_normalize_backward(
+        saved: NormSaved<Self>,
+        options: BatchNormBackwardOptions,
+    ) -> NormGrads<Self> {
+        batch_norm::backward_by::<Self, Kernels>(saved, &options)
     }
 
     fn conv_bn_forward(
@@ -53,17 +63,8 @@ impl ConvBnBackend for CubeBackend {
 /// The sweeps as one kernel each.
 struct Kernels;
 
-/// A norm's statistics with all that follows from them.
-struct KernelNorm {
-    table: ChannelTable,
-    moments: KernelMoments,
-    affine: Affine<CubeBackend>,
-    norm: Norm,
-    values: usize,
-}
-
 impl Sweeps<CubeBackend> for Kernels {
-    type Norm = KernelNorm;
+    type Norm = ChannelTable;
     type Chunk = PreActivation;
     type Sums = GradSums;
 
@@ -88,13 +89,13 @@ impl Sweeps<CubeBackend> for Kernels {
     }
 
     fn normalize_by(
-        norm: &KernelNorm,
+        norm: &ChannelTable,
         input: FloatTensor<CubeBackend>,
         residual: Option<FloatTensor<CubeBackend>>,
         function: Activation,
     ) -> FloatTensor<CubeBackend> {
         let function = kernel_activation(function);
-        normalize(input, Some(&norm.table), residual.as_ref(), function)
+        normalize(input, Some(norm), residual.as_ref(), function)
     }
 
     fn activate(
@@ -114,7 +115,7 @@ impl Sweeps<CubeBackend> for Kernels {
         norm: NormSpec,
         statistics: StatisticsKind,
         shape: &Shape,
-    ) -> KernelNorm {
+    ) -> ChannelTable {
         let moments = KernelMoments {
             mean: moments.mean,
             variance: moments.variance,
@@ -124,7 +125,7 @@ impl Sweeps<CubeBackend> for Kernels {
         let (norm, values) = match statistics {
             StatisticsKind::Batch => (norm, values_per_channel(shape)),
             StatisticsKind::Fixed => (
-                Norm {
+                KernelNorm {
                     degrees_of_freedom: 0,
                     ..norm
                 },
@@ -132,20 +133,14 @@ impl Sweeps<CubeBackend> for Kernels {
             ),
         };
         let table = channel_table(&moments, kernel_affine(&affine), norm, values);
-        KernelNorm {
-            table: match statistics {
-                StatisticsKind::Batch => table,
-                StatisticsKind::Fixed => table.with_constant_statistics(),
-            },
-            moments,
-            affine,
-            norm,
-            values,
+        match statistics {
+            StatisticsKind::Batch => table,
+            StatisticsKind::Fixed => table.with_constant_statistics(),
         }
     }
 
     fn chunk(
-        norm: Option<&KernelNorm>,
+        norm: Option<&ChannelTable>,
         output_grad: FloatTensor<CubeBackend>,
         norm_input: Option<FloatTensor<CubeBackend>>,
         argument: Argument<CubeBackend>,
@@ -164,17 +159,16 @@ impl Sweeps<CubeBackend> for Kernels {
         }
     }
 
-    fn sums(norm: Option<&KernelNorm>, chunk: &PreActivation) -> GradSums {
-        GradSums::new(chunk, norm.map(|norm| &norm.table))
+    fn sums(norm: Option<&ChannelTable>, chunk: &PreActivation) -> GradSums {
+        GradSums::new(chunk, norm)
     }
 
     fn add(sums: GradSums, other: GradSums) -> GradSums {
         sums.merge(other)
     }
 
-    fn affine_grads(norm: &mut KernelNorm, sums: GradSums) -> [FloatTensor<CubeBackend>; 2] {
-        let affine = kernel_affine(&norm.affine);
-        let grads = sums.finish(&norm.table, &norm.moments, affine, norm.norm, norm.values);
+    fn affine_grads(norm: &mut ChannelTable, sums: GradSums) -> [FloatTensor<CubeBackend>; 2] {
+        let grads = sums.finish(norm);
         [grads.gamma, grads.beta]
     }
 
@@ -183,14 +177,14 @@ impl Sweeps<CubeBackend> for Kernels {
     }
 
     fn norm_input_grad(
-        norm: Option<&KernelNorm>,
+        norm: Option<&ChannelTable>,
         mut chunk: PreActivation,
         wants_residual: bool,
     ) -> (FloatTensor<CubeBackend>, Option<FloatTensor<CubeBackend>>) {
         if norm.is_none() {
             chunk.norm_input = None;
         }
-        let result = norm_input_grad(chunk, norm.map(|norm| &norm.table), wants_residual);
+        let result = norm_input_grad(chunk, norm, wants_residual);
         (result.grad, result.residual_grad)
     }
 
@@ -208,12 +202,12 @@ fn kernel_affine(affine: &Affine<CubeBackend>) -> KernelAffine<'_> {
 }
 
 /// [`NormSpec::inv_std`] for the kernels: epsilon inside or outside the root.
-fn kernel_norm(norm: NormSpec) -> Norm {
+fn kernel_norm(norm: NormSpec) -> KernelNorm {
     let (inner_epsilon, outer_epsilon) = match norm.variant {
         NormVariant::BatchNorm => (norm.epsilon, 0.0),
         NormVariant::Tutorial => (0.0, norm.epsilon),
     };
-    Norm {
+    KernelNorm {
         inner_epsilon,
         outer_epsilon,
         degrees_of_freedom: norm.variant.degrees_of_freedom(),
@@ -226,10 +220,19 @@ fn kernel_activation(activation: Activation) -> KernelActivation {
         Activation::Relu => KernelActivation::Relu,
         Activation::Relu6 => KernelActivation::Relu6,
         Activation::LeakyRelu { negative_slope } => {
-            KernelActivation::LeakyRelu(Slope::new(negative_slope))
+            KernelActivation::LeakyRelu(Parameter::new(negative_slope))
         }
         Activation::Silu => KernelActivation::Silu,
         Activation::Gelu => KernelActivation::Gelu,
+        Activation::GeluApproximate => KernelActivation::GeluApproximate,
         Activation::HardSwish => KernelActivation::HardSwish,
+        Activation::Sigmoid => KernelActivation::Sigmoid,
+        Activation::HardSigmoid { alpha, beta } => {
+            KernelActivation::HardSigmoid(Parameter::new(alpha), Parameter::new(beta))
+        }
+        Activation::Tanh => KernelActivation::Tanh,
+        Activation::Elu { alpha } => KernelActivation::Elu(Parameter::new(alpha)),
+        Activation::Mish => KernelActivation::Mish,
+        Activation::Softplus { beta } => KernelActivation::Softplus(Parameter::new(beta)),
     }
 }

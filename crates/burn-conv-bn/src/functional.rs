@@ -4,7 +4,7 @@
 //! Norm using Custom Function", over one to three spatial dimensions and with every option. Each
 //! has a backward pass of its own rather than one derived from its parts, and is differentiable
 //! once. So has [`max_pool2d`], which takes the place of Burn's where a block is followed by one, and
-//! [`conv_bn_max_pool2d`], which is both.
+//! [`conv_bn_max_pool2d`], which is both. [`cat_channels`] concatenates for dense networks.
 //!
 //! Quantized tensors are dequantized first, as by Burn's ops. A batch may be empty unless statistics are taken
 //! of it; the output then is no part of the graph.
@@ -12,7 +12,7 @@
 //! ```
 //! # #[cfg(feature = "flex")] {
 //! use burn::tensor::{Device, Distribution, Tensor};
-//! use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv, conv_bn};
+//! use burn_conv_bn::functional::{BatchNormParams, ConvBnParams, batch_norm, conv, conv_bn};
 //! use burn_conv_bn::{ConvBnOptions, ConvSpec, NormSpec};
 //!
 //! let device = Device::flex().autodiff();
@@ -21,7 +21,7 @@
 //! let spec = ConvSpec::unit(2);
 //!
 //! let z = conv(x.clone(), weight.clone(), None, spec.clone())?;
-//! let halves = batch_norm(z, None, NormSpec::default())?;
+//! let halves = batch_norm(z, BatchNormParams::default(), NormSpec::default())?;
 //! let fused = conv_bn(x, ConvBnParams::new(weight), ConvBnOptions::new(spec))?;
 //! let difference = (halves.output - fused.output).abs().max().into_scalar::<f32>();
 //! assert!(difference < 1e-3, "{difference}");
@@ -29,17 +29,23 @@
 //! # Ok::<(), burn_conv_bn::ConvBnError>(())
 //! ```
 
+mod cat;
 mod check;
+mod max_pool;
 
 use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 use burn::tensor::ops::MaxPoolOptions;
 
+pub use self::cat::cat_channels;
 use self::check::Check;
-use crate::backend::{ConvBnBackend, ConvBnInputs, NormOutput, OptionalTensor, Statistics};
+pub use self::max_pool::max_pool2d;
+use crate::backend::{
+    ConvBnBackend, ConvBnInputs, NormInputs, NormOutput, NormStatistics, OptionalTensor, Statistics,
+};
 use crate::spec::{
-    ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPoolProblem, NormSpec,
-    accumulator_dtype, check_epsilon, check_values,
+    BatchNormOptions, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPoolProblem,
+    accumulator_dtype, check_activation, check_epsilon, check_values,
 };
 
 /// A normalized output and the statistics that it was normalized with: what [`batch_norm`] and
@@ -192,6 +198,7 @@ pub fn conv<const D: usize>(
     let bias = bias.map(Tensor::dequantize);
     let problem = ConvBnProblem::conv(input.shape(), weight.shape(), &spec)?;
     let check = Check::new(&input);
+    check.backend()?;
     check.data("weight", &weight)?;
     check.data_channels("bias", bias.as_ref(), problem.output[1])?;
     if problem.values_per_channel() == 0 {
@@ -205,41 +212,91 @@ pub fn conv<const D: usize>(
     )))
 }
 
-/// Batch normalization with the batch's statistics, over `[batch, channels, spatial..]` of rank 2
-/// or more. `affine` is gamma and beta, `[channels]` each.
+/// The tensors of a batch norm besides its input; `None` where there is none. The default has none.
 ///
-/// Its backward pass keeps the input and values of the channels' number.
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Device, Tensor};
+/// use burn_conv_bn::functional::BatchNormParams;
+///
+/// let device = Device::flex();
+/// let params = BatchNormParams::default()
+///     .with_affine(Tensor::ones([8], &device), Tensor::zeros([8], &device))
+///     .with_statistics(Tensor::zeros([8], &device), Tensor::ones([8], &device));
+/// assert!(params.affine.is_some() && params.statistics.is_some());
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct BatchNormParams {
+    /// The norm's scale and shift, `[channels]` each.
+    pub affine: Option<(Tensor<1>, Tensor<1>)>,
+    /// Mean and variance, `[channels]` each, to normalize with instead of the batch's. No gradient flows to
+    /// them.
+    pub statistics: Option<(Tensor<1>, Tensor<1>)>,
+}
+
+impl BatchNormParams {
+    /// Adds the norm's scale and shift.
+    #[must_use]
+    pub fn with_affine(mut self, gamma: Tensor<1>, beta: Tensor<1>) -> Self {
+        self.affine = Some((gamma, beta));
+        self
+    }
+
+    /// Normalizes with these statistics instead of the batch's.
+    #[must_use]
+    pub fn with_statistics(mut self, mean: Tensor<1>, variance: Tensor<1>) -> Self {
+        self.statistics = Some((mean, variance));
+        self
+    }
+}
+
+/// `activation(norm(input))`, over `[batch, channels, spatial..]` of rank 2 or more.
+///
+/// Its backward pass keeps the input and values of the channels' number. The output is kept by nobody: a
+/// layer behind, Burn's own included, that needs it in its backward pass gets it rebuilt from the input, once,
+/// as under [`Recompute::Norm`](crate::Recompute::Norm). So a norm before a convolution, as in pre-activation
+/// networks, keeps one activation where Burn's norm and activation keep three.
+///
+/// With given statistics the result returns them, in f32 or f64.
 ///
 /// # Errors
 ///
-/// Shapes, dtypes or devices that do not fit each other, an epsilon that is not positive, or one value per
-/// channel or none.
+/// Shapes, dtypes or devices that do not fit each other, or batch statistics over one value per channel or
+/// none, or an epsilon that is not positive, which with given statistics may be 0, or a softplus's beta of 0.
 ///
 /// # Examples
 ///
 /// ```
 /// # #[cfg(feature = "flex")] {
 /// use burn::tensor::{Device, Distribution, Tensor};
-/// use burn_conv_bn::NormSpec;
-/// use burn_conv_bn::functional::batch_norm;
+/// use burn_conv_bn::functional::{BatchNormParams, batch_norm};
+/// use burn_conv_bn::{Activation, BatchNormOptions, NormSpec};
 ///
 /// let device = Device::flex();
 /// let input = Tensor::<4>::random([4, 3, 8, 8], Distribution::Normal(7.0, 2.0), &device);
-/// let normalized = batch_norm(input, None, NormSpec::default())?;
+/// let normalized = batch_norm(input.clone(), BatchNormParams::default(), NormSpec::default())?;
 /// assert_eq!(normalized.mean.dims(), [3]);
 /// let mean = normalized.output.mean().into_scalar::<f32>();
 /// assert!(mean.abs() < 1e-4, "{mean}");
+///
+/// let relu = BatchNormOptions::new(NormSpec::default()).with_activation(Activation::Relu);
+/// let activated = batch_norm(input, BatchNormParams::default(), relu)?;
+/// assert!(activated.output.min().into_scalar::<f32>() == 0.0);
 /// # }
 /// # Ok::<(), burn_conv_bn::ConvBnError>(())
 /// ```
 pub fn batch_norm<const D: usize>(
     input: Tensor<D>,
-    affine: Option<(Tensor<1>, Tensor<1>)>,
-    norm: NormSpec,
+    params: BatchNormParams,
+    options: impl Into<BatchNormOptions>,
 ) -> Result<Normalized<D>, ConvBnError> {
-    check_epsilon(norm.epsilon, true)?;
+    let options = options.into();
+    check_epsilon(options.norm.epsilon, params.statistics.is_none())?;
+    check_activation(options.activation)?;
     let input = input.dequantize();
-    let affine = affine.map(dequantize);
+    let (gamma, beta) = params.affine.map(dequantize).unzip();
+    let (mean, variance) = params.statistics.map(dequantize).unzip();
     let shape = input.shape();
     if D < 2 {
         return Err(ConvBnError::Rank {
@@ -255,13 +312,41 @@ pub fn batch_norm<const D: usize>(
             got: shape.to_vec(),
         });
     }
-    check_values(&shape, &shape)?;
-    let (gamma, beta) = affine.unzip();
+    if mean.is_none() {
+        check_values(&shape, &shape)?;
+    }
     let check = Check::new(&input);
-    check.norm_channels("gamma", gamma.as_ref(), shape[1])?;
-    check.norm_channels("beta", beta.as_ref(), shape[1])?;
-    let result =
-        Dispatch::batch_normalize(input.into_dispatch(), optional(gamma), optional(beta), norm);
+    check.backend()?;
+    for (what, tensor) in [
+        ("gamma", &gamma),
+        ("beta", &beta),
+        ("mean", &mean),
+        ("variance", &variance),
+    ] {
+        check.norm_channels(what, tensor.as_ref(), shape[1])?;
+    }
+    let statistics = match mean.zip(variance) {
+        Some((mean, variance)) if shape[0] == 0 => {
+            let dtype = accumulator_dtype(check.dtype);
+            return Ok(Normalized {
+                output: check.empty(shape),
+                mean: mean.cast(dtype).detach(),
+                variance: variance.cast(dtype).detach(),
+            });
+        }
+        Some((mean, variance)) => NormStatistics::Fixed {
+            mean: mean.into_dispatch(),
+            variance: variance.into_dispatch(),
+        },
+        None => NormStatistics::Batch,
+    };
+    let inputs = NormInputs {
+        input: input.into_dispatch(),
+        gamma: optional(gamma),
+        beta: optional(beta),
+        statistics,
+    };
+    let result = Dispatch::batch_normalize(inputs, options);
     Ok(Normalized::new(result))
 }
 
@@ -336,8 +421,8 @@ fn normalized<const D: usize>(
 /// [`conv_bn`] and [`max_pool2d`] of its output, as one op where that is possible: then there is no tensor
 /// between the two, nor a gradient of one.
 ///
-/// That is so with batch statistics, recomputation and no residual, on Flex, for windows of up to 256
-/// pixels without dilation and ceil mode that are padded by half their size at most. In any other case it
+/// That is so with batch statistics and no residual, on Flex, for windows of up to 256 pixels without
+/// dilation and ceil mode that are padded by half their size at most. In any other case it
 /// is the two functions one after the other.
 ///
 /// Besides what [`conv_bn`] keeps, a training step then keeps one byte for each output and, with `Relu` or
@@ -345,7 +430,8 @@ fn normalized<const D: usize>(
 /// recomputes the convolution once, and stores it nowhere: the sums over its output that the norm's
 /// gradients need are taken from the pooled values, unless a channel's beta is more than eight times as
 /// large as the standard deviation of what it is added to, or that is zero or nearly so. With other
-/// activations, and then, it is recomputed or stored for the sums as [`conv_bn`] does.
+/// activations, and then, it is recomputed or stored for the sums as [`conv_bn`] does. With
+/// [`Recompute::Never`](crate::Recompute::Never), and with `Norm`, it is kept instead.
 ///
 /// The output and its statistics have the same bits either way. In f32 and f64 the gradients are those
 /// of the two up to the rounding of sums.
@@ -419,6 +505,7 @@ fn checked<const D: usize>(
     let (gamma, beta) = params.affine.unzip();
     let (mean, variance) = params.statistics.unzip();
     let check = Check::new(&input);
+    check.backend()?;
     check.data("weight", &params.weight)?;
     check.data_channels("bias", params.bias.as_ref(), channels_out)?;
     for (what, tensor) in [
@@ -449,76 +536,6 @@ fn checked<const D: usize>(
         },
     };
     Ok((inputs, problem))
-}
-
-/// Max pool over height and width: what [`burn::tensor::module::max_pool2d`] computes, gradients
-/// included, with less kept for the backward pass.
-///
-/// Burn 0.22.1 keeps the input, and for each output the index of the pixel that it is, in the device's
-/// integers. On Flex this keeps one byte for each output: the place of the maximum in its window. The
-/// input is then free as soon as nothing else holds it, as the output of a block of this crate that
-/// keeps its own input alone. An untracked input keeps neither, and no argmax is computed.
-///
-/// Of equal values the first wins, and NaN wins over all, as in Burn. Results are Burn's to the bit, but
-/// for gradients in f16 where windows overlap: Burn rounds after each sum, and this sums in f32.
-///
-/// Burn's own op runs where there is no kernel for another: on other backends, for windows of more
-/// than 256 pixels, and for padding that differs between the two sides of a dimension, which Burn makes
-/// a copy for.
-///
-/// # Shapes
-///
-/// - `input`: `[batch, channels, height, width]`, of any float dtype
-/// - output: `[batch, channels, height_out, width_out]`, where `height_out` is
-///   `(height + padding - dilation * (kernel_size - 1) - 1) / stride + 1` with the padding of both sides,
-///   rounded down, or up in ceil mode unless that window would begin in the padding behind
-///
-/// # Errors
-///
-/// A kernel size, a stride or a dilation of zero, or a window that does not fit into the padded input.
-/// In ceil mode it need not fit.
-///
-/// # Examples
-///
-/// ```
-/// # #[cfg(feature = "flex")] {
-/// use burn::tensor::ops::MaxPoolOptions;
-/// use burn::tensor::{Device, Tensor};
-/// use burn_conv_bn::functional::max_pool2d;
-///
-/// let image = [[[[0.5, 2.0, 1.0, 0.0], [1.0, 0.0, 3.0, 1.0]]]];
-/// let x = Tensor::<4>::from_data(image, &Device::flex().autodiff()).require_grad();
-/// let y = max_pool2d(x.clone(), MaxPoolOptions::new([2, 2]))?;
-/// assert_eq!(y.dims(), [1, 1, 1, 2]);
-///
-/// // The gradient of each output goes to the pixel that it was.
-/// let grads = y.sum().backward();
-/// let grad = x.grad(&grads).unwrap().into_data();
-/// assert_eq!(grad.iter::<f32>().collect::<Vec<_>>(), [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]);
-/// # }
-/// # Ok::<(), burn_conv_bn::ConvBnError>(())
-/// ```
-pub fn max_pool2d(input: Tensor<4>, options: MaxPoolOptions<2>) -> Result<Tensor<4>, ConvBnError> {
-    let input = input.dequantize();
-    let output = MaxPoolProblem::new(input.shape(), options.clone())?.output();
-    if output.num_elements() == 0 {
-        return Ok(Check::new(&input).empty(output));
-    }
-    if options.is_asymmetric() {
-        return Ok(burn::tensor::module::max_pool2d(input, options));
-    }
-    let sizes = input.dims();
-    let output = Dispatch::max_pool(input.into_dispatch(), options.clone());
-    let mut output = Tensor::<4>::from_dispatch(output);
-    // As Burn's function does: where padding is as wide as the window, its op leaves such windows.
-    for dim in 0..2 {
-        let count = output.dims()[dim + 2];
-        let input_end = sizes[dim + 2] + options.padding[dim].0;
-        if options.ceil_mode && count > 1 && (count - 1) * options.stride[dim] >= input_end {
-            output = output.narrow(dim + 2, 0, count - 1);
-        }
-    }
-    Ok(output)
 }
 
 fn dequantize((first, second): (Tensor<1>, Tensor<1>)) -> (Tensor<1>, Tensor<1>) {

@@ -21,7 +21,10 @@
 //! # }
 //! ```
 //!
-//! - [`ConvBn1d`], [`ConvBn2d`], [`ConvBn3d`] and their configurations: the layer.
+//! - [`fuse`]: the layer over a convolution and a norm that stay fields of a struct of yours.
+//! - [`ConvBn1d`], [`ConvBn2d`], [`ConvBn3d`] and their configurations: the layer over its own.
+//! - [`BatchNormActivation`]: the norm and its activation alone, for networks that normalize before their
+//!   convolutions.
 //! - [`ConvBnModule`]: settings and precision of every such layer of a model, in one call.
 //! - [`MaxPool2d`]: Burn's max pool. On Flex it keeps one byte for each output and no input; behind a
 //!   block, nothing keeps the tensor between the two.
@@ -41,7 +44,7 @@
 //!   of `burn-conv-bn-cubecl` around Burn's convolutions. Each turns `cubecl` on, which alone
 //!   chooses no runtime.
 //! - `ndarray`, `tch`: the op composed of Burn's own.
-//! - `fusion`: needed with a CubeCL runtime wherever Burn's own `fusion` is on, as it is by default.
+//! - `fusion`, on by default as in Burn: needed with a CubeCL runtime wherever Burn's own `fusion` is on.
 //!
 //! `gradcheck` is no backend, but turns on the module of that name.
 //!
@@ -75,11 +78,13 @@ pub mod functional;
 pub mod gradcheck;
 
 pub use layer::{
-    ConvBn1d, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3d, ConvBn3dConfig, ConvBnModule,
-    ConvBnSettings, FoldError, MaxPool2d, MaxPool2dConfig, RunningVariance,
+    BatchNormActivation, BatchNormActivationConfig, ConvBn1d, ConvBn1dConfig, ConvBn2d,
+    ConvBn2dConfig, ConvBn3d, ConvBn3dConfig, ConvBnModule, ConvBnRef, ConvBnSettings, Convolution,
+    FoldError, MaxPool2d, MaxPool2dConfig, RunningVariance, fuse,
 };
 pub use spec::{
-    Activation, ConvBnError, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute, SavedTensor,
+    Activation, ActivationError, BatchNormOptions, ConvBnError, ConvBnOptions, ConvSpec, NormSpec,
+    NormVariant, Recompute, SavedTensor,
 };
 
 /// The code of the package's Markdown page.

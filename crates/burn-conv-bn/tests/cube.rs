@@ -177,7 +177,7 @@ fn every_option() {
     for activation in [Activation::Identity, Activation::Relu] {
         for residual in [false, true] {
             for fixed_statistics in [false, true] {
-                for recompute in [Recompute::Conv, Recompute::Never] {
+                for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
                     for (affine, bias) in [(true, false), (false, true), (true, true)] {
                         Case {
                             activation,
@@ -205,7 +205,17 @@ fn every_activation() {
         },
         Activation::Silu,
         Activation::Gelu,
+        Activation::GeluApproximate,
         Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid {
+            alpha: 0.2,
+            beta: 0.5,
+        },
+        Activation::Tanh,
+        Activation::Elu { alpha: 0.75 },
+        Activation::Mish,
+        Activation::Softplus { beta: 1.5 },
     ] {
         for (residual, fixed_statistics) in [(false, false), (true, false), (true, true)] {
             for (recompute, max_workspace) in [(Recompute::Conv, Some(1)), (Recompute::Never, None)]
@@ -233,21 +243,41 @@ fn variants_of_the_norm() {
     .check();
 }
 
-/// One image at a time, two (which leaves a rest), and all.
+/// z in chunks of one image and of two, which leave a rest; whole, with the convolutions' gradients in chunks
+/// of one image and of two, which leave a rest; and all at once.
 #[test]
 fn chunks_of_the_batch() {
-    let image = (8 + 9 * 4) * 6 * 7 * 4;
-    for max_workspace in [1, 2 * image, 100 * image] {
+    let (input, output, columns) = (4 * 6 * 7 * 4, 8 * 6 * 7 * 4, 9 * 4 * 6 * 7 * 4);
+    // With the chunk's gradient, and copies of its operands.
+    let image = columns + 2 * input + output;
+    for (batch, max_workspace) in [
+        (3, 1),
+        (9, 2 * (output + image)),
+        (3, 3 * output + image),
+        (3, 3 * output + 2 * image),
+        (3, 1 << 20),
+    ] {
         for (residual, fixed_statistics) in [(false, false), (true, false), (true, true)] {
             Case {
                 max_workspace: Some(max_workspace),
                 residual,
                 fixed_statistics,
-                ..square()
+                ..Case::new(padded(1), [batch, 4, 6, 7], [8, 4, 3, 3])
             }
             .check();
         }
     }
+}
+
+/// Wrong products of cubek are not chosen, for these numbers of channels.
+#[test]
+fn channels_that_are_padded_to_those_of_the_input() {
+    Case::new(padded(1), [3, 8, 6, 7], [7, 8, 3, 3]).check();
+    Case {
+        channels_last: true,
+        ..Case::new(padded(1), [2, 16, 5, 5], [14, 16, 3, 3])
+    }
+    .check();
 }
 
 #[test]
@@ -258,7 +288,7 @@ fn what_is_not_tracked_is_not_computed() {
         (false, false, true, false),
         (false, false, false, true),
     ] {
-        for recompute in [Recompute::Conv, Recompute::Never] {
+        for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
             for fixed_statistics in [false, true] {
                 Case {
                     tracked: [input, weight, affine, residual],
@@ -407,7 +437,7 @@ fn norm_alone() {
         let x = Tensor::<4>::from_data(random(&[3, 5, 4, 6], 1), (&device, DType::F32));
         let x = x.require_grad();
         let norm = NormSpec::new(NormVariant::Tutorial, 1e-3);
-        let result = batch_norm(x.clone(), None, norm).expect("the shapes are valid");
+        let result = batch_norm(x.clone(), Default::default(), norm).expect("the shapes are valid");
         let upstream = Tensor::<4>::from_data(random(&[3, 5, 4, 6], 2), (&device, DType::F32));
         let grads = (result.output.clone() * upstream).sum().backward();
         let grad = x.grad(&grads).expect("x is tracked");

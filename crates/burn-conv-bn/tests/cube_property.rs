@@ -91,7 +91,17 @@ fn activations() -> Vec<Activation> {
             negative_slope: 0.25,
         },
         Activation::Gelu,
+        Activation::GeluApproximate,
         Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid {
+            alpha: 0.25,
+            beta: 0.375,
+        },
+        Activation::Tanh,
+        Activation::Elu { alpha: 0.75 },
+        Activation::Mish,
+        Activation::Softplus { beta: 1.5 },
     ]
 }
 

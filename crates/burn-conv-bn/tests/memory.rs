@@ -6,11 +6,15 @@ mod peaks;
 
 use burn::module::{Module, Param};
 use burn::nn::PaddingConfig2d;
+use burn::nn::conv::Conv2dConfig;
 use burn::tensor::{DType, Device, Distribution, Shape, Tensor};
 use burn_conv_bn::backend::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
-use burn_conv_bn::functional::{ConvBnParams, conv_bn};
+use burn_conv_bn::functional::{
+    BatchNormParams, ConvBnParams, batch_norm, cat_channels, conv, conv_bn,
+};
 use burn_conv_bn::{
-    Activation, ConvBn2dConfig, ConvBnOptions, ConvSpec, MaxPool2dConfig, Recompute, SavedTensor,
+    Activation, BatchNormOptions, ConvBn2d, ConvBn2dConfig, ConvBnOptions, ConvSpec,
+    MaxPool2dConfig, NormSpec, Recompute, SavedTensor,
 };
 use burn_conv_bn_memory::CountingAllocator;
 
@@ -164,8 +168,13 @@ fn a_node_keeps_what_its_table_lists() {
     let device = Device::flex().autodiff();
     let mut cases = Vec::new();
     for statistics in [StatisticsKind::Batch, StatisticsKind::Fixed] {
-        for recompute in [Recompute::Conv, Recompute::Never] {
-            for activation in [Activation::Identity, Activation::Relu, Activation::Silu] {
+        for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
+            for activation in [
+                Activation::Identity,
+                Activation::Relu,
+                Activation::Silu,
+                Activation::Sigmoid,
+            ] {
                 for residual in [false, true] {
                     for mask in 1..8 {
                         cases.push(Case {
@@ -204,6 +213,10 @@ fn a_node_keeps_what_its_table_lists() {
     assert_eq!(activations(&all(Recompute::Conv, Activation::Identity)), 1);
     assert_eq!(activations(&all(Recompute::Never, Activation::Relu)), 2);
     assert_eq!(activations(&all(Recompute::Conv, Activation::Silu)), 1);
+    a_chain_keeps_one_activation_a_block(&device);
+    a_rebuilt_output_is_kept_by_none(&device);
+    the_halves_keep_what_their_gradients_need(&device);
+    a_concatenation_is_kept_by_none(&device);
     frozen_layers_keep_no_input(&device);
     a_pool_keeps_what_it_lists(&device);
     nothing_is_kept_between_block_and_pool(&device);
@@ -214,10 +227,161 @@ fn a_node_keeps_what_its_table_lists() {
     workspace_is_bounded(&device);
 }
 
+fn same_block(recompute: Recompute, device: &Device) -> ConvBn2d {
+    ConvBn2dConfig::new([INPUT[1]; 2], [3, 3])
+        .with_padding(PaddingConfig2d::Same)
+        .with_activation(Activation::Relu)
+        .with_recompute(recompute)
+        .init(device)
+}
+
+/// Activations of a tracked input's size in so many bytes, and what is left over.
+fn activations_in(kept: usize) -> (usize, usize) {
+    let one = bytes(INPUT);
+    let count = (kept + one / 2) / one;
+    (count, kept.abs_diff(count * one))
+}
+
+/// Four blocks keep their input, and: `Conv` three outputs, `Norm` four convolutions' outputs, `Never` both.
+fn a_chain_keeps_one_activation_a_block(device: &Device) {
+    for (recompute, wanted) in [
+        (Recompute::Conv, 4),
+        (Recompute::Norm, 5),
+        (Recompute::Never, 8),
+    ] {
+        for device in [device, &Device::flex().autodiff().gradient_checkpointing()] {
+            let chain: Vec<_> = (0..4).map(|_| same_block(recompute, device)).collect();
+            let forward = |x: Tensor<4>| chain.iter().fold(x, |x, block| block.forward(x));
+            let runs = (0..3).map(|_| kept_by(forward, INPUT, true, device));
+            let (count, rest) = activations_in(runs.min().unwrap_or_default());
+            assert_eq!(count, wanted, "{recompute:?}");
+            assert!(
+                rest < 4 * OVERHEAD,
+                "{recompute:?}: {rest} bytes more or less"
+            );
+        }
+    }
+}
+
+/// A block under `Norm` before what would keep its output keeps its input and the convolution's output.
+fn a_rebuilt_output_is_kept_by_none(device: &Device) {
+    let block = same_block(Recompute::Norm, device);
+    let burn = Conv2dConfig::new([INPUT[1]; 2], [1, 1])
+        .with_bias(false)
+        .init(device);
+    let pool = MaxPool2dConfig::new([17; 2]).init();
+    let indices = pool.saved_for_backward(INPUT)[1].bytes();
+    type Forward<'a> = &'a dyn Fn(Tensor<4>) -> Tensor<4>;
+    let cases: [(&str, Forward, [usize; 2]); 4] = [
+        (
+            "Burn's convolution",
+            &|x| burn.forward(block.forward(x)),
+            [2, 0],
+        ),
+        (
+            "Burn's ReLU",
+            &|x| burn::tensor::activation::relu(block.forward(x)),
+            [2, 0],
+        ),
+        (
+            "Burn's max pool",
+            &|x| pool.forward(block.forward(x)),
+            [2, indices],
+        ),
+        (
+            "two",
+            &|x| {
+                let y = block.forward(x);
+                burn.forward(y.clone()) + burn.forward(y)
+            },
+            [2, 0],
+        ),
+    ];
+    for (what, forward, [activations, more]) in cases {
+        let runs = (0..5).map(|_| kept_by(forward, INPUT, true, device));
+        let kept = runs.min().unwrap_or_default();
+        let wanted = activations * bytes(INPUT) + more;
+        assert!(
+            kept.abs_diff(wanted) < 2 * OVERHEAD,
+            "{what}: got {kept} bytes, wanted {wanted}"
+        );
+    }
+    let list = block.saved_for_backward_max_pool(INPUT, &pool);
+    let own = list.iter().filter(|tensor| !tensor.shared);
+    let names: Vec<_> = own.map(|tensor| tensor.name).collect();
+    assert_eq!(names, ["conv_output", "mean", "variance", "indices"]);
+}
+
+/// A convolution alone keeps its input for the weight's gradient, and a norm alone in any case, to rebuild its
+/// output.
+fn the_halves_keep_what_their_gradients_need(device: &Device) {
+    for mask in 1..8 {
+        let [first, second, third] = [0, 1, 2].map(|bit| mask >> bit & 1 == 1);
+        let convolution = kept_by(
+            |x| {
+                let (weight, bias) = (tensor(WEIGHT, second, device), tensor([8], third, device));
+                conv(x, weight, Some(bias), ConvSpec::unit(2)).unwrap()
+            },
+            INPUT,
+            first,
+            device,
+        );
+        let norm = |activation| {
+            let options = BatchNormOptions::new(NormSpec::default()).with_activation(activation);
+            kept_by(
+                |x| {
+                    let (gamma, beta) = (tensor([8], second, device), tensor([8], third, device));
+                    let params = BatchNormParams::default().with_affine(gamma, beta);
+                    batch_norm(x, params, options).unwrap().output
+                },
+                INPUT,
+                first,
+                device,
+            )
+        };
+        for (what, got, wanted) in [
+            ("conv", convolution, second),
+            ("norm", norm(Activation::Identity), true),
+            ("norm and ReLU", norm(Activation::Relu), true),
+        ] {
+            let wanted = usize::from(wanted) * bytes(INPUT);
+            assert!(
+                got.abs_diff(wanted) < OVERHEAD,
+                "{what}, {mask:03b}: kept {got} bytes, wanted {wanted}"
+            );
+        }
+    }
+}
+
+/// Three convolutions, each over the input and all outputs before it: these are kept, and of their concatenations
+/// nothing. Burn's concatenation makes a copy of each for every convolution.
+fn a_concatenation_is_kept_by_none(device: &Device) {
+    let convs = [1, 2, 3].map(|inputs| {
+        Conv2dConfig::new([inputs * INPUT[1], INPUT[1]], [1, 1])
+            .with_bias(false)
+            .init(device)
+    });
+    let burns: fn(Vec<Tensor<4>>) -> Tensor<4> = |tensors| Tensor::cat(tensors, 1);
+    let ours: fn(Vec<Tensor<4>>) -> Tensor<4> = |tensors| cat_channels(tensors).unwrap();
+    for (cat, wanted) in [(ours, 3), (burns, 6)] {
+        let forward = |x: Tensor<4>| {
+            let mut features = vec![x];
+            for conv in &convs {
+                features.push(conv.forward(cat(features.clone())));
+            }
+            features.swap_remove(convs.len())
+        };
+        let runs = (0..5).map(|_| kept_by(forward, INPUT, true, device));
+        let (count, rest) = activations_in(runs.min().unwrap_or_default());
+        assert_eq!(count, wanted);
+        assert!(rest < 4 * OVERHEAD, "{rest} bytes more or less");
+    }
+}
+
 /// A layer whose norm is frozen keeps its input for the weight's gradient. With the weight frozen
 /// too it does not, and of an input that is not tracked either it keeps nothing at all.
 fn frozen_layers_keep_no_input(device: &Device) {
-    for recompute in [Recompute::Conv, Recompute::Never] {
+    for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
         for (activation, handle) in [
             (Activation::Identity, None),
             (Activation::Relu, Some("output")),
@@ -331,12 +495,20 @@ fn nothing_is_kept_between_block_and_pool(device: &Device) {
 /// As one op they keep a handle on the output, too, and what they list.
 fn a_block_joined_with_its_pool_keeps_what_it_lists(device: &Device) {
     let pool = MaxPool2dConfig::new([2, 2]).init();
-    for (activation, names) in [
-        (Activation::Relu, &["input", "pooled", "argmax"][..]),
-        (Activation::Silu, &["input", "argmax"][..]),
+    let kept_too = ["input", "conv_output", "pooled", "argmax"];
+    for (activation, recompute, names) in [
+        (
+            Activation::Relu,
+            Recompute::Conv,
+            &["input", "pooled", "argmax"][..],
+        ),
+        (Activation::Silu, Recompute::Conv, &["input", "argmax"][..]),
+        (Activation::Relu, Recompute::Never, &kept_too[..]),
+        (Activation::Relu, Recompute::Norm, &kept_too[..]),
     ] {
         let block = ConvBn2dConfig::new([WEIGHT[1], WEIGHT[0]], [3, 3])
             .with_activation(activation)
+            .with_recompute(recompute)
             .init(device);
         let listed = block.saved_for_backward_max_pool(INPUT, &pool);
         let activations = listed.iter().filter(|kept| kept.shape[0] == INPUT[0]);
@@ -395,7 +567,7 @@ fn no_gradient_is_made_between_block_and_pool(device: &Device) {
 
 /// Burn's own layers, for the comparison that the README makes.
 fn unfused_keeps_three(device: &Device) {
-    use burn::nn::{BatchNormConfig, conv::Conv2dConfig};
+    use burn::nn::BatchNormConfig;
     let conv = Conv2dConfig::new([8, 8], [3, 3])
         .with_bias(false)
         .init(device);

@@ -12,6 +12,8 @@
 
 mod reference;
 
+#[path = "reference/chain.rs"]
+mod chain;
 #[path = "reference/checks.rs"]
 mod checks;
 #[path = "reference/strategy.rs"]
@@ -72,6 +74,11 @@ fn random_cases_in_f16() {
 #[test]
 fn random_cases_in_bf16() {
     hold_on_flex(DType::BF16, 8, 0.5);
+}
+
+#[test]
+fn random_chains_of_blocks() {
+    chain::hold_chains();
 }
 
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];

@@ -22,7 +22,7 @@ use reference::{Op, Tensors, rounded};
 
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
 
-const ACTIVATIONS: [Activation; 8] = [
+const ACTIVATIONS: [Activation; 15] = [
     Activation::Identity,
     Activation::Relu,
     Activation::Relu6,
@@ -34,7 +34,17 @@ const ACTIVATIONS: [Activation; 8] = [
     },
     Activation::Silu,
     Activation::Gelu,
+    Activation::GeluApproximate,
     Activation::HardSwish,
+    Activation::Sigmoid,
+    Activation::HardSigmoid {
+        alpha: 0.25,
+        beta: 0.375,
+    },
+    Activation::Tanh,
+    Activation::Elu { alpha: 0.75 },
+    Activation::Mish,
+    Activation::Softplus { beta: 1.5 },
 ];
 
 const BATCH_NORM: NormSpec = NormSpec {
@@ -687,7 +697,7 @@ fn gammas_of_zero_and_below() {
     for activation in ACTIVATIONS {
         for given_statistics in [false, true] {
             for residual in [false, true] {
-                for recompute in [Recompute::Conv, Recompute::Never] {
+                for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
                     for dtype in DTYPES {
                         let case = Case {
                             activation,
@@ -1032,7 +1042,7 @@ fn a_poisoned_group_leaves_the_others_alone() {
         (padded(4), [3, 4, 40, 40], [4, 1, 3, 3]),
     ] {
         for given_statistics in [false, true] {
-            for recompute in [Recompute::Conv, Recompute::Never] {
+            for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
                 for poison in [f64::NAN, f64::INFINITY] {
                     let case = Case {
                         activation: Activation::Silu,
@@ -1174,7 +1184,7 @@ fn closed_relus_pass_nothing() {
         for activation in [Activation::Relu, Activation::Relu6] {
             for given_statistics in [false, true] {
                 for residual in [false, true] {
-                    for recompute in [Recompute::Conv, Recompute::Never] {
+                    for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
                         let case = Case {
                             activation,
                             given_statistics,

@@ -3,7 +3,9 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use burn_conv_bn_bench::device::{DEVICES, FLEX};
+use anyhow::{Result, bail};
+use burn_conv_bn_bench::catalogue::{Entry, Work, catalogue};
+use burn_conv_bn_bench::device::{CUDA, DEVICES, FLEX};
 use burn_conv_bn_bench::precision::Precision;
 use burn_conv_bn_bench::protocol::{Contender, Engine};
 use clap::{Args, ValueEnum};
@@ -32,7 +34,7 @@ pub struct Bench {
     #[arg(long, value_name = "N", value_parser = up_to::<MOST_IMAGES>)]
     pub batch: Option<NonZeroUsize>,
     /// Run this entry alone; may be given several times.
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = id)]
     pub only: Vec<String>,
     /// Run the layers alone.
     #[arg(long)]
@@ -62,7 +64,7 @@ pub struct Bench {
     /// Write everything that was measured to this file.
     #[arg(long, value_name = "PATH")]
     pub json: Option<PathBuf>,
-    /// Write the tables to this file, a line for each contender of each entry.
+    /// Write the figures to this file, a line for each contender of each entry.
     #[arg(long, value_name = "PATH")]
     pub csv: Option<PathBuf>,
     /// Draw the ratios of times and peaks to this SVG file.
@@ -94,20 +96,62 @@ fn up_to<const MOST: usize>(text: &str) -> Result<NonZeroUsize, String> {
         .ok_or_else(|| format!("expected a whole number from 1 to {MOST}"))
 }
 
+/// The id of an entry.
+fn id(text: &str) -> Result<String, String> {
+    let ids: Vec<String> = catalogue(true).into_iter().map(|entry| entry.id).collect();
+    let found = ids.iter().any(|id| id == text).then(|| text.to_string());
+    found.ok_or_else(|| format!("there is no such entry; there are {}", ids.join(", ")))
+}
+
 impl Bench {
-    /// A contender that was asked for by its name, of those that an engine runs.
-    pub fn of(&self, engine: Engine) -> Option<Contender> {
-        let mut named = self.contender.iter().copied();
-        named.find(|contender| contender.engine() == engine)
+    /// Checks options that exclude each other.
+    pub fn check(&self) -> Result<()> {
+        if self.entries().is_empty() {
+            bail!("no entry is both in --only and of the kind that was asked for");
+        }
+        if self.precision == Precision::Tf32 && self.device != CUDA {
+            bail!(
+                "{} is computed by NVIDIA's tensor cores: with --device {CUDA}, not {}",
+                self.precision,
+                self.device
+            );
+        }
+        if self.profile && self.device == FLEX {
+            bail!("--profile times the kernels of a device, and {FLEX} launches none");
+        }
+        let mut named = self.contender.iter();
+        if let (None, Some(name)) = (self.peer, named.find(|c| c.engine() == Engine::PyTorch)) {
+            bail!("{name} is PyTorch's, which --peer pytorch adds");
+        }
+        if self.peer.is_some() && self.contenders(Engine::PyTorch).is_empty() {
+            bail!("--peer pytorch adds nothing: no --contender is PyTorch's");
+        }
+        Ok(())
+    }
+
+    /// The selected entries, in the catalogue's order.
+    pub fn entries(&self) -> Vec<Entry> {
+        let mut entries = catalogue(self.quick);
+        entries.retain(|entry| {
+            let is_layer = matches!(entry.work, Work::Layer(_));
+            let kind = self.layers == self.networks || self.layers == is_layer;
+            kind && (self.only.is_empty() || self.only.contains(&entry.id))
+        });
+        if let Some(batch) = self.batch {
+            for entry in &mut entries {
+                entry.work = entry.work.clone().with_batch(batch.get());
+            }
+        }
+        entries
     }
 
     /// The contenders that an engine runs.
     pub fn contenders(&self, engine: Engine) -> Vec<Contender> {
         let wanted = |contender: &Contender| {
             let named = self.contender.is_empty() || self.contender.contains(contender);
-            contender.engine() == engine && (named || *contender == Contender::Unfused)
+            named || *contender == Contender::Unfused
         };
-        Contender::ALL.into_iter().filter(wanted).collect()
+        Contender::of(engine).filter(wanted).collect()
     }
 }
 
@@ -117,18 +161,61 @@ mod tests {
     use crate::bench::testing::parse;
 
     #[test]
-    fn devices_and_precisions_are_checked_by_name() {
-        assert_eq!(parse(&[]).unwrap().device, FLEX);
+    fn devices_precisions_and_entries_are_checked_by_name() {
+        let default = parse(&[]).unwrap();
+        assert_eq!(
+            (default.device.as_str(), default.precision),
+            (FLEX, Precision::F32)
+        );
         for device in DEVICES {
             assert_eq!(parse(&["--device", device]).unwrap().device, device);
         }
-        let error = parse(&["--device", "abacus"]).unwrap_err();
-        assert!(error.to_string().contains("vulkan"), "{error}");
-        assert_eq!(parse(&[]).unwrap().precision, Precision::F32);
         let bf16 = parse(&["--precision", "bf16"]).unwrap();
         assert_eq!(bf16.precision, Precision::Bf16);
-        let error = parse(&["--precision", "f8"]).unwrap_err();
-        assert!(error.to_string().contains("bf16"), "{error}");
+        for (option, wanted) in [
+            ("--device", "vulkan"),
+            ("--precision", "bf16"),
+            ("--only", "k7-s2"),
+        ] {
+            let error = parse(&[option, "abacus"]).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_together_is_refused() {
+        for (options, wanted) in [
+            (&["--precision", "tf32"][..], "cuda, not flex"),
+            (&["--contender", "eager"], "--peer pytorch"),
+            (
+                &["--peer", "pytorch", "--contender", "fused"],
+                "--contender",
+            ),
+            (&["--profile", "--quick"], "--profile"),
+            (&["--only", "k3", "--networks"], "--only"),
+        ] {
+            let error = parse(options).unwrap().check().unwrap_err().to_string();
+            assert!(error.contains(wanted), "{error}");
+        }
+        parse(&["--precision", "bf16"]).unwrap().check().unwrap();
+    }
+
+    #[test]
+    fn entries_are_selected_by_id_and_by_kind() {
+        let ids = |options: &[&str]| -> Vec<String> {
+            let entries = parse(options).unwrap().entries().into_iter();
+            entries.map(|entry| entry.id).collect()
+        };
+        let all = ids(&[]);
+        let [layers, networks] = ["--layers", "--networks"].map(|kind| ids(&[kind]));
+        assert_eq!([layers, networks.clone()].concat(), all);
+        assert_eq!(networks[..3], ["net-256", "net-2048", "resnet18"]);
+        assert_eq!(ids(&["--layers", "--networks"]), all);
+        let named = ["--only", "net-256", "--only", "dw"];
+        assert_eq!(ids(&named), ["dw", "net-256"]);
+        assert_eq!(ids(&[&named[..], &["--layers"]].concat()), ["dw"]);
+        let entries = parse(&["--batch", "77"]).unwrap().entries();
+        assert!(entries.iter().all(|entry| entry.work.batch() == 77));
     }
 
     #[test]
@@ -137,7 +224,7 @@ mod tests {
             let bench = parse(options).unwrap();
             [Engine::Burn, Engine::PyTorch].map(|engine| bench.contenders(engine))
         };
-        assert_eq!(contenders(&[]).concat(), Contender::ALL);
+        assert_eq!(contenders(&[]).concat(), Contender::value_variants());
         let [burn, torch] = contenders(&["--contender", "fused", "--contender", "eager"]);
         assert_eq!(burn, [Contender::Fused, Contender::Unfused]);
         assert_eq!(torch, [Contender::Eager]);

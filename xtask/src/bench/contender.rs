@@ -1,104 +1,182 @@
-//! A contender of an entry while it runs.
+//! A contender's process, and the conversation with it.
 
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::path::Path;
+use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
-use anyhow::Result;
-use burn_conv_bn_bench::protocol::{
-    Checked, Contender, OWN_REFERENCE, Reply, Request, StepMemory, StepTime,
-};
-use burn_conv_bn_bench::report::{ContenderReport, ProblemKind};
+use anyhow::{Context, Result};
+use burn_conv_bn_bench::protocol::{Contender, Reply, Request};
 
-use super::process::{Process, refusal};
+use super::report::{ContenderReport, Problem, ProblemKind};
+use crate::interrupt::Guarded;
 
-/// A contender with its process, which it has until something goes wrong.
+/// Lines of a dead process's standard error that are reported.
+const LAST_LINES: usize = 8;
+
+/// How often to look whether a process has ended, and how many times.
+const TICK: Duration = Duration::from_millis(10);
+const MOMENT: usize = 100;
+
+/// A function that takes one kind of reply.
+macro_rules! reply {
+    ($kind:ident) => {
+        |reply| match reply {
+            burn_conv_bn_bench::protocol::Reply::$kind(content) => Some(content),
+            _ => None,
+        }
+    };
+}
+
+pub(crate) use reply;
+
+/// Takes the reply that has no content.
+pub fn done(reply: Reply) -> Option<()> {
+    (reply == Reply::Done {}).then_some(())
+}
+
+/// A process that speaks the protocol. It ends when this is dropped, and at an interrupt.
+pub struct Process {
+    name: String,
+    child: Guarded,
+    requests: ChildStdin,
+    replies: BufReader<ChildStdout>,
+    stderr: File,
+}
+
+impl Process {
+    pub fn start(mut command: Command) -> Result<Self> {
+        let stderr = tempfile::tempfile().context("cannot create a file for errors")?;
+        let program = Path::new(command.get_program());
+        let name = program.file_name().unwrap_or(program.as_os_str());
+        let name = name.to_string_lossy().into_owned();
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(stderr.try_clone()?);
+        let guarded = Guarded::spawn(command)?;
+        let mut child = guarded.child();
+        let (requests, replies) = child
+            .stdin
+            .take()
+            .zip(child.stdout.take())
+            .context("no pipe")?;
+        drop(child);
+        Ok(Self {
+            name,
+            child: guarded,
+            requests,
+            replies: BufReader::new(replies),
+            stderr,
+        })
+    }
+
+    /// Sends a request and waits for its reply, of the kind that `take` takes. The process's death
+    /// is a problem, too.
+    pub fn ask<T>(
+        &mut self,
+        request: &Request,
+        take: impl FnOnce(Reply) -> Option<T>,
+    ) -> Result<T, Problem> {
+        let failed = |reason: String| Problem::new(ProblemKind::Failed, reason);
+        let line = serde_json::to_string(request).map_err(|error| failed(error.to_string()))?;
+        let mut answer = String::new();
+        let sent = writeln!(self.requests, "{line}").and_then(|()| self.requests.flush());
+        let read = sent.and_then(|()| self.replies.read_line(&mut answer));
+        if read.is_err() || answer.is_empty() {
+            return Err(failed(self.death()));
+        }
+        let answer = answer.trim_end();
+        match serde_json::from_str(answer) {
+            Ok(Reply::Unavailable { reason }) => {
+                Err(Problem::new(ProblemKind::Unavailable, reason))
+            }
+            Ok(Reply::Failed { reason }) => Err(failed(reason)),
+            Ok(reply) => {
+                take(reply).ok_or_else(|| failed(format!("{answer} does not answer {line}")))
+            }
+            Err(_) => Err(failed(format!("{} said {answer:?}", self.name))),
+        }
+    }
+
+    /// How a process that does not answer ended, by itself if it does so within a moment, and its
+    /// last words.
+    fn death(&mut self) -> String {
+        let mut end = "it closed its output, and was killed".to_string();
+        for _ in 0..MOMENT {
+            if let Ok(Some(status)) = self.child.child().try_wait() {
+                end = status.to_string();
+                break;
+            }
+            thread::sleep(TICK);
+        }
+        let mut bytes = Vec::new();
+        let _ = self.stderr.rewind();
+        let _ = self.stderr.read_to_end(&mut bytes);
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        let mut lines: Vec<&str> = lines.into_iter().filter(|line| !line.is_empty()).collect();
+        lines.drain(..lines.len().saturating_sub(LAST_LINES));
+        match lines.is_empty() {
+            true => format!("{} died ({end})", self.name),
+            false => format!("{} died ({end}), saying: {}", self.name, lines.join(" / ")),
+        }
+    }
+}
+
+/// A contender of an entry with its process, which it has until something goes wrong.
 pub struct Running {
     process: Option<Process>,
-    report: ContenderReport,
+    pub report: ContenderReport,
 }
 
 impl Running {
     /// Tells a process which contender it is.
-    pub fn load(contender: Contender, process: Result<Process>, load: Request) -> Self {
+    pub fn load(contender: Contender, process: Result<Process>, load: &Request) -> Self {
         let mut running = Self {
             process: None,
             report: ContenderReport::new(contender),
         };
         match process {
             Ok(process) => running.process = Some(process),
-            Err(error) => running.fail(ProblemKind::Failed, format!("{error:#}")),
+            Err(error) => running.fail(Problem::new(ProblemKind::Failed, format!("{error:#}"))),
         }
-        match running.ask(&load) {
-            None | Some(Reply::Done {}) => {}
-            Some(other) => running.refuse(other),
-        }
+        running.ask(load, done);
         running
     }
 
-    /// Which contender.
-    pub fn contender(&self) -> Contender {
-        self.report.contender
-    }
-
-    /// Lets it write its results to a folder.
-    pub fn check(&mut self, folder: &Path) -> Option<Checked> {
-        let dir = folder.to_path_buf();
-        match self.ask(&Request::Check { dir })? {
-            Reply::Checked(checked) => return Some(checked),
-            other => self.refuse(other),
-        }
-        None
-    }
-
-    /// Compares its results with the `tensors` in the folder of the reference, or with its own if
-    /// it computes something else. They may be off by `tolerance`.
-    pub fn compare(
+    /// The reply, of the kind that `take` takes. What goes wrong is in the report, and ends the
+    /// process.
+    pub fn ask<T>(
         &mut self,
-        helper: &mut Process,
-        folder: &Path,
-        reference: &Path,
-        tensors: Option<&[String]>,
-        checked: &Checked,
-        tolerance: f64,
-    ) {
-        let (reference, tensors) = match (checked.own_reference, tensors) {
-            (true, _) => (folder.join(OWN_REFERENCE), checked.tensors.as_slice()),
-            (false, Some(tensors)) => (reference.to_path_buf(), tensors),
-            (false, None) => {
-                let reason = "not checked: there is no reference";
-                return self.report.fail(ProblemKind::Unavailable, reason);
-            }
-        };
-        let compare = Request::Compare {
-            dir: folder.to_path_buf(),
-            reference,
-            tensors: tensors.to_vec(),
-        };
-        match helper.ask(&compare) {
-            Ok(Reply::Compared { tensors }) => self.report.check(tensors, tolerance),
-            Ok(other) => {
-                let (_, reason) = refusal(other);
-                self.report.fail(ProblemKind::Mismatch, reason);
-            }
-            Err(error) => {
-                let reason = format!("cannot compare: {error:#}");
-                self.report.fail(ProblemKind::Failed, reason);
-            }
-        }
-    }
-
-    /// Runs a step, for its time alone.
-    pub fn step(&mut self) -> Option<StepTime> {
-        match self.ask(&Request::Run {})? {
-            Reply::Ran(step) => return Some(step),
-            other => self.refuse(other),
-        }
-        None
+        request: &Request,
+        take: impl FnOnce(Reply) -> Option<T>,
+    ) -> Option<T> {
+        let answer = self.process.as_mut()?.ask(request, take);
+        answer.map_err(|problem| self.fail(problem)).ok()
     }
 
     /// Runs a step that counts.
     pub fn timed_step(&mut self) {
-        if let Some(step) = self.step() {
-            self.report.steps.push(step);
+        let step = self.ask(&Request::Run {}, reply!(Ran));
+        self.report.steps.extend(step);
+    }
+
+    /// Has the device's kernels timed over one more step. One that launches none keeps its steps.
+    pub fn profile(&mut self) {
+        let Some(process) = &mut self.process else {
+            return;
+        };
+        let kernels = process.ask(&Request::Profile {}, |reply| match reply {
+            Reply::Profiled { kernels } => Some(kernels),
+            _ => None,
+        });
+        match kernels {
+            Ok(kernels) => self.report.kernels = kernels,
+            Err(problem) if problem.kind == ProblemKind::Unavailable => {}
+            Err(problem) => self.fail(problem),
         }
     }
 
@@ -107,49 +185,15 @@ impl Running {
         self.process.is_some()
     }
 
-    /// Measures the memory of a step. Its process must be fresh.
-    pub fn memory(&mut self) -> Option<StepMemory> {
-        match self.ask(&Request::Memory {})? {
-            Reply::Measured(memory) => return Some(memory),
-            other => self.refuse(other),
-        }
-        None
-    }
-
-    /// Has the device's kernels timed over one more step. One that launches none keeps its steps.
-    pub fn profile(&mut self) {
-        match self.ask(&Request::Profile {}) {
-            None | Some(Reply::Unavailable { .. }) => {}
-            Some(Reply::Profiled(profile)) => self.report.profile = Some(profile),
-            Some(other) => self.refuse(other),
-        }
-    }
-
-    /// Ends the process and returns the report.
-    pub fn finish(self) -> ContenderReport {
-        self.report
-    }
-
-    fn ask(&mut self, request: &Request) -> Option<Reply> {
-        match self.process.as_mut()?.ask(request) {
-            Ok(reply) => Some(reply),
-            Err(error) => {
-                self.fail(ProblemKind::Failed, format!("{error:#}"));
-                None
-            }
-        }
-    }
-
-    /// Notes a reply that is not the one that was wanted.
-    fn refuse(&mut self, reply: Reply) {
-        let (kind, reason) = refusal(reply);
-        self.fail(kind, reason);
+    /// Ends the process.
+    pub fn end(&mut self) {
+        self.process = None;
     }
 
     /// Notes a problem and ends the process. Steps of only some rounds would be compared with
     /// those of other rounds, so they do not count.
-    fn fail(&mut self, kind: ProblemKind, reason: String) {
-        self.report.fail(kind, reason);
+    fn fail(&mut self, problem: Problem) {
+        self.report.fail(problem);
         self.report.steps.clear();
         self.process = None;
     }
@@ -158,53 +202,66 @@ impl Running {
 #[cfg(all(test, unix))]
 mod tests {
     use super::*;
-    use std::process::Command;
+
+    const DONE: &str = r#"{"done":{}}"#;
+    const RAN: &str = r#"{"ran":{"forward_ms":1.0,"backward_ms":2.0}}"#;
+
+    fn shell(script: &str) -> Result<Process> {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        Process::start(command)
+    }
 
     /// A contender that answers with these lines and then dies.
     fn running(answers: &[&str]) -> Running {
         let echo = |answer: &&str| format!("read line; echo '{answer}'; ");
         let script: String = answers.iter().map(echo).collect();
-        let mut command = Command::new("sh");
-        command.args(["-c", &script]);
-        let process = Process::start(command, "sh");
-        Running::load(Contender::Fused, process, Request::Hello {})
-    }
-
-    const DONE: &str = r#"{"done":{}}"#;
-    const RAN: &str = r#"{"ran":{"forward_ms":1.0,"backward_ms":2.0}}"#;
-
-    #[test]
-    fn timed_steps_are_kept_and_others_not() {
-        let mut running = running(&[DONE, RAN, RAN]);
-        assert!(running.is_alive());
-        assert_eq!(running.step().unwrap().total_ms(), 3.0);
-        running.timed_step();
-        let report = running.finish();
-        assert_eq!(report.problem, None);
-        assert_eq!(report.steps.len(), 1);
+        Running::load(Contender::Fused, shell(&script), &Request::Hello {})
     }
 
     #[test]
-    fn a_profile_is_kept_and_counts_no_step() {
-        let profiled = r#"{"profiled":{"kernels":[{"name":"k","launches":3,"ms":0.5}]}}"#;
-        let mut running = running(&[DONE, RAN, profiled]);
-        running.timed_step();
-        running.profile();
-        let report = running.finish();
-        assert_eq!(report.problem, None);
-        assert_eq!(report.steps.len(), 1);
-        let profile = report.profile.unwrap();
-        assert_eq!((profile.launches(), profile.busy_ms()), (3, 0.5));
+    fn a_death_is_told_with_its_last_words() {
+        let mut process =
+            shell("read line; seq 20 >&2; echo; echo out of memory >&2; exit 3").unwrap();
+        // The empty line is no reply, and ends nothing.
+        let problem = process.ask(&Request::Hello {}, done).unwrap_err();
+        assert!(problem.reason.contains("sh said \"\""), "{problem}");
+        for _ in 0..2 {
+            let reason = process.ask(&Request::Hello {}, done).unwrap_err().reason;
+            assert!(reason.starts_with("sh died (exit status: 3)"), "{reason}");
+            let words = "saying: 14 / 15 / 16 / 17 / 18 / 19 / 20 / out of memory";
+            assert!(reason.ends_with(words), "{reason}");
+        }
     }
 
     #[test]
-    fn one_without_kernels_keeps_its_steps() {
-        let mut running = running(&[DONE, RAN, r#"{"unavailable":{"reason":"a CPU"}}"#]);
-        running.timed_step();
-        running.profile();
-        let report = running.finish();
-        assert_eq!((report.problem, report.profile), (None, None));
-        assert_eq!(report.steps.len(), 1);
+    fn nonsense_is_quoted_and_absence_is_named() {
+        for (answer, wanted) in [
+            ("hello", "sh said \"hello\""),
+            (RAN, "does not answer {\"hello\":{}}"),
+        ] {
+            let mut process = shell(&format!("read line; echo '{answer}'")).unwrap();
+            let problem = process.ask(&Request::Hello {}, done).unwrap_err();
+            assert!(problem.reason.contains(wanted), "{problem}");
+        }
+        let error = Process::start(Command::new("/no/such/python"))
+            .err()
+            .unwrap();
+        assert!(error.to_string().contains("/no/such/python"), "{error}");
+    }
+
+    #[test]
+    fn timed_steps_are_kept_beside_a_profile_if_there_is_one() {
+        let kernels = r#"{"profiled":{"kernels":[{"name":"k","launches":3,"ms":0.5}]}}"#;
+        for (profiled, count) in [(kernels, 1), (r#"{"unavailable":{"reason":"a CPU"}}"#, 0)] {
+            let mut running = running(&[DONE, RAN, RAN, profiled]);
+            assert!(running.ask(&Request::Run {}, reply!(Ran)).is_some());
+            running.timed_step();
+            running.profile();
+            let report = running.report;
+            assert_eq!((report.problem, report.steps.len()), (None, 1));
+            assert_eq!(report.kernels.len(), count);
+        }
     }
 
     #[test]
@@ -213,32 +270,15 @@ mod tests {
         running.timed_step();
         running.timed_step();
         running.timed_step();
-        let report = running.finish();
-        assert!(report.steps.is_empty());
-        assert_eq!(report.problem.unwrap().kind, ProblemKind::Failed);
+        assert!(!running.is_alive() && running.report.steps.is_empty());
+        assert_eq!(running.report.problem.unwrap().kind, ProblemKind::Failed);
     }
 
     #[test]
     fn one_that_cannot_run_here_says_so() {
         let mut running = running(&[r#"{"unavailable":{"reason":"no compiler"}}"#, RAN]);
-        assert_eq!(running.step(), None);
-        assert!(!running.is_alive());
-        let problem = running.finish().problem.unwrap();
-        assert_eq!(problem.kind, ProblemKind::Unavailable);
-        assert_eq!(problem.reason, "no compiler");
-    }
-
-    #[test]
-    fn without_a_reference_nothing_is_checked() {
-        let mut running = running(&[DONE]);
-        let mut helper = Process::start(Command::new("cat"), "cat").unwrap();
-        let checked = Checked {
-            tensors: vec!["output".to_string()],
-            own_reference: false,
-        };
-        let nowhere = Path::new("nowhere");
-        running.compare(&mut helper, nowhere, nowhere, None, &checked, 0.0);
-        let problem = running.finish().problem.unwrap();
-        assert_eq!(problem.kind, ProblemKind::Unavailable);
+        assert_eq!(running.ask(&Request::Run {}, reply!(Ran)), None);
+        let wanted = Problem::new(ProblemKind::Unavailable, "no compiler");
+        assert_eq!(running.report.problem, Some(wanted));
     }
 }

@@ -10,10 +10,10 @@ use std::thread;
 
 use anyhow::Result;
 use burn_conv_bn_bench::device::CUDA;
-use burn_conv_bn_bench::report::Machine;
 use time::UtcDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::report::Machine;
 use crate::workspace::root;
 
 /// Vector instructions that kernels choose by, as Linux names them.
@@ -28,7 +28,7 @@ const VECTOR_UNITS: [&str; 8] = [
     "sve",
 ];
 
-/// Variables whose value decides how fast or how large contenders are.
+/// Variables whose value decides how fast or how large contenders are, by the start of their names.
 const VARIABLES: [&str; 11] = [
     "MALLOC_",
     "LD_PRELOAD",
@@ -46,15 +46,14 @@ const VARIABLES: [&str; 11] = [
 /// Where Linux describes the caches of the first core.
 const CACHES: &str = "/sys/devices/system/cpu/cpu0/cache";
 
-/// Numbers that tell processors of one name apart, as `/proc/cpuinfo` and as people call them: first
-/// those of x86, then those of Arm.
-const NUMBERS: [(&str, &str); 6] = [
-    ("cpu family", "family"),
-    ("model", "model"),
-    ("stepping", "stepping"),
-    ("CPU implementer", "implementer"),
-    ("CPU part", "part"),
-    ("CPU variant", "variant"),
+/// Numbers that distinguish processors of one name, in `/proc/cpuinfo`: of x86, then of Arm.
+const NUMBERS: [&str; 6] = [
+    "cpu family",
+    "model",
+    "stepping",
+    "CPU implementer",
+    "CPU part",
+    "CPU variant",
 ];
 
 /// This machine, with contenders of so many threads on a device, and the vectors that they use, by
@@ -62,21 +61,24 @@ const NUMBERS: [(&str, &str); 6] = [
 pub fn describe(threads: usize, device: &str, vectors: BTreeMap<String, String>) -> Machine {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let variables = env::vars_os().filter_map(|(name, value)| {
-        Some((
-            name.into_string().ok()?,
-            value.to_string_lossy().into_owned(),
-        ))
+        let value = value.to_string_lossy().into_owned();
+        Some((name.into_string().ok()?, value))
     });
+    let matters = |name: &str| VARIABLES.iter().any(|start| name.starts_with(start));
+    // The first GPU, where there are several, is the one to be used.
+    let gpus = (device == CUDA)
+        .then(|| answer("nvidia-smi", &["--query-gpu=name", "--format=csv,noheader"]))
+        .flatten();
     Machine {
         cpu: processor(&cpuinfo),
-        gpu: gpu(device),
+        gpu: gpus.and_then(|names| names.lines().next().map(str::to_string)),
         vector_units: vector_units(&cpuinfo),
         vectors,
         caches: caches(Path::new(CACHES)),
         cores: thread::available_parallelism().map_or(1, NonZeroUsize::get),
         threads,
         system: format!("{} {}", env::consts::OS, env::consts::ARCH),
-        environment: telling(variables),
+        environment: variables.filter(|(name, _)| matters(name)).collect(),
     }
 }
 
@@ -85,92 +87,56 @@ pub fn date() -> Result<String> {
     Ok(UtcDateTime::now().truncate_to_second().format(&Rfc3339)?)
 }
 
-/// Name and numbers of the processor: those who virtualize one often leave no more of its name than
-/// its maker's.
-fn processor(cpuinfo: &str) -> String {
-    let name = value(cpuinfo, "model name").map(str::to_string);
-    let name = name.or_else(|| {
-        let mut command = Command::new("sysctl");
-        command.args(["-n", "machdep.cpu.brand_string"]);
-        answer(command)
-    });
-    let numbers = NUMBERS.iter();
-    let numbers =
-        numbers.filter_map(|(key, name)| Some(format!("{name} {}", value(cpuinfo, key)?)));
-    let numbers: Vec<String> = numbers.collect();
-    let parts = [name, Some(numbers.join(" "))].into_iter().flatten();
-    let parts: Vec<String> = parts.filter(|part| !part.is_empty()).collect();
-    match parts.is_empty() {
-        true => "unknown".to_string(),
-        false => parts.join(", "),
-    }
-}
-
-/// The caches that a folder of Linux's describes, but for those of instructions.
-fn caches(folder: &Path) -> Vec<String> {
-    let cache = |index: usize| {
-        let folder = folder.join(format!("index{index}"));
-        let read = |name: &str| {
-            let text = fs::read_to_string(folder.join(name)).ok()?;
-            Some(text.trim().to_string())
-        };
-        let level = read("level")?;
-        let kind = match read("type")?.as_str() {
-            "Data" => "d",
-            "Unified" => "",
-            _ => return Some(None),
-        };
-        Some(Some(format!("L{level}{kind} {}", read("size")?)))
-    };
-    (0..).map_while(cache).flatten().collect()
-}
-
-/// Name of the GPU that a device is, if a program tells it: of the first where there are several,
-/// because that is the one to be used.
-fn gpu(device: &str) -> Option<String> {
-    if device != CUDA {
-        return None;
-    }
-    let mut command = Command::new("nvidia-smi");
-    command.args(["--query-gpu=name", "--format=csv,noheader"]);
-    let names = answer(command)?;
-    names.lines().next().map(|name| name.trim().to_string())
-}
-
 /// The commit of this repository, with `-dirty` behind it if something was changed since.
 pub fn commit() -> Option<String> {
     commit_of(root())
 }
 
 fn commit_of(folder: &Path) -> Option<String> {
-    let git = |args: &[&str]| answer(in_folder(folder, "git", args));
-    let mut commit = git(&["rev-parse", "HEAD"])?;
-    if !git(&["status", "--porcelain"])?.is_empty() {
-        commit.push_str("-dirty");
-    }
-    Some(commit)
+    let folder = folder.to_str()?;
+    let commit = answer("git", &["-C", folder, "rev-parse", "HEAD"])?;
+    let changes = answer("git", &["-C", folder, "status", "--porcelain"])?;
+    Some(format!(
+        "{commit}{}",
+        if changes.is_empty() { "" } else { "-dirty" }
+    ))
 }
 
 /// The compiler's version, by its name.
 pub fn rustc_version() -> Option<(String, String)> {
-    let version = answer(in_folder(root(), "rustc", &["--version"]))?;
+    let version = answer("rustc", &["--version"])?;
     let number = version.split_whitespace().nth(1)?;
     Some(("rustc".to_string(), number.to_string()))
 }
 
-/// A program in a folder, which need not be there where a bundle runs: then it answers nothing.
-fn in_folder(folder: &Path, program: &str, args: &[&str]) -> Command {
+/// Output of a program in the workspace, if it is there and succeeds. Where a bundle runs, there is no
+/// workspace.
+fn answer(program: &str, args: &[&str]) -> Option<String> {
     let mut command = Command::new(program);
-    command.args(args).current_dir(folder);
-    command
+    if root().is_dir() {
+        command.current_dir(root());
+    }
+    let output = command.args(args).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| text.trim().to_string())
 }
 
-/// What a program says, if it succeeds.
-fn answer(mut command: Command) -> Option<String> {
-    let output = command.output();
-    let output = output.ok().filter(|output| output.status.success())?;
-    let text = String::from_utf8(output.stdout).ok()?;
-    Some(text.trim().to_string())
+/// Name and numbers of the processor: virtual machines often show no more of its name than its
+/// maker's.
+fn processor(cpuinfo: &str) -> String {
+    let name = value(cpuinfo, "model name").map(str::to_string);
+    let name = name.or_else(|| answer("sysctl", &["-n", "machdep.cpu.brand_string"]));
+    let numbers = NUMBERS.iter().filter_map(|key| {
+        let (_, name) = key.split_once(' ').unwrap_or(("", key));
+        Some(format!("{name} {}", value(cpuinfo, key)?))
+    });
+    let numbers: Vec<String> = numbers.collect();
+    let mut parts = vec![name.unwrap_or_default(), numbers.join(" ")];
+    parts.retain(|part| !part.is_empty());
+    match parts.is_empty() {
+        true => "unknown".to_string(),
+        false => parts.join(", "),
+    }
 }
 
 /// The value of the first line `name : value` of `/proc/cpuinfo`.
@@ -189,10 +155,21 @@ fn vector_units(cpuinfo: &str) -> Vec<String> {
     there.map(str::to_string).collect()
 }
 
-/// The variables that matter.
-fn telling(variables: impl Iterator<Item = (String, String)>) -> BTreeMap<String, String> {
-    let matters = |name: &str| VARIABLES.iter().any(|start| name.starts_with(*start));
-    variables.filter(|(name, _)| matters(name)).collect()
+/// The caches of data that a folder of Linux's describes.
+fn caches(folder: &Path) -> Vec<String> {
+    let read = |index: usize, name: &str| {
+        let path = folder.join(format!("index{index}")).join(name);
+        Some(fs::read_to_string(path).ok()?.trim().to_string())
+    };
+    let all = (0..).map_while(|index| {
+        let level = read(index, "level")?;
+        Some((
+            read(index, "type")?,
+            format!("L{level} {}", read(index, "size")?),
+        ))
+    });
+    let of_data = all.filter(|(kind, _)| kind != "Instruction");
+    of_data.map(|(_, cache)| cache).collect()
 }
 
 #[cfg(test)]
@@ -201,40 +178,29 @@ mod tests {
 
     #[test]
     fn reads_the_processor_of_either_kind() {
-        let x86 = "processor\t: 0\nmodel name\t: AMD EPYC 9R14\nflags\t\t: fpu avx avx2 fma xavx512f\n\
-                   processor\t: 1\nmodel name\t: other\n";
-        assert_eq!(value(x86, "model name"), Some("AMD EPYC 9R14"));
+        let x86 = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\
+                   stepping\t: 1\nflags\t\t: fpu avx avx2 fma xavx512f\nmodel name\t: other\n";
+        assert_eq!(processor(x86), "AMD EPYC, family 25 model 17 stepping 1");
         assert_eq!(vector_units(x86), ["avx", "fma", "avx2"]);
-        let arm = "processor\t: 0\nFeatures\t: fp asimd sve\n";
-        assert_eq!(value(arm, "model name"), None);
+        let arm = "model name\t: \nFeatures\t: fp asimd sve\nCPU implementer\t: 0x41\n\
+                   CPU part\t: 0xd40\n";
+        assert_eq!(processor(arm), "implementer 0x41 part 0xd40");
         assert_eq!(vector_units(arm), ["asimd", "sve"]);
         assert!(vector_units("").is_empty());
     }
 
     #[test]
-    fn names_processors_by_their_numbers_too() {
-        let x86 = "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\n";
-        assert_eq!(processor(x86), "AMD EPYC, family 25 model 17 stepping 1");
-        let arm = "model name\t: \nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n";
-        assert_eq!(processor(arm), "implementer 0x41 part 0xd40");
-    }
-
-    #[test]
     fn caches_are_those_of_data() {
         let folder = tempfile::tempdir().unwrap();
-        let caches_of = [
-            ("1", "Data", "32K"),
-            ("1", "Instruction", "32K"),
-            ("2", "Unified", "512K"),
-        ];
-        for (index, (level, kind, size)) in caches_of.into_iter().enumerate() {
+        let described = ["1 Data 32K", "1 Instruction 32K", "2 Unified 512K"];
+        for (index, cache) in described.into_iter().enumerate() {
             let folder = folder.path().join(format!("index{index}"));
             fs::create_dir(&folder).unwrap();
-            for (name, text) in [("level", level), ("type", kind), ("size", size)] {
+            for (name, text) in ["level", "type", "size"].into_iter().zip(cache.split(' ')) {
                 fs::write(folder.join(name), format!("{text}\n")).unwrap();
             }
         }
-        assert_eq!(caches(folder.path()), ["L1d 32K", "L2 512K"]);
+        assert_eq!(caches(folder.path()), ["L1 32K", "L2 512K"]);
         assert!(caches(&folder.path().join("none")).is_empty());
     }
 
@@ -246,28 +212,16 @@ mod tests {
     }
 
     #[test]
-    fn keeps_the_variables_that_matter() {
-        let pairs = [
-            ("HOME", "/home"),
-            ("OMP_NUM_THREADS", "2"),
-            ("MALLOC_TOP_PAD_", "1"),
-        ];
-        let variables = pairs.map(|(name, value)| (name.to_string(), value.to_string()));
-        let kept = telling(variables.into_iter());
-        let names: Vec<_> = kept.keys().map(String::as_str).collect();
-        assert_eq!(names, ["MALLOC_TOP_PAD_", "OMP_NUM_THREADS"]);
-    }
-
-    #[test]
     fn a_commit_says_whether_something_was_changed_since() {
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path();
         assert_eq!(commit_of(&folder.join("none")), None);
         fs::write(folder.join("file"), "one").unwrap();
         for args in ["init", "add file", "commit -m one"] {
-            let names = ["-c", "user.name=a", "-c", "user.email=a@b.c"];
-            let args: Vec<&str> = names.into_iter().chain(args.split(' ')).collect();
-            answer(in_folder(folder, "git", &args)).unwrap();
+            let mut all = vec!["-C", folder.to_str().unwrap()];
+            all.extend(["-c", "user.name=a", "-c", "user.email=a@b.c"]);
+            all.extend(args.split(' '));
+            answer("git", &all).unwrap();
         }
         let clean = commit_of(folder).unwrap();
         assert!(
@@ -280,8 +234,6 @@ mod tests {
 
     #[test]
     fn a_program_that_is_not_there_answers_nothing() {
-        assert_eq!(answer(in_folder(root(), "no-such-program", &[])), None);
-        let machine = describe(3, "flex", BTreeMap::new());
-        assert_eq!((machine.threads, machine.gpu), (3, None));
+        assert_eq!(answer("no-such-program", &[]), None);
     }
 }

@@ -1,6 +1,7 @@
 //! Convolution, norm and activation: forward and backward.
 
 pub(crate) mod affine;
+pub(crate) mod alone;
 pub(crate) mod backward;
 pub(crate) mod forward;
 pub(crate) mod gradient;

@@ -18,6 +18,9 @@ use libfuzzer_sys::fuzz_target;
 #[path = "../../src/data/idx.rs"]
 mod idx;
 
+#[path = "../../tests/exercise/mod.rs"]
+mod exercise;
+
 fuzz_target!(|bytes: &[u8]| {
-    let _ = idx::exercise(bytes);
+    let _ = exercise::exercise(bytes);
 });

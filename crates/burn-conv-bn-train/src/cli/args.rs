@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +10,7 @@ use crate::device::DeviceChoice;
 use crate::model::ModelChoice;
 use crate::optim::OptimizerChoice;
 use crate::predict::PredictForm;
-use crate::run::job::{Job, Norm, Precision, RecomputePolicy, Variant};
+use crate::run::job::{Norm, Precision, RecomputePolicy, Variant};
 use crate::run::worker::WORKER;
 
 /// Where `train` keeps a run, and `predict` looks for it.
@@ -32,57 +31,12 @@ const USAGE: &str = "\
 mnist <COMMAND>
        mnist [OPTIONS of compare]";
 
-pub(super) const EXAMPLES: &str = "\
-Examples:
-  mnist
-  mnist --epochs 2 --plot memory.svg
-  mnist train --variant fused --epochs 5
-  mnist predict --test-set --mistakes mistakes.svg
-
-`mnist <COMMAND> --help` lists the options of a command.
-
-Exit status: 0 if all went well; 1 after an error, which is named, after Ctrl-C, where a loss diverged
-(files that were asked for are written all the same), where a picture could not be read, and where
-nobody reads the output any more; 2 for a command line that makes no sense.";
-
-pub(super) const COMPARE_EXAMPLES: &str = "\
-Examples:
-  mnist compare --json report.json --plot memory.svg
-  mnist compare --model resnet18 --optimizer sgd --batch-size 256 --time-limit 10
-  mnist compare --precision bf16
-  mnist compare --norm tutorial --dataset mnist --data-dir mnist";
-
-pub(super) const TRAIN_EXAMPLES: &str = "\
-Examples:
-  mnist train --epochs 5 --early-stopping 2
-  mnist train --resume --epochs 10
-  mnist train --model mobilenet-v2 --optimizer adamw --batch-size 256 --artifacts runs/mobilenet
-  mnist train --precision bf16 --batch-size 4096 --artifacts runs/bf16
-  mnist train --lr 0.5 --print-config
-  mnist train --config job.toml --seed 7
-
-A run is resumed with its own options, from job.json in its folder. Options that decide the result are
-refused if they differ; others, such as --epochs, --device or --early-stopping, may change.";
-
-pub(super) const PARITY_EXAMPLES: &str = "\
-Examples:
-  mnist parity --batch-size 256
-  mnist parity --batch-size 256 --precision f64 --model resnet18 --steps 5";
-
-pub(super) const PREDICT_EXAMPLES: &str = "\
-Examples:
-  mnist predict --test-set --mistakes mistakes.png
-  mnist predict --images scans --json predictions.json
-  mnist predict --artifacts runs/mobilenet --form folded --test-set --dataset synthetic
-
-Pictures are converted to MNIST's form: grey, white ink on black, scaled to 20 pixels, centred by mass
-on 28x28. The edges are the background; a picture shows one digit. Pictures that cannot be read, of
-other formats too, are named, and the exit status is 1.
-
-The tutorial's network has no running statistics and normalizes by batch. The test set is therefore
-classified in batches of the training's size, and a picture with the statistics of as many test digits
-(--dataset, --data-dir), so that pictures do not affect each other. It cannot be folded. The other
-networks have running statistics, and need no test digits for pictures.";
+/// What follows the options in the help of the program and of each command.
+pub(super) const EXAMPLES: &str = include_str!("help/mnist.txt");
+pub(super) const COMPARE_EXAMPLES: &str = include_str!("help/compare.txt");
+pub(super) const TRAIN_EXAMPLES: &str = include_str!("help/train.txt");
+pub(super) const PARITY_EXAMPLES: &str = include_str!("help/parity.txt");
+pub(super) const PREDICT_EXAMPLES: &str = include_str!("help/predict.txt");
 
 /// Trains the network of the PyTorch tutorial "Fusing Convolution and Batch Norm using Custom
 /// Function" on MNIST, fused and unfused, and compares memory, time and accuracy.
@@ -94,6 +48,8 @@ networks have running statistics, and need no test digits for pictures.";
 pub(super) struct Cli {
     #[command(subcommand)]
     pub(super) command: Subcommands,
+    #[command(flatten)]
+    pub(super) config: ConfigArgs,
 }
 
 #[allow(clippy::large_enum_variant, reason = "there is one of it")]
@@ -125,32 +81,22 @@ impl Subcommands {
             Self::Parity(args) => (&mut args.job, None),
             Self::Predict(_) | Self::Worker => return,
         };
-        job.lr = Some(job.learning_rate());
+        job.lr.get_or_insert(job.optimizer.default_learning_rate());
         if let Some(learning) = learning {
-            learning.dropout = Some(learning.dropout(job.model));
-        }
-    }
-
-    pub(super) fn take_config(&mut self) -> ConfigArgs {
-        match self {
-            Self::Compare(args) => std::mem::take(&mut args.job.config),
-            Self::Train(args) => std::mem::take(&mut args.job.config),
-            Self::Parity(args) => std::mem::take(&mut args.job.config),
-            Self::Predict(args) => std::mem::take(&mut args.config),
-            Self::Worker => ConfigArgs::default(),
+            learning.dropout.get_or_insert(job.model.default_dropout());
         }
     }
 }
 
-#[derive(Args, Debug, Default)]
+#[derive(Args, Debug)]
 #[command(next_help_heading = "Options as a file")]
 pub(super) struct ConfigArgs {
     /// Options from this TOML file, or JSON if it ends in .json: long names with values, true or
     /// false for a switch. The command line wins.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
     /// Print the options in effect as such a file, and exit.
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub(super) print_config: bool,
 }
 
@@ -204,9 +150,6 @@ pub(super) struct JobArgs {
     /// Most bytes of workspace in the backward pass of a fused block.
     #[arg(long, value_name = "BYTES", help_heading = ON_COMPUTATION)]
     pub(super) max_workspace: Option<usize>,
-    #[command(flatten)]
-    #[serde(skip)]
-    pub(super) config: ConfigArgs,
 }
 
 /// Options of a training to its end, which `parity` has not.
@@ -214,7 +157,7 @@ pub(super) struct JobArgs {
 #[serde(rename_all = "kebab-case")]
 pub(super) struct LearningArgs {
     /// Probability of dropping a hidden value [default: 0.5 for tutorial and vgg16-bn, 0.2 for
-    /// mobilenet-v2; the residual networks have no dropout].
+    /// mobilenet-v2 and efficientnet-b0; the residual networks and densenet121 have no dropout].
     #[arg(long, value_name = "P", value_parser = finite, help_heading = ON_NETWORK)]
     pub(super) dropout: Option<f64>,
     /// Factor on the learning rate after every epoch.
@@ -228,45 +171,6 @@ pub(super) struct LearningArgs {
     pub(super) log_interval: usize,
 }
 
-impl LearningArgs {
-    fn dropout(&self, model: ModelChoice) -> f64 {
-        self.dropout.unwrap_or_else(|| model.default_dropout())
-    }
-}
-
-impl JobArgs {
-    fn learning_rate(&self) -> f64 {
-        let optimizer = self.optimizer;
-        self.lr.unwrap_or_else(|| optimizer.default_learning_rate())
-    }
-
-    /// The job, on a device that is there and computes in its precision.
-    pub(super) fn into_job(self, epochs: usize, learning: LearningArgs) -> Result<Job> {
-        self.device.open_for(self.precision)?;
-        Ok(Job {
-            learning_rate: self.learning_rate(),
-            dropout: learning.dropout(self.model),
-            dataset: self.dataset,
-            data_dir: self.data_dir,
-            download: !self.no_download,
-            train_limit: self.train_limit,
-            test_limit: learning.test_limit,
-            epochs,
-            batch_size: self.batch_size,
-            model: self.model,
-            optimizer: self.optimizer,
-            decay: learning.gamma,
-            norm: self.norm,
-            precision: self.precision,
-            device: self.device,
-            recompute: self.recompute,
-            max_workspace: self.max_workspace,
-            seed: self.seed,
-            log_interval: learning.log_interval,
-        })
-    }
-}
-
 #[derive(Args, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Compare {
@@ -276,9 +180,6 @@ pub(super) struct Compare {
     /// Limit on the estimated duration, in minutes; above it, training is on fewer digits.
     #[arg(long, value_name = "MINUTES", value_parser = finite, help_heading = ON_RUN)]
     pub(super) time_limit: Option<f64>,
-    /// Folder for the logs of the metrics.
-    #[arg(long, value_name = "DIR", default_value = "artifacts/compare", help_heading = ON_RUN)]
-    pub(super) artifacts: PathBuf,
     #[command(flatten)]
     #[serde(flatten)]
     pub(super) job: JobArgs,
@@ -302,7 +203,7 @@ pub(super) struct Train {
     /// Stop when the test loss has not improved for N epochs.
     #[arg(long, value_name = "N", help_heading = ON_RUN)]
     pub(super) early_stopping: Option<usize>,
-    /// Folder for checkpoints and logs.
+    /// Folder for checkpoints.
     #[arg(long, value_name = "DIR", default_value = RUN, help_heading = ON_RUN)]
     pub(super) artifacts: PathBuf,
     /// Resume the run in the folder from its newest complete checkpoint, with its options.
@@ -379,9 +280,6 @@ pub(super) struct Predict {
     /// Digits a batch; the tutorial's network normalizes by batch [default: as in the training].
     #[arg(long, value_name = "N", help_heading = ON_COMPUTATION)]
     pub(super) batch_size: Option<usize>,
-    #[command(flatten)]
-    #[serde(skip)]
-    pub(super) config: ConfigArgs,
     /// Draw the misclassified digits of the test set, highest loss first, to this SVG or PNG file.
     #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
     pub(super) mistakes: Option<PathBuf>,

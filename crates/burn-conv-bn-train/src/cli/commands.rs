@@ -4,40 +4,41 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use burn::train::Interrupter;
 use burn_conv_bn_memory::CountingAllocator;
-use clap::Parser;
 
-use super::args::{Cli, Compare, LearningArgs, ParityArgs, Predict, Subcommands, Train};
-use super::config::Layers;
+use super::args::{Compare, ParityArgs, Predict, Subcommands, Train};
 use super::invocation::Invocation;
+use crate::choice::Choice;
+use crate::measure::history::Epoch;
 use crate::persist::run_file::{DataIdentity, Options, RUN_FILE, RunFile};
 use crate::persist::{checkpoint, output};
-use crate::predict::{PredictOptions, Source, predict};
-use crate::print::{PrintError, say};
+use crate::predict::{PredictOptions, predict};
+use crate::print::say;
 use crate::run::compare::{CompareOptions, compare};
-use crate::run::fit::{FitOutcome, RunOptions, check_directory, run};
+use crate::run::fit::{FitOutcome, RunOptions, run};
+use crate::run::folder::RunFolder;
 use crate::run::interrupt;
+use crate::run::job::{Job, Variant};
 use crate::run::parity::Parity;
 use crate::run::worker::work;
 
 /// Runs a command.
 pub(super) fn execute(invocation: Invocation, allocator: &'static CountingAllocator) -> Result<()> {
-    let trains = matches!(invocation.command, Subcommands::Train(_));
+    let Invocation {
+        command,
+        options,
+        stored,
+    } = invocation;
+    let trains = matches!(command, Subcommands::Train(_));
     let interrupter = interrupt::listen(trains).context("cannot listen for Ctrl-C")?;
-    match invocation.command {
+    match command {
         Subcommands::Worker => work(allocator, interrupter),
-        Subcommands::Compare(args) => run_compare(args, allocator, &interrupter),
-        Subcommands::Train(args) => train(
-            args,
-            &invocation.options,
-            invocation.stored,
-            allocator,
-            interrupter,
-        ),
-        Subcommands::Parity(args) => parity(args, &interrupter),
-        Subcommands::Predict(args) => run_predict(args, &interrupter),
+        Subcommands::Compare(args) => run_compare(args, &options, allocator, &interrupter),
+        Subcommands::Train(args) => train(args, &options, stored, allocator, interrupter),
+        Subcommands::Parity(args) => parity(&args, &options, &interrupter),
+        Subcommands::Predict(args) => run_predict(args, &options, &interrupter),
     }
 }
 
@@ -54,6 +55,7 @@ fn set_threads(threads: Option<usize>) -> Result<()> {
 
 fn run_compare(
     args: Compare,
+    given: &Options,
     allocator: &'static CountingAllocator,
     interrupter: &Interrupter,
 ) -> Result<()> {
@@ -66,12 +68,10 @@ fn run_compare(
     let options = CompareOptions {
         json: args.json,
         plot: args.plot,
-        artifacts: args.artifacts,
         time_limit,
         threads,
     };
-    let job = args.job.into_job(args.epochs, args.learning)?;
-    compare(job, &options, allocator, interrupter)
+    compare(Job::of(given)?, &options, allocator, interrupter)
 }
 
 fn train(
@@ -81,29 +81,24 @@ fn train(
     allocator: &'static CountingAllocator,
     interrupter: Interrupter,
 ) -> Result<()> {
-    let Train {
-        epochs,
-        early_stopping,
-        artifacts: directory,
-        resume,
-        overwrite,
-        variant,
-        job,
-        learning,
-        plain,
-        json,
-    } = args;
-    if resume && overwrite {
+    if args.resume && args.overwrite {
         bail!("--resume goes on with the run that --overwrite removes; use one of them");
     }
-    set_threads(job.threads)?;
+    set_threads(args.job.threads)?;
+    let folder = RunFolder {
+        path: args.artifacts,
+        resume: args.resume,
+        overwrite: args.overwrite,
+    };
+    let directory = folder.path.clone();
+    let json = args.json.as_deref();
     // Before the digits are drawn or downloaded.
     if let Some(stored) = &stored {
         stored.check_options(&directory, given)?;
     }
-    check_directory(&directory, resume, overwrite)?;
-    output::check(&[("--json", json.as_deref())])?;
-    let job = job.into_job(epochs, learning)?;
+    folder.check()?;
+    output::check_beside(&directory, &[("--json", json)])?;
+    let job = Job::of(given)?;
     let data = job.begin()?;
     let mut report = job.report(&data);
     let identity = DataIdentity::of(&data);
@@ -112,45 +107,33 @@ fn train(
     }
     let steps = job.steps(data.train.len());
     let options = RunOptions {
-        directory: directory.clone(),
-        overwrite,
-        checkpoints: true,
-        resume,
-        patience: early_stopping,
-        dashboard: !plain,
-        run_file: Some(RunFile::new(given, identity).to_json()),
+        folder: Some((folder, RunFile::new(given, identity))),
+        patience: args.early_stopping,
+        dashboard: !args.plain,
         interrupter,
     };
-    let (trained, outcome) = run(&job, variant, data, allocator, &options)?;
+    let (trained, outcome) = run(&job, args.variant, data, allocator, &options)?;
     report.variants.push(trained);
-    let tested = outcome.history.last();
-    let tested = tested.map(|epoch| format!("Test set ({}): {}", report.dataset, epoch.test));
-    let json = json.as_deref();
-    let files = json.map(|path| ("Report", path, output::json(&report)));
+    let tested = outcome.finished().last();
+    let tested = tested.map(|(_, test)| format!("Test set ({}): {test}", report.dataset));
+    let idle = outcome.epochs.len() == outcome.resumed;
+    let new = json.filter(|path| !(idle && report.is_in(path)));
+    let files = new.map(|path| ("Report", path, output::json(&report)));
     output::finish(tested, Vec::from_iter(files))?;
-    let kept = checkpoint::epochs(&directory)
-        .with_context(|| format!("cannot read {}", checkpoint::folder(&directory).display()))?;
+    let kept = checkpoint::epochs(&directory)?;
     // Ctrl-C may have come when everything was done.
-    if outcome.interrupted.is_some() && kept.last() != Some(&epochs) {
+    if outcome.interrupted.is_some() && kept.last() != Some(&job.epochs) {
         bail!("{}", interruption(&outcome, steps, &kept, &directory, json));
     }
-    say_end(&outcome, epochs)?;
-    report.check_finite()
-}
-
-/// Says why a training has ended before its last epoch.
-fn say_end(outcome: &FitOutcome, epochs: usize) -> Result<(), PrintError> {
-    let finished = outcome.history.len();
-    match outcome.epochs.last().map(|epoch| epoch.epoch) {
-        None if outcome.stopped_early => {
-            say!("Nothing to do: the run that was resumed stopped early after epoch {finished}.")
-        }
-        None => say!("Nothing to do: the run that was resumed has {finished} epochs already."),
-        Some(epoch) if epoch < epochs => {
-            say!("Stopped early after epoch {epoch}: the test loss no longer improves.")
-        }
-        Some(_) => Ok(()),
+    let finished = outcome.epochs.len();
+    if idle && outcome.stopped_early {
+        say!("Nothing to do: the run that was resumed stopped early after epoch {finished}.")?;
+    } else if idle {
+        say!("Nothing to do: the run that was resumed has {finished} epochs already.")?;
+    } else if outcome.stopped_early {
+        say!("Stopped early after epoch {finished}: the test loss no longer improves.")?;
     }
+    report.check_finite()
 }
 
 /// The message of an interrupted training: lost steps, and kept checkpoints.
@@ -161,16 +144,15 @@ pub(super) fn interruption(
     directory: &Path,
     report: Option<&Path>,
 ) -> String {
-    let lost = match outcome.epochs.last() {
+    let epoch = outcome.epochs.len();
+    let lost = match outcome.epochs[outcome.resumed..].last() {
         None => "before the first training step".to_string(),
-        Some(epoch) if epoch.train.steps.len() < steps => format!(
-            "in epoch {} after {} of its {steps} training steps, which are lost",
-            epoch.epoch,
-            epoch.train.steps.len()
+        Some(Epoch { train, .. }) if train.steps.len() < steps => format!(
+            "in epoch {epoch} after {} of its {steps} training steps, which are lost",
+            train.steps.len()
         ),
-        Some(epoch) => format!(
-            "in the test after epoch {}, which is lost: its checkpoint comes after the test",
-            epoch.epoch
+        Some(_) => format!(
+            "in the test after epoch {epoch}, which is lost: its checkpoint comes after the test"
         ),
     };
     let directory = directory.display();
@@ -180,89 +162,76 @@ pub(super) fn interruption(
              the run anew"
         ),
         [.., last] => format!(
-            "kept in {directory}: {} and the logs; --resume goes on with epoch {}",
+            "kept in {directory}: {}; --resume goes on with epoch {}",
             checkpoint::named(kept),
             last + 1
         ),
     };
-    let report = match report {
-        Some(path) => format!("; {} has the epochs that were finished", path.display()),
-        None => String::new(),
-    };
-    format!("interrupted {lost}; {left}{report}")
+    let report =
+        report.map(|path| format!("; {} has the epochs that were finished", path.display()));
+    format!("interrupted {lost}; {left}{}", report.unwrap_or_default())
 }
 
-fn parity(args: ParityArgs, interrupter: &Interrupter) -> Result<()> {
+fn parity(args: &ParityArgs, given: &Options, interrupter: &Interrupter) -> Result<()> {
     set_threads(args.job.threads)?;
-    let learning = LearningArgs {
-        // Trained without, whatever the network has.
-        dropout: None,
-        gamma: 1.0,
+    let job = Job {
         test_limit: Some(1),
-        log_interval: 0,
+        ..Job::of(given)?
     };
-    let job = args.job.into_job(1, learning)?;
     job.check()?;
     Parity::check(job.precision)?;
     let data = job.begin()?;
     Parity::measure(&job, Arc::new(data.train), args.steps, interrupter)?.judge()
 }
 
-fn run_predict(args: Predict, interrupter: &Interrupter) -> Result<()> {
-    let source = match (args.images, args.test_set) {
-        (Some(folder), false) => Source::Images(folder),
-        (None, true) => Source::TestSet,
+/// Options of a training that `predict` may have others of. The first three are about test digits.
+const OTHERS: [&str; 6] = [
+    "dataset",
+    "data-dir",
+    "test-limit",
+    "no-download",
+    "device",
+    "batch-size",
+];
+
+fn run_predict(args: Predict, given: &Options, interrupter: &Interrupter) -> Result<()> {
+    match (&args.images, args.test_set) {
         (Some(_), true) => bail!("--images and --test-set exclude each other"),
         (None, false) => bail!("there is nothing to classify; use --images DIR or --test-set"),
-    };
+        _ => {}
+    }
     set_threads(args.threads)?;
     let directory = args.artifacts;
     let file = RunFile::read(&directory)?;
-    let Train {
-        variant,
-        epochs,
-        mut job,
-        mut learning,
-        ..
-    } = stored_options(&file, &directory)?;
-    if matches!(source, Source::Images(_)) && job.model.tracks_statistics() {
-        for (option, is_given) in [
-            ("--dataset", args.dataset.is_some()),
-            ("--data-dir", args.data_dir.is_some()),
-            ("--test-limit", args.test_limit.is_some()),
-        ] {
-            if is_given {
-                bail!(
-                    "{option} is about test digits, of which {} needs none for pictures",
-                    job.model.name()
-                );
-            }
+    let mut options = file.options;
+    for option in OTHERS {
+        // A switch that is not given is as in the training.
+        if let Some(value) = given.get(option).filter(|value| **value != false) {
+            options.insert(option.to_string(), value.clone());
         }
     }
-    job.dataset = args.dataset.unwrap_or(job.dataset);
-    job.data_dir = args.data_dir.or(job.data_dir);
-    job.no_download |= args.no_download;
-    learning.test_limit = args.test_limit.or(learning.test_limit);
-    job.device = args.device.unwrap_or(job.device);
-    job.batch_size = args.batch_size.unwrap_or(job.batch_size);
+    let damaged = || format!("{} is damaged", directory.join(RUN_FILE).display());
+    let job = Job::of(&options).with_context(damaged)?;
+    job.device.open_for(job.precision)?;
+    let variant = options.remove("variant").unwrap_or_default();
+    let trained: Variant = serde_json::from_value(variant).with_context(damaged)?;
+    if args.images.is_some() && job.model.tracks_statistics() {
+        for option in &OTHERS[..3] {
+            ensure!(
+                !given.contains_key(*option),
+                "--{option} is about test digits, of which {} needs none for pictures",
+                job.model.name()
+            );
+        }
+    }
     let options = PredictOptions {
-        directory,
         epoch: args.epoch,
-        form: args.form.unwrap_or(variant.into()),
-        source,
+        form: args.form.unwrap_or(trained.into()),
+        images: args.images,
         trained_on: file.data.name,
         json: args.json,
         mistakes: args.mistakes,
+        directory,
     };
-    predict(&job.into_job(epochs, learning)?, &options, interrupter)
-}
-
-/// The options of `mnist train` that a run was started with.
-fn stored_options(file: &RunFile, directory: &Path) -> Result<Train> {
-    let defaults = Cli::try_parse_from(["mnist", "train"])?.command;
-    let origin = directory.join(RUN_FILE).display().to_string();
-    match Layers::new(&defaults, None)?.add(&file.options, &origin)? {
-        Subcommands::Train(train) => Ok(train),
-        _ => unreachable!("options do not change the command"),
-    }
+    predict(&job, &options, interrupter)
 }

@@ -1,9 +1,9 @@
 //! Options from the command line and files, and their bounds.
 
 use std::collections::BTreeSet;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::ArgMatches;
 use clap::parser::ValueSource;
 use serde::Serialize;
@@ -43,77 +43,28 @@ const BOUNDS: [(&str, Bounds); 14] = [
     ("train-limit", COUNT),
 ];
 
-/// Why a configuration cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {}: {source}", .path.display())]
-    Io { path: PathBuf, source: io::Error },
-    /// The file is neither TOML nor, if its name ends in `.json`, JSON.
-    #[error("{} is not valid {language}: {reason}", .path.display())]
-    Syntax {
-        path: PathBuf,
-        language: &'static str,
-        reason: String,
-    },
-    /// There are keys that are no options.
-    #[error("{origin} has what `mnist {command}` does not: {unknown}; it has {allowed}")]
-    Unknown {
-        origin: String,
-        command: String,
-        unknown: String,
-        allowed: String,
-    },
-    /// An option's value is of a wrong kind or out of bounds.
-    #[error("{origin} sets {option} to {value}: {reason}")]
-    Refused {
-        origin: String,
-        option: String,
-        value: String,
-        reason: String,
-    },
-    /// An option's value is not text that a file could hold.
-    #[error("the options cannot be written to a file: {0}")]
-    NotText(#[source] serde_json::Error),
-}
-
 /// Reads a configuration of at most 1 MiB: JSON if the file's name ends in `.json`, otherwise TOML.
-pub(crate) fn read(path: &Path) -> Result<Options, ConfigError> {
-    let text = read_text(path).map_err(|source| ConfigError::Io {
-        path: path.to_path_buf(),
-        source,
-    })?;
-    let syntax = |language, reason| ConfigError::Syntax {
-        path: path.to_path_buf(),
-        language,
-        reason,
-    };
+pub(crate) fn read(path: &Path) -> Result<Options> {
+    let named = path.display();
+    let text = read_text(path).with_context(|| format!("cannot read {named}"))?;
     let extension = path.extension().unwrap_or_default();
     if extension.eq_ignore_ascii_case("json") {
-        return serde_json::from_str(&text).map_err(|error| syntax("JSON", error.to_string()));
+        return serde_json::from_str(&text).with_context(|| format!("{named} is not valid JSON"));
     }
     let table: toml::Table = toml::from_str(&text).map_err(|error| {
         let before = error.span().and_then(|span| text.get(..span.start));
         let line = before.unwrap_or_default().matches('\n').count() + 1;
         let reason = error.message().replace('\n', ", ");
-        syntax("TOML", format!("{reason} (line {line})"))
+        anyhow!("{named} is not valid TOML: {reason} (line {line})")
     })?;
     let options = table.into_iter().map(|(option, value)| {
-        let value = match value {
-            toml::Value::String(text) => Value::from(text),
-            toml::Value::Integer(integer) => Value::from(integer),
-            toml::Value::Boolean(switch) => Value::from(switch),
-            toml::Value::Float(float) if float.is_finite() => Value::from(float),
-            other => {
-                return Err(ConfigError::Refused {
-                    origin: path.display().to_string(),
-                    option,
-                    value: other.to_string(),
-                    reason: "an option is a text, a finite number, true or false".to_string(),
-                });
-            }
-        };
-        Ok((option, value))
+        // One that is not finite becomes null.
+        let json = serde_json::to_value(&value)?;
+        ensure!(
+            json.is_string() || json.is_number() || json.is_boolean(),
+            "{named} sets {option} to {value}: an option is a text, a finite number, true or false"
+        );
+        Ok((option, json))
     });
     options.collect()
 }
@@ -138,16 +89,13 @@ pub(crate) struct Layers {
     command: String,
     pub(crate) options: Options,
     /// Options that further files do not set.
-    given: BTreeSet<String>,
+    pub(crate) given: BTreeSet<String>,
 }
 
 impl Layers {
     /// A command as parsed from the command line, with its matches. Without matches, every option counts as
     /// not given.
-    pub(crate) fn new(
-        command: &impl Serialize,
-        matches: Option<&ArgMatches>,
-    ) -> Result<Self, ConfigError> {
+    pub(crate) fn new(command: &impl Serialize, matches: Option<&ArgMatches>) -> Result<Self> {
         let (command, options) = parts(command)?;
         let on_line = |option: &&String| {
             let source =
@@ -175,34 +123,23 @@ impl Layers {
 
     /// Sets options, and returns the command. Options that the command line or an earlier file has set stay,
     /// and so do those that exclude one of the command line's.
-    pub(crate) fn add<T: DeserializeOwned>(
-        &mut self,
-        added: &Options,
-        origin: &str,
-    ) -> Result<T, ConfigError> {
-        let unknown: Vec<&str> = added
-            .keys()
-            .filter(|option| !self.options.contains_key(*option))
-            .map(String::as_str)
-            .collect();
-        if !unknown.is_empty() {
-            let allowed: Vec<&str> = self.options.keys().map(String::as_str).collect();
-            return Err(ConfigError::Unknown {
-                origin: origin.to_string(),
-                command: self.command.clone(),
-                unknown: unknown.join(", "),
-                allowed: allowed.join(", "),
-            });
-        }
-        let excluded = |option: &str| {
-            let rivals = RIVALS.iter().filter(|pair| pair.contains(&option));
-            self.is_given(option) || rivals.flatten().any(|rival| self.is_given(rival))
-        };
-        let free: Vec<_> = added
-            .iter()
-            .filter(|(option, _)| !excluded(option))
-            .collect();
-        for (option, value) in free {
+    pub(crate) fn add<T: DeserializeOwned>(&mut self, added: &Options, origin: &str) -> Result<T> {
+        let known: Vec<&str> = self.options.keys().map(String::as_str).collect();
+        let mut unknown: Vec<&str> = added.keys().map(String::as_str).collect();
+        unknown.retain(|option| !known.contains(option));
+        ensure!(
+            unknown.is_empty(),
+            "{origin} has what `mnist {}` does not: {}; it has {}",
+            self.command,
+            unknown.join(", "),
+            known.join(", ")
+        );
+        for (option, value) in added {
+            let mut rivals = RIVALS.iter().filter(|pair| pair.contains(&option.as_str()));
+            if self.is_given(option) || rivals.any(|pair| pair.iter().any(|one| self.is_given(one)))
+            {
+                continue;
+            }
             // One at a time, so that an error names the option.
             self.set::<T>(option, value.clone())
                 .or_else(|reason| match value {
@@ -212,15 +149,10 @@ impl Layers {
                     }
                     _ => Err(reason),
                 })
-                .map_err(|reason| ConfigError::Refused {
-                    origin: origin.to_string(),
-                    option: option.clone(),
-                    value: value.to_string(),
-                    reason,
-                })?;
+                .map_err(|reason| anyhow!("{origin} sets {option} to {value}: {reason}"))?;
         }
         self.given.extend(added.keys().cloned());
-        self.build().map_err(ConfigError::NotText)
+        Ok(self.build()?)
     }
 
     fn set<T: DeserializeOwned>(&mut self, option: &str, value: Value) -> Result<(), String> {
@@ -237,15 +169,17 @@ impl Layers {
 }
 
 /// All options of a command that have a value.
-pub(crate) fn effective(command: &impl Serialize) -> Result<Options, ConfigError> {
+pub(crate) fn effective(command: &impl Serialize) -> Result<Options> {
     let (_, mut options) = parts(command)?;
     options.retain(|_, value| !value.is_null());
     Ok(options)
 }
 
 /// The name of a command and its options, null where one has no value.
-fn parts(command: &impl Serialize) -> Result<(String, Options), ConfigError> {
-    if let Value::Object(command) = serde_json::to_value(command).map_err(ConfigError::NotText)?
+fn parts(command: &impl Serialize) -> Result<(String, Options)> {
+    let command =
+        serde_json::to_value(command).context("the options cannot be written to a file")?;
+    if let Value::Object(command) = command
         && let Some((name, Value::Object(options))) = command.into_iter().next()
     {
         return Ok((name, options));

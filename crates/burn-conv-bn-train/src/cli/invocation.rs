@@ -7,11 +7,12 @@ use anyhow::{Result, bail};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 
-use super::args::{Cli, ConfigArgs, Subcommands, Train};
+use super::args::{Cli, Subcommands, Train};
 use super::config::{self, Layers};
 use crate::persist::checkpoint;
-use crate::persist::run_file::{Options, RUN_FILE, RunFile, RunFileError};
+use crate::persist::run_file::{Options, RUN_FILE, RunFile};
 use crate::print::{PrintError, say};
+use crate::run::job::{RecomputePolicy, Variant};
 
 /// Time limit without a command, in minutes.
 const DEFAULT_TIME_LIMIT: f64 = 8.0;
@@ -51,11 +52,8 @@ impl Invocation {
                 .error(ErrorKind::ValueValidation, error)
                 .exit();
         }
-        let ConfigArgs {
-            config,
-            print_config,
-        } = command.take_config();
-        if let Some(path) = config {
+        let on_line = layers.given.clone();
+        if let Some(path) = cli.config.config {
             command = layers.add(&config::read(&path)?, &path.display().to_string())?;
         }
         if layers.options.get("dataset") == Some(&"synthetic".into()) && layers.is_given("data-dir")
@@ -74,9 +72,12 @@ impl Invocation {
             command = layers.add(&file.options, &origin)?;
             stored = Some(file);
         }
+        if let Subcommands::Train(args) = &command {
+            check_variant(args, |option| on_line.contains(option))?;
+        }
         command.complete();
         let options = config::effective(&command)?;
-        if print_config {
+        if cli.config.print_config {
             say!("{}", config::to_toml(&options).trim_end())?;
             std::process::exit(0);
         }
@@ -86,6 +87,19 @@ impl Invocation {
             stored,
         })
     }
+}
+
+/// Refuses options of fused blocks where there are none. Files may have the default, which
+/// `--print-config` prints.
+fn check_variant(args: &Train, on_line: impl Fn(&str) -> bool) -> Result<()> {
+    let recompute = args.job.recompute != RecomputePolicy::Conv;
+    let max_workspace = args.job.max_workspace.is_some();
+    for (option, is_set) in [("recompute", recompute), ("max-workspace", max_workspace)] {
+        if args.variant == Variant::Unfused && (is_set || on_line(option)) {
+            bail!("--{option} is an option of fused blocks, and --variant unfused has none");
+        }
+    }
+    Ok(())
 }
 
 /// Whether a command line has no command, but options of `compare` or nothing.
@@ -98,10 +112,10 @@ pub(super) fn is_bare(arguments: &[OsString]) -> bool {
 }
 
 /// Options and data of the run in a folder. None if there is no run.
-fn stored_run(directory: &Path) -> Result<Option<RunFile>, RunFileError> {
-    match RunFile::read(directory) {
-        Ok(file) => Ok(Some(file)),
-        Err(RunFileError::Missing { .. }) if !checkpoint::folder(directory).exists() => Ok(None),
-        Err(error) => Err(error),
+fn stored_run(directory: &Path) -> Result<Option<RunFile>> {
+    if checkpoint::folder(directory).exists() {
+        RunFile::read(directory).map(Some)
+    } else {
+        RunFile::find(directory)
     }
 }

@@ -11,11 +11,12 @@ use super::args::{
 use super::commands::interruption;
 use super::config::{self, Layers};
 use super::invocation::is_bare;
+use crate::choice::Choice;
+use crate::measure::history::{Epoch, Evaluation, SplitRecord, StepRecord};
 use crate::measure::memory::{StepMeasure, StepMemory};
-use crate::measure::metrics::{Evaluation, SplitRecord, StepRecord};
 use crate::model::ModelChoice;
 use crate::optim::OptimizerChoice;
-use crate::run::fit::{EpochRecord, FitOutcome};
+use crate::run::fit::FitOutcome;
 
 #[test]
 fn the_command_line_is_sound() {
@@ -119,7 +120,7 @@ fn help_names_the_defaults() {
         let rate = choice.default_learning_rate().to_string();
         let part = text
             .split([':', ','])
-            .find(|part| part.contains(choice.name()));
+            .find(|part| part.contains(&choice.name()));
         let part = part.unwrap_or_else(|| panic!("no {} in {text}", choice.name()));
         assert!(part.contains(&rate), "{rate} for {choice:?} in {text}");
     }
@@ -128,7 +129,7 @@ fn help_names_the_defaults() {
         let text = help("dropout");
         let part = text
             .split([':', ',', ';'])
-            .find(|part| part.contains(choice.name()));
+            .find(|part| part.contains(&choice.name()));
         match part {
             Some(part) => assert!(part.contains(&dropout.to_string()), "{text}"),
             None => assert_eq!(dropout, 0.0, "{choice:?} in {text}"),
@@ -136,7 +137,8 @@ fn help_names_the_defaults() {
     }
 }
 
-fn outcome(epochs: &[usize], steps: usize, tested: bool) -> FitOutcome {
+/// A run with that many epochs, the last of them with so many steps, resumed after some.
+fn outcome(resumed: usize, epochs: usize, steps: usize) -> FitOutcome {
     let step = StepRecord {
         evaluation: Evaluation::default(),
         measure: StepMeasure {
@@ -144,19 +146,16 @@ fn outcome(epochs: &[usize], steps: usize, tested: bool) -> FitOutcome {
             duration: Duration::ZERO,
         },
     };
+    let epoch = Epoch {
+        train: SplitRecord {
+            evaluation: Evaluation::default(),
+            steps: vec![step; steps],
+        },
+        test: None,
+    };
     FitOutcome {
-        epochs: epochs
-            .iter()
-            .map(|&epoch| EpochRecord {
-                epoch,
-                train: SplitRecord {
-                    evaluation: Evaluation::default(),
-                    steps: vec![step; steps],
-                },
-                test: tested.then(Evaluation::default),
-            })
-            .collect(),
-        history: Vec::new(),
+        epochs: vec![epoch; epochs],
+        resumed,
         stopped_early: false,
         interrupted: None,
     }
@@ -168,7 +167,7 @@ fn an_interruption_says_what_is_kept_and_what_is_not() {
     let report = Some(Path::new("out.json"));
     for (outcome, kept, report, parts) in [
         (
-            outcome(&[1], 3, false),
+            outcome(0, 1, 3),
             &[][..],
             None,
             [
@@ -179,29 +178,29 @@ fn an_interruption_says_what_is_kept_and_what_is_not() {
             ],
         ),
         (
-            outcome(&[3, 4], 12, false),
+            outcome(2, 4, 12),
             &[1, 2, 3][..],
             report,
             [
                 "interrupted in epoch 4 after 12 of its 30 training steps",
-                "kept in runs/a: the checkpoints of epochs 1, 2 and 3 and the logs",
+                "kept in runs/a: the checkpoints of epochs 1, 2 and 3;",
                 "--resume goes on with epoch 4",
                 "out.json has the epochs that were finished",
             ],
         ),
         (
-            outcome(&[2], 30, true),
+            outcome(1, 2, 30),
             &[1][..],
             None,
             [
                 "interrupted in the test after epoch 2, which is lost",
-                "the checkpoint of epoch 1 and",
+                "the checkpoint of epoch 1;",
                 "--resume goes on with epoch 2",
-                "logs",
+                "kept",
             ],
         ),
         (
-            outcome(&[], 0, false),
+            outcome(5, 5, 30),
             &[4, 5][..],
             None,
             [

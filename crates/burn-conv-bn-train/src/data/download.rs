@@ -5,12 +5,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use anyhow::{Context, Result, ensure};
 use tempfile::NamedTempFile;
-use thiserror::Error;
 use ureq::Agent;
 
 use super::files::{FILES, MnistFile};
-use super::idx::{self, IdxError};
+use super::idx;
+use crate::print::message;
 
 /// Where MNIST is kept: Burn's mirror first, then PyTorch's.
 pub(super) const MIRRORS: &[&str] = &[
@@ -21,32 +22,12 @@ pub(super) const MIRRORS: &[&str] = &[
 /// Most bytes of one download; enough for a mirror that serves decompressed files.
 const MAX_DOWNLOAD: u64 = 64 << 20;
 
-/// Why a mirror was given up.
-#[derive(Debug, Error)]
-pub(super) enum DownloadError {
-    #[error("{url}: {source}")]
-    Http {
-        url: String,
-        source: Box<ureq::Error>,
-    },
-    #[error("cannot copy {url} to {dir}: {source}")]
-    Copy {
-        url: String,
-        dir: PathBuf,
-        source: io::Error,
-    },
-    #[error("{url}: {source}")]
-    Unsound { url: String, source: IdxError },
-    #[error("{url} does not have the checksum of MNIST")]
-    Checksum { url: String },
-}
-
 /// Completes the four files in `dir`.
 ///
 /// A file appears there only when it is whole and has its checksum; files that
 /// are there already and pass are kept. A mirror that fails once is not asked
 /// again, so without a network this ends after one attempt at each.
-pub(super) fn fetch(mirrors: &[&str], dir: &Path) -> Result<(), Vec<DownloadError>> {
+pub(super) fn fetch(mirrors: &[&str], dir: &Path) -> Result<(), String> {
     let agent = agent();
     let mut mirrors = mirrors.iter();
     let mut mirror = mirrors.next();
@@ -56,15 +37,16 @@ pub(super) fn fetch(mirrors: &[&str], dir: &Path) -> Result<(), Vec<DownloadErro
         if idx::read(&path, file.kind).is_ok_and(|read| read.md5 == file.md5) {
             continue;
         }
-        loop {
-            let Some(base) = mirror else {
-                return Err(failures);
-            };
-            match fetch_file(&agent, base, file, dir, &path) {
+        while let Some(base) = mirror {
+            let url = format!("{base}{}.gz", file.name);
+            match fetch_file(&agent, &url, file, dir, &path) {
                 Ok(()) => break,
-                Err(failure) => failures.push(failure),
+                Err(failure) => failures.push(format!("{url}: {}", message(&failure))),
             }
             mirror = mirrors.next();
+        }
+        if mirror.is_none() {
+            return Err(failures.join("; "));
         }
     }
     Ok(())
@@ -85,42 +67,18 @@ fn agent() -> Agent {
         .into()
 }
 
-fn fetch_file(
-    agent: &Agent,
-    base: &str,
-    file: &MnistFile,
-    dir: &Path,
-    path: &Path,
-) -> Result<(), DownloadError> {
-    let url = format!("{base}{}.gz", file.name);
-    let copy = |source| DownloadError::Copy {
-        url: url.clone(),
-        dir: dir.into(),
-        source,
-    };
+fn fetch_file(agent: &Agent, url: &str, file: &MnistFile, dir: &Path, path: &Path) -> Result<()> {
+    let failed = || format!("cannot copy it to {}", dir.display());
+    fs::create_dir_all(dir).with_context(failed)?;
+    let mut partial = NamedTempFile::new_in(dir).with_context(failed)?;
+    let response = agent.get(url).call()?;
+    let body = response.into_body().into_with_config();
+    let mut body = body.limit(MAX_DOWNLOAD).reader();
+    io::copy(&mut body, &mut partial).with_context(failed)?;
 
-    fs::create_dir_all(dir).map_err(copy)?;
-    let mut partial = NamedTempFile::new_in(dir).map_err(copy)?;
-    let response = agent
-        .get(&url)
-        .call()
-        .map_err(|source| DownloadError::Http {
-            url: url.clone(),
-            source: source.into(),
-        })?;
-    let mut body = response
-        .into_body()
-        .into_with_config()
-        .limit(MAX_DOWNLOAD)
-        .reader();
-    io::copy(&mut body, &mut partial).map_err(copy)?;
-
-    match idx::read(partial.path(), file.kind) {
-        Ok(read) if read.md5 == file.md5 => {}
-        Ok(_) => return Err(DownloadError::Checksum { url }),
-        Err(source) => return Err(DownloadError::Unsound { url, source }),
-    }
-    partial.persist(path).map_err(|error| copy(error.error))?;
+    let read = idx::read(partial.path(), file.kind).map_err(|error| error.problem)?;
+    ensure!(read.md5 == file.md5, "does not have the checksum of MNIST");
+    partial.persist(path).with_context(failed)?;
     Ok(())
 }
 
@@ -136,7 +94,7 @@ mod tests {
     use super::*;
 
     /// Fetches into a new folder, in which a failure must leave nothing.
-    fn failed(mirrors: &[&str]) -> Vec<DownloadError> {
+    fn failed(mirrors: &[&str]) -> String {
         let dir = TempDir::new().unwrap();
         let failures = fetch(mirrors, dir.path()).unwrap_err();
         let left: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
@@ -148,42 +106,23 @@ mod tests {
     fn asks_each_mirror_once_when_none_answers() {
         let (first, second) = (refusing_mirror(), refusing_mirror());
         let failures = failed(&[&first, &second]);
-        let urls: Vec<&str> = failures
-            .iter()
-            .map(|failure| match failure {
-                DownloadError::Http { url, .. } => url.as_str(),
-                other => panic!("{other}"),
-            })
-            .collect();
-        assert_eq!(
-            urls,
-            [first, second].map(|base| base + "train-images-idx3-ubyte.gz")
+        let urls = [first, second].map(|base| base + "train-images-idx3-ubyte.gz: ");
+        assert!(
+            urls.iter().all(|url| failures.matches(url).count() == 1),
+            "{failures}"
         );
     }
 
     #[test]
     fn refuses_what_is_not_there() {
         let failures = failed(&[&serve(|_| None)]);
-        assert!(
-            matches!(&failures[..], [DownloadError::Http { source, .. }]
-                if matches!(**source, ureq::Error::StatusCode(404))),
-            "{failures:?}"
-        );
+        assert!(failures.contains("404"), "{failures}");
     }
 
     #[test]
     fn refuses_a_page_in_place_of_a_file() {
         let failures = failed(&[&serve(|_| Some(b"<html>please log in</html>".to_vec()))]);
-        assert!(
-            matches!(
-                &failures[..],
-                [DownloadError::Unsound {
-                    source: IdxError::Magic { .. },
-                    ..
-                }]
-            ),
-            "{failures:?}"
-        );
+        assert!(failures.contains("starts with 0x"), "{failures}");
     }
 
     #[test]
@@ -191,19 +130,13 @@ mod tests {
         let digits = generate(20, 0);
         let bytes = gzip(&testing::image_file(digits.images()));
         let failures = failed(&[&serve(move |_| Some(bytes.clone()))]);
-        assert!(
-            matches!(&failures[..], [DownloadError::Checksum { .. }]),
-            "{failures:?}"
-        );
+        assert!(failures.contains("the checksum of MNIST"), "{failures}");
     }
 
     #[test]
     fn refuses_a_body_beyond_the_limit() {
         let failures = failed(&[&serve(|_| Some(vec![0; MAX_DOWNLOAD as usize + 1]))]);
-        assert!(
-            matches!(&failures[..], [DownloadError::Copy { .. }]),
-            "{failures:?}"
-        );
+        assert!(failures.contains("cannot copy it to"), "{failures}");
     }
 
     #[test]
@@ -212,10 +145,7 @@ mod tests {
         let file = dir.path().join("file");
         fs::write(&file, "").unwrap();
         let failures = fetch(&[&refusing_mirror()], &file.join("mnist")).unwrap_err();
-        assert!(
-            matches!(&failures[..], [DownloadError::Copy { .. }]),
-            "{failures:?}"
-        );
+        assert!(failures.contains("cannot copy it to"), "{failures}");
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! The four files of MNIST.
 
-use std::io;
 use std::path::{Path, PathBuf};
 
 use super::idx::{self, Digits, IdxError, Kind};
@@ -46,22 +45,12 @@ pub(super) const FILES: [MnistFile; 4] = [
 
 impl MnistFile {
     /// Looks for the file under the names that are in use, plain before gzip.
-    pub(super) fn find(&self, dir: &Path) -> Result<Option<PathBuf>, (PathBuf, io::Error)> {
-        use io::ErrorKind::{NotADirectory, NotFound};
-
+    pub(super) fn find(&self, dir: &Path) -> Option<PathBuf> {
         let dotted = self.name.replace("-idx", ".idx");
-        for name in [self.name, &dotted] {
-            for suffix in ["", ".gz"] {
-                let path = dir.join(format!("{name}{suffix}"));
-                match path.metadata() {
-                    Ok(metadata) if metadata.is_file() => return Ok(Some(path)),
-                    Ok(_) => {}
-                    Err(error) if matches!(error.kind(), NotFound | NotADirectory) => {}
-                    Err(error) => return Err((path, error)),
-                }
-            }
-        }
-        Ok(None)
+        let names = [self.name, &dotted].into_iter();
+        names
+            .flat_map(|name| ["", ".gz"].map(|suffix| dir.join(format!("{name}{suffix}"))))
+            .find(|path| path.is_file())
     }
 }
 
@@ -110,16 +99,12 @@ mod tests {
         ] {
             let dir = TempDir::new().unwrap();
             let path = dir.path().join(name);
-            assert_eq!(FILES[0].find(dir.path()).unwrap(), None);
+            assert_eq!(FILES[0].find(dir.path()), None);
             fs::create_dir(&path).unwrap();
-            assert_eq!(
-                FILES[0].find(dir.path()).unwrap(),
-                None,
-                "a folder is no file"
-            );
+            assert_eq!(FILES[0].find(dir.path()), None, "a folder is no file");
             fs::remove_dir(&path).unwrap();
             fs::write(&path, "").unwrap();
-            assert_eq!(FILES[0].find(dir.path()).unwrap(), Some(path));
+            assert_eq!(FILES[0].find(dir.path()), Some(path));
         }
     }
 
@@ -128,6 +113,6 @@ mod tests {
         let dir = TempDir::new().unwrap();
         let file = dir.path().join("file");
         fs::write(&file, "").unwrap();
-        assert_eq!(FILES[0].find(&file).unwrap(), None);
+        assert_eq!(FILES[0].find(&file), None);
     }
 }

@@ -24,49 +24,41 @@ const FIRST_BYTES: usize = 64 << 10;
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
-/// Why an IDX file was refused.
+/// An IDX file that was refused.
+#[derive(Debug, Error)]
+#[error("{} {problem}", .path.display())]
+pub struct IdxError {
+    /// The file.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub problem: IdxProblem,
+}
+
+/// What is wrong with an IDX file.
 #[derive(Debug, Error)]
 #[non_exhaustive]
-pub enum IdxError {
-    /// The file could not be opened or read.
-    #[error("cannot read {path}: {source}")]
-    Io {
-        /// File that was read.
-        path: PathBuf,
-        /// What the system reported.
-        source: io::Error,
-    },
-    /// The file starts like gzip, but its stream is cut, corrupt or followed by other bytes.
-    #[error("{path} is damaged: {source} in its gzip stream")]
-    Gzip {
-        /// File that was read.
-        path: PathBuf,
-        /// What the decoder reported.
-        source: io::Error,
-    },
+pub enum IdxProblem {
+    /// It could not be opened or read, as the system reported.
+    #[error("cannot be read: {0}")]
+    Io(io::Error),
+    /// It starts like gzip, but its stream is cut, corrupt or followed by other bytes, as the decoder
+    /// reported.
+    #[error("is damaged: {0} in its gzip stream")]
+    Gzip(io::Error),
     /// The (decompressed) content ends before the data that the header announces.
-    #[error("{path} is truncated: it holds {found} bytes, {wanted} were wanted")]
+    #[error("is truncated: it holds {found} bytes, {wanted} were wanted")]
     Truncated {
-        /// File that was read.
-        path: PathBuf,
         /// Bytes that are there.
         found: u64,
         /// Bytes that were wanted.
         wanted: u64,
     },
-    /// The (decompressed) content goes on after the data that the header announces.
-    #[error("{path} has bytes after the {wanted} that its header announces")]
-    Trailing {
-        /// File that was read.
-        path: PathBuf,
-        /// Bytes that were wanted.
-        wanted: u64,
-    },
-    /// The file does not start with the magic number of its kind.
-    #[error("{path} starts with {found:#010x}, {wanted:#010x} was wanted (IDX {kind} of bytes)")]
+    /// The (decompressed) content goes on after the bytes that the header announces.
+    #[error("has bytes after the {0} that its header announces")]
+    Trailing(u64),
+    /// It does not start with the magic number of its kind.
+    #[error("starts with {found:#010x}, {wanted:#010x} was wanted (IDX {kind} of bytes)")]
     Magic {
-        /// File that was read.
-        path: PathBuf,
         /// First four bytes, big-endian.
         found: u32,
         /// Magic number of the wanted kind.
@@ -75,50 +67,36 @@ pub enum IdxError {
         kind: &'static str,
     },
     /// The images do not have the size of a digit.
-    #[error("{path} has images of {rows}x{columns} pixels, {SIDE}x{SIDE} were wanted")]
+    #[error("has images of {rows}x{columns} pixels, {SIDE}x{SIDE} were wanted")]
     Shape {
-        /// File that was read.
-        path: PathBuf,
         /// Rows announced by the header.
         rows: u32,
         /// Columns announced by the header.
         columns: u32,
     },
     /// The header announces no items.
-    #[error("{path} holds no items")]
-    Empty {
-        /// File that was read.
-        path: PathBuf,
-    },
-    /// The header announces more than [`MAX_BYTES`].
-    #[error("{path} announces {bytes} bytes, more than the limit of {MAX_BYTES}")]
-    TooLarge {
-        /// File that was read.
-        path: PathBuf,
-        /// Payload bytes announced by the header.
-        bytes: u64,
-    },
+    #[error("holds no items")]
+    Empty,
+    /// The header announces more bytes than [`MAX_BYTES`].
+    #[error("announces {0} bytes, more than the limit of {MAX_BYTES}")]
+    TooLarge(u64),
     /// A label is not a digit.
-    #[error("{path} has the label {value} at index {index}, 0 to 9 were wanted")]
+    #[error("has the label {value} at index {index}, 0 to 9 were wanted")]
     Label {
-        /// File that was read.
-        path: PathBuf,
         /// Position of the first bad label, counted from 0.
         index: usize,
         /// The bad label.
         value: u8,
     },
     /// Images and labels do not belong together.
-    #[error("{images_path} has {images} images, but {labels_path} has {labels} labels")]
+    #[error("has {images} images, but {} has {labels} labels", .labels_path.display())]
     Count {
-        /// File with the images.
-        images_path: PathBuf,
-        /// File with the labels.
-        labels_path: PathBuf,
         /// Number of images.
         images: usize,
         /// Number of labels.
         labels: usize,
+        /// File with the labels.
+        labels_path: PathBuf,
     },
 }
 
@@ -145,7 +123,7 @@ impl Digits {
     /// # Examples
     ///
     /// ```
-    /// use burn_conv_bn_train::data::{Digits, IdxError, PIXELS};
+    /// use burn_conv_bn_train::data::{Digits, IdxProblem, PIXELS};
     ///
     /// let folder = tempfile::tempdir()?;
     /// let [images, labels] = ["images", "labels"].map(|name| folder.path().join(name));
@@ -157,7 +135,8 @@ impl Digits {
     /// assert_eq!((digits.len(), digits.label(0)), (1, 7));
     ///
     /// let swapped = Digits::read(&labels, &images);
-    /// assert!(matches!(swapped, Err(IdxError::Magic { kind: "images", .. })));
+    /// let problem = swapped.unwrap_err().problem;
+    /// assert!(matches!(problem, IdxProblem::Magic { kind: "images", .. }));
     /// # Ok::<(), anyhow::Error>(())
     /// ```
     pub fn read(images: &Path, labels: &Path) -> Result<Self, IdxError> {
@@ -168,12 +147,13 @@ impl Digits {
     pub(super) fn pair(images: IdxFile, labels: IdxFile) -> Result<Self, IdxError> {
         let count = images.data.len() / PIXELS;
         if count != labels.data.len() {
-            return Err(IdxError::Count {
-                images_path: images.path,
-                labels_path: labels.path,
+            let problem = IdxProblem::Count {
                 images: count,
                 labels: labels.data.len(),
-            });
+                labels_path: labels.path,
+            };
+            let path = images.path;
+            return Err(IdxError { path, problem });
         }
         Ok(Self::from_parts(images.data, labels.data))
     }
@@ -231,83 +211,60 @@ impl Digits {
 
 /// Kind of an IDX file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+#[doc(hidden)]
+pub enum Kind {
     Images,
     Labels,
-}
-
-impl Kind {
-    fn magic(self) -> u32 {
-        match self {
-            Self::Images => 0x0000_0803,
-            Self::Labels => 0x0000_0801,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Images => "images",
-            Self::Labels => "labels",
-        }
-    }
 }
 
 /// Sound content of an IDX file.
 pub(super) struct IdxFile {
     path: PathBuf,
-    data: Vec<u8>,
+    pub(super) data: Vec<u8>,
     /// MD5 of the whole decompressed file, as a big-endian number.
     pub(super) md5: u128,
 }
 
 /// Reads one file to its end.
 pub(super) fn read(path: &Path, kind: Kind) -> Result<IdxFile, IdxError> {
-    match File::open(path) {
-        Ok(file) => parse(path, BufReader::new(file), kind),
-        Err(source) => Err(IdxError::Io {
-            path: path.into(),
-            source,
-        }),
+    let opened = File::open(path).map_err(IdxProblem::Io);
+    let content = opened.and_then(|file| parse(BufReader::new(file), kind));
+    let path = path.to_path_buf();
+    match content {
+        Ok((data, md5)) => Ok(IdxFile { path, data, md5 }),
+        Err(problem) => Err(IdxError { path, problem }),
     }
 }
 
-/// Reads the content of a file; `path` names it in errors.
-fn parse(path: &Path, source: impl BufRead, kind: Kind) -> Result<IdxFile, IdxError> {
-    let mut content = Content::open(path, source)?;
-    let magic = content.read_u32()?;
-    if magic != kind.magic() {
-        return Err(IdxError::Magic {
-            path: path.into(),
-            found: magic,
-            wanted: kind.magic(),
-            kind: kind.name(),
+/// Reads the content of a file: its data, and the MD5 of all of it.
+#[doc(hidden)]
+pub fn parse(source: impl BufRead, kind: Kind) -> Result<(Vec<u8>, u128), IdxProblem> {
+    let (wanted, name, item_bytes) = match kind {
+        Kind::Images => (0x0000_0803, "images", PIXELS as u64),
+        Kind::Labels => (0x0000_0801, "labels", 1),
+    };
+    let mut content = Content::open(source)?;
+    let found = content.read_u32()?;
+    if found != wanted {
+        let kind = name;
+        return Err(IdxProblem::Magic {
+            found,
+            wanted,
+            kind,
         });
     }
-
     let count = content.read_u32()?;
-    let item_bytes = match kind {
-        Kind::Images => {
-            let (rows, columns) = (content.read_u32()?, content.read_u32()?);
-            if [rows, columns] != [SIDE as u32; 2] {
-                return Err(IdxError::Shape {
-                    path: path.into(),
-                    rows,
-                    columns,
-                });
-            }
-            PIXELS as u64
+    if kind == Kind::Images {
+        let (rows, columns) = (content.read_u32()?, content.read_u32()?);
+        if [rows, columns] != [SIDE as u32; 2] {
+            return Err(IdxProblem::Shape { rows, columns });
         }
-        Kind::Labels => 1,
-    };
-    if count == 0 {
-        return Err(IdxError::Empty { path: path.into() });
     }
     let bytes = u64::from(count) * item_bytes;
-    if bytes > MAX_BYTES {
-        return Err(IdxError::TooLarge {
-            path: path.into(),
-            bytes,
-        });
+    match bytes {
+        0 => return Err(IdxProblem::Empty),
+        1..=MAX_BYTES => {}
+        _ => return Err(IdxProblem::TooLarge(bytes)),
     }
 
     let data = content.read(bytes)?;
@@ -315,22 +272,14 @@ fn parse(path: &Path, source: impl BufRead, kind: Kind) -> Result<IdxFile, IdxEr
     if kind == Kind::Labels
         && let Some(index) = data.iter().position(|&label| usize::from(label) >= CLASSES)
     {
-        return Err(IdxError::Label {
-            path: path.into(),
-            index,
-            value: data[index],
-        });
+        let value = data[index];
+        return Err(IdxProblem::Label { index, value });
     }
-    Ok(IdxFile {
-        path: path.into(),
-        data,
-        md5,
-    })
+    Ok((data, md5))
 }
 
 /// The decompressed bytes of a file, hashed on the way.
 struct Content<'a> {
-    path: &'a Path,
     reader: Box<dyn Read + 'a>,
     gzip: bool,
     offset: u64,
@@ -338,11 +287,8 @@ struct Content<'a> {
 }
 
 impl<'a> Content<'a> {
-    fn open(path: &'a Path, mut source: impl BufRead + 'a) -> Result<Self, IdxError> {
-        let first = source.fill_buf().map_err(|source| IdxError::Io {
-            path: path.into(),
-            source,
-        })?;
+    fn open(mut source: impl BufRead + 'a) -> Result<Self, IdxProblem> {
+        let first = source.fill_buf().map_err(IdxProblem::Io)?;
         let gzip = first.starts_with(&GZIP_MAGIC);
         let reader: Box<dyn Read + 'a> = if gzip {
             Box::new(MultiGzDecoder::new(source))
@@ -350,7 +296,6 @@ impl<'a> Content<'a> {
             Box::new(source)
         };
         Ok(Self {
-            path,
             reader,
             gzip,
             offset: 0,
@@ -359,7 +304,7 @@ impl<'a> Content<'a> {
     }
 
     /// The next `wanted` bytes, at most [`MAX_BYTES`].
-    fn read(&mut self, wanted: u64) -> Result<Vec<u8>, IdxError> {
+    fn read(&mut self, wanted: u64) -> Result<Vec<u8>, IdxProblem> {
         let mut bytes = Vec::new();
         while (bytes.len() as u64) < wanted {
             // A header is no reason to allocate: only bytes that are there are, for as many again.
@@ -367,16 +312,11 @@ impl<'a> Content<'a> {
             let more = (wanted - bytes.len() as u64).min(more as u64);
             bytes.reserve_exact(more as usize);
             let read = (&mut self.reader).take(more).read_to_end(&mut bytes);
-            match read {
-                Ok(read) if read as u64 == more => {}
-                Ok(_) => {
-                    return Err(IdxError::Truncated {
-                        path: self.path.into(),
-                        found: self.offset + bytes.len() as u64,
-                        wanted: self.offset + wanted,
-                    });
-                }
-                Err(source) => return Err(self.failed(source)),
+            if (read.map_err(|error| self.failed(error))? as u64) < more {
+                return Err(IdxProblem::Truncated {
+                    found: self.offset + bytes.len() as u64,
+                    wanted: self.offset + wanted,
+                });
             }
         }
         self.offset += wanted;
@@ -384,77 +324,30 @@ impl<'a> Content<'a> {
         Ok(bytes)
     }
 
-    fn read_u32(&mut self) -> Result<u32, IdxError> {
+    fn read_u32(&mut self) -> Result<u32, IdxProblem> {
         let bytes = self.read(4)?;
-        Ok(bytes
-            .iter()
-            .fold(0, |word, &byte| word << 8 | u32::from(byte)))
+        let shifted = |word, &byte: &u8| word << 8 | u32::from(byte);
+        Ok(bytes.iter().fold(0, shifted))
     }
 
     /// Checks that nothing follows. In a gzip stream this also checks the CRC.
-    fn finish(mut self) -> Result<u128, IdxError> {
+    fn finish(mut self) -> Result<u128, IdxProblem> {
         match self.reader.read(&mut [0]) {
             Ok(0) => Ok(u128::from_be_bytes(self.md5.finalize().into())),
-            Ok(_) => Err(IdxError::Trailing {
-                path: self.path.into(),
-                wanted: self.offset,
-            }),
-            Err(source) => Err(self.failed(source)),
+            Ok(_) => Err(IdxProblem::Trailing(self.offset)),
+            Err(error) => Err(self.failed(error)),
         }
     }
 
-    fn failed(&self, source: io::Error) -> IdxError {
+    fn failed(&self, error: io::Error) -> IdxProblem {
         use io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
 
-        let path = self.path.into();
-        if self.gzip && matches!(source.kind(), InvalidData | InvalidInput | UnexpectedEof) {
-            IdxError::Gzip { path, source }
+        if self.gzip && matches!(error.kind(), InvalidData | InvalidInput | UnexpectedEof) {
+            IdxProblem::Gzip(error)
         } else {
-            IdxError::Io { path, source }
+            IdxProblem::Io(error)
         }
     }
-}
-
-/// Reads `bytes` as a file of images and as one of labels, and checks what holds of any bytes. For
-/// the fuzz target, and for the tests that do its work where there is no fuzzer.
-///
-/// Returns the number of items that each has, or why it was refused.
-///
-/// # Panics
-///
-/// If what should hold does not.
-#[doc(hidden)]
-pub fn exercise(bytes: &[u8]) -> [Result<usize, IdxError>; 2] {
-    let path = Path::new("input");
-    let read = [Kind::Images, Kind::Labels].map(|kind| -> Result<usize, IdxError> {
-        let file = parse(path, bytes, kind)?;
-        let (header, item_bytes) = match kind {
-            Kind::Images => (16, PIXELS),
-            Kind::Labels => (8, 1),
-        };
-        let items = file.data.len() / item_bytes;
-        assert!(items > 0, "no items");
-        assert_eq!(file.data.len() % item_bytes, 0, "a piece of an item");
-        assert_eq!(file.data.capacity(), file.data.len(), "memory to spare");
-        if kind == Kind::Labels {
-            let digits = file.data.iter().all(|&label| usize::from(label) < CLASSES);
-            assert!(digits, "a label that is no digit");
-        }
-        if !bytes.starts_with(&GZIP_MAGIC) {
-            assert_eq!(bytes[header..], file.data, "other bytes than the file's");
-            let count = u32::from_be_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
-            assert_eq!(count as usize, items, "another number of items");
-            let md5 = u128::from_be_bytes(md5::compute(bytes).into());
-            assert_eq!(file.md5, md5, "another checksum");
-        }
-        Ok(items)
-    });
-    assert!(read.iter().any(Result::is_err), "two kinds at once");
-    for error in read.iter().filter_map(|read| read.as_ref().err()) {
-        let text = error.to_string();
-        assert!(text.contains("input"), "the file is not named: {text}");
-    }
-    read
 }
 
 #[cfg(test)]

@@ -14,10 +14,10 @@ pub(crate) mod testing;
 
 pub(crate) use batch::{BatchLoader, EpochLoader, MEAN, MnistBatch, STD, test_loader};
 pub use batch::{DigitItem, MnistBatcher};
-pub(crate) use idx::CLASSES;
+pub use idx::CLASSES;
+pub use idx::{Digits, IdxError, IdxProblem, MAX_BYTES, PIXELS, SIDE};
 #[doc(hidden)]
-pub use idx::exercise as exercise_idx;
-pub use idx::{Digits, IdxError, MAX_BYTES, PIXELS, SIDE};
-pub use source::{DataError, DataOrigin, DatasetChoice, MnistData, OFFLINE};
+pub use idx::{Kind, parse as parse_idx};
+pub use source::{DataOrigin, DatasetChoice, MnistData, OFFLINE};
 pub(crate) use source::{DataRequest, resolve};
 pub use synthetic::generate;

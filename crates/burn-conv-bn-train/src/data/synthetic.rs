@@ -3,18 +3,25 @@
 //! Only exactly rounded arithmetic is used (no `sin`, no `exp`), so a seed
 //! gives the same bytes on every platform.
 
-// A stroke is easier to read and to change with several points on a line.
-#[rustfmt::skip]
-mod glyphs;
-
 use std::num::NonZero;
+use std::sync::LazyLock;
 use std::thread;
 
 use chacha20::ChaCha8Rng;
 use chacha20::rand_core::{Rng, SeedableRng};
 
 use super::idx::{CLASSES, Digits, PIXELS, SIDE};
-use glyphs::{GLYPHS, Stroke};
+
+/// Points of a pen stroke.
+type Stroke = Vec<[f32; 2]>;
+
+/// The ways to write each digit, indexed by class, and of each its strokes.
+static GLYPHS: LazyLock<Vec<Vec<Vec<Stroke>>>> = LazyLock::new(|| {
+    let mut table: toml::Table =
+        toml::from_str(include_str!("synthetic/glyphs.toml")).expect("the file is TOML");
+    let digits = table.remove("digits").expect("the file has digits");
+    digits.try_into().expect("strokes are lists of points")
+});
 
 /// Draws `count` digits of uniformly random classes.
 ///
@@ -49,8 +56,8 @@ fn generate_on(threads: usize, count: usize, seed: u64) -> Digits {
 /// Draws one digit on a black image and returns its class.
 fn draw(image: &mut [u8; PIXELS], dice: &mut Dice) -> u8 {
     let class = dice.below(CLASSES);
-    let styles = GLYPHS[class];
-    let glyph = styles[dice.below(styles.len())];
+    let styles = &GLYPHS[class];
+    let glyph = &styles[dice.below(styles.len())];
 
     let hand = Hand::new(dice);
     let mut lines: Vec<Vec<Dot>> = glyph
@@ -138,7 +145,7 @@ impl Hand {
     }
 
     /// The pen's path along a stroke, not yet scaled to the image.
-    fn write(&self, stroke: Stroke, dice: &mut Dice) -> Vec<Dot> {
+    fn write(&self, stroke: &[[f32; 2]], dice: &mut Dice) -> Vec<Dot> {
         let mut points: Vec<[f32; 2]> = Vec::with_capacity(stroke.len());
         for (i, &point) in stroke.iter().enumerate() {
             let placed = match points.last() {
@@ -166,7 +173,7 @@ impl Hand {
             .collect()
     }
 
-    fn place(&self, (x, y): (f32, f32), dice: &mut Dice) -> [f32; 2] {
+    fn place(&self, [x, y]: [f32; 2], dice: &mut Dice) -> [f32; 2] {
         let (x, y) = (
             x - 0.5 + dice.bell(self.jitter),
             y - 0.5 + dice.bell(self.jitter),

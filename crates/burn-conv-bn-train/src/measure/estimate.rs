@@ -61,9 +61,8 @@ pub fn estimate(
     }
     .classifier(variant, MemoryProbe::of(&device, allocator));
     let step = |count| {
-        TrainStep::step(&classifier, digits(count, &device))
-            .item
-            .measure
+        let step = TrainStep::step(&classifier, digits(count, &device));
+        step.item.measure.expect("a training step is measured")
     };
     // The first step pays for what is set up once.
     let first = if sample < batch { sample / 2 } else { sample };

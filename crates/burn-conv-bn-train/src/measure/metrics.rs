@@ -1,108 +1,86 @@
-//! Metrics of a training step, and exact totals of a whole set.
+//! Metrics of a training, as Burn's learner takes them.
 
-use std::fmt;
-use std::ops::AddAssign;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use burn::tensor::{Int, Tensor, TensorReadError};
 use burn::train::metric::{
     Metric, MetricAttributes, MetricMetadata, MetricName, Numeric, NumericAttributes, NumericEntry,
     SerializedEntry, format_float,
 };
-use serde::{Deserialize, Serialize};
 
+use crate::measure::history::{Evaluation, History, SplitRecord, StepRecord};
 use crate::measure::memory::StepMeasure;
-use crate::measure::number;
-use crate::print::loss;
 
 const MIB: f64 = (1 << 20) as f64;
 
 /// Shows one quantity of every training step, and of an epoch their mean or maximum.
 #[derive(Clone)]
 pub(crate) struct StepMetric {
-    name: MetricName,
+    name: &'static str,
     unit: &'static str,
     /// Digits after the point.
     precision: usize,
     of: fn(&StepMeasure) -> f64,
-    reduction: Reduction,
-    steps: Steps,
+    /// Of an epoch's steps.
+    reduce: fn(&[f64]) -> f64,
+    /// The steps of an epoch so far.
+    steps: Vec<f64>,
 }
 
-#[derive(Clone, Copy)]
-enum Reduction {
-    Mean,
-    Maximum,
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
 }
 
-/// The steps of an epoch so far.
-#[derive(Clone, Copy)]
-struct Steps {
-    count: usize,
-    sum: f64,
-    maximum: f64,
-    last: f64,
-}
-
-impl Steps {
-    const NONE: Self = Self {
-        count: 0,
-        sum: 0.0,
-        maximum: f64::NAN,
-        last: f64::NAN,
-    };
+fn maximum(values: &[f64]) -> f64 {
+    values.iter().copied().fold(f64::NAN, f64::max)
 }
 
 impl StepMetric {
     /// Memory in use at the end of forward; of an epoch the mean.
     pub(crate) fn forward_memory() -> Self {
-        Self::new("Memory end of forward", "MiB", 2, Reduction::Mean, |step| {
-            step.memory.forward_end_bytes as f64 / MIB
-        })
+        Self {
+            name: "Memory end of forward",
+            unit: "MiB",
+            precision: 2,
+            of: |step| step.memory.forward_end_bytes as f64 / MIB,
+            reduce: mean,
+            steps: Vec::new(),
+        }
     }
 
     /// Peak of memory in forward and backward; of an epoch the maximum, as in a
     /// [report](crate::measure::report::VariantReport::peak_bytes).
     pub(crate) fn peak_memory() -> Self {
-        Self::new("Memory peak", "MiB", 2, Reduction::Maximum, |step| {
-            step.memory.peak_bytes as f64 / MIB
-        })
+        Self {
+            name: "Memory peak",
+            of: |step| step.memory.peak_bytes as f64 / MIB,
+            reduce: maximum,
+            ..Self::forward_memory()
+        }
     }
 
     /// Time for forward and backward; of an epoch the mean.
     pub(crate) fn time() -> Self {
-        Self::new("Step time", "s", 3, Reduction::Mean, |step| {
-            step.duration.as_secs_f64()
-        })
-    }
-
-    fn new(
-        name: &str,
-        unit: &'static str,
-        precision: usize,
-        reduction: Reduction,
-        of: fn(&StepMeasure) -> f64,
-    ) -> Self {
         Self {
-            name: Arc::new(name.to_string()),
-            unit,
-            precision,
-            of,
-            reduction,
-            steps: Steps::NONE,
+            name: "Step time",
+            unit: "s",
+            precision: 3,
+            of: |step| step.duration.as_secs_f64(),
+            ..Self::forward_memory()
         }
     }
 
     fn epoch(&self) -> f64 {
-        match self.reduction {
-            Reduction::Mean => self.steps.sum / self.steps.count as f64,
-            Reduction::Maximum => self.steps.maximum,
-        }
+        (self.reduce)(&self.steps)
+    }
+
+    fn last(&self) -> f64 {
+        self.steps.last().copied().unwrap_or(f64::NAN)
     }
 
     fn entry(&self, value: &NumericEntry) -> SerializedEntry {
         let text = |value| format!("{} {}", format_float(value, self.precision), self.unit);
-        let (epoch, batch) = (text(self.epoch()), text(self.steps.last));
+        let (epoch, batch) = (text(self.epoch()), text(self.last()));
         SerializedEntry::new(format!("epoch {epoch} - batch {batch}"), value.serialize())
     }
 }
@@ -111,7 +89,7 @@ impl Metric for StepMetric {
     type Input = StepMeasure;
 
     fn name(&self) -> MetricName {
-        self.name.clone()
+        Arc::new(self.name.to_string())
     }
 
     fn attributes(&self) -> MetricAttributes {
@@ -128,12 +106,7 @@ impl Metric for StepMetric {
         _metadata: &MetricMetadata,
     ) -> Result<SerializedEntry, TensorReadError> {
         let value = (self.of)(measure);
-        self.steps = Steps {
-            count: self.steps.count + 1,
-            sum: self.steps.sum + value,
-            maximum: self.steps.maximum.max(value),
-            last: value,
-        };
+        self.steps.push(value);
         Ok(self.entry(&aggregated(value, 1)))
     }
 
@@ -142,17 +115,17 @@ impl Metric for StepMetric {
     }
 
     fn clear(&mut self) {
-        self.steps = Steps::NONE;
+        self.steps.clear();
     }
 }
 
 impl Numeric for StepMetric {
     fn value(&self) -> Option<NumericEntry> {
-        Some(aggregated(self.steps.last, 1))
+        Some(aggregated(self.last(), 1))
     }
 
     fn running_value(&self) -> Option<NumericEntry> {
-        Some(aggregated(self.epoch(), self.steps.count))
+        Some(aggregated(self.epoch(), self.steps.len()))
     }
 
     fn final_value(&self) -> NumericEntry {
@@ -167,201 +140,104 @@ fn aggregated(aggregated_value: f64, count: usize) -> NumericEntry {
     }
 }
 
-/// How well a network does on a set of digits.
-///
-/// Shown as in the tutorial: `Average loss: 0.4197, Accuracy: 8681/10000 (87%)`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Evaluation {
-    /// Sum of the digits' losses.
-    #[serde(with = "number")]
-    pub(crate) loss_sum: f64,
-    /// Digits classified correctly.
-    pub(crate) correct: usize,
-    /// Digits seen.
-    pub(crate) total: usize,
-}
-
-impl Evaluation {
-    /// Evaluates one batch, given the loss of every digit. Sums in double precision.
-    ///
-    /// # Errors
-    ///
-    /// [`TensorReadError`] if the device fails to compute or to hand out the values.
-    fn of(
-        losses: Tensor<1>,
-        scores: Tensor<2>,
-        targets: Tensor<1, Int>,
-    ) -> Result<Self, TensorReadError> {
-        let [total] = targets.dims();
-        let hits = scores.argmax(1).squeeze_dim::<1>(1).equal(targets);
-        let correct = hits.int().sum().try_into_scalar::<u64>()?;
-        let losses = losses.try_into_vec_as::<f64>()?;
-        Ok(Self {
-            loss_sum: losses.iter().sum(),
-            correct: correct as usize,
-            total,
-        })
-    }
-
-    /// Mean loss of a digit; not a number if there are none.
-    pub(crate) fn average_loss(&self) -> f64 {
-        self.loss_sum / self.total as f64
-    }
-
-    /// Fraction of the digits classified correctly; not a number if there are none.
-    pub(crate) fn accuracy(&self) -> f64 {
-        self.correct as f64 / self.total as f64
-    }
-}
-
-impl AddAssign for Evaluation {
-    fn add_assign(&mut self, other: Self) {
-        self.loss_sum += other.loss_sum;
-        self.correct += other.correct;
-        self.total += other.total;
-    }
-}
-
-impl fmt::Display for Evaluation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "Average loss: {}, Accuracy: {}/{} ({:.0}%)",
-            loss(self.average_loss()),
-            self.correct,
-            self.total,
-            100.0 * self.accuracy()
-        )
-    }
-}
-
-/// One training step.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct StepRecord {
-    /// Loss and accuracy of the batch, before the step.
-    pub(crate) evaluation: Evaluation,
-    /// Memory and time.
-    pub(crate) measure: StepMeasure,
-}
-
-/// One pass over a set.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct SplitRecord {
-    /// Totals over the digits seen.
-    pub(crate) evaluation: Evaluation,
-    /// The training steps; none if the pass was an evaluation.
-    pub(crate) steps: Vec<StepRecord>,
-}
-
-/// Results that a [`TallyMetric`] collects. Clones share them.
-///
-/// Burn hands metrics over to a thread of its own and drops them there; what they have seen
-/// comes back through this.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Tally {
-    passes: Arc<Mutex<Passes>>,
-}
-
-#[derive(Debug, Default)]
-struct Passes {
-    running: SplitRecord,
-    finished: Vec<SplitRecord>,
-}
-
-impl Tally {
-    /// An empty tally.
-    pub(crate) fn new() -> Self {
-        Self::default()
-    }
-
-    /// The passes that have ended, oldest first.
-    pub(crate) fn finished(&self) -> Vec<SplitRecord> {
-        self.lock().finished.clone()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Passes> {
-        // No update panics half-way, so that what a poisoned lock guards is sound.
-        self.passes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Input of [`TallyMetric`].
-///
-pub(crate) struct TallyInput {
+/// Output of a step.
+#[derive(Clone, Debug)]
+pub struct StepOutput {
     /// Loss of every digit, `[N]`.
-    pub(crate) losses: Tensor<1>,
-    /// Scores of the classes, `[N, classes]`.
-    pub(crate) scores: Tensor<2>,
+    pub loss: Tensor<1>,
+    /// Log-probabilities of the classes, `[N, classes]`.
+    pub scores: Tensor<2>,
     /// Classes, `[N]`.
-    pub(crate) targets: Tensor<1, Int>,
+    pub targets: Tensor<1, Int>,
     /// Memory and time, if it was a training step.
-    pub(crate) measure: Option<StepMeasure>,
+    pub measure: Option<StepMeasure>,
 }
 
-/// Collects exact totals and all steps into a [`Tally`].
+impl StepOutput {
+    /// The same without the tensors' graphs, which would be kept for as long as it is.
+    pub(crate) fn without_graph(self) -> Self {
+        Self {
+            loss: self.loss.without_autodiff(),
+            scores: self.scores.without_autodiff(),
+            targets: self.targets.without_autodiff(),
+            measure: self.measure,
+        }
+    }
+}
+
+/// Collects exact totals and all steps into a [`History`]: at the end of a training pass a new epoch,
+/// at the end of a test the last epoch's.
 ///
 /// A text metric: it also shows the running totals.
 #[derive(Clone)]
 pub(crate) struct TallyMetric {
-    name: MetricName,
-    tally: Tally,
+    history: History,
+    is_test: bool,
+    running: SplitRecord,
 }
 
 impl TallyMetric {
-    /// A metric that collects into `tally`.
-    pub(crate) fn new(tally: Tally) -> Self {
+    pub(crate) fn train(history: &History) -> Self {
         Self {
-            name: Arc::new("Totals".to_string()),
-            tally,
+            history: history.clone(),
+            is_test: false,
+            running: SplitRecord::default(),
         }
+    }
+
+    pub(crate) fn test(history: &History) -> Self {
+        Self {
+            is_test: true,
+            ..Self::train(history)
+        }
+    }
+
+    fn entry(&self) -> SerializedEntry {
+        let text = self.running.evaluation.to_string();
+        SerializedEntry::new(text.clone(), text)
     }
 }
 
 impl Metric for TallyMetric {
-    type Input = TallyInput;
+    type Input = StepOutput;
 
     fn name(&self) -> MetricName {
-        self.name.clone()
+        Arc::new("Totals".to_string())
     }
 
     fn update(
         &mut self,
-        input: &TallyInput,
+        input: &StepOutput,
         _metadata: &MetricMetadata,
     ) -> Result<SerializedEntry, TensorReadError> {
-        let batch = Evaluation::of(
-            input.losses.clone(),
+        let evaluation = Evaluation::of(
+            input.loss.clone(),
             input.scores.clone(),
             input.targets.clone(),
         )?;
-
-        let mut passes = self.tally.lock();
-        passes.running.evaluation += batch;
-        if let Some(measure) = input.measure {
-            passes.running.steps.push(StepRecord {
-                evaluation: batch,
-                measure,
-            });
-        }
-        Ok(entry(&passes.running.evaluation))
+        self.running.evaluation += evaluation;
+        let step = |measure| StepRecord {
+            evaluation,
+            measure,
+        };
+        self.running.steps.extend(input.measure.map(step));
+        Ok(self.entry())
     }
 
     fn compute(&mut self) -> Result<SerializedEntry, TensorReadError> {
-        let mut passes = self.tally.lock();
-        let finished = std::mem::take(&mut passes.running);
-        let entry = entry(&finished.evaluation);
-        passes.finished.push(finished);
+        let entry = self.entry();
+        let pass = std::mem::take(&mut self.running);
+        if self.is_test {
+            self.history.tested(pass.evaluation);
+        } else {
+            self.history.trained(pass);
+        }
         Ok(entry)
     }
 
     fn clear(&mut self) {
-        self.tally.lock().running = SplitRecord::default();
+        self.running = SplitRecord::default();
     }
-}
-
-fn entry(evaluation: &Evaluation) -> SerializedEntry {
-    let text = evaluation.to_string();
-    SerializedEntry::new(text.clone(), text)
 }
 
 #[cfg(test)]

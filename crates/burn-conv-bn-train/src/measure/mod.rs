@@ -1,6 +1,7 @@
 //! Memory and time of training steps; estimates, reports and pictures of them.
 
 pub mod estimate;
+pub(crate) mod history;
 pub mod memory;
 pub(crate) mod metrics;
 mod number;

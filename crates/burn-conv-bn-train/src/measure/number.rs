@@ -17,56 +17,45 @@ enum NonFinite {
     NegativeInfinity,
 }
 
-impl From<f64> for Stored {
-    fn from(value: f64) -> Self {
-        if value.is_finite() {
-            Self::Finite(value)
-        } else if value.is_nan() {
-            Self::Text(NonFinite::NaN)
-        } else if value > 0.0 {
-            Self::Text(NonFinite::Infinity)
-        } else {
-            Self::Text(NonFinite::NegativeInfinity)
-        }
-    }
-}
-
-impl From<Stored> for f64 {
-    fn from(stored: Stored) -> Self {
-        match stored {
-            Stored::Finite(value) => value,
-            Stored::Text(NonFinite::NaN) => f64::NAN,
-            Stored::Text(NonFinite::Infinity) => f64::INFINITY,
-            Stored::Text(NonFinite::NegativeInfinity) => f64::NEG_INFINITY,
-        }
-    }
-}
-
 /// For `#[serde(with = "number")]`.
 pub(crate) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
-    Stored::from(*value).serialize(serializer)
+    let stored = match *value {
+        value if value.is_finite() => Stored::Finite(value),
+        value if value.is_nan() => Stored::Text(NonFinite::NaN),
+        value if value > 0.0 => Stored::Text(NonFinite::Infinity),
+        _ => Stored::Text(NonFinite::NegativeInfinity),
+    };
+    stored.serialize(serializer)
 }
 
 pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
-    Stored::deserialize(deserializer).map(f64::from)
+    Ok(match Stored::deserialize(deserializer)? {
+        Stored::Finite(value) => value,
+        Stored::Text(NonFinite::NaN) => f64::NAN,
+        Stored::Text(NonFinite::Infinity) => f64::INFINITY,
+        Stored::Text(NonFinite::NegativeInfinity) => f64::NEG_INFINITY,
+    })
 }
 
 /// The same for a list: `#[serde(with = "number::list")]`.
 pub(crate) mod list {
     use super::*;
 
+    #[derive(Serialize, Deserialize)]
+    struct Item(#[serde(with = "super")] f64);
+
     pub(crate) fn serialize<S: Serializer>(
         values: &[f64],
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(values.iter().map(|&value| Stored::from(value)))
+        serializer.collect_seq(values.iter().map(|&value| Item(value)))
     }
 
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Vec<f64>, D::Error> {
-        let stored = Vec::<Stored>::deserialize(deserializer)?;
-        Ok(stored.into_iter().map(f64::from).collect())
+        let items = Vec::<Item>::deserialize(deserializer)?;
+        Ok(items.into_iter().map(|item| item.0).collect())
     }
 }
 

@@ -95,23 +95,13 @@ fn draw_memory(
     // The phases' bars stand below zero, so that no curve crosses them.
     let row = 0.075 * peak;
     let bottom = -row * (timelines.len() as f64 + 0.4);
-    // To the right there is room for the last phase's label.
-    let mut chart = chart(area, &title, 0.0..1.1 * end, bottom..1.12 * peak)?;
-    chart
-        .configure_mesh()
-        .x_desc("seconds from the start of the forward pass")
-        .y_desc("MiB above the level before it")
-        .label_style((FONT, 13))
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(BLACK.mix(0.12))
-        .y_label_formatter(&|value| {
-            if *value < 0.0 {
-                String::new()
-            } else {
-                format!("{value:.0}")
-            }
-        })
-        .draw()?;
+    let mut chart = chart(
+        area,
+        &title,
+        // To the right there is room for the last phase's label.
+        (0.0..1.1 * end, "seconds from the start of the forward pass"),
+        (bottom..1.12 * peak, "MiB above the level before it"),
+    )?;
     for (place, (index, variant, timeline)) in timelines.iter().enumerate() {
         let colour = colour(*index);
         let points: Vec<(f64, f64)> = timeline
@@ -136,29 +126,27 @@ fn draw_phases(
     end: f64,
 ) -> DrawResult {
     let phases = [
-        ("forward", 0.0, timeline.forward_end, 0.35),
-        ("backward", timeline.forward_end, timeline.backward_end, 0.6),
-        (
-            "optimizer",
-            timeline.backward_end,
-            timeline.optimizer_end,
-            1.0,
-        ),
+        ("forward", timeline.forward_end, 0.35),
+        ("backward", timeline.backward_end, 0.6),
+        ("optimizer", timeline.optimizer_end, 1.0),
     ];
-    for (name, from, to, shade) in phases {
+    let mut from = 0.0;
+    for (name, to, shade) in phases {
         let corners = [(from, height.start), (to, height.end)];
         chart.draw_series([Rectangle::new(corners, colour.mix(shade).filled())])?;
         let middle = (height.start + height.end) / 2.0;
-        // A label that does not fit stands beside its bar, if nothing follows there.
-        let (at, pos, text) = if to - from > 0.1 * end {
+        let fits = to - from > 0.1 * end;
+        let (at, pos, text) = if fits {
             ((from + to) / 2.0, HPos::Center, BLACK)
-        } else if name == "optimizer" {
-            (to + 0.008 * end, HPos::Left, colour)
         } else {
-            continue;
+            (to + 0.008 * end, HPos::Left, colour)
         };
         let style = style(13, &text, Pos::new(pos, VPos::Center));
-        chart.draw_series([Text::new(name, (at, middle), style)])?;
+        // A label that does not fit stands beside its bar, if nothing follows there.
+        if fits || name == "optimizer" {
+            chart.draw_series([Text::new(name, (at, middle), style)])?;
+        }
+        from = to;
     }
     Ok(())
 }
@@ -177,14 +165,10 @@ fn draw_peak(
     let at = (point.seconds, mebibytes(point.bytes));
     chart.draw_series([Circle::new(at, 4, colour.filled())])?;
     let label = format!("{name}: peak {:.0} MiB", at.1);
-    let pos = if at.0 > 0.7 * end {
-        HPos::Right
+    let (pos, shift) = if at.0 > 0.7 * end {
+        (HPos::Right, -10)
     } else {
-        HPos::Left
-    };
-    let shift = match pos {
-        HPos::Right => -10,
-        _ => 10,
+        (HPos::Left, 10)
     };
     let style = style(15, &colour, Pos::new(pos, VPos::Bottom));
     let text = EmptyElement::at(at) + Text::new(label, (shift, -4), style);
@@ -202,22 +186,12 @@ fn draw_losses(area: &Area<'_>, report: &Report) -> DrawResult {
         "Loss of every training step ({}, {})",
         report.dataset, report.optimizer
     );
-    let mut chart = chart(area, &title, 0.0..steps.max(1) as f64, 0.0..1.05 * highest)?;
-    chart
-        .configure_mesh()
-        .x_desc("training steps")
-        .y_desc("mean loss of a digit")
-        .label_style((FONT, 13))
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(BLACK.mix(0.12))
-        .x_label_formatter(&|value| {
-            if value.fract() == 0.0 {
-                format!("{value:.0}")
-            } else {
-                String::new()
-            }
-        })
-        .draw()?;
+    let mut chart = chart(
+        area,
+        &title,
+        (0.0..steps.max(1) as f64, "training steps"),
+        (0.0..1.05 * highest, "mean loss of a digit"),
+    )?;
     // Each thinner than the one below it, so that both are seen where losses are the same.
     for (index, variant) in report.variants.iter().enumerate().rev() {
         let line = colour(index).stroke_width(2 + 3 * index as u32);
@@ -251,20 +225,36 @@ fn draw_losses(area: &Area<'_>, report: &Report) -> DrawResult {
     Ok(())
 }
 
-/// An empty chart with its title.
+/// An empty chart with its title and axes, of values from 0.
 fn chart<'a, 'b>(
     area: &'a Area<'b>,
     title: &str,
-    x: Range<f64>,
-    y: Range<f64>,
+    (x, x_title): (Range<f64>, &str),
+    (y, y_title): (Range<f64>, &str),
 ) -> Result<Chart<'a, 'b>, Box<dyn std::error::Error + Send + Sync>> {
-    let chart = ChartBuilder::on(area)
+    let mut chart = ChartBuilder::on(area)
         .caption(title, (FONT, 17))
         .margin(12)
         .margin_right(RIGHT)
         .x_label_area_size(46)
         .y_label_area_size(LEFT)
         .build_cartesian_2d(x, y)?;
+    chart
+        .configure_mesh()
+        .x_desc(x_title)
+        .y_desc(y_title)
+        .label_style((FONT, 13))
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(BLACK.mix(0.12))
+        .y_label_formatter(&|value| {
+            let rounded = (value * 1e3).round() / 1e3;
+            if rounded < 0.0 {
+                String::new()
+            } else {
+                rounded.to_string()
+            }
+        })
+        .draw()?;
     Ok(chart)
 }
 

@@ -1,13 +1,16 @@
 //! Results as data: what `--json` writes.
 
 use std::fmt;
+use std::fs;
+use std::path::Path;
 
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::data::CLASSES;
+use crate::measure::history::{Epoch, Evaluation, StepRecord};
 use crate::measure::memory::StepMemory;
-use crate::measure::metrics::{Evaluation, SplitRecord, StepRecord};
 use crate::measure::number;
 use crate::measure::timeline::Timeline;
 
@@ -56,6 +59,15 @@ pub struct Report {
 }
 
 impl Report {
+    /// Whether a regular file holds a report with the same epochs.
+    pub(crate) fn is_in(&self, path: &Path) -> bool {
+        let json = path.is_file().then(|| fs::read(path).ok()).flatten();
+        let there: Option<Value> = json.and_then(|json| serde_json::from_slice(&json).ok());
+        let epochs = |report: &Value| report["variants"][0]["epochs"].clone();
+        let own = serde_json::to_value(self).ok();
+        there.is_some() && there.as_ref().map(epochs) == own.as_ref().map(epochs)
+    }
+
     /// Checks that no variant diverged.
     ///
     /// # Errors
@@ -127,20 +139,18 @@ pub struct Divergence {
 }
 
 impl Divergence {
-    /// The first in the passes of some epochs.
-    pub(crate) fn of<'a>(
-        epochs: impl Iterator<Item = (&'a SplitRecord, Option<Evaluation>)>,
-    ) -> Option<Self> {
-        let finite = |evaluation: &Evaluation| evaluation.loss_sum.is_finite();
-        (1..).zip(epochs).find_map(|(epoch, (train, test))| {
-            let step = train
-                .steps
-                .iter()
-                .position(|step| !finite(&step.evaluation));
-            let step = step.map(|index| index + 1);
-            let diverged = step.is_some() || test.is_some_and(|test| !finite(&test));
-            diverged.then_some(Self { epoch, step })
-        })
+    /// The first in some epochs.
+    pub(crate) fn of(epochs: &[Epoch]) -> Option<Self> {
+        let diverged = |evaluation: &Evaluation| !evaluation.loss_sum.is_finite();
+        (1..)
+            .zip(epochs)
+            .find_map(|(epoch, Epoch { train, test })| {
+                let mut steps = train.steps.iter();
+                let step = steps.position(|step| diverged(&step.evaluation));
+                let step = step.map(|index| index + 1);
+                (step.is_some() || test.as_ref().is_some_and(diverged))
+                    .then_some(Self { epoch, step })
+            })
     }
 }
 
@@ -243,42 +253,30 @@ pub(crate) struct StepSummary {
 impl StepSummary {
     /// Median and mean over the steps of `batch_size` digits, or over all where none has that size; the peak of
     /// all steps.
-    pub(crate) fn of(steps: &[StepRecord], batch_size: usize) -> Self {
-        let peaks = steps.iter().map(|step| step.measure.memory.peak_bytes);
-        let peak_bytes = peaks.max().unwrap_or_default();
+    pub(crate) fn of(all: &[StepRecord], batch_size: usize) -> Self {
         let full = |step: &&StepRecord| step.evaluation.total == batch_size;
-        let full_steps: Vec<&StepRecord> = steps.iter().filter(full).collect();
-        let steps = if full_steps.is_empty() {
-            steps.iter().collect()
-        } else {
-            full_steps
-        };
+        let mut steps: Vec<&StepRecord> = all.iter().filter(full).collect();
         if steps.is_empty() {
-            return Self::default();
+            steps = all.iter().collect();
         }
-        let mut seconds: Vec<f64> = steps
-            .iter()
-            .map(|step| step.measure.duration.as_secs_f64())
-            .collect();
-        seconds.sort_by(f64::total_cmp);
-        let forward_ends = steps
-            .iter()
-            .map(|step| step.measure.memory.forward_end_bytes);
+        let Some(last) = steps.len().checked_sub(1) else {
+            return Self::default();
+        };
+        steps.sort_by_key(|step| step.measure.duration);
+        let seconds = |index: usize| steps[index].measure.duration.as_secs_f64();
+        let memory = |step: &StepRecord| step.measure.memory;
+        let forward_ends = steps.iter().map(|step| memory(step).forward_end_bytes);
         Self {
-            seconds_median: median(&seconds),
+            seconds_median: (seconds(last / 2) + seconds(last.div_ceil(2))) / 2.0,
             memory: StepMemory {
                 forward_end_bytes: forward_ends.sum::<usize>() / steps.len(),
-                peak_bytes,
+                peak_bytes: all
+                    .iter()
+                    .map(|step| memory(step).peak_bytes)
+                    .max()
+                    .unwrap_or(0),
             },
         }
-    }
-}
-
-fn median(sorted: &[f64]) -> f64 {
-    let middle = sorted.len() / 2;
-    match sorted.len() % 2 {
-        0 => (sorted[middle - 1] + sorted[middle]) / 2.0,
-        _ => sorted[middle],
     }
 }
 

@@ -10,6 +10,8 @@ impl Network {
             Self::ResNet(net) => net.form(),
             Self::Vgg(net) => net.form(),
             Self::MobileNetV2(net) => net.form(),
+            Self::EfficientNet(net) => net.form(),
+            Self::DenseNet(net) => net.form(),
         }
     }
     fn with_form(self, form: Form) -> Self {
@@ -18,28 +20,28 @@ impl Network {
             Self::ResNet(net) => Self::ResNet(net.with_form(form)),
             Self::Vgg(net) => Self::Vgg(net.with_form(form)),
             Self::MobileNetV2(net) => Self::MobileNetV2(net.with_form(form)),
+            Self::EfficientNet(net) => Self::EfficientNet(net.with_form(form)),
+            Self::DenseNet(net) => Self::DenseNet(net.with_form(form)),
         }
     }
 }
 
+/// Files have the names of the command line.
 #[test]
-fn names_are_those_of_the_command_line() {
+fn names_are_those_of_json() {
     for choice in ModelChoice::value_variants() {
-        let value = choice.to_possible_value().expect("no choice is hidden");
-        assert_eq!(value.get_name(), choice.name());
         let json = serde_json::to_string(choice).expect("a name is JSON");
         assert_eq!(json, format!("{:?}", choice.name()));
     }
 }
 
-fn options(choice: ModelChoice, form: Form) -> NetworkOptions {
-    NetworkOptions {
+fn network(choice: ModelChoice, form: Form, device: &Device) -> Network {
+    choice.init(
         form,
-        norm: NormVariant::BatchNorm,
-        dropout: choice.default_dropout(),
-        recompute: Recompute::Conv,
-        max_workspace: None,
-    }
+        NormVariant::BatchNorm,
+        choice.default_dropout(),
+        device,
+    )
 }
 
 /// In evaluation, where only the tutorial's network depends on the rest of the batch.
@@ -48,7 +50,7 @@ fn every_network_gives_log_probabilities_of_digits() {
     let device = Device::flex();
     let images = Tensor::<4>::random([2, 1, SIDE, SIDE], Distribution::Default, &device);
     for &choice in ModelChoice::value_variants() {
-        let fused = choice.init(&options(choice, Form::Fused), &device).valid();
+        let fused = network(choice, Form::Fused, &device).valid();
         assert_eq!(fused.form(), Form::Fused);
         let output = fused.forward(images.clone());
         assert_eq!(output.dims(), [2, CLASSES], "{choice:?}");
@@ -85,14 +87,16 @@ fn padding_is_black() {
 fn what_is_not_there_is_refused() {
     let (burn, tutorial) = (NormVariant::BatchNorm, NormVariant::Tutorial);
     let (net, resnet) = (ModelChoice::Tutorial, ModelChoice::Resnet18);
-    assert_eq!(net.check(tutorial, 0.5), Ok(()));
-    assert_eq!(resnet.check(burn, 0.0), Ok(()));
-    assert_eq!(ModelChoice::MobilenetV2.check(burn, 0.2), Ok(()));
-    let model = "resnet18";
-    assert_eq!(resnet.check(tutorial, 0.0), Err(ModelError::Norm { model }));
-    let probability = 0.5;
-    let refused = Err(ModelError::Dropout { model, probability });
-    assert_eq!(resnet.check(burn, probability), refused);
+    net.check(tutorial, 0.5).unwrap();
+    resnet.check(burn, 0.0).unwrap();
+    ModelChoice::MobilenetV2.check(burn, 0.2).unwrap();
+    for (norm, dropout, part) in [(tutorial, 0.0, "--norm burn"), (burn, 0.5, "no dropout")] {
+        let error = resnet.check(norm, dropout).unwrap_err().to_string();
+        assert!(
+            error.contains("resnet18") && error.contains(part),
+            "{error}"
+        );
+    }
 }
 
 #[test]
@@ -102,6 +106,7 @@ fn one_digit_alone_is_refused() {
         (ModelChoice::Resnet18, 65, 32, false),
         (ModelChoice::Resnet18, 66, 32, true),
         (ModelChoice::MobilenetV2, 64, 1, false),
+        (ModelChoice::Densenet121, 65, 32, false),
         (ModelChoice::Resnet50, 1, 32, false),
         (ModelChoice::Tutorial, 65, 32, true),
         (ModelChoice::Vgg16Bn, 65, 32, true),
@@ -120,7 +125,7 @@ fn networks_list_what_they_keep() {
             (ModelChoice::Resnet18, [3, 1, 32, 32], false),
             (ModelChoice::Tutorial, [3, 1, 28, 28], true),
         ] {
-            let network = choice.init(&options(choice, form), &device);
+            let network = network(choice, form, &device);
             let (block, tensor) = &network.saved_for_backward(3)[0];
             assert_eq!((block.as_str(), tensor.name), ("conv1", "input"));
             assert_eq!(tensor.shape.to_vec(), shape);
@@ -144,7 +149,7 @@ fn a_folded_network_predicts_the_same() {
         if !choice.tracks_statistics() {
             continue;
         }
-        let network = choice.init(&options(choice, Form::Fused), &device);
+        let network = network(choice, Form::Fused, &device);
         for _ in 0..4 {
             network.forward(images(4));
         }
@@ -163,7 +168,7 @@ fn a_folded_network_predicts_in_mixed_precision() {
     let device = Device::flex().autodiff();
     let images = Tensor::<4>::random([4, 1, SIDE, SIDE], Distribution::Normal(0.3, 1.0), &device);
     let choice = ModelChoice::Resnet18;
-    let network = choice.init(&options(choice, Form::Fused), &device);
+    let network = network(choice, Form::Fused, &device);
     for _ in 0..4 {
         network.forward(images.clone());
     }
@@ -186,6 +191,6 @@ fn a_folded_network_predicts_in_mixed_precision() {
 fn what_has_no_running_statistics_is_refused() {
     let device = Device::flex();
     let choice = ModelChoice::Tutorial;
-    let refused = choice.init(&options(choice, Form::Fused), &device).folded();
+    let refused = network(choice, Form::Fused, &device).folded();
     assert_eq!(refused.err(), Some(FoldError::NoRunningStatistics));
 }

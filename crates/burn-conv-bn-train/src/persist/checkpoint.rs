@@ -2,38 +2,39 @@
 //!
 //! A checkpoint is a set of files in the folder `checkpoint` of a run. After epoch 3 they are
 //! Burn's records `model-3.bpk`, `optim-3.bpk` and `scheduler-3.bpk`, and `epoch-3.json`, which
-//! lists them with their sizes and checksums and has the totals and steps of the epochs so far. Each file
+//! lists them with their checksums and has the totals and steps of the epochs so far. Each file
 //! appears whole or not at all, the list last: a set without a list is not complete. Older sets are
 //! removed when a newer one is complete and on the disk, their lists first. What stays are the two
 //! newest, and that of the best epoch. A run that has finished no epoch yet has the list of a set
 //! without files, `epoch-0.json`.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use anyhow::{Context, Result, bail, ensure};
 use burn::lr_scheduler::LrSchedulerRecord;
 use burn::optim::OptimizerRecord;
 use burn::store::ModuleRecord;
 use burn::tensor::Bytes;
-use burn::train::checkpoint::{
-    Checkpoint, Checkpointer, CheckpointerError, CheckpointingAction, CheckpointingStrategy,
-};
-use burn::train::metric::store::EventStoreClient;
+use burn::train::checkpoint::{Checkpoint, Checkpointer, CheckpointerError, KeepLastNCheckpoints};
+use burn::train::{LearnerModel, SupervisedTraining};
 use burn_conv_bn_files::{OutputError, Survives, sync_folder, write};
 use serde::{Deserialize, Serialize};
 
-use crate::persist::history::{EpochTotals, History, best_epoch, wait_for_logs};
-use crate::persist::lock::FirstFailure;
+use crate::measure::history::{Epoch, History, best_epoch};
+use crate::print::message;
 
 /// What Burn calls the files of a checkpoint.
 const PARTS: [&str; 3] = [MODEL, OPTIMIZER, SCHEDULER];
 const MODEL: &str = "model";
 const OPTIMIZER: &str = "optim";
 const SCHEDULER: &str = "scheduler";
+
+/// The kind of file that lists a set.
+const LIST: &str = "epoch";
 
 /// Where the checkpoints of a run are.
 pub(crate) fn folder(directory: &Path) -> PathBuf {
@@ -42,37 +43,24 @@ pub(crate) fn folder(directory: &Path) -> PathBuf {
 
 /// The file of a checkpoint that has the model.
 pub(crate) fn model_file(directory: &Path, epoch: usize) -> PathBuf {
-    folder(directory).join(part_name(MODEL, epoch))
+    folder(directory).join(file_name(MODEL, epoch))
 }
 
-/// A checkpoint that cannot be read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Damaged {
-    /// The epoch after which it was written.
-    pub(crate) epoch: usize,
-    /// The file that is missing or not as it was written.
-    pub(crate) path: PathBuf,
-    /// What is wrong with it.
-    pub(crate) reason: String,
+fn file_name(kind: &str, epoch: usize) -> String {
+    let extension = if kind == LIST { "json" } else { "bpk" };
+    format!("{kind}-{epoch}.{extension}")
 }
 
-impl fmt::Display for Damaged {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.path.display(), self.reason)
-    }
-}
+/// Checkpoints that cannot be read, the newest first: the epoch of each, and which file is missing or not
+/// as it was written.
+pub(crate) type Damaged = Vec<(usize, String)>;
 
-/// Checkpoints that cannot be read, as the end of a message.
-pub(crate) fn listed(damaged: &[Damaged]) -> String {
-    damaged.iter().map(|set| format!("; {set}")).collect()
-}
-
-/// A complete checkpoint, every byte of it as it was written.
+/// A complete checkpoint, every byte of it as it was written. By default that of no epoch.
+#[derive(Default)]
 pub(crate) struct Set {
     /// The epochs that were finished.
     pub(crate) epoch: usize,
-    /// The totals of the finished epochs.
-    pub(crate) history: Vec<EpochTotals>,
+    pub(crate) history: Vec<Epoch>,
     /// None if no epoch was finished.
     pub(crate) records: Option<Records>,
 }
@@ -88,44 +76,33 @@ pub(crate) struct Records {
 ///
 /// Sets whose list was never written count as neither: the process was killed before they were
 /// complete.
-pub(crate) fn newest(directory: &Path) -> io::Result<(Option<Set>, Vec<Damaged>)> {
-    let mut epochs: Vec<usize> = files(directory)?
-        .into_iter()
-        .filter(|file| file.is_list)
-        .map(|file| file.epoch)
-        .collect();
-    epochs.sort_unstable_by(|a, b| b.cmp(a));
+pub(crate) fn newest(directory: &Path) -> Result<(Option<Set>, Damaged)> {
     let mut damaged = Vec::new();
-    for epoch in epochs {
+    for epoch in listed_epochs(directory)?.into_iter().rev() {
         match read(directory, epoch) {
             Ok(set) => return Ok((Some(set), damaged)),
-            Err(damage) => damaged.push(damage),
+            Err(error) => damaged.push((epoch, message(&error))),
         }
     }
     Ok((None, damaged))
 }
 
 /// Reads the checkpoint of one epoch.
-pub(crate) fn read(directory: &Path, epoch: usize) -> Result<Set, Damaged> {
+pub(crate) fn read(directory: &Path, epoch: usize) -> Result<Set> {
     let folder = folder(directory);
-    let path = folder.join(list_name(epoch));
-    let damaged = |reason: String| Damaged {
-        epoch,
-        path: path.clone(),
-        reason,
-    };
-    let bytes = fs::read(&path).map_err(|error| damaged(unreadable(&error)))?;
-    let contents = List::parse(&bytes).map_err(|reason| damaged(reason.to_string()))?;
+    let path = folder.join(file_name(LIST, epoch));
+    let contents = List::read(&path)?;
     if contents.epoch != epoch || contents.history.len() != epoch {
-        return Err(damaged("is the list of another epoch".to_string()));
+        bail!("{} is the list of another epoch", path.display());
     }
-    let records = match epoch {
-        0 => None,
-        _ => Some(Records {
+    let records = if epoch == 0 {
+        None
+    } else {
+        Some(Records {
             model: contents.load(&folder, MODEL)?,
             optimizer: contents.load(&folder, OPTIMIZER)?,
             scheduler: contents.load(&folder, SCHEDULER)?,
-        }),
+        })
     };
     Ok(Set {
         epoch,
@@ -135,12 +112,17 @@ pub(crate) fn read(directory: &Path, epoch: usize) -> Result<Set, Damaged> {
 }
 
 /// The epochs of a run with a complete checkpoint, in order, without that of no epoch.
-pub(crate) fn epochs(directory: &Path) -> io::Result<Vec<usize>> {
-    let mut epochs: Vec<usize> = files(directory)?
-        .into_iter()
-        .filter(|file| file.is_list && file.epoch > 0)
-        .map(|file| file.epoch)
-        .collect();
+pub(crate) fn epochs(directory: &Path) -> Result<Vec<usize>> {
+    let mut epochs = listed_epochs(directory)?;
+    epochs.retain(|&epoch| epoch > 0);
+    Ok(epochs)
+}
+
+fn listed_epochs(directory: &Path) -> Result<Vec<usize>> {
+    let folder = folder(directory);
+    let files = files(directory).with_context(|| format!("cannot read {}", folder.display()))?;
+    let lists = files.into_iter().filter(|file| file.is_list);
+    let mut epochs: Vec<usize> = lists.map(|file| file.epoch).collect();
     epochs.sort_unstable();
     Ok(epochs)
 }
@@ -160,8 +142,8 @@ pub(crate) fn named(epochs: &[usize]) -> String {
 /// A file of a checkpoint, complete or not.
 #[derive(Clone, Debug)]
 pub(crate) struct SetFile {
-    pub(crate) path: PathBuf,
-    pub(crate) epoch: usize,
+    path: PathBuf,
+    epoch: usize,
     /// Whether it is the one that makes the set complete.
     is_list: bool,
 }
@@ -169,9 +151,8 @@ pub(crate) struct SetFile {
 /// The files of all checkpoints of a run; none if it has no folder for them.
 pub(crate) fn files(directory: &Path) -> io::Result<Vec<SetFile>> {
     let entries = match fs::read_dir(folder(directory)) {
-        Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
+        entries => entries?,
     };
     let mut files = Vec::new();
     for entry in entries {
@@ -184,6 +165,14 @@ pub(crate) fn files(directory: &Path) -> io::Result<Vec<SetFile>> {
         }));
     }
     Ok(files)
+}
+
+/// The epoch in the name of a file, and whether it is the list of a set.
+fn epoch_of(name: &str) -> Option<(usize, bool)> {
+    let (kind, rest) = name.split_once('-')?;
+    let epoch = rest.split('.').next()?.parse().ok()?;
+    let known = kind == LIST || PARTS.contains(&kind);
+    (known && file_name(kind, epoch) == name).then_some((epoch, kind == LIST))
 }
 
 /// Removes files of checkpoints, so that a set which is not whole any more has no list either.
@@ -203,11 +192,7 @@ pub(crate) fn remove(mut files: Vec<SetFile>) -> Result<(), OutputError> {
 /// Removes the checkpoints that a run does not need any more once that of `epoch` is complete.
 ///
 /// Files of later epochs stay, readable or not: the run has yet to write them anew.
-pub(crate) fn prune(
-    directory: &Path,
-    epoch: usize,
-    history: &[EpochTotals],
-) -> Result<(), OutputError> {
+pub(crate) fn prune(directory: &Path, epoch: usize, history: &[Epoch]) -> Result<(), OutputError> {
     let kept = [epoch.checked_sub(1), best_epoch(history)];
     let files = files(directory).map_err(|error| OutputError::io(folder(directory), error))?;
     let old = |file: &SetFile| file.epoch < epoch && !kept.contains(&Some(file.epoch));
@@ -220,25 +205,27 @@ pub(crate) fn prune(
 /// the set.
 pub(crate) struct Store {
     directory: PathBuf,
-    failure: FirstFailure,
-    pending: Mutex<BTreeMap<usize, Pending>>,
-}
-
-/// A set that is not complete yet.
-#[derive(Default)]
-struct Pending {
-    history: Vec<EpochTotals>,
-    files: Vec<StoredFile>,
+    history: History,
+    /// The first of all parts.
+    failure: Mutex<Option<OutputError>>,
+    /// Sets that are not complete yet.
+    pending: Mutex<BTreeMap<usize, Contents>>,
 }
 
 impl Store {
-    /// Writes to the folder of `directory`; what cannot be written goes to `failure`.
-    pub(crate) fn new(directory: &Path, failure: FirstFailure) -> Self {
+    /// Writes to the folder of `directory`; `history` has the epochs.
+    pub(crate) fn new(directory: &Path, history: &History) -> Self {
         Self {
             directory: directory.to_path_buf(),
-            failure,
+            history: history.clone(),
+            failure: Mutex::default(),
             pending: Mutex::default(),
         }
+    }
+
+    /// The first file that could not be written, which has stopped the training.
+    pub(crate) fn take_failure(&self) -> Option<OutputError> {
+        lock(&self.failure).take()
     }
 
     /// Begins a run: makes the folder, and the set of no epoch.
@@ -247,81 +234,55 @@ impl Store {
         fs::create_dir_all(&folder)
             .and_then(|()| sync_folder(&self.directory))
             .map_err(|error| OutputError::io(folder, error))?;
-        self.complete(0, Pending::default())
+        self.complete(Contents::default())
     }
 
-    /// Expects the records of an epoch.
-    fn announce(&self, epoch: usize, history: Vec<EpochTotals>) {
-        let files = Vec::new();
-        self.pending().insert(epoch, Pending { history, files });
-    }
-
-    fn save<R: Checkpoint>(
-        &self,
-        part: &'static str,
-        epoch: usize,
-        record: R,
-    ) -> Result<(), OutputError> {
-        let name = part_name(part, epoch);
+    fn save<R: Checkpoint>(&self, part: &str, epoch: usize, record: R) -> Result<(), OutputError> {
+        let name = file_name(part, epoch);
         let path = folder(&self.directory).join(&name);
         let failed = |error| OutputError::io(&path, error);
-
         let bytes = record
             .checkpoint_into_bytes()
             .map_err(|error| failed(io::Error::other(error)))?;
         write(&path, &bytes, Survives::PowerLoss)?;
-        let file = StoredFile {
-            name,
-            bytes: bytes.len() as u64,
-            md5: checksum(&bytes),
-        };
 
-        let set = {
-            let mut pending = self.pending();
-            let Some(set) = pending.get_mut(&epoch) else {
-                return Err(failed(io::Error::other("the epoch was not announced")));
-            };
-            set.files.push(file);
-            if set.files.len() == PARTS.len() {
-                pending.remove(&epoch)
-            } else {
-                None
+        let mut pending = lock(&self.pending);
+        let set = pending.entry(epoch).or_insert_with(|| {
+            // Burn has handed the whole epoch to the metrics before, and may have gone on.
+            let mut history = self.history.finished();
+            history.truncate(epoch);
+            Contents {
+                epoch,
+                history,
+                files: BTreeMap::new(),
             }
-        };
-        match set {
-            Some(set) => self.complete(epoch, set),
-            None => Ok(()),
+        });
+        set.files.insert(name, checksum(&bytes));
+        if set.files.len() < PARTS.len() {
+            return Ok(());
         }
+        let set = pending.remove(&epoch).unwrap_or_default();
+        drop(pending);
+        self.complete(set)
     }
 
     /// Writes the list of a set whose files are all on the disk, and removes those it replaces.
-    fn complete(&self, epoch: usize, set: Pending) -> Result<(), OutputError> {
-        let Pending { history, mut files } = set;
-        files.sort_by(|a, b| a.name.cmp(&b.name));
-        let list = List::of(Contents {
-            epoch,
-            history,
-            files,
-        });
-        let path = folder(&self.directory).join(list_name(epoch));
+    fn complete(&self, set: Contents) -> Result<(), OutputError> {
+        let path = folder(&self.directory).join(file_name(LIST, set.epoch));
+        let list = List {
+            md5: set.checksum(),
+            set,
+        };
         let json =
             serde_json::to_vec(&list).map_err(|error| OutputError::io(&path, error.into()))?;
         write(&path, &json, Survives::PowerLoss)?;
-        prune(&self.directory, epoch, &list.set.history)
+        prune(&self.directory, list.set.epoch, &list.set.history)
     }
+}
 
-    fn pending(&self) -> MutexGuard<'_, BTreeMap<usize, Pending>> {
-        // Each change is one operation on the map or on a list: what a poisoned lock guards is
-        // sound.
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Keeps a failure for the caller, and returns it for Burn, which stops the training.
-    fn report(&self, failure: OutputError) -> CheckpointerError {
-        let error = CheckpointerError::Unknown(failure.to_string());
-        self.failure.report(failure);
-        error
-    }
+/// Each change is one operation on a map or a value: what a poisoned lock guards is sound.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Writes one record of every checkpoint, and hands out that of the run that is resumed.
@@ -337,78 +298,53 @@ impl<R: Checkpoint> Checkpointer<R> for PartCheckpointer<R> {
     fn save(&self, epoch: usize, record: R) -> Result<(), CheckpointerError> {
         self.store
             .save(self.part, epoch, record)
-            .map_err(|failure| self.store.report(failure))
+            .map_err(|failure| {
+                // Kept for the caller, and returned to Burn, which stops the training.
+                let error = CheckpointerError::Unknown(failure.to_string());
+                lock(&self.store.failure).get_or_insert(failure);
+                error
+            })
     }
 
-    /// Removes the whole set. [`KeepLatestAndBest`] never asks for it: a set is removed when the
-    /// one that replaces it is complete, which only the store knows.
-    fn delete(&self, epoch: usize) -> Result<(), CheckpointerError> {
-        let directory = &self.store.directory;
-        let files = files(directory).map_err(CheckpointerError::IOError)?;
-        let of_epoch = files.into_iter().filter(|file| file.epoch == epoch);
-        remove(of_epoch.collect()).map_err(|failure| self.store.report(failure))
+    /// Does nothing: a set is removed when the one that replaces it is complete, which only the store knows.
+    fn delete(&self, _epoch: usize) -> Result<(), CheckpointerError> {
+        Ok(())
     }
 
     fn restore(&self, epoch: usize) -> Result<R, CheckpointerError> {
-        let mut restored = self.restored.lock().unwrap_or_else(PoisonError::into_inner);
-        restored.take().ok_or_else(|| {
-            CheckpointerError::Unknown(format!("there is no record of epoch {epoch}"))
-        })
+        let absent = || CheckpointerError::Unknown(format!("there is no record of epoch {epoch}"));
+        lock(&self.restored).take().ok_or_else(absent)
     }
 }
 
-/// What Burn writes the checkpoints of a run with: the model's, the optimizer's and the schedule's.
-pub(crate) type Checkpointers = (
-    PartCheckpointer<ModuleRecord>,
-    PartCheckpointer<OptimizerRecord>,
-    PartCheckpointer<LrSchedulerRecord>,
-);
-
-/// Checkpointers that write to `store`; `records` are those of the run that is resumed.
-pub(crate) fn checkpointers(store: &Arc<Store>, records: Option<Records>) -> Checkpointers {
-    let (model, optimizer, scheduler) = match records {
-        Some(records) => (
-            Some(records.model),
-            Some(records.optimizer),
-            Some(records.scheduler),
-        ),
-        None => (None, None, None),
-    };
-    (
-        part(store, MODEL, model),
-        part(store, OPTIMIZER, optimizer),
-        part(store, SCHEDULER, scheduler),
-    )
-}
-
-fn part<R>(store: &Arc<Store>, part: &'static str, restored: Option<R>) -> PartCheckpointer<R> {
-    PartCheckpointer {
-        store: store.clone(),
-        part,
-        restored: Mutex::new(restored),
+impl<R> PartCheckpointer<R> {
+    fn new(store: &Arc<Store>, part: &'static str, restored: Option<R>) -> Self {
+        Self {
+            store: store.clone(),
+            part,
+            restored: Mutex::new(restored),
+        }
     }
 }
 
-/// A checkpoint after every epoch; the two newest and the best epoch's are kept.
-///
-/// Burn's own strategy, the same otherwise, counts the epochs that it has seen, and would keep other
-/// sets in a run that is resumed; this one has no state but the run's history.
-pub(crate) struct KeepLatestAndBest {
-    pub(crate) store: Arc<Store>,
-    pub(crate) history: History,
-}
-
-impl CheckpointingStrategy for KeepLatestAndBest {
-    fn checkpointing(
-        &mut self,
-        epoch: usize,
-        events: &EventStoreClient,
-    ) -> Vec<CheckpointingAction> {
-        // A run that is resumed after this epoch does not write its logs again.
-        wait_for_logs(epoch, events);
-        self.store.announce(epoch, self.history.finished());
-        vec![CheckpointingAction::Save]
-    }
+/// Makes a training write checkpoints to `store`; `records` are those of the run that is resumed.
+pub(crate) fn with_checkpoints<M: LearnerModel>(
+    training: SupervisedTraining<M>,
+    store: &Arc<Store>,
+    records: Option<Records>,
+) -> SupervisedTraining<M> {
+    let (model, rest) = records
+        .map(|r| (r.model, (r.optimizer, r.scheduler)))
+        .unzip();
+    let (optimizer, scheduler) = rest.unzip();
+    training
+        .with_custom_checkpointers(
+            PartCheckpointer::new(store, MODEL, model),
+            PartCheckpointer::new(store, OPTIMIZER, optimizer),
+            PartCheckpointer::new(store, SCHEDULER, scheduler),
+        )
+        // After every epoch. Burn's choice of the best one begins anew in a run that is resumed.
+        .with_checkpointing_strategy(KeepLastNCheckpoints::new(usize::MAX))
 }
 
 /// The file that makes a set complete.
@@ -419,36 +355,23 @@ struct List {
     set: Contents,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 struct Contents {
     epoch: usize,
-    history: Vec<EpochTotals>,
-    files: Vec<StoredFile>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct StoredFile {
-    name: String,
-    bytes: u64,
-    md5: String,
+    history: Vec<Epoch>,
+    /// MD5 of each file, by its name.
+    files: BTreeMap<String, String>,
 }
 
 impl List {
-    fn of(set: Contents) -> Self {
-        Self {
-            md5: set.checksum(),
-            set,
-        }
-    }
-
-    fn parse(json: &[u8]) -> Result<Contents, &'static str> {
-        let list: Self =
-            serde_json::from_slice(json).map_err(|_| "is not the list of a checkpoint")?;
-        if list.md5 == list.set.checksum() {
-            Ok(list.set)
-        } else {
-            Err("is not as it was written")
-        }
+    fn read(path: &Path) -> Result<Contents> {
+        let named = || path.display().to_string();
+        let json = fs::read(path).with_context(|| format!("{} cannot be read", named()))?;
+        let list: Option<Self> = serde_json::from_slice(&json).ok();
+        let list = list.with_context(|| format!("{} is not the list of a checkpoint", named()))?;
+        let sound = list.md5 == list.set.checksum();
+        ensure!(sound, "{} is not as it was written", named());
+        Ok(list.set)
     }
 }
 
@@ -458,65 +381,21 @@ impl Contents {
         checksum(&serde_json::to_vec(self).unwrap_or_default())
     }
 
-    fn load<R: Checkpoint>(&self, folder: &Path, part: &str) -> Result<R, Damaged> {
-        let name = part_name(part, self.epoch);
+    fn load<R: Checkpoint>(&self, folder: &Path, part: &str) -> Result<R> {
+        let name = file_name(part, self.epoch);
         let path = folder.join(&name);
-        let damaged = |reason: String| Damaged {
-            epoch: self.epoch,
-            path: path.clone(),
-            reason,
-        };
-        let Some(file) = self.files.iter().find(|file| file.name == name) else {
-            return Err(damaged("is not in the list".to_string()));
-        };
-        // Looked at first, as something else may have been put there that does not fit in memory.
-        let found = fs::metadata(&path).map_err(|error| damaged(unreadable(&error)))?;
-        if found.len() != file.bytes {
-            return Err(damaged(format!(
-                "is damaged: it holds {} bytes, {} were written",
-                found.len(),
-                file.bytes
-            )));
-        }
-        let bytes = fs::read(&path).map_err(|error| damaged(unreadable(&error)))?;
-        if checksum(&bytes) != file.md5 {
-            return Err(damaged("is damaged: its checksum is wrong".to_string()));
+        let bytes =
+            fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))?;
+        if self.files.get(&name) != Some(&checksum(&bytes)) {
+            bail!("{} is damaged: its checksum is wrong", path.display());
         }
         R::checkpoint_from_bytes(Bytes::from_bytes_vec(bytes))
-            .map_err(|error| damaged(format!("is no record: {error}")))
+            .with_context(|| format!("{} is no record", path.display()))
     }
 }
 
 fn checksum(bytes: &[u8]) -> String {
     format!("{:x}", md5::compute(bytes))
-}
-
-fn unreadable(error: &io::Error) -> String {
-    format!("cannot be read: {error}")
-}
-
-fn list_name(epoch: usize) -> String {
-    format!("epoch-{epoch}.json")
-}
-
-fn part_name(part: &str, epoch: usize) -> String {
-    format!("{part}-{epoch}.bpk")
-}
-
-/// The epoch in the name of a file, and whether it is the list of a set.
-fn epoch_of(name: &str) -> Option<(usize, bool)> {
-    let (stem, _) = name.rsplit_once('.')?;
-    let (kind, epoch) = stem.split_once('-')?;
-    let epoch = epoch.parse().ok()?;
-    let is_list = kind == "epoch";
-    let wanted = if is_list {
-        list_name(epoch)
-    } else if PARTS.contains(&kind) {
-        part_name(kind, epoch)
-    } else {
-        return None;
-    };
-    (wanted == name).then_some((epoch, is_list))
 }
 
 #[cfg(test)]

@@ -1,11 +1,14 @@
 //! Files that a user asks for: checked before any work, written at its end.
 
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 
-use anyhow::{Result, anyhow};
-use burn_conv_bn_files::{OutputError, Survives, check_distinct};
+use anyhow::{Result, anyhow, bail};
+use burn_conv_bn_files::{OutputError, Survives, check_distinct, replaced};
 use serde::Serialize;
 
+use crate::persist::checkpoint;
+use crate::persist::run_file::RUN_FILE;
 use crate::print::say;
 
 /// How a picture is stored.
@@ -17,26 +20,16 @@ pub(crate) enum PictureFormat {
     Png,
 }
 
-/// The name of a picture's file does not say how to store it.
-#[derive(Debug, thiserror::Error)]
-#[error("a picture is written to a file that ends in .svg or .png, which {} does not", .0.display())]
-pub(crate) struct PictureFormatError(PathBuf);
-
 impl PictureFormat {
     /// That of a file with such a name.
-    ///
-    /// # Errors
-    ///
-    /// [`PictureFormatError`] if it ends neither in `.svg` nor in `.png`.
-    pub(crate) fn of(path: &Path) -> Result<Self, PictureFormatError> {
-        let ends_in = |wanted: &str| {
-            path.extension()
-                .is_some_and(|extension| extension.eq_ignore_ascii_case(wanted))
-        };
-        match (ends_in("svg"), ends_in("png")) {
-            (true, _) => Ok(Self::Svg),
-            (_, true) => Ok(Self::Png),
-            _ => Err(PictureFormatError(path.to_path_buf())),
+    pub(crate) fn of(path: &Path) -> Result<Self> {
+        match path.extension() {
+            Some(name) if name.eq_ignore_ascii_case("svg") => Ok(Self::Svg),
+            Some(name) if name.eq_ignore_ascii_case("png") => Ok(Self::Png),
+            _ => bail!(
+                "a picture is written to a file that ends in .svg or .png, which {} does not",
+                path.display()
+            ),
         }
     }
 }
@@ -51,6 +44,27 @@ pub(crate) fn check(outputs: &[(&'static str, Option<&Path>)]) -> Result<()> {
         burn_conv_bn_files::check(path).map_err(cannot_write)?;
     }
     Ok(check_distinct(&given)?)
+}
+
+/// As [`check`], of outputs that would replace no file of the run in a folder.
+pub(crate) fn check_beside(run: &Path, outputs: &[(&'static str, Option<&Path>)]) -> Result<()> {
+    check(outputs)?;
+    // A folder that is yet to be made has no files.
+    let Ok(folder) = fs::canonicalize(run) else {
+        return Ok(());
+    };
+    for (option, path) in outputs {
+        let Some(path) = path else { continue };
+        let file = replaced(path)?.unwrap_or_default();
+        if file == folder.join(RUN_FILE) || file.starts_with(checkpoint::folder(&folder)) {
+            bail!(
+                "{option} {} would overwrite a file of the run in {}; use another path",
+                path.display(),
+                run.display()
+            );
+        }
+    }
+    Ok(())
 }
 
 /// A value as JSON.

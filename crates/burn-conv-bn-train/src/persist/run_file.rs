@@ -2,8 +2,9 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -71,39 +72,6 @@ impl DataIdentity {
     }
 }
 
-/// Why the run in a folder cannot be resumed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum RunFileError {
-    /// There is no such file.
-    #[error(
-        "{} has no {RUN_FILE}, which says what its checkpoints are of: they were not written by \
-         `mnist train`, or by an older one", .directory.display()
-    )]
-    Missing { directory: PathBuf },
-    /// The file cannot be read.
-    #[error("cannot read {}: {source}", .path.display())]
-    Io { path: PathBuf, source: io::Error },
-    /// The file is not one that was written for a run.
-    #[error("{} is damaged: {source}", .path.display())]
-    Damaged {
-        path: PathBuf,
-        source: serde_json::Error,
-    },
-    /// The run was started with other options.
-    #[error("cannot resume the run in {}: it was started with {differences}", .directory.display())]
-    Differs {
-        directory: PathBuf,
-        differences: String,
-    },
-    /// The run was started on other digits.
-    #[error("cannot resume the run in {}: it was started on {stored}, and these are {found}", .directory.display())]
-    Data {
-        directory: PathBuf,
-        stored: String,
-        found: String,
-    },
-}
-
 impl RunFile {
     /// Options that decide the result: a resumed run must have the same values.
     ///
@@ -144,18 +112,26 @@ impl RunFile {
         }
     }
 
-    /// Reads the file in the folder of a run.
-    pub(crate) fn read(directory: &Path) -> Result<Self, RunFileError> {
+    /// Reads the file in the folder of a run. None if there is no such file.
+    pub(crate) fn find(directory: &Path) -> Result<Option<Self>> {
         let path = directory.join(RUN_FILE);
-        match read_text(&path) {
-            Ok(json) => {
-                serde_json::from_str(&json).map_err(|source| RunFileError::Damaged { path, source })
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(RunFileError::Missing {
-                directory: directory.to_path_buf(),
-            }),
-            Err(source) => Err(RunFileError::Io { path, source }),
-        }
+        let json = match read_text(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            json => json.with_context(|| format!("cannot read {}", path.display()))?,
+        };
+        let file = serde_json::from_str(&json);
+        file.with_context(|| format!("{} is damaged", path.display()))
+    }
+
+    /// As [`find`](Self::find), a file that must be there.
+    pub(crate) fn read(directory: &Path) -> Result<Self> {
+        Self::find(directory)?.with_context(|| {
+            format!(
+                "{} has no {RUN_FILE}, which says what its checkpoints are of: they were not \
+                 written by `mnist train`, or by an older one",
+                directory.display()
+            )
+        })
     }
 
     /// What goes into the file.
@@ -166,47 +142,40 @@ impl RunFile {
     }
 
     /// Checks that `options` agree with this run's where they decide the result.
-    pub(crate) fn check_options(
-        &self,
-        directory: &Path,
-        options: &Options,
-    ) -> Result<(), RunFileError> {
-        let differences: Vec<String> = Self::FIXED
-            .iter()
-            .map(|option| (option, self.options.get(*option), options.get(*option)))
-            .filter(|(_, stored, asked)| stored != asked)
-            .map(|(option, stored, asked)| match (stored, asked) {
-                (Some(stored), Some(asked)) => {
-                    format!("--{option} {}, not {}", shown(stored), shown(asked))
-                }
-                (Some(stored), None) => format!("--{option} {}, which is gone", shown(stored)),
-                (None, Some(asked)) => format!("no --{option}, not with {}", shown(asked)),
-                (None, None) => unreachable!("they differ"),
-            })
-            .collect();
-        if differences.is_empty() {
-            return Ok(());
-        }
-        Err(RunFileError::Differs {
-            directory: directory.to_path_buf(),
-            differences: differences.join(", and with "),
-        })
+    pub(crate) fn check_options(&self, directory: &Path, options: &Options) -> Result<()> {
+        let difference = |option: &&str| match (self.options.get(*option), options.get(*option)) {
+            (stored, asked) if stored == asked => None,
+            (Some(stored), Some(asked)) => Some(format!(
+                "--{option} {}, not {}",
+                shown(stored),
+                shown(asked)
+            )),
+            (Some(stored), None) => Some(format!("--{option} {}, which is gone", shown(stored))),
+            (None, asked) => {
+                let asked = asked.map(shown).unwrap_or_default();
+                Some(format!("no --{option}, not with {asked}"))
+            }
+        };
+        let differences: Vec<String> = Self::FIXED.iter().filter_map(difference).collect();
+        ensure!(
+            differences.is_empty(),
+            "cannot resume the run in {}: it was started with {}",
+            directory.display(),
+            differences.join(", and with ")
+        );
+        Ok(())
     }
 
     /// Checks that `data` are this run's.
-    pub(crate) fn check_data(
-        &self,
-        directory: &Path,
-        data: &DataIdentity,
-    ) -> Result<(), RunFileError> {
-        if self.data == *data {
-            return Ok(());
-        }
-        Err(RunFileError::Data {
-            directory: directory.to_path_buf(),
-            stored: self.data.describe(),
-            found: data.describe(),
-        })
+    pub(crate) fn check_data(&self, directory: &Path, data: &DataIdentity) -> Result<()> {
+        ensure!(
+            self.data == *data,
+            "cannot resume the run in {}: it was started on {}, and these are {}",
+            directory.display(),
+            self.data.describe(),
+            data.describe()
+        );
+        Ok(())
     }
 }
 

@@ -1,10 +1,10 @@
 //! From pictures of digits to digits as MNIST has them.
 
 use std::fs;
-use std::io;
 use std::ops::RangeInclusive;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use anyhow::{Context, Result, bail, ensure};
 use image::imageops;
 use image::{DynamicImage, GrayImage, ImageError, ImageFormat, ImageReader, Luma};
 
@@ -29,62 +29,16 @@ const CONTRAST: u8 = 32;
 const STRONG: u8 = 32;
 
 /// Strongest ink of a picture, of 255, that is not stretched.
-const FULL: u8 = 240;
+const FULL: u32 = 240;
 
-/// A digit from a file.
+/// A file of a folder.
 #[derive(Debug)]
 pub(super) struct Picture {
-    /// Name of the file in its folder.
+    /// Its name in the folder.
     pub(super) name: String,
-    /// As MNIST has it: white on black, scaled and centred.
-    pub(super) digit: Result<[u8; PIXELS], PictureError>,
-}
-
-/// Why a picture is left out.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum PictureError {
-    /// The file cannot be opened or read.
-    #[error("cannot be read: {0}")]
-    Io(#[from] io::Error),
-    /// A FIFO, a socket or a device.
-    #[error("is no regular file")]
-    NotAFile,
-    /// A picture of another format.
-    #[error("is of a format that is not read here, which are {}", endings())]
-    Format,
-    /// A damaged picture.
-    #[error("cannot be decoded: {0}")]
-    Decode(ImageError),
-    /// Nothing stands out from the background.
-    #[error("is empty: nothing in it differs from its background by more than {found} of 255")]
-    Empty {
-        /// The largest difference.
-        found: u8,
-    },
-}
-
-/// Why a folder cannot be classified.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum FolderError {
-    /// The folder cannot be read.
-    #[error("cannot read the folder {}: {source}", .path.display())]
-    Io {
-        /// The folder.
-        path: PathBuf,
-        /// What the system reported.
-        source: io::Error,
-    },
-    /// The folder has no pictures.
-    #[error(
-        "the folder {} has no pictures: none of its {files} files is one of {}", .path.display(),
-        endings()
-    )]
-    NoPictures {
-        /// The folder.
-        path: PathBuf,
-        /// Number of files in it.
-        files: usize,
-    },
+    /// The digit in it as MNIST has it, white on black, scaled and centred, or why it cannot be read. None
+    /// if the file is no picture.
+    pub(super) digit: Result<Option<[u8; PIXELS]>>,
 }
 
 fn endings() -> String {
@@ -93,63 +47,66 @@ fn endings() -> String {
         .join(" ")
 }
 
-/// The pictures of a folder, sorted by name, each with its digit or the reason why there is none.
+/// The files of a folder, sorted by name, each with its digit or the reason why there is none.
 ///
 /// A regular file is a picture if its ending or its content names a picture format, also one that is
 /// not read here. Subfolders are left out; FIFOs, devices and dangling links are not.
 ///
 /// # Errors
 ///
-/// [`FolderError`].
-pub(super) fn read_folder(path: &Path) -> Result<Vec<Picture>, FolderError> {
-    let failed = |source| FolderError::Io {
-        path: path.to_path_buf(),
-        source,
-    };
-    let mut files = 0;
+/// If the folder cannot be read, or has no pictures.
+pub(super) fn read_folder(path: &Path) -> Result<Vec<Picture>> {
+    let failed = || format!("cannot read the folder {}", path.display());
     let mut pictures = Vec::new();
-    for entry in fs::read_dir(path).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let file = entry.path();
-        if file.is_dir() {
-            continue;
-        }
-        files += 1;
-        if let Some(digit) = read(&file).transpose() {
-            pictures.push((entry.file_name(), digit));
+    for entry in fs::read_dir(path).with_context(failed)? {
+        let file = entry.with_context(failed)?.path();
+        if !file.is_dir() {
+            pictures.push(Picture {
+                name: file
+                    .file_name()
+                    .unwrap_or_default()
+                    .to_string_lossy()
+                    .into_owned(),
+                digit: read(&file),
+            });
         }
     }
-    if pictures.is_empty() {
-        return Err(FolderError::NoPictures {
-            path: path.to_path_buf(),
-            files,
-        });
-    }
-    pictures.sort_by(|(a, _), (b, _)| a.cmp(b));
-    let pictures = pictures.into_iter().map(|(name, digit)| Picture {
-        name: name.to_string_lossy().into_owned(),
-        digit,
-    });
-    Ok(pictures.collect())
+    ensure!(
+        pictures
+            .iter()
+            .any(|picture| !matches!(picture.digit, Ok(None))),
+        "the folder {} has no pictures: none of its {} files is one of {}",
+        path.display(),
+        pictures.len(),
+        endings()
+    );
+    pictures.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(pictures)
 }
 
 /// The digit in a file; none if it is no picture.
-fn read(file: &Path) -> Result<Option<[u8; PIXELS]>, PictureError> {
+fn read(file: &Path) -> Result<Option<[u8; PIXELS]>> {
+    const UNREADABLE: &str = "cannot be read";
+
     // Opening a FIFO would wait for whoever writes to it.
-    if !fs::metadata(file)?.is_file() {
-        return Err(PictureError::NotAFile);
-    }
+    let is_file = fs::metadata(file).context(UNREADABLE)?.is_file();
+    ensure!(is_file, "is no regular file");
     // By content: the names of Netpbm's files are often wrong about which of the formats it is.
-    let reader = ImageReader::open(file)?.with_guessed_format()?;
-    let named = ImageFormat::from_path(file).is_ok();
-    if !named && reader.format().is_none() {
+    let reader = ImageReader::open(file).and_then(ImageReader::with_guessed_format);
+    let reader = reader.context(UNREADABLE)?;
+    if ImageFormat::from_path(file).is_err() && reader.format().is_none() {
         return Ok(None);
     }
-    let picture = reader.decode().map_err(|error| match error {
-        ImageError::Unsupported(_) => PictureError::Format,
-        ImageError::IoError(error) => PictureError::Io(error),
-        error => PictureError::Decode(error),
-    })?;
+    let picture = match reader.decode() {
+        Err(ImageError::Unsupported(_)) => {
+            bail!(
+                "is of a format that is not read here, which are {}",
+                endings()
+            )
+        }
+        Err(ImageError::IoError(error)) => return Err(error).context(UNREADABLE),
+        picture => picture.context("cannot be decoded")?,
+    };
     normalize(&picture).map(Some)
 }
 
@@ -168,8 +125,8 @@ fn read(file: &Path) -> Result<Option<[u8; PIXELS]>, PictureError> {
 ///
 /// # Errors
 ///
-/// [`PictureError::Empty`].
-pub(super) fn normalize(picture: &DynamicImage) -> Result<[u8; PIXELS], PictureError> {
+/// If nothing stands out from the background.
+pub(super) fn normalize(picture: &DynamicImage) -> Result<[u8; PIXELS]> {
     let ink = ink(&grey(picture))?;
     if is_in_place(&ink) {
         return Ok(pixels(&ink));
@@ -182,7 +139,7 @@ pub(super) fn normalize(picture: &DynamicImage) -> Result<[u8; PIXELS], PictureE
         return Ok(centred(&cut));
     }
     // Averages make thin strokes faint.
-    Ok(centred(&stretched(&scaled(&cut, longer))))
+    Ok(centred(&stretched(scaled(&cut, longer))))
 }
 
 /// Grey, with what is transparent filled in.
@@ -206,26 +163,30 @@ fn grey(picture: &DynamicImage) -> GrayImage {
 }
 
 /// White ink on black, stretched to all of the range where it is faint.
-fn ink(grey: &GrayImage) -> Result<GrayImage, PictureError> {
+fn ink(grey: &GrayImage) -> Result<GrayImage> {
     let background = background(grey);
-    let values = || grey.pixels().map(|pixel| pixel.0[0]);
-    let darker = background - values().min().unwrap_or(background).min(background);
-    let lighter = values().max().unwrap_or(background).max(background) - background;
+    let values = || grey.iter().copied().chain([background]);
+    let darker = background - values().min().unwrap_or(background);
+    let lighter = values().max().unwrap_or(background) - background;
     let strongest = darker.max(lighter);
-    if strongest < CONTRAST {
-        return Err(PictureError::Empty { found: strongest });
-    }
+    ensure!(
+        strongest >= CONTRAST,
+        "is empty: nothing in it differs from its background by more than {strongest} of 255"
+    );
     let dark =
         darker > lighter || (darker == lighter && sum(grey) < area(grey) * u64::from(background));
-    let ink = GrayImage::from_fn(grey.width(), grey.height(), |x, y| {
-        let value = grey.get_pixel(x, y).0[0];
-        Luma([if dark {
+    Ok(stretched(mapped(grey.clone(), |value| {
+        if dark {
             background.saturating_sub(value)
         } else {
             value.saturating_sub(background)
-        }])
-    });
-    Ok(stretched(&ink))
+        }
+    })))
+}
+
+fn mapped(mut picture: GrayImage, of: impl Fn(u8) -> u8) -> GrayImage {
+    picture.iter_mut().for_each(|value| *value = of(*value));
+    picture
 }
 
 /// Median of the frame. Of an even number's two middle values it is the one nearer to the picture's
@@ -254,7 +215,7 @@ fn frame(picture: &GrayImage) -> Vec<u8> {
 }
 
 fn sum(picture: &GrayImage) -> u64 {
-    picture.pixels().map(|pixel| u64::from(pixel.0[0])).sum()
+    picture.iter().map(|&value| u64::from(value)).sum()
 }
 
 fn area(picture: &GrayImage) -> u64 {
@@ -262,15 +223,13 @@ fn area(picture: &GrayImage) -> u64 {
 }
 
 /// The ink with its strongest pixel white, unless that is nearly white.
-fn stretched(ink: &GrayImage) -> GrayImage {
-    let strongest = ink.pixels().map(|pixel| pixel.0[0]).max().unwrap_or(0);
+fn stretched(ink: GrayImage) -> GrayImage {
+    let strongest = u32::from(ink.iter().copied().max().unwrap_or(0));
     if strongest == 0 || strongest >= FULL {
-        return ink.clone();
+        return ink;
     }
-    let (strongest, half) = (u32::from(strongest), u32::from(strongest) / 2);
-    GrayImage::from_fn(ink.width(), ink.height(), |x, y| {
-        let value = u32::from(ink.get_pixel(x, y).0[0]);
-        Luma([((255 * value + half) / strongest) as u8])
+    mapped(ink, |value| {
+        ((255 * u32::from(value) + strongest / 2) / strongest) as u8
     })
 }
 
@@ -297,26 +256,20 @@ fn cleaned(ink: &GrayImage) -> GrayImage {
         (column < columns && row < rows).then_some((column, row))
     };
     let mut near = GrayImage::new(columns, rows);
-    for (x, y, _) in ink
+    let strong = ink
         .enumerate_pixels()
-        .filter(|(.., pixel)| pixel.0[0] >= STRONG)
-    {
-        let (column, row) = cell_at(x, y).expect("strong ink is within its box");
-        for (x, y) in
-            (column - 1..=column + 1).flat_map(|x| (row - 1..=row + 1).map(move |y| (x, y)))
-        {
+        .filter(|(.., pixel)| pixel.0[0] >= STRONG);
+    for (column, row) in strong.filter_map(|(x, y, _)| cell_at(x, y)) {
+        // Strong ink is within its box, and has a cell on every side.
+        for (x, y) in (0..9).map(|at| (column - 1 + at % 3, row - 1 + at / 3)) {
             near.put_pixel(x, y, Luma([1]));
         }
     }
     GrayImage::from_fn(ink.width(), ink.height(), |x, y| {
         let value = ink.get_pixel(x, y).0[0];
-        let is_edge =
-            || value > noise && cell_at(x, y).is_some_and(|(x, y)| near.get_pixel(x, y).0[0] == 1);
-        Luma([if value >= STRONG || is_edge() {
-            value
-        } else {
-            0
-        }])
+        let is_near = || cell_at(x, y).is_some_and(|(x, y)| near.get_pixel(x, y).0[0] == 1);
+        let stays = value >= STRONG || value > noise && is_near();
+        Luma([if stays { value } else { 0 }])
     })
 }
 

@@ -1,37 +1,28 @@
 //! Predictions of a trained network: for the test set, and for pictures in a folder.
 
-mod font;
 mod images;
 mod mistakes;
 mod predictor;
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use burn::train::Interrupter;
 use burn_dataset::Dataset;
 
-use crate::data::{CLASSES, DataRequest, DigitItem, Digits, MnistData, PIXELS, resolve};
-use crate::measure::metrics::Evaluation;
+use crate::choice::Choice;
+use crate::data::{CLASSES, DataRequest, DigitItem, MnistData, resolve};
+use crate::measure::history::Evaluation;
 use crate::measure::report::{
     ImageReport, MistakeReport, PredictionReport, SkippedReport, TestReport,
 };
 use crate::persist::output::{self, PictureFormat};
-use crate::print::{escaped, say, warn};
-use crate::run::job::{Job, Norm};
+use crate::print::{escaped, message, say, warn};
+use crate::run::job::Job;
 use images::{Picture, read_folder};
-use mistakes::{SHOWN, Tile, draw};
+use mistakes::{SHOWN, draw};
 pub(crate) use predictor::PredictForm;
-use predictor::{PredictError, Predictor};
-
-/// What to classify.
-#[derive(Clone, Debug)]
-pub(crate) enum Source {
-    /// The pictures in a folder.
-    Images(PathBuf),
-    /// The test set.
-    TestSet,
-}
+use predictor::{Prediction, Predictor, check_statistics};
 
 /// How to predict.
 #[derive(Clone, Debug)]
@@ -42,8 +33,8 @@ pub(crate) struct PredictOptions {
     pub(crate) epoch: Option<usize>,
     /// In which form.
     pub(crate) form: PredictForm,
-    /// What to classify.
-    pub(crate) source: Source,
+    /// The folder of the pictures; the test set if there is none.
+    pub(crate) images: Option<PathBuf>,
     /// The digits that the model was trained on, `mnist`, `synthetic` or `custom`.
     pub(crate) trained_on: String,
     /// Where the predictions go.
@@ -64,18 +55,17 @@ pub(crate) fn predict(
     options: &PredictOptions,
     interrupter: &Interrupter,
 ) -> Result<()> {
-    let testing = matches!(options.source, Source::TestSet);
-    let format = check_outputs(options, testing)?;
-    let pictures = match &options.source {
-        Source::Images(folder) => read_folder(folder).map_err(PredictError::from)?,
-        Source::TestSet => Vec::new(),
+    let testing = options.images.is_none();
+    let format = check_outputs(options)?;
+    let pictures = match &options.images {
+        Some(folder) => read_folder(folder)?,
+        None => Vec::new(),
     };
     // Folding is refused by the model itself, which says why.
     let needs_statistics =
         !testing && !job.model.tracks_statistics() && options.form != PredictForm::Folded;
-    let unfused = options.form == PredictForm::Unfused;
-    if needs_statistics && unfused && job.norm == Norm::Tutorial {
-        return Err(PredictError::NoFixedStatistics.into());
+    if needs_statistics {
+        check_statistics(job, options.form)?;
     }
     let data = if testing || needs_statistics {
         Some(test_digits(job, &options.trained_on)?)
@@ -85,8 +75,8 @@ pub(crate) fn predict(
     let predictor = load(job, options, data.as_ref().filter(|_| needs_statistics))?;
 
     let mut report = PredictionReport {
-        model: job.model.name().to_string(),
-        form: options.form.name().to_string(),
+        model: job.model.name(),
+        form: options.form.name(),
         dtype: job.precision.dtype_name(),
         epoch: predictor.epoch,
         dataset: data.as_ref().map(|data| data.origin.name().to_string()),
@@ -98,8 +88,7 @@ pub(crate) fn predict(
     let text = if let Some(data) = data.filter(|_| testing) {
         let (test, evaluation) = test_set(&predictor, job, &data, interrupter)?;
         if let (Some(format), Some(path)) = (format, &options.mistakes) {
-            let tiles: Vec<Tile> = test.mistakes.iter().map(|m| tile(&data.test, m)).collect();
-            let picture = draw(format, &heading(&report, &test), &tiles);
+            let picture = draw(format, &heading(&report, &test), &data.test, &test.mistakes);
             files.push(("Mistakes", path.as_path(), picture));
         }
         let matrix = confusion_matrix(&test.confusion);
@@ -116,26 +105,27 @@ pub(crate) fn predict(
         files.push(("Predictions", path, output::json(&report)));
     }
     output::finish(Some(text), files)?;
-    match report.skipped.len() {
-        0 => Ok(()),
-        skipped => bail!(
-            "{skipped} of {} pictures could not be classified",
-            skipped + report.images.len()
-        ),
-    }
+    let skipped = report.skipped.len();
+    ensure!(
+        skipped == 0,
+        "{skipped} of {} pictures could not be classified",
+        skipped + report.images.len()
+    );
+    Ok(())
 }
 
 /// Checks that the results can be written. Returns the format of the picture of the mistakes.
-fn check_outputs(options: &PredictOptions, testing: bool) -> Result<Option<PictureFormat>> {
-    if !testing && options.mistakes.is_some() {
+fn check_outputs(options: &PredictOptions) -> Result<Option<PictureFormat>> {
+    if options.images.is_some() && options.mistakes.is_some() {
         bail!("nobody knows what the pictures of a folder are; --mistakes needs --test-set");
     }
     let format = options.mistakes.as_deref().map(PictureFormat::of);
-    let format = format.transpose().map_err(PredictError::from)?;
-    output::check(&[
+    let format = format.transpose()?;
+    let outputs = [
         ("--json", options.json.as_deref()),
         ("--mistakes", options.mistakes.as_deref()),
-    ])?;
+    ];
+    output::check_beside(&options.directory, &outputs)?;
     Ok(format)
 }
 
@@ -146,19 +136,19 @@ fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result
         digits.truncate(job.batch_size);
         digits
     });
-    let predictor = Predictor::load(
-        job,
-        &options.directory,
-        options.epoch,
-        options.form,
-        reference.as_ref(),
-    )?;
+    let PredictOptions {
+        directory,
+        epoch,
+        form,
+        ..
+    } = options;
+    let predictor = Predictor::load(job, directory, *epoch, *form, reference.as_ref())?;
     say!(
         "Model: {} of {} after epoch {}, {}, {}",
         job.model.name(),
-        options.directory.display(),
+        directory.display(),
         predictor.epoch,
-        options.form.name(),
+        form.name(),
         job.precision.describe()
     )?;
     if let Some(reference) = &reference {
@@ -187,8 +177,24 @@ fn test_digits(job: &Job, trained_on: &str) -> Result<MnistData> {
     Ok(data)
 }
 
-/// Classifies the test set, in batches as large as those of the training: a network without
-/// statistics of its own sees then what it saw in the tests between its epochs.
+/// Classifies digits in batches as large as those of the training: a network without statistics of its own
+/// sees then of the test set what it saw in the tests between its epochs.
+fn classify(
+    predictor: &Predictor,
+    job: &Job,
+    items: &[DigitItem],
+    interrupter: &Interrupter,
+) -> Result<Vec<Prediction>> {
+    let mut predictions = Vec::with_capacity(items.len());
+    for batch in items.chunks(job.batch_size) {
+        if interrupter.should_stop() {
+            bail!("interrupted: no prediction was printed, and no file was written");
+        }
+        predictions.extend(predictor.predict(batch.to_vec(), predictions.len())?);
+    }
+    Ok(predictions)
+}
+
 fn test_set(
     predictor: &Predictor,
     job: &Job,
@@ -199,29 +205,25 @@ fn test_set(
     let mut confusion = [[0; CLASSES]; CLASSES];
     let mut evaluation = Evaluation::default();
     let mut mistakes: Vec<MistakeReport> = Vec::new();
-    for first in (0..digits.len()).step_by(job.batch_size) {
-        stop_if_asked(interrupter)?;
-        let end = digits.len().min(first + job.batch_size);
-        let items = digits.get_many((first..end).collect());
-        let predictions = predictor.predict(items.map_err(PredictError::from)?, first)?;
-        for (index, prediction) in (first..).zip(predictions) {
-            let label = digits.label(index);
-            let loss = -prediction.log_probabilities[usize::from(label)];
-            confusion[usize::from(label)][usize::from(prediction.digit)] += 1;
-            evaluation += Evaluation {
-                loss_sum: loss,
-                correct: usize::from(prediction.digit == label),
-                total: 1,
-            };
-            if prediction.digit != label {
-                mistakes.push(MistakeReport {
-                    index,
-                    label,
-                    prediction: prediction.digit,
-                    probability: prediction.probability(),
-                    loss,
-                });
-            }
+    let items = digits.get_many((0..digits.len()).collect())?;
+    let predictions = classify(predictor, job, &items, interrupter)?;
+    for (index, prediction) in predictions.into_iter().enumerate() {
+        let label = digits.label(index);
+        let loss = -prediction.log_probabilities[usize::from(label)];
+        confusion[usize::from(label)][usize::from(prediction.digit)] += 1;
+        evaluation += Evaluation {
+            loss_sum: loss,
+            correct: usize::from(prediction.digit == label),
+            total: 1,
+        };
+        if prediction.digit != label {
+            mistakes.push(MistakeReport {
+                index,
+                label,
+                prediction: prediction.digit,
+                probability: prediction.probability(),
+                loss,
+            });
         }
     }
     mistakes.sort_by(|a, b| b.loss.total_cmp(&a.loss));
@@ -255,16 +257,6 @@ fn confusion_matrix(confusion: &[[usize; CLASSES]; CLASSES]) -> String {
     lines.join("\n")
 }
 
-fn tile(digits: &Digits, mistake: &MistakeReport) -> Tile {
-    Tile {
-        image: *digits.image(mistake.index),
-        label: mistake.label,
-        prediction: mistake.prediction,
-        probability: mistake.probability,
-        loss: mistake.loss,
-    }
-}
-
 /// What stands above the picture of the mistakes.
 fn heading(report: &PredictionReport, test: &TestReport) -> [String; 2] {
     let digits = format!(
@@ -292,38 +284,37 @@ fn classify_pictures(
     report: &mut PredictionReport,
     interrupter: &Interrupter,
 ) -> Result<()> {
-    let mut read: Vec<(String, [u8; PIXELS])> = Vec::new();
+    let (mut names, mut items, mut others) = (Vec::new(), Vec::new(), Vec::new());
     for Picture { name, digit } in pictures {
         match digit {
-            Ok(digit) => read.push((name, digit)),
+            Ok(Some(image)) => {
+                names.push(name);
+                items.push(DigitItem { image, label: 0 });
+            }
+            Ok(None) => others.push(escaped(&name, &[])),
             Err(error) => {
-                warn(format_args!("skipped: {} {error}", escaped(&name, &[])));
-                report.skipped.push(SkippedReport {
-                    file: name,
-                    reason: error.to_string(),
-                });
+                let reason = message(&error);
+                warn(format_args!("skipped: {} {reason}", escaped(&name, &[])));
+                report.skipped.push(SkippedReport { file: name, reason });
             }
         }
     }
-    for (first, chunk) in (0..)
-        .step_by(job.batch_size)
-        .zip(read.chunks(job.batch_size))
-    {
-        stop_if_asked(interrupter)?;
-        let items = chunk.iter().map(|(_, image)| DigitItem {
-            image: *image,
-            label: 0,
-        });
-        let predictions = predictor.predict(items.collect(), first)?;
-        for ((file, _), prediction) in chunk.iter().zip(predictions) {
-            report.images.push(ImageReport {
-                file: file.clone(),
-                prediction: prediction.digit,
-                probability: prediction.probability(),
-                probabilities: prediction.probabilities(),
-            });
-        }
+    if !others.is_empty() {
+        say!(
+            "No pictures by ending or content, and left out: {}",
+            others.join(", ")
+        )?;
     }
+    let predictions = classify(predictor, job, &items, interrupter)?;
+    let predicted = names.into_iter().zip(predictions);
+    report.images = predicted
+        .map(|(file, prediction)| ImageReport {
+            file,
+            prediction: prediction.digit,
+            probability: prediction.probability(),
+            probabilities: prediction.probabilities(),
+        })
+        .collect();
     Ok(())
 }
 
@@ -339,13 +330,6 @@ fn table(images: &[ImageReport]) -> String {
         ));
     }
     lines.join("\n")
-}
-
-fn stop_if_asked(interrupter: &Interrupter) -> Result<()> {
-    if interrupter.should_stop() {
-        bail!("interrupted: no prediction was printed, and no file was written");
-    }
-    Ok(())
 }
 
 #[cfg(test)]

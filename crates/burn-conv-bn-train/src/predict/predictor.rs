@@ -1,23 +1,22 @@
 //! A trained network, and its prediction for a digit.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use anyhow::{Context, Result, anyhow, ensure};
 use burn::data::dataloader::batcher::Batcher;
 use burn::module::Module;
-use burn::store::RecordError;
-use burn::tensor::{Device, FloatDType, Tensor, TensorReadError};
-use burn_conv_bn::{FoldError, NormVariant, RunningVariance};
-use burn_conv_bn_models::{Form, Net};
-use burn_dataset::{Dataset, DatasetError};
+use burn::tensor::{Device, FloatDType, Tensor};
+use burn_conv_bn::{NormVariant, RunningVariance};
+use burn_conv_bn_models::Net;
+use burn_dataset::Dataset;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::images::FolderError;
+use crate::choice::Choice;
 use crate::data::{CLASSES, DigitItem, Digits, MnistBatcher};
 use crate::measure::memory::MemoryProbe;
 use crate::model::Network;
-use crate::persist::checkpoint::{self, Damaged, listed};
-use crate::persist::output::PictureFormatError;
+use crate::persist::checkpoint::{self, Records};
 use crate::run::job::{Job, Norm, Variant};
 
 /// In which form a trained network predicts.
@@ -33,17 +32,6 @@ pub(crate) enum PredictForm {
     Unfused,
 }
 
-impl PredictForm {
-    /// As on the command line.
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Fused => "fused",
-            Self::Folded => "folded",
-            Self::Unfused => "unfused",
-        }
-    }
-}
-
 impl From<Variant> for PredictForm {
     fn from(variant: Variant) -> Self {
         match variant {
@@ -51,95 +39,6 @@ impl From<Variant> for PredictForm {
             Variant::Unfused => Self::Unfused,
         }
     }
-}
-
-/// Why nothing can be predicted.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum PredictError {
-    /// There is no checkpoint of a finished epoch that can be read.
-    #[error(
-        "{} has no complete checkpoint of a trained model{}", .directory.display(),
-        listed(.damaged)
-    )]
-    NoCheckpoint {
-        /// The folder of the run.
-        directory: PathBuf,
-        /// Checkpoints that are there and cannot be read, the newest first.
-        damaged: Vec<Damaged>,
-    },
-    /// There is no complete checkpoint of the epoch that was asked for.
-    #[error(
-        "{} has no complete checkpoint of epoch {epoch}, but {}", .directory.display(),
-        checkpoint::named(.kept)
-    )]
-    NoEpoch {
-        /// The folder of the run.
-        directory: PathBuf,
-        /// The epoch.
-        epoch: usize,
-        /// Epochs with a complete checkpoint.
-        kept: Vec<usize>,
-    },
-    /// The folder of the checkpoints cannot be read.
-    #[error("cannot read {}: {source}", .path.display())]
-    Folder {
-        /// The folder.
-        path: PathBuf,
-        /// What the system reported.
-        source: std::io::Error,
-    },
-    /// The checkpoint is of another network than the run's.
-    #[error("{} does not fit the model {model}: {source}", .path.display())]
-    Checkpoint {
-        /// The file.
-        path: PathBuf,
-        /// The network.
-        model: &'static str,
-        /// What does not fit.
-        source: RecordError,
-    },
-    /// The checkpoint is of another type than the run's.
-    #[error("{} is of type {found:?}, the run of type {expected:?}", .path.display())]
-    CheckpointType {
-        /// The file.
-        path: PathBuf,
-        /// The run's type.
-        expected: FloatDType,
-        /// The checkpoint's type.
-        found: FloatDType,
-    },
-    /// The network cannot be folded.
-    #[error("the model {model} cannot be folded: {source}; use --form fused")]
-    Fold {
-        /// The network.
-        model: &'static str,
-        /// Why.
-        source: FoldError,
-    },
-    /// Single pictures need fixed statistics, which this form of the norm cannot take.
-    #[error(
-        "the unfused form of the tutorial's norm takes statistics of whole batches alone, so that it \
-         cannot classify single pictures; use --form fused"
-    )]
-    NoFixedStatistics,
-    /// The network puts out something that is no number.
-    #[error("the network's output for digit {index} is not a number: its training has diverged")]
-    NotANumber {
-        /// Position of the digit, from 0.
-        index: usize,
-    },
-    /// Digits could not be loaded.
-    #[error("cannot load the digits: {0}")]
-    Dataset(#[from] DatasetError),
-    /// A result could not be read from the device.
-    #[error("cannot read from the device: {0}")]
-    Read(#[from] TensorReadError),
-    /// The pictures' folder cannot be read.
-    #[error(transparent)]
-    Pictures(#[from] FolderError),
-    /// A picture's file has no name that says how to store it.
-    #[error(transparent)]
-    PictureFormat(#[from] PictureFormatError),
 }
 
 /// A trained network, ready to predict.
@@ -178,14 +77,12 @@ impl Prediction {
         if log_probabilities.iter().any(|value| value.is_nan()) {
             return None;
         }
-        let mut best = 0;
-        for (digit, value) in log_probabilities.iter().enumerate() {
-            if *value > log_probabilities[best] {
-                best = digit;
-            }
-        }
+        // The last of equals counts as the greatest.
+        let classes = (0..CLASSES).rev();
+        let digit =
+            classes.max_by(|&a, &b| log_probabilities[a].total_cmp(&log_probabilities[b]))?;
         Some(Self {
-            digit: best as u8,
+            digit: digit as u8,
             log_probabilities,
         })
     }
@@ -201,44 +98,32 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// [`PredictError`].
+    /// If there is no such checkpoint, if it is of another network, or if the network has no such form.
     pub(super) fn load(
         job: &Job,
         directory: &Path,
         epoch: Option<usize>,
         form: PredictForm,
         statistics: Option<&Digits>,
-    ) -> Result<Self, PredictError> {
+    ) -> Result<Self> {
         let model = job.model.name();
         let (records, epoch) = records(directory, epoch)?;
-        let path = checkpoint::model_file(directory, epoch);
         let variant = match form {
             PredictForm::Fused | PredictForm::Folded => Variant::Fused,
             PredictForm::Unfused => Variant::Unfused,
         };
-        let expected = job.precision.parameters();
-        let mut classifier = job
-            .classifier(variant, MemoryProbe::off())
-            .try_load_record(records.model)
-            .map_err(|source| PredictError::Checkpoint {
-                path: path.clone(),
-                model,
-                source,
-            })?;
-        let found = classifier.dtype();
-        if found != expected {
-            return Err(PredictError::CheckpointType {
-                path,
-                expected,
-                found,
-            });
-        }
+        let classifier = job.classifier(variant, MemoryProbe::off());
+        let mut classifier = classifier.restored(records.model).with_context(|| {
+            let path = checkpoint::model_file(directory, epoch);
+            format!("{} does not fit the model {model}", path.display())
+        })?;
 
         let network = match (form, statistics) {
             // Folded in the parameters' type, and rounded only then.
             (PredictForm::Folded, _) => {
-                let folded = classifier.net.folded();
-                classifier.net = folded.map_err(|source| PredictError::Fold { model, source })?;
+                classifier.net = classifier.net.folded().map_err(|error| {
+                    anyhow!("the model {model} cannot be folded: {error}; use --form fused")
+                })?;
                 classifier.computing()
             }
             (_, None) => classifier.computing().valid(),
@@ -256,71 +141,66 @@ impl Predictor {
     ///
     /// # Errors
     ///
-    /// [`PredictError::Read`] or [`PredictError::NotANumber`].
-    pub(super) fn predict(
-        &self,
-        items: Vec<DigitItem>,
-        first: usize,
-    ) -> Result<Vec<Prediction>, PredictError> {
+    /// If the device fails, or the network puts out something that is no number.
+    pub(super) fn predict(&self, items: Vec<DigitItem>, first: usize) -> Result<Vec<Prediction>> {
         let batch = MnistBatcher::new(self.activations).batch(items, &self.device);
-        let output = self
-            .network
-            .forward(batch.images)
-            .try_into_vec_as::<f64>()?;
-        output
-            .chunks_exact(CLASSES)
-            .zip(first..)
-            .map(|(row, index)| Prediction::of(row).ok_or(PredictError::NotANumber { index }))
-            .collect()
+        let output = self.network.forward(batch.images);
+        let output = output
+            .try_into_vec_as::<f64>()
+            .context("cannot read from the device")?;
+        let rows = output.chunks_exact(CLASSES).zip(first..);
+        rows.map(|(row, index)| {
+            Prediction::of(row).with_context(|| {
+                format!(
+                    "the network's output for digit {index} is not a number: its training has \
+                     diverged"
+                )
+            })
+        })
+        .collect()
     }
 }
 
 /// The state of a training, and after which epoch it is.
-fn records(
-    directory: &Path,
-    epoch: Option<usize>,
-) -> Result<(checkpoint::Records, usize), PredictError> {
-    let folder = |source| PredictError::Folder {
-        path: checkpoint::folder(directory),
-        source,
-    };
-    if let Some(epoch) = epoch {
-        let kept = checkpoint::epochs(directory).map_err(folder)?;
-        if !kept.contains(&epoch) {
-            return Err(PredictError::NoEpoch {
-                directory: directory.to_path_buf(),
-                epoch,
-                kept,
-            });
-        }
-    }
-    let (set, damaged) = match epoch {
-        None => checkpoint::newest(directory).map_err(folder)?,
-        Some(epoch) => match checkpoint::read(directory, epoch) {
-            Ok(set) => (Some(set), Vec::new()),
-            Err(damaged) => (None, vec![damaged]),
-        },
+fn records(directory: &Path, epoch: Option<usize>) -> Result<(Records, usize)> {
+    let named = directory.display();
+    let (set, damaged) = if let Some(epoch) = epoch {
+        let kept = checkpoint::epochs(directory)?;
+        ensure!(
+            kept.contains(&epoch),
+            "{named} has no complete checkpoint of epoch {epoch}, but {}",
+            checkpoint::named(&kept)
+        );
+        (Some(checkpoint::read(directory, epoch)?), Vec::new())
+    } else {
+        checkpoint::newest(directory)?
     };
     // A run that has finished no epoch has a checkpoint without records.
     let found = set.and_then(|set| Some((set.records?, set.epoch)));
-    found.ok_or_else(|| PredictError::NoCheckpoint {
-        directory: directory.to_path_buf(),
-        damaged,
+    found.with_context(|| {
+        let damaged: String = damaged.iter().map(|(_, why)| format!("; {why}")).collect();
+        format!("{named} has no complete checkpoint of a trained model{damaged}")
     })
 }
 
+/// Checks that a network without statistics of its own can take those of some digits in a form.
+pub(super) fn check_statistics(job: &Job, form: PredictForm) -> Result<()> {
+    ensure!(
+        !(form == PredictForm::Unfused && job.norm == Norm::Tutorial),
+        "the unfused form of the tutorial's norm takes statistics of whole batches alone, so that it \
+         cannot classify single pictures; use --form fused"
+    );
+    Ok(())
+}
+
 /// The network in evaluation mode, with the statistics of `digits` if it has none of its own.
-fn with_statistics(network: Network, job: &Job, digits: &Digits) -> Result<Network, PredictError> {
+fn with_statistics(network: Network, job: &Job, digits: &Digits) -> Result<Network> {
     let Network::Tutorial(net) = network else {
         return Ok(network.valid());
     };
-    if net.form() == Form::Unfused && job.norm == Norm::Tutorial {
-        return Err(PredictError::NoFixedStatistics);
-    }
     let items: Vec<DigitItem> = digits.get_many((0..digits.len()).collect())?;
-    let images = MnistBatcher::new(job.precision.activations())
-        .batch(items, &job.device())
-        .images;
+    let batcher = MnistBatcher::new(job.precision.activations());
+    let images = batcher.batch(items, &job.device()).images;
     Ok(Network::Tutorial(calibrated(net, images)))
 }
 

@@ -1,8 +1,7 @@
 //! The tutorial's job: both variants on the same data, each in a process of its own, and what
 //! they took.
 
-use std::fmt::Write as _;
-use std::fs;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,10 +9,11 @@ use anyhow::{Context, Result, bail};
 use burn::train::Interrupter;
 use burn_conv_bn_memory::CountingAllocator;
 
-use crate::data::{DataOrigin, DatasetChoice, MnistData};
+use crate::choice::Choice;
+use crate::data::{DatasetChoice, MnistData};
 use crate::measure::estimate::estimate;
 use crate::measure::plot::picture;
-use crate::measure::report::{Report, VariantReport};
+use crate::measure::report::{EpochReport, Report, VariantReport};
 use crate::persist::output::{self, PictureFormat};
 use crate::print::{PrintError, loss, say};
 use crate::run::job::{Job, Variant};
@@ -26,8 +26,6 @@ pub(crate) struct CompareOptions {
     pub(crate) json: Option<PathBuf>,
     /// Where the picture of memory over a step and of the losses goes, as SVG.
     pub(crate) plot: Option<PathBuf>,
-    /// Where the metrics' logs go, a folder for each variant.
-    pub(crate) artifacts: PathBuf,
     /// If the estimate is longer, train on fewer digits, the same for all variants.
     pub(crate) time_limit: Option<Duration>,
     /// Threads of the CPU in the variants' processes; as many as the machine runs at once if not
@@ -51,37 +49,31 @@ pub(crate) fn compare(
     interrupter: &Interrupter,
 ) -> Result<()> {
     check_outputs(options)?;
-    fs::create_dir_all(&options.artifacts)
-        .with_context(|| format!("cannot create the folder {}", options.artifacts.display()))?;
-    let scratch = tempfile::tempdir_in(&options.artifacts)
-        .with_context(|| format!("cannot write to the folder {}", options.artifacts.display()))?;
-
+    let scratch = tempfile::tempdir().context("cannot make a temporary folder")?;
     let mut data = job.begin()?;
     announce(&mut job, options, &mut data, allocator)?;
     // The variants' processes look for the data again: what they find must be the same.
-    job.dataset = match data.origin {
-        DataOrigin::Synthetic { .. } => DatasetChoice::Synthetic,
-        _ => DatasetChoice::Mnist,
+    job.dataset = if data.origin.name() == "synthetic" {
+        DatasetChoice::Synthetic
+    } else {
+        DatasetChoice::Mnist
     };
 
     let mut report = job.report(&data);
     drop(data);
-    let failure = train_all(&job, options, scratch.path(), &mut report, interrupter)?;
+    let trained = train_all(&job, options, scratch.path(), &mut report, interrupter);
     // Finished variants are kept, also if another one failed.
     if !report.variants.is_empty() {
-        let mut files = Vec::new();
-        if let Some(path) = &options.json {
-            files.push(("Report", path.as_path(), output::json(&report)));
-        }
-        if let Some(path) = &options.plot {
+        let json = options.json.iter();
+        let json = json.map(|path| ("Report", path.as_path(), output::json(&report)));
+        let plot = options.plot.iter().map(|path| {
             let picture = picture(&report).context("cannot draw the picture");
-            files.push(("Picture", path, picture.map(String::into_bytes)));
-        }
+            ("Picture", path.as_path(), picture.map(String::into_bytes))
+        });
+        let files = json.chain(plot).collect();
         output::finish(Some(format!("\n{}", summary(&report))), files)?;
     }
-    if let Some(failure) = failure {
-        return Err(failure);
-    }
+    trained?;
     if interrupter.should_stop() || report.variants.iter().any(|variant| variant.interrupted) {
         bail!("{}", interruption(&job, options, &report));
     }
@@ -101,43 +93,30 @@ fn check_outputs(options: &CompareOptions) -> Result<()> {
     output::check(&[
         ("--json", options.json.as_deref()),
         ("--plot", options.plot.as_deref()),
-    ])?;
-    for variant in Variant::ALL {
-        let folder = options.artifacts.join(variant.name()).join("checkpoint");
-        if folder.exists() {
-            bail!(
-                "{} holds the checkpoints of a training; choose another folder for the logs",
-                folder.display()
-            );
-        }
-    }
-    Ok(())
+    ])
 }
 
-/// Trains the variants one after the other. Returns why one could not be trained, if one could not.
+/// Trains the variants one after the other.
 fn train_all(
     job: &Job,
     options: &CompareOptions,
     scratch: &Path,
     report: &mut Report,
     interrupter: &Interrupter,
-) -> Result<Option<anyhow::Error>> {
+) -> Result<()> {
     for variant in Variant::ALL {
-        if interrupter.should_stop() {
+        if interrupter.should_stop() || report.variants.iter().any(|before| before.interrupted) {
             break;
         }
-        say!("\n== {} ==", variant.name())?;
+        let name = variant.name();
+        say!("\n== {name} ==")?;
         let task = Task {
             job: job.clone(),
             variant,
-            directory: options.artifacts.join(variant.name()),
             record: options.plot.is_some(),
-            result: scratch.join(format!("{}.json", variant.name())),
+            result: scratch.join(format!("{name}.json")),
         };
-        let result = match spawn(&task, options.threads) {
-            Ok(result) => result,
-            Err(error) => return Ok(Some(error)),
-        };
+        let result = spawn(&task, options.threads)?;
         if let Some(epoch) = result.epochs.last() {
             say!(
                 "Test set ({}): Average loss: {}, Accuracy: {:.2} %",
@@ -146,13 +125,9 @@ fn train_all(
                 100.0 * epoch.test_accuracy
             )?;
         }
-        let interrupted = result.interrupted;
         report.variants.push(result);
-        if interrupted {
-            break;
-        }
     }
-    Ok(None)
+    Ok(())
 }
 
 /// The message of an interrupted comparison: the state of each variant, and the results that are kept.
@@ -175,13 +150,14 @@ fn interruption(job: &Job, options: &CompareOptions, report: &Report) -> String 
     let files: Vec<String> = [&options.json, &options.plot]
         .into_iter()
         .flatten()
-        .filter(|_| !report.variants.is_empty())
         .map(|path| path.display().to_string())
         .collect();
-    let kept = match (report.variants.is_empty(), files.is_empty()) {
-        (true, _) => "nothing was measured".to_string(),
-        (false, true) => "the table above has what was measured".to_string(),
-        (false, false) => format!("{} has what was measured", files.join(", and ")),
+    let kept = if report.variants.is_empty() {
+        "nothing was measured".to_string()
+    } else if files.is_empty() {
+        "the table above has what was measured".to_string()
+    } else {
+        format!("{} has what was measured", files.join(", and "))
     };
     format!(
         "interrupted: {}; {kept}; no weights are kept, so that a comparison cannot be resumed",
@@ -196,22 +172,17 @@ fn announce(
     data: &mut MnistData,
     allocator: &'static CountingAllocator,
 ) -> Result<(), PrintError> {
-    let estimates = Variant::ALL.map(|variant| (variant, estimate(job, variant, data, allocator)));
-    let total: Duration = estimates
-        .iter()
-        .map(|(_, estimate)| estimate.duration)
-        .sum();
-    let each: Vec<String> = estimates
-        .iter()
-        .map(|(variant, estimate)| {
-            format!(
-                "{} {} and {} at the peak of a step",
-                variant.name(),
-                minutes(estimate.duration),
-                mebibytes(estimate.peak_bytes)
-            )
-        })
-        .collect();
+    let mut total = Duration::ZERO;
+    let each = Variant::ALL.map(|variant| {
+        let estimate = estimate(job, variant, data, allocator);
+        total += estimate.duration;
+        format!(
+            "{} {} and {} at the peak of a step",
+            variant.name(),
+            minutes(estimate.duration),
+            mebibytes(estimate.peak_bytes)
+        )
+    });
     say!(
         "Estimate for {} digits: {}.",
         data.train.len(),
@@ -221,9 +192,9 @@ fn announce(
         && total > limit
     {
         let fraction = limit.as_secs_f64() / total.as_secs_f64();
-        let digits = (data.train.len() as f64 * fraction) as usize;
-        let batches = (digits / job.batch_size).max(1);
-        let digits = (batches * job.batch_size).min(data.train.len());
+        let batches = data.train.len() as f64 * fraction / job.batch_size as f64;
+        let digits = (batches as usize).max(1) * job.batch_size;
+        let digits = digits.min(data.train.len());
         say!(
             "That is {} in all; to stay under {}, both variants train on the first {digits} \
              digits only. `compare` without --time-limit trains on all of them.",
@@ -238,58 +209,58 @@ fn announce(
 
 /// The tutorial's closing lines, and a table with what else was measured.
 fn summary(report: &Report) -> String {
-    let mut text = String::new();
     let line = |of: fn(&VariantReport) -> usize| {
-        let each: Vec<String> = report
+        let gibibytes = |variant| of(variant) as f64 / (1u64 << 30) as f64;
+        let each = report
             .variants
             .iter()
-            .map(|variant| format!("{}: {:.2} GiB", variant.name, gibibytes(of(variant))))
-            .collect();
-        each.join(", ")
+            .map(|variant| format!("{}: {:.2} GiB", variant.name, gibibytes(variant)));
+        each.collect::<Vec<_>>().join(", ")
     };
-    let _ = writeln!(text, "Peak memory allocated:\n{}", line(|v| v.peak_bytes));
-    let _ = writeln!(
-        text,
-        "Memory allocated at end of forward pass:\n{}\n",
-        line(|v| v.forward_end_bytes)
-    );
-    let _ = writeln!(
-        text,
-        "{:<8} {:>14} {:>12} {:>12} {:>12} {:>11} {:>10}",
-        "variant", "end of forward", "peak", "saved", "step", "test loss", "accuracy"
-    );
+    let mut lines = vec![
+        format!("Peak memory allocated:\n{}", line(|v| v.peak_bytes)),
+        format!(
+            "Memory allocated at end of forward pass:\n{}\n",
+            line(|v| v.forward_end_bytes)
+        ),
+        row(
+            "variant",
+            [
+                "end of forward",
+                "peak",
+                "saved",
+                "step",
+                "test loss",
+                "accuracy",
+            ],
+        ),
+    ];
     for variant in &report.variants {
-        let (test_loss, accuracy) = match variant.epochs.last() {
-            Some(epoch) => (
-                loss(epoch.test_loss),
-                format!("{:.2} %", 100.0 * epoch.test_accuracy),
-            ),
-            None => ("-".to_string(), "-".to_string()),
-        };
-        let _ = writeln!(
-            text,
-            "{:<8} {:>14} {:>12} {:>12} {:>10.3} s {test_loss:>11} {accuracy:>10}",
-            variant.name,
+        let last = variant.epochs.last();
+        let tested = |text: fn(&EpochReport) -> String| last.map_or("-".to_string(), text);
+        let cells = [
             mebibytes(variant.forward_end_bytes),
             mebibytes(variant.peak_bytes),
             mebibytes(variant.saved_bytes),
-            variant.step_seconds_median,
-        );
+            format!("{:.3} s", variant.step_seconds_median),
+            tested(|epoch| loss(epoch.test_loss)),
+            tested(|epoch| format!("{:.2} %", 100.0 * epoch.test_accuracy)),
+        ];
+        lines.push(row(&variant.name, cells));
     }
     if let [first, second] = report.variants.as_slice() {
-        let ratio = |of: fn(&VariantReport) -> f64| of(first) / of(second);
-        let _ = writeln!(
-            text,
-            "{:<8} {:>14.3} {:>12.3} {:>12.3} {:>12.3}",
-            "ratio",
+        let ratio = |of: fn(&VariantReport) -> f64| format!("{:.3}", of(first) / of(second));
+        let cells = [
             ratio(|v| v.forward_end_bytes as f64),
             ratio(|v| v.peak_bytes as f64),
             ratio(|v| v.saved_bytes as f64),
             ratio(|v| v.step_seconds_median),
-        );
+            String::new(),
+            String::new(),
+        ];
+        lines.push(row("ratio", cells).trim_end().to_string());
     }
-    let _ = write!(
-        text,
+    lines.push(format!(
         "{} of {}, model {}, norm {}, optimizer {}, batch {}, {} on {}, {}, Burn {}; bytes above \
          the level before forward, step = forward + backward.",
         plural(report.train_digits, "digit"),
@@ -302,8 +273,13 @@ fn summary(report: &Report) -> String {
         report.device,
         plural(report.threads, "thread"),
         report.burn_version
-    );
-    text
+    ));
+    lines.join("\n")
+}
+
+/// A row of the table.
+fn row<T: Display>(name: &str, [forward, peak, saved, step, loss, accuracy]: [T; 6]) -> String {
+    format!("{name:<8} {forward:>14} {peak:>12} {saved:>12} {step:>12} {loss:>11} {accuracy:>10}")
 }
 
 fn plural(count: usize, what: &str) -> String {
@@ -311,10 +287,6 @@ fn plural(count: usize, what: &str) -> String {
         1 => format!("1 {what}"),
         _ => format!("{count} {what}s"),
     }
-}
-
-fn gibibytes(bytes: usize) -> f64 {
-    bytes as f64 / (1u64 << 30) as f64
 }
 
 fn mebibytes(bytes: usize) -> String {

@@ -17,7 +17,6 @@ use burn::train::renderer::{
 use burn::train::{Interrupter, LearnerSummary};
 use crossterm::terminal::enable_raw_mode;
 
-use crate::print::say;
 use crate::run::interrupt;
 use crate::run::terminal::{is_shown, restore_terminal};
 
@@ -122,11 +121,8 @@ impl MetricsRendererTraining for Dashboard {
         self.show(|tui| tui.update_valid(state));
     }
 
-    fn on_train_end(&mut self, summary: Option<LearnerSummary>) -> Result<(), Box<dyn Error>> {
+    fn on_train_end(&mut self, _summary: Option<LearnerSummary>) -> Result<(), Box<dyn Error>> {
         self.close();
-        if let Some(summary) = summary {
-            say!("{summary}")?;
-        }
         Ok(())
     }
 }
@@ -170,10 +166,6 @@ impl TrainingProgressLogger for Dashboard {
 /// Shows nothing: the dashboard ends with the training.
 impl MetricsRendererEvaluation for Dashboard {
     fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
-
-    fn on_test_end(&mut self, summary: Option<LearnerSummary>) -> Result<(), Box<dyn Error>> {
-        self.on_train_end(summary)
-    }
 }
 
 impl EvaluationProgressLogger for Dashboard {

@@ -3,34 +3,29 @@
 use burn::train::EarlyStoppingStrategy;
 use burn::train::metric::store::EventStoreClient;
 
-use crate::persist::history::{EpochTotals, History, best_epoch, wait_for_logs};
-use crate::persist::lock::FirstFailure;
+use crate::measure::history::{Epoch, History, best_epoch};
 
 /// Whether the last `patience` epochs have brought nothing better than the epochs before them.
-pub(crate) fn is_exhausted(history: &[EpochTotals], patience: usize) -> bool {
+pub(crate) fn is_exhausted(history: &[Epoch], patience: usize) -> bool {
     // As with Burn's own early stopping, a first epoch without a loss counts as the best so far.
     let best = best_epoch(history).unwrap_or(1);
     history.len().saturating_sub(best) >= patience
 }
 
-/// Ends a training when it no longer improves, or when a file cannot be written.
+/// Ends a training when it no longer improves.
 ///
-/// Burn's own strategy for the former keeps the best loss and its epoch to itself, and begins anew
-/// in a run that is resumed; this one has no state but the run's history.
+/// Burn's own strategy keeps the best loss and its epoch to itself, and begins anew in a run that is
+/// resumed; this one has no state but the run's history.
 #[derive(Clone)]
 pub(crate) struct EpochEnd {
     pub(crate) history: History,
-    pub(crate) patience: Option<usize>,
-    pub(crate) failure: FirstFailure,
+    pub(crate) patience: usize,
 }
 
 impl EarlyStoppingStrategy for EpochEnd {
-    fn should_stop(&mut self, epoch: usize, store: &EventStoreClient) -> bool {
-        wait_for_logs(epoch, store);
-        self.failure.happened()
-            || self
-                .patience
-                .is_some_and(|patience| is_exhausted(&self.history.finished(), patience))
+    fn should_stop(&mut self, _epoch: usize, _store: &EventStoreClient) -> bool {
+        // Burn has handed the whole epoch to the metrics before it asks.
+        is_exhausted(&self.history.finished(), self.patience)
     }
 }
 
@@ -38,7 +33,7 @@ impl EarlyStoppingStrategy for EpochEnd {
 mod tests {
     use super::*;
 
-    use crate::persist::history::tests::history;
+    use crate::measure::history::tests::history;
 
     /// The epoch after which a training stops, as Burn's `MetricEarlyStoppingStrategy` decides.
     fn burn_stops_after(losses: &[f64], patience: usize) -> Option<usize> {

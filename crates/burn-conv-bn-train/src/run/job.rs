@@ -4,17 +4,20 @@ use std::path::PathBuf;
 
 use burn::module::Module;
 use burn::tensor::Device;
-use burn_conv_bn::{NormVariant, Recompute};
+use burn_conv_bn::{ConvBnModule, NormVariant, Recompute};
 use burn_conv_bn_models::Form;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::data::{DataError, DataRequest, DatasetChoice, MnistData, resolve};
+use crate::choice::Choice;
+use crate::data::{DataRequest, DatasetChoice, MnistData, resolve};
 use crate::device::DeviceChoice;
 use crate::measure::memory::MemoryProbe;
 use crate::measure::report::{BURN_VERSION, Report, SCHEMA};
-use crate::model::{ModelChoice, ModelError, Network, NetworkOptions};
+use crate::model::{ModelChoice, Network};
 use crate::optim::OptimizerChoice;
+use crate::persist::run_file::Options;
 pub use crate::precision::Precision;
 use crate::print::say;
 use crate::step::Classifier;
@@ -32,14 +35,6 @@ pub enum Variant {
 impl Variant {
     /// In the order of a comparison.
     pub(crate) const ALL: [Self; 2] = [Self::Fused, Self::Unfused];
-
-    /// As on the command line.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Fused => "fused",
-            Self::Unfused => "unfused",
-        }
-    }
 
     pub(crate) fn form(self) -> Form {
         match self {
@@ -60,14 +55,6 @@ pub enum Norm {
 }
 
 impl Norm {
-    /// As on the command line.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Burn => "burn",
-            Self::Tutorial => "tutorial",
-        }
-    }
-
     pub(crate) fn variant(self) -> NormVariant {
         match self {
             Self::Burn => NormVariant::BatchNorm,
@@ -82,24 +69,29 @@ impl Norm {
 pub enum RecomputePolicy {
     /// Recompute it in the backward pass.
     Conv,
+    /// Keep it, and rebuild the blocks' outputs from it.
+    Norm,
     /// Keep it.
     Never,
 }
 
-/// Everything that decides the result of a run, the same for both variants.
+/// Everything that decides the result of a run, the same for both variants. As JSON, options of the command
+/// line by their long names; those that `parity` has not may be absent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Job {
     /// Which data.
     pub dataset: DatasetChoice,
     /// Folder with the four IDX files.
     pub data_dir: Option<PathBuf>,
-    /// Whether MNIST may be downloaded.
-    pub download: bool,
+    /// Whether MNIST may not be downloaded.
+    pub no_download: bool,
     /// Most training digits.
     pub train_limit: Option<usize>,
     /// Most test digits.
     pub test_limit: Option<usize>,
     /// Epochs.
+    #[serde(default)]
     pub epochs: usize,
     /// Digits a step.
     pub batch_size: usize,
@@ -108,12 +100,15 @@ pub struct Job {
     /// Which optimizer.
     pub optimizer: OptimizerChoice,
     /// Learning rate of the first epoch.
+    #[serde(rename = "lr")]
     pub learning_rate: f64,
     /// Factor on it after every epoch.
+    #[serde(default, rename = "gamma")]
     pub decay: f64,
     /// Which batch norm.
     pub norm: Norm,
     /// Probability of dropping a hidden value.
+    #[serde(default)]
     pub dropout: f64,
     /// Types of activations and parameters.
     pub precision: Precision,
@@ -126,6 +121,7 @@ pub struct Job {
     /// Seed of weights, order, dropout and drawn digits.
     pub seed: u64,
     /// Print the loss of every so many batches; never if 0.
+    #[serde(default)]
     pub log_interval: usize,
 }
 
@@ -141,22 +137,15 @@ impl Job {
         device.unwrap_or_else(|error| panic!("{error}")).autodiff()
     }
 
-    /// Checks that there is such a network.
-    ///
-    /// # Errors
-    ///
-    /// As [`ModelChoice::check`].
-    pub(crate) fn check(&self) -> Result<(), ModelError> {
-        self.model.check(self.norm.variant(), self.dropout)
+    /// The job of some options.
+    pub(crate) fn of(options: &Options) -> anyhow::Result<Self> {
+        Ok(serde_json::from_value(Value::Object(options.clone()))?)
     }
 
-    /// Checks that the network can be trained on that many digits.
-    ///
-    /// # Errors
-    ///
-    /// As [`ModelChoice::check_batches`].
-    pub(crate) fn check_digits(&self, digits: usize) -> Result<(), ModelError> {
-        self.model.check_batches(digits, self.batch_size)
+    /// Checks that there is such a network, and such a device, which computes in the job's precision.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        self.device.open_for(self.precision)?;
+        self.model.check(self.norm.variant(), self.dropout)
     }
 
     /// Checks the job, and finds its data, which it names on standard output.
@@ -165,7 +154,11 @@ impl Job {
         let data = self.data()?;
         say!("Data: {}", data.origin)?;
         self.precision.announce()?;
-        self.check_digits(data.train.len())?;
+        if let Some(notice) = self.device.tuning_notice(cfg!(feature = "autotune")) {
+            say!("{notice}")?;
+        }
+        self.model
+            .check_batches(data.train.len(), self.batch_size)?;
         Ok(data)
     }
 
@@ -178,8 +171,8 @@ impl Job {
     ///
     /// # Errors
     ///
-    /// [`DataError`] if they are not found or not sound.
-    pub fn data(&self) -> Result<MnistData, DataError> {
+    /// If they are not found or not sound.
+    pub fn data(&self) -> anyhow::Result<MnistData> {
         resolve(&self.data_request())
     }
 
@@ -188,7 +181,7 @@ impl Job {
         DataRequest {
             choice: self.dataset,
             data_dir: self.data_dir.clone(),
-            allow_download: self.download,
+            allow_download: !self.no_download,
             seed: self.seed,
             train_limit: self.train_limit,
             test_limit: self.test_limit,
@@ -202,12 +195,12 @@ impl Job {
             dataset: data.origin.name().to_string(),
             train_digits: data.train.len(),
             test_digits: data.test.len(),
-            device: self.device.name().to_string(),
+            device: self.device.name(),
             dtype: self.precision.dtype_name(),
             batch_size: self.batch_size,
-            model: self.model.name().to_string(),
-            optimizer: self.optimizer.name().to_string(),
-            norm: self.norm.name().to_string(),
+            model: self.model.name(),
+            optimizer: self.optimizer.name(),
+            norm: self.norm.name(),
             seed: self.seed,
             threads: rayon::current_num_threads(),
             burn_version: BURN_VERSION.to_string(),
@@ -225,17 +218,16 @@ impl Job {
         drawn_on.seed(self.seed);
         // The dropout's draws are the device's own.
         device.seed(self.seed);
-        let options = NetworkOptions {
-            form,
-            norm: self.norm.variant(),
-            dropout: self.dropout,
-            recompute: match self.recompute {
-                RecomputePolicy::Conv => Recompute::Conv,
-                RecomputePolicy::Never => Recompute::Never,
-            },
-            max_workspace: self.max_workspace,
+        let recompute = match self.recompute {
+            RecomputePolicy::Conv => Recompute::Conv,
+            RecomputePolicy::Norm => Recompute::Norm,
+            RecomputePolicy::Never => Recompute::Never,
         };
-        self.model.init(&options, &drawn_on).fork(&device)
+        self.model
+            .init(form, self.norm.variant(), self.dropout, &drawn_on)
+            .fork(&device)
+            .with_recompute(recompute)
+            .with_max_workspace(self.max_workspace)
     }
 
     /// The network in its initial state, ready to be trained.

@@ -4,6 +4,7 @@ pub(crate) mod compare;
 mod dashboard;
 mod early_stop;
 pub(crate) mod fit;
+pub(crate) mod folder;
 pub(crate) mod interrupt;
 pub mod job;
 pub(crate) mod parity;

@@ -1,15 +1,17 @@
 //! Whether fused and unfused training are the same computation: the first losses from the same
 //! weights on the same batches.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use burn::data::dataloader::DataLoader;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::Tensor;
 use burn::train::{Interrupter, TrainStep};
-use burn_conv_bn_models::Net;
+use burn_conv_bn_models::DenseNet;
 
+use crate::choice::Choice;
 use crate::data::{CLASSES, Digits, EpochLoader, MnistBatch};
 use crate::device::DeviceChoice;
 use crate::measure::memory::MemoryProbe;
@@ -28,52 +30,36 @@ pub(crate) const F64_TOLERANCE: f64 = 1e-6;
 /// allows twice their sum.
 const F32_FLOOR: f64 = 4.0 * f32::EPSILON as f64;
 
-/// The same computation with its sums in another order: digits and hidden units are counted from
-/// the other end, or images and kernels are mirrored. Without rounding the losses would be the
-/// same.
+/// The same computation with its sums in another order: digits or features are counted from the other
+/// end. Without rounding the losses would be the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Reordering {
+struct Reordering {
     /// Digits of a batch from last to first, which the batch's sums run over.
-    pub(crate) batch: bool,
-    /// Channels from last to first, which the sums of the convolutions after the first one and of
-    /// the linear layers run over.
-    pub(crate) channels: bool,
-    /// Images, kernels and the linear layer's view of them mirrored, which the sums over taps and
-    /// positions run over. For the tutorial's network alone: strides of 2 step over other pixels of
-    /// a mirrored image.
-    pub(crate) mirror: bool,
+    batch: bool,
+    /// Channels, hidden values and inputs of linear layers from last to first, which the sums of the
+    /// convolutions after the first one and of the linear layers run over.
+    ///
+    /// The tutorial's network gives its first linear layer every pixel of every channel. There images and
+    /// kernels are turned around, too.
+    features: bool,
 }
 
 impl Reordering {
     /// No change.
-    pub(crate) const NONE: Self = Self {
-        batch: false,
-        channels: false,
-        mirror: false,
-    };
+    const NONE: Self = Self::new(false, false);
 
-    /// Three other orders for a network.
-    pub(crate) fn others(model: ModelChoice) -> [Self; 3] {
-        let order = |batch, channels, mirror| Self {
-            batch,
-            channels,
-            mirror,
-        };
-        match model {
-            ModelChoice::Tutorial => [
-                order(true, true, false),
-                order(false, false, true),
-                order(true, true, true),
-            ],
-            _ => [
-                order(true, false, false),
-                order(false, true, false),
-                order(true, true, false),
-            ],
-        }
+    /// The three others.
+    const OTHERS: [Self; 3] = [
+        Self::new(true, false),
+        Self::new(false, true),
+        Self::new(true, true),
+    ];
+
+    const fn new(batch: bool, features: bool) -> Self {
+        Self { batch, features }
     }
 
-    fn of_batch(self, batch: MnistBatch) -> MnistBatch {
+    fn of_batch(self, batch: MnistBatch, model: ModelChoice) -> MnistBatch {
         let MnistBatch {
             mut images,
             mut targets,
@@ -82,69 +68,64 @@ impl Reordering {
             images = images.flip([0]);
             targets = targets.flip([0]);
         }
-        if self.mirror {
-            images = images.flip([3]);
+        if self.features && model == ModelChoice::Tutorial {
+            images = images.flip([2, 3]);
         }
         MnistBatch { images, targets }
     }
 
-    fn of_network(self, network: Network) -> Network {
+    fn of_network(self, network: Network, model: ModelChoice) -> Network {
+        if !self.features {
+            return network;
+        }
         match network {
-            Network::Tutorial(net) => Network::Tutorial(self.of_net(net)),
-            network if self.channels => network.map(&mut ReverseFeatures),
-            network => network,
-        }
-    }
-
-    fn of_net(self, mut net: Net) -> Net {
-        let side = pooled_side(&net);
-        net.conv1.conv.weight = leaf(net.conv1.conv.weight, |weight| {
-            self.mirrored(self.reversed(weight, 0), 3)
-        });
-        net.conv2.conv.weight = leaf(net.conv2.conv.weight, |weight| {
-            self.mirrored(self.reversed(self.reversed(weight, 0), 1), 3)
-        });
-        net.fc1.weight = leaf(net.fc1.weight, |weight| {
-            let [features, hidden] = weight.dims();
-            let channels = features / (side * side);
-            let pixels = weight.reshape([channels, side, side, hidden]);
-            self.mirrored(self.reversed(pixels, 0), 2)
-                .reshape([features, hidden])
-        });
-        net
-    }
-
-    fn reversed<const D: usize>(self, tensor: Tensor<D>, channels: isize) -> Tensor<D> {
-        if self.channels {
-            tensor.flip([channels])
-        } else {
-            tensor
-        }
-    }
-
-    fn mirrored<const D: usize>(self, tensor: Tensor<D>, width: isize) -> Tensor<D> {
-        if self.mirror {
-            tensor.flip([width])
-        } else {
-            tensor
+            Network::DenseNet(net) => Network::DenseNet(of_dense_net(net)),
+            network => {
+                let axes = if model == ModelChoice::Tutorial {
+                    0..4
+                } else {
+                    0..2
+                };
+                network.map(&mut ReverseFeatures { axes })
+            }
         }
     }
 }
 
-/// Counts the channels and features of one of torchvision's networks from the other end, all but
-/// the classes and the images' one channel.
+/// Of the channels inside the dense layers alone: those of a concatenation are in the order of the layers.
+fn of_dense_net(mut net: DenseNet) -> DenseNet {
+    let blocks = [
+        &mut net.denseblock1,
+        &mut net.denseblock2,
+        &mut net.denseblock3,
+        &mut net.denseblock4,
+    ];
+    for layer in blocks.into_iter().flatten() {
+        let outputs = &mut ReverseFeatures { axes: 0..1 };
+        layer.conv1 = layer.conv1.clone().map(outputs);
+        let inputs = &mut ReverseFeatures { axes: 1..2 };
+        layer.conv2 = layer.conv2.clone().map(inputs);
+    }
+    net
+}
+
+/// Counts the channels and features of a network from the other end, all but the classes and the images'
+/// one channel.
 ///
 /// What goes into VGG's linear layers is one pixel for each channel, repeated: turned around as a
 /// whole it is the channels turned around.
-struct ReverseFeatures;
+struct ReverseFeatures {
+    /// Those of each parameter that are turned around. Weights of linear layers are `[in, out]`, of
+    /// convolutions `[out, in, ..]`.
+    axes: Range<usize>,
+}
 
 impl ModuleMapper for ReverseFeatures {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         param.map(|tensor| {
             let tracked = tensor.is_require_grad();
             let mut tensor = tensor.detach().set_require_grad(false);
-            // Weights of linear layers are `[in, out]`, of convolutions `[out, in, ..]`.
-            for axis in 0..D.min(2) {
+            for axis in self.axes.start..self.axes.end.min(D) {
                 if tensor.dims()[axis] != CLASSES {
                     tensor = tensor.flip([axis as isize]);
                 }
@@ -152,32 +133,6 @@ impl ModuleMapper for ReverseFeatures {
             tensor.set_require_grad(tracked)
         })
     }
-}
-
-/// Height and width of the linear layers' input.
-fn pooled_side(net: &Net) -> usize {
-    let [channels, ..] = net.conv2.conv.weight.dims();
-    let [features, _] = net.fc1.weight.dims();
-    (features / channels).isqrt()
-}
-
-/// Changes a parameter that stays one.
-fn leaf<const D: usize>(
-    param: Param<Tensor<D>>,
-    change: impl FnOnce(Tensor<D>) -> Tensor<D>,
-) -> Param<Tensor<D>> {
-    param.map(|tensor| change(tensor.detach().set_require_grad(false)).require_grad())
-}
-
-/// Why the variants of a job cannot be held against each other.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum ParityError {
-    /// In a precision that there is no bound for.
-    #[error(
-        "parity has no bound for {0}, in which rounding alone takes the losses of two variants apart \
-         within a few steps; use --precision f32 or f64"
-    )]
-    Precision(&'static str),
 }
 
 /// Losses of the first steps.
@@ -192,32 +147,18 @@ pub(crate) struct Parity {
 }
 
 impl Parity {
-    /// Checks that the losses of two variants can be judged in that precision.
-    ///
-    /// # Errors
-    ///
-    /// [`ParityError::Precision`] in mixed precision.
-    pub(crate) fn check(precision: Precision) -> Result<(), ParityError> {
-        if precision.is_mixed() {
-            Err(ParityError::Precision(precision.name()))
-        } else {
-            Ok(())
-        }
-    }
-
     /// Trains for `steps` steps without dropout: fused and unfused, and, in single precision,
-    /// unfused in each of [`Reordering::others`] and in double precision.
+    /// unfused in each of [`Reordering::OTHERS`] and in double precision.
     ///
     /// # Errors
     ///
-    /// [`ParityError`], if the data cannot be read, or if it was interrupted.
+    /// In mixed precision, if the data cannot be read, or if it was interrupted.
     pub(crate) fn measure(
         job: &Job,
         digits: Arc<Digits>,
         steps: usize,
         interrupter: &Interrupter,
     ) -> Result<Self> {
-        Self::check(job.precision)?;
         // On the CPU where that was compiled in: double precision is no strength of GPUs, and
         // WGSL has no exponential of it.
         let double = Job {
@@ -225,7 +166,7 @@ impl Parity {
             device: DeviceChoice::host().unwrap_or(job.device),
             ..job.clone()
         };
-        Self::of_runs(job.model, job.precision, |precision, variant, order| {
+        Self::of_runs(job.precision, |precision, variant, order| {
             let job = if precision == job.precision {
                 job
             } else {
@@ -235,21 +176,33 @@ impl Parity {
         })
     }
 
+    /// Checks that the losses of two variants can be judged in that precision.
+    pub(crate) fn check(precision: Precision) -> Result<()> {
+        ensure!(
+            !precision.is_mixed(),
+            "parity has no bound for {}, in which rounding alone takes the losses of two variants \
+             apart within a few steps; use --precision f32 or f64",
+            precision.name()
+        );
+        Ok(())
+    }
+
     /// The runs that the verdict needs for a job in that precision.
     fn of_runs(
-        model: ModelChoice,
         precision: Precision,
         mut run: impl FnMut(Precision, Variant, Reordering) -> Result<Vec<f64>>,
     ) -> Result<Self> {
+        Self::check(precision)?;
         let mut parity = Self {
             fused: run(precision, Variant::Fused, Reordering::NONE)?,
             unfused: vec![run(precision, Variant::Unfused, Reordering::NONE)?],
             exact: None,
         };
         if precision == Precision::F32 {
-            for order in Reordering::others(model) {
-                let losses = run(precision, Variant::Unfused, order)?;
-                parity.unfused.push(losses);
+            for order in Reordering::OTHERS {
+                parity
+                    .unfused
+                    .push(run(precision, Variant::Unfused, order)?);
             }
             let exact = run(Precision::F64, Variant::Unfused, Reordering::NONE)?;
             parity.exact = Some(exact);
@@ -281,11 +234,9 @@ impl Parity {
     /// breaks the two-times rule in single, or if a loss is not finite.
     pub(crate) fn judge(&self) -> Result<()> {
         let unfused = &self.unfused[0];
-        let reference = self.exact.as_ref().unwrap_or(unfused);
-        let named = if self.exact.is_some() {
-            "unfused in f64"
-        } else {
-            "unfused"
+        let (reference, named) = match &self.exact {
+            Some(exact) => (exact, "unfused in f64"),
+            None => (unfused, "unfused"),
         };
         say!(
             "{:>4} {:>14} {:>14} {named:>14} {:>12}",
@@ -325,24 +276,26 @@ impl Parity {
         if !difference.is_finite() || !limit.is_finite() {
             bail!("a loss is not a finite number, and nothing can be said about the others");
         }
-        if difference <= limit {
-            Ok(())
-        } else {
-            bail!("the fused losses are off by {difference:e}, more than {limit:e}")
-        }
+        ensure!(
+            difference <= limit,
+            "the fused losses are off by {difference:e}, more than {limit:e}"
+        );
+        Ok(())
     }
 }
 
 /// Largest difference of two runs' losses; infinite where one is not a number.
 fn largest(a: &[f64], b: &[f64]) -> f64 {
     let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-    differences.fold(0.0, |max, difference| {
-        if difference.is_nan() {
-            f64::INFINITY
-        } else {
-            difference.max(max)
-        }
-    })
+    differences
+        .map(|difference| {
+            if difference.is_nan() {
+                f64::INFINITY
+            } else {
+                difference
+            }
+        })
+        .fold(0.0, f64::max)
 }
 
 fn losses(
@@ -366,7 +319,7 @@ fn losses(
         0,
     );
     let mut optimizer = job.optimizer.init();
-    let network = reordering.of_network(job.network(variant.form()));
+    let network = reordering.of_network(job.network(variant.form()), job.model);
     let mut model = Classifier::new(network, MemoryProbe::off(), job.precision.parameters());
     let mut losses = Vec::with_capacity(steps);
     while losses.len() < steps {
@@ -374,8 +327,8 @@ fn losses(
             if interrupter.should_stop() {
                 bail!("interrupted");
             }
-            let output = TrainStep::step(&model, reordering.of_batch(batch?));
-            losses.push(output.item.output.loss.mean().into_scalar::<f64>());
+            let output = TrainStep::step(&model, reordering.of_batch(batch?, job.model));
+            losses.push(output.item.loss.mean().into_scalar::<f64>());
             model = optimizer.step(job.learning_rate, model, output.grads);
         }
     }

@@ -44,49 +44,30 @@ pub(crate) fn record(
     let mut timeline = Timeline::default();
     for _ in 0..2 {
         let batch = batcher.batch(items.clone(), &device);
-        (timeline, classifier) = watch(&probe, |clock| {
+        (timeline, classifier) = watch(&probe, |now| {
             let loss = classifier.classify(batch).loss.mean();
-            clock.forward_end = clock.now(&probe);
+            let forward_end = now();
             let gradients = classifier.gradients(loss);
-            clock.backward_end = clock.now(&probe);
+            let backward_end = now();
             let classifier = optimizer.step(job.learning_rate, classifier, gradients);
-            clock.optimizer_end = clock.now(&probe);
-            classifier
+            ([forward_end, backward_end, now()], classifier)
         });
     }
     Ok(timeline)
 }
 
-/// The phases' ends, while they come.
-struct Clock {
-    started: Instant,
-    forward_end: f64,
-    backward_end: f64,
-    optimizer_end: f64,
-}
-
-impl Clock {
-    /// Seconds since the start, when the device is done.
-    fn now(&self, probe: &MemoryProbe) -> f64 {
-        probe.level();
-        self.started.elapsed().as_secs_f64()
-    }
-}
-
-/// Records while `step` runs.
-fn watch<R>(probe: &MemoryProbe, step: impl FnOnce(&mut Clock) -> R) -> (Timeline, R) {
+/// Records while `step` runs, which returns the ends of its phases by the clock that it is given: seconds
+/// since the start, when the device is done.
+fn watch<R>(
+    probe: &MemoryProbe,
+    step: impl FnOnce(&dyn Fn() -> f64) -> ([f64; 3], R),
+) -> (Timeline, R) {
     let mut points = Vec::with_capacity(ROOM);
     let (done, ended) = channel::<()>();
     let watcher = probe.clone();
     let level = probe.level();
     probe.take_peak();
-    let mut clock = Clock {
-        started: Instant::now(),
-        forward_end: 0.0,
-        backward_end: 0.0,
-        optimizer_end: 0.0,
-    };
-    let started = clock.started;
+    let started = Instant::now();
     thread::scope(|scope| {
         let watching = scope.spawn(move || {
             loop {
@@ -101,14 +82,17 @@ fn watch<R>(probe: &MemoryProbe, step: impl FnOnce(&mut Clock) -> R) -> (Timelin
                 }
             }
         });
-        let result = step(&mut clock);
+        let ([forward_end, backward_end, optimizer_end], result) = step(&|| {
+            probe.level();
+            started.elapsed().as_secs_f64()
+        });
         drop(done);
         let points = watching.join().expect("the watcher does not panic");
         let timeline = Timeline {
             points,
-            forward_end: clock.forward_end,
-            backward_end: clock.backward_end,
-            optimizer_end: clock.optimizer_end,
+            forward_end,
+            backward_end,
+            optimizer_end,
         };
         (timeline, result)
     })

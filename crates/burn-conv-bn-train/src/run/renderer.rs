@@ -40,7 +40,8 @@ pub struct LineRenderer<W = Stdout> {
     out: W,
     log_interval: usize,
     last_line: bool,
-    metrics: HashMap<MetricId, Shown>,
+    /// Names and units.
+    metrics: HashMap<MetricId, (String, String)>,
     epochs: usize,
     /// The epoch that is running, from 1 as Burn counts.
     epoch: usize,
@@ -50,13 +51,6 @@ pub struct LineRenderer<W = Stdout> {
     train: Vec<String>,
     valid: Vec<String>,
 }
-
-/// A metric's name and unit.
-struct Shown {
-    name: String,
-    unit: String,
-}
-
 /// Progress of the running split.
 #[derive(Default)]
 struct Progress {
@@ -110,7 +104,7 @@ impl<W: Write> LineRenderer<W> {
         let MetricState::Numeric(entry, Some(NumericEntry::Final(value))) = state else {
             return None;
         };
-        let Shown { name, unit } = self.metrics.get(&entry.metric_id)?;
+        let (name, unit) = self.metrics.get(&entry.metric_id)?;
         Some(format!("{name} {value:.4}{unit}"))
     }
 }
@@ -120,10 +114,8 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for LineRenderer<W> {
         if let Some(summary) = self.summary(&state) {
             self.train.push(summary);
         } else if let MetricState::Numeric(entry, Some(value)) = state
-            && self
-                .metrics
-                .get(&entry.metric_id)
-                .is_some_and(|metric| metric.name == LOSS)
+            && let Some((name, _)) = self.metrics.get(&entry.metric_id)
+            && name == LOSS
         {
             self.loss = Some(value.current());
         }
@@ -186,17 +178,13 @@ impl<W: Write + Send> TrainingProgressLogger for LineRenderer<W> {
         split.items = items_processed;
         split.batches += 1;
 
-        let shown = split.training
-            && batch
-                .checked_rem(self.log_interval)
-                .is_some_and(|rest| rest == 0);
+        let shown = split.training && batch.checked_rem(self.log_interval) == Some(0);
         if let (true, Some(loss)) = (shown, self.loss.take()) {
-            let total = split.total_items;
-            let batches = total.div_ceil(split.batch_size.max(1));
+            let batch_size = split.batch_size.max(1);
+            let (epoch, total) = (self.epoch, split.total_items);
             // Not of the steps, which are more where devices have unequal shares.
-            let done = before.div_ceil(split.batch_size.max(1));
-            let percent = 100.0 * done as f64 / batches as f64;
-            let epoch = self.epoch;
+            let done = before.div_ceil(batch_size) as f64 / total.div_ceil(batch_size) as f64;
+            let percent = 100.0 * done;
             self.line(format_args!(
                 "Train Epoch: {epoch} [{before}/{total} ({percent:.0}%)]\tLoss: {loss:.6}"
             ));
@@ -222,10 +210,6 @@ impl<W: Write + Send> TrainingProgressLogger for LineRenderer<W> {
 
 impl<W: Write + Send + Sync> MetricsRendererEvaluation for LineRenderer<W> {
     fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
-
-    fn on_test_end(&mut self, summary: Option<LearnerSummary>) -> Result<(), Box<dyn Error>> {
-        self.on_train_end(summary)
-    }
 }
 
 impl<W: Write + Send> EvaluationProgressLogger for LineRenderer<W> {
@@ -250,11 +234,9 @@ impl<W: Write + Send + Sync> MetricsRenderer for LineRenderer<W> {
             MetricAttributes::Numeric(attributes) => attributes.unit.as_deref(),
             MetricAttributes::None => None,
         };
-        let shown = Shown {
-            name: definition.name.to_string(),
-            unit: unit.map(|unit| format!(" {unit}")).unwrap_or_default(),
-        };
-        self.metrics.insert(definition.metric_id, shown);
+        let unit = unit.map(|unit| format!(" {unit}")).unwrap_or_default();
+        let name = definition.name.to_string();
+        self.metrics.insert(definition.metric_id, (name, unit));
     }
 }
 

@@ -11,6 +11,7 @@ use burn_conv_bn_files::Survives;
 use burn_conv_bn_memory::CountingAllocator;
 use serde::{Deserialize, Serialize};
 
+use crate::choice::Choice;
 use crate::measure::report::VariantReport;
 use crate::print::message;
 use crate::run::fit::{RunOptions, run};
@@ -28,7 +29,6 @@ pub(crate) const WORKER: &str = "run-variant";
 pub(super) struct Task {
     pub(super) job: Job,
     pub(super) variant: Variant,
-    pub(super) directory: PathBuf,
     /// Whether to record the memory of a step.
     pub(super) record: bool,
     pub(super) result: PathBuf,
@@ -96,13 +96,9 @@ fn train(
         None
     };
     let options = RunOptions {
-        directory: task.directory.clone(),
-        overwrite: true,
-        checkpoints: false,
-        resume: false,
+        folder: None,
         patience: None,
         dashboard: false,
-        run_file: None,
         interrupter,
     };
     let (report, _) = run(&task.job, task.variant, data, allocator, &options)?;

@@ -110,7 +110,7 @@ fn gradients_in_mixed_precision_are_those_of_the_parameters() {
             let mixed = single.clone().with_activations(half);
             assert_eq!(mixed.dtype(), FloatDType::F32);
             let output = TrainStep::step(&mixed, batch(&mixed, 32));
-            let loss = &output.item.output.loss;
+            let loss = &output.item.loss;
             assert_eq!(loss.dtype(), DType::F32);
             let what = format!("{variant:?}, {half:?}");
             assert_near(&what, &named(&mixed, &output.grads), &wanted, tolerance);

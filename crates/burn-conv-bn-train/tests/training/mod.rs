@@ -46,8 +46,6 @@ pub struct Outcome {
     pub state: BTreeMap<String, Vec<u8>>,
     /// All files, from the folder of the run.
     pub files: BTreeSet<String>,
-    /// The logs of what does not depend on the machine.
-    pub logs: BTreeMap<String, String>,
 }
 
 impl Outcome {
@@ -60,19 +58,10 @@ impl Outcome {
         let artifacts = folder.join(name);
         let mut files = BTreeSet::new();
         list(&artifacts, "", &mut files);
-        let logs = files
-            .iter()
-            .filter(|path| path.ends_with("/Loss.log") || path.ends_with("/Accuracy.log"))
-            .map(|path| {
-                let text = fs::read_to_string(artifacts.join(path)).unwrap();
-                (path.clone(), text)
-            })
-            .collect();
         Self {
             state: state(&artifacts, report.epochs.len()),
             report,
             files,
-            logs,
         }
     }
 
@@ -88,7 +77,6 @@ impl Outcome {
             assert!(*value == whole.state[name], "{context}: {name} is another");
         }
         assert_eq!(self.files, whole.files, "{context}");
-        assert_eq!(self.logs, whole.logs, "{context}");
     }
 }
 

@@ -7,15 +7,15 @@ use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
 
-use super::max_pool;
 use super::parents::{inner, is_tracked, node_or_untracked, retrieve, untracked};
+use super::{conv, max_pool, norm};
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnInputs,
     ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved, NormOutput, OptionalTensor,
     Statistics,
 };
 use crate::portable::{bias_shift, shifted_mean};
-use crate::spec::{ConvBnOptions, Parents, SavePlan};
+use crate::spec::{BatchNormOptions, ConvBnOptions, Parents, SavePlan, StatisticsKind};
 
 /// The node of the op, or of the op and a max pool behind it.
 #[derive(Debug)]
@@ -116,6 +116,9 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
     inputs: ConvBnInputs<Autodiff<B, C>>,
     options: ConvBnOptions,
 ) -> NormOutput<Autodiff<B, C>> {
+    if plan(&inputs, &options).rebuilds_output {
+        return register_rebuilt(inputs, options);
+    }
     let (output, mean, variance, shift) = match ConvBnBackward
         .prepare::<C>(parents(&inputs))
         .compute_bound()
@@ -143,6 +146,48 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
     }
 }
 
+/// As two nodes, of the convolution and of norm and activation, whose output is rebuilt from the
+/// convolution's. They are computed as one.
+fn register_rebuilt<B: ConvBnBackend, C: CheckpointStrategy>(
+    inputs: ConvBnInputs<Autodiff<B, C>>,
+    options: ConvBnOptions,
+) -> NormOutput<Autodiff<B, C>> {
+    let norm_dtype = inputs.norm_dtype();
+    let (forward, shift) = forward(inputs.clone(), options.clone(), true);
+    let conv_output = forward.conv_output.into_option();
+    let conv_output = conv_output.expect("conv_bn_forward returns what it was asked to keep");
+    let operands = conv::Operands::<B, C> {
+        input: inputs.input,
+        weight: inputs.weight,
+        bias: inputs.bias,
+    };
+    let conv_output = conv::attach(
+        operands,
+        conv::Bias::Absorbed,
+        conv_output,
+        options.conv,
+        options.max_workspace,
+    );
+    let operands = norm::Operands::<B, C> {
+        input: conv_output,
+        gamma: inputs.gamma,
+        beta: inputs.beta,
+    };
+    let mean = forward.mean.clone();
+    let normalized = NormOutput {
+        output: forward.output,
+        mean: forward.mean,
+        variance: forward.variance,
+    };
+    let activated = BatchNormOptions::new(options.norm).with_activation(options.activation);
+    let statistics = (StatisticsKind::Batch, norm_dtype);
+    NormOutput {
+        // The norm's own mean is without the bias.
+        mean: untracked::<B, C>(shifted_mean::<B>(mean, shift)),
+        ..norm::attach(operands, statistics, normalized, activated)
+    }
+}
+
 /// Joined with a max pool behind it; without a kernel for the two, a node for each.
 pub(super) fn register_max_pool<B: ConvBnBackend, C: CheckpointStrategy>(
     inputs: ConvBnInputs<Autodiff<B, C>>,
@@ -157,12 +202,16 @@ pub(super) fn register_max_pool<B: ConvBnBackend, C: CheckpointStrategy>(
         OpsKind::Tracked(mut prep) => {
             let plain = inner_inputs(inputs.clone());
             let shift = bias_shift::<B>(&plain);
-            let forward = B::conv_bn_max_pool_forward(plain, options.clone(), pool.clone());
+            let joined = options.clone().joined();
+            let plan = plan(&inputs, &joined).with_max_pool(&joined, inputs.present());
+            let forward =
+                B::conv_bn_max_pool_forward(plain, joined.clone(), pool.clone(), plan.conv_output);
             let ConvBnMaxPoolForward::Pooled {
                 output,
                 argmax,
                 mean,
                 variance,
+                conv_output,
             } = forward
             else {
                 // This node was never registered; those of the two ops are.
@@ -172,9 +221,9 @@ pub(super) fn register_max_pool<B: ConvBnBackend, C: CheckpointStrategy>(
                     ..normalized
                 };
             };
-            let plan = plan(&inputs, &options).with_max_pool(&options, inputs.present());
-            let mut state = state(&inputs, &options, &plan, |tensor| prep.checkpoint(tensor));
+            let mut state = state(&inputs, &joined, &plan, |tensor| prep.checkpoint(tensor));
             state.keep(&plan, &output, &mean, &variance);
+            state.conv_output = conv_output.into_option();
             state.pool = Some(Pool {
                 argmax,
                 options: pool,

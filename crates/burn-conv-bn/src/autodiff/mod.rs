@@ -4,6 +4,7 @@
 //! Tensors that other nodes may hold too go through burn-autodiff's checkpoints, so that gradient
 //! checkpointing may drop and recompute them; what only this op knows stays in the node's state.
 
+mod concatenate;
 mod conv;
 mod conv_bn;
 mod max_pool;
@@ -16,10 +17,11 @@ use burn::tensor::ops::MaxPoolOptions;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
 use crate::backend::{
-    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved,
-    NormOutput, OptionalTensor,
+    BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackend, ConvBnBackwardOptions,
+    ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved, ConvGrads, ConvSaved, NormGrads,
+    NormInputs, NormOutput, NormSaved, OptionalTensor, Tensors,
 };
-use crate::spec::{ConvBnOptions, ConvSpec, NormSpec};
+use crate::spec::{BatchNormOptions, ConvBnOptions, ConvSpec};
 
 impl<B: ConvBnBackend, C: CheckpointStrategy> ConvBnBackend for Autodiff<B, C> {
     fn conv(
@@ -28,16 +30,40 @@ impl<B: ConvBnBackend, C: CheckpointStrategy> ConvBnBackend for Autodiff<B, C> {
         bias: OptionalTensor<Self>,
         spec: ConvSpec,
     ) -> FloatTensor<Self> {
-        conv::register::<B, C>(input, weight, bias, spec)
+        let operands = conv::Operands {
+            input,
+            weight,
+            bias,
+        };
+        conv::register::<B, C>(operands, spec)
     }
 
-    fn batch_normalize(
-        input: FloatTensor<Self>,
-        gamma: OptionalTensor<Self>,
-        beta: OptionalTensor<Self>,
-        norm: NormSpec,
+    fn conv_backward(_saved: ConvSaved<Self>, _options: ConvBackwardOptions) -> ConvGrads<Self> {
+        panic!("Can't differentiate conv_backward: the op is differentiable once.");
+    }
+
+    fn concatenate(tensors: Tensors<Self>) -> FloatTensor<Self> {
+        concatenate::register::<B, C>(tensors.0)
+    }
+
+    fn batch_normalize(inputs: NormInputs<Self>, options: BatchNormOptions) -> NormOutput<Self> {
+        norm::register::<B, C>(inputs, options)
+    }
+
+    fn batch_normalize_forward(
+        _inputs: NormInputs<Self>,
+        _options: BatchNormOptions,
     ) -> NormOutput<Self> {
-        norm::register::<B, C>(input, gamma, beta, norm)
+        panic!(
+            "batch_normalize_forward is a kernel and does not differentiate: call batch_normalize"
+        );
+    }
+
+    fn batch_normalize_backward(
+        _saved: NormSaved<Self>,
+        _options: BatchNormBackwardOptions,
+    ) -> NormGrads<Self> {
+        panic!("Can't differentiate batch_normalize_backward: the op is differentiable once.");
     }
 
     fn conv_bn(inputs: ConvBnInputs<Self>, options: ConvBnOptions) -> NormOutput<Self> {

@@ -1,32 +1,42 @@
+//! Norm and activation as a node whose output is rebuilt for whatever asks for it.
+//!
+//! burn-autodiff calls such a node memory-bound: a consumer that checkpoints the output stores the node's
+//! [`RetroForward`] instead, whatever the device's own strategy is. The first that retrieves the output in the
+//! backward pass has it rebuilt.
+
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, TensorMetadata};
+use burn::backend::{Autodiff, Backend};
 use burn::tensor::DType;
 use burn_autodiff::NodeId;
 use burn_autodiff::checkpoint::base::Checkpointer;
-use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn_autodiff::checkpoint::retro_forward::RetroForward;
+use burn_autodiff::checkpoint::state::BackwardStates;
+use burn_autodiff::checkpoint::strategy::{BalancedCheckpointing, CheckpointStrategy};
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
 use super::parents::{inner, is_tracked, node_or_untracked, retrieve, untracked};
-use crate::backend::{ConvBnBackend, NormOutput, OptionalTensor};
-use crate::portable::{cast, channel_sum, channels, norm};
-use crate::spec::NormSpec;
+use crate::backend::{
+    BatchNormBackwardOptions, ConvBnBackend, NormInputs, NormOutput, NormSaved, NormStatistics,
+    OptionalTensor,
+};
+use crate::spec::{BatchNormOptions, Parents, StatisticsKind};
 
 #[derive(Debug)]
 struct BatchNormBackward;
 
-/// The input, its statistics and gamma are kept unless beta alone is tracked.
+/// Parents as checkpoints, statistics as they are.
 #[derive(Clone, Debug)]
 struct State<B: Backend> {
     input: Option<NodeId>,
     gamma: Option<NodeId>,
+    beta: Option<NodeId>,
     mean: FloatTensor<B>,
     variance: FloatTensor<B>,
-    norm: NormSpec,
-    norm_dtype: DType,
+    options: BatchNormBackwardOptions,
 }
 
-impl<B: Backend> Backward<B, 3> for BatchNormBackward {
+impl<B: ConvBnBackend> Backward<B, 3> for BatchNormBackward {
     type State = State<B>;
 
     fn backward(
@@ -35,100 +45,225 @@ impl<B: Backend> Backward<B, 3> for BatchNormBackward {
         grads: &mut Gradients,
         checkpointer: &mut Checkpointer,
     ) {
-        let [node_input, node_gamma, node_beta] = ops.parents;
         let state = ops.state;
-        let output_grad = grads.consume::<B>(&ops.node);
-        let input = retrieve::<B>(checkpointer, state.input);
-        let gamma = retrieve::<B>(checkpointer, state.gamma);
-        let Some(input) = input else {
-            if let Some(node) = node_beta {
-                let grad = channels::<B>(channel_sum::<B>(output_grad));
-                grads.register::<B>(node.id, cast::<B>(grad, state.norm_dtype));
-            }
-            return;
+        let saved = NormSaved {
+            output_grad: grads.consume::<B>(&ops.node),
+            input: retrieve::<B>(checkpointer, state.input).into(),
+            gamma: retrieve::<B>(checkpointer, state.gamma).into(),
+            beta: retrieve::<B>(checkpointer, state.beta).into(),
+            mean: state.mean,
+            variance: state.variance,
         };
-        let result = norm::backward::<B>(
-            input,
-            gamma,
-            state.mean,
-            state.variance,
-            output_grad,
-            state.norm,
-            node_input.is_some(),
-        );
-        if let (Some(node), Some(grad)) = (node_input, result.input) {
-            grads.register::<B>(node.id, grad);
-        }
-        for (node, grad) in [(node_gamma, result.gamma), (node_beta, result.beta)] {
-            if let Some(node) = node {
-                grads.register::<B>(node.id, cast::<B>(grad, state.norm_dtype));
+        let result = B::batch_normalize_backward(saved, state.options);
+        let results = [result.input, result.gamma, result.beta];
+        for (node, grad) in ops.parents.into_iter().zip(results) {
+            if let (Some(node), OptionalTensor::Present(grad)) = (node, grad) {
+                grads.register::<B>(node.id, grad);
             }
         }
     }
 }
 
+/// How the output is rebuilt.
+#[derive(Debug)]
+struct Rebuild<B: Backend> {
+    input: Source<B>,
+    gamma: Option<Source<B>>,
+    beta: Option<Source<B>>,
+    mean: FloatTensor<B>,
+    variance: FloatTensor<B>,
+    statistics: StatisticsKind,
+    options: BatchNormOptions,
+}
+
+/// An operand of the rebuilt output. A tracked one must be taken from its node's state, or that state lives
+/// until the backward pass ends; an untracked one has none.
+#[derive(Debug)]
+pub(super) enum Source<B: Backend> {
+    Node(NodeId),
+    Value(FloatTensor<B>),
+}
+
+impl<B: Backend> Source<B> {
+    pub(super) fn new<C: CheckpointStrategy>(tensor: &FloatTensor<Autodiff<B, C>>) -> Self {
+        if tensor.is_tracked() {
+            Self::Node(tensor.id())
+        } else {
+            Self::Value(tensor.primitive().clone())
+        }
+    }
+
+    pub(super) fn get(&self, states: &mut BackwardStates) -> FloatTensor<B> {
+        match self {
+            Self::Node(id) => states.get_state::<FloatTensor<B>>(id),
+            Self::Value(tensor) => tensor.clone(),
+        }
+    }
+}
+
+impl<B: ConvBnBackend> RetroForward for Rebuild<B> {
+    fn forward(&self, states: &mut BackwardStates, out_node: NodeId) {
+        let (mean, variance) = (self.mean.clone(), self.variance.clone());
+        let mut optional = |source: &Option<Source<B>>| -> OptionalTensor<B> {
+            source.as_ref().map(|source| source.get(states)).into()
+        };
+        let (gamma, beta) = (optional(&self.gamma), optional(&self.beta));
+        let inputs = NormInputs {
+            input: self.input.get(states),
+            gamma,
+            beta,
+            statistics: match self.statistics {
+                StatisticsKind::Batch => NormStatistics::Known { mean, variance },
+                StatisticsKind::Fixed => NormStatistics::Fixed { mean, variance },
+            },
+        };
+        let output = B::batch_normalize_forward(inputs, self.options).output;
+        states.save(out_node, output);
+    }
+}
+
+/// The tensors of a norm that may want a gradient.
+pub(super) struct Operands<B: Backend, C: CheckpointStrategy> {
+    pub(super) input: FloatTensor<Autodiff<B, C>>,
+    pub(super) gamma: OptionalTensor<Autodiff<B, C>>,
+    pub(super) beta: OptionalTensor<Autodiff<B, C>>,
+}
+
+impl<B: ConvBnBackend, C: CheckpointStrategy> Operands<B, C> {
+    fn tracked(&self) -> Parents {
+        Parents {
+            input: self.input.is_tracked(),
+            gamma: is_tracked::<B, C>(&self.gamma),
+            beta: is_tracked::<B, C>(&self.beta),
+            ..Parents::default()
+        }
+    }
+
+    fn rebuild(
+        &self,
+        statistics: StatisticsKind,
+        forward: &NormOutput<B>,
+        options: BatchNormOptions,
+    ) -> Rebuild<B> {
+        Rebuild {
+            input: Source::new::<C>(&self.input),
+            gamma: self.gamma.as_option().map(Source::new::<C>),
+            beta: self.beta.as_option().map(Source::new::<C>),
+            mean: forward.mean.clone(),
+            variance: forward.variance.clone(),
+            statistics,
+            options,
+        }
+    }
+}
+
 pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
-    input: FloatTensor<Autodiff<B, C>>,
-    gamma: OptionalTensor<Autodiff<B, C>>,
-    beta: OptionalTensor<Autodiff<B, C>>,
-    norm: NormSpec,
+    inputs: NormInputs<Autodiff<B, C>>,
+    options: BatchNormOptions,
 ) -> NormOutput<Autodiff<B, C>> {
+    let norm_dtype = inputs.norm_dtype();
+    let statistics = inputs.statistics.kind();
+    let operands = Operands {
+        input: inputs.input,
+        gamma: inputs.gamma,
+        beta: inputs.beta,
+    };
+    let given = match inputs.statistics {
+        NormStatistics::Batch => NormStatistics::Batch,
+        NormStatistics::Known { mean, variance } => NormStatistics::Known {
+            mean: mean.into_primitive(),
+            variance: variance.into_primitive(),
+        },
+        NormStatistics::Fixed { mean, variance } => NormStatistics::Fixed {
+            mean: mean.into_primitive(),
+            variance: variance.into_primitive(),
+        },
+    };
+    let forward = |input, gamma, beta| {
+        let inputs = NormInputs {
+            input,
+            gamma: OptionalTensor::from(inner::<B, C>(gamma)),
+            beta: OptionalTensor::from(inner::<B, C>(beta)),
+            statistics: given,
+        };
+        B::batch_normalize_forward(inputs, options)
+    };
+    if operands.tracked() == Parents::default() {
+        // Compute-bound: the output of a memory-bound node that no backward pass visits cannot be rebuilt.
+        let result = forward(
+            operands.input.into_primitive(),
+            operands.gamma,
+            operands.beta,
+        );
+        return untracked_output::<B, C>(result);
+    }
+    let (input, gamma, beta) = (&operands.input, &operands.gamma, &operands.beta);
+    let result = forward(input.primitive().clone(), gamma.clone(), beta.clone());
+    attach(operands, (statistics, norm_dtype), result, options)
+}
+
+/// Registers a norm that has been computed, with the statistics that it was computed with. An operand is
+/// tracked.
+pub(super) fn attach<B: ConvBnBackend, C: CheckpointStrategy>(
+    operands: Operands<B, C>,
+    (statistics, norm_dtype): (StatisticsKind, DType),
+    forward: NormOutput<B>,
+    options: BatchNormOptions,
+) -> NormOutput<Autodiff<B, C>> {
+    let rebuild = operands.rebuild(statistics, &forward, options);
+    let backward_options = BatchNormBackwardOptions {
+        options,
+        statistics,
+        norm_dtype,
+        wanted: operands.tracked(),
+    };
+    let Operands { input, gamma, beta } = operands;
     let nodes = [
         input.node(),
         node_or_untracked::<B, C>(&gamma, input.primitive()),
         node_or_untracked::<B, C>(&beta, input.primitive()),
     ];
-    let norm_dtype = gamma
-        .as_option()
-        .or(beta.as_option())
-        .unwrap_or(&input)
-        .dtype();
-    let forward = |input, gamma, beta| {
-        let gamma = OptionalTensor::from(inner::<B, C>(gamma));
-        B::batch_normalize(
-            input,
-            gamma,
-            OptionalTensor::from(inner::<B, C>(beta)),
-            norm,
-        )
+    // An untracked parent among them would make the node compute-bound.
+    let parents = [Some(&input), gamma.as_option(), beta.as_option()];
+    let parents = parents.into_iter().flatten();
+    let prep = Backward::<B, 3>::prepare::<BalancedCheckpointing>(BatchNormBackward, nodes)
+        .memory_bound()
+        .retro_forward(rebuild)
+        .parents(parents.filter(|parent| parent.is_tracked()))
+        .stateful();
+    let OpsKind::Tracked(mut prep) = prep else {
+        return untracked_output::<B, C>(forward);
     };
-    let (output, mean, variance) = match BatchNormBackward
-        .prepare::<C>(nodes)
-        .compute_bound()
-        .stateful()
-    {
-        OpsKind::Tracked(mut prep) => {
-            let keeps_input = input.is_tracked() || is_tracked::<B, C>(&gamma);
-            let checkpoint = keeps_input.then(|| prep.checkpoint(&input));
-            let gamma_checkpoint = match &gamma {
-                OptionalTensor::Present(gamma) if input.is_tracked() => {
-                    Some(prep.checkpoint(gamma))
-                }
-                _ => None,
-            };
-            let result = forward(input.into_primitive(), gamma, beta);
-            let state = State {
-                input: checkpoint,
-                gamma: gamma_checkpoint,
-                mean: result.mean.clone(),
-                variance: result.variance.clone(),
-                norm,
-                norm_dtype,
-            };
-            (
-                prep.finish(state, result.output),
-                result.mean,
-                result.variance,
-            )
-        }
-        OpsKind::UnTracked(prep) => {
-            let result = forward(input.into_primitive(), gamma, beta);
-            (prep.finish(result.output), result.mean, result.variance)
-        }
+    let mut keep = |kept: bool, tensor: Option<&FloatTensor<Autodiff<B, C>>>| {
+        tensor
+            .filter(|_| kept)
+            .map(|tensor| prep.checkpoint(tensor))
+    };
+    let needs_input = backward_options.needs_input();
+    let state = State {
+        input: keep(needs_input, Some(&input)),
+        gamma: keep(
+            needs_input || backward_options.wanted.input,
+            gamma.as_option(),
+        ),
+        beta: keep(backward_options.needs_value(), beta.as_option()),
+        mean: forward.mean.clone(),
+        variance: forward.variance.clone(),
+        options: backward_options,
     };
     NormOutput {
-        output,
-        mean: untracked::<B, C>(mean),
-        variance: untracked::<B, C>(variance),
+        output: prep.finish(state, forward.output),
+        mean: untracked::<B, C>(forward.mean),
+        variance: untracked::<B, C>(forward.variance),
+    }
+}
+
+fn untracked_output<B: ConvBnBackend, C: CheckpointStrategy>(
+    result: NormOutput<B>,
+) -> NormOutput<Autodiff<B, C>> {
+    NormOutput {
+        output: untracked::<B, C>(result.output),
+        mean: untracked::<B, C>(result.mean),
+        variance: untracked::<B, C>(result.variance),
     }
 }

@@ -4,10 +4,59 @@ use burn::backend::fusion::custom::TensorSpec;
 use burn::tensor::{DType, Shape};
 
 use super::tensors::{
-    ConvBnBackwardOptions, ConvBnForwardMetadata, ConvBnGradsMetadata, ConvBnInputsMetadata,
-    ConvBnSavedMetadata, OptionalTensorMetadata,
+    BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackwardOptions, ConvBnForwardMetadata,
+    ConvBnGradsMetadata, ConvBnInputsMetadata, ConvBnSavedMetadata, ConvGradsMetadata,
+    ConvSavedMetadata, NormGradsMetadata, NormInputsMetadata, NormOutputMetadata,
+    NormSavedMetadata, OptionalTensorMetadata,
 };
-use crate::spec::{ConvBnOptions, ConvBnProblem, accumulator_dtype};
+use crate::spec::{BatchNormOptions, ConvBnOptions, ConvBnProblem, accumulator_dtype};
+
+pub(crate) fn conv_backward(
+    saved: &ConvSavedMetadata,
+    options: &ConvBackwardOptions,
+) -> ConvGradsMetadata {
+    let dtype = saved.output_grad.dtype;
+    let wanted = options.wanted;
+    let spec = |shape: &Shape| TensorSpec::new(shape.clone(), dtype);
+    let channels = Shape::new([options.weight_shape[0]]);
+    ConvGradsMetadata {
+        input: optional(wanted.input, || spec(&options.input_shape)),
+        weight: optional(wanted.weight, || spec(&options.weight_shape)),
+        bias: optional(wanted.bias, || spec(&channels)),
+    }
+}
+
+pub(crate) fn batch_normalize_forward(
+    inputs: &NormInputsMetadata,
+    _options: &BatchNormOptions,
+) -> NormOutputMetadata {
+    let output = TensorSpec::new(inputs.input.shape.clone(), inputs.input.dtype);
+    let channels = TensorSpec::new(
+        Shape::new([output.shape[1]]),
+        accumulator_dtype(output.dtype),
+    );
+    NormOutputMetadata {
+        output,
+        mean: channels.clone(),
+        variance: channels,
+    }
+}
+
+pub(crate) fn batch_normalize_backward(
+    saved: &NormSavedMetadata,
+    options: &BatchNormBackwardOptions,
+) -> NormGradsMetadata {
+    let grad = &saved.output_grad;
+    let wanted = options.wanted;
+    let channels = || TensorSpec::new(Shape::new([grad.shape[1]]), options.norm_dtype);
+    NormGradsMetadata {
+        input: optional(wanted.input, || {
+            TensorSpec::new(grad.shape.clone(), grad.dtype)
+        }),
+        gamma: optional(wanted.gamma, channels),
+        beta: optional(wanted.beta, channels),
+    }
+}
 
 pub(crate) fn conv_bn_forward(
     inputs: &ConvBnInputsMetadata,

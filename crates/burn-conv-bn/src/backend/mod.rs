@@ -11,12 +11,14 @@ use burn::backend::{Backend, backend_extension};
 use burn::tensor::ops::MaxPoolOptions;
 
 use crate::portable;
-use crate::spec::{ConvBnOptions, ConvSpec, NormSpec};
+use crate::portable::sweeps::Composed;
+use crate::spec::{BatchNormOptions, ConvBnOptions, ConvSpec};
 
 pub use self::tensors::{
-    ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions,
-    ConvBnMaxPoolForward, ConvBnSaved, MaxPoolBackwardOptions, MaxPoolForward, NormOutput,
-    OptionalTensor, Statistics,
+    BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackwardOptions, ConvBnForward,
+    ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved,
+    ConvGrads, ConvSaved, MaxPoolBackwardOptions, MaxPoolForward, NormGrads, NormInputs,
+    NormOutput, NormSaved, NormStatistics, OptionalTensor, Statistics, Tensors,
 };
 pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
 
@@ -24,8 +26,9 @@ pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
 ///
 /// | Differentiable     | Kernels                                                 | Without kernels          |
 /// |--------------------|---------------------------------------------------------|--------------------------|
-/// | `conv`             |                                                         | Burn's ops               |
-/// | `batch_normalize`  |                                                         | Burn's ops               |
+/// | `conv`             | `conv_backward`                                         | Burn's ops               |
+/// | `concatenate`      |                                                         | Burn's op                |
+/// | `batch_normalize`  | `batch_normalize_forward`, `batch_normalize_backward`   | Burn's ops               |
 /// | `conv_bn`          | `conv_bn_forward`, `conv_bn_backward`                   | Burn's ops               |
 /// | `max_pool`         | `max_pool_forward`, `max_pool_backward`                 | Burn's pool and its node |
 /// | `conv_bn_max_pool` | `conv_bn_max_pool_forward`, `conv_bn_max_pool_backward` | `conv_bn`, `max_pool`    |
@@ -139,10 +142,32 @@ pub trait ConvBnBackend: Backend {
         #[extension_type] bias: OptionalTensor<Self>,
         spec: ConvSpec,
     ) -> FloatTensor<Self> {
-        portable::conv::forward::<Self>(input, weight, bias.into_option(), &spec)
+        portable::conv::forward::<Self, Composed>(input, weight, bias.into_option(), &spec)
     }
 
-    /// Batch normalization with batch statistics, with an explicit backward pass.
+    /// Backward kernel of `conv`: the gradients in `options.wanted`.
+    #[fusion(meta = crate::backend::fusion::conv_backward)]
+    fn conv_backward(
+        #[extension_type] saved: ConvSaved<Self>,
+        options: ConvBackwardOptions,
+    ) -> ConvGrads<Self> {
+        portable::conv_bn::conv_backward::<Self>(saved, &options)
+    }
+
+    /// Concatenation along channels. Whatever keeps its output for a backward pass keeps how to rebuild it from
+    /// the tensors instead.
+    ///
+    /// # Shapes
+    ///
+    /// - tensors: `[batch, channels, spatial..]`, 1 or more, each with channels of its own
+    /// - output: `[batch, sum of the channels, spatial..]`
+    #[fusion(default)]
+    fn concatenate(#[extension_type] tensors: Tensors<Self>) -> FloatTensor<Self> {
+        Self::float_cat(tensors.0, 1)
+    }
+
+    /// `activation(norm(input))`, with an explicit backward pass. Whatever keeps its output for a backward
+    /// pass keeps how to rebuild it from the input instead.
     ///
     /// # Shapes
     ///
@@ -150,12 +175,28 @@ pub trait ConvBnBackend: Backend {
     /// - `gamma`, `beta`, mean, variance: `[channels]`
     #[fusion(default)]
     fn batch_normalize(
-        input: FloatTensor<Self>,
-        #[extension_type] gamma: OptionalTensor<Self>,
-        #[extension_type] beta: OptionalTensor<Self>,
-        norm: NormSpec,
+        #[extension_type] inputs: NormInputs<Self>,
+        options: BatchNormOptions,
     ) -> NormOutput<Self> {
-        portable::norm::forward::<Self>(input, gamma.into_option(), beta.into_option(), norm)
+        Self::batch_normalize_forward(inputs, options)
+    }
+
+    /// Forward kernel of `batch_normalize`.
+    #[fusion(meta = crate::backend::fusion::batch_normalize_forward)]
+    fn batch_normalize_forward(
+        #[extension_type] inputs: NormInputs<Self>,
+        options: BatchNormOptions,
+    ) -> NormOutput<Self> {
+        portable::batch_norm::forward::<Self>(inputs, options)
+    }
+
+    /// Backward kernel of `batch_normalize`: the gradients in `options.wanted`.
+    #[fusion(meta = crate::backend::fusion::batch_normalize_backward)]
+    fn batch_normalize_backward(
+        #[extension_type] saved: NormSaved<Self>,
+        options: BatchNormBackwardOptions,
+    ) -> NormGrads<Self> {
+        portable::batch_norm::backward::<Self>(saved, &options)
     }
 
     /// `activation(norm(conv(input)) + residual)`, with a backward pass that recomputes the
@@ -247,7 +288,7 @@ pub trait ConvBnBackend: Backend {
         pool: MaxPoolOptions<2>,
     ) -> NormOutput<Self> {
         let shift = portable::bias_shift::<Self>(&inputs);
-        match Self::conv_bn_max_pool_forward(inputs.clone(), options.clone(), pool.clone()) {
+        match Self::conv_bn_max_pool_forward(inputs.clone(), options.clone(), pool.clone(), false) {
             ConvBnMaxPoolForward::Pooled {
                 output,
                 mean,
@@ -268,14 +309,16 @@ pub trait ConvBnBackend: Backend {
         }
     }
 
-    /// Forward kernel of `conv_bn_max_pool`, if there is one for these inputs and options.
+    /// Forward kernel of `conv_bn_max_pool`, if there is one for these inputs and options. Also returns the
+    /// convolution's output if `keep_conv_output`.
     #[fusion(default)]
     fn conv_bn_max_pool_forward(
         #[extension_type] inputs: ConvBnInputs<Self>,
         options: ConvBnOptions,
         pool: MaxPoolOptions<2>,
+        keep_conv_output: bool,
     ) -> ConvBnMaxPoolForward<Self> {
-        let _ = (inputs, options, pool);
+        let _ = (inputs, options, pool, keep_conv_output);
         ConvBnMaxPoolForward::Unsupported
     }
 

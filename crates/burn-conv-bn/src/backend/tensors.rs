@@ -1,11 +1,17 @@
 //! The structs and enums of tensors that pass through the trait.
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Backend, ExtensionType, TensorMetadata};
+use burn::backend::{
+    Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind,
+    ExtensionType, TensorMetadata,
+};
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Shape};
 
-use crate::spec::{ConvBnOptions, Parents, StatisticsKind, accumulator_dtype};
+use crate::spec::{
+    BatchNormOptions, ConvBnOptions, ConvSpec, Derivative, Parents, StatisticsKind,
+    accumulator_dtype,
+};
 
 /// A tensor that may be missing.
 ///
@@ -51,6 +57,51 @@ impl<B: Backend> From<Option<FloatTensor<B>>> for OptionalTensor<B> {
     }
 }
 
+/// Any number of tensors.
+///
+/// Burn's extension macro passes structs of tensors across backends, but no `Vec`.
+#[derive(Clone, Debug)]
+pub struct Tensors<B: Backend>(pub Vec<FloatTensor<B>>);
+
+impl<B: Backend> ExtensionType<B> for Tensors<B> {
+    type Target = Tensors<Dispatch>;
+
+    fn map_to_dispatch<F>(self, map_kind: F, autodiff: DispatchAutodiffContext) -> Tensors<Dispatch>
+    where
+        F: Fn(BackendTensor<B>) -> DispatchTensorKind,
+    {
+        let wrap = |tensor| DispatchTensor {
+            kind: map_kind(BackendTensor::Float(tensor)),
+            autodiff,
+        };
+        Tensors(self.0.into_iter().map(wrap).collect())
+    }
+
+    fn map_from_dispatch<F>(target: Tensors<Dispatch>, unwrap_kind: F) -> Self
+    where
+        F: Fn(DispatchTensor) -> BackendTensor<B>,
+    {
+        let unwrap = |tensor| unwrap_kind(tensor).float();
+        Self(target.0.into_iter().map(unwrap).collect())
+    }
+
+    fn routing_tensor(target: &Tensors<Dispatch>) -> Option<&DispatchTensor> {
+        target.0.first()
+    }
+
+    fn routing_float_tensor(target: &Tensors<Dispatch>) -> Option<&DispatchTensor> {
+        Self::routing_tensor(target)
+    }
+
+    fn autodiff_context(target: &Tensors<Dispatch>) -> DispatchAutodiffContext {
+        let contexts = target.0.iter().map(|tensor| tensor.autodiff);
+        contexts.fold(
+            DispatchAutodiffContext::Disabled,
+            DispatchAutodiffContext::merge,
+        )
+    }
+}
+
 /// Where the norm's mean and variance come from.
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
@@ -74,6 +125,174 @@ impl<B: Backend> Statistics<B> {
             Self::Fixed { .. } => StatisticsKind::Fixed,
         }
     }
+}
+
+/// Where the mean and variance of a norm on its own come from.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub enum NormStatistics<B: Backend> {
+    /// From this batch.
+    Batch,
+    /// From this batch, and known already; gradients flow through them as through the batch's.
+    Known {
+        /// Mean of the input, `[channels]`, in f32 or f64.
+        mean: FloatTensor<B>,
+        /// Biased variance of the input, `[channels]`, in f32 or f64.
+        variance: FloatTensor<B>,
+    },
+    /// Given, as in evaluation and with a frozen norm; no gradient flows to them.
+    Fixed {
+        /// `[channels]`.
+        mean: FloatTensor<B>,
+        /// `[channels]`; the variant's formula takes it as it is.
+        variance: FloatTensor<B>,
+    },
+}
+
+impl<B: Backend> NormStatistics<B> {
+    /// The kind of statistics.
+    pub fn kind(&self) -> StatisticsKind {
+        match self {
+            Self::Batch | Self::Known { .. } => StatisticsKind::Batch,
+            Self::Fixed { .. } => StatisticsKind::Fixed,
+        }
+    }
+}
+
+/// Tensors of a norm on its own.
+///
+/// Gamma, beta and fixed statistics are of the input's dtype, or f32 where that is f16 or bf16.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub struct NormInputs<B: Backend> {
+    /// `[batch, channels, spatial..]`.
+    pub input: FloatTensor<B>,
+    /// Scale, `[channels]`; 1 if absent.
+    #[extension_type]
+    pub gamma: OptionalTensor<B>,
+    /// Shift, `[channels]`; 0 if absent.
+    #[extension_type]
+    pub beta: OptionalTensor<B>,
+    /// Where mean and variance come from.
+    #[extension_type]
+    pub statistics: NormStatistics<B>,
+}
+
+impl<B: Backend> NormInputs<B> {
+    /// Dtype of gamma and beta, or of the accumulators without them.
+    pub fn norm_dtype(&self) -> DType {
+        match self.gamma.as_option().or(self.beta.as_option()) {
+            Some(tensor) => tensor.dtype(),
+            None => accumulator_dtype(self.input.dtype()),
+        }
+    }
+}
+
+/// Tensors for the backward kernel of a norm.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub struct NormSaved<B: Backend> {
+    /// Gradient of the output, `[batch, channels, spatial..]`.
+    pub output_grad: FloatTensor<B>,
+    /// The norm's input; see [`BatchNormBackwardOptions::needs_input`].
+    #[extension_type]
+    pub input: OptionalTensor<B>,
+    /// The norm's scale.
+    #[extension_type]
+    pub gamma: OptionalTensor<B>,
+    /// The norm's shift.
+    #[extension_type]
+    pub beta: OptionalTensor<B>,
+    /// As [`NormOutput::mean`]; the given mean with fixed statistics.
+    pub mean: FloatTensor<B>,
+    /// As [`NormOutput::variance`]; the given variance with fixed statistics.
+    pub variance: FloatTensor<B>,
+}
+
+/// Options of `batch_normalize_backward`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BatchNormBackwardOptions {
+    /// The forward's options.
+    pub options: BatchNormOptions,
+    /// Where mean and variance came from.
+    pub statistics: StatisticsKind,
+    /// Dtype of gamma and beta, and so of their gradients.
+    pub norm_dtype: DType,
+    /// Requested gradients, of `input`, `gamma` and `beta`.
+    pub wanted: Parents,
+}
+
+impl BatchNormBackwardOptions {
+    /// Whether the requested gradients depend on the norm's input: through the batch's statistics, gamma's
+    /// gradient, or the activation's derivative.
+    pub fn needs_input(&self) -> bool {
+        let is_of_batch = self.statistics == StatisticsKind::Batch;
+        self.wanted.gamma || (self.wanted.input && is_of_batch) || self.needs_value()
+    }
+
+    /// Whether they depend on the activation's argument.
+    pub fn needs_value(&self) -> bool {
+        self.options.activation.derivative() != Derivative::One
+    }
+}
+
+/// Requested gradients of a norm, each with its parent's shape and dtype.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub struct NormGrads<B: Backend> {
+    /// Of the norm's input.
+    #[extension_type]
+    pub input: OptionalTensor<B>,
+    /// Of the norm's scale.
+    #[extension_type]
+    pub gamma: OptionalTensor<B>,
+    /// Of the norm's shift.
+    #[extension_type]
+    pub beta: OptionalTensor<B>,
+}
+
+/// Tensors for the backward kernel of a convolution.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub struct ConvSaved<B: Backend> {
+    /// Gradient of the output, `[batch, channels_out, spatial_out..]`.
+    pub output_grad: FloatTensor<B>,
+    /// The input, if the weight's gradient is requested.
+    #[extension_type]
+    pub input: OptionalTensor<B>,
+    /// The weight, if the input's gradient is requested.
+    #[extension_type]
+    pub weight: OptionalTensor<B>,
+}
+
+/// Options of `conv_backward`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConvBackwardOptions {
+    /// Geometry of the convolution.
+    pub spec: ConvSpec,
+    /// `[batch, channels_in, spatial..]`.
+    pub input_shape: Shape,
+    /// `[channels_out, channels_in / groups, kernel..]`.
+    pub weight_shape: Shape,
+    /// As [`ConvBnOptions::max_workspace`].
+    pub max_workspace: Option<usize>,
+    /// Requested gradients, of `input`, `weight` and `bias`.
+    pub wanted: Parents,
+}
+
+/// Requested gradients of a convolution, each with its parent's shape and dtype.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub struct ConvGrads<B: Backend> {
+    /// Of the input.
+    #[extension_type]
+    pub input: OptionalTensor<B>,
+    /// Of the weight.
+    #[extension_type]
+    pub weight: OptionalTensor<B>,
+    /// Of the bias.
+    #[extension_type]
+    pub bias: OptionalTensor<B>,
 }
 
 /// Tensors of the fused op.
@@ -275,6 +494,9 @@ pub enum ConvBnMaxPoolForward<B: Backend> {
         mean: FloatTensor<B>,
         /// As [`ConvBnForward::variance`].
         variance: FloatTensor<B>,
+        /// As [`ConvBnForward::conv_output`].
+        #[extension_type]
+        conv_output: OptionalTensor<B>,
     },
 }
 

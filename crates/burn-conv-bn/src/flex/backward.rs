@@ -3,18 +3,18 @@
 use burn::backend::flex::FlexTensor;
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::ops::MaxPoolOptions;
-use burn::tensor::{DType, Shape, f16};
+use burn::tensor::{DType, f16};
 use burn_conv_bn_cpu::{
     Activation as KernelActivation, Affine, Backward, ConvOutput, Gradients, InputGradCoefficients,
     OutputGrad, PooledGrad, Real, backward, grad_sums, pooled_grad_sums,
 };
 
 use super::max_pool;
-use super::norm::{HostNorm, center, rounded, times};
+use super::norm::{HostNorm, center, channel_grad, rounded, times};
 use super::tensor::{
     Kernel, contiguous, geometry, host, kernel_activation, numbers, output_shape, slice, tensor,
 };
-use crate::backend::{ConvBnBackwardOptions, ConvBnGrads, ConvBnSaved, OptionalTensor};
+use crate::backend::{ConvBnBackwardOptions, ConvBnGrads, ConvBnSaved};
 use crate::portable::{self, cast};
 use crate::spec::{Derivative, Parents, StatisticsKind};
 
@@ -85,10 +85,14 @@ pub(super) fn kernel_backward<E: Kernel>(
     } = saved;
     let wanted = options.wanted;
     let geometry = geometry(
-        &options.input_shape,
-        &options.weight_shape,
-        &options.options,
+        [&options.input_shape, &options.weight_shape],
+        &options.options.conv,
+        options.options.max_workspace,
     );
+    let geometry = match options.statistics {
+        StatisticsKind::Batch => geometry,
+        StatisticsKind::Fixed => geometry.with_given_statistics(),
+    };
     let channels = geometry.channels_out();
     let output_grad = contiguous(&output_grad);
     let input = input.as_option().map(contiguous);
@@ -141,11 +145,9 @@ pub(super) fn kernel_backward<E: Kernel>(
         // The pooled output serves the two sums only, below.
         output: output.as_ref().filter(|_| joined.is_none()).map(slice),
     };
-    let invertible = output.as_ref().filter(|_| {
-        joined.is_some()
-            && options.options.activation.passes_unchanged()
-            && inverts_norm::<E>(&variance, &scale, shift.as_deref())
-    });
+    let invertible = output
+        .as_ref()
+        .filter(|_| joined.is_some() && inverts_norm::<E>(&variance, &scale, shift.as_deref()));
 
     // The convolution's output: saved in forward, stored between the two steps if that saves time and fits the
     // workspace, or recomputed in each step. Under given statistics only the activation may need it.
@@ -271,16 +273,6 @@ fn grads_without_statistics(
         options.wanted
     );
     portable::conv_bn::backward::<Flex>(saved, options)
-}
-
-/// Gradients of a `[channels]` tensor, in its dtype.
-fn channel_grad<E: Kernel>(wanted: bool, grad: Vec<f64>, dtype: DType) -> OptionalTensor<Flex> {
-    let grad = wanted.then(|| {
-        let shape = Shape::new([grad.len()]);
-        let grad = rounded::<E::Real>(grad.into_iter());
-        cast::<Flex>(tensor(grad, &shape), dtype)
-    });
-    grad.into()
 }
 
 /// Gamma's gradient under given statistics, from the dot products of the weight with the folded

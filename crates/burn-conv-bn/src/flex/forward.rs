@@ -3,7 +3,10 @@
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::Shape;
 use burn::tensor::ops::MaxPoolOptions;
-use burn_conv_bn_cpu::{Affine, Geometry, Real, conv, conv_moments, normalize, normalize_max_pool};
+use burn_conv_bn_cpu::{
+    Affine, Geometry, Planes, Real, conv, conv_moments, normalize, normalize_into,
+    normalize_max_pool,
+};
 
 use super::max_pool;
 use super::norm::{HostNorm, center, rounded};
@@ -19,7 +22,8 @@ pub(super) fn kernel_forward<E: Kernel>(
     keep_conv_output: bool,
 ) -> ConvBnForward<Flex> {
     let (input, weight) = (contiguous(&inputs.input), contiguous(&inputs.weight));
-    let geometry = geometry(&input.shape(), &weight.shape(), options);
+    let shapes = [&input.shape(), &weight.shape()];
+    let geometry = geometry(shapes, &options.conv, options.max_workspace);
     let output_shape = output_shape(&input.shape(), &geometry);
     let channels = geometry.channels_out();
 
@@ -37,14 +41,14 @@ pub(super) fn kernel_forward<E: Kernel>(
             (mean.clone(), mean, variance, norm)
         }
         Statistics::Fixed { mean, variance } => {
-            conv(&geometry, slice::<E>(&input), &weight, &mut values);
+            let bounded = geometry.clone().with_given_statistics();
+            conv(&bounded, slice::<E>(&input), &weight, &mut values);
             let (mean, variance) = (host::<E::Real>(mean), host::<E::Real>(variance));
             let center = center(&mean, inputs.bias.as_option().map(host));
             let norm = HostNorm::given(options.norm, &variance);
             (center, mean, variance, norm)
         }
     };
-    let kept = keep_conv_output.then(|| tensor(values.clone(), &output_shape));
 
     let scale = norm.scale::<E::Real>(inputs.gamma.as_option().map(host));
     let shift = inputs.beta.as_option().map(host);
@@ -56,11 +60,19 @@ pub(super) fn kernel_forward<E: Kernel>(
     let residual = inputs.residual.as_option().map(contiguous);
     let residual = residual.as_ref().map(slice::<E>);
     let activation = kernel_activation(options.activation);
-    normalize(&geometry, &mut values, affine, residual, activation);
+    let (output, kept) = if keep_conv_output {
+        let mut output = Vec::new();
+        let planes = Planes::from(&geometry);
+        normalize_into(planes, &values, affine, residual, activation, &mut output);
+        (output, Some(tensor(values, &output_shape)))
+    } else {
+        normalize(&geometry, &mut values, affine, residual, activation);
+        (values, None)
+    };
 
     let per_channel = Shape::new([channels]);
     ConvBnForward {
-        output: tensor(values, &output_shape),
+        output: tensor(output, &output_shape),
         mean: tensor(mean, &per_channel),
         variance: tensor(variance, &per_channel),
         conv_output: kept.into(),
@@ -88,13 +100,15 @@ pub(super) fn kernel_forward_max_pool<E: Kernel>(
     inputs: ConvBnInputs<Flex>,
     options: &ConvBnOptions,
     pool: &MaxPoolOptions<2>,
+    keep_conv_output: bool,
 ) -> ConvBnMaxPoolForward<Flex> {
     let residual = inputs.residual.is_present();
-    if !SavePlan::joins_max_pool(options, inputs.statistics.kind(), residual) {
+    if !SavePlan::joins_max_pool(inputs.statistics.kind(), residual) {
         return ConvBnMaxPoolForward::Unsupported;
     }
     let (input, weight) = (contiguous(&inputs.input), contiguous(&inputs.weight));
-    let geometry = geometry(&input.shape(), &weight.shape(), options);
+    let shapes = [&input.shape(), &weight.shape()];
+    let geometry = geometry(shapes, &options.conv, options.max_workspace);
     let output_shape = output_shape(&input.shape(), &geometry);
     let pool = match max_pool::geometry(&output_shape, pool) {
         Some(pool) if pool.is_regular() => pool,
@@ -136,5 +150,8 @@ pub(super) fn kernel_forward_max_pool<E: Kernel>(
         argmax: tensor(argmax, &pooled),
         mean: tensor(mean, &per_channel),
         variance: tensor(variance, &per_channel),
+        conv_output: keep_conv_output
+            .then(|| tensor(values, &output_shape))
+            .into(),
     }
 }

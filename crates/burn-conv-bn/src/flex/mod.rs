@@ -4,6 +4,8 @@
 //! bodies.
 
 mod backward;
+mod batch_norm;
+mod conv;
 mod forward;
 mod max_pool;
 mod norm;
@@ -20,14 +22,51 @@ use self::backward::{JoinedPool, kernel_backward};
 use self::forward::{kernel_forward, kernel_forward_max_pool};
 use self::tensor::contiguous;
 use crate::backend::{
-    ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs,
-    ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved, MaxPoolBackwardOptions,
-    MaxPoolForward,
+    BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackend, ConvBnBackwardOptions,
+    ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward,
+    ConvBnSaved, ConvGrads, ConvSaved, MaxPoolBackwardOptions, MaxPoolForward, NormGrads,
+    NormInputs, NormOutput, NormSaved,
 };
 use crate::portable;
-use crate::spec::ConvBnOptions;
+use crate::spec::{BatchNormOptions, ConvBnOptions};
 
 impl ConvBnBackend for Flex {
+    fn conv_backward(saved: ConvSaved<Self>, options: ConvBackwardOptions) -> ConvGrads<Self> {
+        match saved.output_grad.dtype() {
+            DType::F32 => conv::backward::<f32>(saved, &options),
+            DType::F64 => conv::backward::<f64>(saved, &options),
+            DType::F16 => conv::backward::<f16>(saved, &options),
+            DType::BF16 => conv::backward::<bf16>(saved, &options),
+            _ => portable::conv_bn::conv_backward::<Self>(saved, &options),
+        }
+    }
+
+    fn batch_normalize_forward(
+        inputs: NormInputs<Self>,
+        options: BatchNormOptions,
+    ) -> NormOutput<Self> {
+        match inputs.input.dtype() {
+            DType::F32 => batch_norm::forward::<f32>(inputs, options),
+            DType::F64 => batch_norm::forward::<f64>(inputs, options),
+            DType::F16 => batch_norm::forward::<f16>(inputs, options),
+            DType::BF16 => batch_norm::forward::<bf16>(inputs, options),
+            _ => portable::batch_norm::forward::<Self>(inputs, options),
+        }
+    }
+
+    fn batch_normalize_backward(
+        saved: NormSaved<Self>,
+        options: BatchNormBackwardOptions,
+    ) -> NormGrads<Self> {
+        match saved.output_grad.dtype() {
+            DType::F32 => batch_norm::backward::<f32>(saved, &options),
+            DType::F64 => batch_norm::backward::<f64>(saved, &options),
+            DType::F16 => batch_norm::backward::<f16>(saved, &options),
+            DType::BF16 => batch_norm::backward::<bf16>(saved, &options),
+            _ => portable::batch_norm::backward::<Self>(saved, &options),
+        }
+    }
+
     fn conv_bn_forward(
         inputs: ConvBnInputs<Self>,
         options: ConvBnOptions,
@@ -59,12 +98,13 @@ impl ConvBnBackend for Flex {
         inputs: ConvBnInputs<Self>,
         options: ConvBnOptions,
         pool: MaxPoolOptions<2>,
+        keep: bool,
     ) -> ConvBnMaxPoolForward<Self> {
         match inputs.input.dtype() {
-            DType::F32 => kernel_forward_max_pool::<f32>(inputs, &options, &pool),
-            DType::F64 => kernel_forward_max_pool::<f64>(inputs, &options, &pool),
-            DType::F16 => kernel_forward_max_pool::<f16>(inputs, &options, &pool),
-            DType::BF16 => kernel_forward_max_pool::<bf16>(inputs, &options, &pool),
+            DType::F32 => kernel_forward_max_pool::<f32>(inputs, &options, &pool, keep),
+            DType::F64 => kernel_forward_max_pool::<f64>(inputs, &options, &pool, keep),
+            DType::F16 => kernel_forward_max_pool::<f16>(inputs, &options, &pool, keep),
+            DType::BF16 => kernel_forward_max_pool::<bf16>(inputs, &options, &pool, keep),
             _ => ConvBnMaxPoolForward::Unsupported,
         }
     }

@@ -1,7 +1,12 @@
 //! The norm of each channel on the host, in f64.
 
+use burn::backend::Flex;
+use burn::tensor::{DType, Shape};
 use burn_conv_bn_cpu::Real;
 
+use super::tensor::{Kernel, tensor};
+use crate::backend::OptionalTensor;
+use crate::portable::cast;
 use crate::spec::NormSpec;
 
 /// [`NormSpec`]'s formula for each channel: `portable::norm::ChannelNorm` on the host.
@@ -100,4 +105,18 @@ pub(super) fn center<T: Real>(mean: &[T], bias: Option<Vec<T>>) -> Vec<T> {
             .collect(),
         None => mean.to_vec(),
     }
+}
+
+/// Gradients of a `[channels]` tensor, in its dtype.
+pub(super) fn channel_grad<E: Kernel>(
+    wanted: bool,
+    grad: Vec<f64>,
+    dtype: DType,
+) -> OptionalTensor<Flex> {
+    let grad = wanted.then(|| {
+        let shape = Shape::new([grad.len()]);
+        let grad = rounded::<E::Real>(grad.into_iter());
+        cast::<Flex>(tensor(grad, &shape), dtype)
+    });
+    grad.into()
 }

@@ -9,7 +9,7 @@ use burn_conv_bn_cpu::{Activation as KernelActivation, Element as KernelElement,
 use bytemuck::Pod;
 
 use crate::portable::cast;
-use crate::spec::{Activation, ConvBnOptions};
+use crate::spec::{Activation, ConvSpec};
 
 /// Element types of the kernels' activations.
 pub(super) trait Kernel: KernelElement<Real: Number> + Element + Pod {}
@@ -27,7 +27,14 @@ pub(super) fn kernel_activation(activation: Activation) -> KernelActivation {
         Activation::LeakyRelu { negative_slope } => KernelActivation::LeakyRelu { negative_slope },
         Activation::Silu => KernelActivation::Silu,
         Activation::Gelu => KernelActivation::Gelu,
+        Activation::GeluApproximate => KernelActivation::GeluApproximate,
         Activation::HardSwish => KernelActivation::HardSwish,
+        Activation::Sigmoid => KernelActivation::Sigmoid,
+        Activation::HardSigmoid { alpha, beta } => KernelActivation::HardSigmoid { alpha, beta },
+        Activation::Tanh => KernelActivation::Tanh,
+        Activation::Elu { alpha } => KernelActivation::Elu { alpha },
+        Activation::Mish => KernelActivation::Mish,
+        Activation::Softplus { beta } => KernelActivation::Softplus { beta },
     }
 }
 
@@ -36,13 +43,16 @@ const LEAST_SCRATCH: usize = 2 << 20;
 
 /// The kernels' geometry, with missing leading dimensions of size 1 and scratch bounded by the workspace. The
 /// shapes were checked by [`ConvBnProblem`](crate::backend::ConvBnProblem).
-pub(super) fn geometry(input: &Shape, weight: &Shape, options: &ConvBnOptions) -> Geometry {
+pub(super) fn geometry(
+    [input, weight]: [&Shape; 2],
+    spec: &ConvSpec,
+    max_workspace: Option<usize>,
+) -> Geometry {
     fn lifted<T: Copy>(values: &[T], missing: T) -> [T; 3] {
         let mut all = [missing; 3];
         all[3 - values.len()..].copy_from_slice(values);
         all
     }
-    let (spec, max_workspace) = (&options.conv, options.max_workspace);
     Geometry::new(
         input[0],
         [input[1], weight[0]],
@@ -70,6 +80,21 @@ pub(super) fn contiguous(tensor: &FlexTensor) -> FlexTensor {
         Some(_) => tensor.clone(),
         None => tensor.to_contiguous(),
     }
+}
+
+/// The tensor with its values changed: in place where nothing else holds them.
+pub(super) fn updated<E: Element + Pod>(
+    tensor: FlexTensor,
+    change: impl FnOnce(&mut [E]),
+) -> FlexTensor {
+    let mut tensor = match tensor.layout().contiguous_offsets() {
+        Some(_) => tensor,
+        None => tensor.to_contiguous(),
+    };
+    let offsets = tensor.layout().contiguous_offsets();
+    let (start, end) = offsets.expect("a contiguous tensor has offsets");
+    change(&mut tensor.storage_mut()[start..end]);
+    tensor
 }
 
 pub(super) fn slice<E: Element + Pod>(tensor: &FlexTensor) -> &[E] {

@@ -1,6 +1,8 @@
 //! The kernels against the portable bodies, which serve the other backends, in f64. The
 //! kernels themselves are held against finite differences and PyTorch in `tests/it`.
 
+mod halves;
+
 use burn::backend::flex::FlexTensor;
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::{Flex, TensorMetadata};
@@ -102,7 +104,7 @@ fn geometries() -> Vec<(ConvSpec, Vec<usize>, Vec<usize>)> {
     ]
 }
 
-const ACTIVATIONS: [Activation; 8] = [
+const ACTIVATIONS: [Activation; 15] = [
     Activation::Identity,
     Activation::Relu,
     Activation::Relu6,
@@ -114,7 +116,17 @@ const ACTIVATIONS: [Activation; 8] = [
     },
     Activation::Silu,
     Activation::Gelu,
+    Activation::GeluApproximate,
     Activation::HardSwish,
+    Activation::Sigmoid,
+    Activation::HardSigmoid {
+        alpha: 0.2,
+        beta: 0.5,
+    },
+    Activation::Tanh,
+    Activation::Elu { alpha: 0.75 },
+    Activation::Mish,
+    Activation::Softplus { beta: 1.5 },
 ];
 
 #[test]
@@ -149,9 +161,12 @@ fn compare(
     let what = format!("{options:?}, input {input_shape:?}, fixed {fixed}");
     let channels = &weight_shape[..1];
     let geometry = geometry(
-        &Shape::from(input_shape.to_vec()),
-        &Shape::from(weight_shape.to_vec()),
+        [
+            &Shape::from(input_shape.to_vec()),
+            &Shape::from(weight_shape.to_vec()),
+        ],
         &options.conv,
+        None,
     );
     let output_shape = output_shape(&Shape::from(input_shape.to_vec()), &geometry).to_vec();
     // Every other image of a larger batch: a view that is not contiguous.

@@ -1,3 +1,4 @@
+use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Device, Shape, Tensor};
 
 use crate::spec::ConvBnError;
@@ -13,6 +14,33 @@ impl Check {
         Self {
             dtype: input.dtype(),
             device: input.device(),
+        }
+    }
+
+    /// An error unless this build has the op on the input's device: Burn may have backends whose features of
+    /// this crate are off.
+    pub(super) fn backend(&self) -> Result<(), ConvBnError> {
+        let device: &DispatchDevice = match self.device.as_dispatch() {
+            DispatchDevice::Autodiff(device) => device,
+            device => device,
+        };
+        match device {
+            #[cfg(feature = "cubecl")]
+            DispatchDevice::Cube(_) => Ok(()),
+            #[cfg(feature = "flex")]
+            DispatchDevice::Flex(_) => Ok(()),
+            #[cfg(feature = "ndarray")]
+            DispatchDevice::NdArray(_) => Ok(()),
+            #[cfg(feature = "tch")]
+            DispatchDevice::LibTorch(_) => Ok(()),
+            #[allow(unreachable_patterns, reason = "Burn may have no other backend")]
+            device => {
+                let device = format!("{device:?}");
+                Err(ConvBnError::Backend {
+                    feature: feature(&device),
+                    device,
+                })
+            }
         }
     }
 
@@ -97,6 +125,63 @@ impl Check {
                 expected: format!("{:?}", self.device),
                 got: format!("{device:?}"),
             })
+        }
+    }
+}
+
+/// The feature of a backend, by its device as Burn's `DispatchDevice` prints it: the variants of backends that
+/// were not compiled in have no name here.
+fn feature(device: &str) -> Option<&'static str> {
+    let features = [
+        ("Cube(Cuda", "cuda"),
+        ("Cube(Hip", "rocm"),
+        ("Cube(Metal", "metal"),
+        ("Cube(Cpu", "cpu"),
+        ("Cube(", "wgpu"),
+        ("Flex", "flex"),
+        ("NdArray", "ndarray"),
+        ("LibTorch", "tch"),
+    ];
+    let found = features.iter().find(|(name, _)| device.starts_with(name));
+    found.map(|(_, feature)| *feature)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_backend_is_named_by_its_feature() {
+        for (device, wanted) in [
+            ("Cube(Cuda(CudaDevice { index: 0 }))", Some("cuda")),
+            ("Cube(Hip(AmdDevice { index: 0 }))", Some("rocm")),
+            ("Cube(Wgpu(DefaultDevice))", Some("wgpu")),
+            ("Cube(Vulkan(DefaultDevice))", Some("wgpu")),
+            ("Flex(FlexDevice)", Some("flex")),
+            ("NdArray(Cpu)", Some("ndarray")),
+            ("Remote(RemoteDevice)", None),
+        ] {
+            assert_eq!(feature(device), wanted, "{device}");
+            let error = ConvBnError::Backend {
+                device: device.to_string(),
+                feature: feature(device),
+            };
+            let message = error.to_string();
+            assert!(message.contains(device), "{message}");
+            let named = wanted.map_or("no feature".to_string(), |name| format!("feature `{name}`"));
+            assert!(message.contains(&named), "{message}");
+        }
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn a_backend_of_this_build_passes() {
+        for device in [Device::flex(), Device::flex().autodiff()] {
+            let check = Check {
+                dtype: DType::F32,
+                device,
+            };
+            assert_eq!(check.backend(), Ok(()));
         }
     }
 }

@@ -1,26 +1,21 @@
-//! What the layers of every rank do, written once.
+//! A step of the layer, of every rank: its operands, its running statistics, and what it keeps.
 
 use std::sync::{Mutex, PoisonError};
 
 use burn::module::{Module, RunningState};
 use burn::nn::BatchNorm;
+use burn::nn::conv::Conv2d;
 use burn::tensor::{DType, Shape, Tensor};
 
+use super::borrowed::ConvBnRef;
 use super::convolution::Convolution;
 use super::error::or_panic;
-use super::{ConvBnSettings, MaxPool2d, RunningVariance};
-use crate::functional::{ConvBnParams, Normalized, conv_bn, conv_bn_max_pool2d};
+use super::{MaxPool2d, RunningVariance};
+use crate::functional::{ConvBnParams, Normalized};
 use crate::spec::{
     ConvBnError, ConvBnOptions, ConvBnProblem, NormSpec, Parents, SavePlan, SavedTensor,
-    StatisticsKind, values_per_channel,
+    StatisticsKind,
 };
-
-/// The parts of a layer.
-pub(super) struct Block<'a, C> {
-    pub(super) conv: &'a C,
-    pub(super) norm: &'a BatchNorm,
-    pub(super) settings: &'a ConvBnSettings,
-}
 
 /// Held while running statistics are read and written.
 static UPDATE: Mutex<()> = Mutex::new(());
@@ -38,44 +33,46 @@ pub(super) fn current(running: &RunningState<Tensor<1>>) -> Tensor<1> {
     running.value()
 }
 
-impl<C> Block<'_, C> {
-    #[track_caller]
-    pub(super) fn forward<const D: usize>(
-        &self,
-        input: Tensor<D>,
-        residual: Option<Tensor<D>>,
-    ) -> Tensor<D>
-    where
-        C: Convolution<D>,
-    {
-        self.run(input, residual, conv_bn)
+/// The one place where running statistics are written. `values` is how many values of a channel the result's
+/// statistics are taken of.
+pub(super) fn update_running_statistics<const D: usize>(
+    norm: &BatchNorm,
+    kind: RunningVariance,
+    result: &Normalized<D>,
+    values: impl FnOnce() -> usize,
+) {
+    let variance = match kind {
+        RunningVariance::Biased => result.variance.clone(),
+        RunningVariance::Unbiased => {
+            let values = values() as f64;
+            result.variance.clone() * (values / (values - 1.0))
+        }
+    };
+    // Threads that train clones of a layer share its statistics: no update is lost between reading
+    // and writing. The tensors are too small for Flex to run another task of this thread meanwhile.
+    let _guard = UPDATE.lock().unwrap_or_else(PoisonError::into_inner);
+    for (running, new) in [
+        (&norm.running_mean, result.mean.clone()),
+        (&norm.running_var, variance),
+    ] {
+        let old = current(running).dequantize().to_device(&new.device());
+        let new = new.cast(old.dtype()).detach();
+        let momentum = norm.momentum;
+        running.update((old * (1.0 - momentum) + new * momentum).detach());
+        // A pending update would overwrite a record that is loaded next.
+        take_pending(running);
     }
+}
 
-    /// As [`forward`](Self::forward), with a max pool behind.
-    #[track_caller]
-    pub(super) fn forward_max_pool(&self, input: Tensor<4>, pool: &MaxPool2d) -> Tensor<4>
-    where
-        C: Convolution<4>,
-    {
-        // What the statistics ask of the shape, the op checks.
-        let output = self.problem(input.shape(), StatisticsKind::Fixed).output;
-        let pool = pool.options(&output);
-        self.run(input, None, |input, params, options| {
-            conv_bn_max_pool2d(input, params, options, pool)
-        })
-    }
-
+impl<C: Convolution<D>, const D: usize> ConvBnRef<'_, C, D> {
     /// Runs an op on the parameters, and updates the running statistics.
     #[track_caller]
-    pub(super) fn run<const D: usize>(
+    pub(super) fn run(
         &self,
         input: Tensor<D>,
         residual: Option<Tensor<D>>,
         op: impl FnOnce(Tensor<D>, ConvBnParams<D>, ConvBnOptions) -> Result<Normalized<D>, ConvBnError>,
-    ) -> Tensor<D>
-    where
-        C: Convolution<D>,
-    {
+    ) -> Tensor<D> {
         let weight = self.conv.weight().val();
         let bias = self.conv.bias().map(|bias| bias.val());
         // Burn's norm looks at its own input, the convolution's output, which is on autodiff as soon as
@@ -101,7 +98,12 @@ impl<C> Block<'_, C> {
         let options = self.options(&shape);
         let result = or_panic(op(input, params, options));
         if training && self.settings.track_running_stats {
-            self.update_running_statistics(&result, shape);
+            let kind = self.settings.running_variance;
+            update_running_statistics(self.norm, kind, &result, || {
+                // Not of the result, which may be pooled.
+                let problem = self.problem(shape, StatisticsKind::Batch);
+                problem.values_per_channel()
+            });
         }
         result.output
     }
@@ -115,10 +117,7 @@ impl<C> Block<'_, C> {
     }
 
     /// The op's options for an input of that shape, on which `Same` padding depends.
-    fn options<const D: usize>(&self, input: &Shape) -> ConvBnOptions
-    where
-        C: Convolution<D>,
-    {
+    fn options(&self, input: &Shape) -> ConvBnOptions {
         ConvBnOptions {
             conv: self.conv.spec(input),
             norm: NormSpec::new(self.settings.norm_variant, self.norm.epsilon),
@@ -129,63 +128,42 @@ impl<C> Block<'_, C> {
     }
 
     /// The weight's values, which may be quantized.
-    pub(super) fn weight<const D: usize>(&self) -> Tensor<D>
-    where
-        C: Convolution<D>,
-    {
+    pub(super) fn weight(&self) -> Tensor<D> {
         self.conv.weight().val().dequantize()
     }
 
     #[track_caller]
-    fn problem<const D: usize>(&self, input: Shape, statistics: StatisticsKind) -> ConvBnProblem
-    where
-        C: Convolution<D>,
-    {
+    pub(super) fn problem(&self, input: Shape, statistics: StatisticsKind) -> ConvBnProblem {
         let options = self.options(&input);
         let is_batch = statistics == StatisticsKind::Batch;
         let weight = self.conv.weight().val().shape();
         or_panic(ConvBnProblem::conv_bn(input, weight, &options, is_batch))
     }
 
-    /// The one place where running statistics are written.
-    fn update_running_statistics<const D: usize>(&self, result: &Normalized<D>, input: Shape)
-    where
-        C: Convolution<D>,
-    {
-        let variance = match self.settings.running_variance {
-            RunningVariance::Biased => result.variance.clone(),
-            RunningVariance::Unbiased => {
-                // Not of the result, which may be pooled.
-                let output = self.problem(input, StatisticsKind::Batch).output;
-                let values = values_per_channel(&output) as f64;
-                result.variance.clone() * (values / (values - 1.0))
-            }
-        };
-        // Threads that train clones of a layer share its statistics: no update is lost between reading
-        // and writing. The tensors are too small for Flex to run another task of this thread meanwhile.
-        let _guard = UPDATE.lock().unwrap_or_else(PoisonError::into_inner);
-        for (running, new) in [
-            (&self.norm.running_mean, result.mean.clone()),
-            (&self.norm.running_var, variance),
-        ] {
-            let old = current(running).dequantize().to_device(&new.device());
-            let new = new.cast(old.dtype()).detach();
-            let momentum = self.norm.momentum;
-            running.update((old * (1.0 - momentum) + new * momentum).detach());
-            // A pending update would overwrite a record that is loaded next.
-            take_pending(running);
-        }
+    /// What a training step keeps for the backward pass of [`forward`](Self::forward), for an input of that
+    /// shape that is itself tracked, by name and bytes.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), for the shape.
+    #[track_caller]
+    pub fn saved_for_backward(&self, input_shape: [usize; D]) -> Vec<SavedTensor> {
+        self.saved(input_shape, false)
+    }
+
+    /// As [`saved_for_backward`](Self::saved_for_backward), for
+    /// [`forward_residual`](Self::forward_residual) with a residual that is tracked too.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), for the shape.
+    #[track_caller]
+    pub fn saved_for_backward_residual(&self, input_shape: [usize; D]) -> Vec<SavedTensor> {
+        self.saved(input_shape, true)
     }
 
     #[track_caller]
-    pub(super) fn saved_for_backward<const D: usize>(
-        &self,
-        input_shape: [usize; D],
-        residual: bool,
-    ) -> Vec<SavedTensor>
-    where
-        C: Convolution<D>,
-    {
+    fn saved(&self, input_shape: [usize; D], residual: bool) -> Vec<SavedTensor> {
         let input_shape = Shape::from(input_shape);
         let options = self.options(&input_shape);
         let (problem, statistics, [present, tracked]) = self.step(input_shape, residual);
@@ -197,10 +175,7 @@ impl<C> Block<'_, C> {
     }
 
     /// The plan's tensors. Those that are dequantized for the step are the node's own.
-    fn tensors<const D: usize>(&self, plan: SavePlan, problem: &ConvBnProblem) -> Vec<SavedTensor>
-    where
-        C: Convolution<D>,
-    {
+    fn tensors(&self, plan: SavePlan, problem: &ConvBnProblem) -> Vec<SavedTensor> {
         let gamma = self.norm.gamma.val();
         let gamma_dtype = gamma.clone().dequantize().dtype();
         let mut saved = plan.tensors(problem, self.weight().dtype(), gamma_dtype);
@@ -220,14 +195,7 @@ impl<C> Block<'_, C> {
     /// Shapes of a training step for a tracked input, its statistics, and which tensors it is given and
     /// which of them are tracked.
     #[track_caller]
-    fn step<const D: usize>(
-        &self,
-        input: Shape,
-        residual: bool,
-    ) -> (ConvBnProblem, StatisticsKind, [Parents; 2])
-    where
-        C: Convolution<D>,
-    {
+    fn step(&self, input: Shape, residual: bool) -> (ConvBnProblem, StatisticsKind, [Parents; 2]) {
         let weight = self.weight();
         let statistics = self.statistics(self.norm.training.is_enabled());
         let affine = self.settings.affine;
@@ -255,17 +223,22 @@ impl<C> Block<'_, C> {
             [present, tracked],
         )
     }
+}
 
-    /// As [`saved_for_backward`](Self::saved_for_backward), with a max pool behind.
+impl ConvBnRef<'_, Conv2d, 4> {
+    /// As [`saved_for_backward`](Self::saved_for_backward), of
+    /// [`forward_max_pool`](Self::forward_max_pool) on Flex. `pooled` is what that returns, and `output`
+    /// the block's, with the padding that Burn's pool adds, where it is kept between the two.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward_max_pool`](Self::forward_max_pool), for the shape.
     #[track_caller]
-    pub(super) fn saved_for_backward_max_pool(
+    pub fn saved_for_backward_max_pool(
         &self,
         input_shape: [usize; 4],
         pool: &MaxPool2d,
-    ) -> Vec<SavedTensor>
-    where
-        C: Convolution<4>,
-    {
+    ) -> Vec<SavedTensor> {
         let input_shape = Shape::from(input_shape);
         let options = self.options(&input_shape);
         let (problem, statistics, [present, tracked]) = self.step(input_shape, false);
@@ -273,12 +246,14 @@ impl<C> Block<'_, C> {
             return Vec::new();
         }
         let pooled = pool.problem(problem.output.clone());
-        let mut plan = SavePlan::new(&options, statistics, present, tracked);
-        let joined =
-            SavePlan::joins_max_pool(&options, statistics, false) && pooled.joins_a_block();
-        if joined {
-            plan = plan.with_max_pool(&options, present);
-        }
+        let joined = SavePlan::joins_max_pool(statistics, false) && pooled.joins_a_block();
+        let plan = if joined {
+            let options = options.joined();
+            let plan = SavePlan::new(&options, statistics, present, tracked);
+            plan.with_max_pool(&options, present)
+        } else {
+            SavePlan::new(&options, statistics, present, tracked)
+        };
         let dtype = self.weight().dtype();
         let mut saved = self.tensors(plan, &problem);
         for tensor in &mut saved {
@@ -294,8 +269,8 @@ impl<C> Block<'_, C> {
         }
         for tensor in pooled.saved(dtype) {
             let is_output = tensor.name == "input";
-            // The block may keep the very buffer that Burn's pool does.
-            if is_output && tensor.shared && plan.output {
+            // The block may keep the very buffer that Burn's pool does, or rebuild it.
+            if is_output && tensor.shared && (plan.output || plan.rebuilds_output) {
                 continue;
             }
             saved.push(SavedTensor {
@@ -305,15 +280,5 @@ impl<C> Block<'_, C> {
             });
         }
         saved
-    }
-
-    #[track_caller]
-    pub(super) fn output_shape<const D: usize>(&self, input_shape: [usize; D]) -> [usize; D]
-    where
-        C: Convolution<D>,
-    {
-        // What batch statistics ask of the shape does not change the output's.
-        let problem = self.problem(Shape::from(input_shape), StatisticsKind::Fixed);
-        problem.output.dims()
     }
 }

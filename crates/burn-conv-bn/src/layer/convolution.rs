@@ -6,8 +6,10 @@ use burn::tensor::{Shape, Tensor};
 use super::FoldError;
 use crate::spec::ConvSpec;
 
-/// What the layers take from Burn's convolutions, over tensors of rank `D`.
-pub(super) trait Convolution<const D: usize>: Clone {
+/// Burn's convolutions over tensors of rank `D`: `Conv1d` for 3, `Conv2d` for 4, `Conv3d` for 5.
+///
+/// Sealed: it bounds code that is generic in the convolution, and cannot be implemented elsewhere.
+pub trait Convolution<const D: usize>: Clone + Sealed {
     /// `[channels_out, channels_in / groups, kernel..]`.
     fn weight(&self) -> &Param<Tensor<D>>;
 
@@ -20,14 +22,26 @@ pub(super) trait Convolution<const D: usize>: Clone {
     /// The geometry for an input of that shape, on which `Same` padding depends.
     fn spec(&self, input: &Shape) -> ConvSpec;
 
+    /// The padding as Burn's module has it, for a reader.
+    fn padding(&self) -> String;
+
     /// Checks that Burn's module computes the padding for every size of the input.
+    ///
+    /// # Errors
+    ///
+    /// [`FoldError::SamePadding`] if it does not.
     fn check_padding(&self) -> Result<(), FoldError> {
         Ok(())
     }
 }
 
+/// Bound that no other crate can meet.
+pub trait Sealed {}
+
 macro_rules! convolution {
     ($conv:ty, $rank:literal, |$this:ident, $same:ident| $padding:expr; $($method:tt)*) => {
+        impl Sealed for $conv {}
+
         impl Convolution<$rank> for $conv {
             fn weight(&self) -> &Param<Tensor<$rank>> {
                 &self.weight
@@ -45,6 +59,10 @@ macro_rules! convolution {
                 self.weight = weight;
                 self.bias = Some(bias);
                 self
+            }
+
+            fn padding(&self) -> String {
+                format!("{:?}", self.padding)
             }
 
             fn spec(&self, input: &Shape) -> ConvSpec {

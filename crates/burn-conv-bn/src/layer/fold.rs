@@ -4,7 +4,8 @@ use burn::module::Param;
 use burn::tensor::{DType, Tensor, TensorData, bf16, f16};
 
 use super::FoldError;
-use super::block::{Block, current};
+use super::block::current;
+use super::borrowed::ConvBnRef;
 use super::convolution::Convolution;
 use crate::spec::{NormSpec, check_epsilon};
 
@@ -12,13 +13,23 @@ use crate::spec::{NormSpec, check_epsilon};
 /// by less.
 const MOST_LOST: f64 = 1.0 / 256.0;
 
-impl<C> Block<'_, C> {
-    /// Computed on the host in f64 and rounded once. The new parameters are leaves on the weight's device,
-    /// whatever the state of the block's own.
-    pub(super) fn fold<const D: usize>(&self) -> Result<C, FoldError>
-    where
-        C: Convolution<D>,
-    {
+impl<C: Convolution<D>, const D: usize> ConvBnRef<'_, C, D> {
+    /// For inference: one convolution, with a bias, that computes `norm(conv(input))` of the evaluation
+    /// mode. The activation is not part of it; apply `settings.activation.forward(..)`, after adding a
+    /// residual if there is one.
+    ///
+    /// The new weight `gamma * s * weight` and bias `gamma * s * (bias - running_mean) + beta` are formed
+    /// in f64 on the host and have the dtype of the old weight. They are parameters of their own on its
+    /// device, trainable as those of a new convolution.
+    ///
+    /// # Errors
+    ///
+    /// [`FoldError::NoRunningStatistics`] if the layer evaluates on the batch's statistics, which no fixed
+    /// weight reproduces; [`FoldError::NotFinite`] if a channel's scale or shift is not finite, as from a
+    /// negative running variance; [`FoldError::OutOfRange`] if the weight's dtype does not hold a folded
+    /// value; [`FoldError::SamePadding`] for `Same` padding that Burn's `Conv3d` does not have;
+    /// [`FoldError::Channels`] and [`FoldError::Epsilon`] for parts that do not fit each other.
+    pub fn fold(&self) -> Result<C, FoldError> {
         if !self.settings.track_running_stats {
             return Err(FoldError::NoRunningStatistics);
         }

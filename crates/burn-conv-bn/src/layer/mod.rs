@@ -1,11 +1,14 @@
 //! The layers, for one, two and three spatial dimensions, and the max pool for two.
 
 mod block;
+mod borrowed;
 mod convolution;
+mod display;
 mod error;
 mod fold;
 mod max_pool;
 mod module;
+mod norm;
 mod settings;
 
 use burn::config::Config;
@@ -19,13 +22,15 @@ use burn::tensor::{Device, Tensor};
 use crate::spec::{
     Activation, NormVariant, Recompute, SavedTensor, check_epsilon, check_geometry, check_momentum,
 };
-use block::Block;
 use convolution::Sizes;
 use error::or_panic;
 
+pub use borrowed::{ConvBnRef, fuse};
+pub use convolution::Convolution;
 pub use error::FoldError;
 pub use max_pool::{MaxPool2d, MaxPool2dConfig};
 pub use module::ConvBnModule;
+pub use norm::{BatchNormActivation, BatchNormActivationConfig};
 pub use settings::{ConvBnSettings, RunningVariance};
 
 /// A layer and its configuration over one of Burn's convolutions.
@@ -79,10 +84,9 @@ macro_rules! conv_bn_layer {
             )]
             pub initializer: Initializer,
             /// Added to the variance (or to the standard deviation, in the tutorial's variant).
-            /// Finite and positive. Default: 1e-5.
-            ///
-            /// Running statistics alone also go with 0, which a loaded norm or one changed later may
-            /// have: `forward` in evaluation and `fold` take it, training refuses it.
+            /// Finite and positive. Default: 1e-5. Running statistics alone also go with 0, which a loaded
+            /// norm or one changed later may have: `forward` in evaluation and `fold` take it, training
+            /// refuses it.
             #[config(default = 1e-5)]
             pub epsilon: f64,
             /// Weight of the newest batch in the running statistics. Default: 0.1.
@@ -104,12 +108,11 @@ macro_rules! conv_bn_layer {
             /// Applied last. Default: identity.
             #[config(default = "Activation::Identity")]
             pub activation: Activation,
-            /// Whether the convolution's output is kept or recomputed. Default: recomputed.
+            /// What is kept of the block's inside, and recomputed. Default: recomputed convolution.
             #[config(default = "Recompute::Conv")]
             pub recompute: Recompute,
             /// Bound on the backward pass's workspace in bytes; see
-            /// [`ConvBnOptions::max_workspace`](crate::ConvBnOptions::max_workspace).
-            /// Default: none.
+            /// [`ConvBnOptions::max_workspace`](crate::ConvBnOptions::max_workspace). Default: none.
             #[config(default = "None")]
             pub max_workspace: Option<usize>,
         }
@@ -167,6 +170,7 @@ macro_rules! conv_bn_layer {
         /// It holds Burn's own modules, so that records, optimizers, freezing and renamed PyTorch
         /// weights work as for the two layers that it replaces. Made by
         #[doc = concat!("[`", stringify!($config), "`], or [`from_parts`](Self::from_parts).")]
+        /// [`fuse`] is the same over modules that stay where they are.
         ///
         /// # Statistics
         ///
@@ -240,7 +244,7 @@ macro_rules! conv_bn_layer {
             /// statistics of. With running statistics an empty batch gives an empty output.
             #[track_caller]
             pub fn forward(&self, input: Tensor<$rank>) -> Tensor<$rank> {
-                self.block().forward(input, None)
+                self.borrowed().forward(input)
             }
 
             /// `activation(norm(conv(input)) + residual)`.
@@ -259,7 +263,7 @@ macro_rules! conv_bn_layer {
                 input: Tensor<$rank>,
                 residual: Tensor<$rank>,
             ) -> Tensor<$rank> {
-                self.block().forward(input, Some(residual))
+                self.borrowed().forward_residual(input, residual)
             }
 
             /// What a training step keeps for the backward pass of this layer's
@@ -271,7 +275,7 @@ macro_rules! conv_bn_layer {
             /// As [`forward`](Self::forward), for the shape.
             #[track_caller]
             pub fn saved_for_backward(&self, input_shape: [usize; $rank]) -> Vec<SavedTensor> {
-                self.block().saved_for_backward(input_shape, false)
+                self.borrowed().saved_for_backward(input_shape)
             }
 
             /// As [`saved_for_backward`](Self::saved_for_backward), for
@@ -285,7 +289,7 @@ macro_rules! conv_bn_layer {
                 &self,
                 input_shape: [usize; $rank],
             ) -> Vec<SavedTensor> {
-                self.block().saved_for_backward(input_shape, true)
+                self.borrowed().saved_for_backward_residual(input_shape)
             }
 
             /// Shape of the output for an input of that shape.
@@ -307,48 +311,35 @@ macro_rules! conv_bn_layer {
             /// assert_eq!(block.output_shape([2, 3, 16, 16]), [2, 8, 7, 7]);
             /// # }
             /// ```
+            #[track_caller]
             pub fn output_shape(&self, input_shape: [usize; $rank]) -> [usize; $rank] {
-                self.block().output_shape(input_shape)
+                self.borrowed().output_shape(input_shape)
             }
 
             /// For inference: one convolution, with a bias, that computes `norm(conv(input))` of
-            /// the evaluation mode. The activation is not part of it; apply
-            /// `settings.activation.forward(..)`, after adding a residual if there is one.
-            ///
-            /// The new weight `gamma * s * weight` and bias `gamma * s * (bias - running_mean) +
-            /// beta` are formed in f64 and have the dtype of the old weight. They are parameters of
-            /// their own on its device, trainable as those of a new convolution.
+            /// the evaluation mode. The activation is not part of it.
             ///
             /// # Errors
             ///
-            /// [`FoldError::NoRunningStatistics`] if the layer evaluates on the batch's
-            /// statistics, which no fixed weight reproduces; [`FoldError::NotFinite`] if a
-            /// channel's scale or shift is not finite, as from a negative running variance;
-            /// [`FoldError::OutOfRange`] if the weight's dtype does not hold a folded value;
-            /// [`FoldError::SamePadding`] for `Same` padding that Burn's `Conv3d` does not have.
+            /// As [`ConvBnRef::fold`].
             pub fn fold(&self) -> Result<$conv, FoldError> {
-                self.block().fold()
+                self.borrowed().fold()
             }
 
-            fn block(&self) -> Block<'_, $conv> {
-                Block {
-                    conv: &self.conv,
-                    norm: &self.norm,
-                    settings: &self.settings,
-                }
+            fn borrowed(&self) -> ConvBnRef<'_, $conv, $rank> {
+                fuse(&self.conv, &self.norm).with_settings(self.settings.clone())
             }
         }
 
         impl ModuleDisplay for $layer {
             fn custom_settings(&self) -> Option<DisplaySettings> {
                 DisplaySettings::new()
-                    .with_new_line_after_attribute(true)
+                    .with_new_line_after_attribute(false)
                     .optional()
             }
 
             fn custom_content(&self, content: Content) -> Option<Content> {
-                let content = content.add("conv", &self.conv).add("norm", &self.norm);
-                self.settings.describe(content).optional()
+                self.borrowed().describe(content).optional()
             }
         }
     };
@@ -542,13 +533,9 @@ conv_bn_layer! {
 }
 
 impl ConvBn2d {
-    /// `max_pool(activation(norm(conv(input))))`: [`forward`](Self::forward) and [`MaxPool2d::forward`], as
-    /// one op where [`conv_bn_max_pool2d`](crate::functional::conv_bn_max_pool2d) is one.
-    ///
-    /// # Shapes
-    ///
-    /// - `input`: `[batch, channels_in, height, width]`
-    /// - output: `[batch, channels_out, height_out, width_out]`, of the pool
+    /// `max_pool(activation(norm(conv(input))))`, to the pool's `[batch, channels_out, height_out, width_out]`:
+    /// [`forward`](Self::forward) and [`MaxPool2d::forward`], as one op where
+    /// [`conv_bn_max_pool2d`](crate::functional::conv_bn_max_pool2d) is one.
     ///
     /// # Panics
     ///
@@ -579,12 +566,10 @@ impl ConvBn2d {
     /// ```
     #[track_caller]
     pub fn forward_max_pool(&self, input: Tensor<4>, pool: &MaxPool2d) -> Tensor<4> {
-        self.block().forward_max_pool(input, pool)
+        self.borrowed().forward_max_pool(input, pool)
     }
 
-    /// As [`saved_for_backward`](Self::saved_for_backward), of
-    /// [`forward_max_pool`](Self::forward_max_pool) on Flex. `pooled` is what that returns, and `output`
-    /// the block's, with the padding that Burn's pool adds, where it is kept between the two.
+    /// As [`ConvBnRef::saved_for_backward_max_pool`].
     ///
     /// # Panics
     ///
@@ -595,6 +580,7 @@ impl ConvBn2d {
         input_shape: [usize; 4],
         pool: &MaxPool2d,
     ) -> Vec<SavedTensor> {
-        self.block().saved_for_backward_max_pool(input_shape, pool)
+        self.borrowed()
+            .saved_for_backward_max_pool(input_shape, pool)
     }
 }

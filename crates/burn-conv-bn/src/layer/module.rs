@@ -257,4 +257,9 @@ impl ModuleMapper for Autocast {
     }
 }
 
-const FUSED: [&str; 3] = ["Struct:ConvBn1d", "Struct:ConvBn2d", "Struct:ConvBn3d"];
+const FUSED: [&str; 4] = [
+    "Struct:BatchNormActivation",
+    "Struct:ConvBn1d",
+    "Struct:ConvBn2d",
+    "Struct:ConvBn3d",
+];

@@ -7,6 +7,13 @@ use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 
 use crate::spec::Activation;
 
+/// Factor of the cube in GELU's approximation by tanh.
+const GELU_CUBIC: f64 = 0.044715;
+/// `2 sqrt(2 / pi)`: the tanh's argument, doubled to be a sigmoid's.
+const GELU_SCALE: f64 = 2.0 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
+/// Magnitude beyond which GELU's gate is 0 or 1, and powers of the value may overflow.
+const BOUND: f64 = 40.0;
+
 /// `y = activation(value)`, in place where `value` is the only handle.
 pub(crate) fn forward<B: Backend>(activation: Activation, value: FloatTensor<B>) -> FloatTensor<B> {
     match activation {
@@ -31,6 +38,26 @@ pub(crate) fn forward<B: Backend>(activation: Activation, value: FloatTensor<B>)
             let slope = B::float_mask_fill(slope, below, 0f64.into());
             B::float_mul(value, B::float_mask_fill(slope, above, 1f64.into()))
         }
+        Activation::GeluApproximate => {
+            let argument = gelu_argument::<B>(bounded::<B>(value.clone(), BOUND));
+            B::float_mul(value, B::sigmoid(argument))
+        }
+        Activation::Sigmoid => B::sigmoid(value),
+        Activation::HardSigmoid { alpha, beta } => {
+            let value = line::<B>(value, alpha, beta);
+            let below = at_most::<B>(&value, 0.0);
+            let above = at_least::<B>(&value, 1.0);
+            let value = B::float_mask_fill(value, below, 0f64.into());
+            B::float_mask_fill(value, above, 1f64.into())
+        }
+        Activation::Tanh => B::float_tanh(value),
+        Activation::Elu { alpha } => {
+            let below = at_most::<B>(&value, 0.0);
+            let bent = line::<B>(B::float_exp(value.clone()), alpha, -alpha);
+            B::float_mask_where(value, below, bent)
+        }
+        Activation::Mish => B::float_mul(value.clone(), B::float_tanh(softplus::<B>(value, 1.0))),
+        Activation::Softplus { beta } => softplus::<B>(value, beta),
     }
 }
 
@@ -82,6 +109,29 @@ pub(crate) fn backward<B: Backend>(
             let slope = B::float_mask_fill(slope, above, 1f64.into());
             sloped::<B>(output_grad, slope)
         }
+        Activation::GeluApproximate => sloped::<B>(output_grad, gelu_approximate_slope::<B>(value)),
+        Activation::Sigmoid => sloped::<B>(output_grad, sigmoid_slope::<B>(value)),
+        Activation::HardSigmoid { alpha, beta } => {
+            let value = line::<B>(value, alpha, beta);
+            let below = at_most::<B>(&value, 0.0);
+            let above = at_least::<B>(&value, 1.0);
+            let slope = line::<B>(value, 0.0, alpha);
+            let slope = B::float_mask_fill(slope, below, 0f64.into());
+            let slope = B::float_mask_fill(slope, above, 0f64.into());
+            sloped::<B>(output_grad, slope)
+        }
+        Activation::Tanh => sloped::<B>(output_grad, tanh_slope::<B>(value)),
+        Activation::Elu { alpha } => {
+            let below = at_most::<B>(&value, 0.0);
+            let slope = B::float_mul_scalar(B::float_exp(value), alpha.into());
+            let bent = sloped::<B>(output_grad.clone(), slope);
+            B::float_mask_where(output_grad, below, bent)
+        }
+        Activation::Mish => sloped::<B>(output_grad, mish_slope::<B>(value)),
+        Activation::Softplus { beta } => {
+            let slope = B::sigmoid(B::float_mul_scalar(value, beta.into()));
+            sloped::<B>(output_grad, slope)
+        }
     }
 }
 
@@ -96,6 +146,64 @@ fn sloped<B: Backend>(grad: FloatTensor<B>, slope: FloatTensor<B>) -> FloatTenso
 fn normal_cdf<B: Backend>(value: FloatTensor<B>) -> FloatTensor<B> {
     let erf = B::float_erf(B::float_mul_scalar(value, FRAC_1_SQRT_2.into()));
     line::<B>(erf, 0.5, 0.5)
+}
+
+/// `exp(-|value|)`.
+fn decay<B: Backend>(value: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_exp(B::float_neg(B::float_abs(value)))
+}
+
+/// The sigmoid's derivative. `s * (1 - s)` would lose its digits where the sigmoid is near 1.
+fn sigmoid_slope<B: Backend>(value: FloatTensor<B>) -> FloatTensor<B> {
+    let decay = decay::<B>(value);
+    let sum = B::float_add_scalar(decay.clone(), 1f64.into());
+    B::float_div(decay, B::float_mul(sum.clone(), sum))
+}
+
+/// `1 - tanh(value)^2`.
+fn tanh_slope<B: Backend>(value: FloatTensor<B>) -> FloatTensor<B> {
+    let slope = sigmoid_slope::<B>(B::float_mul_scalar(value, 2f64.into()));
+    B::float_mul_scalar(slope, 4f64.into())
+}
+
+/// `t + v * (1 - t^2) * sigmoid(v)`, with the gate `t = tanh(ln(1 + exp(v)))`.
+fn mish_slope<B: Backend>(value: FloatTensor<B>) -> FloatTensor<B> {
+    let softplus = softplus::<B>(value.clone(), 1.0);
+    let gate = B::float_tanh(softplus.clone());
+    let silu = B::float_mul(value.clone(), B::sigmoid(value));
+    B::float_add(gate, B::float_mul(silu, tanh_slope::<B>(softplus)))
+}
+
+/// `sigmoid(u) + v * sigmoid'(u) * u'`, with the argument `u` of GELU's approximation.
+fn gelu_approximate_slope<B: Backend>(value: FloatTensor<B>) -> FloatTensor<B> {
+    let bounded = bounded::<B>(value, BOUND);
+    let argument = gelu_argument::<B>(bounded.clone());
+    let square = B::float_mul(bounded.clone(), bounded.clone());
+    let inner = line::<B>(square, 3.0 * GELU_CUBIC * GELU_SCALE, GELU_SCALE);
+    let bent = B::float_mul(bounded, sigmoid_slope::<B>(argument.clone()));
+    B::float_add(B::float_mul(bent, inner), B::sigmoid(argument))
+}
+
+/// `ln(1 + exp(beta * value)) / beta`.
+fn softplus<B: Backend>(value: FloatTensor<B>, beta: f64) -> FloatTensor<B> {
+    let scaled = B::float_mul_scalar(value.clone(), beta.into());
+    let below = at_most::<B>(&scaled, 0.0);
+    let bend = B::float_mul_scalar(B::float_log1p(decay::<B>(scaled)), (1.0 / beta).into());
+    B::float_add(B::float_mask_fill(value, below, 0f64.into()), bend)
+}
+
+/// The argument of the sigmoid in GELU's approximation by tanh.
+fn gelu_argument<B: Backend>(value: FloatTensor<B>) -> FloatTensor<B> {
+    let square = B::float_mul(value.clone(), value.clone());
+    let slope = line::<B>(square, GELU_CUBIC * GELU_SCALE, GELU_SCALE);
+    B::float_mul(value, slope)
+}
+
+/// The value within `[-bound, bound]`.
+fn bounded<B: Backend>(value: FloatTensor<B>, bound: f64) -> FloatTensor<B> {
+    let (below, above) = (at_most::<B>(&value, -bound), at_least::<B>(&value, bound));
+    let value = B::float_mask_fill(value, below, (-bound).into());
+    B::float_mask_fill(value, above, bound.into())
 }
 
 /// `slope * value + offset`.

@@ -8,11 +8,12 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::ops::PadMode;
 use burn::tensor::{Shape, Slice};
 
+use super::layout::{Layouts, lift_shape};
 use crate::spec::ConvSpec;
 
 /// `input`: `[batch, channels_in, spatial..]`, `weight`: `[channels_out, channels_in / groups,
 /// kernel..]`, `bias`: `[channels_out]`.
-pub(crate) fn forward<B: Backend>(
+pub(crate) fn forward<B: Backend, L: Layouts<B>>(
     input: FloatTensor<B>,
     weight: FloatTensor<B>,
     bias: Option<FloatTensor<B>>,
@@ -20,8 +21,8 @@ pub(crate) fn forward<B: Backend>(
 ) -> FloatTensor<B> {
     match spec.rank() {
         1 => {
-            let (input, weight) = (lift::<B>(input), lift::<B>(weight));
-            lower::<B>(forward::<B>(input, weight, bias, &lift_spec(spec)))
+            let (input, weight) = (L::lift(input), L::lift(weight));
+            L::lower(forward::<B, L>(input, weight, bias, &lift_spec(spec)))
         }
         2 => B::conv2d(input, weight, bias, spec.to_burn()),
         3 => {
@@ -33,17 +34,17 @@ pub(crate) fn forward<B: Backend>(
 }
 
 /// Gradient of the input, which itself is not needed.
-pub(crate) fn input_backward<B: Backend>(
+pub(crate) fn input_backward<B: Backend, L: Layouts<B>>(
     input_shape: &Shape,
     weight: FloatTensor<B>,
     output_grad: FloatTensor<B>,
     spec: &ConvSpec,
 ) -> FloatTensor<B> {
     if spec.rank() == 1 {
-        let (weight, output_grad) = (lift::<B>(weight), lift::<B>(output_grad));
+        let (weight, output_grad) = (L::lift(weight), L::lift(output_grad));
         let shape = lift_shape(input_shape);
-        let grad = input_backward::<B>(&shape, weight, output_grad, &lift_spec(spec));
-        return lower::<B>(grad);
+        let grad = input_backward::<B, L>(&shape, weight, output_grad, &lift_spec(spec));
+        return L::lower(grad);
     }
     // Burn's backward takes the input for its shape alone, and pads it when the padding is
     // asymmetric: hand it a stand-in without memory, padded already, and crop the result.
@@ -58,8 +59,8 @@ pub(crate) fn input_backward<B: Backend>(
     }
     let stand_in = stand_in::<B>(&Shape::from(padded_shape), &output_grad);
     let grad = match spec.rank() {
-        2 => B::conv2d_x_backward(stand_in, weight, output_grad, padded_spec.to_burn()),
-        3 => B::conv3d_x_backward(stand_in, weight, output_grad, padded_spec.to_burn()),
+        2 => L::conv2d_x_backward(stand_in, weight, output_grad, padded_spec.to_burn()),
+        3 => L::conv3d_x_backward(stand_in, weight, output_grad, padded_spec.to_burn()),
         rank => unsupported_rank(rank),
     };
     if symmetric {
@@ -75,17 +76,17 @@ pub(crate) fn input_backward<B: Backend>(
 }
 
 /// Gradient of the weight, which itself is not needed.
-pub(crate) fn weight_backward<B: Backend>(
+pub(crate) fn weight_backward<B: Backend, L: Layouts<B>>(
     input: FloatTensor<B>,
     weight_shape: &Shape,
     output_grad: FloatTensor<B>,
     spec: &ConvSpec,
 ) -> FloatTensor<B> {
     if spec.rank() == 1 {
-        let (input, output_grad) = (lift::<B>(input), lift::<B>(output_grad));
+        let (input, output_grad) = (L::lift(input), L::lift(output_grad));
         let shape = lift_shape(weight_shape);
-        let grad = weight_backward::<B>(input, &shape, output_grad, &lift_spec(spec));
-        return lower::<B>(grad);
+        let grad = weight_backward::<B, L>(input, &shape, output_grad, &lift_spec(spec));
+        return L::lower(grad);
     }
     let weight = stand_in::<B>(weight_shape, &output_grad);
     let (input, spec) = pad_if_asymmetric::<B>(input, spec);
@@ -125,25 +126,6 @@ fn pad_if_asymmetric<B: Backend>(
     let mut spec = spec.clone();
     spec.padding.fill((0, 0));
     (padded, spec)
-}
-
-/// `[a, b, length]` viewed as `[a, b, 1, length]`.
-fn lift<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
-    let shape = lift_shape(&tensor.shape());
-    B::float_reshape(tensor, shape)
-}
-
-/// `[a, b, 1, length]` viewed as `[a, b, length]`.
-fn lower<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
-    let mut shape = tensor.shape().to_vec();
-    shape.remove(2);
-    B::float_reshape(tensor, Shape::from(shape))
-}
-
-fn lift_shape(shape: &Shape) -> Shape {
-    let mut shape = shape.to_vec();
-    shape.insert(2, 1);
-    Shape::from(shape)
 }
 
 fn lift_spec(spec: &ConvSpec) -> ConvSpec {

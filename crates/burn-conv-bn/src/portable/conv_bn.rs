@@ -6,16 +6,17 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, Shape};
 
-use super::batch::{Batch, rows};
+use super::batch::Batch;
+use super::fold::{Folded, Scales, center, folds, scale_weight};
+use super::layout::Layouts;
 use super::sweeps::{Affine, Argument, Composed, Moments, Sweeps};
-use super::{cast, channels, conv, norm};
+use super::workspace::Costs;
+use super::{cast, channels, conv};
 use crate::backend::tensors::{
-    ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved, OptionalTensor,
-    Statistics,
+    ConvBackwardOptions, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs,
+    ConvBnSaved, ConvGrads, ConvSaved, OptionalTensor, Statistics,
 };
-use crate::spec::{
-    ConvBnOptions, ConvSpec, Derivative, NormSpec, StatisticsKind, accumulator_dtype,
-};
+use crate::spec::{ConvBnOptions, Derivative, NormSpec, StatisticsKind, accumulator_dtype};
 
 /// Forward with Burn's own ops.
 pub(crate) fn forward<B: Backend>(
@@ -34,6 +35,48 @@ pub(crate) fn backward<B: Backend>(
     backward_by::<B, Composed>(saved, options)
 }
 
+/// Backward of a convolution with no norm behind it, with Burn's own ops.
+pub(crate) fn conv_backward<B: Backend>(
+    saved: ConvSaved<B>,
+    options: &ConvBackwardOptions,
+) -> ConvGrads<B> {
+    conv_backward_by::<B, Composed>(saved, options)
+}
+
+/// Without statistics and activation the fused op's backward is the convolution's, in the same chunks.
+pub(crate) fn conv_backward_by<B: Backend, S: Sweeps<B>>(
+    saved: ConvSaved<B>,
+    options: &ConvBackwardOptions,
+) -> ConvGrads<B> {
+    let options = ConvBnBackwardOptions {
+        options: ConvBnOptions::new(options.spec.clone()).with_max_workspace(options.max_workspace),
+        statistics: StatisticsKind::Fixed,
+        input_shape: options.input_shape.clone(),
+        weight_shape: options.weight_shape.clone(),
+        norm_dtype: saved.output_grad.dtype(),
+        wanted: options.wanted,
+    };
+    let saved = ConvBnSaved {
+        output_grad: saved.output_grad,
+        input: saved.input,
+        weight: saved.weight,
+        bias: OptionalTensor::Absent,
+        gamma: OptionalTensor::Absent,
+        beta: OptionalTensor::Absent,
+        mean: OptionalTensor::Absent,
+        variance: OptionalTensor::Absent,
+        conv_output: OptionalTensor::Absent,
+        output: OptionalTensor::Absent,
+        residual: OptionalTensor::Absent,
+    };
+    let grads = backward_by::<B, S>(saved, &options);
+    ConvGrads {
+        input: grads.input,
+        weight: grads.weight,
+        bias: grads.bias,
+    }
+}
+
 pub(crate) fn forward_by<B: Backend, S: Sweeps<B>>(
     inputs: ConvBnInputs<B>,
     options: &ConvBnOptions,
@@ -47,7 +90,8 @@ pub(crate) fn forward_by<B: Backend, S: Sweeps<B>>(
     match inputs.statistics {
         Statistics::Batch => {
             // The statistics absorb the bias: neither the output nor any gradient depends on it.
-            let conv_output = conv::forward::<B>(inputs.input, inputs.weight, None, &options.conv);
+            let conv_output =
+                conv::forward::<B, S>(inputs.input, inputs.weight, None, &options.conv);
             let kept = keep_conv_output.then(|| conv_output.clone());
             let normalized = S::normalize(
                 conv_output,
@@ -68,12 +112,12 @@ pub(crate) fn forward_by<B: Backend, S: Sweeps<B>>(
             let (bias, moments) = (inputs.bias.as_option(), (&mean, &variance));
             let (output, kept) = if folds(dtype) && !keep_conv_output {
                 let folded = Folded::<B>::new(affine, bias, moments, options.norm, dtype);
-                let normalized = folded.conv(inputs.input, inputs.weight, &options.conv);
+                let normalized = folded.conv::<S>(inputs.input, inputs.weight, &options.conv);
                 let output = S::activate(normalized, residual, options.activation);
                 (output, None)
             } else {
                 let conv_output =
-                    conv::forward::<B>(inputs.input, inputs.weight, None, &options.conv);
+                    conv::forward::<B, S>(inputs.input, inputs.weight, None, &options.conv);
                 let kept = keep_conv_output.then(|| conv_output.clone());
                 let shape = conv_output.shape();
                 let norm = given_norm::<B, S>(affine, bias, moments, options.norm, dtype, &shape);
@@ -88,12 +132,6 @@ pub(crate) fn forward_by<B: Backend, S: Sweeps<B>>(
             }
         }
     }
-}
-
-/// Whether given statistics are folded into a weight of that dtype. In half precision a folded weight or
-/// offset may overflow: the norm is then a sweep in the accumulator's dtype.
-fn folds(dtype: DType) -> bool {
-    accumulator_dtype(dtype) == dtype
 }
 
 /// The norm of given statistics, over the convolution's output without its bias.
@@ -113,102 +151,9 @@ fn given_norm<B: Backend, S: Sweeps<B>>(
     S::norm(moments, affine, norm, StatisticsKind::Fixed, shape)
 }
 
-/// Factors of a norm with given statistics: `[channels]` in the accumulator's dtype.
-struct Scales<B: Backend> {
-    /// `s`.
-    inv_std: FloatTensor<B>,
-    /// `gamma * s`.
-    scale: FloatTensor<B>,
-}
-
-impl<B: Backend> Scales<B> {
-    fn new(
-        gamma: Option<&FloatTensor<B>>,
-        variance: &FloatTensor<B>,
-        norm: NormSpec,
-        dtype: DType,
-    ) -> Self {
-        let accumulator = accumulator_dtype(dtype);
-        let inv_std = norm::inv_std::<B>(cast::<B>(variance.clone(), accumulator), norm);
-        let scale = match gamma {
-            Some(gamma) => B::float_mul(cast::<B>(gamma.clone(), accumulator), inv_std.clone()),
-            None => inv_std.clone(),
-        };
-        Self { inv_std, scale }
-    }
-}
-
-/// A norm with given statistics as an affine map, to be folded into the convolution.
-struct Folded<B: Backend> {
-    /// `gamma * s`.
-    scale: FloatTensor<B>,
-    /// `beta - gamma * s * (mean - bias)`.
-    offset: FloatTensor<B>,
-    dtype: DType,
-}
-
-impl<B: Backend> Folded<B> {
-    fn new(
-        affine: Affine<B>,
-        bias: Option<&FloatTensor<B>>,
-        (mean, variance): (&FloatTensor<B>, &FloatTensor<B>),
-        norm: NormSpec,
-        dtype: DType,
-    ) -> Self {
-        let scale = Scales::<B>::new(affine.gamma.as_ref(), variance, norm, dtype).scale;
-        let accumulator = scale.dtype();
-        let center = center::<B>(mean.clone(), bias, accumulator);
-        let scaled = B::float_mul(center, scale.clone());
-        let offset = match affine.beta {
-            Some(beta) => B::float_sub(cast::<B>(beta, accumulator), scaled),
-            None => B::float_neg(scaled),
-        };
-        Self {
-            scale,
-            offset,
-            dtype,
-        }
-    }
-
-    /// The convolution with the norm folded in.
-    fn conv(
-        &self,
-        input: FloatTensor<B>,
-        weight: FloatTensor<B>,
-        spec: &ConvSpec,
-    ) -> FloatTensor<B> {
-        let weight = scale_weight::<B>(weight, self.scale.clone());
-        let offset = cast::<B>(self.offset.clone(), self.dtype);
-        conv::forward::<B>(input, weight, Some(offset), spec)
-    }
-}
-
-/// `weight` with each output channel times its `scale`, in the weight's dtype.
-fn scale_weight<B: Backend>(weight: FloatTensor<B>, scale: FloatTensor<B>) -> FloatTensor<B> {
-    let dtype = weight.dtype();
-    let mut per_output = vec![1; weight.rank()];
-    per_output[0] = scale.shape().num_elements();
-    let accumulator = scale.dtype();
-    let scale = B::float_reshape(scale, Shape::from(per_output));
-    cast::<B>(B::float_mul(cast::<B>(weight, accumulator), scale), dtype)
-}
-
-/// `mean - bias`, `[channels]`: the mean of the convolution's output without its bias.
-fn center<B: Backend>(
-    mean: FloatTensor<B>,
-    bias: Option<&FloatTensor<B>>,
-    dtype: DType,
-) -> FloatTensor<B> {
-    let mean = cast::<B>(mean, dtype);
-    match bias {
-        Some(bias) => B::float_sub(mean, cast::<B>(bias.clone(), dtype)),
-        None => mean,
-    }
-}
-
 /// Backward over the batch in chunks, in two passes: the first sums over all chunks, the second turns each
-/// chunk's `g` into the gradient of the convolution's output. A single chunk is kept between the two,
-/// several are recomputed.
+/// chunk's `g` into the gradient of the convolution's output, and that, in chunks of its own, into those of
+/// weight and input. A single chunk is kept between the two passes, several are recomputed.
 pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
     saved: ConvBnSaved<B>,
     options: &ConvBnBackwardOptions,
@@ -216,13 +161,15 @@ pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
     let wanted = options.wanted;
     let output_shape = saved.output_grad.shape();
     let device = saved.output_grad.device();
+    let has_norm = saved.mean.is_present();
     let mut pass = Pass::<B, S>::new(saved, options);
-    let chunks = chunks::<B, S>(options, &output_shape, pass.dtype);
+    let chunks = pass.chunks();
     let single = chunks.len() == 1;
     let mut kept_chunk = None;
 
     let mut sums = None;
-    if wanted.bias || wanted.gamma || wanted.beta || wanted.input || wanted.weight {
+    let wants_conv = has_norm && (wanted.input || wanted.weight);
+    if wanted.bias || wanted.gamma || wanted.beta || wants_conv {
         for chunk in &chunks {
             let part = pass.chunk(chunk, single);
             let part_sums = S::sums(pass.norm.as_ref(), &part);
@@ -256,20 +203,20 @@ pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
         }
     }
 
+    let weight_grad = grads.weight.map(|grad| cast::<B>(grad, pass.dtype));
+    let zeros = || B::float_zeros(Shape::new([output_shape[1]]), &device, pass.dtype.into());
     let parameters = match options.statistics {
         StatisticsKind::Batch => ParameterGrads {
-            weight: grads.weight,
-            bias: wanted
-                .bias
-                .then(|| B::float_zeros(Shape::new([output_shape[1]]), &device, pass.dtype.into())),
+            weight: weight_grad,
+            bias: wanted.bias.then(zeros),
             gamma: gamma_grad,
         },
         StatisticsKind::Fixed if pass.norm.is_some() => ParameterGrads {
-            weight: grads.weight,
+            weight: weight_grad,
             bias: grad_sum.clone().and_then(|sum| pass.bias_grad(sum)),
             gamma: gamma_grad,
         },
-        StatisticsKind::Fixed => pass.unfold(grad_sum.clone(), grads.weight),
+        StatisticsKind::Fixed => pass.unfold(grad_sum.clone(), weight_grad),
     };
     let norm_grad = |wanted: bool, grad: Option<FloatTensor<B>>| {
         grad.filter(|_| wanted)
@@ -293,11 +240,27 @@ struct ParameterGrads<B: Backend> {
     gamma: Option<FloatTensor<B>>,
 }
 
+/// [`ConvBnSaved`], each tensor until its last use.
+struct Saved<B: Backend> {
+    output_grad: OptionalTensor<B>,
+    input: OptionalTensor<B>,
+    weight: OptionalTensor<B>,
+    bias: OptionalTensor<B>,
+    gamma: OptionalTensor<B>,
+    mean: OptionalTensor<B>,
+    variance: OptionalTensor<B>,
+    conv_output: OptionalTensor<B>,
+    output: OptionalTensor<B>,
+    residual: OptionalTensor<B>,
+}
+
 /// State of both passes over the batch.
 struct Pass<'a, B: Backend, S: Sweeps<B>> {
     options: &'a ConvBnBackwardOptions,
-    saved: ConvBnSaved<B>,
+    saved: Saved<B>,
     dtype: DType,
+    batch: usize,
+    costs: Costs,
     /// The norm, if its statistics are needed and it is not folded into the weight.
     norm: Option<S::Norm>,
     /// Whether `norm` needs its input: for gradients of the batch's statistics or of gamma, or for the
@@ -310,7 +273,14 @@ struct Pass<'a, B: Backend, S: Sweeps<B>> {
 }
 
 impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
-    fn new(saved: ConvBnSaved<B>, options: &'a ConvBnBackwardOptions) -> Self {
+    fn new(mut saved: ConvBnSaved<B>, options: &'a ConvBnBackwardOptions) -> Self {
+        let is_of_batch = options.statistics == StatisticsKind::Batch;
+        let recomputes = is_of_batch && !saved.conv_output.is_present();
+        if (options.wanted.input || recomputes)
+            && let Some(weight) = take(&mut saved.weight, true)
+        {
+            saved.weight = OptionalTensor::Present(S::shared_weight(weight));
+        }
         let spec = options.options.norm;
         let dtype = saved.output_grad.dtype();
         let affine = Affine {
@@ -354,18 +324,38 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
                 }
             }
         }
-        let is_of_batch = options.statistics == StatisticsKind::Batch;
         let needs_conv_output =
             norm.is_some() && (is_of_batch || options.wanted.gamma || needs_value);
         Self {
             options,
             dtype,
+            batch: shape[0],
+            costs: Costs::new::<B, S>(options, &saved.output_grad, dtype),
             norm,
             needs_conv_output,
             folded,
             input_weight,
-            saved,
+            saved: Saved {
+                output_grad: OptionalTensor::Present(saved.output_grad),
+                input: saved.input,
+                weight: saved.weight,
+                bias: saved.bias,
+                gamma: saved.gamma,
+                mean: saved.mean,
+                variance: saved.variance,
+                conv_output: saved.conv_output,
+                output: saved.output,
+                residual: saved.residual,
+            },
         }
+    }
+
+    /// The chunks of both passes.
+    fn chunks(&self) -> Vec<Range<usize>> {
+        let output_grad = self.saved.output_grad.as_option();
+        let view = view::<B, S>(output_grad.into_iter().chain(self.saved.input.as_option()));
+        let max_workspace = self.options.options.max_workspace;
+        self.costs.sweep_chunks(self.batch, max_workspace, view)
     }
 
     /// Whether the weight's gradient is needed: requested, or folded for gamma's.
@@ -377,7 +367,9 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
     fn chunk(&mut self, chunk: &Range<usize>, last: bool) -> S::Chunk {
         let norm_input = self.norm_input(chunk, last);
         let argument = self.argument(chunk, last);
-        let output_grad = rows::<B>(self.saved.output_grad.clone(), chunk);
+        let output_grad = take(&mut self.saved.output_grad, last);
+        let output_grad = output_grad.expect("no chunk follows the last");
+        let output_grad = S::images(output_grad, chunk);
         let function = self.options.options.activation;
         S::chunk(
             self.norm.as_ref(),
@@ -391,9 +383,9 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
     /// Argument of the activation's derivative in one chunk.
     fn argument(&mut self, chunk: &Range<usize>, last: bool) -> Argument<B> {
         if let Some(output) = take(&mut self.saved.output, last) {
-            return Argument::Value(rows::<B>(output, chunk));
+            return Argument::Value(S::images(output, chunk));
         }
-        let residual = take(&mut self.saved.residual, last).map(|all| rows::<B>(all, chunk));
+        let residual = take(&mut self.saved.residual, last).map(|all| S::images(all, chunk));
         let Some(folded) = &self.folded else {
             return Argument::Norm { residual };
         };
@@ -402,8 +394,8 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
         else {
             unreachable!("the plan keeps the convolution's output or what it is made of");
         };
-        let input = rows::<B>(input.clone(), chunk);
-        let normalized = folded.conv(input, weight.clone(), &self.options.options.conv);
+        let input = S::images(input.clone(), chunk);
+        let normalized = folded.conv::<S>(input, weight.clone(), &self.options.options.conv);
         Argument::Value(match residual {
             Some(residual) => B::float_add(normalized, residual),
             None => normalized,
@@ -416,16 +408,16 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
             return None;
         }
         if let Some(conv_output) = take(&mut self.saved.conv_output, last) {
-            return Some(rows::<B>(conv_output, chunk));
+            return Some(S::images(conv_output, chunk));
         }
-        let input = rows::<B>(self.saved.input.as_option()?.clone(), chunk);
+        let input = S::images(self.saved.input.as_option()?.clone(), chunk);
         let weight = self.saved.weight.as_option()?.clone();
         let spec = &self.options.options.conv;
-        Some(conv::forward::<B>(input, weight, None, spec))
+        Some(conv::forward::<B, S>(input, weight, None, spec))
     }
 
-    /// Carries one chunk's gradient through the norm and the convolution. With `last`, the input
-    /// is freed between the weight's gradient and its own.
+    /// Carries one chunk's gradient through the norm, and in parts that fit the workspace through the
+    /// convolution. With `last`, the input is freed between the weight's gradient and its own.
     fn propagate(
         &mut self,
         chunk: &Range<usize>,
@@ -438,24 +430,43 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
         let norm = self.norm.as_ref().filter(|_| wants_conv);
         let (conv_grad, residual_grad) = S::norm_input_grad(norm, part, grads.residual.is_some());
         if let (Some(residual), Some(grad)) = (&mut grads.residual, residual_grad) {
-            residual.write(chunk, grad);
+            residual.write::<S>(chunk, grad);
         }
-        if self.wants_weight()
-            && let Some(input) = take(&mut self.saved.input, last)
-        {
-            let input = rows::<B>(input, chunk);
-            let shape = &self.options.weight_shape;
-            let part = conv::weight_backward::<B>(input, shape, conv_grad.clone(), spec);
-            grads.weight = Some(match grads.weight.take() {
-                None => part,
-                Some(sum) => B::float_add(sum, part),
-            });
+        let mut input = OptionalTensor::<B>::from(take(&mut self.saved.input, last));
+        let view = view::<B, S>([&conv_grad].into_iter().chain(input.as_option()));
+        let max_workspace = self.options.options.max_workspace;
+        let parts = self.costs.conv_chunks(
+            chunk,
+            self.batch,
+            max_workspace,
+            S::MAY_ALLOCATE_COLUMNS,
+            view,
+        );
+        let within = |part: &Range<usize>| part.start - chunk.start..part.end - chunk.start;
+        if self.wants_weight() {
+            for part in &parts {
+                let Some(input) = take(&mut input, part.end == chunk.end) else {
+                    break;
+                };
+                let input = S::images(input, part);
+                let conv_grad = S::images(conv_grad.clone(), &within(part));
+                let shape = &self.options.weight_shape;
+                grads.add_weight(conv::weight_backward::<B, S>(input, shape, conv_grad, spec));
+            }
         }
+        drop(input);
         if let (Some(input), Some(weight)) = (&mut grads.input, &self.input_weight) {
-            let mut shape = self.options.input_shape.clone();
-            shape[0] = chunk.len();
-            let grad = conv::input_backward::<B>(&shape, weight.clone(), conv_grad, spec);
-            input.write(chunk, grad);
+            let mut conv_grad = OptionalTensor::<B>::from(Some(conv_grad));
+            for part in &parts {
+                let Some(conv_grad) = take(&mut conv_grad, part.end == chunk.end) else {
+                    break;
+                };
+                let conv_grad = S::images(conv_grad, &within(part));
+                let mut shape = self.options.input_shape.clone();
+                shape[0] = part.len();
+                let grad = conv::input_backward::<B, S>(&shape, weight.clone(), conv_grad, spec);
+                input.write::<S>(part, grad);
+            }
         }
     }
 
@@ -477,12 +488,20 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
         grad_sum: Option<FloatTensor<B>>,
         folded_weight: Option<FloatTensor<B>>,
     ) -> ParameterGrads<B> {
+        let Some(variance) = self.saved.variance.as_option() else {
+            // No norm.
+            return ParameterGrads {
+                weight: folded_weight,
+                bias: grad_sum.map(|sum| cast::<B>(sum, self.dtype)),
+                gamma: None,
+            };
+        };
         let mut grads = ParameterGrads {
             weight: None,
             bias: None,
             gamma: None,
         };
-        let (Some(grad_sum), Some(variance)) = (grad_sum, self.saved.variance.as_option()) else {
+        let Some(grad_sum) = grad_sum else {
             return grads;
         };
         let gamma = self.saved.gamma.as_option();
@@ -517,7 +536,31 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
 struct BatchGrads<B: Backend> {
     input: Option<Batch<B>>,
     residual: Option<Batch<B>>,
+    /// Of several chunks the sum, in the accumulator's dtype.
     weight: Option<FloatTensor<B>>,
+}
+
+impl<B: Backend> BatchGrads<B> {
+    fn add_weight(&mut self, part: FloatTensor<B>) {
+        let dtype = accumulator_dtype(part.dtype());
+        self.weight = Some(match self.weight.take() {
+            None => part,
+            Some(sum) => B::float_add(cast::<B>(sum, dtype), cast::<B>(part, dtype)),
+        });
+    }
+}
+
+/// The number of images whose multiples are views of all of these tensors, if there is one: of powers of two
+/// the largest.
+fn view<'t, B: Backend, L: Layouts<B>>(
+    mut tensors: impl Iterator<Item = &'t FloatTensor<B>>,
+) -> Option<usize>
+where
+    FloatTensor<B>: 't,
+{
+    tensors.try_fold(1, |view, tensor| {
+        Some(L::images_of_a_view(tensor)?.max(view))
+    })
 }
 
 /// The tensor, moved out if this is its last use.
@@ -527,38 +570,4 @@ fn take<B: Backend>(tensor: &mut OptionalTensor<B>, last: bool) -> Option<FloatT
     } else {
         tensor.as_option().cloned()
     }
-}
-
-/// Splits the batch so that what the backward pass holds for one chunk fits `max_workspace`.
-fn chunks<B: Backend, S: Sweeps<B>>(
-    options: &ConvBnBackwardOptions,
-    output_shape: &Shape,
-    dtype: DType,
-) -> Vec<Range<usize>> {
-    let batch = output_shape[0];
-    let images = match options.options.max_workspace {
-        Some(bytes) => {
-            (bytes / workspace_per_image::<B, S>(options, output_shape, dtype)).clamp(1, batch)
-        }
-        None => batch,
-    };
-    (0..batch)
-        .step_by(images)
-        .map(|start| start..(start + images).min(batch))
-        .collect()
-}
-
-/// Bytes held for one image at the worst moment: that of the sweeps, or the gradient of the
-/// convolution's output beside im2col columns of the input.
-fn workspace_per_image<B: Backend, S: Sweeps<B>>(
-    options: &ConvBnBackwardOptions,
-    output_shape: &Shape,
-    dtype: DType,
-) -> usize {
-    let output: usize = output_shape.iter().skip(1).product();
-    let positions: usize = output_shape.iter().skip(2).product();
-    let columns =
-        positions * options.input_shape[1] * options.weight_shape.iter().skip(2).product::<usize>();
-    let convolution = (output + columns) * dtype.size();
-    S::workspace(output, dtype).max(convolution).max(1)
 }

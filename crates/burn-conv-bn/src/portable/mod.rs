@@ -3,11 +3,15 @@
 
 pub(crate) mod activation;
 mod batch;
+pub(crate) mod batch_norm;
 pub(crate) mod conv;
 pub(crate) mod conv_bn;
+mod fold;
+pub(crate) mod layout;
 pub(crate) mod max_pool;
 pub(crate) mod norm;
 pub(crate) mod sweeps;
+mod workspace;
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};

@@ -6,9 +6,8 @@
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 
-use super::{broadcast, cast, channel_sum, channels};
-use crate::backend::tensors::NormOutput;
-use crate::spec::{NormSpec, NormVariant, accumulator_dtype, values_per_channel};
+use super::{broadcast, cast, channel_sum};
+use crate::spec::{NormSpec, NormVariant, values_per_channel};
 
 /// The input less its mean, the mean, and the biased variance.
 pub(crate) struct Centered<B: Backend> {
@@ -209,61 +208,5 @@ impl<B: Backend> InputGrad<B> {
         let deviation = B::float_mul(deviation, self.slope.clone());
         let deviation = B::float_add(deviation, self.offset.clone());
         B::float_add(deviation, B::float_mul(grad, self.scale.clone()))
-    }
-}
-
-/// Batch normalization with batch statistics.
-pub(crate) fn forward<B: Backend>(
-    input: FloatTensor<B>,
-    gamma: Option<FloatTensor<B>>,
-    beta: Option<FloatTensor<B>>,
-    norm: NormSpec,
-) -> NormOutput<B> {
-    let dtype = input.dtype();
-    let values = values_per_channel(&input.shape());
-    let centered = center::<B>(cast::<B>(input, accumulator_dtype(dtype)));
-    let channel = ChannelNorm::<B>::new(norm, values, gamma, centered.variance.clone());
-    let output = apply::<B>(centered.deviation, channel.scale(), beta);
-    NormOutput {
-        output: cast::<B>(output, dtype),
-        mean: channels::<B>(centered.mean),
-        variance: channels::<B>(centered.variance),
-    }
-}
-
-/// Results of [`backward`]: the input's gradient in the input's dtype, if requested, and those of
-/// gamma and beta as `[channels]` in the accumulator's dtype.
-pub(crate) struct NormGrads<B: Backend> {
-    pub(crate) input: Option<FloatTensor<B>>,
-    pub(crate) gamma: FloatTensor<B>,
-    pub(crate) beta: FloatTensor<B>,
-}
-
-/// Gradients of [`forward`], whose result `mean` and `variance` are.
-pub(crate) fn backward<B: Backend>(
-    input: FloatTensor<B>,
-    gamma: Option<FloatTensor<B>>,
-    mean: FloatTensor<B>,
-    variance: FloatTensor<B>,
-    output_grad: FloatTensor<B>,
-    norm: NormSpec,
-    wants_input: bool,
-) -> NormGrads<B> {
-    let (rank, dtype) = (input.rank(), input.dtype());
-    let accumulator = accumulator_dtype(dtype);
-    let values = values_per_channel(&input.shape());
-    let channel = ChannelNorm::<B>::new(norm, values, gamma, broadcast::<B>(variance, rank));
-    let deviation = B::float_sub(cast::<B>(input, accumulator), broadcast::<B>(mean, rank));
-    let grad = cast::<B>(output_grad, accumulator);
-    let grad_sum = channel_sum::<B>(grad.clone());
-    let deviation_sum = channel_sum::<B>(B::float_mul(grad.clone(), deviation.clone()));
-    let input = wants_input.then(|| {
-        let coefficients = channel.input_grad(grad_sum.clone(), deviation_sum.clone());
-        cast::<B>(coefficients.apply(grad, deviation), dtype)
-    });
-    NormGrads {
-        input,
-        gamma: channels::<B>(B::float_mul(channel.inv_std, deviation_sum)),
-        beta: channels::<B>(grad_sum),
     }
 }

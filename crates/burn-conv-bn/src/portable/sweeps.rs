@@ -4,6 +4,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, Shape};
 
+use super::layout::Layouts;
 use super::norm::{self, ChannelNorm, GradSums, InputGrad};
 use super::{activation, broadcast, cast, channels};
 use crate::backend::tensors::NormOutput;
@@ -12,7 +13,7 @@ use crate::spec::{Activation, NormSpec, StatisticsKind, accumulator_dtype, value
 /// The passes over activations of forward and backward, by backend.
 ///
 /// Activations are `[batch, channels, spatial..]`, everything of a channel is `[channels]`.
-pub(crate) trait Sweeps<B: Backend> {
+pub(crate) trait Sweeps<B: Backend>: Layouts<B> {
     /// A norm whose statistics are known: from the forward pass, or given.
     type Norm;
     /// The gradient at the pre-activation of one chunk of the batch, perhaps implicit.
@@ -152,6 +153,8 @@ impl<B: Backend> ComposedNorm<B> {
         }
     }
 }
+
+impl<B: Backend> Layouts<B> for Composed {}
 
 impl<B: Backend> Sweeps<B> for Composed {
     type Norm = ComposedNorm<B>;

@@ -13,6 +13,9 @@ use burn::tensor::{Tensor, activation};
 /// assert_eq!(output.iter::<f32>().collect::<Vec<_>>(), [0.0, 0.5, 6.0]);
 /// # }
 /// ```
+///
+/// Burn's [`ActivationConfig`](burn::nn::activation::ActivationConfig) is converted by `try_from`, either
+/// way.
 #[derive(Config, Debug, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Activation {
@@ -32,8 +35,34 @@ pub enum Activation {
     /// `y = v * Phi(v)` with the normal distribution's `Phi(v) = (1 + erf(v / sqrt(2))) / 2`:
     /// exact, not the approximation by tanh.
     Gelu,
+    /// `y = v / 2 * (1 + tanh(sqrt(2 / pi) * (v + 0.044715 * v^3)))`: GELU's approximation by tanh.
+    GeluApproximate,
     /// `y = v * clamp(v / 6 + 1/2, 0, 1)`, with derivative 0 at -3 and 1 at 3. MobileNetV3's.
     HardSwish,
+    /// `y = 1 / (1 + exp(-v))`.
+    Sigmoid,
+    /// `y = clamp(alpha * v + beta, 0, 1)`, with derivative 0 where that is 0 or 1.
+    HardSigmoid {
+        /// Slope between the bounds. Burn's default is 0.2, PyTorch has 1/6.
+        alpha: f64,
+        /// Value at 0. Burn's default is 0.5, as PyTorch has it.
+        beta: f64,
+    },
+    /// `y = tanh(v)`.
+    Tanh,
+    /// `y = v` where `v > 0`, `alpha * (exp(v) - 1)` elsewhere, at 0 with that derivative.
+    Elu {
+        /// Negative of the limit at minus infinity. Burn's and PyTorch's default is 1.
+        alpha: f64,
+    },
+    /// `y = v * tanh(ln(1 + exp(v)))`.
+    Mish,
+    /// `y = ln(1 + exp(beta * v)) / beta` everywhere. Burn and PyTorch return `v` where `beta * v` is above a
+    /// threshold; at their default, 20, that changes y by 2.1e-9 / beta at most.
+    Softplus {
+        /// Sharpness of the bend, finite and not 0. Burn's and PyTorch's default is 1.
+        beta: f64,
+    },
 }
 
 /// Source of an activation's derivative at a value.
@@ -62,7 +91,14 @@ impl Activation {
             Self::LeakyRelu { negative_slope } => activation::leaky_relu(value, negative_slope),
             Self::Silu => activation::silu(value),
             Self::Gelu => activation::gelu(value),
+            Self::GeluApproximate => activation::gelu_approximate(value),
             Self::HardSwish => activation::hard_swish(value),
+            Self::Sigmoid => activation::sigmoid(value),
+            Self::HardSigmoid { alpha, beta } => activation::hard_sigmoid(value, alpha, beta),
+            Self::Tanh => activation::tanh(value),
+            Self::Elu { alpha } => activation::elu(value, alpha),
+            Self::Mish => activation::mish(value),
+            Self::Softplus { beta } => activation::softplus(value, beta),
         }
     }
 
@@ -71,15 +107,26 @@ impl Activation {
         matches!(self, Self::Identity | Self::Relu)
     }
 
+    /// The output of a smooth activation determines its derivative too, as `y * (1 - y)` does a sigmoid's, but
+    /// not to all digits: a y in bf16 is 1 from v = 6.3 on. It would not save memory either, since the op
+    /// keeps its input for the weight's gradient, and the residual is a handle as the output is.
     pub(crate) fn derivative(self) -> Derivative {
         match self {
             Self::Identity => Derivative::One,
             Self::Relu | Self::Relu6 => Derivative::OfOutput,
             // A negative slope makes both pieces positive.
             Self::LeakyRelu { negative_slope } if negative_slope >= 0.0 => Derivative::OfOutput,
-            Self::LeakyRelu { .. } | Self::Silu | Self::Gelu | Self::HardSwish => {
-                Derivative::OfValue
-            }
+            Self::LeakyRelu { .. }
+            | Self::Silu
+            | Self::Gelu
+            | Self::GeluApproximate
+            | Self::HardSwish
+            | Self::Sigmoid
+            | Self::HardSigmoid { .. }
+            | Self::Tanh
+            | Self::Elu { .. }
+            | Self::Mish
+            | Self::Softplus { .. } => Derivative::OfValue,
         }
     }
 }

@@ -83,6 +83,14 @@ impl<const N: usize> From<ConvOptions<N>> for ConvSpec {
 
 /// Treatment of the convolution's output between forward and backward.
 ///
+/// In a chain of blocks under one policy, with x a block's input and z its convolution's output:
+///
+/// |         | each block keeps | second convolution |
+/// |---------|------------------|--------------------|
+/// | `Conv`  | x                | yes                |
+/// | `Norm`  | z                | no                 |
+/// | `Never` | x and z          | no                 |
+///
 /// ```
 /// # #[cfg(feature = "flex")] {
 /// use burn::tensor::Device;
@@ -106,6 +114,19 @@ pub enum Recompute {
     /// Drop it and run the convolution again in the backward pass: the block keeps its input
     /// only.
     Conv,
+    /// Keep it, and do not let others keep the block's output: whatever asks for that in the backward pass,
+    /// Burn's own layers included, gets it rebuilt from the convolution's output, by norm and activation.
+    /// It is rebuilt once, and then lives until the last one that asked.
+    ///
+    /// This is a property of the output, with Burn's gradient checkpointing and without. A detached output
+    /// is an ordinary tensor, and kept by whatever keeps it.
+    ///
+    /// Where the output is not a function of the convolution's output and the batch alone, this is
+    /// [`Never`](Self::Never): with a residual, whose rebuilding could reach back to the first block; with
+    /// given statistics, as those of a frozen norm, which are folded into the weight; and where the block is
+    /// one op with the max pool behind it. Without autodiff, and where nothing is tracked, nothing is kept
+    /// under any policy.
+    Norm,
     /// Keep it: one activation-sized tensor more, one convolution less.
     Never,
 }
@@ -132,12 +153,16 @@ pub struct ConvBnOptions {
     /// Whether the convolution's output is kept or recomputed.
     pub recompute: Recompute,
     /// Most bytes that the backward pass may hold beyond what was saved and what it returns
-    /// (recomputed output, im2col columns, temporaries), or `None` for no bound.
+    /// (recomputed output, im2col columns, temporaries), or `None` for the backend's own bound.
     ///
     /// On Flex, a recomputed output that does not fit is never stored: each tile of it is
     /// recomputed twice, as is one of more than 128 MiB, or of 32 taps or fewer, without a bound.
-    /// Elsewhere the backward pass works over the largest number of images that fits, but at least
-    /// one, and recomputes twice unless all of them fit.
+    /// Elsewhere the gradients of the convolution are taken over the largest number of images that fits beside
+    /// the recomputed output, but at least one; only if not even that fits, the output is recomputed in parts,
+    /// and each of them twice. Without a bound CubeCL's devices allow these gradients 64 MiB beside the
+    /// output, or as much as input and output take. Under
+    /// [`Recompute::Norm`] nothing is recomputed, and the gradient of the convolution's output is a tensor; the
+    /// bound is that of the convolution's gradients.
     ///
     /// On Flex it bounds the scratch of the kernels too, beside a stored output, forward as well, and at no less
     /// than 2 MiB on two threads.
@@ -174,6 +199,16 @@ impl ConvBnOptions {
     #[must_use]
     pub fn with_recompute(mut self, recompute: Recompute) -> Self {
         self.recompute = recompute;
+        self
+    }
+
+    /// The options where the op is one with a max pool behind it: [`Recompute::Norm`] is
+    /// [`Recompute::Never`] there.
+    #[must_use]
+    pub fn joined(mut self) -> Self {
+        if self.recompute == Recompute::Norm {
+            self.recompute = Recompute::Never;
+        }
         self
     }
 

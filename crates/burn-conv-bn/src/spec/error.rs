@@ -147,9 +147,23 @@ pub enum ConvBnError {
         /// Actual device.
         got: String,
     },
+    /// The device is of a backend that this build of the crate does not know.
+    #[error("input is on {device}, which this build of burn-conv-bn does not know: {}", remedy(*feature))]
+    Backend {
+        /// The input's device.
+        device: String,
+        /// The missing feature of this crate; `None` for a backend that it has none for.
+        feature: Option<&'static str>,
+    },
     /// Epsilon is not a finite positive number, or 0 with given statistics.
     #[error("epsilon must be finite and positive, got {got}; only given statistics go with 0")]
     Epsilon {
+        /// The value seen.
+        got: f64,
+    },
+    /// The beta of a softplus, which divides by it, is 0 or not finite.
+    #[error("softplus: beta must be finite and not 0, got {got}")]
+    SoftplusBeta {
         /// The value seen.
         got: f64,
     },
@@ -179,6 +193,14 @@ pub enum ConvBnError {
         /// The output's shape.
         output: Shape,
     },
+}
+
+/// What to do about a missing backend.
+fn remedy(feature: Option<&str>) -> String {
+    match feature {
+        Some(feature) => format!("turn on its feature `{feature}`, as Burn's"),
+        None => "it has no feature for that backend".to_string(),
+    }
 }
 
 /// The cast that makes `what` of dtype `got` fit the input; both choices where `what` is a convolution's

@@ -1,5 +1,7 @@
 use burn::config::Config;
 
+use super::Activation;
+
 /// How the inverse standard deviation `s` follows from the sum of squared deviations `M2` over
 /// the `m` values of a channel.
 ///
@@ -100,5 +102,45 @@ impl Default for NormSpec {
     /// Burn's batch norm with its epsilon, 1e-5.
     fn default() -> Self {
         Self::new(NormVariant::BatchNorm, 1e-5)
+    }
+}
+
+/// Options of batch normalization with an activation behind it.
+///
+/// ```
+/// use burn_conv_bn::{Activation, BatchNormOptions, NormSpec};
+///
+/// let options = BatchNormOptions::new(NormSpec::default()).with_activation(Activation::Relu);
+/// assert_eq!(options.norm.epsilon, 1e-5);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct BatchNormOptions {
+    /// How the norm is formed.
+    pub norm: NormSpec,
+    /// Applied last.
+    pub activation: Activation,
+}
+
+impl BatchNormOptions {
+    /// That norm and no activation.
+    pub fn new(norm: NormSpec) -> Self {
+        Self {
+            norm,
+            activation: Activation::Identity,
+        }
+    }
+
+    /// Sets the activation.
+    #[must_use]
+    pub fn with_activation(mut self, activation: Activation) -> Self {
+        self.activation = activation;
+        self
+    }
+}
+
+impl From<NormSpec> for BatchNormOptions {
+    fn from(norm: NormSpec) -> Self {
+        Self::new(norm)
     }
 }

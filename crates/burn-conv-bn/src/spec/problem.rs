@@ -1,6 +1,6 @@
 use burn::tensor::Shape;
 
-use super::{ConvBnError, ConvBnOptions, ConvSpec};
+use super::{Activation, ConvBnError, ConvBnOptions, ConvSpec};
 
 /// The shapes of one application of the op, checked against each other.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,7 +96,7 @@ impl ConvBnProblem {
     ///
     /// # Errors
     ///
-    /// [`ConvBnError::Epsilon`]; for batch statistics [`ConvBnError::EmptyBatch`] and
+    /// [`ConvBnError::Epsilon`]; [`ConvBnError::SoftplusBeta`]; for batch statistics [`ConvBnError::EmptyBatch`] and
     /// [`ConvBnError::SingleValue`]; and what [`conv`](Self::conv) returns.
     pub fn conv_bn(
         input: Shape,
@@ -105,6 +105,7 @@ impl ConvBnProblem {
         batch_statistics: bool,
     ) -> Result<Self, ConvBnError> {
         check_epsilon(options.norm.epsilon, batch_statistics)?;
+        check_activation(options.activation)?;
         let problem = Self::conv(input, weight, &options.conv)?;
         if batch_statistics {
             check_values(&problem.input, &problem.output)?;
@@ -189,6 +190,16 @@ pub(crate) fn check_epsilon(epsilon: f64, batch_statistics: bool) -> Result<(), 
         Ok(())
     } else {
         Err(ConvBnError::Epsilon { got: epsilon })
+    }
+}
+
+/// Checks an activation's parameters.
+pub(crate) fn check_activation(activation: Activation) -> Result<(), ConvBnError> {
+    match activation {
+        Activation::Softplus { beta } if beta == 0.0 || !beta.is_finite() => {
+            Err(ConvBnError::SoftplusBeta { got: beta })
+        }
+        _ => Ok(()),
     }
 }
 

@@ -55,6 +55,9 @@ pub struct SavePlan {
     pub output: bool,
     /// The tensor added before the activation, where the derivative needs the sum itself.
     pub residual: bool,
+    /// Whether the op's output is rebuilt from what is kept, for whatever asks for it in the backward pass,
+    /// and so kept by none; see [`Recompute::Norm`].
+    pub rebuilds_output: bool,
 }
 
 impl SavePlan {
@@ -74,6 +77,22 @@ impl SavePlan {
             residual,
         } = tracked;
         let any = input || weight || bias || gamma || beta || residual;
+        if any && Self::may_rebuild_output(options, statistics, present.residual) {
+            // A node of the convolution, and one of norm and activation, which needs all that it is made of
+            // to be made again.
+            return Self {
+                input: weight,
+                weight: input,
+                bias: false,
+                gamma: present.gamma,
+                beta: present.beta,
+                statistics: true,
+                conv_output: true,
+                output: false,
+                residual: false,
+                rebuilds_output: true,
+            };
+        }
         let derivative = options.activation.derivative();
         match statistics {
             StatisticsKind::Batch => {
@@ -93,6 +112,7 @@ impl SavePlan {
                     conv_output: conv_output && !recompute,
                     output,
                     residual: present.residual && value,
+                    rebuilds_output: false,
                 }
             }
             StatisticsKind::Fixed => {
@@ -108,13 +128,24 @@ impl SavePlan {
                     conv_output: value && !recompute,
                     output: any && derivative == Derivative::OfOutput,
                     residual: present.residual && value,
+                    rebuilds_output: false,
                 }
             }
         }
     }
 
-    /// Plan for the op joined with a max pool: also saves the pooled output and the parameters that
-    /// invert it. The pool's argmax comes on top.
+    /// Whether the output of a tracked op is rebuilt in the backward pass: under [`Recompute::Norm`] with
+    /// batch statistics and without a residual.
+    pub(crate) fn may_rebuild_output(
+        options: &ConvBnOptions,
+        statistics: StatisticsKind,
+        residual: bool,
+    ) -> bool {
+        options.recompute == Recompute::Norm && statistics == StatisticsKind::Batch && !residual
+    }
+
+    /// Plan for the op joined with a max pool, for options of [`ConvBnOptions::joined`]: also saves the
+    /// pooled output and the parameters that invert it. The pool's argmax comes on top.
     #[must_use]
     pub fn with_max_pool(self, options: &ConvBnOptions, present: Parents) -> Self {
         let inverts = self.statistics && options.activation.passes_unchanged();
@@ -127,14 +158,10 @@ impl SavePlan {
     }
 
     /// Whether the op joins with the max pool behind it, given kernels and
-    /// [`MaxPoolProblem::joins_a_block`](super::MaxPoolProblem::joins_a_block): under batch statistics,
-    /// with recompute and without a residual.
-    pub(crate) fn joins_max_pool(
-        options: &ConvBnOptions,
-        statistics: StatisticsKind,
-        residual: bool,
-    ) -> bool {
-        statistics == StatisticsKind::Batch && options.recompute == Recompute::Conv && !residual
+    /// [`MaxPoolProblem::joins_a_block`](super::MaxPoolProblem::joins_a_block): under batch statistics
+    /// and without a residual.
+    pub(crate) fn joins_max_pool(statistics: StatisticsKind, residual: bool) -> bool {
+        statistics == StatisticsKind::Batch && !residual
     }
 
     /// The kept tensors by name, largest kinds first, for data of `dtype` with gamma and beta in
@@ -267,6 +294,38 @@ mod tests {
         };
         let plan = |kind| SavePlan::new(&options, kind, shift, shift);
         assert_eq!(plan(StatisticsKind::Batch), plan(StatisticsKind::Fixed));
+    }
+
+    #[test]
+    fn norm_saves_the_convolutions_output_where_it_can_rebuild_the_ops() {
+        let options = ConvBnOptions::new(ConvSpec::unit(2)).with_recompute(Recompute::Norm);
+        let never = options.clone().with_recompute(Recompute::Never);
+        let plan = SavePlan::new(&options, StatisticsKind::Batch, given(), given());
+        assert!(plan.rebuilds_output && plan.conv_output && plan.input && plan.beta);
+
+        // Only the input wants a gradient: nothing needs it again.
+        let tracked = Parents {
+            input: true,
+            ..Parents::default()
+        };
+        let plan = SavePlan::new(&options, StatisticsKind::Batch, given(), tracked);
+        assert!(plan.rebuilds_output && plan.conv_output && plan.weight && !plan.input);
+
+        let residual = Parents {
+            residual: true,
+            ..given()
+        };
+        for (kind, present) in [
+            (StatisticsKind::Batch, residual),
+            (StatisticsKind::Fixed, given()),
+        ] {
+            let plan = |options| SavePlan::new(options, kind, present, present);
+            assert_eq!(plan(&options), plan(&never));
+        }
+        let nothing = Parents::default();
+        let plan = SavePlan::new(&options, StatisticsKind::Batch, given(), nothing);
+        assert!(!plan.rebuilds_output && !plan.conv_output);
+        assert_eq!(options.joined(), never);
     }
 
     #[test]

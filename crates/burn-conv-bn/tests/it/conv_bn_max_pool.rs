@@ -176,6 +176,61 @@ fn channels_with_a_small_scale_are_exact() {
     }
 }
 
+/// Steps of a block joined with its pool and of the two apart, whose parameters `change` changed.
+fn both_steps(gamma: f64, dtype: DType, change: impl Fn(&mut ConvBn2d)) -> [Step; 2] {
+    [true, false].map(|joined| {
+        let mut block = block(&config(), &[gamma; GAMMA.len()], dtype);
+        change(&mut block);
+        let pool = tiled();
+        step(&block, dtype, &device(), |x| {
+            if joined {
+                block.forward_max_pool(x, &pool)
+            } else {
+                pool.forward(block.forward(x))
+            }
+        })
+    })
+}
+
+fn without_beta(block: &mut ConvBn2d) {
+    block.norm.beta = Param::from_tensor(Tensor::zeros([GAMMA.len()], &device()));
+}
+
+/// Numbers below the smallest normal one have too few digits to divide by, or to be divided.
+#[test]
+fn channels_with_subnormal_numbers_are_exact() {
+    let scale = both_steps(1e-34, DType::F32, |block| {
+        without_beta(block);
+        let weight = block.conv.weight.val().detach() * 1e7;
+        block.conv.weight = Param::from_tensor(weight.detach());
+    });
+    let outputs = both_steps(1e-7, DType::F16, without_beta);
+    for ([got, wanted], tolerance) in [(scale, 1e-5), (outputs, 2e-2)] {
+        assert_eq!(got.output, wanted.output);
+        for ((name, got), (_, wanted)) in got.grads.iter().zip(&wanted.grads) {
+            assert_close(name, got, wanted, tolerance, 1e-12);
+        }
+    }
+}
+
+/// The output tells nothing of what went in, and gamma's gradient is finite all the same.
+#[test]
+fn channels_with_an_infinite_scale_are_exact() {
+    let [got, wanted] = both_steps(f64::INFINITY, DType::F32, |_| {});
+    let gradient = |step: &Step, name| {
+        let mut grads = step.grads.iter();
+        grads.find(|(other, _)| *other == name).unwrap().1.clone()
+    };
+    for name in ["gamma", "beta"] {
+        let (got, wanted) = (gradient(&got, name), gradient(&wanted, name));
+        assert!(
+            wanted.iter().all(|grad| grad.is_finite()),
+            "{name}: {wanted:?}"
+        );
+        assert_close(name, &got, &wanted, 1e-4, 1e-12);
+    }
+}
+
 #[test]
 fn what_cannot_be_one_op_is_two() {
     let windows = [
@@ -318,12 +373,12 @@ fn the_kernel_takes_what_the_documentation_says() {
             statistics: Statistics::Batch,
         };
         let options = ConvBnOptions::new(ConvSpec::unit(2)).with_recompute(recompute);
-        let forward = Dispatch::conv_bn_max_pool_forward(inputs, options, pool);
+        let forward = Dispatch::conv_bn_max_pool_forward(inputs, options, pool, false);
         matches!(forward, ConvBnMaxPoolForward::Pooled { .. })
     };
     let two = MaxPoolOptions::new([2, 2]);
     assert!(takes(two.clone(), Recompute::Conv));
-    assert!(!takes(two.clone(), Recompute::Never));
+    assert!(takes(two.clone(), Recompute::Never));
     assert!(!takes(two.with_padding([2, 0]), Recompute::Conv));
 }
 
@@ -382,5 +437,39 @@ fn closed_relus_pass_nothing() {
                 );
             }
         }
+    }
+}
+
+/// Windows that join: undilated, rounded down, padded by at most half of the window on both sides alike.
+/// A joined block lists the pooled output.
+#[test]
+fn which_windows_join_a_block() {
+    let padding = |rows, columns| PaddingConfig2d::Explicit(rows, columns, rows, columns);
+    let square = |kernel| MaxPool2dConfig::new([kernel; 2]);
+    for (pool, joins) in [
+        (square(2), true),
+        (square(2).with_padding(padding(1, 1)), true),
+        (square(3).with_padding(padding(1, 0)), true),
+        (square(3).with_padding(padding(2, 0)), false),
+        (
+            square(3).with_padding(PaddingConfig2d::Explicit(0, 0, 1, 1)),
+            false,
+        ),
+        (square(2).with_dilation([2, 1]), false),
+        (square(2).with_ceil_mode(true), false),
+        (
+            MaxPool2dConfig::new([16, 16]).with_padding(padding(4, 4)),
+            true,
+        ),
+        (
+            MaxPool2dConfig::new([17, 16]).with_padding(padding(4, 4)),
+            false,
+        ),
+    ] {
+        let saved = config()
+            .init(&device())
+            .saved_for_backward_max_pool([2, 4, 32, 32], &pool.init());
+        let has_pooled = saved.iter().any(|tensor| tensor.name == "pooled");
+        assert_eq!(has_pooled, joins, "{pool:?}: {saved:?}");
     }
 }

@@ -2,9 +2,11 @@
 //! shapes and the whole Jacobian, then random upstream gradients over every option.
 
 use burn::tensor::{Device, TensorData};
-use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv, conv_bn};
+use burn_conv_bn::functional::{BatchNormParams, ConvBnParams, batch_norm, conv, conv_bn};
 use burn_conv_bn::gradcheck::{GradCheck, GradCheckError, Inputs, Upstream};
-use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute};
+use burn_conv_bn::{
+    Activation, BatchNormOptions, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute,
+};
 
 use crate::common::random;
 
@@ -49,7 +51,8 @@ fn tutorial_batch_norm() {
     gradcheck()
         .input("x", rand(&[1, 2, 3, 4], 3))
         .check(|inputs| {
-            batch_norm(inputs.get::<4>("x"), None, TUTORIAL)
+            let none = BatchNormParams::default();
+            batch_norm(inputs.get::<4>("x"), none, TUTORIAL)
                 .unwrap()
                 .output
         })
@@ -227,48 +230,58 @@ fn conv_over_three_dimensions_with_asymmetric_padding() {
         .unwrap();
 }
 
+/// Batch and given statistics, with and without parameters, with activations whose derivative follows from
+/// the output, from the value, and from neither.
 #[test]
 fn batch_norm_over_variants_and_ranks() {
+    let activations = [Activation::Identity, Activation::Relu, Activation::Silu];
     for norm in [NormSpec::default(), TUTORIAL] {
-        for affine in [false, true] {
-            let check = |shape: &[usize]| {
-                gradcheck()
-                    .input("x", random(shape, 20))
-                    .upstream(Upstream::Random(23))
-                    .tolerance(1e-7, 1e-5)
-            };
-            let with_affine = |check: GradCheck, channels: usize| match affine {
-                true => check
-                    .input("gamma", random(&[channels], 21))
-                    .input("beta", random(&[channels], 22)),
-                false => check,
-            };
-            let affine_of = |inputs: &Inputs| {
-                affine.then(|| (inputs.get::<1>("gamma"), inputs.get::<1>("beta")))
-            };
-            with_affine(check(&[5, 3]), 3)
-                .check(|i| {
-                    batch_norm(i.get::<2>("x"), affine_of(i), norm)
-                        .unwrap()
-                        .output
-                })
-                .unwrap();
-            with_affine(check(&[2, 3, 4]), 3)
-                .check(|i| {
-                    batch_norm(i.get::<3>("x"), affine_of(i), norm)
-                        .unwrap()
-                        .output
-                })
-                .unwrap();
-            with_affine(check(&[2, 2, 2, 3, 2]), 2)
-                .check(|i| {
-                    batch_norm(i.get::<5>("x"), affine_of(i), norm)
-                        .unwrap()
-                        .output
-                })
-                .unwrap();
+        for activation in activations {
+            let options = BatchNormOptions::new(norm).with_activation(activation);
+            for affine in [false, true] {
+                for given in [false, true] {
+                    let context = format!("{options:?}, affine {affine}, given {given}");
+                    norm_alone::<2>(&[5, 3], options, [affine, given], &context);
+                    norm_alone::<3>(&[2, 3, 4], options, [affine, given], &context);
+                    norm_alone::<4>(&[2, 3, 2, 4], options, [affine, given], &context);
+                    norm_alone::<5>(&[2, 2, 2, 3, 2], options, [affine, given], &context);
+                }
+            }
         }
     }
+}
+
+fn norm_alone<const D: usize>(
+    shape: &[usize; D],
+    options: BatchNormOptions,
+    [affine, given]: [bool; 2],
+    context: &str,
+) {
+    let channels = &shape[1..2];
+    let mut check = gradcheck()
+        .input("x", random(shape, 20))
+        .constant("mean", random(channels, 24))
+        .constant("variance", rand(channels, 25))
+        .upstream(Upstream::Random(23))
+        .tolerance(1e-7, 1e-5);
+    if affine {
+        check = check
+            .input("gamma", random(channels, 21))
+            .input("beta", random(channels, 22));
+    }
+    let checked = check.check(|inputs| {
+        let mut params = BatchNormParams::default();
+        if affine {
+            params = params.with_affine(inputs.get("gamma"), inputs.get("beta"));
+        }
+        if given {
+            params = params.with_statistics(inputs.get("mean"), inputs.get("variance"));
+        }
+        batch_norm(inputs.get::<D>("x"), params, options)
+            .unwrap()
+            .output
+    });
+    checked.unwrap_or_else(|error| panic!("{context}: {error}"));
 }
 
 /// The fused op with everything on, over geometries, variants, activations and policies.
@@ -277,7 +290,7 @@ fn fused_over_every_option() {
     for (name, spec, input, weight) in geometries() {
         for norm in [NormSpec::default(), TUTORIAL] {
             for activation in [Activation::Identity, Activation::Relu] {
-                for recompute in [Recompute::Conv, Recompute::Never] {
+                for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
                     for (residual, max_workspace) in [(false, None), (true, Some(1))] {
                         let options = ConvBnOptions::new(spec.clone())
                             .with_norm(norm)
@@ -329,9 +342,19 @@ fn fused_over_every_activation() {
         },
         Activation::Silu,
         Activation::Gelu,
+        Activation::GeluApproximate,
         Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid {
+            alpha: 0.2,
+            beta: 0.5,
+        },
+        Activation::Tanh,
+        Activation::Elu { alpha: 0.75 },
+        Activation::Mish,
+        Activation::Softplus { beta: 1.5 },
     ] {
-        for recompute in [Recompute::Conv, Recompute::Never] {
+        for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
             for (residual, frozen) in [(false, false), (false, true), (true, false), (true, true)] {
                 for max_workspace in [None, Some(1)] {
                     let options = ConvBnOptions::new(spec.clone())
@@ -396,7 +419,7 @@ fn fused(
 fn every_subset_of_parents() {
     let names = ["x", "weight", "bias", "gamma", "beta", "residual"];
     for frozen in [false, true] {
-        for recompute in [Recompute::Conv, Recompute::Never] {
+        for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
             for subset in 1u32..1 << names.len() {
                 let data = [
                     random(&[2, 2, 4, 4], 40),

@@ -9,7 +9,7 @@ use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn_conv_bn::{
     Activation, ConvBn1d, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBnModule, ConvBnSettings,
-    Recompute, RunningVariance,
+    Recompute, RunningVariance, fuse,
 };
 
 use crate::common::{assert_close, device, random, tensor, values};
@@ -469,13 +469,10 @@ fn quantized_weights_evaluate_as_burns() {
     let block = quantized(&device);
     let (conv, norm) = quantized(&device).into_parts();
     let wanted = values(relu(norm.forward(conv.forward(x.clone()))));
-    assert_close(
-        "forward",
-        &values(block.forward(x.clone())),
-        &wanted,
-        1e-5,
-        0.0,
-    );
+    let borrowed = fuse(&block.conv, &block.norm).with_activation(Activation::Relu);
+    let y = values(block.forward(x.clone()));
+    assert_close("forward", &y, &wanted, 1e-5, 0.0);
+    assert_eq!(values(borrowed.forward(x.clone())), y);
     let folded = block.fold().unwrap();
     assert_eq!(folded.weight.val().dtype(), DType::F32);
     assert_close("fold", &values(relu(folded.forward(x))), &wanted, 1e-5, 0.0);
@@ -489,8 +486,13 @@ fn quantized_weights_train_as_burns() {
     let saved = block.saved_for_backward([2, 4, 8, 8]);
     let (conv, norm) = quantized(&device()).into_parts();
 
-    let (fused_x, unfused_x) = (x(), x());
+    let (fused_x, borrowed_x, unfused_x) = (x(), x(), x());
     let fused = block.forward(fused_x.clone());
+    let again = quantized(&device());
+    let borrowed = fuse(&again.conv, &again.norm).with_activation(Activation::Relu);
+    assert_eq!(borrowed.saved_for_backward([2, 4, 8, 8]), saved);
+    let borrowed = borrowed.forward(borrowed_x.clone());
+    assert_eq!(values(borrowed.clone()), values(fused.clone()));
     let unfused = relu(norm.forward(conv.forward(unfused_x.clone())));
     assert_close(
         "output",
@@ -500,6 +502,11 @@ fn quantized_weights_train_as_burns() {
         0.0,
     );
     let fused_grads = (fused * upstream.clone()).sum().backward();
+    let borrowed_grads = (borrowed * upstream.clone()).sum().backward();
+    assert_eq!(
+        values(borrowed_x.grad(&borrowed_grads).unwrap()),
+        values(fused_x.grad(&fused_grads).unwrap())
+    );
     let unfused_grads = (unfused * upstream).sum().backward();
     assert_close(
         "input",

@@ -1,5 +1,5 @@
 //! Each operand plain, on autodiff but untracked, or tracked, in every combination: statistics, outputs
-//! and gradients are those of Burn's own pair of layers.
+//! and gradients are those of Burn's own pair of layers, and to the bit the same over borrowed modules.
 
 use burn::module::{Param, ParamId, RunningState};
 use burn::nn::conv::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, Conv3d, Conv3dConfig};
@@ -9,7 +9,7 @@ use burn::tensor::activation::relu;
 use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
 use burn_conv_bn::functional::{ConvBnParams, conv_bn};
 use burn_conv_bn::{
-    Activation, ConvBn1d, ConvBn2d, ConvBn3d, ConvBnOptions, ConvSpec, MaxPool2dConfig,
+    Activation, ConvBn1d, ConvBn2d, ConvBn3d, ConvBnOptions, ConvSpec, MaxPool2dConfig, fuse,
 };
 
 use crate::common::{assert_close, random, values};
@@ -191,6 +191,18 @@ fn compare(
     }
 }
 
+/// A block's output, whatever kind of block it is.
+macro_rules! output {
+    ($block:expr, $of:expr, $residual:expr) => {{
+        let (block, x) = ($block, $of.input.clone());
+        if $residual {
+            block.forward_residual(x, $of.residual.clone())
+        } else {
+            block.forward(x)
+        }
+    }};
+}
+
 macro_rules! rank {
     ($name:ident, $rank:literal, $conv:ident, $config:expr, $layer:ident, $operands:expr) => {
         #[test]
@@ -213,20 +225,22 @@ macro_rules! rank {
                     let y = relu(if residual { z + of.residual.clone() } else { z });
                     of.results(Some(&norm), y)
                 };
-                let ours = |residual: bool| {
+                let owned = |residual: bool| {
                     let of = Parameters::new(operands, input, output);
                     let block = $layer::from_parts(conv(&of), of.norm(), Activation::Relu);
-                    let x = of.input.clone();
-                    let y = if residual {
-                        block.forward_residual(x, of.residual.clone())
-                    } else {
-                        block.forward(x)
-                    };
-                    of.results(Some(&block.norm), y)
+                    of.results(Some(&block.norm), output!(&block, of, residual))
+                };
+                let borrowed = |residual: bool| {
+                    let of = Parameters::new(operands, input, output);
+                    let (conv, norm) = (conv(&of), of.norm());
+                    let block = fuse(&conv, &norm).with_activation(Activation::Relu);
+                    of.results(Some(&norm), output!(&block, of, residual))
                 };
                 for residual in [false, true] {
                     let wanted = burn(residual);
-                    compare("layer", operands, &ours(residual), &wanted);
+                    let got = owned(residual);
+                    compare("layer", operands, &got, &wanted);
+                    assert_eq!(borrowed(residual), got, "borrowed, {operands:?}");
                     if residual {
                         compare("op", operands, &op(operands, input, output), &wanted);
                     }
@@ -312,16 +326,18 @@ fn a_max_pool_behind() {
             let pool = BurnMaxPool2dConfig::new([2, 2]).init();
             of.results(Some(&norm), pool.forward(y))
         };
+        let pool = MaxPool2dConfig::new([2, 2]).init();
         let of = Parameters::new(operands, input, output);
         let block = ConvBn2d::from_parts(conv(&of), of.norm(), Activation::Relu);
-        let pool = MaxPool2dConfig::new([2, 2]).init();
         let y = block.forward_max_pool(of.input.clone(), &pool);
-        compare(
-            "max pool",
-            operands,
-            &of.results(Some(&block.norm), y),
-            &wanted,
-        );
+        let got = of.results(Some(&block.norm), y);
+        compare("max pool", operands, &got, &wanted);
+
+        let of = Parameters::new(operands, input, output);
+        let (conv, norm) = (conv(&of), of.norm());
+        let block = fuse(&conv, &norm).with_activation(Activation::Relu);
+        let y = block.forward_max_pool(of.input.clone(), &pool);
+        assert_eq!(of.results(Some(&norm), y), got, "borrowed, {operands:?}");
     }
 }
 

@@ -131,7 +131,7 @@ fn compare(frozen: bool) {
     for (index, shape) in shapes().iter().enumerate() {
         let exact = step(shape, DType::F64, frozen, unfused);
         let burn = step(shape, DType::F32, frozen, unfused);
-        for recompute in [Recompute::Conv, Recompute::Never] {
+        for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
             let double = step(shape, DType::F64, frozen, fused(recompute));
             let single = step(shape, DType::F32, frozen, fused(recompute));
             for (((what, exact), (_, burn)), ((_, double), (_, single))) in

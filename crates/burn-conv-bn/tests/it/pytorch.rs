@@ -135,7 +135,7 @@ fn values_of_pytorch() {
     let file: File = serde_json::from_str(include_str!("../data/pytorch_conv_bn.json")).unwrap();
     assert!(file.cases.len() >= 49, "got {} cases", file.cases.len());
     for case in &file.cases {
-        for recompute in [Recompute::Conv, Recompute::Never] {
+        for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
             for max_workspace in [None, Some(1)] {
                 match case.options.stride.len() {
                     1 => case.run::<3>(recompute, max_workspace),

@@ -74,7 +74,7 @@ macro_rules! compare {
 }
 
 fn over_every_option(check: impl Fn(Recompute, Option<usize>, bool, bool)) {
-    for recompute in [Recompute::Conv, Recompute::Never] {
+    for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
         for (residual, frozen) in [(false, false), (true, false), (false, true), (true, true)] {
             check(recompute, None, residual, frozen);
         }

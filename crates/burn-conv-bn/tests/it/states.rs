@@ -1,5 +1,5 @@
 //! Every public method of the layers in every state that a model can be in, on Flex with and without
-//! autodiff: nothing panics, and all agree on what the layer computes.
+//! autodiff: nothing panics, and all agree on what the layer computes, over modules of its own and borrowed.
 
 use std::thread;
 
@@ -8,7 +8,7 @@ use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn_conv_bn::{
     Activation, ConvBn1d, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3d, ConvBn3dConfig,
-    ConvBnModule, MaxPool2d, MaxPool2dConfig, Recompute, RunningVariance,
+    ConvBnModule, MaxPool2d, MaxPool2dConfig, Recompute, RunningVariance, fuse,
 };
 
 use crate::common::{assert_close, random, values};
@@ -54,7 +54,7 @@ fn input<const D: usize>(device: &Device) -> Tensor<D> {
 }
 
 macro_rules! states {
-    ($name:ident, $rank:literal, $layer:ident, $config:expr) => {
+    ($name:ident, $rank:literal, $conv:ident, $layer:ident, $config:expr) => {
         mod $name {
             use super::*;
 
@@ -165,6 +165,15 @@ macro_rules! states {
                     folded.weight.val().device(),
                     layer.conv.weight.val().device()
                 );
+                let borrowed = fuse(&layer.conv, &layer.norm).with_settings(layer.settings.clone());
+                let parameters = |conv: burn::nn::conv::$conv| {
+                    (values(conv.weight.val()), values(conv.bias.unwrap().val()))
+                };
+                assert_eq!(
+                    parameters(borrowed.fold().unwrap()),
+                    parameters(folded.clone()),
+                    "{what}"
+                );
                 let activation = layer.settings.activation;
                 let y = activation.forward(folded.forward(input(device)));
                 same("folded", y.clone());
@@ -196,19 +205,32 @@ macro_rules! states {
                     assert_close(&format!("{what}: {how}"), &y, &evaluated, 5e-2, 5e-2);
                     assert!(!half.saved_for_backward(plain.dims()).is_empty());
                 }
-                assert!(format!("{layer}").contains("norm") && !format!("{layer:?}").is_empty());
-
-                // Lists, from shapes alone.
-                assert!(!layer.saved_for_backward(plain.dims()).is_empty(), "{what}");
                 assert!(
-                    !layer.saved_for_backward_residual(plain.dims()).is_empty(),
-                    "{what}"
+                    format!("{layer}").contains("channels") && !format!("{layer:?}").is_empty()
                 );
 
+                // Lists, from shapes alone.
+                let shape = plain.dims();
+                let saved = layer.saved_for_backward(shape);
+                assert!(!saved.is_empty(), "{what}");
+                assert_eq!(borrowed.saved_for_backward(shape), saved, "{what}");
+                let saved = layer.saved_for_backward_residual(shape);
+                assert!(!saved.is_empty(), "{what}");
+                assert_eq!(borrowed.saved_for_backward_residual(shape), saved, "{what}");
+                assert_eq!(borrowed.output_shape(shape), layer.output_shape(shape));
+
                 // Forward from both kinds of input, which moves the statistics where it trains.
-                for x in [plain.clone(), input(device)] {
+                let inputs = [plain.clone(), input(device)];
+                for (x, owned) in inputs
+                    .iter()
+                    .flat_map(|x| [(x.clone(), true), (x.clone(), false)])
+                {
                     let before = layer.valid().norm;
-                    let y = layer.forward(x.clone());
+                    let y = if owned {
+                        layer.forward(x.clone())
+                    } else {
+                        borrowed.forward(x.clone())
+                    };
                     let on_autodiff = layer.conv.weight.val().is_autodiff() || x.is_autodiff();
                     assert_eq!(y.is_autodiff(), on_autodiff, "{what}");
                     // Read before turning to evaluation, which takes in what is pending.
@@ -220,23 +242,35 @@ macro_rules! states {
                     assert_eq!(moved, trains, "{what}: statistics moved");
                     assert_eq!(here, mean(&after), "{what}: pending statistics");
                     let shortcut = y.clone();
-                    layer.forward_residual(x, shortcut);
+                    if owned {
+                        layer.forward_residual(x, shortcut);
+                    } else {
+                        borrowed.forward_residual(x, shortcut);
+                    }
                 }
             }
         }
     };
 }
 
-states!(one_dimension, 3, ConvBn1d, ConvBn1dConfig::new(3, 4, 3));
+states!(
+    one_dimension,
+    3,
+    Conv1d,
+    ConvBn1d,
+    ConvBn1dConfig::new(3, 4, 3)
+);
 states!(
     two_dimensions,
     4,
+    Conv2d,
     ConvBn2d,
     ConvBn2dConfig::new([3, 4], [3, 3])
 );
 states!(
     three_dimensions,
     5,
+    Conv3d,
     ConvBn3d,
     ConvBn3dConfig::new([3, 4], [3, 3, 3])
 );
@@ -259,14 +293,14 @@ fn a_max_pool_in_every_state() {
         for block in [block.clone(), block.valid(), block.clone().freeze()] {
             for device in [Device::flex(), device.clone()] {
                 let x = input::<4>(&device);
+                let borrowed = fuse(&block.conv, &block.norm);
                 let joined = values(block.forward_max_pool(x.clone(), &pool));
+                assert_eq!(values(borrowed.forward_max_pool(x.clone(), &pool)), joined);
                 let apart = values(pool.forward(block.forward(x.clone())));
                 assert_close("joined", &joined, &apart, 1e-5, 1e-6);
-                assert!(
-                    !block
-                        .saved_for_backward_max_pool(x.dims(), &pool)
-                        .is_empty()
-                );
+                let saved = block.saved_for_backward_max_pool(x.dims(), &pool);
+                assert!(!saved.is_empty());
+                assert_eq!(borrowed.saved_for_backward_max_pool(x.dims(), &pool), saved);
                 assert!(!pool.saved_for_backward([2, 4, 5, 5]).is_empty());
             }
         }

@@ -9,11 +9,11 @@ use burn::nn::{BatchNormConfig, PaddingConfig2d};
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Device, Shape, Tensor};
 use burn_conv_bn::functional::{
-    ConvBnParams, batch_norm, conv, conv_bn, conv_bn_max_pool2d, max_pool2d,
+    BatchNormParams, ConvBnParams, batch_norm, conv, conv_bn, conv_bn_max_pool2d, max_pool2d,
 };
 use burn_conv_bn::{
-    ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig, ConvBnError, ConvBnOptions, ConvSpec,
-    MaxPool2dConfig, NormSpec, NormVariant,
+    Activation, BatchNormOptions, ConvBn1dConfig, ConvBn2d, ConvBn2dConfig, ConvBn3dConfig,
+    ConvBnError, ConvBnOptions, ConvSpec, MaxPool2dConfig, NormSpec, NormVariant, fuse,
 };
 
 fn zeros<const D: usize>(shape: [usize; D]) -> Tensor<D> {
@@ -100,6 +100,23 @@ fn messages_name_what_was_seen_and_wanted() {
         ),
         (fused(params(), epsilon(f64::NAN)), &["got NaN"]),
         (
+            fused(
+                params(),
+                options().with_activation(Activation::Softplus { beta: 0.0 }),
+            ),
+            &["softplus: beta must be finite and not 0, got 0"],
+        ),
+        (
+            batch_norm(
+                zeros(x),
+                BatchNormParams::default(),
+                BatchNormOptions::new(NormSpec::default())
+                    .with_activation(Activation::Softplus { beta: f64::NAN }),
+            )
+            .unwrap_err(),
+            &["softplus: beta", "got NaN"],
+        ),
+        (
             fused(ConvBnParams::new(zeros(w).cast(DType::F64)), options()),
             &[
                 "input is F32, weight is F64",
@@ -136,15 +153,25 @@ fn messages_name_what_was_seen_and_wanted() {
             &["an empty batch", "[0, 3, 8, 8]", "given statistics"],
         ),
         (
-            batch_norm(zeros([0, 3]), None, NormSpec::default()).unwrap_err(),
+            batch_norm(
+                zeros([0, 3]),
+                BatchNormParams::default(),
+                NormSpec::default(),
+            )
+            .unwrap_err(),
             &["an empty batch", "[0, 3]"],
         ),
         (
-            batch_norm(zeros([1, 3]), None, NormSpec::default()).unwrap_err(),
+            batch_norm(
+                zeros([1, 3]),
+                BatchNormParams::default(),
+                NormSpec::default(),
+            )
+            .unwrap_err(),
             &["more than one value per channel"],
         ),
         (
-            batch_norm(zeros([3]), None, NormSpec::default()).unwrap_err(),
+            batch_norm(zeros([3]), BatchNormParams::default(), NormSpec::default()).unwrap_err(),
             &["batch norm's input", "expected 2"],
         ),
         (
@@ -249,7 +276,8 @@ fn panics_are_at_the_users_line() {
     let place = panic_place(|| block.forward(wrong()));
     assert_eq!(place, (file!().to_string(), at));
 
-    let argmax = [
+    let borrowed = fuse(&block.conv, &block.norm);
+    let places = [
         panic_place(|| ConvBn2dConfig::new([0, 4], [3, 3]).init(&device)),
         panic_place(|| plane.clone().with_momentum(2.0).init(&device)),
         panic_place(|| plane.clone().with_epsilon(0.0).init(&device)),
@@ -259,13 +287,21 @@ fn panics_are_at_the_users_line() {
         panic_place(|| block.saved_for_backward([2, 5, 8, 8])),
         panic_place(|| block.saved_for_backward_residual([2, 5, 8, 8])),
         panic_place(|| block.saved_for_backward_max_pool([2, 3, 8, 8], &pool)),
+        panic_place(|| block.output_shape([2, 5, 8, 8])),
+        panic_place(|| borrowed.forward(wrong())),
+        panic_place(|| borrowed.forward_residual(x(), wrong())),
+        panic_place(|| borrowed.forward_max_pool(x(), &pool)),
+        panic_place(|| borrowed.saved_for_backward([2, 5, 8, 8])),
+        panic_place(|| borrowed.saved_for_backward_residual([2, 5, 8, 8])),
+        panic_place(|| borrowed.saved_for_backward_max_pool([2, 3, 8, 8], &pool)),
+        panic_place(|| borrowed.output_shape([2, 5, 8, 8])),
         panic_place(|| line.forward(zeros([2, 5, 8]))),
         panic_place(|| volume.forward(zeros([2, 5, 8, 8, 8]))),
         panic_place(|| MaxPool2dConfig::new([0, 2]).init()),
         panic_place(|| pool.forward(x())),
         panic_place(|| pool.saved_for_backward([2, 3, 8, 8])),
     ];
-    for (index, (file, _)) in argmax.iter().enumerate() {
+    for (index, (file, _)) in places.iter().enumerate() {
         assert_eq!(file, file!(), "{index}");
     }
 }

@@ -154,7 +154,11 @@ impl Case {
 
     /// The op on tensors of that type, as the reference takes it.
     pub fn op(&self, dtype: DType) -> Op {
-        Op::new(&self.input, &self.weight, &self.options(), dtype)
+        let rebuilds = self.recompute == Recompute::Norm;
+        Op {
+            stores_conv_grad: rebuilds && !self.residual && !self.given_statistics,
+            ..Op::new(&self.input, &self.weight, &self.options(), dtype)
+        }
     }
 
     /// `[batch, channels_out, spatial_out..]`.

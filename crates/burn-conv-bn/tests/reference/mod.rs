@@ -121,6 +121,8 @@ pub struct Op {
     /// What tensors are stored as. The convolution's output is rounded to it before the norm takes
     /// it, and the statistics are those of the rounded values.
     pub dtype: DType,
+    /// Whether the gradient of the convolution's output is stored, too.
+    pub stores_conv_grad: bool,
 }
 
 /// What the op takes. What is absent is 0, a gamma 1.
@@ -198,6 +200,7 @@ impl Op {
             norm: options.norm,
             activation: options.activation,
             dtype,
+            stores_conv_grad: false,
         }
     }
 
@@ -442,6 +445,11 @@ impl Op {
             }
         }
         let bias = self.channel_sums(&z_grad);
+        if self.stores_conv_grad {
+            for grad in &mut z_grad {
+                *grad = grad.stored(self.dtype);
+            }
+        }
 
         // Through the convolution.
         let mut input = vec![T::exact(0.0); self.input_len()];
@@ -518,13 +526,25 @@ pub fn activate<T: Number>(activation: Activation, value: T) -> T {
             above(at, 3.0, at, above(at, -3.0, at * (at / 6.0 + 0.5), 0.0)),
             1.5,
         ),
+        Activation::GeluApproximate => (at * sigmoid(gelu_argument(at)), 1.13),
+        Activation::Sigmoid => (sigmoid(at), 0.25),
+        Activation::HardSigmoid { alpha, beta } => {
+            ((alpha * at + beta).clamp(0.0, 1.0), alpha.abs())
+        }
+        Activation::Tanh => (at.tanh(), 1.0),
+        Activation::Elu { alpha } => (
+            above(at, 0.0, at, alpha * at.exp_m1()),
+            alpha.abs().max(1.0),
+        ),
+        Activation::Mish => (at * softplus(at).tanh(), 1.1),
+        Activation::Softplus { beta } => (softplus(beta * at) / beta, 1.0),
         _ => panic!("the reference has no formula for {activation:?}"),
     };
     value.function(result, steepest, rounded_size(activation, at.abs()))
 }
 
 /// The activation's derivative; at a kink that of the left side, but 1 at 3 of `HardSwish` and 0
-/// at 6 of `Relu6`.
+/// at the upper ones of `Relu6` and `HardSigmoid`.
 pub fn slope<T: Number>(activation: Activation, value: T) -> T {
     let at = value.value();
     let (result, steepest) = match activation {
@@ -540,6 +560,27 @@ pub fn slope<T: Number>(activation: Activation, value: T) -> T {
         Activation::Gelu => (normal_cdf(at) + at * normal_density(at), 0.8),
         Activation::HardSwish if at >= 3.0 => (1.0, 1.0 / 3.0),
         Activation::HardSwish => (above(at, -3.0, at / 3.0 + 0.5, 0.0), 1.0 / 3.0),
+        Activation::GeluApproximate => {
+            // Beyond, the gate is 0 or 1 and its slope 0.
+            let at = at.clamp(-40.0, 40.0);
+            let argument = gelu_argument(at);
+            let argument_slope = GELU_SCALE * (1.0 + 3.0 * 0.044715 * at * at);
+            let bent = at * sigmoid_slope(argument) * argument_slope;
+            (sigmoid(argument) + bent, 0.81)
+        }
+        Activation::Sigmoid => (sigmoid_slope(at), 0.1),
+        Activation::HardSigmoid { alpha, beta } => {
+            let line = alpha * at + beta;
+            let is_between = line > 0.0 && line < 1.0;
+            (if is_between { alpha } else { 0.0 }, 0.0)
+        }
+        Activation::Tanh => (4.0 * sigmoid_slope(2.0 * at), 0.78),
+        Activation::Elu { alpha } => (above(at, 0.0, 1.0, alpha * at.exp()), alpha.abs()),
+        Activation::Mish => {
+            let gate_slope = 4.0 * sigmoid_slope(2.0 * softplus(at)) * sigmoid(at);
+            (softplus(at).tanh() + at * gate_slope, 0.7)
+        }
+        Activation::Softplus { beta } => (sigmoid(beta * at), beta.abs() / 4.0),
         _ => panic!("the reference has no formula for {activation:?}"),
     };
     // Beyond, the smooth ones are straight lines in any type.
@@ -551,12 +592,13 @@ pub fn slope<T: Number>(activation: Activation, value: T) -> T {
 }
 
 /// Where the derivative jumps.
-pub fn kinks(activation: Activation) -> &'static [f64] {
+pub fn kinks(activation: Activation) -> Vec<f64> {
     match activation {
-        Activation::Relu | Activation::LeakyRelu { .. } => &[0.0],
-        Activation::Relu6 => &[0.0, 6.0],
-        Activation::HardSwish => &[-3.0, 3.0],
-        _ => &[],
+        Activation::Relu | Activation::LeakyRelu { .. } | Activation::Elu { .. } => vec![0.0],
+        Activation::Relu6 => vec![0.0, 6.0],
+        Activation::HardSwish => vec![-3.0, 3.0],
+        Activation::HardSigmoid { alpha, beta } => vec![-beta / alpha, (1.0 - beta) / alpha],
+        _ => Vec::new(),
     }
 }
 
@@ -575,6 +617,23 @@ fn above(value: f64, bound: f64, then: f64, otherwise: f64) -> f64 {
 
 fn sigmoid(value: f64) -> f64 {
     1.0 / (1.0 + (-value).exp())
+}
+
+/// `s(v) * s(-v)`.
+fn sigmoid_slope(value: f64) -> f64 {
+    sigmoid(value) * sigmoid(-value)
+}
+
+/// `ln(1 + exp(value))`.
+fn softplus(value: f64) -> f64 {
+    value.max(0.0) + (-value.abs()).exp().ln_1p()
+}
+
+/// `2 sqrt(2 / pi)`, half of which GELU's approximation has in its tanh.
+const GELU_SCALE: f64 = 1.595_769_121_605_731;
+
+fn gelu_argument(value: f64) -> f64 {
+    GELU_SCALE * (value + 0.044715 * value.powi(3))
 }
 
 /// The normal distribution's `P(X <= value)`.

@@ -189,7 +189,17 @@ pub fn activations() -> Vec<Activation> {
         leaky(-0.5),
         Activation::Silu,
         Activation::Gelu,
+        Activation::GeluApproximate,
         Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::HardSigmoid {
+            alpha: 0.25,
+            beta: 0.375,
+        },
+        Activation::Tanh,
+        Activation::Elu { alpha: 0.75 },
+        Activation::Mish,
+        Activation::Softplus { beta: 1.5 },
     ]
 }
 
@@ -206,7 +216,7 @@ pub fn cases(
     let options = (
         norm,
         select(activations),
-        select(vec![Recompute::Conv, Recompute::Never]),
+        select(vec![Recompute::Conv, Recompute::Norm, Recompute::Never]),
         select(vec![None, Some(1usize), Some(1 << 10), Some(1 << 20)]),
     );
     let gamma = prop_oneof![

@@ -5,6 +5,7 @@ use std::fs;
 use serde::Deserialize;
 
 use crate::persist::run_file::MOST_BYTES;
+use crate::print::message;
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -44,7 +45,7 @@ fn options(value: Value) -> Options {
     serde_json::from_value(value).unwrap()
 }
 
-fn add(given: &[&str], added: Value) -> Result<Command, ConfigError> {
+fn add(given: &[&str], added: Value) -> Result<Command> {
     layers(given).add(&options(added), "job.toml")
 }
 
@@ -193,7 +194,7 @@ fn files_that_cannot_be_read() {
         .map(|(name, _, parts)| (*name, *parts))
         .chain(absent)
     {
-        let error = read(&path(name)).unwrap_err().to_string();
+        let error = message(&read(&path(name)).unwrap_err());
         for part in parts {
             assert!(error.contains(part), "no {part:?} in {error}");
         }
@@ -204,7 +205,7 @@ fn files_that_cannot_be_read() {
     assert!(read(&path("large.toml")).unwrap().is_empty());
     if cfg!(target_os = "linux") {
         for device in ["/dev/null", "/dev/full", "/dev/zero"] {
-            let error = read(Path::new(device)).unwrap_err().to_string();
+            let error = message(&read(Path::new(device)).unwrap_err());
             assert!(
                 error.contains(device) && error.contains("neither"),
                 "{error}"

@@ -77,10 +77,8 @@ fn truncates_images_and_labels_alike() {
 fn refuses_an_absent_file() {
     let absent = Path::new("/nonexistent/images");
     let error = Digits::read(absent, absent).unwrap_err();
-    assert!(
-        matches!(&error, IdxError::Io { path, .. } if path == absent),
-        "{error}"
-    );
+    assert_eq!(error.path, absent);
+    assert!(matches!(error.problem, IdxProblem::Io(_)), "{error}");
 }
 
 #[test]
@@ -91,7 +89,7 @@ fn refuses_truncated_data_and_headers() {
         let cut = &bytes[..length];
         for bytes in [cut.to_vec(), gzip(cut)] {
             let error = refused(&bytes);
-            let IdxError::Truncated { found, wanted, .. } = error else {
+            let IdxProblem::Truncated { found, wanted } = error.problem else {
                 panic!("{length} bytes: {error}");
             };
             assert_eq!(found, length as u64);
@@ -108,7 +106,9 @@ fn refuses_trailing_bytes() {
     for bytes in [gzip(&bytes), bytes] {
         let error = refused(&bytes);
         assert!(
-            matches!(error, IdxError::Trailing { wanted, .. } if wanted == whole),
+            matches!(
+            error.problem,
+            IdxProblem::Trailing(wanted) if wanted == whole),
             "{error}"
         );
     }
@@ -123,7 +123,7 @@ fn refuses_damaged_gzip() {
     let followed = [&sound[..], b"more"].concat();
     for bytes in [cut, wrong_crc, followed] {
         let error = refused(&bytes);
-        assert!(matches!(error, IdxError::Gzip { .. }), "{error}");
+        assert!(matches!(error.problem, IdxProblem::Gzip(_)), "{error}");
     }
 }
 
@@ -132,8 +132,8 @@ fn refuses_the_other_kind() {
     let error = refused(&label_file(&LABELS));
     assert!(
         matches!(
-            error,
-            IdxError::Magic {
+            error.problem,
+            IdxProblem::Magic {
                 found: 0x801,
                 wanted: 0x803,
                 ..
@@ -144,8 +144,8 @@ fn refuses_the_other_kind() {
     let error = read_pair(&image_file(&images()), &image_file(&images())).unwrap_err();
     assert!(
         matches!(
-            error,
-            IdxError::Magic {
+            error.problem,
+            IdxProblem::Magic {
                 found: 0x803,
                 wanted: 0x801,
                 ..
@@ -160,7 +160,9 @@ fn refuses_images_of_another_size() {
     for (rows, columns) in [(28, 32), (32, 28), (0, 0), (u32::MAX, u32::MAX)] {
         let error = refused(&image_header(1, rows, columns));
         assert!(
-            matches!(error, IdxError::Shape { rows: r, columns: c, .. } if (r, c) == (rows, columns)),
+            matches!(
+            error.problem,
+            IdxProblem::Shape { rows: r, columns: c } if (r, c) == (rows, columns)),
             "{error}"
         );
     }
@@ -169,9 +171,9 @@ fn refuses_images_of_another_size() {
 #[test]
 fn refuses_empty_files() {
     let error = refused(&image_file(&[]));
-    assert!(matches!(error, IdxError::Empty { .. }), "{error}");
+    assert!(matches!(error.problem, IdxProblem::Empty), "{error}");
     let error = read_pair(&image_file(&images()), &label_file(&[])).unwrap_err();
-    assert!(matches!(error, IdxError::Empty { .. }), "{error}");
+    assert!(matches!(error.problem, IdxProblem::Empty), "{error}");
 }
 
 #[test]
@@ -181,19 +183,24 @@ fn refuses_to_allocate_beyond_the_limit() {
         let error = refused(&image_header(count, 28, 28));
         let wanted = u64::from(count) * PIXELS as u64;
         assert!(
-            matches!(error, IdxError::TooLarge { bytes, .. } if bytes == wanted),
+            matches!(
+            error.problem,
+            IdxProblem::TooLarge(bytes) if bytes == wanted),
             "{error}"
         );
     }
     let error = refused(&image_header(most, 28, 28));
-    assert!(matches!(error, IdxError::Truncated { .. }), "{error}");
+    assert!(
+        matches!(error.problem, IdxProblem::Truncated { .. }),
+        "{error}"
+    );
 }
 
 #[test]
 fn stops_early_in_a_gzip_bomb() {
     let bomb = [image_file(&images()), vec![0; 64 << 20]].concat();
     let error = refused(&gzip(&bomb));
-    assert!(matches!(error, IdxError::Trailing { .. }), "{error}");
+    assert!(matches!(error.problem, IdxProblem::Trailing(_)), "{error}");
 }
 
 #[test]
@@ -201,8 +208,8 @@ fn refuses_labels_beyond_nine() {
     let error = read_pair(&image_file(&images()), &label_file(&[9, 10, 11])).unwrap_err();
     assert!(
         matches!(
-            error,
-            IdxError::Label {
+            error.problem,
+            IdxProblem::Label {
                 index: 1,
                 value: 10,
                 ..
@@ -217,8 +224,8 @@ fn refuses_unequal_counts() {
     let error = read_pair(&image_file(&images()), &label_file(&[1, 2])).unwrap_err();
     assert!(
         matches!(
-            error,
-            IdxError::Count {
+            error.problem,
+            IdxProblem::Count {
                 images: 3,
                 labels: 2,
                 ..

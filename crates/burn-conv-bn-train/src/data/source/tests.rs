@@ -1,7 +1,9 @@
+use std::io;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use super::super::idx::{IdxError, IdxProblem};
 use super::super::testing::{gzip, idx_files, real_mnist, refusing_mirror, serve, write_idx};
 use super::*;
 
@@ -18,7 +20,7 @@ fn small() -> (Digits, Digits) {
     (generate(30, 1), generate(20, 2))
 }
 
-fn in_folder(dir: &Path) -> Result<MnistData, DataError> {
+fn in_folder(dir: &Path) -> Result<MnistData> {
     let request = DataRequest {
         data_dir: Some(dir.into()),
         allow_download: true,
@@ -48,7 +50,7 @@ fn fill_burn_cache(cache: &Path, real: &Path) {
     for file in &FILES {
         let dir = cache.join("burn-dataset/mnist").join(file.part);
         fs::create_dir_all(&dir).unwrap();
-        let packed = fs::File::open(file.find(real).unwrap().unwrap()).unwrap();
+        let packed = fs::File::open(file.find(real).unwrap()).unwrap();
         let mut plain = fs::File::create(dir.join(file.name)).unwrap();
         io::copy(&mut flate2::read::GzDecoder::new(packed), &mut plain).unwrap();
     }
@@ -79,12 +81,10 @@ fn reads_the_folder_below_that_torchvision_fills() {
     write_idx(&raw, &train, &test);
     let data = in_folder(dir.path()).unwrap();
     assert_eq!(data.train, train);
-    assert_eq!(
-        data.origin,
-        DataOrigin::Folder {
-            path: raw,
-            genuine: false
-        }
+    assert!(
+        data.origin.to_string().contains(raw.to_str().unwrap()),
+        "{}",
+        data.origin
     );
 }
 
@@ -106,12 +106,9 @@ fn names_a_missing_file_and_draws_nothing() {
         let dir = TempDir::new().unwrap();
         write_idx(dir.path(), &train, &test);
         fs::remove_file(dir.path().join(file.name)).unwrap();
-        let error = in_folder(dir.path()).unwrap_err();
-        assert!(
-            matches!(&error, DataError::Missing { dir: at, name }
-                if at == dir.path() && *name == file.name),
-            "{error}"
-        );
+        let error = in_folder(dir.path()).unwrap_err().to_string();
+        let wanted = format!("{} has no {}", dir.path().display(), file.name);
+        assert!(error.starts_with(&wanted), "{error}");
     }
 }
 
@@ -127,10 +124,9 @@ fn names_a_damaged_file_and_draws_nothing() {
         let bytes = gzip(&sound);
         fs::write(&packed, &bytes[..bytes.len() / 2]).unwrap();
         let error = in_folder(dir.path()).unwrap_err();
-        assert!(
-            matches!(&error, DataError::Idx(IdxError::Gzip { path, .. }) if *path == packed),
-            "{error}"
-        );
+        let error = error.downcast::<IdxError>().unwrap();
+        assert_eq!(error.path, packed);
+        assert!(matches!(error.problem, IdxProblem::Gzip(_)), "{error}");
     }
 }
 
@@ -140,11 +136,8 @@ fn names_a_folder_that_is_none() {
     let file = dir.path().join("file");
     fs::write(&file, "").unwrap();
     for none in [file, dir.path().join("absent")] {
-        let error = in_folder(&none).unwrap_err();
-        assert!(
-            matches!(&error, DataError::Io { path, .. } if *path == none),
-            "{error}"
-        );
+        let error = in_folder(&none).unwrap_err().to_string();
+        assert_eq!(error, format!("cannot look at {}", none.display()));
     }
 }
 
@@ -176,20 +169,6 @@ fn limits_keep_the_first_digits() {
     let data = resolve_on(&offline(&dir), &request).unwrap();
     assert_eq!(data.train.labels(), &train.labels()[..7]);
     assert_eq!(data.test, test);
-}
-
-#[test]
-fn refuses_a_limit_of_zero() {
-    let dir = TempDir::new().unwrap();
-    let request = DataRequest {
-        test_limit: Some(0),
-        ..auto()
-    };
-    let error = resolve_on(&offline(&dir), &request).unwrap_err();
-    assert!(
-        matches!(error, DataError::ZeroLimit { part: "test" }),
-        "{error}"
-    );
 }
 
 #[test]
@@ -236,7 +215,6 @@ fn mnist_on_demand_is_mnist_or_an_error() {
         ..auto()
     };
     let error = resolve_on(&offline(&dir), &request).unwrap_err();
-    assert!(matches!(error, DataError::NotFound { .. }), "{error}");
     assert!(
         error.to_string().contains("the download is not allowed"),
         "{error}"
@@ -310,7 +288,8 @@ fn uses_the_copy_that_burn_keeps() {
     let data = resolve_on(&offline(&dir), &auto()).unwrap();
     assert_eq!(data.train.labels()[..3], [5, 0, 4]);
     let path = dir.path().join("burn-dataset/mnist");
-    assert_eq!(data.origin, DataOrigin::BurnCache { path });
+    let line = format!("MNIST from Burn's cache at {}", path.display());
+    assert_eq!(data.origin.to_string(), line);
 }
 
 #[test]
@@ -338,9 +317,10 @@ fn downloads_once_and_tells_what_it_passed_over() {
     assert!(line.contains("(passed over: the files in "), "{line}");
 
     let second = resolve_on(&offline(&dir), &auto()).unwrap().origin;
+    let line = second.to_string();
     assert!(
-        matches!(second, DataOrigin::Download { fresh: false, .. }),
-        "{second}"
+        line.starts_with("MNIST from an earlier download at "),
+        "{line}"
     );
     assert_eq!(second.name(), "mnist");
 }

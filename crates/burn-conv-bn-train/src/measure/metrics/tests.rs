@@ -25,11 +25,11 @@ fn measure(mebibytes: usize) -> StepMeasure {
     }
 }
 
-fn input(losses: &[f32], scores: &[[f32; 2]], targets: &[i64]) -> TallyInput {
+fn input(losses: &[f32], scores: &[[f32; 2]], targets: &[i64]) -> StepOutput {
     let device = Device::flex();
     let scores: Vec<f32> = scores.iter().flatten().copied().collect();
-    TallyInput {
-        losses: Tensor::from_data(losses, &device),
+    StepOutput {
+        loss: Tensor::from_data(losses, &device),
         scores: Tensor::<1>::from_data(scores.as_slice(), &device).reshape([targets.len(), 2]),
         targets: Tensor::from_data(targets, &device),
         measure: Some(measure(3)),
@@ -73,8 +73,9 @@ fn an_epoch_has_the_mean_at_the_end_of_forward_and_the_highest_peak() {
 
 #[test]
 fn a_tally_is_exact_over_batches_of_unequal_size() {
-    let tally = Tally::new();
-    let mut metric = TallyMetric::new(tally.clone());
+    let history = History::new(Vec::new());
+    let mut metric = TallyMetric::train(&history);
+    let mut test = TallyMetric::test(&history);
     let batches = [
         input(
             &[0.5, 1.5, 4.0],
@@ -101,15 +102,21 @@ fn a_tally_is_exact_over_batches_of_unequal_size() {
 
     metric.compute().expect("nothing is read");
     metric.clear();
-    let finished = tally.finished();
-    assert_eq!(finished.len(), 1);
-    assert_eq!(finished[0].evaluation, expected);
-    assert_eq!(finished[0].steps.len(), 2);
-    assert_eq!(finished[0].steps[1].evaluation.loss_sum, 2.0);
+    let epochs = history.epochs();
+    assert_eq!(epochs.len(), 1);
+    assert_eq!(epochs[0].train.evaluation, expected);
+    assert_eq!(epochs[0].train.steps.len(), 2);
+    assert_eq!(epochs[0].train.steps[1].evaluation.loss_sum, 2.0);
+    assert!(history.finished().is_empty(), "it is not tested");
+    test.update(&batches[0], &metadata())
+        .expect("the values are on the host");
+    test.compute().expect("nothing is read");
+    assert_eq!(history.finished()[0].test.map(|test| test.total), Some(3));
     // The next pass begins anew.
     metric
         .update(&batches[1], &metadata())
         .expect("the values are on the host");
     metric.compute().expect("nothing is read");
-    assert_eq!(tally.finished()[1].evaluation.total, 1);
+    assert_eq!(history.epochs()[1].train.evaluation.total, 1);
+    assert_eq!(history.finished().len(), 1);
 }

@@ -1,6 +1,7 @@
 use std::time::Duration;
 
 use super::*;
+use crate::measure::history::SplitRecord;
 use crate::measure::memory::StepMeasure;
 
 fn step(total: usize, millis: u64, bytes: usize) -> StepRecord {
@@ -94,9 +95,11 @@ fn a_run_diverges_at_its_first_loss_that_is_not_finite() {
             at(1, None),
         ),
     ] {
-        let epochs = epochs.map(|(first, last, test)| (epoch([first, last]), test.map(evaluation)));
-        let passes = epochs.iter().map(|(train, test)| (train, *test));
-        assert_eq!(Divergence::of(passes), diverged, "{epochs:?}");
+        let epochs = epochs.map(|(first, last, test)| Epoch {
+            train: epoch([first, last]),
+            test: test.map(evaluation),
+        });
+        assert_eq!(Divergence::of(&epochs), diverged, "{epochs:?}");
     }
 }
 
@@ -122,4 +125,30 @@ fn a_report_names_the_variants_that_diverged() {
         error.starts_with("unfused diverged in epoch 3, in the test: "),
         "{error}"
     );
+}
+
+#[test]
+fn a_report_of_the_same_epochs_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("report.json");
+    let mut report = Report {
+        variants: vec![VariantReport {
+            epochs: vec![EpochReport {
+                train_loss: f64::NAN,
+                test_loss: 1.0 / 3.0,
+                test_accuracy: 0.9,
+            }],
+            ..VariantReport::default()
+        }],
+        ..Report::default()
+    };
+    assert!(!report.is_in(&path));
+    fs::write(&path, serde_json::to_string(&report).unwrap()).unwrap();
+    // Elsewhere it may have been computed by more threads.
+    report.threads = 7;
+    assert!(report.is_in(&path));
+    report.variants[0].epochs[0].test_loss = 0.3;
+    assert!(!report.is_in(&path));
+    fs::write(&path, "notes").unwrap();
+    assert!(!report.is_in(&path));
 }

@@ -7,10 +7,10 @@ use burn::nn::LinearConfig;
 use burn::tensor::Device;
 use tempfile::TempDir;
 
+use crate::measure::history::{Evaluation, SplitRecord, StepRecord};
 use crate::measure::memory::{StepMeasure, StepMemory};
-use crate::measure::metrics::{Evaluation, SplitRecord, StepRecord};
 
-fn totals(test_loss: f64) -> EpochTotals {
+fn totals(test_loss: f64) -> Epoch {
     let evaluation = |loss_sum| Evaluation {
         loss_sum,
         correct: 1,
@@ -26,12 +26,12 @@ fn totals(test_loss: f64) -> EpochTotals {
             duration: Duration::from_nanos(1_234_567_891),
         },
     };
-    EpochTotals {
+    Epoch {
         train: SplitRecord {
             evaluation: evaluation(0.1),
             steps: vec![step; 2],
         },
-        test: evaluation(test_loss),
+        test: Some(evaluation(test_loss)),
     }
 }
 
@@ -39,18 +39,19 @@ fn totals(test_loss: f64) -> EpochTotals {
 struct Run {
     folder: TempDir,
     store: Arc<Store>,
-    history: Vec<EpochTotals>,
+    history: History,
 }
 
 impl Run {
     fn new(losses: &[f64]) -> Self {
         let folder = TempDir::new().unwrap();
-        let store = Store::new(folder.path(), FirstFailure::default());
+        let history = History::default();
+        let store = Store::new(folder.path(), &history);
         store.begin().unwrap();
         let mut run = Self {
             folder,
             store: Arc::new(store),
-            history: Vec::new(),
+            history,
         };
         for &loss in losses {
             run.finish_epoch(loss).unwrap();
@@ -64,15 +65,16 @@ impl Run {
 
     /// Saves the records of one epoch, as Burn does.
     fn finish_epoch(&mut self, loss: f64) -> Result<(), CheckpointerError> {
-        self.history.push(totals(loss));
-        let epoch = self.history.len();
-        self.store.announce(epoch, self.history.clone());
-        let (model, optimizer, scheduler) = checkpointers(&self.store, None);
+        let Epoch { train, test } = totals(loss);
+        self.history.trained(train);
+        self.history.tested(test.unwrap());
+        let epoch = self.history.finished().len();
         let layer = LinearConfig::new(3, 2).init(&Device::flex());
-        model.save(epoch, layer.into_record())?;
-        optimizer.save(epoch, OptimizerRecord::default())?;
+        let store = &self.store;
+        PartCheckpointer::new(store, MODEL, None).save(epoch, layer.into_record())?;
+        PartCheckpointer::new(store, OPTIMIZER, None).save(epoch, OptimizerRecord::default())?;
         let record = LrSchedulerRecord::new().with_scalar("iter_idx", epoch as i64);
-        scheduler.save(epoch, record)
+        PartCheckpointer::new(store, SCHEDULER, None).save(epoch, record)
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -91,16 +93,13 @@ impl Run {
     /// The epoch of the newest readable set, and the names of the files that are damaged.
     fn newest(&self) -> (Option<usize>, Vec<String>) {
         let (set, damaged) = newest(self.directory()).unwrap();
-        let names = damaged.iter().map(|damage| {
-            damage
-                .path
-                .file_name()
-                .unwrap()
-                .to_str()
-                .unwrap()
-                .to_string()
-        });
-        (set.map(|set| set.epoch), names.collect())
+        let name = |(_, text): &(usize, String)| {
+            let (path, _) = text.split_once(' ').unwrap();
+            let name = Path::new(path).file_name().unwrap();
+            name.to_str().unwrap().to_string()
+        };
+        let names = damaged.iter().map(name).collect();
+        (set.map(|set| set.epoch), names)
     }
 }
 
@@ -111,17 +110,18 @@ fn a_set_comes_back_as_it_was_saved() {
     assert!(damaged.is_empty(), "{damaged:?}");
     let set = set.unwrap();
     assert_eq!(set.epoch, 4);
-    let bits = |history: &[EpochTotals]| -> Vec<[u64; 2]> {
-        let losses = |epoch: &EpochTotals| {
+    let bits = |history: &[Epoch]| -> Vec<[u64; 2]> {
+        let losses = |epoch: &Epoch| {
             let step = epoch.train.steps[1].evaluation;
-            [epoch.test, step].map(|evaluation| evaluation.loss_sum.to_bits())
+            [epoch.test.unwrap(), step].map(|evaluation| evaluation.loss_sum.to_bits())
         };
         history.iter().map(losses).collect()
     };
-    assert_eq!(bits(&set.history), bits(&run.history));
+    let history = run.history.finished();
+    assert_eq!(bits(&set.history), bits(&history));
     // All but the loss that is not a number.
     for epoch in [0, 2, 3] {
-        assert_eq!(set.history[epoch], run.history[epoch]);
+        assert_eq!(set.history[epoch], history[epoch]);
     }
     let records = set.records.unwrap();
     assert_eq!(records.model.len(), 2);
@@ -136,9 +136,9 @@ fn the_two_newest_and_the_best_are_kept() {
             .iter()
             .flat_map(|&epoch| {
                 PARTS
-                    .map(|part| part_name(part, epoch))
                     .into_iter()
-                    .chain([list_name(epoch)])
+                    .chain([LIST])
+                    .map(move |kind| file_name(kind, epoch))
             })
             .collect();
         names.sort();
@@ -215,7 +215,7 @@ fn a_damaged_set_gives_way_to_the_one_before_it() {
 }
 
 fn damage_of(run: &Run, epoch: usize) {
-    fs::write(run.file(&part_name(MODEL, epoch)), "x").unwrap();
+    fs::write(run.file(&file_name(MODEL, epoch)), "x").unwrap();
 }
 
 #[test]
@@ -237,8 +237,11 @@ fn what_is_damaged_stays_until_the_run_has_gone_past_it() {
     let mut run = Run::new(&[1.0, 2.0, 3.0, 4.0]);
     damage_of(&run, 4);
     // Resumed after epoch 3, and epoch 4 done again.
-    run.history.truncate(3);
-    prune(run.directory(), 3, &run.history).unwrap();
+    let mut past = run.history.finished();
+    past.truncate(3);
+    prune(run.directory(), 3, &past).unwrap();
+    run.history = History::new(past);
+    run.store = Arc::new(Store::new(run.directory(), &run.history));
     assert!(run.file("model-4.bpk").exists());
     run.finish_epoch(4.0).unwrap();
     assert_eq!(run.newest(), (Some(4), Vec::new()));
@@ -252,7 +255,7 @@ fn a_set_that_cannot_be_written_leaves_the_others() {
     fs::rename(&real, &aside).unwrap();
     fs::write(&real, "").unwrap();
     run.finish_epoch(3.0).unwrap_err();
-    let failure = run.store.failure.take().unwrap();
+    let failure = run.store.take_failure().unwrap();
     let model = real.join("model-3.bpk").display().to_string();
     assert!(failure.to_string().starts_with(&model), "{failure}");
 

@@ -1,6 +1,7 @@
 use super::*;
 
 use burn::tensor::Tolerance;
+use burn_conv_bn_models::Form;
 
 use crate::data::generate;
 use crate::run::job::Precision;

@@ -28,7 +28,6 @@ fn an_interruption_says_what_became_of_each_variant() {
     let mut options = CompareOptions {
         json: None,
         plot: None,
-        artifacts: PathBuf::from("logs"),
         time_limit: None,
         threads: None,
     };

@@ -9,17 +9,18 @@ use crate::run::job::tests::job;
 /// A reordering of a network is the same function, in training and in evaluation.
 #[test]
 fn other_orders_compute_the_same() {
-    use ModelChoice::{MobilenetV2, Resnet18, Tutorial, Vgg16Bn};
+    use ModelChoice::{Densenet121, EfficientnetB0, MobilenetV2, Resnet18, Tutorial, Vgg16Bn};
 
-    let [first, second, all] = Reordering::others(Tutorial);
-    let of_others = Reordering::others(Resnet18)[2];
+    let [batch, features, both] = Reordering::OTHERS;
     for (model, order) in [
-        (Tutorial, first),
-        (Tutorial, second),
-        (Tutorial, all),
-        (Resnet18, of_others),
-        (Vgg16Bn, of_others),
-        (MobilenetV2, of_others),
+        (Tutorial, batch),
+        (Tutorial, features),
+        (Tutorial, both),
+        (Resnet18, both),
+        (Vgg16Bn, both),
+        (MobilenetV2, both),
+        (EfficientnetB0, both),
+        (Densenet121, both),
     ] {
         let job = Job {
             model,
@@ -38,7 +39,7 @@ fn other_orders_compute_the_same() {
             images: batch.images.without_autodiff(),
             targets: batch.targets.without_autodiff(),
         };
-        let output = |classifier: &Classifier, batch| classifier.classify(batch).output;
+        let output = |classifier: &Classifier, batch| classifier.classify(batch).scores;
         let classifier =
             |network| Classifier::new(network, MemoryProbe::off(), job.precision.parameters());
 
@@ -46,8 +47,8 @@ fn other_orders_compute_the_same() {
         // Moves the running statistics, so that their order matters, too.
         let training = output(&straight, batch.clone());
         let evaluation = output(&straight.valid(), plain(batch.clone()));
-        let reordered = classifier(order.of_network(straight.net));
-        let batch = order.of_batch(batch);
+        let reordered = classifier(order.of_network(straight.net, model));
+        let batch = order.of_batch(batch, model);
         // In training last: it moves the statistics.
         let again = output(&reordered.valid(), plain(batch.clone()));
         let pairs = [(evaluation, again), (training, output(&reordered, batch))];
@@ -102,19 +103,15 @@ fn single_precision_allows_twice_the_unfused_error() {
 /// The runs of a job in f32, made up: by how much each variant is off in either precision.
 fn made_up(off: impl Fn(Precision, Variant) -> f64) -> Parity {
     let mut runs = 0;
-    Parity::of_runs(
-        ModelChoice::Tutorial,
-        Precision::F32,
-        |precision, variant, _| {
-            runs += 1;
-            let noise = match precision {
-                Precision::F64 => 0.0,
-                _ => 1e-6 * f64::from(runs % 3),
-            };
-            let off = off(precision, variant) + noise;
-            Ok(vec![2.3 + off, 2.1 - off])
-        },
-    )
+    Parity::of_runs(Precision::F32, |precision, variant, _| {
+        runs += 1;
+        let noise = match precision {
+            Precision::F64 => 0.0,
+            _ => 1e-6 * f64::from(runs % 3),
+        };
+        let off = off(precision, variant) + noise;
+        Ok(vec![2.3 + off, 2.1 - off])
+    })
     .unwrap()
 }
 

@@ -1,0 +1,441 @@
+//! What is computed for each channel, between the launches over activations.
+
+use core::cell::RefCell;
+
+use burn_backend::DType;
+use burn_cubecl::cubecl;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::ir::ElemType;
+use cubecl::prelude::*;
+use cubecl::zspace::Shape;
+
+use crate::element::element_type;
+use crate::fold::{Fold, One, fold_rows};
+use crate::norm::{
+    Norm, NormArgs, NormArgsLaunch, channel_affine, inverse_deviation, parameter, rows,
+    standard_deviation, write_affine,
+};
+use crate::walk::{Grid, Lanes, Walk, is_idle, tensor_arg, unit};
+
+/// A norm of known statistics: `scale * (value - mean) + shift` for each channel, and the coefficients of
+/// its gradient.
+///
+/// [The examples of the crate](crate#examples) make one for each pass.
+#[derive(Clone, Debug)]
+pub struct ChannelTable {
+    pub(crate) moments: Moments,
+    pub(crate) gamma: Option<CubeTensor>,
+    pub(crate) beta: Option<CubeTensor>,
+    norm: Norm,
+    /// Number of values of a channel.
+    values: usize,
+    /// Whether the statistics are the batch's, so that gradients flow through them.
+    pub(crate) is_of_batch: bool,
+    /// `[rows, channels]`, flat, in the accumulator's dtype, once something was written into it.
+    rows: RefCell<Option<CubeTensor>>,
+}
+
+impl ChannelTable {
+    /// The table for a launch that reads it. Unless an earlier launch has written it, one does so here.
+    pub(crate) fn rows(&self) -> CubeTensor {
+        let mut rows = self.rows.borrow_mut();
+        rows.get_or_insert_with(|| affine_rows(self)).clone()
+    }
+
+    /// Type of gamma and beta, without them the accumulator's.
+    pub(crate) fn parameter_type(&self) -> ElemType {
+        element_type(self.affine().dtype(self.moments.mean.dtype))
+    }
+
+    fn affine(&self) -> Affine<'_> {
+        Affine {
+            gamma: self.gamma.as_ref(),
+            beta: self.beta.as_ref(),
+        }
+    }
+
+    /// The table with its statistics as constants to the gradient, as given ones are:
+    /// [`norm_input_grad`](crate::norm_input_grad) is then `scale * g`.
+    ///
+    /// ```no_run
+    /// use burn_conv_bn_cubecl::{Activation, Affine, Moments, Norm, channel_table, normalize};
+    /// use burn_cubecl::tensor::CubeTensor;
+    ///
+    /// /// `relu(norm(z))` by running statistics.
+    /// fn norm_relu(z: CubeTensor, running: &Moments, affine: Affine, norm: Norm) -> CubeTensor {
+    ///     // Without degrees of freedom the variance is used as it is, over any number of values.
+    ///     let norm = Norm { degrees_of_freedom: 0, ..norm };
+    ///     let table = channel_table(running, affine, norm, 1).with_constant_statistics();
+    ///     normalize(z, Some(&table), None, Activation::Relu)
+    /// }
+    /// ```
+    #[must_use]
+    pub fn with_constant_statistics(self) -> Self {
+        Self {
+            is_of_batch: false,
+            ..self
+        }
+    }
+}
+
+/// A norm's mean and biased variance, `[channels]` each in the accumulator's dtype (f64 for f64,
+/// f32 otherwise).
+///
+/// [The examples of the crate](crate#examples) pass them from forward to backward.
+#[derive(Clone, Debug)]
+pub struct Moments {
+    /// Mean.
+    pub mean: CubeTensor,
+    /// Sum of squared deviations over the number of values.
+    pub variance: CubeTensor,
+}
+
+/// The norm's learned parameters, `[channels]` each; 1 and 0 if absent. Both of one dtype.
+///
+/// ```
+/// use burn_conv_bn_cubecl::Affine;
+///
+/// // A norm without parameters.
+/// let affine = Affine::default();
+/// assert!(affine.gamma.is_none() && affine.beta.is_none());
+/// ```
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Affine<'a> {
+    /// Scale.
+    pub gamma: Option<&'a CubeTensor>,
+    /// Shift.
+    pub beta: Option<&'a CubeTensor>,
+}
+
+impl Affine<'_> {
+    /// The parameters' dtype, or without them the accumulator's.
+    fn dtype(&self, accumulator: DType) -> DType {
+        let parameter = self.gamma.or(self.beta);
+        parameter.map_or(accumulator, |tensor| tensor.dtype)
+    }
+}
+
+/// The norm of a table for a kernel; without a table, one that is not read.
+pub(crate) fn args(table: Option<&ChannelTable>, dtype: ElemType) -> NormArgsLaunch {
+    let unread = Norm {
+        inner_epsilon: 0.0,
+        outer_epsilon: 0.0,
+        degrees_of_freedom: 0,
+    };
+    let (norm, values) = table.map_or((unread, 1), |table| (table.norm, table.values));
+    norm.launch(values, dtype)
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn moments_kernel<T: Float, P: Float>(
+    partials: &Tensor<T>,
+    gamma: ComptimeOption<&Tensor<P>>,
+    beta: ComptimeOption<&Tensor<P>>,
+    mean: &mut Tensor<T>,
+    variance: &mut Tensor<T>,
+    table: &mut Tensor<T>,
+    norm: &NormArgs,
+    grid: &Grid,
+    #[comptime] lanes: Lanes,
+    #[define(T, P)] _elements: [ElemType; 2],
+) {
+    if is_idle(grid) {
+        terminate!();
+    }
+    let unit = unit::<One>(grid, lanes);
+    let moments = fold_rows(partials, &unit, lanes, Fold::Moments);
+    if unit.lane == 0 && unit.has_channel {
+        let channel = unit.channel;
+        let channel_mean = moments.first.extract(0usize);
+        let channel_variance = moments.second.extract(0usize) / norm.values.get::<T>();
+        mean[channel] = channel_mean;
+        variance[channel] = channel_variance;
+        let affine =
+            channel_affine::<T, P>(channel_mean, channel_variance, gamma, beta, norm, channel);
+        write_affine(table, &affine, channel, grid.channels);
+    }
+}
+
+/// Moments of a table of partial moments over `values` values a channel, and the rows of
+/// `scale * (value - mean) + shift`.
+pub(crate) fn finish_moments(
+    partials: CubeTensor,
+    affine: Affine,
+    norm: Norm,
+    values: usize,
+) -> (Moments, ChannelTable) {
+    let walk = Walk::over_rows(&partials);
+    let per_channel = |rows: usize| channel_values(&partials, rows, walk.channels);
+    let (mean, variance, table) = (per_channel(1), per_channel(1), per_channel(rows::AFFINE));
+    let client = partials.client.clone();
+    let dtype = element_type(partials.dtype);
+    if !walk.is_empty() {
+        // SAFETY: `unit` keeps the rows and channels below those of the table.
+        unsafe {
+            moments_kernel::launch_unchecked(
+                &client,
+                walk.cube_count(&client),
+                walk.lanes.cube_dim(),
+                walk.address_type(),
+                partials.into_tensor_arg(),
+                tensor_arg(affine.gamma).into(),
+                tensor_arg(affine.beta).into(),
+                mean.clone().into_tensor_arg(),
+                variance.clone().into_tensor_arg(),
+                table.clone().into_tensor_arg(),
+                norm.launch(values, dtype),
+                walk.grid(),
+                walk.lanes,
+                [dtype, element_type(affine.dtype(mean.dtype))],
+            );
+        }
+    }
+    let moments = Moments { mean, variance };
+    let rows = RefCell::new(Some(table));
+    let table = ChannelTable {
+        rows,
+        ..channel_table(&moments, affine, norm, values)
+    };
+    (moments, table)
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn affine_kernel<T: Float, P: Float>(
+    mean: &Tensor<T>,
+    variance: &Tensor<T>,
+    gamma: ComptimeOption<&Tensor<P>>,
+    beta: ComptimeOption<&Tensor<P>>,
+    table: &mut Tensor<T>,
+    norm: &NormArgs,
+    channels: usize,
+    #[define(T, P)] _elements: [ElemType; 2],
+) {
+    let channel = ABSOLUTE_POS;
+    if channel >= channels {
+        terminate!();
+    }
+    let affine = channel_affine::<T, P>(
+        mean[channel * mean.stride(0)],
+        variance[channel * variance.stride(0)],
+        gamma,
+        beta,
+        norm,
+        channel,
+    );
+    write_affine(table, &affine, channel, channels);
+}
+
+/// The table for a backward pass, from the moments that forward returned, over `values` values a channel.
+/// [`GradSums::finish`](crate::GradSums::finish) completes it. No launch: what needs it written writes it.
+///
+/// [The examples of the crate](crate#examples) call it.
+pub fn channel_table(moments: &Moments, affine: Affine, norm: Norm, values: usize) -> ChannelTable {
+    ChannelTable {
+        moments: moments.clone(),
+        gamma: affine.gamma.cloned(),
+        beta: affine.beta.cloned(),
+        norm,
+        values,
+        is_of_batch: true,
+        rows: RefCell::new(None),
+    }
+}
+
+/// The rows of `scale * (value - mean) + shift`.
+fn affine_rows(source: &ChannelTable) -> CubeTensor {
+    let mean = &source.moments.mean;
+    let channels = mean.meta.num_elements();
+    let table = channel_values(mean, rows::AFFINE, channels);
+    let client = mean.client.clone();
+    let dtype = element_type(mean.dtype);
+    let cube_dim = CubeDim::new(&client, channels.max(1));
+    if channels > 0 {
+        // SAFETY: the kernel stops at the last channel.
+        unsafe {
+            affine_kernel::launch_unchecked(
+                &client,
+                cubecl::calculate_cube_count_elemwise(&client, channels, cube_dim),
+                cube_dim,
+                table.required_address_type(),
+                mean.clone().into_tensor_arg(),
+                source.moments.variance.clone().into_tensor_arg(),
+                tensor_arg(source.gamma.as_ref()).into(),
+                tensor_arg(source.beta.as_ref()).into(),
+                table.clone().into_tensor_arg(),
+                args(Some(source), dtype),
+                channels,
+                [dtype, source.parameter_type()],
+            );
+        }
+    }
+    table
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn grads_kernel<T: Float, P: Float>(
+    partials: &Tensor<T>,
+    mean: &Tensor<T>,
+    variance: &Tensor<T>,
+    gamma: ComptimeOption<&Tensor<P>>,
+    beta: ComptimeOption<&Tensor<P>>,
+    table: &mut Tensor<T>,
+    gamma_grad: &mut Tensor<P>,
+    beta_grad: &mut Tensor<P>,
+    norm: &NormArgs,
+    grid: &Grid,
+    #[comptime] is_of_batch: bool,
+    #[comptime] lanes: Lanes,
+    #[define(T, P)] _elements: [ElemType; 2],
+) {
+    if is_idle(grid) {
+        terminate!();
+    }
+    let unit = unit::<One>(grid, lanes);
+    let sums = fold_rows(partials, &unit, lanes, Fold::Sums);
+    if unit.lane == 0 && unit.has_channel {
+        let (channel, channels) = (unit.channel, grid.channels);
+        let (grad, grad_deviation) = (sums.first.extract(0usize), sums.second.extract(0usize));
+        let channel_variance = variance[channel * variance.stride(0)];
+        let affine = channel_affine::<T, P>(
+            mean[channel * mean.stride(0)],
+            channel_variance,
+            gamma,
+            beta,
+            norm,
+            channel,
+        );
+        write_affine(table, &affine, channel, channels);
+        let deviation = standard_deviation::<T>(channel_variance, norm);
+        let inverse = inverse_deviation::<T>(deviation, norm);
+        gamma_grad[channel] = P::cast_from(inverse * grad_deviation);
+        beta_grad[channel] = P::cast_from(grad);
+
+        if comptime!(is_of_batch) {
+            // ds/dvar * 2 / (m - ddof)
+            let zero = T::from_int(0);
+            let slope = select(
+                deviation == zero,
+                zero,
+                -(inverse * inverse) / (deviation * norm.freedom.get::<T>()),
+            );
+            let slope = parameter::<T, P>(gamma, channel, 1) * slope;
+            table[rows::SLOPE * channels + channel] = slope * grad_deviation;
+            table[rows::OFFSET * channels + channel] =
+                -(affine.scale * grad) / norm.values.get::<T>();
+        }
+    }
+}
+
+/// Gradients of the norm's parameters, `[channels]` each.
+///
+/// [The examples of the crate](crate#examples) return them.
+#[derive(Clone, Debug)]
+pub struct AffineGrads {
+    /// `s * sum(g * (z - mean))`.
+    pub gamma: CubeTensor,
+    /// `sum(g)`.
+    pub beta: CubeTensor,
+}
+
+/// Gradients of gamma and beta from a table of partial sums, in the dtype of gamma or beta, otherwise the
+/// accumulator's. Writes all rows of `table`: of a batch's statistics also the coefficients of the input's
+/// gradient.
+pub(crate) fn finish_sums(partials: CubeTensor, table: &ChannelTable) -> AffineGrads {
+    let walk = Walk::over_rows(&partials);
+    let client = partials.client.clone();
+    let dtype = element_type(partials.dtype);
+    let norm_dtype = table.affine().dtype(partials.dtype);
+    let rows = channel_values(&partials, rows::ALL, walk.channels);
+    table.rows.replace(Some(rows.clone()));
+    let grad = || {
+        empty_device_contiguous_dtype(
+            client.clone(),
+            partials.device.clone(),
+            Shape::from(vec![walk.channels]),
+            norm_dtype,
+        )
+    };
+    let (gamma_grad, beta_grad) = (grad(), grad());
+    if !walk.is_empty() {
+        // SAFETY: `unit` keeps the rows and channels below those of the table.
+        unsafe {
+            grads_kernel::launch_unchecked(
+                &client,
+                walk.cube_count(&client),
+                walk.lanes.cube_dim(),
+                walk.address_type(),
+                partials.into_tensor_arg(),
+                table.moments.mean.clone().into_tensor_arg(),
+                table.moments.variance.clone().into_tensor_arg(),
+                tensor_arg(table.gamma.as_ref()).into(),
+                tensor_arg(table.beta.as_ref()).into(),
+                rows.into_tensor_arg(),
+                gamma_grad.clone().into_tensor_arg(),
+                beta_grad.clone().into_tensor_arg(),
+                args(Some(table), dtype),
+                walk.grid(),
+                table.is_of_batch,
+                walk.lanes,
+                [dtype, element_type(norm_dtype)],
+            );
+        }
+    }
+    AffineGrads {
+        gamma: gamma_grad,
+        beta: beta_grad,
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn grad_sum_kernel<T: Float>(
+    partials: &Tensor<T>,
+    grad: &mut Tensor<T>,
+    grid: &Grid,
+    #[comptime] lanes: Lanes,
+    #[define(T)] _element: ElemType,
+) {
+    if is_idle(grid) {
+        terminate!();
+    }
+    let unit = unit::<One>(grid, lanes);
+    let sums = fold_rows(partials, &unit, lanes, Fold::Sums);
+    if unit.lane == 0 && unit.has_channel {
+        grad[unit.channel] = sums.first.extract(0usize);
+    }
+}
+
+/// `sum(g)` from a table of partial sums, `[channels]` in the accumulator's dtype.
+pub(crate) fn finish_grad_sum(partials: CubeTensor) -> CubeTensor {
+    let walk = Walk::over_rows(&partials);
+    let client = partials.client.clone();
+    let grad = channel_values(&partials, 1, walk.channels);
+    let dtype = element_type(partials.dtype);
+    if !walk.is_empty() {
+        // SAFETY: `unit` keeps the rows and channels below those of the table.
+        unsafe {
+            grad_sum_kernel::launch_unchecked(
+                &client,
+                walk.cube_count(&client),
+                walk.lanes.cube_dim(),
+                walk.address_type(),
+                partials.into_tensor_arg(),
+                grad.clone().into_tensor_arg(),
+                walk.grid(),
+                walk.lanes,
+                dtype,
+            );
+        }
+    }
+    grad
+}
+
+/// `[rows, channels]` without values, flat, in the dtype of `like`.
+fn channel_values(like: &CubeTensor, rows: usize, channels: usize) -> CubeTensor {
+    empty_device_contiguous_dtype(
+        like.client.clone(),
+        like.device.clone(),
+        Shape::from(vec![rows * channels]),
+        like.dtype,
+    )
+}

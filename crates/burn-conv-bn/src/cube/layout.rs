@@ -1,0 +1,199 @@
+//! Lengths, slices and chunks of CubeCL's tensors by their strides, and Burn's convolution gradients.
+
+use core::ops::Range;
+
+use burn::backend::ops::FloatTensorOps;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::ops::ConvOptions;
+use burn::tensor::{DType, Shape, Slice};
+use burn_cubecl::CubeBackend;
+use burn_cubecl::cubecl::zspace::Strides;
+use burn_cubecl::cubecl::zspace::metadata::Metadata;
+use burn_cubecl::kernel::conv::{ConvStrategy, conv_data_backward};
+use burn_cubecl::kernel::{into_contiguous_aligned, untile};
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::ops::{permute, permute_nchw_to_nhwc, permute_nhwc_to_nchw};
+use burn_cubecl::tensor::CubeTensor;
+
+use super::Kernels;
+use crate::portable::layout::{Layouts, image_slices};
+
+impl Layouts<CubeBackend> for Kernels {
+    const MAY_ALLOCATE_COLUMNS: bool = true;
+
+    // Burn's reshape copies a channels-last tensor. The new axis is one row of the axis behind it.
+    fn lift(tensor: CubeTensor) -> CubeTensor {
+        with_axes(tensor, |axes| {
+            let (size, stride) = axes[2];
+            axes.insert(2, (1, size * stride));
+        })
+    }
+
+    fn lower(tensor: CubeTensor) -> CubeTensor {
+        with_axes(tensor, |axes| {
+            axes.remove(2);
+        })
+    }
+
+    // Each of Burn's convolutions would copy it.
+    fn shared_weight(weight: CubeTensor) -> CubeTensor {
+        if weight.meta.strides()[1] == 1 {
+            return weight;
+        }
+        permute_nhwc_to_nchw(into_contiguous_aligned(permute_nchw_to_nhwc(weight)))
+    }
+
+    fn images(tensor: CubeTensor, chunk: &Range<usize>) -> CubeTensor {
+        let shape = tensor.meta.shape().to_vec();
+        if chunk.len() == shape[0] {
+            return tensor;
+        }
+        let order = Order::of(&tensor);
+        let slices = order.slices(&shape, chunk);
+        // If it copies, it copies into the same layout.
+        order.restore(CubeBackend::float_slice(order.apply(tensor), &slices))
+    }
+
+    fn write_images(
+        batch: Option<CubeTensor>,
+        shape: &Shape,
+        chunk: &Range<usize>,
+        value: CubeTensor,
+    ) -> CubeTensor {
+        let order = Order::of(batch.as_ref().unwrap_or(&value));
+        let batch = match batch {
+            Some(batch) => order.apply(batch),
+            None => empty_device_contiguous_dtype(
+                value.client.clone(),
+                value.device.clone(),
+                Shape::from(order.sizes(shape)),
+                value.dtype,
+            ),
+        };
+        let slices = order.slices(shape, chunk);
+        order.restore(CubeBackend::float_slice_assign(
+            batch,
+            &slices,
+            order.apply(value),
+        ))
+    }
+
+    fn images_of_a_view(tensor: &CubeTensor) -> Option<usize> {
+        let alignment = tensor.client.properties().memory.alignment as usize;
+        let stride = tensor.meta.strides()[0] * tensor.dtype.size();
+        // Both are powers of two.
+        Some(alignment / alignment.min(1usize << stride.trailing_zeros().min(31)))
+    }
+
+    fn row_bytes(tensor: &CubeTensor, length: usize) -> usize {
+        let bytes = length * tensor.dtype.size();
+        let alignment = tensor.client.properties().memory.alignment as usize;
+        if matches!(tensor.client.name(), "cuda" | "hip") {
+            pitched(bytes, alignment)
+        } else {
+            bytes
+        }
+    }
+
+    fn conv2d_x_backward(
+        input: CubeTensor,
+        weight: CubeTensor,
+        output_grad: CubeTensor,
+        options: ConvOptions<2>,
+    ) -> CubeTensor {
+        x_backward(input, weight, output_grad, options)
+    }
+
+    fn conv3d_x_backward(
+        input: CubeTensor,
+        weight: CubeTensor,
+        output_grad: CubeTensor,
+        options: ConvOptions<3>,
+    ) -> CubeTensor {
+        x_backward(input, weight, output_grad, options)
+    }
+}
+
+/// The tensor with other axes over the same buffer, each a size and a stride.
+fn with_axes(tensor: CubeTensor, change: impl FnOnce(&mut Vec<(usize, usize)>)) -> CubeTensor {
+    let mut tensor = untile(tensor);
+    let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
+    let mut axes: Vec<_> = shape.iter().copied().zip(strides.iter().copied()).collect();
+    change(&mut axes);
+    let (shape, strides): (Vec<usize>, Vec<usize>) = axes.into_iter().unzip();
+    *tensor.meta = Metadata::new(Shape::from(shape), Strides::from(strides));
+    tensor
+}
+
+/// A tensor's axes in the order of its memory, outermost first.
+struct Order(Vec<usize>);
+
+impl Order {
+    fn of(tensor: &CubeTensor) -> Self {
+        let strides = tensor.meta.strides();
+        let mut axes: Vec<usize> = (0..strides.len()).collect();
+        axes.sort_by_key(|&axis| core::cmp::Reverse(strides[axis]));
+        Self(axes)
+    }
+
+    fn apply(&self, tensor: CubeTensor) -> CubeTensor {
+        permute(tensor, &self.0)
+    }
+
+    /// Undoes [`apply`](Self::apply).
+    fn restore(&self, tensor: CubeTensor) -> CubeTensor {
+        let mut inverse = vec![0; self.0.len()];
+        for (position, &axis) in self.0.iter().enumerate() {
+            inverse[axis] = position;
+        }
+        permute(tensor, &inverse)
+    }
+
+    fn sizes(&self, shape: &[usize]) -> Vec<usize> {
+        self.0.iter().map(|&axis| shape[axis]).collect()
+    }
+
+    /// Slices of the images `chunk` of a batch of that shape, after [`apply`](Self::apply).
+    fn slices(&self, shape: &[usize], chunk: &Range<usize>) -> Vec<Slice> {
+        let slices = image_slices(&Shape::from(shape.to_vec()), chunk);
+        self.0.iter().map(|&axis| slices[axis]).collect()
+    }
+}
+
+/// Bytes of a row of a pitched allocation, after CubeCL's `PitchedMemoryLayoutPolicy`.
+fn pitched(bytes: usize, alignment: usize) -> usize {
+    bytes.next_multiple_of(bytes.next_power_of_two().clamp(16, alignment))
+}
+
+/// Burn's gradient of a convolution's input. `input` is for its shape.
+fn x_backward<const N: usize>(
+    input: CubeTensor,
+    weight: CubeTensor,
+    output_grad: CubeTensor,
+    options: ConvOptions<N>,
+) -> FloatTensor<CubeBackend> {
+    let shape = input.meta.shape().clone();
+    let width = output_grad.client.properties().io_width() as usize / 8;
+    let channels = [shape[1], output_grad.meta.shape()[1]];
+    let strategy = if reads_padding(channels, width, output_grad.dtype, &options) {
+        ConvStrategy::Direct
+    } else {
+        ConvStrategy::default()
+    };
+    conv_data_backward(output_grad, weight, shape, options, strategy)
+        .expect("Burn has a kernel for any convolution")
+}
+
+/// Whether the matrix products that autotuning tries for this gradient are wrong in cubek 0.3.1: they pad the
+/// output's channels to the device's loads, of `width` bytes, and read zeros there only if the *input* has
+/// another number of channels.
+fn reads_padding<const N: usize>(
+    [channels_in, channels_out]: [usize; 2],
+    width: usize,
+    dtype: DType,
+    options: &ConvOptions<N>,
+) -> bool {
+    let padded = channels_out.next_multiple_of((width / dtype.size()).max(1));
+    let is_tried = options.groups == 1 && options.stride.iter().all(|&stride| stride == 1);
+    is_tried && channels_out != padded && channels_in == padded
+}
