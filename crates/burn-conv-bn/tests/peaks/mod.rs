@@ -101,16 +101,23 @@ impl Geometry {
                 stride,
                 padding,
             };
-            if size + 2 * padding >= kernel && drawn.products() <= MOST_PRODUCTS {
+            // Batch statistics need more than one value a channel.
+            let fits = size + 2 * padding >= kernel && drawn.values() > 1;
+            if fits && drawn.products() <= MOST_PRODUCTS {
                 return drawn;
             }
         }
     }
 
-    fn products(&self) -> usize {
+    /// Of a channel of the output.
+    fn values(&self) -> usize {
         let extent = (self.size + 2 * self.padding - self.kernel) / self.stride + 1;
+        self.batch * extent * extent
+    }
+
+    fn products(&self) -> usize {
         let weight = self.channels[0] * self.channels[1] * self.kernel * self.kernel;
-        self.batch * extent * extent * weight
+        self.values() * weight
     }
 
     fn config(&self) -> ConvBn2dConfig {
