@@ -196,22 +196,23 @@ fn a_dense_network_keeps_each_output_once(device: &Device) {
 fn budgets(device: &Device) {
     let images = [4, 3, 64, 64];
     let resnet = ResNetConfig::resnet18(Form::Fused).with_classes(10);
-    budget("ResNet-18", || resnet.init(device), images);
+    budget("ResNet-18", resnet.init(device), images);
     let mobilenet = MobileNetV2Config::new(Form::Fused).with_classes(10);
-    budget("MobileNetV2", || mobilenet.init(device), images);
+    budget("MobileNetV2", mobilenet.init(device), images);
     let efficientnet = EfficientNetConfig::new(Form::Fused).with_classes(10);
-    budget("EfficientNet", || efficientnet.init(device), images);
+    budget("EfficientNet", efficientnet.init(device), images);
     let densenet = DenseNetConfig::new(Form::Fused, [3, 4, 5, 2]).with_classes(10);
-    budget("DenseNet", || densenet.init(device), images);
+    budget("DenseNet", densenet.init(device), images);
     let vgg = VggConfig::vgg16_bn(Form::Fused)
         .with_classes(10)
         .with_hidden(64);
-    budget("VGG-16", || vgg.init(device), images);
+    budget("VGG-16", vgg.init(device), images);
     let net = NetConfig::new(Form::Fused);
-    budget("tutorial", || net.init(device), [16, 1, 28, 28]);
+    budget("tutorial", net.init(device), [16, 1, 28, 28]);
 }
 
-fn budget<M: Lists>(what: &str, init: impl Fn() -> M, shape: [usize; 4]) {
+fn budget<M: Lists>(what: &str, network: M, shape: [usize; 4]) {
+    let init = || network.clone();
     let images = Tensor::<4>::random(shape, Distribution::Default, &init().devices()[0]);
     let [least, most] = [Recompute::Conv, Recompute::Never]
         .map(|recompute| own_bytes(&init().with_recompute(recompute).saved(shape)));

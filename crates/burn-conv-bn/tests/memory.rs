@@ -315,34 +315,35 @@ fn a_rebuilt_output_is_kept_by_none(device: &Device) {
 /// A convolution alone keeps its input for the weight's gradient, and a norm alone in any case, to rebuild its
 /// output.
 fn the_halves_keep_what_their_gradients_need(device: &Device) {
+    // Any run may pay for what a thread keeps from then on.
+    let least = |forward: &dyn Fn(Tensor<4>) -> Tensor<4>, tracked| {
+        let runs = (0..5).map(|_| kept_by(forward, INPUT, tracked, device));
+        runs.min().unwrap_or_default()
+    };
     for mask in 1..8 {
         let [first, second, third] = [0, 1, 2].map(|bit| mask >> bit & 1 == 1);
-        let convolution = kept_by(
-            |x| {
-                let (weight, bias) = (tensor(WEIGHT, second, device), tensor([8], third, device));
-                conv(x, weight, Some(bias), ConvSpec::unit(2)).unwrap()
-            },
-            INPUT,
-            first,
-            device,
-        );
-        let norm = |activation| {
+        let convolution = |x: Tensor<4>| {
+            let (weight, bias) = (tensor(WEIGHT, second, device), tensor([8], third, device));
+            conv(x, weight, Some(bias), ConvSpec::unit(2)).unwrap()
+        };
+        let norm = |x: Tensor<4>, activation| {
+            let (gamma, beta) = (tensor([8], second, device), tensor([8], third, device));
+            let params = BatchNormParams::default().with_affine(gamma, beta);
             let options = BatchNormOptions::new(NormSpec::default()).with_activation(activation);
-            kept_by(
-                |x| {
-                    let (gamma, beta) = (tensor([8], second, device), tensor([8], third, device));
-                    let params = BatchNormParams::default().with_affine(gamma, beta);
-                    batch_norm(x, params, options).unwrap().output
-                },
-                INPUT,
-                first,
-                device,
-            )
+            batch_norm(x, params, options).unwrap().output
         };
         for (what, got, wanted) in [
-            ("conv", convolution, second),
-            ("norm", norm(Activation::Identity), true),
-            ("norm and ReLU", norm(Activation::Relu), true),
+            ("conv", least(&convolution, first), second),
+            (
+                "norm",
+                least(&|x| norm(x, Activation::Identity), first),
+                true,
+            ),
+            (
+                "norm and ReLU",
+                least(&|x| norm(x, Activation::Relu), first),
+                true,
+            ),
         ] {
             let wanted = usize::from(wanted) * bytes(INPUT);
             assert!(
