@@ -120,8 +120,7 @@ impl Step {
                 command
             }
             Self::Package => {
-                // Offline: what the packages' lock files name is here, since the workspace is built with it.
-                let mut command = cargo(&["package", "--no-verify", "--offline", "--allow-dirty"]);
+                let mut command = cargo(&["package", "--no-verify", "--allow-dirty"]);
                 command.args(PUBLISHED.iter().flat_map(|name| ["-p", *name]));
                 command
             }

@@ -113,7 +113,8 @@ fn train(forward: fn(&Network, Tensor<4>) -> Tensor<2>, steps: u64) -> (StepMemo
 fn compare(steps: u64) -> [(StepMemory, f64); 2] {
     let title = format!("A step of {MEASURED} images");
     say!("{title:<33} kept by forward  peak of the step  accuracy");
-    let forms: [(&str, fn(&Network, Tensor<4>) -> Tensor<2>); 2] = [
+    type Forward = fn(&Network, Tensor<4>) -> Tensor<2>;
+    let forms: [(&str, Forward); 2] = [
         ("relu(bn.forward(conv.forward(x)))", Network::before),
         ("fuse(&conv, &bn)", Network::after),
     ];

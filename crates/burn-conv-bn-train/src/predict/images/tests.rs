@@ -310,7 +310,8 @@ fn a_folder_is_read_by_names() {
         "P1 4 4\n1 0 0 1\n0 0 0 0\n0 0 0 0\n0 0 0 0\n",
     )
     .unwrap();
-    let read = || -> Vec<(String, Result<Option<[u8; PIXELS]>, String>)> {
+    type Read = Vec<(String, Result<Option<[u8; PIXELS]>, String>)>;
+    let read = || -> Read {
         let pictures = read_folder(folder.path()).unwrap().into_iter();
         let shown =
             |picture: Picture| (picture.name, picture.digit.map_err(|error| message(&error)));
