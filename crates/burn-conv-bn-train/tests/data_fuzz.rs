@@ -93,7 +93,7 @@ fn seeds_are_what_they_are_called() {
         |e| matches!(e, IdxProblem::Trailing { .. }),
         |e| matches!(e, IdxProblem::Magic { .. }),
         |e| matches!(e, IdxProblem::Shape { .. }),
-        |e| matches!(e, IdxProblem::Empty { .. }),
+        |e| matches!(e, IdxProblem::Empty),
         |e| matches!(e, IdxProblem::TooLarge { .. }),
         |e| matches!(e, IdxProblem::Label { .. }),
     ];
