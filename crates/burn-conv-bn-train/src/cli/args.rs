@@ -157,7 +157,7 @@ pub(super) struct JobArgs {
 #[serde(rename_all = "kebab-case")]
 pub(super) struct LearningArgs {
     /// Probability of dropping a hidden value [default: 0.5 for tutorial and vgg16-bn, 0.2 for
-    /// mobilenet-v2 and efficientnet-b0; the residual networks and densenet121 have no dropout].
+    /// mobilenet-v2 and efficientnet-b0; the others have no dropout].
     #[arg(long, value_name = "P", value_parser = finite, help_heading = ON_NETWORK)]
     pub(super) dropout: Option<f64>,
     /// Factor on the learning rate after every epoch.
