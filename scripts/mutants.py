@@ -101,7 +101,11 @@ MUTANTS = [
 ]
 
 # Faults that no result can show, and why.
-EXPLAINED = {}
+EXPLAINED = {
+    "flex/backward.rs: scale >= least_scale → true": "backward divides by the very scale that forward multiplied with",
+    "autodiff/norm.rs: backward_options.needs_input() → true": "what rebuilds the output keeps the input anyway",
+    "backend/tensors.rs: self.wanted.input → true": "the same",
+}
 
 
 def switched(sources):
