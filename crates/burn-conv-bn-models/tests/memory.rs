@@ -253,10 +253,11 @@ fn budget<M: Lists>(what: &str, network: M, shape: [usize; 4]) {
 
 /// Networks whose chains are rebuilt, with either kind of ends, between those that are of one policy.
 fn rebuilt_chains(device: &Device) {
-    let images = [4, 3, 64, 64];
+    let images = [2, 3, 64, 64];
     macro_rules! chains {
         ($name:literal, $images:expr, $network:expr) => {
-            let init = || $network.init(device);
+            let drawn = $network.init(device);
+            let init = || drawn.clone();
             let [conv, never] = [Recompute::Conv, Recompute::Never].map(|ends| {
                 let chains = init().with_rebuilt_chains(ends);
                 let whole = own_bytes(&init().with_recompute(ends).saved($images));
