@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::catalogue::Entry;
 use crate::precision::Precision;
 
-/// Folder, in that of a check, with what the results should be if [`Checked::own_reference`].
+/// Subfolder of a check's results: the contender's own reference, if [`Checked::own_reference`] is set.
 pub const OWN_REFERENCE: &str = "own";
 
 /// Who is timed, in the order of the tables.

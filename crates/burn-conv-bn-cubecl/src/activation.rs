@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 /// Element-wise function applied to the normalized (and residual-added) value. Kernels are compiled
 /// for each.
 ///
-/// [The examples of the crate](crate#examples) pass one, and [`Parameter`] has that of a LeakyRelu.
+/// [The crate's examples](crate#examples) pass an activation; [`Parameter`]'s example makes a leaky ReLU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// `y = v`.

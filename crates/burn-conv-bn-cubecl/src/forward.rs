@@ -124,9 +124,9 @@ fn normalize_kernel<E: Float, T: Float, N: Size>(
 /// `activation(scale * (input - mean) + shift + residual)`, or without a table
 /// `activation(input + residual)`.
 ///
-/// `residual` is of the input's shape and dtype. Written over the input where nothing else holds
-/// it, otherwise into a new buffer of the same layout without gaps; so is an input of which more than a tenth
-/// is padding, as the output is kept. [The crate](crate) has an example.
+/// `residual` is of the input's shape and dtype. The output overwrites the input if nothing else holds it and at
+/// most a tenth of it is padding. Otherwise it is a new buffer of the same layout without gaps.
+/// [The crate](crate) has an example.
 pub fn normalize(
     input: CubeTensor,
     table: Option<&ChannelTable>,

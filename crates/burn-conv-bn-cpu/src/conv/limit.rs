@@ -19,7 +19,7 @@ const THREADS: usize = 2;
 const LEAST_TAPS: usize = 64;
 const LEAST_CHANNELS: usize = 24;
 
-/// Bytes of a channel's moments, of which each block has its own.
+/// Bytes of one channel's moments in one block.
 const MOMENTS_BYTES: usize = 24;
 
 /// Most bytes of all blocks' weight gradients.
@@ -73,13 +73,14 @@ fn filter_bytes<E: Element, A: Algorithm<E>>(algorithm: &A) -> usize {
     algorithm.weight_grad_len() * size_of::<E::Real>()
 }
 
-/// Weights in an algorithm's form that its gradients take beside their sums: the transposed one, and that of an
-/// output which is not stored.
+/// Number of transformed weights that the gradients hold beside their sums: the transposed weight, and without a
+/// stored output the forward one.
 fn filters<E: Element>(geometry: &Geometry) -> usize {
     let output = Bytes::new::<E>(geometry).output;
-    match geometry.is_worth_storing(output) && output <= geometry.max_scratch {
-        true => 1,
-        false => 2,
+    if geometry.is_worth_storing(output) && output <= geometry.max_scratch {
+        1
+    } else {
+        2
     }
 }
 
@@ -123,7 +124,7 @@ pub(crate) fn weight_blocks<E: Element, A: Algorithm<E>>(algorithm: &A) -> usize
 /// Bytes of a thread's tile that the limits of a geometry leave to Winograd's algorithm.
 pub(super) fn winograd_tile<E: Element>(geometry: &Geometry) -> usize {
     let filter = geometry.weight_len() / 9 * 16 * size_of::<E::Real>();
-    // Three planes of each product, of which the output takes two.
+    // A tile has three planes for each product: forward uses two of them.
     let forward = forward_limit::<E>(geometry).saturating_sub(filter) / 2 * 3;
     let filters = (filters::<E>(geometry) + LEAST_BLOCKS) * filter;
     let backward = backward_limit::<E>(geometry).saturating_sub(filters);

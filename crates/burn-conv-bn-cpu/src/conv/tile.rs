@@ -18,7 +18,7 @@ pub(crate) trait Algorithm<E: Element>: Sync {
 
     fn geometry(&self) -> &Geometry;
 
-    /// Bytes of a thread's scratch: that of the output, and with `gradients` that of all.
+    /// Bytes of a thread's scratch: for the output alone, or with `gradients` for the gradients too.
     fn tile_bytes(&self, gradients: bool) -> usize;
 
     /// Bytes of the tables that all threads share.

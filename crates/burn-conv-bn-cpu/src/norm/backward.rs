@@ -119,9 +119,9 @@ fn sum_blocks<E: Element, A: Algorithm<E>>(
 /// Second step of the backward pass: the gradients, from the norm's coefficients. The convolution's output
 /// `z` is `kept` or recomputed. [The crate's example](crate) shows both steps.
 ///
-/// Under fixed statistics there are no coefficients. The gradient of `z` is then the norm's scale times `g`, and
-/// so is made the input's gradient; the weight's gradient is made of `g` alone, that of the weight with the norm
-/// folded in. If the activation's derivative does not depend on `z` either, the values of `kept` are irrelevant.
+/// Under fixed statistics there are no coefficients. The input's gradient is formed from the norm's scale times
+/// `g`. The weight's gradient is formed from `g` alone: it is the gradient of the weight with the norm folded in.
+/// If the activation's derivative does not depend on `z` either, the values of `kept` are irrelevant.
 ///
 /// # Panics
 ///
@@ -229,12 +229,12 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
         algorithm.weight_grad(sums, grad);
     }
     if let Some((grad, _)) = gradients.input {
-        // SAFETY: there is room for so many values, all of which belong to the blocks; and of a
+        // SAFETY: the capacity is at least this length, and every value belongs to a block; and of a
         // block, all is written once the last tile of the last group is done.
         unsafe { grad.set_len(batch * input_len) };
     }
     if let Some(grad) = gradients.residual {
-        // SAFETY: there is room for so many values, all of which belong to the blocks; and a block's
+        // SAFETY: the capacity is at least this length, and every value belongs to a block; and a block's
         // tiles have pieces for all of its channels and positions, which `conv_output_grad` writes.
         unsafe { grad.set_len(batch * output_len) };
     }

@@ -73,7 +73,7 @@ pub(super) fn sum<E: Element>(
     sums
 }
 
-/// The gradients. `scale` multiplies the channels of the output's gradient for that of the input.
+/// The gradients. For the input's gradient, `scale` multiplies each channel of the output's.
 #[allow(unsafe_code)]
 pub(super) fn backward<E: Element>(
     step: &Step<'_, E>,
@@ -136,12 +136,12 @@ pub(super) fn backward<E: Element>(
         }
     }
     if let Some((grad, _)) = input {
-        // SAFETY: there is room for so many values, all of which belong to the blocks' images, and
+        // SAFETY: the capacity is at least this length, every value belongs to an image of a block, and
         // `write_input_grad` writes all of an image.
         unsafe { grad.set_len(input_len) };
     }
     if let Some(grad) = residual {
-        // SAFETY: there is room for so many values, all of which belong to the blocks, and `for_each_line` passes
+        // SAFETY: the capacity is at least this length, every value belongs to a block, and `for_each_line` passes
         // every channel of each of their images to `write_residual_grad`, which writes it.
         unsafe { grad.set_len(output_len) };
     }

@@ -181,10 +181,18 @@ pub struct NormInputs<B: Backend> {
 impl<B: Backend> NormInputs<B> {
     /// Dtype of gamma and beta, or of the accumulators without them.
     pub fn norm_dtype(&self) -> DType {
-        match self.gamma.as_option().or(self.beta.as_option()) {
-            Some(tensor) => tensor.dtype(),
-            None => accumulator_dtype(self.input.dtype()),
-        }
+        norm_dtype(&self.gamma, &self.beta, self.input.dtype())
+    }
+}
+
+fn norm_dtype<B: Backend>(
+    gamma: &OptionalTensor<B>,
+    beta: &OptionalTensor<B>,
+    input: DType,
+) -> DType {
+    match gamma.as_option().or(beta.as_option()) {
+        Some(tensor) => tensor.dtype(),
+        None => accumulator_dtype(input),
     }
 }
 
@@ -338,10 +346,7 @@ impl<B: Backend> ConvBnInputs<B> {
 
     /// Dtype of gamma and beta, or of the accumulators without them.
     pub fn norm_dtype(&self) -> DType {
-        match self.gamma.as_option().or(self.beta.as_option()) {
-            Some(tensor) => tensor.dtype(),
-            None => accumulator_dtype(self.input.dtype()),
-        }
+        norm_dtype(&self.gamma, &self.beta, self.input.dtype())
     }
 }
 

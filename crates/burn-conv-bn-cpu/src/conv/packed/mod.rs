@@ -276,8 +276,9 @@ impl<'a> Packed<'a> {
         }
     }
 
-    /// Computes the gradient of the input of a block of images, from that of the output in `rows`, whose channels
-    /// are multiplied by `scale` if there is one: a row of whole images for each channel.
+    /// Computes the input's gradient of a block of images: a row of whole images for each channel.
+    ///
+    /// `rows` has the output's gradient. If there is a `scale`, each channel of it is multiplied by its own.
     pub(crate) fn input_grad<E: Element>(
         &self,
         scratch: &Scratch<E>,
