@@ -31,6 +31,8 @@ const HELD: &[&str] = &[
     "examples/data-parallel",
     "examples/fine-tune",
     "examples/fold",
+    "examples/pretrained",
+    "examples/segment",
     "examples/stripes",
     "xtask",
 ];
