@@ -35,9 +35,10 @@ pub(crate) fn block(
 /// tenth away: torchvision's `_make_divisible`.
 pub(crate) fn rounded(channels: f64) -> usize {
     let nearest = ((channels + 4.0) as usize / 8 * 8).max(8);
-    match (nearest as f64) < 0.9 * channels {
-        true => nearest + 8,
-        false => nearest,
+    if (nearest as f64) < 0.9 * channels {
+        nearest + 8
+    } else {
+        nearest
     }
 }
 

@@ -207,9 +207,10 @@ impl Vgg {
         let mut x = images;
         for count in self.blocks {
             for (index, block) in features.by_ref().take(count).enumerate() {
-                x = match index + 1 == count {
-                    true => self.form.forward_max_pool(block, x, &pool),
-                    false => self.form.forward(block, x),
+                x = if index + 1 == count {
+                    self.form.forward_max_pool(block, x, &pool)
+                } else {
+                    self.form.forward(block, x)
                 };
             }
         }
