@@ -11,9 +11,9 @@ use burn::tensor::{FloatDType, Tensor};
 use burn::train::metric::{AccuracyInput, Adaptor, ItemLazy, LossInput};
 use burn::train::{InferenceStep, TrainOutput, TrainStep};
 use burn_conv_bn::ConvBnModule;
+use burn_conv_bn_models::optim::LossScale;
 
 use crate::data::MnistBatch;
-use crate::loss_scale::LossScale;
 use crate::measure::memory::{MemoryProbe, StepMeasure};
 use crate::measure::metrics::StepOutput;
 use crate::model::Network;
