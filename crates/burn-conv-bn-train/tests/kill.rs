@@ -22,7 +22,7 @@ use chacha20::rand_core::{Rng, SeedableRng};
 use tempfile::tempdir;
 use training::{Outcome, finish, train};
 
-const KILLS: usize = 50;
+const KILLS: usize = 25;
 const SEED: u64 = 20_260_402;
 const EPOCHS: usize = 4;
 

@@ -15,9 +15,6 @@ use rand_chacha::ChaCha8Rng;
 
 pub const CLASSES: usize = 10;
 
-/// Steps of plain stochastic gradient descent.
-pub const STEPS: usize = 32;
-
 /// The seed of weights and data. `BURN_CONV_BN_SEED` chooses another.
 pub fn seed() -> u64 {
     let chosen = env::var("BURN_CONV_BN_SEED").unwrap_or_else(|_| "1".to_string());
