@@ -56,6 +56,7 @@ mod head;
 mod init;
 mod mobilenet;
 mod net;
+mod network;
 pub mod optim;
 mod pre_activation;
 mod resnet;
