@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail, ensure};
 use burn_conv_bn_files::{OutputError, Survives, check_distinct, replaced};
 use serde::Serialize;
 
@@ -11,27 +11,17 @@ use crate::persist::checkpoint;
 use crate::persist::run_file::RUN_FILE;
 use crate::print::say;
 
-/// How a picture is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum PictureFormat {
-    /// Scalable Vector Graphics.
-    Svg,
-    /// Portable Network Graphics.
-    Png,
-}
-
-impl PictureFormat {
-    /// That of a file with such a name.
-    pub(crate) fn of(path: &Path) -> Result<Self> {
-        match path.extension() {
-            Some(name) if name.eq_ignore_ascii_case("svg") => Ok(Self::Svg),
-            Some(name) if name.eq_ignore_ascii_case("png") => Ok(Self::Png),
-            _ => bail!(
-                "a picture is written to a file that ends in .svg or .png, which {} does not",
-                path.display()
-            ),
-        }
+/// Checks that the file of a picture is named as SVG.
+pub(crate) fn check_svg(option: &str, picture: Option<&Path>) -> Result<()> {
+    if let Some(path) = picture {
+        let ending = path.extension().unwrap_or_default();
+        ensure!(
+            ending.eq_ignore_ascii_case("svg"),
+            "{option} draws SVG, to a file that ends in .svg, which {} does not",
+            path.display()
+        );
     }
+    Ok(())
 }
 
 /// Checks that files can be written, and that no two options name the same one.

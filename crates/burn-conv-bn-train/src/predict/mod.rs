@@ -16,7 +16,7 @@ use crate::measure::history::Evaluation;
 use crate::measure::report::{
     ImageReport, MistakeReport, PredictionReport, SkippedReport, TestReport,
 };
-use crate::persist::output::{self, PictureFormat};
+use crate::persist::output;
 use crate::print::{escaped, message, say, warn};
 use crate::run::job::Job;
 use images::{Picture, read_folder};
@@ -39,7 +39,7 @@ pub(crate) struct PredictOptions {
     pub(crate) trained_on: String,
     /// Where the predictions go.
     pub(crate) json: Option<PathBuf>,
-    /// Where the picture of the mistakes goes, as SVG or PNG.
+    /// Where the picture of the mistakes goes, as SVG.
     pub(crate) mistakes: Option<PathBuf>,
 }
 
@@ -56,7 +56,7 @@ pub(crate) fn predict(
     interrupter: &Interrupter,
 ) -> Result<()> {
     let testing = options.images.is_none();
-    let format = check_outputs(options)?;
+    check_outputs(options)?;
     let pictures = match &options.images {
         Some(folder) => read_folder(folder)?,
         None => Vec::new(),
@@ -87,9 +87,9 @@ pub(crate) fn predict(
     let mut files = Vec::new();
     let text = if let Some(data) = data.filter(|_| testing) {
         let (test, evaluation) = test_set(&predictor, job, &data, interrupter)?;
-        if let (Some(format), Some(path)) = (format, &options.mistakes) {
-            let picture = draw(format, &heading(&report, &test), &data.test, &test.mistakes);
-            files.push(("Mistakes", path.as_path(), picture));
+        if let Some(path) = &options.mistakes {
+            let picture = draw(&heading(&report, &test), &data.test, &test.mistakes);
+            files.push(("Mistakes", path.as_path(), Ok(picture.into_bytes())));
         }
         let matrix = confusion_matrix(&test.confusion);
         report.test = Some(test);
@@ -114,19 +114,18 @@ pub(crate) fn predict(
     Ok(())
 }
 
-/// Checks that the results can be written. Returns the format of the picture of the mistakes.
-fn check_outputs(options: &PredictOptions) -> Result<Option<PictureFormat>> {
+/// Checks that the results can be written.
+fn check_outputs(options: &PredictOptions) -> Result<()> {
     if options.images.is_some() && options.mistakes.is_some() {
         bail!("nobody knows what the pictures of a folder are; --mistakes needs --test-set");
     }
-    let format = options.mistakes.as_deref().map(PictureFormat::of);
-    let format = format.transpose()?;
+    let mistakes = options.mistakes.as_deref();
+    output::check_svg("--mistakes", mistakes)?;
     let outputs = [
         ("--json", options.json.as_deref()),
-        ("--mistakes", options.mistakes.as_deref()),
+        ("--mistakes", mistakes),
     ];
-    output::check_beside(&options.directory, &outputs)?;
-    Ok(format)
+    output::check_beside(&options.directory, &outputs)
 }
 
 /// Loads the model, with the statistics of the first digits of `data` if given.

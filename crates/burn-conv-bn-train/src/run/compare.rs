@@ -14,7 +14,7 @@ use crate::data::{DatasetChoice, MnistData};
 use crate::measure::estimate::estimate;
 use crate::measure::plot::picture;
 use crate::measure::report::{EpochReport, Report, VariantReport};
-use crate::persist::output::{self, PictureFormat};
+use crate::persist::output;
 use crate::print::{PrintError, loss, say};
 use crate::run::job::{Job, Variant};
 use crate::run::worker::{Task, spawn};
@@ -82,14 +82,7 @@ pub(crate) fn compare(
 
 /// Checks that the results can be written.
 fn check_outputs(options: &CompareOptions) -> Result<()> {
-    if let Some(path) = &options.plot
-        && PictureFormat::of(path).ok() != Some(PictureFormat::Svg)
-    {
-        bail!(
-            "--plot draws SVG, to a file that ends in .svg, which {} does not",
-            path.display()
-        );
-    }
+    output::check_svg("--plot", options.plot.as_deref())?;
     output::check(&[
         ("--json", options.json.as_deref()),
         ("--plot", options.plot.as_deref()),
