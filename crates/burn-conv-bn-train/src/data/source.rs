@@ -7,6 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 
 use super::download::{self, MIRRORS};
 use super::files::{self, FILES, Parts};
@@ -26,17 +28,7 @@ const TEST_COUNT: usize = 10_000;
 const TEST_SEED: u64 = 0x7465_7374_5f70_6172;
 
 /// Which data to train on.
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    clap::ValueEnum,
-    serde::Serialize,
-    serde::Deserialize,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DatasetChoice {
     /// MNIST if it can be had, else drawn digits.
@@ -152,14 +144,13 @@ fn resolve_on(machine: &Machine, request: &DataRequest) -> Result<MnistData> {
 fn draw(request: &DataRequest, reason: &str) -> MnistData {
     let count = |full: usize, limit: Option<usize>| limit.map_or(full, |limit| limit.min(full));
     let seed = request.seed;
-    MnistData {
+    let parts = Parts {
         train: generate(count(TRAIN_COUNT, request.train_limit), seed),
         test: generate(count(TEST_COUNT, request.test_limit), seed ^ TEST_SEED),
-        origin: DataOrigin {
-            name: "synthetic",
-            line: format!("built-in synthetic digits (seed {seed}), {reason}"),
-        },
-    }
+        genuine: false,
+    };
+    let line = format!("built-in synthetic digits (seed {seed}), {reason}");
+    of_parts(parts, "synthetic", line)
 }
 
 fn from_folder(dir: &Path) -> Result<MnistData> {
@@ -181,27 +172,22 @@ fn from_folder(dir: &Path) -> Result<MnistData> {
 
     let parts = files::read(&found.map(Option::unwrap_or_default))?;
     Ok(if parts.genuine {
-        mnist(parts, format!("from {at}"))
+        mnist(parts, &format!("from {at}"))
     } else {
-        MnistData {
-            train: parts.train,
-            test: parts.test,
-            origin: DataOrigin {
-                name: "custom",
-                line: format!("custom digits from {at} (not MNIST by their checksums)"),
-            },
-        }
+        let line = format!("custom digits from {at} (not MNIST by their checksums)");
+        of_parts(parts, "custom", line)
     })
 }
 
-fn mnist(parts: Parts, how: String) -> MnistData {
+fn mnist(parts: Parts, how: &str) -> MnistData {
+    of_parts(parts, "mnist", format!("MNIST {how}"))
+}
+
+fn of_parts(parts: Parts, name: &'static str, line: String) -> MnistData {
     MnistData {
         train: parts.train,
         test: parts.test,
-        origin: DataOrigin {
-            name: "mnist",
-            line: format!("MNIST {how}"),
-        },
+        origin: DataOrigin { name, line },
     }
 }
 
@@ -225,7 +211,7 @@ fn search(machine: &Machine, allow_download: bool) -> Result<MnistData, String> 
     for (how, dir, paths) in places {
         let at = dir.display();
         match from_cache(dir, paths) {
-            Ok(Some(parts)) => return Ok(mnist(parts, format!("{how} {at}{ignored}"))),
+            Ok(Some(parts)) => return Ok(mnist(parts, &format!("{how} {at}{ignored}"))),
             Ok(None) => tried.push(format!("nothing in {at}")),
             Err(error) => {
                 ignored = format!(" (passed over: {error})");
@@ -242,7 +228,7 @@ fn search(machine: &Machine, allow_download: bool) -> Result<MnistData, String> 
         let at = path.display();
         let fetched = download::fetch(machine.mirrors, &path).map_err(|error| anyhow!(error));
         match fetched.and_then(|()| from_cache(&path, &paths)) {
-            Ok(Some(parts)) => return Ok(mnist(parts, format!("downloaded to {at}{ignored}"))),
+            Ok(Some(parts)) => return Ok(mnist(parts, &format!("downloaded to {at}{ignored}"))),
             Ok(None) => tried.push(format!("the download is gone from {at}")),
             Err(error) => tried.push(format!("the download failed: {error}")),
         }

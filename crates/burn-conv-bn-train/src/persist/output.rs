@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Result, anyhow, bail, ensure};
-use burn_conv_bn_files::{OutputError, Survives, check_distinct, replaced};
+use anyhow::{Result, bail, ensure};
+use burn_conv_bn_files::{Survives, check_distinct, replaced, write};
 use serde::Serialize;
 
 use crate::persist::checkpoint;
@@ -31,7 +31,7 @@ pub(crate) fn check(outputs: &[(&'static str, Option<&Path>)]) -> Result<()> {
         .filter_map(|&(option, path)| Some((option, path?)));
     let given: Vec<(&'static str, &Path)> = given.collect();
     for (_, path) in &given {
-        burn_conv_bn_files::check(path).map_err(cannot_write)?;
+        burn_conv_bn_files::check(path)?;
     }
     Ok(check_distinct(&given)?)
 }
@@ -74,7 +74,8 @@ pub(crate) fn finish(
     let mut lines = Vec::from_iter(text);
     let mut written = Ok(());
     for (what, path, bytes) in files {
-        match bytes.and_then(|bytes| write(path, &bytes)) {
+        let done = bytes.and_then(|bytes| Ok(write(path, &bytes, Survives::PowerLoss)?));
+        match done {
             Ok(()) => lines.push(format!("{what}: {}", path.display())),
             Err(error) => written = written.and(Err(error)),
         }
@@ -83,12 +84,4 @@ pub(crate) fn finish(
         say!("{line}")?;
     }
     written
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    burn_conv_bn_files::write(path, bytes, Survives::PowerLoss).map_err(cannot_write)
-}
-
-fn cannot_write(error: OutputError) -> anyhow::Error {
-    anyhow!("cannot write {error}")
 }

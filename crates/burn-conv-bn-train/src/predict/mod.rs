@@ -135,13 +135,8 @@ fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result
         digits.truncate(job.batch_size);
         digits
     });
-    let PredictOptions {
-        directory,
-        epoch,
-        form,
-        ..
-    } = options;
-    let predictor = Predictor::load(job, directory, *epoch, *form, reference.as_ref())?;
+    let (directory, form) = (&options.directory, options.form);
+    let predictor = Predictor::load(job, directory, options.epoch, form, reference.as_ref())?;
     say!(
         "Model: {} of {} after epoch {}, {}, {}",
         job.model.name(),
@@ -263,12 +258,9 @@ fn heading(report: &PredictionReport, test: &TestReport) -> [String; 2] {
         test.digits,
         report.dataset.as_deref().unwrap_or_default()
     );
-    let what = match test.mistakes.len() {
-        0 => format!("no mistakes on {digits}"),
-        1 => format!("1 mistake on {digits}"),
-        all if all <= SHOWN => format!("{all} mistakes on {digits}, highest loss first"),
-        all => format!("the {SHOWN} with the highest loss of {all} mistakes on {digits}"),
-    };
+    let all = test.mistakes.len();
+    let shown = all.min(SHOWN);
+    let what = format!("{shown} of {all} mistakes on {digits}, highest loss first");
     let of = format!(
         "{}, {}, epoch {} (below: probability of the class read, loss of the digit)",
         report.model, report.form, report.epoch

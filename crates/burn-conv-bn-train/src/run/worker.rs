@@ -80,7 +80,7 @@ pub(crate) fn work(allocator: &'static CountingAllocator, interrupter: Interrupt
         .context("run-variant is started by compare, which tells it what to do")?;
     let result = train(&task, allocator, interrupter).map_err(|error| message(&error));
     let json = serde_json::to_vec(&result)?;
-    burn_conv_bn_files::write(&task.result, &json, Survives::Kill).context("cannot write")
+    Ok(burn_conv_bn_files::write(&task.result, &json, Survives::Kill)?)
 }
 
 fn train(
