@@ -40,21 +40,22 @@ pub enum DatasetChoice {
     Synthetic,
 }
 
-/// What [`resolve`] is to find.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct DataRequest {
+/// Which data to find.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DataRequest {
     /// Which data to train on.
-    pub(crate) choice: DatasetChoice,
+    pub dataset: DatasetChoice,
     /// Folder with the four IDX files; with it, no other place is looked at.
-    pub(crate) data_dir: Option<PathBuf>,
-    /// Whether MNIST may be downloaded; see also [`OFFLINE`].
-    pub(crate) allow_download: bool,
-    /// Seed of the drawn digits.
-    pub(crate) seed: u64,
+    pub data_dir: Option<PathBuf>,
+    /// Whether MNIST may not be downloaded; see also [`OFFLINE`].
+    pub no_download: bool,
     /// Most training digits to keep, counted from the first.
-    pub(crate) train_limit: Option<usize>,
+    pub train_limit: Option<usize>,
     /// Most test digits to keep, counted from the first.
-    pub(crate) test_limit: Option<usize>,
+    pub test_limit: Option<usize>,
+    /// Seed of drawn digits, and of what a job draws: weights, order, dropout.
+    pub seed: u64,
 }
 
 /// The data and where they come from.
@@ -123,10 +124,10 @@ fn is_set(variable: Option<&OsStr>) -> bool {
 }
 
 fn resolve_on(machine: &Machine, request: &DataRequest) -> Result<MnistData> {
-    let mut data = match (request.choice, &request.data_dir) {
+    let mut data = match (request.dataset, &request.data_dir) {
         (DatasetChoice::Synthetic, _) => draw(request, "as requested"),
         (_, Some(dir)) => from_folder(dir)?,
-        (choice, None) => match search(machine, request.allow_download) {
+        (choice, None) => match search(machine, request.no_download) {
             Ok(data) => data,
             Err(tried) if choice == DatasetChoice::Mnist => bail!(
                 "no MNIST was found: {tried}; name a folder with its four IDX files, allow the \
@@ -193,7 +194,7 @@ fn of_parts(parts: Parts, name: &'static str, line: String) -> MnistData {
 
 /// Looks for MNIST in the caches, then on the network. Otherwise returns the places that were tried, and
 /// what was wrong with each.
-fn search(machine: &Machine, allow_download: bool) -> Result<MnistData, String> {
+fn search(machine: &Machine, no_download: bool) -> Result<MnistData, String> {
     let Some(cache) = &machine.cache else {
         return Err("this system names no cache folder".to_string());
     };
@@ -220,7 +221,7 @@ fn search(machine: &Machine, allow_download: bool) -> Result<MnistData, String> 
         }
     }
 
-    if !allow_download {
+    if no_download {
         tried.push("the download is not allowed".to_string());
     } else if machine.offline {
         tried.push(format!("the download is forbidden by {OFFLINE}"));

@@ -18,11 +18,11 @@ use crate::measure::report::{
 };
 use crate::persist::output;
 use crate::print::{escaped, message, say, warn};
-use crate::run::job::Job;
+use crate::run::job::{Job, Norm};
 use images::{Picture, read_folder};
 use mistakes::{SHOWN, draw};
 pub(crate) use predictor::PredictForm;
-use predictor::{Prediction, Predictor, check_statistics};
+use predictor::{Prediction, Predictor};
 
 /// How to predict.
 #[derive(Clone, Debug)]
@@ -56,7 +56,13 @@ pub(crate) fn predict(
     interrupter: &Interrupter,
 ) -> Result<()> {
     let testing = options.images.is_none();
-    check_outputs(options)?;
+    if !testing && options.mistakes.is_some() {
+        bail!("nobody knows what the pictures of a folder are; --mistakes needs --test-set");
+    }
+    let (json, mistakes) = (options.json.as_deref(), options.mistakes.as_deref());
+    output::check_svg("--mistakes", mistakes)?;
+    let outputs = [("--json", json), ("--mistakes", mistakes)];
+    output::check_beside(&options.directory, &outputs)?;
     let pictures = match &options.images {
         Some(folder) => read_folder(folder)?,
         None => Vec::new(),
@@ -64,9 +70,12 @@ pub(crate) fn predict(
     // Folding is refused by the model itself, which says why.
     let needs_statistics =
         !testing && !job.model.tracks_statistics() && options.form != PredictForm::Folded;
-    if needs_statistics {
-        check_statistics(job, options.form)?;
-    }
+    let takes_none = options.form == PredictForm::Unfused && job.norm == Norm::Tutorial;
+    ensure!(
+        !(needs_statistics && takes_none),
+        "the unfused form of the tutorial's norm takes statistics of whole batches alone, so that it \
+         cannot classify single pictures; use --form fused"
+    );
     let data = if testing || needs_statistics {
         Some(test_digits(job, &options.trained_on)?)
     } else {
@@ -87,9 +96,9 @@ pub(crate) fn predict(
     let mut files = Vec::new();
     let text = if let Some(data) = data.filter(|_| testing) {
         let (test, evaluation) = test_set(&predictor, job, &data, interrupter)?;
-        if let Some(path) = &options.mistakes {
+        if let Some(path) = mistakes {
             let picture = draw(&heading(&report, &test), &data.test, &test.mistakes);
-            files.push(("Mistakes", path.as_path(), Ok(picture.into_bytes())));
+            files.push(("Mistakes", path, Ok(picture.into_bytes())));
         }
         let matrix = confusion_matrix(&test.confusion);
         report.test = Some(test);
@@ -101,7 +110,7 @@ pub(crate) fn predict(
         classify_pictures(&predictor, job, pictures, &mut report, interrupter)?;
         table(&report.images)
     };
-    if let Some(path) = &options.json {
+    if let Some(path) = json {
         files.push(("Predictions", path, output::json(&report)));
     }
     output::finish(Some(text), files)?;
@@ -112,20 +121,6 @@ pub(crate) fn predict(
         skipped + report.images.len()
     );
     Ok(())
-}
-
-/// Checks that the results can be written.
-fn check_outputs(options: &PredictOptions) -> Result<()> {
-    if options.images.is_some() && options.mistakes.is_some() {
-        bail!("nobody knows what the pictures of a folder are; --mistakes needs --test-set");
-    }
-    let mistakes = options.mistakes.as_deref();
-    output::check_svg("--mistakes", mistakes)?;
-    let outputs = [
-        ("--json", options.json.as_deref()),
-        ("--mistakes", mistakes),
-    ];
-    output::check_beside(&options.directory, &outputs)
 }
 
 /// Loads the model, with the statistics of the first digits of `data` if given.
@@ -159,7 +154,7 @@ fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result
 fn test_digits(job: &Job, trained_on: &str) -> Result<MnistData> {
     let data = resolve(&DataRequest {
         train_limit: Some(1),
-        ..job.data_request()
+        ..job.data.clone()
     })?;
     say!("Data: {}", data.origin)?;
     if data.origin.name() != trained_on {

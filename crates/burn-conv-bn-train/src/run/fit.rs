@@ -193,7 +193,7 @@ fn launch(
             job.batch_size,
             activations,
             job.device(),
-            job.seed,
+            job.data.seed,
             resumed as u64,
         )),
         test_loader(test, job.batch_size, activations),

@@ -315,7 +315,7 @@ fn losses(
         job.batch_size,
         job.precision.activations(),
         job.device(),
-        job.seed,
+        job.data.seed,
         0,
     );
     let mut optimizer = job.optimizer.init();
