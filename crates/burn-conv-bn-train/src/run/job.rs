@@ -212,8 +212,7 @@ impl Job {
     /// The network in its initial state, ready to be trained.
     pub fn classifier(&self, variant: Variant, probe: MemoryProbe) -> Classifier {
         let network = self.network(variant.form());
-        Classifier::new(network, probe, self.precision.parameters())
-            .with_activations(self.precision.activations())
+        Classifier::new(network, probe, self.precision)
     }
 
     /// Bytes of the tensors that a step of `batch_size` digits keeps for its backward pass, each once, as

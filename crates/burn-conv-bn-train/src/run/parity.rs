@@ -320,7 +320,7 @@ fn losses(
     );
     let mut optimizer = job.optimizer.init();
     let network = reordering.of_network(job.network(variant.form()), job.model);
-    let mut model = Classifier::new(network, MemoryProbe::off(), job.precision.parameters());
+    let mut model = Classifier::new(network, MemoryProbe::off(), job.precision);
     let mut losses = Vec::with_capacity(steps);
     while losses.len() < steps {
         for batch in loader.iter().take(steps - losses.len()) {
