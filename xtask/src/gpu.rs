@@ -97,13 +97,14 @@ fn vulkan() -> Result<(), String> {
             .flatten()
             .any(|file| file.path().extension() == Some(OsStr::new("json")))
     };
-    match DRIVERS.into_iter().any(has_driver) {
-        true => Ok(()),
-        false => Err(
+    if DRIVERS.into_iter().any(has_driver) {
+        Ok(())
+    } else {
+        Err(
             "no Vulkan driver is installed; Mesa's software driver will do, as in Debian's \
              mesa-vulkan-drivers and libvulkan1"
                 .to_string(),
-        ),
+        )
     }
 }
 
@@ -381,9 +382,10 @@ fn archive(folder: &Path, names: &[&str]) -> Result<Vec<u8>> {
         .stderr(Stdio::inherit())
         .output()
         .context("cannot run tar")?;
-    match output.status.success() {
-        true => Ok(output.stdout),
-        false => bail!("tar failed ({}); it needs xz", output.status),
+    if output.status.success() {
+        Ok(output.stdout)
+    } else {
+        bail!("tar failed ({}); it needs xz", output.status)
     }
 }
 

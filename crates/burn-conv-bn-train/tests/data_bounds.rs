@@ -304,9 +304,10 @@ fn files_are_refused_within_bounds() {
             refused,
             bound,
         } = case;
-        let (path, sound) = match images {
-            true => (&images_path, &sound_images),
-            false => (&labels_path, &sound_labels),
+        let (path, sound) = if images {
+            (&images_path, &sound_images)
+        } else {
+            (&labels_path, &sound_labels)
         };
         write(path, &content);
         drop(content);

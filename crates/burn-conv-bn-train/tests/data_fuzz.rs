@@ -222,8 +222,5 @@ fn unpacked(bytes: Vec<u8>) -> Vec<u8> {
     let decoder = MultiGzDecoder::new(bytes.as_slice());
     // An error comes after the bytes that were good.
     let _ = decoder.take(LONGEST as u64).read_to_end(&mut inside);
-    match inside.is_empty() {
-        true => bytes,
-        false => inside,
-    }
+    if inside.is_empty() { bytes } else { inside }
 }

@@ -139,9 +139,10 @@ impl Div for Ball {
         let quotient = self.value / other.value;
         // The least that the divisor may be.
         let least = other.value.abs() - other.radius;
-        let radius = match least > 0.0 {
-            true => (self.radius + times(quotient.abs(), other.radius)) / least,
-            false => f64::INFINITY,
+        let radius = if least > 0.0 {
+            (self.radius + times(quotient.abs(), other.radius)) / least
+        } else {
+            f64::INFINITY
         };
         Self::computed(quotient, radius, self.common_unit(other))
     }
