@@ -182,17 +182,14 @@ fn layer(case: &Case, data: &Data, dtype: DType, is_fused: bool) -> Results {
 
     let input = tensor(&data.input, input_shape).require_grad();
     // Modules share parameters and running statistics when cloned.
-    let output = match is_fused {
-        true => {
-            let mut block = ConvBn2d::from_parts(conv.clone(), norm.clone(), case.activation);
-            block.settings.recompute = case.recompute;
-            block.settings.max_workspace = case.max_workspace;
-            block.forward(input.clone())
-        }
-        false => {
-            let normalized = norm.forward(conv.forward(input.clone()));
-            case.activation.forward(normalized)
-        }
+    let output = if is_fused {
+        let mut block = ConvBn2d::from_parts(conv.clone(), norm.clone(), case.activation);
+        block.settings.recompute = case.recompute;
+        block.settings.max_workspace = case.max_workspace;
+        block.forward(input.clone())
+    } else {
+        let normalized = norm.forward(conv.forward(input.clone()));
+        case.activation.forward(normalized)
     };
     let upstream = tensor(&data.output_grad, output.dims());
     let grads = (output.clone() * upstream).sum().backward();
