@@ -69,8 +69,7 @@ pub fn webgpu(fusion: Fusion) -> Vec<&'static str> {
     arguments
 }
 
-/// The test programs for WebGPU alone: wgpu can be told to write down what it is asked to do, and the
-/// bundle's script runs the program `mnist` itself.
+/// The test programs for WebGPU alone: one reads wgpu's trace, and the bundle's script runs `mnist` itself.
 const WEBGPU_TESTS: [&str; 2] = ["cube_traffic", "device"];
 
 /// Where Vulkan's loader looks for drivers, on Linux.
@@ -200,7 +199,7 @@ pub struct Bundle {
 /// Where the bundle is put together, from the workspace's root.
 const BUNDLE_FOLDER: &str = "target/gpu-bundle";
 
-/// Its name there, unless it is told otherwise.
+/// Its name there by default.
 const BUNDLE: &str = "burn-conv-bn-cuda.sh";
 
 /// The build of what trains and is timed on CUDA.
@@ -462,7 +461,7 @@ mod script_tests {
         log: Vec<String>,
     }
 
-    /// Runs the script, but for its unpacking, with those variables.
+    /// Runs the script without its unpacking, with those variables.
     fn run(variables: &[(&str, &str)]) -> Run {
         use std::os::unix::fs::PermissionsExt;
 

@@ -92,7 +92,7 @@ fn check<N: Network>(name: &str, task: &Task, init: impl Fn(&Device) -> N) {
     }
 }
 
-/// At the tutorial's sizes, but for the batch.
+/// At the tutorial's sizes, except the batch.
 #[test]
 fn the_tutorials_network() {
     let task = Task::new([8, 1, 28, 28], STEPS, 0.005);

@@ -81,7 +81,7 @@ fn sizes() -> Vec<Sizes> {
     ]
 }
 
-/// One of each kind: without a derivative, told by the output with and without a slope, and told by
+/// One of each kind: without a derivative, with one by the output, with and without a slope, and with one by
 /// the value.
 fn activations() -> Vec<Activation> {
     vec![

@@ -119,8 +119,8 @@ impl Optimizer for Adadelta {
     }
 }
 
-/// As derived, but for the type: the derived state comes back in the default type of the device,
-/// and loses half of its digits if it was in double precision.
+/// As derived, with the state's type: the derived state comes back in the device's default type, in which one
+/// in double precision loses half of its digits.
 impl<const D: usize> RecordState for AdadeltaState<D> {
     fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
         out.push_tensor(prefix, SQUARE_AVG, self.square_avg.clone().into_data());

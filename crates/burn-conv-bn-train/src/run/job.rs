@@ -119,8 +119,7 @@ impl Job {
     ///
     /// # Panics
     ///
-    /// Panics if this build or this machine has no such device, which
-    /// [`DeviceChoice::open`] tells.
+    /// Panics where [`DeviceChoice::open`] is an error.
     pub fn device(&self) -> Device {
         let device = self.device.open();
         device.unwrap_or_else(|error| panic!("{error}")).autodiff()

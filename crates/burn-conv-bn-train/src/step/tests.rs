@@ -74,7 +74,7 @@ fn named(classifier: &Classifier, gradients: &GradientsParams) -> BTreeMap<Strin
     collect.found
 }
 
-/// How far values are from what is wanted, as a part of the latter's 2-norm.
+/// Distance of values, relative to the 2-norm of the wanted ones.
 fn distance(got: &[f64], wanted: &[f64]) -> f64 {
     assert_eq!(got.len(), wanted.len());
     let difference = norm(got.iter().zip(wanted).map(|(got, wanted)| got - wanted));

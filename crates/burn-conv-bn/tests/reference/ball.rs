@@ -148,7 +148,7 @@ impl Div for Ball {
     }
 }
 
-/// The product of bounds, of which 0 is certain.
+/// The product of two bounds: 0 if one is 0, also with an infinite one.
 fn times(a: f64, b: f64) -> f64 {
     if a == 0.0 || b == 0.0 { 0.0 } else { a * b }
 }
