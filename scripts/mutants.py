@@ -88,7 +88,7 @@ MUTANTS = [
     ("layer/block.rs", "        «take_pending(running)→()»;\n    }\n}"),
     # Flex.
     ("flex/backward.rs", "&& «shift <= MOST_SHIFT * spread→true»"),
-    ("flex/backward.rs", "«spread.is_finite()→true»\n"),
+    ("flex/backward.rs", "«spread.is_finite()→true» && spread >="),
     ("flex/backward.rs", "&& «spread >= LEAST_SPREAD * least→true»"),
     ("flex/backward.rs", "&& «geometry.is_worth_storing(bytes)→true»"),
     ("flex/backward.rs", ".is_none_or(|most| «bytes <= most→true»);"),

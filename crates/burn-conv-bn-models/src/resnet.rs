@@ -161,8 +161,8 @@ impl ResNetConfig {
         Self::new(form, ResNetBlockKind::Bottleneck, [3, 4, 23, 3])
     }
 
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the
-    /// same seed of the device gives the same weights whatever the form and however it is used.
+    /// Initializes a network, and draws its parameters at once in the order of its fields: the same seed of
+    /// the device gives the same weights in every form.
     ///
     /// # Panics
     ///

@@ -25,7 +25,7 @@ pub enum DeviceChoice {
     Vulkan,
     /// Any GPU, through wgpu and its own shading language, WGSL.
     Webgpu,
-    /// Any GPU, through whatever wgpu takes by itself.
+    /// Any GPU, through wgpu's own choice.
     Wgpu,
 }
 

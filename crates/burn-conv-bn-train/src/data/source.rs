@@ -36,7 +36,7 @@ pub enum DatasetChoice {
     Auto,
     /// MNIST or an error.
     Mnist,
-    /// Drawn digits, whatever else there is.
+    /// Drawn digits.
     Synthetic,
 }
 

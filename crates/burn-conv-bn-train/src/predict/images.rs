@@ -25,7 +25,7 @@ const CENTRE: f64 = 14.5;
 /// Least difference between ink and background, of 255: less is taken for an empty page.
 const CONTRAST: u8 = 32;
 
-/// Least ink, of 255, that counts wherever it is; less is dirt, unless it is the edge of a stroke.
+/// Least ink, of 255, that counts anywhere; less is dirt, except at the edge of a stroke.
 const STRONG: u8 = 32;
 
 /// Strongest ink of a picture, of 255, that is not stretched.

@@ -143,7 +143,7 @@ fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result
     if let Some(reference) = &reference {
         say!(
             "This model keeps no statistics for evaluation: each picture is normalized with those \
-             of the first {} test digits, whatever else is in its folder.",
+             of the first {} test digits, and not by its neighbours in the folder.",
             reference.len()
         )?;
     }
