@@ -87,9 +87,8 @@ MUTANTS = [
     ("layer/block.rs", "running.update((old * (1.0 - momentum) + new * «momentum→(1.0 - momentum)»).detach());"),
     ("layer/block.rs", "        «take_pending(running)→()»;\n    }\n}"),
     # Flex.
-    ("flex/backward.rs", "&& «scale >= least_scale→true»"),
     ("flex/backward.rs", "&& «shift <= MOST_SHIFT * spread→true»"),
-    ("flex/backward.rs", "«spread.is_finite()→true»\n"),
+    ("flex/backward.rs", "«spread.is_finite()→true» && spread >="),
     ("flex/backward.rs", "&& «spread >= LEAST_SPREAD * least→true»"),
     ("flex/backward.rs", "&& «geometry.is_worth_storing(bytes)→true»"),
     ("flex/backward.rs", ".is_none_or(|most| «bytes <= most→true»);"),
@@ -102,7 +101,6 @@ MUTANTS = [
 
 # Faults that no result can show, and why.
 EXPLAINED = {
-    "flex/backward.rs: scale >= least_scale → true": "backward divides by the very scale that forward multiplied with",
     "autodiff/norm.rs: backward_options.needs_input() → true": "what rebuilds the output keeps the input anyway",
     "backend/tensors.rs: self.wanted.input → true": "the same",
 }

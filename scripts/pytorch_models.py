@@ -86,8 +86,8 @@ def contiguous(tensors):
 
 
 def step(net, images, targets):
-    """What the tests compare: the outputs; gradients, and in the place of buffers, the buffers after the
-    step, by the keys of the state_dict."""
+    """What the tests compare: the outputs, and by the keys of the state_dict gradients of parameters and buffers
+    after the step."""
     found = {}
     with torch.no_grad():
         found["evaluation"] = net.eval()(images)

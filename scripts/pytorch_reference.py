@@ -18,7 +18,7 @@ crates/burn-conv-bn/tests/data/pytorch_conv_bn.json
     FusedConvBN2DFunction. In mode "frozen" the norm is in evaluation mode and running_mean
     and running_var are inputs.
 
-crates/burn-conv-bn-train/tests/data/pytorch_adadelta.json
+crates/burn-conv-bn-models/tests/data/pytorch_adadelta.json
     Two runs of torch.optim.Adadelta on given gradients. The tests feed the same gradients to
     the crate's optimizer and compare the parameters and both accumulators after each step.
 
@@ -656,7 +656,7 @@ def main():
             "momentum": MOMENTUM,
             "cases": conv_bn_cases(),
         },
-        "burn-conv-bn-train/tests/data/pytorch_adadelta.json": {"runs": adadelta_runs()},
+        "burn-conv-bn-models/tests/data/pytorch_adadelta.json": {"runs": adadelta_runs()},
         "burn-conv-bn-models/tests/data/pytorch_net.json": net(),
     }
     for path, content in files.items():

@@ -69,8 +69,7 @@ pub fn webgpu(fusion: Fusion) -> Vec<&'static str> {
     arguments
 }
 
-/// The test programs for WebGPU alone: wgpu can be told to write down what it is asked to do, and the
-/// bundle's script runs the program `mnist` itself.
+/// The test programs for WebGPU alone: one reads wgpu's trace, and the bundle's script runs `mnist` itself.
 const WEBGPU_TESTS: [&str; 2] = ["cube_traffic", "device"];
 
 /// Where Vulkan's loader looks for drivers, on Linux.
@@ -97,13 +96,14 @@ fn vulkan() -> Result<(), String> {
             .flatten()
             .any(|file| file.path().extension() == Some(OsStr::new("json")))
     };
-    match DRIVERS.into_iter().any(has_driver) {
-        true => Ok(()),
-        false => Err(
+    if DRIVERS.into_iter().any(has_driver) {
+        Ok(())
+    } else {
+        Err(
             "no Vulkan driver is installed; Mesa's software driver will do, as in Debian's \
              mesa-vulkan-drivers and libvulkan1"
                 .to_string(),
-        ),
+        )
     }
 }
 
@@ -199,7 +199,7 @@ pub struct Bundle {
 /// Where the bundle is put together, from the workspace's root.
 const BUNDLE_FOLDER: &str = "target/gpu-bundle";
 
-/// Its name there, unless it is told otherwise.
+/// Its name there by default.
 const BUNDLE: &str = "burn-conv-bn-cuda.sh";
 
 /// The build of what trains and is timed on CUDA.
@@ -381,9 +381,10 @@ fn archive(folder: &Path, names: &[&str]) -> Result<Vec<u8>> {
         .stderr(Stdio::inherit())
         .output()
         .context("cannot run tar")?;
-    match output.status.success() {
-        true => Ok(output.stdout),
-        false => bail!("tar failed ({}); it needs xz", output.status),
+    if output.status.success() {
+        Ok(output.stdout)
+    } else {
+        bail!("tar failed ({}); it needs xz", output.status)
     }
 }
 
@@ -460,7 +461,7 @@ mod script_tests {
         log: Vec<String>,
     }
 
-    /// Runs the script, but for its unpacking, with those variables.
+    /// Runs the script without its unpacking, with those variables.
     fn run(variables: &[(&str, &str)]) -> Run {
         use std::os::unix::fs::PermissionsExt;
 

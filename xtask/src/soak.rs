@@ -45,8 +45,7 @@ const LIMIT: Duration = Duration::from_secs(60 * 60);
 /// How often a running program is looked at.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Where the outputs of failed programs stay, and the list of seeds unless it is told otherwise, from
-/// the workspace's root.
+/// Where the outputs of failed programs stay, and by default the list of seeds, from the workspace's root.
 const FOLDER: &str = "target/soak";
 
 #[derive(Args, Debug)]

@@ -104,7 +104,7 @@ impl Place {
         serde_json::from_slice(&fs::read(self.path(name)).unwrap()).unwrap()
     }
 
-    /// Names of what a run left among the temporary files, but for its lock.
+    /// Names of a run's temporary files that are left, except its lock.
     fn left(&self) -> Vec<String> {
         let mut left = names(self.temporary.path());
         left.retain(|name| name != "burn-conv-bn-bench.lock");

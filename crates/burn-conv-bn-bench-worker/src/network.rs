@@ -16,9 +16,8 @@ use burn_conv_bn_bench::protocol::Contender;
 use burn_conv_bn_bench::tensor_file::{read, write};
 use burn_conv_bn_models::{
     DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
-    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig, optim::AdadeltaConfig,
 };
-use burn_conv_bn_train::optim::AdadeltaConfig;
 
 use crate::device::is_cube;
 use crate::precision::Computing;

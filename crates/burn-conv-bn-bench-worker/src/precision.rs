@@ -6,8 +6,8 @@ use burn::optim::GradientsParams;
 use burn::tensor::{Gradients, Tensor};
 use burn_conv_bn::ConvBnModule;
 use burn_conv_bn_bench::precision::Precision;
+use burn_conv_bn_models::optim::LossScale;
 use burn_conv_bn_train::job;
-use burn_conv_bn_train::loss_scale::LossScale;
 
 /// The types of a precision. Whether f32 is multiplied as TF32 is for Burn to choose.
 pub fn types(precision: Precision) -> job::Precision {

@@ -6,13 +6,13 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum OutputError {
     /// The path is a folder, or ends with a separator as a folder's does.
-    #[error("{}: expected a file to write to, got a folder", .path.display())]
+    #[error("cannot write {}: it is a folder, expected a file", .path.display())]
     Folder {
         /// The path as given.
         path: PathBuf,
     },
     /// The file's permissions forbid writing.
-    #[error("{}: the file is read-only", .path.display())]
+    #[error("cannot write {}: the file is read-only", .path.display())]
     ReadOnly {
         /// The path as given.
         path: PathBuf,
@@ -28,7 +28,7 @@ pub enum OutputError {
         path: PathBuf,
     },
     /// The system refused.
-    #[error("{}: {source}", .path.display())]
+    #[error("cannot write {}: {source}", .path.display())]
     Io {
         /// The path as given.
         path: PathBuf,

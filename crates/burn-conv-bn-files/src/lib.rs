@@ -1,9 +1,8 @@
 //! Output files of programs: a report, a table, a picture, a file of a checkpoint.
 //!
-//! [`write()`] replaces a regular file as a whole or leaves it alone, follows links, keeps the file's
-//! permissions, and writes through what is no regular file: a device, a FIFO, `/dev/stdout`.
-//! [`check`] finds out before a long computation whether [`write()`] will be able to, and
-//! [`check_distinct`] whether two outputs are one file.
+//! [`write()`] replaces a regular file as a whole or leaves it alone, follows links and keeps permissions.
+//! It writes through devices, FIFOs and `/dev/stdout`. Before a long computation, [`check`] tests whether
+//! [`write()`] can write, and [`check_distinct`] whether two outputs are one file.
 
 mod error;
 mod target;
@@ -20,27 +19,27 @@ use target::{Target, folder_of};
 /// Prefix of the name of a file that is still being written.
 const PARTIAL: &str = ".partial-";
 
-/// Which interruption a written file survives.
+/// The interruption that a written file survives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Survives {
     /// The process is killed.
     Kill,
-    /// The machine loses power. Waits for the disk.
+    /// The machine loses power: the write waits for the disk.
     PowerLoss,
 }
 
 /// Writes `bytes` to `path`.
 ///
-/// A regular file, also one behind links, is replaced once all bytes are written, and keeps its
-/// permissions; an absent one appears whole. Anything else is opened and appended to.
+/// A regular file, also one behind links, is replaced once all bytes are written, and keeps its permissions;
+/// an absent one appears whole. Devices and the like are appended to.
 ///
 /// # Errors
 ///
-/// [`OutputError`], which names the path. A regular file then keeps its content.
+/// [`OutputError`] with the path. A regular file then keeps its content.
 pub fn write(path: &Path, bytes: &[u8], survives: Survives) -> Result<(), OutputError> {
     let written = match Target::of(path)? {
         Target::Stream => append(path, bytes),
-        // The process's own handles, since a file opened anew has a position of its own.
+        // The process's own handles: a file that is opened again starts at its beginning.
         Target::StandardOutput => flushed(io::stdout().lock(), bytes),
         Target::StandardError => flushed(io::stderr().lock(), bytes),
         Target::File { path, permissions } => replace(&path, permissions, bytes, survives),
@@ -48,7 +47,7 @@ pub fn write(path: &Path, bytes: &[u8], survives: Survives) -> Result<(), Output
     written.map_err(|source| OutputError::io(path, source))
 }
 
-/// Checks that [`write()`] can write to `path`, without changing what is there.
+/// Checks that [`write()`] can write to `path`, and changes nothing.
 ///
 /// # Errors
 ///
@@ -86,8 +85,8 @@ pub fn check_distinct(outputs: &[(&'static str, &Path)]) -> Result<(), OutputErr
     Ok(())
 }
 
-/// Regular file that [`write()`] replaces for `path`, behind its links; absent or not. `None` where it
-/// appends, so that interim results must not be written.
+/// The regular file, behind links, that [`write()`] replaces for `path`, absent or not. `None` where it
+/// appends: interim results must not be written there.
 ///
 /// # Errors
 ///
@@ -99,11 +98,11 @@ pub fn replaced(path: &Path) -> Result<Option<PathBuf>, OutputError> {
     })
 }
 
-/// Makes sure that the names in a folder are on the disk, as far as the system can.
+/// Waits until the names in a folder are on the disk, on Unix.
 ///
 /// # Errors
 ///
-/// The system's, but for file systems that keep no folder apart from its files.
+/// The system's, except where a file system cannot sync folders.
 pub fn sync_folder(folder: &Path) -> io::Result<()> {
     if !cfg!(unix) {
         return Ok(());
@@ -135,14 +134,14 @@ pub fn check_room(folder: &Path, bytes: usize) -> io::Result<()> {
         file.as_file_mut().write_all(&zeros[..some])?;
         left -= some;
     }
-    // Some file systems find out no earlier that they are full.
+    // Some file systems report only now that they are full.
     file.as_file().sync_all()?;
     file.close()
 }
 
-/// Removes from a folder the unfinished files of a process that was killed. An absent folder has none.
+/// Removes the unfinished files of a killed process from a folder, which may be absent.
 ///
-/// For the one process that writes to the folder: another's file would be removed while it is written.
+/// Only the one process that writes to the folder may call it: another's unfinished files go, too.
 ///
 /// # Errors
 ///
@@ -190,7 +189,7 @@ fn replace(
     }
 }
 
-/// An unfinished file with these permissions, or with those of any new file.
+/// An unfinished file with these permissions, by default those of a new file.
 fn partial(folder: &Path, permissions: Option<Permissions>) -> io::Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(PARTIAL);

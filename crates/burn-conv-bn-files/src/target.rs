@@ -34,7 +34,7 @@ impl Target {
         let permissions = match fs::metadata(path) {
             Ok(metadata) if metadata.is_dir() => return Err(folder()),
             Ok(metadata) => metadata.is_file().then(|| metadata.permissions()),
-            // A link that leads nowhere is an absent file, too.
+            // A dangling link is an absent file, too.
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(OutputError::io(path, error)),
         };
@@ -58,7 +58,7 @@ pub(crate) fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// Where a path's links end, without permissions; a device still counts as a file.
+/// Where a path's links end, without permissions. A device still counts as a file.
 fn follow(path: &Path) -> io::Result<Target> {
     let mut path = path.to_path_buf();
     for _ in 0..MAX_LINKS {
@@ -69,7 +69,7 @@ fn follow(path: &Path) -> io::Result<Target> {
             return Ok(match name.to_str() {
                 Some("1") if own => Target::StandardOutput,
                 Some("2") if own => Target::StandardError,
-                // Replacing an open file by another would leave its readers with the old one.
+                // Readers of an open file would keep the old one if it were replaced.
                 _ => Target::Stream,
             });
         }

@@ -1,4 +1,4 @@
-//! What the kernels of a wgpu device are bound to.
+//! Buffers that kernels of a wgpu device are bound to.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -11,24 +11,21 @@ use thiserror::Error;
 
 use crate::trace::{Launch, Trace, TraceError};
 
-/// The file of a trace, in the folder that wgpu is given.
+/// Name of a trace's file, in the folder given to wgpu.
 const FILE: &str = "trace.ron";
 
-/// What precedes the first action in it, for it is a list of them.
+/// What precedes the first action: a trace is a list.
 const OPENING: &str = "[\n";
 
-/// Counts the bytes of the buffers that each launch of a kernel is bound to, on a wgpu device that
-/// it opens.
+/// Counts the bytes of the buffers that each kernel launch is bound to, on a wgpu device that it opens.
 ///
-/// CubeCL tells an observer of its launches the kernel's name and nothing else. What CubeCL asks of wgpu,
-/// wgpu can write down: the buffers, and which part of them, that a launch is bound to. The device of
-/// this meter does, into a temporary folder, and is to be registered with CubeCL or Burn by its
-/// [`setup`](Self::setup).
+/// CubeCL's observers of launches get a kernel's name alone. wgpu can trace its calls, with the parts of
+/// buffers that each launch is bound to: this meter's device does, to a temporary folder. Register it with
+/// CubeCL or Burn by its [`setup`](Self::setup).
 ///
-/// A part of a buffer counts once for each launch that is bound to it. So the sum over the launches
-/// is what kernels move that read or write all that they are given exactly once. One that writes over
-/// what it has read moves more, as does one that reads a value again where no cache holds it; one that
-/// leaves a part alone moves less.
+/// A part of a buffer counts once for each launch that is bound to it. The sum over launches is the memory
+/// traffic of kernels that read or write each of their values once. A kernel that overwrites its input, or
+/// reads a value again without a cache, moves more; one that skips a part of a buffer moves less.
 ///
 /// ```no_run
 /// use burn_conv_bn_memory::{BindingError, BindingMeter};
@@ -54,8 +51,6 @@ pub struct BindingMeter {
 }
 
 /// Why launches cannot be counted.
-///
-/// [`BindingMeter`] has an example.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum BindingError {
@@ -65,25 +60,25 @@ pub enum BindingError {
     /// No device; in wgpu's words.
     #[error("no wgpu device that writes a trace: {0}")]
     Device(String),
-    /// The trace is not there, or cannot be read.
+    /// The trace is absent or cannot be read.
     #[error("cannot read wgpu's trace, {}", .path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// What went wrong.
+        /// The system's error.
         source: io::Error,
     },
-    /// The trace is in another form than that of wgpu 30.
-    #[error("cannot understand wgpu's trace")]
+    /// The trace is not in wgpu 30's form.
+    #[error("cannot understand wgpu's trace, expected that of wgpu 30")]
     Trace(#[from] TraceError),
 }
 
 impl BindingMeter {
-    /// Opens a device of the best adapter that is there, with all that CubeCL makes use of.
+    /// Opens the best adapter's device, with all features that CubeCL uses.
     ///
     /// # Errors
     ///
-    /// Where there is no adapter, no device, or no folder for temporary files.
+    /// If there is no adapter, no device, or no folder for temporary files.
     pub fn new() -> Result<Self, BindingError> {
         let folder = TempDir::new().map_err(BindingError::Folder)?;
         let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
@@ -95,7 +90,7 @@ impl BindingMeter {
             ..wgpu::RequestAdapterOptions::default()
         }))
         .map_err(|error| BindingError::Device(error.to_string()))?;
-        // Those of CubeCL's own devices, but for the experimental ones, which WGSL has no use for.
+        // As CubeCL's own devices, without the experimental features, which WGSL does not use.
         let left_out =
             wgpu::Features::MAPPABLE_PRIMARY_BUFFERS | wgpu::Features::all_experimental_mask();
         let (device, queue) = block_on(adapter.request_device(&wgpu::DeviceDescriptor {
@@ -118,23 +113,22 @@ impl BindingMeter {
             position: OPENING.len() as u64,
             trace: Trace::default(),
         };
-        // wgpu opens a device without a trace where it cannot write one.
+        // Where wgpu cannot write a trace, it opens a device without one.
         meter.launches()?;
         Ok(meter)
     }
 
-    /// The device, to be registered once: by `cubecl::wgpu::init_device`, or with Burn by
+    /// The device. Register it once: by `cubecl::wgpu::init_device`, or with Burn by
     /// `Device::wgpu_options().setup(..)`.
     pub fn setup(&self) -> WgpuSetup {
         self.setup.clone()
     }
 
-    /// The launches that the device was given since the last call, in their order. What is still
-    /// queued has not happened: synchronize first.
+    /// Launches since the last call, in order. Queued work does not count: synchronize first.
     ///
     /// # Errors
     ///
-    /// Where the trace cannot be read or understood.
+    /// [`BindingError::Read`] and [`BindingError::Trace`].
     pub fn launches(&mut self) -> Result<Vec<Launch>, BindingError> {
         let text = self.unread()?;
         let (launches, length) = self.trace.follow(&text)?;
@@ -142,7 +136,7 @@ impl BindingMeter {
         Ok(launches)
     }
 
-    /// The trace from where it was last read to.
+    /// The part of the trace that has not been read.
     fn unread(&self) -> Result<String, BindingError> {
         let path = self.folder.path().join(FILE);
         let text = File::open(&path).and_then(|mut file| {

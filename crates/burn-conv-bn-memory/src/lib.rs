@@ -25,12 +25,10 @@ use std::sync::atomic::Ordering::{AcqRel, Relaxed};
 
 /// The system's allocator, with a count of live bytes and of their peak.
 ///
-/// Bytes are those that were asked for, without the allocator's own overhead. Each allocation
-/// costs two atomic operations. A snapshot taken while other threads allocate is a moment
-/// of theirs; nothing is lost.
+/// Counts requested bytes, without the allocator's overhead. An allocation costs two atomic operations.
+/// Readings are exact once other threads no longer allocate; no byte is lost meanwhile.
 ///
-/// A program declares it with `#[global_allocator]`, as in [the crate's example](crate). Here it is
-/// asked by hand:
+/// A program declares it with `#[global_allocator]`, as in [the crate's example](crate). Called directly:
 ///
 /// ```
 /// use std::alloc::{GlobalAlloc, Layout};
@@ -79,17 +77,16 @@ impl CountingAllocator {
 
     /// As [`reset_peak`](Self::reset_peak), but returns the peak that ends.
     ///
-    /// Called again and again, it gives the curve of what is alive, without a peak missed in
-    /// between.
+    /// Called repeatedly, it samples the live bytes over time without missing a peak.
     pub fn take_peak(&self) -> usize {
         let (ended, _) = self.restart_peak(|| self.current());
         ended
     }
 
-    /// Ends the peak and starts one at `level()`: returns both.
+    /// Ends the peak, starts one at `level()`, and returns both.
     ///
-    /// The old peak goes first. A level read before it would overwrite the peak of an allocation in
-    /// between, and the new peak would be below what is alive.
+    /// The old peak is cleared first. With the level read first, the peak of an allocation in between would
+    /// be overwritten, and the new peak would be below the live bytes.
     fn restart_peak(&self, level: impl FnOnce() -> usize) -> (usize, usize) {
         // Acquire and release: each allocation whose peak is taken here is in the level read below.
         let ended = self.peak.swap(0, AcqRel);
@@ -108,12 +105,12 @@ impl CountingAllocator {
     }
 }
 
-// SAFETY: every method hands its arguments to `System` unchanged and returns its answer unchanged;
-// the counters are no part of the allocation.
+// SAFETY: every method passes its arguments to `System` and returns its result, both unchanged; the
+// counters are no part of the allocation.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for CountingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promise is `System`'s.
+        // SAFETY: the caller upholds `System`'s contract, which is this method's.
         let pointer = unsafe { System.alloc(layout) };
         if !pointer.is_null() {
             self.grow(layout.size());
@@ -122,7 +119,7 @@ unsafe impl GlobalAlloc for CountingAllocator {
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promise is `System`'s.
+        // SAFETY: the caller upholds `System`'s contract, which is this method's.
         let pointer = unsafe { System.alloc_zeroed(layout) };
         if !pointer.is_null() {
             self.grow(layout.size());
@@ -131,13 +128,13 @@ unsafe impl GlobalAlloc for CountingAllocator {
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is `System`'s.
+        // SAFETY: the caller upholds `System`'s contract, which is this method's.
         unsafe { System.dealloc(pointer, layout) };
         self.shrink(layout.size());
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        // SAFETY: the caller's promise is `System`'s.
+        // SAFETY: the caller upholds `System`'s contract, which is this method's.
         let new_pointer = unsafe { System.realloc(pointer, layout, new_size) };
         if !new_pointer.is_null() {
             match new_size.checked_sub(layout.size()) {

@@ -10,13 +10,12 @@ use cubecl::logging::{LaunchObservation, LaunchObserver};
 
 /// Counts the bytes in use of a CubeCL device's pool, and their peak.
 ///
-/// A pool tells what is in use now, but not the most that ever was. The meter looks at every
-/// launch of a kernel, when all that the kernel reads and writes is alive: between two launches a
-/// pool only ever grows by what the next one needs. Scratch that a library's kernels allocate is
-/// part of it, and so is what autotuning takes while it tries: warm up first.
+/// A pool reports the bytes in use now, not their peak. The meter reads it at every kernel launch, when all
+/// buffers of the kernel are alive: between two launches a pool grows by the next one's buffers alone.
+/// Scratch of a library's kernels counts, and so does that of autotuning: warm up first.
 ///
-/// Looking costs a question to the device's thread for each launch. Only one meter of a process
-/// counts a peak at a time. Clones share the measurement.
+/// Each launch costs a query to the device's thread. One meter of a process at a time counts a peak. Clones
+/// share the measurement.
 ///
 /// ```no_run
 /// use burn_conv_bn_memory::PoolMeter;
@@ -60,8 +59,8 @@ impl Peak {
 
 /// Starts a new peak at the bytes that `look` finds, which raises it.
 ///
-/// The old peak goes first. Written after the level was read, the new one would overwrite that of a launch
-/// in between.
+/// The old peak is cleared first. Cleared after the level was read, it would take the peak of a launch in
+/// between with it.
 fn restart(peak: &Mutex<Peak>, look: impl FnOnce() -> usize) -> usize {
     *lock(peak) = Peak::default();
     look()
@@ -80,8 +79,8 @@ impl PoolMeter {
         }
     }
 
-    /// Bytes in use now, padding left out. What is still queued, as by Burn's fusion, has not
-    /// happened: synchronize first.
+    /// Bytes in use now, without padding. Queued work, as of Burn's fusion, does not count: synchronize
+    /// first.
     pub fn current(&self) -> usize {
         self.samples.look(None)
     }

@@ -23,10 +23,11 @@ pub struct StepMemory {
     pub peak_bytes: usize,
 }
 
-/// Measures a training step of any model: `forward`, with what it returns alive, and `backward` of that.
+/// Measures a training step of any model: `forward`, whose result stays alive, and `backward` of that
+/// result.
 ///
-/// On a CubeCL device the bytes are those in use in its memory pool, anywhere else the process's, by its
-/// global allocator. Run the step once before: the first one draws parameters, and autotuning allocates.
+/// Counts the bytes in use in a CubeCL device's memory pool; for other devices the process's, by its global
+/// allocator. Run the step once before: the first one draws parameters, and autotuning allocates.
 ///
 /// ```
 /// use burn::nn::{Linear, LinearConfig};
@@ -62,8 +63,8 @@ pub fn measure_step<F, B>(
     probe.backward_end()
 }
 
-/// Measures [`StepMemory`] from inside a training step that is not two closures, as
-/// [`measure_step`] wants it. Clones share the measurement.
+/// Measures [`StepMemory`] within a training step, where the two closures of [`measure_step`] do not fit.
+/// Clones share the measurement.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -113,8 +114,8 @@ struct Step {
 }
 
 impl MemoryProbe {
-    /// Measures the memory that `device` computes in: the host's through the process's global
-    /// allocator, or the device's through its memory pool.
+    /// Measures the memory that `device` computes in: the host's by the process's global allocator, or the
+    /// device's by its memory pool.
     pub fn of(device: &Device, allocator: &'static CountingAllocator) -> Self {
         #[cfg(feature = "cubecl")]
         if let DispatchDevice::Cube(cube) = device.clone().without_autodiff().as_dispatch() {
@@ -130,7 +131,7 @@ impl MemoryProbe {
         Self::host(allocator)
     }
 
-    /// Measures the host's memory through the process's global allocator.
+    /// Measures the host's memory by the process's global allocator.
     pub fn host(allocator: &'static CountingAllocator) -> Self {
         Self {
             meter: Meter::Host(allocator),
@@ -151,8 +152,7 @@ impl MemoryProbe {
         }
     }
 
-    /// The most bytes alive since the last call on the host; on a device those in use now, of what
-    /// it has begun with.
+    /// Host: most bytes alive since the last call. Device: bytes in use now, by the work that it has begun.
     pub fn take_peak(&self) -> usize {
         match &self.meter {
             Meter::Off => 0,
@@ -167,7 +167,7 @@ impl MemoryProbe {
         Self::default()
     }
 
-    /// Call just before the forward pass.
+    /// Starts a measurement, just before the forward pass.
     pub fn begin(&self) {
         let level = match &self.meter {
             Meter::Off => 0,
@@ -181,13 +181,13 @@ impl MemoryProbe {
         self.update(|step| step.level = level);
     }
 
-    /// Call just after the forward pass, with everything that it returned still alive.
+    /// Ends the forward pass, whose results must still be alive.
     pub fn forward_end(&self) {
         let current = self.level();
         self.update(|step| step.forward_end = current.saturating_sub(step.level));
     }
 
-    /// Call just after the backward pass. A device has then done all of it.
+    /// Ends the backward pass; waits for the device.
     pub fn backward_end(&self) -> StepMemory {
         let peak = match &self.meter {
             Meter::Off => 0,

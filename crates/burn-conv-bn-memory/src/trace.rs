@@ -1,4 +1,4 @@
-//! wgpu's traces: what a device was asked to do, in RON.
+//! wgpu's traces: the calls on a device, in RON.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -6,11 +6,10 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use thiserror::Error;
 
-/// The actions that tell about launches, as a trace begins them. The others, such as what a buffer is
-/// filled with, are passed over.
-const TELLING: [&str; 3] = ["CreateBindGroup(", "CreateComputePipeline(", "Submit("];
+/// How actions start that describe launches. Others, such as a buffer's content, are skipped.
+const READ: [&str; 3] = ["CreateBindGroup(", "CreateComputePipeline(", "Submit("];
 
-/// A launch of a kernel, as [`BindingMeter`](crate::BindingMeter) tells it.
+/// A kernel launch, as [`BindingMeter`](crate::BindingMeter) reports it.
 ///
 /// ```
 /// use burn_conv_bn_memory::Launch;
@@ -26,20 +25,17 @@ const TELLING: [&str; 3] = ["CreateBindGroup(", "CreateComputePipeline(", "Submi
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Launch {
-    /// Name of the kernel's function, and the types that it was compiled for.
+    /// Name of the kernel's function, with the types that it was compiled for.
     pub kernel: String,
     /// Bytes of the buffers that it was bound to, each part of a buffer once.
     pub bytes: u64,
 }
 
-/// Why a trace cannot be understood.
-///
-/// It comes as a [`BindingError`](crate::BindingError), of which
-/// [`BindingMeter`](crate::BindingMeter) has an example.
+/// Why a trace cannot be read, within a [`BindingError`](crate::BindingError).
 #[derive(Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TraceError {
-    /// An action in another form than that of wgpu 30.
+    /// An action that is not in wgpu 30's form.
     #[error("{reason}, in {action}")]
     Action {
         /// The first line of the action.
@@ -47,13 +43,13 @@ pub enum TraceError {
         /// What is wrong with it.
         reason: String,
     },
-    /// A launch with a pipeline or a bind group that the trace does not have.
-    #[error("a kernel is launched whose {0} was not created")]
+    /// A launch whose pipeline or bind group the trace does not have.
+    #[error("the trace launches a kernel whose {0} it did not create")]
     Unknown(&'static str),
 }
 
-/// What a trace has created so far, by the addresses that it tells things apart by. One that is used
-/// again stands for the later thing: wgpu holds what a submission uses until it is traced.
+/// What a trace has created so far, by address. A reused address stands for the later object: wgpu keeps
+/// what a submission uses until that is traced.
 #[derive(Debug, Default)]
 pub(crate) struct Trace {
     /// The names of the pipelines' kernels.
@@ -62,8 +58,8 @@ pub(crate) struct Trace {
 }
 
 impl Trace {
-    /// The launches of the next part of a trace, and the bytes of it that were read. An action that is
-    /// still being written is left.
+    /// Launches in the next part of a trace, and the bytes of it that were read. An unfinished action at its
+    /// end is left.
     pub(crate) fn follow(&mut self, text: &str) -> Result<(Vec<Launch>, usize), TraceError> {
         let (actions, length) = complete_actions(text);
         let mut launches = Vec::new();
@@ -73,13 +69,13 @@ impl Trace {
         Ok((launches, length))
     }
 
-    /// Takes note of what an action creates, and adds the launches that it submits.
+    /// Stores what an action creates, and adds the launches that it submits.
     fn follow_action(
         &mut self,
         action: &str,
         launches: &mut Vec<Launch>,
     ) -> Result<(), TraceError> {
-        if !TELLING.iter().any(|name| action.starts_with(name)) {
+        if !READ.iter().any(|name| action.starts_with(name)) {
             return Ok(());
         }
         let parsed: Action = ron::from_str(action).map_err(|error| TraceError::Action {
@@ -143,13 +139,13 @@ impl Trace {
         }
         Ok(Launch {
             kernel: kernel.clone(),
-            // CubeCL gives a size but for a buffer of no bytes.
+            // CubeCL gives a size, except for empty buffers.
             bytes: parts.iter().filter_map(|part| part.size).sum(),
         })
     }
 }
 
-/// The name of a kernel from that of its entry point, which CubeCL ends with a hash.
+/// A kernel's name: that of its entry point without CubeCL's hash at the end.
 fn kernel_name(entry_point: &str) -> String {
     let name = match entry_point.rsplit_once('_') {
         Some((name, hash)) if hash.len() == 8 && hash.bytes().all(|b| b.is_ascii_hexdigit()) => {
@@ -160,7 +156,7 @@ fn kernel_name(entry_point: &str) -> String {
     name.to_string()
 }
 
-/// The actions that a part of a trace has whole, and the bytes up to the end of the last of them.
+/// The complete actions in a part of a trace, and the bytes up to the end of the last.
 fn complete_actions(text: &str) -> (Vec<&str>, usize) {
     let mut actions = Vec::new();
     let mut start = 0;
@@ -184,7 +180,7 @@ fn complete_actions(text: &str) -> (Vec<&str>, usize) {
     (actions, start)
 }
 
-// The part of wgpu's trace that is read here, in the names that wgpu gives it.
+// The part of wgpu's trace that is read here, by wgpu's names.
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize)]
 enum Id {
@@ -268,7 +264,7 @@ enum PassCommand {
 mod tests {
     use super::*;
 
-    /// As wgpu writes it, but for what stands between.
+    /// As wgpu writes it, with actions in between left out.
     const TRACE: &str = r#"CreateComputePipeline(
     id: PointerId(5),
     desc: (

@@ -7,11 +7,10 @@ use burn::tensor::ops::AvgPoolOptions;
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{
     Activation, BatchNormActivation, BatchNormActivationConfig, ConvBn2d, ConvBn2dConfig,
-    FoldError, MaxPool2d, MaxPool2dConfig, Recompute, SavedTensor,
+    MaxPool2d, MaxPool2dConfig, Recompute,
 };
 
 use crate::Form;
-use crate::fold::fold;
 use crate::head::rows;
 use crate::init::{block, draw, zeros};
 use crate::walk::Walk;
@@ -102,7 +101,7 @@ pub struct DenseNet {
     /// Output linear layer.
     pub classifier: Linear,
     #[module(skip)]
-    form: Form,
+    pub(crate) form: Form,
 }
 
 /// A layer of a dense block: norm, 1x1 convolution to four times the growth, norm, 3x3 convolution.
@@ -154,8 +153,8 @@ impl DenseNetConfig {
         Self::new(form, [6, 12, 24, 16])
     }
 
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the
-    /// same seed of the device gives the same weights whatever the form and however it is used.
+    /// Initializes a network, and draws its parameters at once in the order of its fields: the same seed of
+    /// the device gives the same weights in every form.
     ///
     /// # Panics
     ///
@@ -317,18 +316,6 @@ impl DenseNet {
         self.classifier.forward(rows(x, &self.classifier))
     }
 
-    /// How the layers run.
-    pub fn form(&self) -> Form {
-        self.form
-    }
-
-    /// The same network, with the same tensors, in another form.
-    #[must_use]
-    pub fn with_form(mut self, form: Form) -> Self {
-        self.form = form;
-        self
-    }
-
     /// Sets [`Recompute::Norm`] for the 1x1 convolutions of the dense layers, and `ends` for the first convolution,
     /// which is one op with the max pool behind.
     ///
@@ -341,35 +328,6 @@ impl DenseNet {
             block.settings.recompute = if is_end { ends } else { Recompute::Norm };
         }
         self
-    }
-
-    /// The network for evaluation, with the norm behind a convolution folded into that, whose bias is the
-    /// norm's shift. These norms stay, as identities, and those before a convolution as they are: the result runs
-    /// in either form, and computes what this network does in evaluation, up to rounding.
-    ///
-    /// # Errors
-    ///
-    /// [`FoldError::NotFinite`] if a channel's scale or shift is not finite, and others of [`ConvBn2d::fold`].
-    pub fn folded(&self) -> Result<Self, FoldError> {
-        let mut net = self.valid();
-        fold(net.blocks_mut().into_iter().map(|(_, block)| block))?;
-        Ok(net)
-    }
-
-    /// What a training step keeps for the backward pass in this form, for images of that shape,
-    /// `[batch, input_channels, height, width]`:
-    /// by layer, as `denseblock1.0.conv1`, role and bytes. Each layer's input counts as tracked. A
-    /// concatenation lists what it is the first to keep.
-    ///
-    /// Each buffer is listed as its own (not [`shared`](SavedTensor::shared)) by the first that keeps it;
-    /// parameters and images are shared. On Flex, the sum of what is not shared is what the step has
-    /// allocated at the end of the forward pass, beside graph nodes and the result.
-    ///
-    /// # Panics
-    ///
-    /// As [`forward`](Self::forward), for the shape.
-    pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
-        self.walk(input_shape).into_saved()
     }
 
     /// Goes through the network in the order of [`forward`](Self::forward).

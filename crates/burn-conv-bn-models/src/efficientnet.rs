@@ -5,10 +5,9 @@ use burn::nn::{Dropout, DropoutConfig, Initializer, Linear, LinearConfig};
 use burn::tensor::activation::{sigmoid, silu};
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, FoldError, Recompute, SavedTensor};
+use burn_conv_bn::{Activation, ConvBn2d, Recompute};
 
 use crate::Form;
-use crate::fold::fold;
 use crate::head::rows;
 use crate::init::{block, draw, rounded, zeros};
 use crate::walk::Walk;
@@ -109,7 +108,7 @@ pub struct EfficientNet {
     /// Output linear layer.
     pub classifier: Linear,
     #[module(skip)]
-    form: Form,
+    pub(crate) form: Form,
 }
 
 /// An inverted residual: a 1x1 convolution to more channels, a depthwise one, squeeze and excitation, and a
@@ -169,8 +168,8 @@ pub struct SqueezeExcitation {
 }
 
 impl EfficientNetConfig {
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the
-    /// same seed of the device gives the same weights whatever the form and however it is used.
+    /// Initializes a network, and draws its parameters at once in the order of its fields: the same seed of
+    /// the device gives the same weights in every form.
     ///
     /// # Panics
     ///
@@ -350,18 +349,6 @@ impl EfficientNet {
         self.classifier.forward(self.dropout.forward(x))
     }
 
-    /// How the blocks run.
-    pub fn form(&self) -> Form {
-        self.form
-    }
-
-    /// The same network, with the same tensors, in another form.
-    #[must_use]
-    pub fn with_form(mut self, form: Form) -> Self {
-        self.form = form;
-        self
-    }
-
     /// Sets [`Recompute::Norm`] for the stem and the convolutions that expand, and `ends` for all others:
     /// what squeeze and excitation scale, and what a block returns.
     ///
@@ -373,34 +360,6 @@ impl EfficientNet {
             block.settings.recompute = if is_inside { Recompute::Norm } else { ends };
         }
         self
-    }
-
-    /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
-    /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
-    /// network does in evaluation, up to rounding.
-    ///
-    /// # Errors
-    ///
-    /// [`FoldError::NotFinite`] if a channel's scale or shift is not finite, and others of [`ConvBn2d::fold`].
-    pub fn folded(&self) -> Result<Self, FoldError> {
-        let mut net = self.valid();
-        fold(net.blocks_mut().into_iter().map(|(_, block)| block))?;
-        Ok(net)
-    }
-
-    /// What a training step keeps for the backward pass in this form, for images of that shape,
-    /// `[batch, input_channels, height, width]`:
-    /// by layer, as `stage2.0.expand`, role and bytes. Each block's input counts as tracked.
-    ///
-    /// Each buffer is listed as its own (not [`shared`](SavedTensor::shared)) by the first that keeps it;
-    /// parameters and images are shared. On Flex, the sum of what is not shared is what the step has
-    /// allocated at the end of the forward pass, beside graph nodes and the result.
-    ///
-    /// # Panics
-    ///
-    /// As [`forward`](Self::forward), for the shape.
-    pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
-        self.walk(input_shape).into_saved()
     }
 
     /// Goes through the network in the order of [`forward`](Self::forward).

@@ -135,8 +135,8 @@ impl Form {
         }
     }
 
-    /// Whether a block's output is rebuilt in the backward pass for whatever needs it, and kept by none; see
-    /// [`Recompute::Norm`]. That of a block with a residual, or with a max pool behind it, is not.
+    /// Whether a block's output is rebuilt in the backward pass, and kept by no consumer; see
+    /// [`Recompute::Norm`]. The output of a block with a residual, or with a max pool behind it, is not.
     pub(crate) fn rebuilds_output(self, block: &ConvBn2d) -> bool {
         let settings = &block.settings;
         let is_frozen = settings.track_running_stats && !block.norm.training.is_enabled();

@@ -35,9 +35,10 @@ pub(crate) fn block(
 /// tenth away: torchvision's `_make_divisible`.
 pub(crate) fn rounded(channels: f64) -> usize {
     let nearest = ((channels + 4.0) as usize / 8 * 8).max(8);
-    match (nearest as f64) < 0.9 * channels {
-        true => nearest + 8,
-        false => nearest,
+    if (nearest as f64) < 0.9 * channels {
+        nearest + 8
+    } else {
+        nearest
     }
 }
 
@@ -46,8 +47,8 @@ pub(crate) fn zeros(size: usize, device: &Device) -> Param<Tensor<1>> {
     Initializer::Zeros.init([size], device)
 }
 
-/// Draws a network's parameters at once, in the order of its fields: the same seed of the device
-/// gives the same weights whatever the form and however the network is used.
+/// Draws a network's parameters at once, in the order of its fields: left alone, Burn draws each when it is
+/// first used, and forms that use them in another order would start from other weights.
 pub(crate) fn draw<M: Module>(network: M) -> M {
     struct Draw;
 

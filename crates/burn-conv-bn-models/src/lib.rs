@@ -13,6 +13,8 @@
 //! linear layers in f32, and what
 //! [`with_precision`](burn_conv_bn::ConvBnModule::with_precision) returns runs these in half, too.
 //!
+//! [`optim`] has what Burn lacks to train them: Adadelta, and loss scales for f16.
+//!
 //! # Weights of PyTorch
 //!
 //! Each of torchvision's networks has a table `PYTORCH_KEYS` of `(pattern, replacement)`: regular
@@ -54,6 +56,8 @@ mod head;
 mod init;
 mod mobilenet;
 mod net;
+mod network;
+pub mod optim;
 mod pre_activation;
 mod resnet;
 mod vgg;

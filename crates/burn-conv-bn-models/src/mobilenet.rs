@@ -3,10 +3,9 @@ use burn::module::Module;
 use burn::nn::{Dropout, DropoutConfig, Initializer, Linear, LinearConfig};
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, FoldError, Recompute, SavedTensor};
+use burn_conv_bn::{Activation, ConvBn2d, Recompute};
 
 use crate::Form;
-use crate::fold::fold;
 use crate::head::rows;
 use crate::init::{block, draw, rounded, zeros};
 use crate::walk::Walk;
@@ -82,7 +81,7 @@ pub struct MobileNetV2 {
     /// Output linear layer.
     pub classifier: Linear,
     #[module(skip)]
-    form: Form,
+    pub(crate) form: Form,
 }
 
 /// A chain of convolutions: one of the two plain ones, or an inverted residual of a 1x1 convolution
@@ -112,8 +111,8 @@ pub struct MobileNetV2Block {
 }
 
 impl MobileNetV2Config {
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the
-    /// same seed of the device gives the same weights whatever the form and however it is used.
+    /// Initializes a network, and draws its parameters at once in the order of its fields: the same seed of
+    /// the device gives the same weights in every form.
     ///
     /// # Panics
     ///
@@ -270,18 +269,6 @@ impl MobileNetV2 {
         self.classifier.forward(self.dropout.forward(x))
     }
 
-    /// How the blocks run.
-    pub fn form(&self) -> Form {
-        self.form
-    }
-
-    /// The same network, with the same tensors, in another form.
-    #[must_use]
-    pub fn with_form(mut self, form: Form) -> Self {
-        self.form = form;
-        self
-    }
-
     /// Sets [`Recompute::Norm`] for all convolutions but those that add a shortcut, which get `ends`.
     ///
     /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
@@ -298,34 +285,6 @@ impl MobileNetV2 {
             }
         }
         self
-    }
-
-    /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
-    /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
-    /// network does in evaluation, up to rounding.
-    ///
-    /// # Errors
-    ///
-    /// [`FoldError::NotFinite`] if a channel's scale or shift is not finite, and others of [`ConvBn2d::fold`].
-    pub fn folded(&self) -> Result<Self, FoldError> {
-        let mut net = self.valid();
-        fold(net.features.iter_mut().flat_map(|block| &mut block.conv))?;
-        Ok(net)
-    }
-
-    /// What a training step keeps for the backward pass in this form, for images of that shape,
-    /// `[batch, input_channels, height, width]`:
-    /// by layer, as `features.1.conv.0`, role and bytes. Each block's input counts as tracked.
-    ///
-    /// Each buffer is listed as its own (not [`shared`](SavedTensor::shared)) by the first that keeps it;
-    /// parameters and images are shared. On Flex, the sum of what is not shared is what the step has
-    /// allocated at the end of the forward pass, beside graph nodes and the result.
-    ///
-    /// # Panics
-    ///
-    /// As [`forward`](Self::forward), for the shape.
-    pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
-        self.walk(input_shape).into_saved()
     }
 
     /// Goes through the network in the order of [`forward`](Self::forward).

@@ -4,12 +4,11 @@ use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
 use burn::tensor::activation::{log_softmax, relu};
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{
-    Activation, ConvBn2d, ConvBn2dConfig, FoldError, MaxPool2d, MaxPool2dConfig, NormVariant,
-    Recompute, SavedTensor,
+    Activation, ConvBn2d, ConvBn2dConfig, MaxPool2d, MaxPool2dConfig, NormVariant, Recompute,
+    SavedTensor,
 };
 
 use crate::Form;
-use crate::fold::fold;
 use crate::head::rows;
 use crate::init::draw;
 use crate::walk::Walk;
@@ -94,7 +93,7 @@ pub struct Net {
     /// Output linear layer.
     pub fc2: Linear,
     #[module(skip)]
-    form: Form,
+    pub(crate) form: Form,
 }
 
 impl NetConfig {
@@ -106,8 +105,8 @@ impl NetConfig {
         }
     }
 
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the
-    /// same seed of the device gives the same weights whatever the form and however it is used.
+    /// Initializes a network, and draws its parameters at once in the order of its fields: the same seed of
+    /// the device gives the same weights in every form.
     ///
     /// # Panics
     ///
@@ -157,18 +156,6 @@ impl Net {
         log_softmax(self.fc2.forward(x), 1)
     }
 
-    /// How the blocks run.
-    pub fn form(&self) -> Form {
-        self.form
-    }
-
-    /// The same network, with the same tensors, in another form.
-    #[must_use]
-    pub fn with_form(mut self, form: Form) -> Self {
-        self.form = form;
-        self
-    }
-
     /// Sets [`Recompute::Norm`] for the first block, and `ends` for the second, which is one op with the max pool
     /// behind.
     ///
@@ -181,19 +168,6 @@ impl Net {
         self.conv1.settings.recompute = Recompute::Norm;
         self.conv2.settings.recompute = ends;
         self
-    }
-
-    /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
-    /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
-    /// network does in evaluation, up to rounding.
-    ///
-    /// # Errors
-    ///
-    /// [`FoldError::NoRunningStatistics`], unless its blocks have been set to track statistics.
-    pub fn folded(&self) -> Result<Self, FoldError> {
-        let mut net = self.valid();
-        fold([&mut net.conv1, &mut net.conv2])?;
-        Ok(net)
     }
 
     /// What a training step keeps for the backward pass in this form, for a batch of that many images

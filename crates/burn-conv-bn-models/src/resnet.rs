@@ -5,13 +5,9 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig, PaddingConfig2d};
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{
-    Activation, ConvBn2d, ConvBn2dConfig, FoldError, MaxPool2d, MaxPool2dConfig, Recompute,
-    SavedTensor,
-};
+use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, MaxPool2d, MaxPool2dConfig, Recompute};
 
 use crate::Form;
-use crate::fold::fold;
 use crate::head::rows;
 use crate::init::{block, draw, zeros};
 use crate::walk::Walk;
@@ -114,7 +110,7 @@ pub struct ResNet {
     /// Output linear layer.
     pub fc: Linear,
     #[module(skip)]
-    form: Form,
+    pub(crate) form: Form,
 }
 
 /// A residual block: the last of its convolutions adds the shortcut before its ReLU.
@@ -165,8 +161,8 @@ impl ResNetConfig {
         Self::new(form, ResNetBlockKind::Bottleneck, [3, 4, 23, 3])
     }
 
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the
-    /// same seed of the device gives the same weights whatever the form and however it is used.
+    /// Initializes a network, and draws its parameters at once in the order of its fields: the same seed of
+    /// the device gives the same weights in every form.
     ///
     /// # Panics
     ///
@@ -289,18 +285,6 @@ impl ResNet {
         self.fc.forward(rows(x, &self.fc))
     }
 
-    /// How the blocks run.
-    pub fn form(&self) -> Form {
-        self.form
-    }
-
-    /// The same network, with the same tensors, in another form.
-    #[must_use]
-    pub fn with_form(mut self, form: Form) -> Self {
-        self.form = form;
-        self
-    }
-
     /// Sets [`Recompute::Norm`] for the convolutions inside the residual blocks, and `ends` for those at their
     /// ends: the one that adds the shortcut, and the shortcut's own. The first convolution of the network,
     /// which is one op with the max pool, is `Recompute::Conv`.
@@ -328,34 +312,6 @@ impl ResNet {
             }
         }
         self
-    }
-
-    /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
-    /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
-    /// network does in evaluation, up to rounding.
-    ///
-    /// # Errors
-    ///
-    /// [`FoldError::NotFinite`] if a channel's scale or shift is not finite, and others of [`ConvBn2d::fold`].
-    pub fn folded(&self) -> Result<Self, FoldError> {
-        let mut net = self.valid();
-        fold(net.blocks_mut().into_iter().map(|(_, block)| block))?;
-        Ok(net)
-    }
-
-    /// What a training step keeps for the backward pass in this form, for images of that shape,
-    /// `[batch, input_channels, height, width]`:
-    /// by layer, as `layer1.0.conv1`, role and bytes. Each block's input counts as tracked.
-    ///
-    /// Each buffer is listed as its own (not [`shared`](SavedTensor::shared)) by the first that keeps it;
-    /// parameters and images are shared. On Flex, the sum of what is not shared is what the step has
-    /// allocated at the end of the forward pass, beside graph nodes and the result.
-    ///
-    /// # Panics
-    ///
-    /// As [`forward`](Self::forward), for the shape.
-    pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
-        self.walk(input_shape).into_saved()
     }
 
     /// Goes through the network in the order of [`forward`](Self::forward).

@@ -4,12 +4,9 @@ use burn::nn::{Dropout, DropoutConfig, Initializer, Linear, LinearConfig};
 use burn::tensor::activation::relu;
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{
-    Activation, ConvBn2d, FoldError, MaxPool2d, MaxPool2dConfig, Recompute, SavedTensor,
-};
+use burn_conv_bn::{Activation, ConvBn2d, MaxPool2d, MaxPool2dConfig, Recompute};
 
 use crate::Form;
-use crate::fold::fold;
 use crate::head::rows;
 use crate::init::{block, draw, zeros};
 use crate::walk::Walk;
@@ -85,7 +82,7 @@ pub struct Vgg {
     #[module(skip)]
     blocks: [usize; 5],
     #[module(skip)]
-    form: Form,
+    pub(crate) form: Form,
 }
 
 impl VggConfig {
@@ -94,8 +91,8 @@ impl VggConfig {
         Self::new(form, [2, 2, 3, 3, 3])
     }
 
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the
-    /// same seed of the device gives the same weights whatever the form and however it is used.
+    /// Initializes a network, and draws its parameters at once in the order of its fields: the same seed of
+    /// the device gives the same weights in every form.
     ///
     /// # Panics
     ///
@@ -207,9 +204,10 @@ impl Vgg {
         let mut x = images;
         for count in self.blocks {
             for (index, block) in features.by_ref().take(count).enumerate() {
-                x = match index + 1 == count {
-                    true => self.form.forward_max_pool(block, x, &pool),
-                    false => self.form.forward(block, x),
+                x = if index + 1 == count {
+                    self.form.forward_max_pool(block, x, &pool)
+                } else {
+                    self.form.forward(block, x)
                 };
             }
         }
@@ -222,18 +220,6 @@ impl Vgg {
             x = linear.forward(x);
         }
         x
-    }
-
-    /// How the blocks run.
-    pub fn form(&self) -> Form {
-        self.form
-    }
-
-    /// The same network, with the same tensors, in another form.
-    #[must_use]
-    pub fn with_form(mut self, form: Form) -> Self {
-        self.form = form;
-        self
     }
 
     /// Sets [`Recompute::Norm`] for the convolutions with another one behind, and `ends` for those that are one
@@ -253,34 +239,6 @@ impl Vgg {
             }
         }
         self
-    }
-
-    /// The network for evaluation, with each block's norm folded into its convolution, whose bias is the
-    /// norm's shift. The norms stay, as identities: the result runs in either form, and computes what this
-    /// network does in evaluation, up to rounding.
-    ///
-    /// # Errors
-    ///
-    /// [`FoldError::NotFinite`] if a channel's scale or shift is not finite, and others of [`ConvBn2d::fold`].
-    pub fn folded(&self) -> Result<Self, FoldError> {
-        let mut net = self.valid();
-        fold(&mut net.features)?;
-        Ok(net)
-    }
-
-    /// What a training step keeps for the backward pass in this form, for images of that shape,
-    /// `[batch, input_channels, height, width]`:
-    /// by layer, as `features.0`, role and bytes. Each block's input counts as tracked.
-    ///
-    /// Each buffer is listed as its own (not [`shared`](SavedTensor::shared)) by the first that keeps it;
-    /// parameters and images are shared. On Flex, the sum of what is not shared is what the step has
-    /// allocated at the end of the forward pass, beside graph nodes and the result.
-    ///
-    /// # Panics
-    ///
-    /// As [`forward`](Self::forward), for the shape.
-    pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
-        self.walk(input_shape).into_saved()
     }
 
     /// Goes through the network in the order of [`forward`](Self::forward).

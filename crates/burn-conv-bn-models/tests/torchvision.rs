@@ -78,8 +78,7 @@ fn pytorch(path: &Path, keys: Keys) -> PytorchStore {
     })
 }
 
-/// All of the network was in the file, and all of the file in the network, but for counters that
-/// Burn does not have.
+/// File and network hold the same tensors, except counters that Burn does not have.
 fn assert_complete(result: ApplyResult) {
     assert!(result.errors.is_empty(), "{:?}", result.errors);
     assert!(result.missing.is_empty(), "{:?}", result.missing);
@@ -195,8 +194,7 @@ impl ModuleMapper for Single {
 struct Step {
     /// By the names in [`OUTPUTS`].
     outputs: Named,
-    /// By the names of the network's tensors, the gradients, and in the place of buffers, the buffers
-    /// after the step.
+    /// By the names of the network's tensors: gradients of parameters, and buffers after the step.
     tensors: Named,
 }
 

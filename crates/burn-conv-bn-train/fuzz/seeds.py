@@ -11,7 +11,7 @@ PIXELS = 28 * 28
 
 
 def images(count, rows=28, columns=28, announced=None):
-    """An IDX file of images with some structure, so that a copy of a piece is told from another."""
+    """An IDX file of images with some structure, so that copies of pieces differ."""
     header = struct.pack(">4I", 0x803, count if announced is None else announced, rows, columns)
     return header + bytes(i * i % 251 for i in range(count * rows * columns))
 

@@ -25,7 +25,7 @@ pub enum DeviceChoice {
     Vulkan,
     /// Any GPU, through wgpu and its own shading language, WGSL.
     Webgpu,
-    /// Any GPU, through whatever wgpu takes by itself.
+    /// Any GPU, through wgpu's own choice.
     Wgpu,
 }
 
@@ -36,7 +36,7 @@ pub enum DeviceError {
     /// The feature was not compiled in.
     #[error(
         "this build has no device {name:?}: build it with `--features {name},fusion,autotune` \
-         (it has {built})", name = .0.name(), built = built()
+         (it has: {built})", name = .0.name(), built = built()
     )]
     NotBuilt(DeviceChoice),
     /// The machine has no such device, or no driver for it.
@@ -63,16 +63,11 @@ impl DeviceChoice {
 
     /// What the first steps on the device wait for, in a build with autotuning or without it.
     pub(crate) fn tuning_notice(self, autotunes: bool) -> Option<String> {
-        let name = self.name();
-        let kept = if cfg!(feature = "persistence") {
-            "The findings are kept for the next run"
-        } else {
-            "Build with the feature `persistence` to keep the findings for the next run"
-        };
         (autotunes && self != Self::Flex).then(|| {
             format!(
-                "Tuning: the first steps on {name} try several kernels for each shape, which may take \
-                 minutes. {kept}."
+                "Tuning: the first steps on {} try several kernels for each shape, which may take minutes. A \
+                 build with the feature `persistence` keeps the findings for the next run.",
+                self.name()
             )
         })
     }
@@ -136,16 +131,10 @@ impl DeviceChoice {
 
 /// The devices of this build, by name.
 fn built() -> String {
-    let names: Vec<_> = DeviceChoice::value_variants()
-        .iter()
-        .filter(|choice| choice.built().is_some())
-        .map(|choice| choice.name())
-        .collect();
-    if names.is_empty() {
-        "none".to_string()
-    } else {
-        names.join(", ")
-    }
+    let all = DeviceChoice::value_variants().iter();
+    let built = all.filter(|choice| choice.built().is_some());
+    let names: Vec<_> = built.map(|choice| choice.name()).collect();
+    names.join(", ")
 }
 
 #[cfg(test)]

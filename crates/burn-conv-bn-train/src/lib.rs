@@ -8,7 +8,6 @@ mod choice;
 pub mod cli;
 pub mod data;
 pub mod device;
-pub mod loss_scale;
 mod measure;
 pub mod model;
 pub mod optim;

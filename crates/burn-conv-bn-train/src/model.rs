@@ -110,51 +110,37 @@ impl ModelChoice {
         dropout: f64,
         device: &Device,
     ) -> Network {
-        let resnet = |config: ResNetConfig| {
-            let config = config.with_classes(CLASSES).with_input_channels(1);
-            Network::ResNet(config.init(device))
-        };
+        // Torchvision's are for colours, and a thousand classes.
+        macro_rules! of_digits {
+            ($network:ident, $config:expr) => {{
+                let config = $config.with_classes(CLASSES).with_input_channels(1);
+                Network::$network(config.init(device))
+            }};
+        }
+        let resnet = |config: ResNetConfig| of_digits!(ResNet, config);
         match self {
-            Self::Tutorial => Network::Tutorial(
-                NetConfig::new(form)
-                    .with_norm(norm)
-                    .with_dropout(dropout)
-                    .init(device),
-            ),
+            Self::Tutorial => {
+                let config = NetConfig::new(form).with_norm(norm);
+                Network::Tutorial(config.with_dropout(dropout).init(device))
+            }
             Self::Resnet18 => resnet(ResNetConfig::resnet18(form)),
             Self::Resnet34 => resnet(ResNetConfig::resnet34(form)),
             Self::Resnet50 => resnet(ResNetConfig::resnet50(form)),
             Self::Resnet101 => resnet(ResNetConfig::resnet101(form)),
-            Self::Vgg16Bn => Network::Vgg(
-                VggConfig::vgg16_bn(form)
-                    .with_classes(CLASSES)
-                    .with_input_channels(1)
-                    .with_hidden(VGG_HIDDEN)
-                    .with_dropout(dropout)
-                    .init(device),
-            ),
-            Self::Densenet121 => Network::DenseNet(
-                DenseNetConfig::densenet121(form)
-                    .with_classes(CLASSES)
-                    .with_input_channels(1)
-                    .init(device),
-            ),
-            Self::MobilenetV2 => Network::MobileNetV2(
-                MobileNetV2Config::new(form)
-                    .with_classes(CLASSES)
-                    .with_input_channels(1)
-                    .with_dropout(dropout)
-                    .init(device),
-            ),
+            Self::Vgg16Bn => {
+                let config = VggConfig::vgg16_bn(form).with_hidden(VGG_HIDDEN);
+                of_digits!(Vgg, config.with_dropout(dropout))
+            }
+            Self::Densenet121 => of_digits!(DenseNet, DenseNetConfig::densenet121(form)),
+            Self::MobilenetV2 => {
+                let config = MobileNetV2Config::new(form).with_dropout(dropout);
+                of_digits!(MobileNetV2, config)
+            }
             // One probability is an option of the program, the dropout's.
-            Self::EfficientnetB0 => Network::EfficientNet(
-                EfficientNetConfig::new(form)
-                    .with_classes(CLASSES)
-                    .with_input_channels(1)
-                    .with_dropout(dropout)
-                    .with_stochastic_depth(0.0)
-                    .init(device),
-            ),
+            Self::EfficientnetB0 => {
+                let config = EfficientNetConfig::new(form).with_dropout(dropout);
+                of_digits!(EfficientNet, config.with_stochastic_depth(0.0))
+            }
         }
     }
 }

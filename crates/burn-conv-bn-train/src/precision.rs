@@ -5,7 +5,6 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::choice::Choice;
-use crate::print::{PrintError, say};
 
 /// Types of a network's activations and parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -59,13 +58,5 @@ impl Precision {
     /// The activations' type as reports name it.
     pub(crate) fn dtype_name(self) -> String {
         format!("{:?}", DType::from(self.activations()))
-    }
-
-    /// Says so if it is mixed.
-    pub(crate) fn announce(self) -> Result<(), PrintError> {
-        if self.is_mixed() {
-            say!("Precision: {}", self.describe())?;
-        }
-        Ok(())
     }
 }

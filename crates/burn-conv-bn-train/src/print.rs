@@ -44,7 +44,7 @@ pub(crate) fn loss(value: f64) -> String {
     number(value, 11, 4).trim_start().to_string()
 }
 
-/// A text whose control characters, but for some, are written as Rust writes them.
+/// A text with its control characters, except the allowed ones, escaped as in Rust.
 pub(crate) fn escaped(text: &str, allowed: &[char]) -> String {
     text.chars().fold(String::new(), |mut text, char| {
         if char.is_control() && !allowed.contains(&char) {

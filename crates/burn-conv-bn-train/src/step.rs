@@ -11,12 +11,13 @@ use burn::tensor::{FloatDType, Tensor};
 use burn::train::metric::{AccuracyInput, Adaptor, ItemLazy, LossInput};
 use burn::train::{InferenceStep, TrainOutput, TrainStep};
 use burn_conv_bn::ConvBnModule;
+use burn_conv_bn_models::optim::LossScale;
 
 use crate::data::MnistBatch;
-use crate::loss_scale::LossScale;
 use crate::measure::memory::{MemoryProbe, StepMeasure};
 use crate::measure::metrics::StepOutput;
 use crate::model::Network;
+use crate::precision::Precision;
 
 /// A network that classifies digits, as Burn trains it.
 ///
@@ -34,26 +35,18 @@ pub struct Classifier {
 }
 
 impl Classifier {
-    /// Makes `net` trainable with parameters of type `dtype`.
+    /// Makes `net` trainable. In mixed precision the loss is scaled for the backward pass by the
+    /// [`LossScale`] of the activations' type.
     ///
     /// All parameters are initialized here, in the order of the module's fields. Left alone,
     /// Burn initializes each when it is first used, and two forms of a network that use theirs
     /// in a different order would start from different weights. Seed the device just before.
-    pub(crate) fn new(net: Network, probe: MemoryProbe, dtype: FloatDType) -> Self {
+    pub(crate) fn new(net: Network, probe: MemoryProbe, precision: Precision) -> Self {
         Self {
-            net: net.map(&mut Cast(dtype)),
+            net: net.map(&mut Cast(precision.parameters())),
             probe,
-            activations: dtype,
+            activations: precision.activations(),
         }
-    }
-
-    /// The same with blocks that compute in `dtype`: in mixed precision, f16 or bf16.
-    ///
-    /// The loss is scaled for the backward pass by the [`LossScale`] of that type.
-    #[must_use]
-    pub(crate) fn with_activations(mut self, dtype: FloatDType) -> Self {
-        self.activations = dtype;
-        self
     }
 
     /// The same with the parameters of a record.

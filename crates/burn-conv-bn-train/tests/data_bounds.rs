@@ -24,7 +24,7 @@ const MIB: usize = 1 << 20;
 /// A file that is refused.
 struct Case {
     name: &'static str,
-    /// Whether it is in the place of the images; in that of the labels otherwise.
+    /// Whether it replaces the images' file; otherwise the labels'.
     images: bool,
     content: Vec<u8>,
     /// Whether it is the right error.
@@ -57,7 +57,7 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     bomb(bytes, 0)
 }
 
-/// A gzip stream of `bytes` and a number of zeros, of which it holds next to nothing.
+/// A gzip stream of `bytes` and a number of zeros, which take next to no bytes of it.
 fn bomb(bytes: &[u8], zeros: usize) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
     encoder.write_all(bytes).unwrap();
@@ -72,7 +72,7 @@ const BOMB: usize = 64 * MIB;
 const MOST_LABELS: u32 = MAX_BYTES as u32;
 const MOST_IMAGES: u32 = MAX_BYTES as u32 / PIXELS as u32;
 
-/// A file in the place of the images, or else of the labels, whose reading takes next to nothing.
+/// A case whose file replaces the images' or the labels', and whose reading takes next to no memory.
 fn case(
     name: &'static str,
     images: bool,
@@ -95,7 +95,7 @@ fn cases() -> Vec<Case> {
     let sound = then(images(1, 28, 28), &digit);
     let zipped = gzip(&sound);
     let followed = then(zipped.clone(), b"more");
-    // Name and comment of the file, of which neither ends.
+    // A name and a comment of the file without an end.
     let endless = |flag| {
         let header = vec![0x1f, 0x8b, 8, flag, 0, 0, 0, 0, 0, 0];
         then(header, "a".repeat(MIB).as_bytes())
@@ -304,9 +304,10 @@ fn files_are_refused_within_bounds() {
             refused,
             bound,
         } = case;
-        let (path, sound) = match images {
-            true => (&images_path, &sound_images),
-            false => (&labels_path, &sound_labels),
+        let (path, sound) = if images {
+            (&images_path, &sound_images)
+        } else {
+            (&labels_path, &sound_labels)
         };
         write(path, &content);
         drop(content);

@@ -146,8 +146,7 @@ impl Dice {
         &from[self.below(from.len())]
     }
 
-    /// A seed with a few changes, of which some are made to what is packed in it, and some to the
-    /// packing.
+    /// A seed with a few changes to its content or to its packing.
     fn mutation(&mut self, seeds: &[Vec<u8>]) -> Vec<u8> {
         let mut bytes = self.pick(seeds).to_vec();
         if self.below(2) == 0 {
@@ -191,7 +190,7 @@ impl Dice {
                 let end = at + self.below(length - at + 1);
                 bytes.drain(at..end);
             }
-            // A piece of another seed in the place of what is there.
+            // A piece of another seed replaces bytes.
             _ => {
                 let other = self.pick(seeds);
                 let from = self.below(other.len() + 1);
@@ -222,8 +221,5 @@ fn unpacked(bytes: Vec<u8>) -> Vec<u8> {
     let decoder = MultiGzDecoder::new(bytes.as_slice());
     // An error comes after the bytes that were good.
     let _ = decoder.take(LONGEST as u64).read_to_end(&mut inside);
-    match inside.is_empty() {
-        true => bytes,
-        false => inside,
-    }
+    if inside.is_empty() { bytes } else { inside }
 }

@@ -9,7 +9,7 @@ use burn_conv_bn_train::data::OFFLINE;
 use burn_conv_bn_train::report::Report;
 use tempfile::{TempDir, tempdir};
 
-const JOB: &str = "--dataset synthetic --device webgpu --train-limit 8";
+const JOB: &str = "--dataset synthetic --device webgpu --train-limit 4";
 
 fn mnist(folder: &TempDir, arguments: &str) -> Output {
     Command::new(env!("CARGO_BIN_EXE_mnist"))
@@ -35,7 +35,7 @@ fn fused_and_unfused_train_alike() {
     let folder = tempdir().unwrap();
     let text = printed(mnist(
         &folder,
-        &format!("parity {JOB} --batch-size 4 --steps 2"),
+        &format!("parity {JOB} --batch-size 2 --steps 2"),
     ));
     println!("{text}");
 }

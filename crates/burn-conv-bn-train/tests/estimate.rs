@@ -5,7 +5,7 @@
 use burn::data::dataloader::batcher::Batcher;
 use burn::train::TrainStep;
 use burn_conv_bn_memory::CountingAllocator;
-use burn_conv_bn_train::data::{DatasetChoice, MnistBatcher};
+use burn_conv_bn_train::data::{DataRequest, DatasetChoice, MnistBatcher};
 use burn_conv_bn_train::device::DeviceChoice;
 use burn_conv_bn_train::estimate::estimate;
 use burn_conv_bn_train::job::{Job, Norm, Precision, RecomputePolicy, Variant};
@@ -22,11 +22,13 @@ fn the_estimated_peak_is_that_of_a_step() {
     // One that is measured as a whole, and one that is more than the largest sample.
     for batch_size in [96, 1024] {
         let job = Job {
-            dataset: DatasetChoice::Synthetic,
-            data_dir: None,
-            no_download: true,
-            train_limit: Some(batch_size),
-            test_limit: Some(8),
+            data: DataRequest {
+                dataset: DatasetChoice::Synthetic,
+                train_limit: Some(batch_size),
+                test_limit: Some(8),
+                seed: 1,
+                ..DataRequest::default()
+            },
             epochs: 1,
             batch_size,
             model: ModelChoice::Tutorial,
@@ -39,7 +41,6 @@ fn the_estimated_peak_is_that_of_a_step() {
             recompute: RecomputePolicy::Conv,
             device: DeviceChoice::Flex,
             max_workspace: None,
-            seed: 1,
             log_interval: 0,
         };
         let data = job.data().unwrap();

@@ -22,7 +22,7 @@ use chacha20::rand_core::{Rng, SeedableRng};
 use tempfile::tempdir;
 use training::{Outcome, finish, train};
 
-const KILLS: usize = 50;
+const KILLS: usize = 25;
 const SEED: u64 = 20_260_402;
 const EPOCHS: usize = 4;
 
@@ -108,7 +108,7 @@ fn a_killed_run_ends_like_one_that_was_not() {
     }
 }
 
-/// Where a kill hit, as far as the files tell.
+/// Where a kill hit, by the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Phase {
     Starting,
@@ -137,9 +137,9 @@ impl Phase {
 struct Checkpoints {
     /// The epochs of complete sets; 0 if the run has begun.
     complete: BTreeSet<usize>,
-    /// The epochs of which there is a record.
+    /// The epochs with a record.
     records: BTreeSet<usize>,
-    /// Whether a file is there that is not finished.
+    /// Whether there is an unfinished file.
     partial: bool,
 }
 
@@ -218,8 +218,8 @@ impl Dice {
         bound.mul_f64(f64::from(self.0.next_u32()) / f64::from(u32::MAX))
     }
 
-    /// A plan for a run of which so many epochs are finished: at any moment, or, as that is short
-    /// beside the epochs, in what is about a checkpoint.
+    /// A plan for a run with that many finished epochs: at any moment, or about when a checkpoint is written,
+    /// which takes little of an epoch.
     fn plan(&mut self, duration: Duration, finished: usize) -> Plan {
         let left = EPOCHS - finished;
         match self.below(2) {

@@ -5,7 +5,7 @@
 use burn::data::dataloader::batcher::Batcher;
 use burn::train::TrainStep;
 use burn_conv_bn_memory::CountingAllocator;
-use burn_conv_bn_train::data::{DatasetChoice, DigitItem, MnistBatcher, generate};
+use burn_conv_bn_train::data::{DataRequest, DatasetChoice, DigitItem, MnistBatcher, generate};
 use burn_conv_bn_train::device::DeviceChoice;
 use burn_conv_bn_train::job::{Job, Norm, Precision, RecomputePolicy, Variant};
 use burn_conv_bn_train::memory::MemoryProbe;
@@ -25,11 +25,11 @@ const OVERHEAD: usize = 48 << 10;
 
 fn job(model: ModelChoice, precision: Precision, batch_size: usize) -> Job {
     Job {
-        dataset: DatasetChoice::Synthetic,
-        data_dir: None,
-        no_download: true,
-        train_limit: None,
-        test_limit: None,
+        data: DataRequest {
+            dataset: DatasetChoice::Synthetic,
+            seed: 1,
+            ..DataRequest::default()
+        },
         epochs: 1,
         batch_size,
         model,
@@ -42,7 +42,6 @@ fn job(model: ModelChoice, precision: Precision, batch_size: usize) -> Job {
         recompute: RecomputePolicy::Conv,
         device: DeviceChoice::Flex,
         max_workspace: None,
-        seed: 1,
         log_interval: 0,
     }
 }

@@ -134,9 +134,10 @@ fn one_layer_in_several_threads() {
         let alone: Vec<Step> = (0..TASKS).map(|batch| step(&layer, batch)).collect();
         for forks in [false, true] {
             let tasks = (0..TASKS).map(|batch| {
-                let layer = match forks {
-                    true => layer.clone().fork(&device()),
-                    false => layer.clone(),
+                let layer = if forks {
+                    layer.clone().fork(&device())
+                } else {
+                    layer.clone()
                 };
                 move || {
                     let steps = (0..5).map(|_| step(&layer, batch));

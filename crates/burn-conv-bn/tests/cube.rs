@@ -172,33 +172,39 @@ fn square() -> Case<4> {
     Case::new(padded(1), [3, 4, 6, 7], [8, 4, 3, 3])
 }
 
+/// Any two options in all their combinations.
 #[test]
 fn every_option() {
+    let parameters = [(true, false), (false, true), (true, true)];
+    let mut others = 0;
     for activation in [Activation::Identity, Activation::Relu] {
         for residual in [false, true] {
             for fixed_statistics in [false, true] {
-                for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
-                    for (affine, bias) in [(true, false), (false, true), (true, true)] {
-                        Case {
-                            activation,
-                            residual,
-                            fixed_statistics,
-                            recompute,
-                            affine,
-                            bias,
-                            ..square()
-                        }
-                        .check();
+                let policies = [Recompute::Conv, Recompute::Norm, Recompute::Never];
+                for (index, recompute) in policies.into_iter().enumerate() {
+                    let (affine, bias) = parameters[(index + others) % parameters.len()];
+                    Case {
+                        activation,
+                        residual,
+                        fixed_statistics,
+                        recompute,
+                        affine,
+                        bias,
+                        ..square()
                     }
+                    .check();
                 }
+                others += 1;
             }
         }
     }
 }
 
+/// Each without and with a residual and under both kinds of statistics, and with both policies.
 #[test]
 fn every_activation() {
-    for activation in [
+    let policies = [(Recompute::Conv, Some(1)), (Recompute::Never, None)];
+    let activations = [
         Activation::Relu6,
         Activation::LeakyRelu {
             negative_slope: 0.1,
@@ -216,20 +222,20 @@ fn every_activation() {
         Activation::Elu { alpha: 0.75 },
         Activation::Mish,
         Activation::Softplus { beta: 1.5 },
-    ] {
-        for (residual, fixed_statistics) in [(false, false), (true, false), (true, true)] {
-            for (recompute, max_workspace) in [(Recompute::Conv, Some(1)), (Recompute::Never, None)]
-            {
-                Case {
-                    activation,
-                    residual,
-                    fixed_statistics,
-                    recompute,
-                    max_workspace,
-                    ..square()
-                }
-                .check();
+    ];
+    for (place, activation) in activations.into_iter().enumerate() {
+        let others = [(false, false), (true, false), (true, true)];
+        for (index, (residual, fixed_statistics)) in others.into_iter().enumerate() {
+            let (recompute, max_workspace) = policies[(place + index) % policies.len()];
+            Case {
+                activation,
+                residual,
+                fixed_statistics,
+                recompute,
+                max_workspace,
+                ..square()
             }
+            .check();
         }
     }
 }

@@ -217,9 +217,10 @@ impl Layer {
         for _ in 0..2 {
             let saved = ConvBnSaved::<CubeBackend> {
                 output_grad: channels_last(&self.output(), device),
-                input: match is_of_batch {
-                    true => present(channels_last(&self.input, device)),
-                    false => OptionalTensor::Absent,
+                input: if is_of_batch {
+                    present(channels_last(&self.input, device))
+                } else {
+                    OptionalTensor::Absent
                 },
                 weight: present(tensor(&self.weight(), device)),
                 bias: OptionalTensor::Absent,
@@ -228,9 +229,10 @@ impl Layer {
                 mean: present(ones(self.channels_out, device)),
                 variance: present(ones(self.channels_out, device)),
                 conv_output: OptionalTensor::Absent,
-                output: match is_of_batch {
-                    true => OptionalTensor::Absent,
-                    false => present(channels_last(&self.output(), device)),
+                output: if is_of_batch {
+                    OptionalTensor::Absent
+                } else {
+                    present(channels_last(&self.output(), device))
                 },
                 residual: OptionalTensor::Absent,
             };

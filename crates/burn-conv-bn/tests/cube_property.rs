@@ -81,7 +81,7 @@ fn sizes() -> Vec<Sizes> {
     ]
 }
 
-/// One of each kind: without a derivative, told by the output with and without a slope, and told by
+/// One of each kind: without a derivative, with one by the output, with and without a slope, and with one by
 /// the value.
 fn activations() -> Vec<Activation> {
     vec![
@@ -126,7 +126,7 @@ fn hold_on_device(dtype: DType, number: u32, seed: u64, unit: f64) -> f64 {
 /// WGSL lets a division be off by two units and a half, and so on.
 #[test]
 fn random_cases_in_single_precision() {
-    let sharp = hold_on_device(DType::F32, 60, 32, 2.0 * SLACK * unit(DType::F32));
+    let sharp = hold_on_device(DType::F32, 32, 32, 2.0 * SLACK * unit(DType::F32));
     assert!(sharp >= 0.7, "the bounds are too wide to say much: {sharp}");
 }
 
@@ -141,5 +141,5 @@ fn random_cases_in_f16() {
         assert!(!strict, "F16 is skipped, and BURN_CONV_BN_STRICT is set");
         return;
     }
-    hold_on_device(DType::F16, 16, 16, 2.0 * unit(DType::F16));
+    hold_on_device(DType::F16, 8, 16, 2.0 * unit(DType::F16));
 }

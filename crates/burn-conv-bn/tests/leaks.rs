@@ -146,8 +146,8 @@ fn bytes_in_use_stay_flat() {
     }
 }
 
-/// Burn gives such a graph's memory back in the backward passes that follow, of whatever graph: with
-/// each of them, another of its nodes that have nothing before them.
+/// Burn frees such a graph in the backward passes that follow, of any graph: each frees the graph's nodes
+/// that have none before them.
 fn graphs_without_a_backward_pass_return_their_memory(recompute: Recompute) {
     const NODES: usize = 8;
     let mut layer = ConvBn2dConfig::new([CHANNELS; 2], [3, 3])

@@ -553,9 +553,10 @@ fn no_gradient_is_made_between_block_and_pool(device: &Device) {
         block.norm.gamma = Param::from_tensor(Tensor::full([8], gamma, device));
         let workspace = |joined: bool| {
             let input = tensor::<4>(INPUT, true, device);
-            let output = match joined {
-                true => block.forward_max_pool(input, &pool),
-                false => pool.forward(block.forward(input)),
+            let output = if joined {
+                block.forward_max_pool(input, &pool)
+            } else {
+                pool.forward(block.forward(input))
             };
             backward_workspace(output, INPUT)
         };

@@ -35,7 +35,7 @@ const FAILURES: &str = concat!(
     "/tests/property.proptest-regressions"
 );
 
-/// Checks random cases, of which at least that part of the comparisons has to be sharp.
+/// Checks random cases; `least_sharp` of their comparisons must be sharp.
 fn hold_on_flex(dtype: DType, seed: u64, least_sharp: f64) {
     let device = Device::flex();
     let plan = Plan {
@@ -123,9 +123,8 @@ fn images_of_several_tiles_with_fewer_products() {
     });
 }
 
-/// The smallest and the oddest that there is, which need not be drawn: two values in a channel, one
-/// of them in each image or both in one; an output that meets nothing but padding; a kernel as large
-/// as its input; strides that leave most of it out.
+/// The smallest and oddest cases: two values in a channel, one in each image or both in one; an output over
+/// padding alone; a kernel as large as its input; strides that leave most of it out.
 #[test]
 fn corner_cases() {
     let line = |stride, padding, dilation| ConvSpec {

@@ -182,17 +182,14 @@ fn layer(case: &Case, data: &Data, dtype: DType, is_fused: bool) -> Results {
 
     let input = tensor(&data.input, input_shape).require_grad();
     // Modules share parameters and running statistics when cloned.
-    let output = match is_fused {
-        true => {
-            let mut block = ConvBn2d::from_parts(conv.clone(), norm.clone(), case.activation);
-            block.settings.recompute = case.recompute;
-            block.settings.max_workspace = case.max_workspace;
-            block.forward(input.clone())
-        }
-        false => {
-            let normalized = norm.forward(conv.forward(input.clone()));
-            case.activation.forward(normalized)
-        }
+    let output = if is_fused {
+        let mut block = ConvBn2d::from_parts(conv.clone(), norm.clone(), case.activation);
+        block.settings.recompute = case.recompute;
+        block.settings.max_workspace = case.max_workspace;
+        block.forward(input.clone())
+    } else {
+        let normalized = norm.forward(conv.forward(input.clone()));
+        case.activation.forward(normalized)
     };
     let upstream = tensor(&data.output_grad, output.dims());
     let grads = (output.clone() * upstream).sum().backward();
@@ -259,8 +256,8 @@ const ALL: [usize; 7] = [
     BETA_GRAD,
 ];
 
-/// Outputs of the convolution around 1e3 with a standard deviation around 1e-2, of which f32 has
-/// neighbours 6e-5 apart: 1x1, 3x3 in either algorithm.
+/// Outputs of the convolution around 1e3, where f32's numbers are 6e-5 apart, with a standard deviation
+/// around 1e-2: 1x1, 3x3 in either algorithm.
 fn large_means() -> Vec<Case> {
     let offset = 1e3;
     let case = |spec, input: [usize; 4], weight: [usize; 4], spread, mean: f64| Case {
@@ -424,8 +421,8 @@ fn tolerance(dtype: DType) -> f64 {
     }
 }
 
-/// Channels of which all values are the same, and exactly so in every type: the norm's output is
-/// its shift, and the variance passes nothing back, in the tutorial's variant too.
+/// Channels of one value, exact in every type: the norm's output is its shift, and no gradient passes
+/// through the variance, in the tutorial's variant too.
 #[test]
 fn constant_channels() {
     for norm in [
@@ -820,7 +817,7 @@ fn sums_beyond_f16_over_products() {
         let middle = size / 2 * size + size / 2;
         assert_eq!(grads[middle], wanted, "kernel {kernel}");
 
-        // The second half of the images takes away what the first half adds, but for one value.
+        // The second half of the images cancels what the first half adds, except one value.
         positions_cancel(kernel);
     }
 }
@@ -1016,8 +1013,8 @@ fn on_pools(run: impl Fn() -> Results + Sync) -> [Results; 2] {
     [run(), one.install(&run)]
 }
 
-/// NaN and infinities in one group leave the bits of the others alone: nothing but zeros may be
-/// multiplied with what another group, image or tile left behind.
+/// NaN and infinities in one group leave the bits of the others alone: what another group, image or tile
+/// left behind is cleared before it is multiplied.
 #[test]
 fn a_poisoned_group_leaves_the_others_alone() {
     for (spec, input, weight) in [

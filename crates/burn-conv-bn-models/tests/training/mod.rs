@@ -15,9 +15,6 @@ use rand_chacha::ChaCha8Rng;
 
 pub const CLASSES: usize = 10;
 
-/// Steps of plain stochastic gradient descent.
-pub const STEPS: usize = 32;
-
 /// The seed of weights and data. `BURN_CONV_BN_SEED` chooses another.
 pub fn seed() -> u64 {
     let chosen = env::var("BURN_CONV_BN_SEED").unwrap_or_else(|_| "1".to_string());
@@ -28,7 +25,7 @@ pub fn seed() -> u64 {
 pub struct Task {
     /// `[batch, channels, height, width]`.
     shape: [usize; 4],
-    /// Images and targets, of which each step takes the next.
+    /// Images and targets; each step takes the next batch.
     batches: Vec<(Vec<f32>, Vec<i64>)>,
     steps: usize,
     learning_rate: f64,
@@ -43,7 +40,7 @@ pub enum Order {
 }
 
 impl Task {
-    /// Four batches, each of which comes again every fourth step.
+    /// Four batches, each again every fourth step.
     pub fn new(shape: [usize; 4], steps: usize, learning_rate: f64) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed());
         let [batch, channels, height, width] = shape;
@@ -397,7 +394,7 @@ fn check(what: &str, error: f64, unfused: f64, bound: f64) {
     let allowed = 2.0 * unfused + bound;
     assert!(
         error <= allowed,
-        "{what}: {error:.2e} off, {allowed:.2e} allowed, of which Burn's own layers are off by \
+        "{what}: {error:.2e} off, {allowed:.2e} allowed; Burn's own layers are off by \
          {unfused:.2e}"
     );
 }

@@ -280,7 +280,7 @@ pub(super) struct Predict {
     /// Digits a batch; the tutorial's network normalizes by batch [default: as in the training].
     #[arg(long, value_name = "N", help_heading = ON_COMPUTATION)]
     pub(super) batch_size: Option<usize>,
-    /// Draw the misclassified digits of the test set, highest loss first, to this SVG or PNG file.
+    /// Draw the misclassified digits of the test set, highest loss first, to this SVG file.
     #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
     pub(super) mistakes: Option<PathBuf>,
     /// Write the predictions to this file.

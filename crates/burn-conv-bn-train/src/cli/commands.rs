@@ -174,10 +174,8 @@ pub(super) fn interruption(
 
 fn parity(args: &ParityArgs, given: &Options, interrupter: &Interrupter) -> Result<()> {
     set_threads(args.job.threads)?;
-    let job = Job {
-        test_limit: Some(1),
-        ..Job::of(given)?
-    };
+    let mut job = Job::of(given)?;
+    job.data.test_limit = Some(1);
     job.check()?;
     Parity::check(job.precision)?;
     let data = job.begin()?;

@@ -14,10 +14,9 @@ pub(crate) mod testing;
 
 pub(crate) use batch::{BatchLoader, EpochLoader, MEAN, MnistBatch, STD, test_loader};
 pub use batch::{DigitItem, MnistBatcher};
-pub use idx::CLASSES;
-pub use idx::{Digits, IdxError, IdxProblem, MAX_BYTES, PIXELS, SIDE};
+pub use idx::{CLASSES, Digits, IdxError, IdxProblem, MAX_BYTES, PIXELS, SIDE};
 #[doc(hidden)]
 pub use idx::{Kind, parse as parse_idx};
-pub use source::{DataOrigin, DatasetChoice, MnistData, OFFLINE};
-pub(crate) use source::{DataRequest, resolve};
+pub(crate) use source::resolve;
+pub use source::{DataOrigin, DataRequest, DatasetChoice, MnistData, OFFLINE};
 pub use synthetic::generate;

@@ -7,6 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 
 use super::download::{self, MIRRORS};
 use super::files::{self, FILES, Parts};
@@ -26,17 +28,7 @@ const TEST_COUNT: usize = 10_000;
 const TEST_SEED: u64 = 0x7465_7374_5f70_6172;
 
 /// Which data to train on.
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    clap::ValueEnum,
-    serde::Serialize,
-    serde::Deserialize,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DatasetChoice {
     /// MNIST if it can be had, else drawn digits.
@@ -44,25 +36,26 @@ pub enum DatasetChoice {
     Auto,
     /// MNIST or an error.
     Mnist,
-    /// Drawn digits, whatever else there is.
+    /// Drawn digits.
     Synthetic,
 }
 
-/// What [`resolve`] is to find.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct DataRequest {
+/// Which data to find.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DataRequest {
     /// Which data to train on.
-    pub(crate) choice: DatasetChoice,
+    pub dataset: DatasetChoice,
     /// Folder with the four IDX files; with it, no other place is looked at.
-    pub(crate) data_dir: Option<PathBuf>,
-    /// Whether MNIST may be downloaded; see also [`OFFLINE`].
-    pub(crate) allow_download: bool,
-    /// Seed of the drawn digits.
-    pub(crate) seed: u64,
+    pub data_dir: Option<PathBuf>,
+    /// Whether MNIST may not be downloaded; see also [`OFFLINE`].
+    pub no_download: bool,
     /// Most training digits to keep, counted from the first.
-    pub(crate) train_limit: Option<usize>,
+    pub train_limit: Option<usize>,
     /// Most test digits to keep, counted from the first.
-    pub(crate) test_limit: Option<usize>,
+    pub test_limit: Option<usize>,
+    /// Seed of drawn digits, and of what a job draws: weights, order, dropout.
+    pub seed: u64,
 }
 
 /// The data and where they come from.
@@ -131,10 +124,10 @@ fn is_set(variable: Option<&OsStr>) -> bool {
 }
 
 fn resolve_on(machine: &Machine, request: &DataRequest) -> Result<MnistData> {
-    let mut data = match (request.choice, &request.data_dir) {
+    let mut data = match (request.dataset, &request.data_dir) {
         (DatasetChoice::Synthetic, _) => draw(request, "as requested"),
         (_, Some(dir)) => from_folder(dir)?,
-        (choice, None) => match search(machine, request.allow_download) {
+        (choice, None) => match search(machine, request.no_download) {
             Ok(data) => data,
             Err(tried) if choice == DatasetChoice::Mnist => bail!(
                 "no MNIST was found: {tried}; name a folder with its four IDX files, allow the \
@@ -152,14 +145,13 @@ fn resolve_on(machine: &Machine, request: &DataRequest) -> Result<MnistData> {
 fn draw(request: &DataRequest, reason: &str) -> MnistData {
     let count = |full: usize, limit: Option<usize>| limit.map_or(full, |limit| limit.min(full));
     let seed = request.seed;
-    MnistData {
+    let parts = Parts {
         train: generate(count(TRAIN_COUNT, request.train_limit), seed),
         test: generate(count(TEST_COUNT, request.test_limit), seed ^ TEST_SEED),
-        origin: DataOrigin {
-            name: "synthetic",
-            line: format!("built-in synthetic digits (seed {seed}), {reason}"),
-        },
-    }
+        genuine: false,
+    };
+    let line = format!("built-in synthetic digits (seed {seed}), {reason}");
+    of_parts(parts, "synthetic", line)
 }
 
 fn from_folder(dir: &Path) -> Result<MnistData> {
@@ -181,33 +173,28 @@ fn from_folder(dir: &Path) -> Result<MnistData> {
 
     let parts = files::read(&found.map(Option::unwrap_or_default))?;
     Ok(if parts.genuine {
-        mnist(parts, format!("from {at}"))
+        mnist(parts, &format!("from {at}"))
     } else {
-        MnistData {
-            train: parts.train,
-            test: parts.test,
-            origin: DataOrigin {
-                name: "custom",
-                line: format!("custom digits from {at} (not MNIST by their checksums)"),
-            },
-        }
+        let line = format!("custom digits from {at} (not MNIST by their checksums)");
+        of_parts(parts, "custom", line)
     })
 }
 
-fn mnist(parts: Parts, how: String) -> MnistData {
+fn mnist(parts: Parts, how: &str) -> MnistData {
+    of_parts(parts, "mnist", format!("MNIST {how}"))
+}
+
+fn of_parts(parts: Parts, name: &'static str, line: String) -> MnistData {
     MnistData {
         train: parts.train,
         test: parts.test,
-        origin: DataOrigin {
-            name: "mnist",
-            line: format!("MNIST {how}"),
-        },
+        origin: DataOrigin { name, line },
     }
 }
 
 /// Looks for MNIST in the caches, then on the network. Otherwise returns the places that were tried, and
 /// what was wrong with each.
-fn search(machine: &Machine, allow_download: bool) -> Result<MnistData, String> {
+fn search(machine: &Machine, no_download: bool) -> Result<MnistData, String> {
     let Some(cache) = &machine.cache else {
         return Err("this system names no cache folder".to_string());
     };
@@ -225,7 +212,7 @@ fn search(machine: &Machine, allow_download: bool) -> Result<MnistData, String> 
     for (how, dir, paths) in places {
         let at = dir.display();
         match from_cache(dir, paths) {
-            Ok(Some(parts)) => return Ok(mnist(parts, format!("{how} {at}{ignored}"))),
+            Ok(Some(parts)) => return Ok(mnist(parts, &format!("{how} {at}{ignored}"))),
             Ok(None) => tried.push(format!("nothing in {at}")),
             Err(error) => {
                 ignored = format!(" (passed over: {error})");
@@ -234,7 +221,7 @@ fn search(machine: &Machine, allow_download: bool) -> Result<MnistData, String> 
         }
     }
 
-    if !allow_download {
+    if no_download {
         tried.push("the download is not allowed".to_string());
     } else if machine.offline {
         tried.push(format!("the download is forbidden by {OFFLINE}"));
@@ -242,7 +229,7 @@ fn search(machine: &Machine, allow_download: bool) -> Result<MnistData, String> 
         let at = path.display();
         let fetched = download::fetch(machine.mirrors, &path).map_err(|error| anyhow!(error));
         match fetched.and_then(|()| from_cache(&path, &paths)) {
-            Ok(Some(parts)) => return Ok(mnist(parts, format!("downloaded to {at}{ignored}"))),
+            Ok(Some(parts)) => return Ok(mnist(parts, &format!("downloaded to {at}{ignored}"))),
             Ok(None) => tried.push(format!("the download is gone from {at}")),
             Err(error) => tried.push(format!("the download failed: {error}")),
         }

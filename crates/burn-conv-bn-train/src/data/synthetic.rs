@@ -3,12 +3,11 @@
 //! Only exactly rounded arithmetic is used (no `sin`, no `exp`), so a seed
 //! gives the same bytes on every platform.
 
-use std::num::NonZero;
 use std::sync::LazyLock;
-use std::thread;
 
 use chacha20::ChaCha8Rng;
 use chacha20::rand_core::{Rng, SeedableRng};
+use rayon::prelude::*;
 
 use super::idx::{CLASSES, Digits, PIXELS, SIDE};
 
@@ -25,30 +24,15 @@ static GLYPHS: LazyLock<Vec<Vec<Vec<Stroke>>>> = LazyLock::new(|| {
 
 /// Draws `count` digits of uniformly random classes.
 ///
-/// Digit `i` depends on `seed` and `i` alone: the first digits of a larger set
-/// are the smaller set. The work is spread over the available cores; a digit
-/// takes [`PIXELS`] + 1 bytes of memory.
+/// Digit `i` depends on `seed` and `i` alone: the first digits of a larger set are the smaller set. The
+/// work is spread over rayon's threads; a digit takes [`PIXELS`] + 1 bytes of memory.
 pub fn generate(count: usize, seed: u64) -> Digits {
-    let threads = thread::available_parallelism().map_or(1, NonZero::get);
-    generate_on(threads, count, seed)
-}
-
-fn generate_on(threads: usize, count: usize, seed: u64) -> Digits {
     let mut images = vec![0; count * PIXELS];
     let mut labels = vec![0; count];
-    let share = count.div_ceil(threads).max(1);
-    thread::scope(|scope| {
-        let shares = images
-            .chunks_mut(share * PIXELS)
-            .zip(labels.chunks_mut(share));
-        for (part, (images, labels)) in shares.enumerate() {
-            scope.spawn(move || {
-                let (images, _) = images.as_chunks_mut();
-                for (i, (image, label)) in images.iter_mut().zip(labels).enumerate() {
-                    *label = draw(image, &mut Dice::new(seed, part * share + i));
-                }
-            });
-        }
+    let (pictures, _) = images.as_chunks_mut::<PIXELS>();
+    let digits = pictures.par_iter_mut().zip(&mut labels).enumerate();
+    digits.for_each(|(index, (picture, label))| {
+        *label = draw(picture, &mut Dice::new(seed, index));
     });
     Digits::from_parts(images, labels)
 }

@@ -1,40 +1,37 @@
 //! Floats in JSON, which has no NaN and no infinity: these are the texts `"NaN"`, `"Infinity"` and `"-Infinity"`.
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-#[derive(Serialize, Deserialize)]
+const NON_FINITE: [(&str, f64); 3] = [
+    ("NaN", f64::NAN),
+    ("Infinity", f64::INFINITY),
+    ("-Infinity", f64::NEG_INFINITY),
+];
+
+#[derive(Deserialize)]
 #[serde(untagged)]
 enum Stored {
     Finite(f64),
-    Text(NonFinite),
-}
-
-#[derive(Serialize, Deserialize)]
-enum NonFinite {
-    NaN,
-    Infinity,
-    #[serde(rename = "-Infinity")]
-    NegativeInfinity,
+    Text(String),
 }
 
 /// For `#[serde(with = "number")]`.
 pub(crate) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
-    let stored = match *value {
-        value if value.is_finite() => Stored::Finite(value),
-        value if value.is_nan() => Stored::Text(NonFinite::NaN),
-        value if value > 0.0 => Stored::Text(NonFinite::Infinity),
-        _ => Stored::Text(NonFinite::NegativeInfinity),
-    };
-    stored.serialize(serializer)
+    let is_it = |other: f64| *value == other || value.is_nan() && other.is_nan();
+    match NON_FINITE.iter().find(|(_, other)| is_it(*other)) {
+        Some((text, _)) => serializer.serialize_str(text),
+        None => serializer.serialize_f64(*value),
+    }
 }
 
 pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
-    Ok(match Stored::deserialize(deserializer)? {
-        Stored::Finite(value) => value,
-        Stored::Text(NonFinite::NaN) => f64::NAN,
-        Stored::Text(NonFinite::Infinity) => f64::INFINITY,
-        Stored::Text(NonFinite::NegativeInfinity) => f64::NEG_INFINITY,
-    })
+    match Stored::deserialize(deserializer)? {
+        Stored::Finite(value) => Ok(value),
+        Stored::Text(text) => match NON_FINITE.iter().find(|(other, _)| *other == text) {
+            Some((_, value)) => Ok(*value),
+            None => Err(de::Error::custom(format!("{text:?} is no number"))),
+        },
+    }
 }
 
 /// The same for a list: `#[serde(with = "number::list")]`.

@@ -289,8 +289,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) struct PartCheckpointer<R> {
     store: Arc<Store>,
     part: &'static str,
-    /// Taken out when Burn asks for it. What was checked is what is loaded, whatever becomes of
-    /// the file.
+    /// Taken out when Burn asks for it: the checked bytes are loaded, even if the file has changed since.
     restored: Mutex<Option<R>>,
 }
 

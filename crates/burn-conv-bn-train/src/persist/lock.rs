@@ -4,22 +4,18 @@ use std::fs::{File, TryLockError};
 use std::path::Path;
 
 /// Keeps other processes that ask out of a folder, until it is dropped or the process ends.
-pub(crate) struct Lock {
-    folder: Option<File>,
-}
+pub(crate) struct Lock(Option<File>);
 
 impl Lock {
     /// Locks a folder. None if another process holds the lock.
     ///
     /// Systems and file systems without such locks grant all of them.
     pub(crate) fn of(folder: &Path) -> Option<Self> {
-        let Ok(file) = File::open(folder) else {
-            return Some(Self { folder: None });
-        };
-        match file.try_lock() {
-            Ok(()) => Some(Self { folder: Some(file) }),
-            Err(TryLockError::WouldBlock) => None,
-            Err(TryLockError::Error(_)) => Some(Self { folder: None }),
+        let file = File::open(folder).ok();
+        match file.as_ref().map(File::try_lock) {
+            Some(Ok(())) => Some(Self(file)),
+            Some(Err(TryLockError::WouldBlock)) => None,
+            _ => Some(Self(None)),
         }
     }
 }
@@ -27,7 +23,7 @@ impl Lock {
 impl Drop for Lock {
     fn drop(&mut self) {
         // Closing is not enough: a process that is just being started shares the file until it runs.
-        if let Some(folder) = &self.folder {
+        if let Some(folder) = &self.0 {
             let _ = folder.unlock();
         }
     }

@@ -3,35 +3,25 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Result, anyhow, bail};
-use burn_conv_bn_files::{OutputError, Survives, check_distinct, replaced};
+use anyhow::{Result, bail, ensure};
+use burn_conv_bn_files::{Survives, check_distinct, replaced, write};
 use serde::Serialize;
 
 use crate::persist::checkpoint;
 use crate::persist::run_file::RUN_FILE;
 use crate::print::say;
 
-/// How a picture is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum PictureFormat {
-    /// Scalable Vector Graphics.
-    Svg,
-    /// Portable Network Graphics.
-    Png,
-}
-
-impl PictureFormat {
-    /// That of a file with such a name.
-    pub(crate) fn of(path: &Path) -> Result<Self> {
-        match path.extension() {
-            Some(name) if name.eq_ignore_ascii_case("svg") => Ok(Self::Svg),
-            Some(name) if name.eq_ignore_ascii_case("png") => Ok(Self::Png),
-            _ => bail!(
-                "a picture is written to a file that ends in .svg or .png, which {} does not",
-                path.display()
-            ),
-        }
+/// Checks that the file of a picture is named as SVG.
+pub(crate) fn check_svg(option: &str, picture: Option<&Path>) -> Result<()> {
+    if let Some(path) = picture {
+        let ending = path.extension().unwrap_or_default();
+        ensure!(
+            ending.eq_ignore_ascii_case("svg"),
+            "{option} draws SVG, to a file that ends in .svg, which {} does not",
+            path.display()
+        );
     }
+    Ok(())
 }
 
 /// Checks that files can be written, and that no two options name the same one.
@@ -41,7 +31,7 @@ pub(crate) fn check(outputs: &[(&'static str, Option<&Path>)]) -> Result<()> {
         .filter_map(|&(option, path)| Some((option, path?)));
     let given: Vec<(&'static str, &Path)> = given.collect();
     for (_, path) in &given {
-        burn_conv_bn_files::check(path).map_err(cannot_write)?;
+        burn_conv_bn_files::check(path)?;
     }
     Ok(check_distinct(&given)?)
 }
@@ -84,7 +74,8 @@ pub(crate) fn finish(
     let mut lines = Vec::from_iter(text);
     let mut written = Ok(());
     for (what, path, bytes) in files {
-        match bytes.and_then(|bytes| write(path, &bytes)) {
+        let done = bytes.and_then(|bytes| Ok(write(path, &bytes, Survives::PowerLoss)?));
+        match done {
             Ok(()) => lines.push(format!("{what}: {}", path.display())),
             Err(error) => written = written.and(Err(error)),
         }
@@ -93,12 +84,4 @@ pub(crate) fn finish(
         say!("{line}")?;
     }
     written
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    burn_conv_bn_files::write(path, bytes, Survives::PowerLoss).map_err(cannot_write)
-}
-
-fn cannot_write(error: OutputError) -> anyhow::Error {
-    anyhow!("cannot write {error}")
 }

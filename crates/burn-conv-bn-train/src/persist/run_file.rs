@@ -143,18 +143,10 @@ impl RunFile {
 
     /// Checks that `options` agree with this run's where they decide the result.
     pub(crate) fn check_options(&self, directory: &Path, options: &Options) -> Result<()> {
-        let difference = |option: &&str| match (self.options.get(*option), options.get(*option)) {
-            (stored, asked) if stored == asked => None,
-            (Some(stored), Some(asked)) => Some(format!(
-                "--{option} {}, not {}",
-                shown(stored),
-                shown(asked)
-            )),
-            (Some(stored), None) => Some(format!("--{option} {}, which is gone", shown(stored))),
-            (None, asked) => {
-                let asked = asked.map(shown).unwrap_or_default();
-                Some(format!("no --{option}, not with {asked}"))
-            }
+        let difference = |option: &&str| {
+            let values = [&self.options, options].map(|options| options.get(*option));
+            let [stored, asked] = values.map(|value| value.map_or("none".to_string(), shown));
+            (values[0] != values[1]).then(|| format!("--{option} {stored}, not {asked}"))
         };
         let differences: Vec<String> = Self::FIXED.iter().filter_map(difference).collect();
         ensure!(

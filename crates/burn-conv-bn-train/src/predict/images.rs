@@ -11,7 +11,7 @@ use image::{DynamicImage, GrayImage, ImageError, ImageFormat, ImageReader, Luma}
 use crate::data::{PIXELS, SIDE};
 
 /// Ends of the names of files that are read: PNG, and Netpbm's formats.
-pub(super) const EXTENSIONS: [&str; 5] = ["png", "pgm", "ppm", "pbm", "pnm"];
+const ENDINGS: &str = ".png .pgm .ppm .pbm .pnm";
 
 /// Longer side of MNIST's digits, in pixels.
 const BOX: u32 = 20;
@@ -25,7 +25,7 @@ const CENTRE: f64 = 14.5;
 /// Least difference between ink and background, of 255: less is taken for an empty page.
 const CONTRAST: u8 = 32;
 
-/// Least ink, of 255, that counts wherever it is; less is dirt, unless it is the edge of a stroke.
+/// Least ink, of 255, that counts anywhere; less is dirt, except at the edge of a stroke.
 const STRONG: u8 = 32;
 
 /// Strongest ink of a picture, of 255, that is not stretched.
@@ -39,12 +39,6 @@ pub(super) struct Picture {
     /// The digit in it as MNIST has it, white on black, scaled and centred, or why it cannot be read. None
     /// if the file is no picture.
     pub(super) digit: Result<Option<[u8; PIXELS]>>,
-}
-
-fn endings() -> String {
-    EXTENSIONS
-        .map(|extension| format!(".{extension}"))
-        .join(" ")
 }
 
 /// The files of a folder, sorted by name, each with its digit or the reason why there is none.
@@ -75,10 +69,9 @@ pub(super) fn read_folder(path: &Path) -> Result<Vec<Picture>> {
         pictures
             .iter()
             .any(|picture| !matches!(picture.digit, Ok(None))),
-        "the folder {} has no pictures: none of its {} files is one of {}",
+        "the folder {} has no pictures: none of its {} files is one of {ENDINGS}",
         path.display(),
-        pictures.len(),
-        endings()
+        pictures.len()
     );
     pictures.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(pictures)
@@ -99,10 +92,7 @@ fn read(file: &Path) -> Result<Option<[u8; PIXELS]>> {
     }
     let picture = match reader.decode() {
         Err(ImageError::Unsupported(_)) => {
-            bail!(
-                "is of a format that is not read here, which are {}",
-                endings()
-            )
+            bail!("is of a format that is not read here, which are {ENDINGS}")
         }
         Err(ImageError::IoError(error)) => return Err(error).context(UNREADABLE),
         picture => picture.context("cannot be decoded")?,

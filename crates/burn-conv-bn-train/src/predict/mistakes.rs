@@ -1,14 +1,9 @@
-//! The picture of the misclassified digits.
+//! The picture of the misclassified digits, as SVG.
 
 use std::fmt::Write as _;
-use std::io::Cursor;
-
-use font8x8::legacy::BASIC_LEGACY;
-use image::{GrayImage, ImageFormat, Luma, imageops};
 
 use crate::data::{Digits, PIXELS, SIDE};
 use crate::measure::report::MistakeReport;
-use crate::persist::output::PictureFormat;
 use crate::print::number;
 
 /// Most digits of a picture.
@@ -20,24 +15,16 @@ const COLUMNS: usize = 8;
 /// Points in the picture for a pixel of a digit.
 const ZOOM: u32 = 4;
 
-/// Width and height of a letter: those of the font, whose dots are two points high.
-const LETTER: [u32; 2] = [8, 16];
-
-/// In the place of a letter that the font does not have: a block.
-const UNKNOWN: [u8; 8] = [0xff; 8];
-
-/// From one line to the next.
-const LINE: u32 = 22;
-
 /// Height and width of a digit.
 const DIGIT: u32 = SIDE as u32 * ZOOM;
 
+/// Width of a letter, and from one line to the next.
+const LETTER: u32 = 8;
+const LINE: u32 = 22;
+
 /// From one digit to the next, right and down, with room for its three lines.
 const RIGHT: u32 = DIGIT + 20;
-const DOWN: u32 = DIGIT + GAP + 3 * LINE + 12;
-
-/// Between a digit and the line below it.
-const GAP: u32 = 6;
+const DOWN: u32 = DIGIT + 3 * LINE + 18;
 
 /// Around everything.
 const MARGIN: u32 = 20;
@@ -46,7 +33,7 @@ const MARGIN: u32 = 20;
 const WIDTH: u32 = 2 * MARGIN + COLUMNS as u32 * RIGHT;
 
 /// Letters that fit a line across the picture.
-pub(super) const LETTERS: usize = ((WIDTH - 2 * MARGIN) / LETTER[0]) as usize;
+pub(super) const LETTERS: usize = ((WIDTH - 2 * MARGIN) / LETTER) as usize;
 
 /// What stands below a misclassified digit.
 fn lines(mistake: &MistakeReport) -> [String; 3] {
@@ -59,118 +46,50 @@ fn lines(mistake: &MistakeReport) -> [String; 3] {
 
 /// Draws the first [`SHOWN`] of `mistakes` on `digits`, below lines of text that are cut off where the
 /// picture ends.
-///
-/// # Errors
-///
-/// If the PNG encoder fails.
-pub(super) fn draw(
-    format: PictureFormat,
-    heading: &[String],
-    digits: &Digits,
-    mistakes: &[MistakeReport],
-) -> anyhow::Result<Vec<u8>> {
+pub(super) fn draw(heading: &[String], digits: &Digits, mistakes: &[MistakeReport]) -> String {
     let mistakes = &mistakes[..mistakes.len().min(SHOWN)];
     let top = MARGIN + heading.len() as u32 * LINE + 12;
     let rows = mistakes.len().div_ceil(COLUMNS) as u32;
     let height = top + rows * DOWN + MARGIN;
-
-    let mut canvas = Canvas::new(format, height);
+    // A letter of such a font is 0.6 of its size wide, a little less than `LETTER`.
+    let size = f64::from(LETTER) / 0.63;
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
+         viewBox=\"0 0 {WIDTH} {height}\" font-family=\"monospace\" font-size=\"{size:.1}\">\n\
+         <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#fff\"/>\n"
+    );
     for (line, y) in heading.iter().zip((MARGIN..).step_by(LINE as usize)) {
         let cut: String = line.chars().take(LETTERS).collect();
-        canvas.text(MARGIN, y, &cut);
+        add_text(&mut svg, MARGIN, y, &cut);
     }
     for (index, mistake) in mistakes.iter().enumerate() {
         let left = MARGIN + (index % COLUMNS) as u32 * RIGHT;
         let y = top + (index / COLUMNS) as u32 * DOWN;
-        canvas.digit(left + (RIGHT - DIGIT) / 2, y, digits.image(mistake.index));
+        let x = left + (RIGHT - DIGIT) / 2;
+        let bars = bars(digits.image(mistake.index));
+        let _ = writeln!(
+            svg,
+            "<g transform=\"translate({x} {y}) scale({ZOOM})\" shape-rendering=\"crispEdges\">\
+             <rect width=\"{SIDE}\" height=\"{SIDE}\"/>{bars}</g>"
+        );
         for (line, text) in (0..).zip(lines(mistake)) {
             let x = left + (RIGHT - width(&text)) / 2;
-            canvas.text(x, y + DIGIT + GAP + line * LINE, &text);
+            add_text(&mut svg, x, y + DIGIT + 6 + line * LINE, &text);
         }
     }
-    canvas.finish()
+    svg + "</svg>\n"
 }
 
 /// Width of a text, in letters that are all of the same width.
 fn width(text: &str) -> u32 {
-    text.chars().count() as u32 * LETTER[0]
+    text.chars().count() as u32 * LETTER
 }
 
-/// A white picture. Coordinates are of the upper left corner of what is drawn.
-enum Canvas {
-    Svg(String),
-    Png(GrayImage),
-}
-
-impl Canvas {
-    fn new(format: PictureFormat, height: u32) -> Self {
-        if format == PictureFormat::Png {
-            return Self::Png(GrayImage::from_pixel(WIDTH, height, Luma([255])));
-        }
-        // A letter of such a font is 0.6 of its size wide, a little less than one of the picture's.
-        let size = f64::from(LETTER[0]) / 0.63;
-        Self::Svg(format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
-             viewBox=\"0 0 {WIDTH} {height}\" font-family=\"monospace\" font-size=\"{size:.1}\">\n\
-             <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#fff\"/>\n"
-        ))
-    }
-
-    fn digit(&mut self, x: u32, y: u32, image: &[u8; PIXELS]) {
-        match self {
-            Self::Svg(svg) => {
-                let _ = writeln!(
-                    svg,
-                    "<g transform=\"translate({x} {y}) scale({ZOOM})\" \
-                     shape-rendering=\"crispEdges\">\
-                     <rect width=\"{SIDE}\" height=\"{SIDE}\"/>{}</g>",
-                    bars(image)
-                );
-            }
-            Self::Png(picture) => {
-                let digit = GrayImage::from_fn(DIGIT, DIGIT, |x, y| {
-                    let [column, row] = [x, y].map(|at| (at / ZOOM) as usize);
-                    Luma([image[row * SIDE + column]])
-                });
-                imageops::replace(picture, &digit, x.into(), y.into());
-            }
-        }
-    }
-
-    fn text(&mut self, x: u32, y: u32, text: &str) {
-        match self {
-            Self::Svg(svg) => {
-                let baseline = y + LETTER[1] - 3;
-                let text = text.replace('&', "&amp;").replace('<', "&lt;");
-                let _ = writeln!(svg, "<text x=\"{x}\" y=\"{baseline}\">{text}</text>");
-            }
-            Self::Png(picture) => {
-                for (letter, left) in text
-                    .chars()
-                    .zip((i64::from(x)..).step_by(LETTER[0] as usize))
-                {
-                    let dots = BASIC_LEGACY.get(letter as usize).unwrap_or(&UNKNOWN);
-                    let letter = GrayImage::from_fn(LETTER[0], LETTER[1], |x, y| {
-                        // The lowest bit is the leftmost dot.
-                        let is_ink = (dots[y as usize / 2] >> x) & 1 == 1;
-                        Luma([if is_ink { 0 } else { 255 }])
-                    });
-                    imageops::replace(picture, &letter, left, y.into());
-                }
-            }
-        }
-    }
-
-    fn finish(self) -> anyhow::Result<Vec<u8>> {
-        match self {
-            Self::Svg(svg) => Ok((svg + "</svg>\n").into_bytes()),
-            Self::Png(picture) => {
-                let mut bytes = Cursor::new(Vec::new());
-                picture.write_to(&mut bytes, ImageFormat::Png)?;
-                Ok(bytes.into_inner())
-            }
-        }
-    }
+/// Adds a text by its upper left corner.
+fn add_text(svg: &mut String, x: u32, y: u32, text: &str) {
+    let baseline = y + 13;
+    let text = text.replace('&', "&amp;").replace('<', "&lt;");
+    let _ = writeln!(svg, "<text x=\"{x}\" y=\"{baseline}\">{text}</text>");
 }
 
 /// A digit on black, as a bar for each run of pixels of one shade in a row.

@@ -16,13 +16,13 @@ use crate::measure::history::Evaluation;
 use crate::measure::report::{
     ImageReport, MistakeReport, PredictionReport, SkippedReport, TestReport,
 };
-use crate::persist::output::{self, PictureFormat};
+use crate::persist::output;
 use crate::print::{escaped, message, say, warn};
-use crate::run::job::Job;
+use crate::run::job::{Job, Norm};
 use images::{Picture, read_folder};
 use mistakes::{SHOWN, draw};
 pub(crate) use predictor::PredictForm;
-use predictor::{Prediction, Predictor, check_statistics};
+use predictor::{Prediction, Predictor};
 
 /// How to predict.
 #[derive(Clone, Debug)]
@@ -39,7 +39,7 @@ pub(crate) struct PredictOptions {
     pub(crate) trained_on: String,
     /// Where the predictions go.
     pub(crate) json: Option<PathBuf>,
-    /// Where the picture of the mistakes goes, as SVG or PNG.
+    /// Where the picture of the mistakes goes, as SVG.
     pub(crate) mistakes: Option<PathBuf>,
 }
 
@@ -56,7 +56,13 @@ pub(crate) fn predict(
     interrupter: &Interrupter,
 ) -> Result<()> {
     let testing = options.images.is_none();
-    let format = check_outputs(options)?;
+    if !testing && options.mistakes.is_some() {
+        bail!("nobody knows what the pictures of a folder are; --mistakes needs --test-set");
+    }
+    let (json, mistakes) = (options.json.as_deref(), options.mistakes.as_deref());
+    output::check_svg("--mistakes", mistakes)?;
+    let outputs = [("--json", json), ("--mistakes", mistakes)];
+    output::check_beside(&options.directory, &outputs)?;
     let pictures = match &options.images {
         Some(folder) => read_folder(folder)?,
         None => Vec::new(),
@@ -64,9 +70,12 @@ pub(crate) fn predict(
     // Folding is refused by the model itself, which says why.
     let needs_statistics =
         !testing && !job.model.tracks_statistics() && options.form != PredictForm::Folded;
-    if needs_statistics {
-        check_statistics(job, options.form)?;
-    }
+    let takes_none = options.form == PredictForm::Unfused && job.norm == Norm::Tutorial;
+    ensure!(
+        !(needs_statistics && takes_none),
+        "the unfused form of the tutorial's norm takes statistics of whole batches alone, so that it \
+         cannot classify single pictures; use --form fused"
+    );
     let data = if testing || needs_statistics {
         Some(test_digits(job, &options.trained_on)?)
     } else {
@@ -87,9 +96,9 @@ pub(crate) fn predict(
     let mut files = Vec::new();
     let text = if let Some(data) = data.filter(|_| testing) {
         let (test, evaluation) = test_set(&predictor, job, &data, interrupter)?;
-        if let (Some(format), Some(path)) = (format, &options.mistakes) {
-            let picture = draw(format, &heading(&report, &test), &data.test, &test.mistakes);
-            files.push(("Mistakes", path.as_path(), picture));
+        if let Some(path) = mistakes {
+            let picture = draw(&heading(&report, &test), &data.test, &test.mistakes);
+            files.push(("Mistakes", path, Ok(picture.into_bytes())));
         }
         let matrix = confusion_matrix(&test.confusion);
         report.test = Some(test);
@@ -101,7 +110,7 @@ pub(crate) fn predict(
         classify_pictures(&predictor, job, pictures, &mut report, interrupter)?;
         table(&report.images)
     };
-    if let Some(path) = &options.json {
+    if let Some(path) = json {
         files.push(("Predictions", path, output::json(&report)));
     }
     output::finish(Some(text), files)?;
@@ -114,21 +123,6 @@ pub(crate) fn predict(
     Ok(())
 }
 
-/// Checks that the results can be written. Returns the format of the picture of the mistakes.
-fn check_outputs(options: &PredictOptions) -> Result<Option<PictureFormat>> {
-    if options.images.is_some() && options.mistakes.is_some() {
-        bail!("nobody knows what the pictures of a folder are; --mistakes needs --test-set");
-    }
-    let format = options.mistakes.as_deref().map(PictureFormat::of);
-    let format = format.transpose()?;
-    let outputs = [
-        ("--json", options.json.as_deref()),
-        ("--mistakes", options.mistakes.as_deref()),
-    ];
-    output::check_beside(&options.directory, &outputs)?;
-    Ok(format)
-}
-
 /// Loads the model, with the statistics of the first digits of `data` if given.
 fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result<Predictor> {
     let reference = data.map(|data| {
@@ -136,13 +130,8 @@ fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result
         digits.truncate(job.batch_size);
         digits
     });
-    let PredictOptions {
-        directory,
-        epoch,
-        form,
-        ..
-    } = options;
-    let predictor = Predictor::load(job, directory, *epoch, *form, reference.as_ref())?;
+    let (directory, form) = (&options.directory, options.form);
+    let predictor = Predictor::load(job, directory, options.epoch, form, reference.as_ref())?;
     say!(
         "Model: {} of {} after epoch {}, {}, {}",
         job.model.name(),
@@ -154,7 +143,7 @@ fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result
     if let Some(reference) = &reference {
         say!(
             "This model keeps no statistics for evaluation: each picture is normalized with those \
-             of the first {} test digits, whatever else is in its folder.",
+             of the first {} test digits, and not by its neighbours in the folder.",
             reference.len()
         )?;
     }
@@ -165,7 +154,7 @@ fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result
 fn test_digits(job: &Job, trained_on: &str) -> Result<MnistData> {
     let data = resolve(&DataRequest {
         train_limit: Some(1),
-        ..job.data_request()
+        ..job.data.clone()
     })?;
     say!("Data: {}", data.origin)?;
     if data.origin.name() != trained_on {
@@ -264,12 +253,9 @@ fn heading(report: &PredictionReport, test: &TestReport) -> [String; 2] {
         test.digits,
         report.dataset.as_deref().unwrap_or_default()
     );
-    let what = match test.mistakes.len() {
-        0 => format!("no mistakes on {digits}"),
-        1 => format!("1 mistake on {digits}"),
-        all if all <= SHOWN => format!("{all} mistakes on {digits}, highest loss first"),
-        all => format!("the {SHOWN} with the highest loss of {all} mistakes on {digits}"),
-    };
+    let all = test.mistakes.len();
+    let shown = all.min(SHOWN);
+    let what = format!("{shown} of {all} mistakes on {digits}, highest loss first");
     let of = format!(
         "{}, {}, epoch {} (below: probability of the class read, loss of the digit)",
         report.model, report.form, report.epoch

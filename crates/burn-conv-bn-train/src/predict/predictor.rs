@@ -17,7 +17,7 @@ use crate::data::{CLASSES, DigitItem, Digits, MnistBatcher};
 use crate::measure::memory::MemoryProbe;
 use crate::model::Network;
 use crate::persist::checkpoint::{self, Records};
-use crate::run::job::{Job, Norm, Variant};
+use crate::run::job::{Job, Variant};
 
 /// In which form a trained network predicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -181,16 +181,6 @@ fn records(directory: &Path, epoch: Option<usize>) -> Result<(Records, usize)> {
         let damaged: String = damaged.iter().map(|(_, why)| format!("; {why}")).collect();
         format!("{named} has no complete checkpoint of a trained model{damaged}")
     })
-}
-
-/// Checks that a network without statistics of its own can take those of some digits in a form.
-pub(super) fn check_statistics(job: &Job, form: PredictForm) -> Result<()> {
-    ensure!(
-        !(form == PredictForm::Unfused && job.norm == Norm::Tutorial),
-        "the unfused form of the tutorial's norm takes statistics of whole batches alone, so that it \
-         cannot classify single pictures; use --form fused"
-    );
-    Ok(())
 }
 
 /// The network in evaluation mode, with the statistics of `digits` if it has none of its own.

@@ -52,8 +52,7 @@ fn a_heading_counts() {
         }
         what
     };
-    assert_eq!(report(0), "no mistakes on 100 digits of synthetic");
-    assert_eq!(report(1), "1 mistake on 100 digits of synthetic");
-    assert!(report(SHOWN).starts_with("40 mistakes on"));
-    assert!(report(41).starts_with("the 40 with the highest loss of 41 mistakes on"));
+    assert!(report(0).starts_with("0 of 0 mistakes on 100 digits of synthetic"));
+    assert!(report(SHOWN).starts_with("40 of 40 mistakes on"));
+    assert!(report(41).starts_with("40 of 41 mistakes on"));
 }

@@ -14,7 +14,7 @@ use crate::data::{DatasetChoice, MnistData};
 use crate::measure::estimate::estimate;
 use crate::measure::plot::picture;
 use crate::measure::report::{EpochReport, Report, VariantReport};
-use crate::persist::output::{self, PictureFormat};
+use crate::persist::output;
 use crate::print::{PrintError, loss, say};
 use crate::run::job::{Job, Variant};
 use crate::run::worker::{Task, spawn};
@@ -48,12 +48,14 @@ pub(crate) fn compare(
     allocator: &'static CountingAllocator,
     interrupter: &Interrupter,
 ) -> Result<()> {
-    check_outputs(options)?;
+    let (json, plot) = (options.json.as_deref(), options.plot.as_deref());
+    output::check_svg("--plot", plot)?;
+    output::check(&[("--json", json), ("--plot", plot)])?;
     let scratch = tempfile::tempdir().context("cannot make a temporary folder")?;
     let mut data = job.begin()?;
     announce(&mut job, options, &mut data, allocator)?;
     // The variants' processes look for the data again: what they find must be the same.
-    job.dataset = if data.origin.name() == "synthetic" {
+    job.data.dataset = if data.origin.name() == "synthetic" {
         DatasetChoice::Synthetic
     } else {
         DatasetChoice::Mnist
@@ -64,13 +66,12 @@ pub(crate) fn compare(
     let trained = train_all(&job, options, scratch.path(), &mut report, interrupter);
     // Finished variants are kept, also if another one failed.
     if !report.variants.is_empty() {
-        let json = options.json.iter();
-        let json = json.map(|path| ("Report", path.as_path(), output::json(&report)));
-        let plot = options.plot.iter().map(|path| {
+        let json = json.map(|path| ("Report", path, output::json(&report)));
+        let plot = plot.map(|path| {
             let picture = picture(&report).context("cannot draw the picture");
-            ("Picture", path.as_path(), picture.map(String::into_bytes))
+            ("Picture", path, picture.map(String::into_bytes))
         });
-        let files = json.chain(plot).collect();
+        let files = json.into_iter().chain(plot).collect();
         output::finish(Some(format!("\n{}", summary(&report))), files)?;
     }
     trained?;
@@ -78,22 +79,6 @@ pub(crate) fn compare(
         bail!("{}", interruption(&job, options, &report));
     }
     report.check_finite()
-}
-
-/// Checks that the results can be written.
-fn check_outputs(options: &CompareOptions) -> Result<()> {
-    if let Some(path) = &options.plot
-        && PictureFormat::of(path).ok() != Some(PictureFormat::Svg)
-    {
-        bail!(
-            "--plot draws SVG, to a file that ends in .svg, which {} does not",
-            path.display()
-        );
-    }
-    output::check(&[
-        ("--json", options.json.as_deref()),
-        ("--plot", options.plot.as_deref()),
-    ])
 }
 
 /// Trains the variants one after the other.
@@ -201,7 +186,7 @@ fn announce(
             minutes(total),
             minutes(limit)
         )?;
-        job.train_limit = Some(digits);
+        job.data.train_limit = Some(digits);
         data.train.truncate(digits);
     }
     Ok(())

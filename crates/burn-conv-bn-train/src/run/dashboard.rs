@@ -112,13 +112,21 @@ fn keep_ctrl_c() {
 #[cfg(not(unix))]
 fn keep_ctrl_c() {}
 
-impl MetricsRendererTraining for Dashboard {
-    fn update_train(&mut self, state: MetricState) {
-        self.show(|tui| tui.update_train(state));
-    }
+/// Methods that pass an event on.
+macro_rules! shown {
+    ($($event:ident($($argument:ident: $type:ty),*);)*) => {
+        $(
+            fn $event(&mut self, $($argument: $type),*) {
+                self.show(|tui| tui.$event($($argument),*));
+            }
+        )*
+    };
+}
 
-    fn update_valid(&mut self, state: MetricState) {
-        self.show(|tui| tui.update_valid(state));
+impl MetricsRendererTraining for Dashboard {
+    shown! {
+        update_train(state: MetricState);
+        update_valid(state: MetricState);
     }
 
     fn on_train_end(&mut self, _summary: Option<LearnerSummary>) -> Result<(), Box<dyn Error>> {
@@ -128,38 +136,14 @@ impl MetricsRendererTraining for Dashboard {
 }
 
 impl TrainingProgressLogger for Dashboard {
-    fn start(
-        &mut self,
-        total_epochs: usize,
-        starting_epoch: usize,
-        total_items: Option<usize>,
-        label: Option<&str>,
-    ) {
-        self.show(|tui| tui.start(total_epochs, starting_epoch, total_items, label));
-    }
-
-    fn update_epoch(&mut self, epoch: usize) {
-        self.show(|tui| tui.update_epoch(epoch));
-    }
-
-    fn start_split(&mut self, split: &str, total_items: usize) {
-        self.show(|tui| tui.start_split(split, total_items));
-    }
-
-    fn update_split(&mut self, items_processed: usize) {
-        self.show(|tui| tui.update_split(items_processed));
-    }
-
-    fn end_split(&mut self) {
-        self.show(TrainingProgressLogger::end_split);
-    }
-
-    fn end(&mut self) {
-        self.show(TrainingProgressLogger::end);
-    }
-
-    fn log_event_training(&mut self, event: String) {
-        self.show(|tui| tui.log_event_training(event));
+    shown! {
+        start(epochs: usize, first: usize, items: Option<usize>, label: Option<&str>);
+        update_epoch(epoch: usize);
+        start_split(split: &str, items: usize);
+        update_split(items: usize);
+        end_split();
+        end();
+        log_event_training(event: String);
     }
 }
 
@@ -187,7 +171,7 @@ impl MetricsRenderer for Dashboard {
         self.close();
     }
 
-    fn register_metric(&mut self, definition: MetricDefinition) {
-        self.show(|tui| tui.register_metric(definition));
+    shown! {
+        register_metric(definition: MetricDefinition);
     }
 }

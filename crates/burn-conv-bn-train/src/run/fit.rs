@@ -185,32 +185,25 @@ fn launch(
     train: Arc<Digits>,
     test: Arc<Digits>,
 ) -> Result<FitOutcome> {
-    let Start {
-        classifier,
-        schedule,
-        resumed,
-        history,
-        records,
-        store,
-    } = start;
     let test_items = test.len();
+    let (activations, resumed) = (start.classifier.activations(), start.resumed);
     let loaders: [BatchLoader; 2] = [
         Arc::new(EpochLoader::new(
             train,
             job.batch_size,
-            classifier.activations(),
+            activations,
             job.device(),
-            job.seed,
+            job.data.seed,
             resumed as u64,
         )),
-        test_loader(test, job.batch_size, classifier.activations()),
+        test_loader(test, job.batch_size, activations),
     ];
     let dashboard = options
         .dashboard
         .then(|| Dashboard::open(&options.interrupter, resumed))
         .flatten();
     let launched = guarded(|| {
-        let mut training = training(job, options, loaders, &history)
+        let mut training = training(job, options, loaders, &start.history)
             .renderer(match &dashboard {
                 Some(dashboard) => Box::new(dashboard.clone()),
                 None => Box::new(LineRenderer::new(job.log_interval)),
@@ -219,24 +212,24 @@ fn launch(
         if resumed > 0 {
             training = training.checkpoint(resumed);
         }
-        if let Some(store) = &store {
-            training = with_checkpoints(training, store, records);
+        if let Some(store) = &start.store {
+            training = with_checkpoints(training, store, start.records);
         }
-        let learner = Learner::new(classifier, job.optimizer.init(), schedule);
+        let learner = Learner::new(start.classifier, job.optimizer.init(), start.schedule);
         let result = training.launch(learner);
         (result.interrupted, result.error)
     });
     if let Some(dashboard) = &dashboard {
         dashboard.close();
     }
-    if let Some(failure) = store.and_then(|store| store.take_failure()) {
+    if let Some(failure) = start.store.and_then(|store| store.take_failure()) {
         return Err(cannot_write(failure));
     }
     let (interrupted, error) = launched?;
     if let Some(error) = error {
         bail!("training failed: {error}");
     }
-    let mut epochs = history.epochs();
+    let mut epochs = start.history.epochs();
     if let Some(last) = epochs.last_mut() {
         // The last test may have been interrupted.
         last.test = last.test.filter(|test| test.total == test_items);

@@ -139,7 +139,7 @@ impl RunFolder {
 /// A checkpoint or another file could not be written, as on a full disk. The training was stopped;
 /// every checkpoint that was complete is as it was.
 pub(super) fn cannot_write(error: OutputError) -> anyhow::Error {
-    anyhow!("cannot write {error} (the training has stopped; complete checkpoints are kept)")
+    anyhow!("{error} (the training has stopped; complete checkpoints are kept)")
 }
 
 #[cfg(test)]

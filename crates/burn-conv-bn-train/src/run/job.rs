@@ -1,7 +1,5 @@
 //! A training run as data.
 
-use std::path::PathBuf;
-
 use burn::module::Module;
 use burn::tensor::Device;
 use burn_conv_bn::{ConvBnModule, NormVariant, Recompute};
@@ -11,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::choice::Choice;
-use crate::data::{DataRequest, DatasetChoice, MnistData, resolve};
+use crate::data::{DataRequest, MnistData, resolve};
 use crate::device::DeviceChoice;
 use crate::measure::memory::MemoryProbe;
 use crate::measure::report::{BURN_VERSION, Report, SCHEMA};
@@ -80,16 +78,9 @@ pub enum RecomputePolicy {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Job {
-    /// Which data.
-    pub dataset: DatasetChoice,
-    /// Folder with the four IDX files.
-    pub data_dir: Option<PathBuf>,
-    /// Whether MNIST may not be downloaded.
-    pub no_download: bool,
-    /// Most training digits.
-    pub train_limit: Option<usize>,
-    /// Most test digits.
-    pub test_limit: Option<usize>,
+    /// Which data, and the seed.
+    #[serde(flatten)]
+    pub data: DataRequest,
     /// Epochs.
     #[serde(default)]
     pub epochs: usize,
@@ -118,8 +109,6 @@ pub struct Job {
     pub device: DeviceChoice,
     /// Bound on the fused blocks' workspace, in bytes.
     pub max_workspace: Option<usize>,
-    /// Seed of weights, order, dropout and drawn digits.
-    pub seed: u64,
     /// Print the loss of every so many batches; never if 0.
     #[serde(default)]
     pub log_interval: usize,
@@ -130,8 +119,7 @@ impl Job {
     ///
     /// # Panics
     ///
-    /// Panics if this build or this machine has no such device, which
-    /// [`DeviceChoice::open`] tells.
+    /// Panics where [`DeviceChoice::open`] is an error.
     pub fn device(&self) -> Device {
         let device = self.device.open();
         device.unwrap_or_else(|error| panic!("{error}")).autodiff()
@@ -153,7 +141,9 @@ impl Job {
         self.check()?;
         let data = self.data()?;
         say!("Data: {}", data.origin)?;
-        self.precision.announce()?;
+        if self.precision.is_mixed() {
+            say!("Precision: {}", self.precision.describe())?;
+        }
         if let Some(notice) = self.device.tuning_notice(cfg!(feature = "autotune")) {
             say!("{notice}")?;
         }
@@ -173,19 +163,7 @@ impl Job {
     ///
     /// If they are not found or not sound.
     pub fn data(&self) -> anyhow::Result<MnistData> {
-        resolve(&self.data_request())
-    }
-
-    /// What [`data`](Self::data) looks for.
-    pub(crate) fn data_request(&self) -> DataRequest {
-        DataRequest {
-            choice: self.dataset,
-            data_dir: self.data_dir.clone(),
-            allow_download: !self.no_download,
-            seed: self.seed,
-            train_limit: self.train_limit,
-            test_limit: self.test_limit,
-        }
+        resolve(&self.data)
     }
 
     /// A report on these data, without variants yet.
@@ -201,7 +179,7 @@ impl Job {
             model: self.model.name(),
             optimizer: self.optimizer.name(),
             norm: self.norm.name(),
-            seed: self.seed,
+            seed: self.data.seed,
             threads: rayon::current_num_threads(),
             burn_version: BURN_VERSION.to_string(),
             version: env!("CARGO_PKG_VERSION").to_string(),
@@ -215,9 +193,9 @@ impl Job {
         let device = self.device();
         let host = DeviceChoice::host().and_then(|host| host.open().ok());
         let drawn_on = host.map_or(device.clone(), Device::autodiff);
-        drawn_on.seed(self.seed);
+        drawn_on.seed(self.data.seed);
         // The dropout's draws are the device's own.
-        device.seed(self.seed);
+        device.seed(self.data.seed);
         let recompute = match self.recompute {
             RecomputePolicy::Conv => Recompute::Conv,
             RecomputePolicy::Norm => Recompute::Norm,
@@ -233,8 +211,7 @@ impl Job {
     /// The network in its initial state, ready to be trained.
     pub fn classifier(&self, variant: Variant, probe: MemoryProbe) -> Classifier {
         let network = self.network(variant.form());
-        Classifier::new(network, probe, self.precision.parameters())
-            .with_activations(self.precision.activations())
+        Classifier::new(network, probe, self.precision)
     }
 
     /// Bytes of the tensors that a step of `batch_size` digits keeps for its backward pass, each once, as

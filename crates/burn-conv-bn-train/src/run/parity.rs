@@ -220,8 +220,7 @@ impl Parity {
     /// Prints the losses and the verdict.
     ///
     /// In single precision the losses of both variants drift from those of double precision, and
-    /// the optimizer multiplies whatever they drift by, Adadelta at a learning rate of 1 more than
-    /// others. The verdict is that of the two-times rule: the fused run may be at most twice as far
+    /// the optimizer multiplies the drift, Adadelta at a learning rate of 1 more than others. The verdict is that of the two-times rule: the fused run may be at most twice as far
     /// from the unfused run in double precision as the farthest unfused run in single. That yardstick
     /// shares no fault with the fused op. The spread of the unfused runs alone would not do: Burn sums
     /// each channel of its batch norm in one long f32 sum, whose error every order shares. They may also
@@ -315,12 +314,12 @@ fn losses(
         job.batch_size,
         job.precision.activations(),
         job.device(),
-        job.seed,
+        job.data.seed,
         0,
     );
     let mut optimizer = job.optimizer.init();
     let network = reordering.of_network(job.network(variant.form()), job.model);
-    let mut model = Classifier::new(network, MemoryProbe::off(), job.precision.parameters());
+    let mut model = Classifier::new(network, MemoryProbe::off(), job.precision);
     let mut losses = Vec::with_capacity(steps);
     while losses.len() < steps {
         for batch in loader.iter().take(steps - losses.len()) {

@@ -22,8 +22,8 @@ const ROOM: usize = 60_000;
 
 /// Records the memory of a training step on the first digits of `data`, of the size of a batch.
 ///
-/// The step is the second of two: the first sets up the optimizer's state, and whatever else is set up
-/// once. On the host no peak is missed, however short. A device's pool is asked about once a millisecond.
+/// The step is the second of two: the first sets up what is set up once, as the optimizer's state. On the
+/// host no peak is missed. A device's pool is read once a millisecond.
 ///
 /// # Errors
 ///
@@ -56,8 +56,8 @@ pub(crate) fn record(
     Ok(timeline)
 }
 
-/// Records while `step` runs, which returns the ends of its phases by the clock that it is given: seconds
-/// since the start, when the device is done.
+/// Records while `step` runs. `step` returns the ends of its phases by the given clock: seconds since the
+/// start, read when the device is done.
 fn watch<R>(
     probe: &MemoryProbe,
     step: impl FnOnce(&dyn Fn() -> f64) -> ([f64; 3], R),

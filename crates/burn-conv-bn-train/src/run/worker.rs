@@ -1,13 +1,12 @@
 //! The training of one variant in a process of its own.
 
 use std::fs;
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use burn::train::Interrupter;
-use burn_conv_bn_files::Survives;
+use burn_conv_bn_files::{Survives, write};
 use burn_conv_bn_memory::CountingAllocator;
 use serde::{Deserialize, Serialize};
 
@@ -50,11 +49,8 @@ pub(super) fn spawn(task: &Task, threads: Option<usize>) -> Result<VariantReport
         .stdin(Stdio::piped())
         .spawn()
         .context("cannot start a process for the variant")?;
-    let mut input = child.stdin.take().context("the process has no input")?;
-    input
-        .write_all(serde_json::to_string(task)?.as_bytes())
-        .context("cannot talk to the variant's process")?;
-    drop(input);
+    let input = child.stdin.take().context("the process has no input")?;
+    serde_json::to_writer(input, task).context("cannot talk to the variant's process")?;
     let status = child
         .wait()
         .context("cannot wait for the variant's process")?;
@@ -80,7 +76,7 @@ pub(crate) fn work(allocator: &'static CountingAllocator, interrupter: Interrupt
         .context("run-variant is started by compare, which tells it what to do")?;
     let result = train(&task, allocator, interrupter).map_err(|error| message(&error));
     let json = serde_json::to_vec(&result)?;
-    burn_conv_bn_files::write(&task.result, &json, Survives::Kill).context("cannot write")
+    Ok(write(&task.result, &json, Survives::Kill)?)
 }
 
 fn train(

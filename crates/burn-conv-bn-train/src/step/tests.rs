@@ -22,6 +22,14 @@ fn classifier(model: ModelChoice, variant: Variant) -> Classifier {
     job.classifier(variant, MemoryProbe::off())
 }
 
+/// The same in mixed precision.
+fn in_half(single: Classifier, activations: FloatDType) -> Classifier {
+    Classifier {
+        activations,
+        ..single
+    }
+}
+
 /// The first digits, as the classifier takes them.
 fn batch(classifier: &Classifier, count: usize) -> MnistBatch {
     let digits = generate(count, 3);
@@ -66,7 +74,7 @@ fn named(classifier: &Classifier, gradients: &GradientsParams) -> BTreeMap<Strin
     collect.found
 }
 
-/// How far values are from what is wanted, as a part of the latter's 2-norm.
+/// Distance of values, relative to the 2-norm of the wanted ones.
 fn distance(got: &[f64], wanted: &[f64]) -> f64 {
     assert_eq!(got.len(), wanted.len());
     let difference = norm(got.iter().zip(wanted).map(|(got, wanted)| got - wanted));
@@ -107,7 +115,7 @@ fn gradients_in_mixed_precision_are_those_of_the_parameters() {
         // Two convolutions, and two linear layers with biases.
         assert_eq!(wanted.len(), 6, "{:?}", wanted.keys());
         for (half, tolerance) in HALVES.into_iter().zip([0.15, 0.3]) {
-            let mixed = single.clone().with_activations(half);
+            let mixed = in_half(single.clone(), half);
             assert_eq!(mixed.dtype(), FloatDType::F32);
             let output = TrainStep::step(&mixed, batch(&mixed, 32));
             let loss = &output.item.loss;
@@ -127,7 +135,7 @@ fn small_gradients_are_not_lost_in_f16() {
         named(classifier, &classifier.gradients(loss * 2.0f64.powi(-14)))
     };
     let wanted = gradients(&single);
-    let mixed = single.clone().with_activations(FloatDType::F16);
+    let mixed = in_half(single.clone(), FloatDType::F16);
     assert_near("f16", &gradients(&mixed), &wanted, 0.15);
 }
 
@@ -137,7 +145,7 @@ fn running_statistics_in_mixed_precision_are_those_of_the_network() {
         for half in HALVES {
             let single = classifier(ModelChoice::Resnet18, variant);
             // From the same start, without sharing it as clones do.
-            let mixed = single.valid().train().with_activations(half);
+            let mixed = in_half(single.valid().train(), half);
             let statistics = [&single, &mixed].map(|classifier| {
                 TrainStep::step(classifier, batch(classifier, 4));
                 let Network::ResNet(net) = &classifier.net else {

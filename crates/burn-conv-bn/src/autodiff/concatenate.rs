@@ -1,5 +1,5 @@
-//! Concatenation along channels as a node whose output is rebuilt for whatever asks for it, as that of
-//! [`norm`](super::norm) is.
+//! Concatenation along channels as a node whose output is rebuilt in the backward pass, as in
+//! [`norm`](super::norm).
 
 use std::array::from_fn;
 use std::ops::Range;

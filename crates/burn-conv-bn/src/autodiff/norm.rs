@@ -1,8 +1,7 @@
-//! Norm and activation as a node whose output is rebuilt for whatever asks for it.
+//! Norm and activation as a node whose output is rebuilt in the backward pass.
 //!
-//! burn-autodiff calls such a node memory-bound: a consumer that checkpoints the output stores the node's
-//! [`RetroForward`] instead, whatever the device's own strategy is. The first that retrieves the output in the
-//! backward pass has it rebuilt.
+//! burn-autodiff calls such a node memory-bound: under any strategy of the device, a consumer that checkpoints
+//! the output stores the node's [`RetroForward`] instead. The first to retrieve the output rebuilds it.
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend};

@@ -37,24 +37,19 @@ fn inverts_norm<E: Kernel>(
     scale: &[E::Real],
     shift: Option<&[E::Real]>,
 ) -> bool {
-    let (single, double) = (f64::from(f32::MIN_POSITIVE), f64::MIN_POSITIVE);
-    let [least, least_scale] = match E::dtype() {
-        DType::F64 => [double; 2],
-        DType::F16 => [f16::MIN_POSITIVE.to_f64(), single],
-        _ => [single; 2],
+    let least = match E::dtype() {
+        DType::F64 => f64::MIN_POSITIVE,
+        DType::F16 => f16::MIN_POSITIVE.to_f64(),
+        _ => f64::from(f32::MIN_POSITIVE),
     };
     scale
         .iter()
         .zip(variance)
         .enumerate()
         .all(|(channel, (scale, variance))| {
-            let scale = Real::to_f64(*scale).abs();
-            let spread = scale * Real::to_f64(*variance).sqrt();
+            let spread = Real::to_f64(*scale).abs() * Real::to_f64(*variance).sqrt();
             let shift = shift.map_or(0.0, |shift| Real::to_f64(shift[channel]).abs());
-            spread.is_finite()
-                && spread >= LEAST_SPREAD * least
-                && scale >= least_scale
-                && shift <= MOST_SHIFT * spread
+            spread.is_finite() && spread >= LEAST_SPREAD * least && shift <= MOST_SHIFT * spread
         })
 }
 

@@ -6,20 +6,19 @@ use super::check::Check;
 use crate::backend::ConvBnBackend;
 use crate::spec::{ConvBnError, MaxPoolProblem};
 
-/// Max pool over height and width: what [`burn::tensor::module::max_pool2d`] computes, gradients
-/// included, with less kept for the backward pass.
+/// Max pool over height and width, with the results and gradients of [`burn::tensor::module::max_pool2d`]
+/// and less kept for the backward pass.
 ///
-/// Burn 0.22.1 keeps the input, and for each output the index of the pixel that it is, in the device's
-/// integers. On Flex this keeps one byte for each output: the place of the maximum in its window. The
-/// input is then free as soon as nothing else holds it, as the output of a block of this crate that
-/// keeps its own input alone. An untracked input keeps neither, and no argmax is computed.
+/// Burn 0.22.1 keeps the input and, for each output, its pixel's index in the device's integers. On Flex this
+/// keeps the argmax, one byte for each output: the maximum's position in its window. The input, such as the
+/// output of a fused block, is then free once nothing else holds it. An untracked input keeps nothing, and no
+/// argmax is computed.
 ///
-/// Of equal values the first wins, and NaN wins over all, as in Burn. Results are Burn's to the bit, but
-/// for gradients in f16 where windows overlap: Burn rounds after each sum, and this sums in f32.
+/// Of equal values the first wins, and NaN wins over all, as in Burn. Results are equal to Burn's to the bit,
+/// except gradients in f16 where windows overlap: Burn rounds after each sum, and this sums in f32.
 ///
-/// Burn's own op runs where there is no kernel for another: on other backends, for windows of more
-/// than 256 pixels, and for padding that differs between the two sides of a dimension, which Burn makes
-/// a copy for.
+/// Burn's own op runs where there is no kernel: on other backends, for windows of more than 256 pixels, and
+/// for padding that differs between the two sides of a dimension, which Burn copies the input for.
 ///
 /// # Shapes
 ///

@@ -70,8 +70,8 @@ pub trait ConvBnModule: Module {
         self.map_settings(move |settings| settings.running_variance = running_variance)
     }
 
-    /// Mixed precision: casts every float parameter to `dtype`, but for those of batch norms,
-    /// which stay as they are and whose running statistics would underflow in f16.
+    /// Mixed precision: casts every float parameter to `dtype`, except those of batch norms, whose
+    /// running statistics would underflow in f16.
     ///
     /// With f16 or bf16 a fused layer then takes its input in that dtype, and keeps statistics,
     /// sums and the norm's parameters and gradients in f32. Cast the model's input with

@@ -79,12 +79,12 @@ impl BatchNormActivationConfig {
     }
 }
 
-/// Batch norm and activation over `[batch, channels, spatial..]`, of which one activation is kept for the
-/// backward pass: the input.
+/// Batch norm and activation over `[batch, channels, spatial..]`, which keep the input alone for the
+/// backward pass.
 ///
-/// The output is rebuilt for whatever needs it in the backward pass, Burn's own layers included; see
-/// [`batch_norm`]. So norm, activation and convolution, in the order of
-/// pre-activation networks, keep one activation where Burn's layers keep three.
+/// The output is rebuilt for every layer that needs it in the backward pass, Burn's own included; see
+/// [`batch_norm`]. Norm, activation and convolution, in the order of pre-activation networks, keep one
+/// activation where Burn's layers keep three.
 ///
 /// It holds Burn's own [`BatchNorm`], as the field `norm`: a record of a model with a plain `BatchNorm` in
 /// its place loads once `bn.gamma` and the others are renamed `bn.norm.gamma`. Statistics are handled as in

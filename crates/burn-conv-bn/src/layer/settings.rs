@@ -167,7 +167,7 @@ thread_local! {
     static VISITED: RefCell<Option<ConvBnSettings>> = const { RefCell::new(None) };
 }
 
-/// A change to the settings of whatever is mapped, until dropped.
+/// A change to the settings of every layer that is mapped until it is dropped.
 pub(super) struct Edit {
     outer: Option<Change>,
 }

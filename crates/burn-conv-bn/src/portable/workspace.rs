@@ -85,7 +85,7 @@ impl Costs {
         chunks(0..batch, most(bytes, per_image, view))
     }
 
-    /// Chunks of `chunk`, of which z's gradient is there, that convolution gradients go over. Without
+    /// Chunks of `chunk` for the convolution's gradients, once z's gradient of `chunk` exists. Without
     /// `max_workspace` they are bounded where they may allocate columns.
     pub(super) fn conv_chunks(
         &self,

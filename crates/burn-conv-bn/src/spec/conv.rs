@@ -114,12 +114,12 @@ pub enum Recompute {
     /// Drop it and run the convolution again in the backward pass: the block keeps its input
     /// only.
     Conv,
-    /// Keep it, and do not let others keep the block's output: whatever asks for that in the backward pass,
-    /// Burn's own layers included, gets it rebuilt from the convolution's output, by norm and activation.
-    /// It is rebuilt once, and then lives until the last one that asked.
+    /// Keep it, and let no consumer keep the block's output, Burn's own layers included: the backward pass
+    /// rebuilds the output once from the convolution's, by norm and activation. It then lives until its last
+    /// consumer's turn.
     ///
     /// This is a property of the output, with Burn's gradient checkpointing and without. A detached output
-    /// is an ordinary tensor, and kept by whatever keeps it.
+    /// is an ordinary tensor.
     ///
     /// Where the output is not a function of the convolution's output and the batch alone, this is
     /// [`Never`](Self::Never): with a residual, whose rebuilding could reach back to the first block; with

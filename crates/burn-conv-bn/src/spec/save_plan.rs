@@ -55,8 +55,8 @@ pub struct SavePlan {
     pub output: bool,
     /// The tensor added before the activation, where the derivative needs the sum itself.
     pub residual: bool,
-    /// Whether the op's output is rebuilt from what is kept, for whatever asks for it in the backward pass,
-    /// and so kept by none; see [`Recompute::Norm`].
+    /// Whether the op's output is rebuilt for the backward pass of its consumers, none of which keeps it; see
+    /// [`Recompute::Norm`].
     pub rebuilds_output: bool,
 }
 
@@ -78,8 +78,8 @@ impl SavePlan {
         } = tracked;
         let any = input || weight || bias || gamma || beta || residual;
         if any && Self::may_rebuild_output(options, statistics, present.residual) {
-            // A node of the convolution, and one of norm and activation, which needs all that it is made of
-            // to be made again.
+            // A node of the convolution, and one of norm and activation, which rebuilds its output from all of
+            // its inputs.
             return Self {
                 input: weight,
                 weight: input,

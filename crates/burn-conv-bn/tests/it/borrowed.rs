@@ -16,7 +16,7 @@ use crate::common::{assert_close, device, random, tensor, values};
 
 const CHANNELS: usize = 6;
 
-/// A user's, the fields of which nobody touches.
+/// A user's model, whose fields stay.
 #[derive(Module, Debug)]
 struct Network {
     conv1: Conv2d,

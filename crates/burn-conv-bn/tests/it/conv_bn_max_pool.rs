@@ -161,7 +161,7 @@ fn every_setting_of_the_block_is_kept() {
     }
 }
 
-/// The output of such channels does not tell what went into them.
+/// The norm's input cannot be recovered from the output of such channels.
 #[test]
 fn channels_with_a_small_scale_are_exact() {
     let with_first = |gamma: f64| {
@@ -213,7 +213,7 @@ fn channels_with_subnormal_numbers_are_exact() {
     }
 }
 
-/// The output tells nothing of what went in, and gamma's gradient is finite all the same.
+/// The norm's input cannot be recovered from the output, and gamma's gradient is finite all the same.
 #[test]
 fn channels_with_an_infinite_scale_are_exact() {
     let [got, wanted] = both_steps(f64::INFINITY, DType::F32, |_| {});

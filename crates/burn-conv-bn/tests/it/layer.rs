@@ -293,7 +293,7 @@ fn constant_channels_give_finite_gradients() {
     }
 }
 
-/// Out of which no statistics are taken.
+/// Statistics are not taken from it.
 #[test]
 fn an_empty_batch_is_evaluated() {
     let device = Device::flex();

@@ -66,7 +66,7 @@ fn assert_same(what: &str, got: &TensorData, wanted: &TensorData) {
     }
 }
 
-/// Asserts that sums in f16 are those in f64, rounded once, but for what is lost in f32 before.
+/// Asserts that sums in f16 are those in f64 rounded once, up to the rounding of f32 before.
 #[track_caller]
 fn assert_rounded_once(what: &str, got: &TensorData, exact: &TensorData) {
     assert_eq!(got.shape(), exact.shape(), "{what}");
@@ -87,8 +87,8 @@ fn compare(data: &TensorData, dtype: DType, options: &MaxPoolOptions<2>, context
     compare_view(data, dtype, |leaf| leaf, options, context);
 }
 
-/// Both are to the bit, but for gradients in f16: where windows overlap, Burn rounds after each sum,
-/// and ours are summed in f32.
+/// Both are equal to the bit, except gradients in f16: where windows overlap, Burn rounds after each sum, and
+/// ours are summed in f32.
 #[track_caller]
 fn compare_view(
     data: &TensorData,
@@ -115,7 +115,7 @@ fn compare_view(
 
 /// Windows that leave nothing to chance, each with an input's shape: a rest that no window reaches,
 /// windows that overlap and that do not touch, ones that reach past the input or lie wholly in the
-/// padding, dilation, as many places as a byte tells apart, a single pixel, many planes.
+/// padding, dilation, as many positions as a byte holds, a single pixel, many planes.
 fn windows() -> Vec<(MaxPoolOptions<2>, [usize; 4])> {
     let window = |kernel: [usize; 2], stride: [usize; 2], padding: [usize; 2]| {
         MaxPoolOptions::new(kernel)

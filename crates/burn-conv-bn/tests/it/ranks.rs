@@ -161,8 +161,8 @@ fn three_dimensions_are_burns() {
     });
 }
 
-/// A convolution over one dimension is one over two of which the first is 1. Burn's own gradient
-/// of a grouped one is not to be had in 0.22.1, so groups are compared with our layer in 2-D.
+/// A convolution over one dimension is one over two, the first of size 1. Burn 0.22.1 has no gradient of a
+/// grouped one, so that groups are compared with our layer in 2-D.
 #[test]
 fn grouped_one_dimension_is_two_with_a_unit() {
     let line = ConvBn1dConfig::new(4, 6, 3)

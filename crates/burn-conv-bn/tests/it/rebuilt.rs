@@ -267,7 +267,7 @@ fn a_detached_output_is_an_ordinary_tensor() {
     }
 }
 
-/// A backbone in training mode of which nothing is tracked, before a head that is.
+/// An untracked backbone in training mode, before a tracked head.
 #[test]
 fn an_untracked_backbone_keeps_its_output() {
     for device in devices() {

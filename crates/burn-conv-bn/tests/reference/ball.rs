@@ -139,15 +139,16 @@ impl Div for Ball {
         let quotient = self.value / other.value;
         // The least that the divisor may be.
         let least = other.value.abs() - other.radius;
-        let radius = match least > 0.0 {
-            true => (self.radius + times(quotient.abs(), other.radius)) / least,
-            false => f64::INFINITY,
+        let radius = if least > 0.0 {
+            (self.radius + times(quotient.abs(), other.radius)) / least
+        } else {
+            f64::INFINITY
         };
         Self::computed(quotient, radius, self.common_unit(other))
     }
 }
 
-/// The product of bounds, of which 0 is certain.
+/// The product of two bounds: 0 if one is 0, also with an infinite one.
 fn times(a: f64, b: f64) -> f64 {
     if a == 0.0 || b == 0.0 { 0.0 } else { a * b }
 }

@@ -364,9 +364,10 @@ impl Case {
                 dtype,
                 device: &device,
             };
-            let layout = match self.vector_slices {
-                true => Layout::Slice,
-                false => Layout::Contiguous,
+            let layout = if self.vector_slices {
+                Layout::Slice
+            } else {
+                Layout::Contiguous
             };
             let tensor: Tensor<1> = place.tensor(values, &[values.len()], layout);
             tensor.detach().set_require_grad(tracked)

@@ -629,7 +629,7 @@ fn softplus(value: f64) -> f64 {
     value.max(0.0) + (-value.abs()).exp().ln_1p()
 }
 
-/// `2 sqrt(2 / pi)`, half of which GELU's approximation has in its tanh.
+/// `2 sqrt(2 / pi)`; GELU's approximation has half of it in its tanh.
 const GELU_SCALE: f64 = 1.595_769_121_605_731;
 
 fn gelu_argument(value: f64) -> f64 {

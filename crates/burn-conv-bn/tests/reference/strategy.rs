@@ -177,7 +177,7 @@ pub fn sizes() -> impl Strategy<Value = Sizes> {
     ]
 }
 
-/// Every activation, with slopes that tell their side by the output and one that does not.
+/// Every activation; the output's sign is the value's for two of the slopes, and not for the third.
 pub fn activations() -> Vec<Activation> {
     let leaky = |negative_slope| Activation::LeakyRelu { negative_slope };
     vec![

@@ -15,7 +15,7 @@ pub const ACTIVATION: usize = 4 * INPUT[0] * CHANNELS * INPUT[2] * INPUT[3];
 /// Bytes of parameters, statistics and tables of partial results, at most.
 pub const OVERHEAD: usize = 128 << 10;
 
-/// Steps until all is set up, of which the last one counts.
+/// Steps; the last one counts, when all is set up.
 pub const STEPS: usize = 3;
 
 /// The layer.

@@ -23,7 +23,6 @@ fn small() -> (Digits, Digits) {
 fn in_folder(dir: &Path) -> Result<MnistData> {
     let request = DataRequest {
         data_dir: Some(dir.into()),
-        allow_download: true,
         ..DataRequest::default()
     };
     // Nothing but the folder may be used.
@@ -38,7 +37,6 @@ fn in_folder(dir: &Path) -> Result<MnistData> {
 /// A request that is quick to fulfil by drawing.
 fn auto() -> DataRequest {
     DataRequest {
-        allow_download: true,
         train_limit: Some(12),
         test_limit: Some(8),
         ..DataRequest::default()
@@ -164,6 +162,7 @@ fn limits_keep_the_first_digits() {
         data_dir: Some(dir.path().into()),
         train_limit: Some(7),
         test_limit: Some(1_000),
+        no_download: true,
         ..DataRequest::default()
     };
     let data = resolve_on(&offline(&dir), &request).unwrap();
@@ -175,7 +174,7 @@ fn limits_keep_the_first_digits() {
 fn draws_on_request_without_looking_around() {
     let dir = TempDir::new().unwrap();
     let request = DataRequest {
-        choice: DatasetChoice::Synthetic,
+        dataset: DatasetChoice::Synthetic,
         seed: 4,
         ..auto()
     };
@@ -210,8 +209,8 @@ fn auto_draws_and_gives_the_reasons() {
 fn mnist_on_demand_is_mnist_or_an_error() {
     let dir = TempDir::new().unwrap();
     let request = DataRequest {
-        choice: DatasetChoice::Mnist,
-        allow_download: false,
+        dataset: DatasetChoice::Mnist,
+        no_download: true,
         ..auto()
     };
     let error = resolve_on(&offline(&dir), &request).unwrap_err();

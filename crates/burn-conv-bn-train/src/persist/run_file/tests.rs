@@ -51,8 +51,8 @@ fn a_run_file_comes_back_and_is_compared() {
     let error = read.check_options(at, &other).unwrap_err().to_string();
     for part in [
         "--lr 0.5, not 1.0",
-        "--train-limit 64, which is gone",
-        "no --test-limit, not with 7",
+        "--train-limit 64, not none",
+        "--test-limit none, not 7",
     ] {
         assert!(error.contains(part), "no {part:?} in {error}");
     }

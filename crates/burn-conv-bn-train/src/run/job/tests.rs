@@ -1,13 +1,17 @@
 use super::*;
 
+use crate::data::DatasetChoice;
+
 /// A job on drawn digits.
 pub(crate) fn job(epochs: usize, batch_size: usize) -> Job {
     Job {
-        dataset: DatasetChoice::Synthetic,
-        data_dir: None,
-        no_download: true,
-        train_limit: Some(64),
-        test_limit: Some(32),
+        data: DataRequest {
+            dataset: DatasetChoice::Synthetic,
+            train_limit: Some(64),
+            test_limit: Some(32),
+            seed: 1,
+            ..DataRequest::default()
+        },
         epochs,
         batch_size,
         model: ModelChoice::Tutorial,
@@ -20,7 +24,6 @@ pub(crate) fn job(epochs: usize, batch_size: usize) -> Job {
         recompute: RecomputePolicy::Conv,
         device: DeviceChoice::Flex,
         max_workspace: None,
-        seed: 1,
         log_interval: 0,
     }
 }

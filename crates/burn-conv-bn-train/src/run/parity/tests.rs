@@ -40,8 +40,7 @@ fn other_orders_compute_the_same() {
             targets: batch.targets.without_autodiff(),
         };
         let output = |classifier: &Classifier, batch| classifier.classify(batch).scores;
-        let classifier =
-            |network| Classifier::new(network, MemoryProbe::off(), job.precision.parameters());
+        let classifier = |network| Classifier::new(network, MemoryProbe::off(), job.precision);
 
         let straight = classifier(job.network(Form::Unfused));
         // Moves the running statistics, so that their order matters, too.

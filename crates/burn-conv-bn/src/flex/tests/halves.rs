@@ -78,13 +78,17 @@ fn norms_alone_agree() {
                 beta: Some(random(&[4], 3)).into(),
                 statistics,
             };
-            let given = |mean, variance| match fixed {
-                true => NormStatistics::Fixed { mean, variance },
-                false => NormStatistics::Known { mean, variance },
+            let given = |mean, variance| {
+                if fixed {
+                    NormStatistics::Fixed { mean, variance }
+                } else {
+                    NormStatistics::Known { mean, variance }
+                }
             };
-            let first = match fixed {
-                true => given(random(&[4], 4), Flex::float_abs(random(&[4], 5))),
-                false => NormStatistics::Batch,
+            let first = if fixed {
+                given(random(&[4], 4), Flex::float_abs(random(&[4], 5)))
+            } else {
+                NormStatistics::Batch
             };
             let what = format!("{activation:?}, {variant:?}, fixed {fixed}");
             let wanted = portable::batch_norm::forward::<Flex>(inputs(first.clone()), options);

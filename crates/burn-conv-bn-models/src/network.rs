@@ -1,0 +1,70 @@
+//! What all networks have in common.
+
+use burn::module::Module;
+use burn_conv_bn::{FoldError, SavedTensor};
+
+use crate::fold::fold;
+use crate::{DenseNet, EfficientNet, Form, MobileNetV2, Net, ResNet, Vgg};
+
+macro_rules! forms {
+    ($($network:ty)*) => {
+        $(
+            impl $network {
+                /// How the blocks run.
+                pub fn form(&self) -> Form {
+                    self.form
+                }
+
+                /// The same network, with the same tensors, in another form.
+                #[must_use]
+                pub fn with_form(mut self, form: Form) -> Self {
+                    self.form = form;
+                    self
+                }
+
+                /// The network for evaluation, with the norm behind each convolution folded into it; the norm's
+                /// shift becomes the convolution's bias.
+                ///
+                /// These norms stay, as identities, and those before a convolution, DenseNet's, as they are. The
+                /// result runs in either form, and computes what this network does in evaluation, up to rounding.
+                ///
+                /// # Errors
+                ///
+                /// [`FoldError::NotFinite`] if a channel's scale or shift is not finite;
+                /// [`FoldError::NoRunningStatistics`] if a block tracks none, as those of [`Net`].
+                pub fn folded(&self) -> Result<Self, FoldError> {
+                    let mut network = self.valid();
+                    fold(network.blocks_mut().into_iter().map(|(_, block)| block))?;
+                    Ok(network)
+                }
+            }
+        )*
+    };
+}
+
+forms!(DenseNet EfficientNet MobileNetV2 Net ResNet Vgg);
+
+macro_rules! lists {
+    ($($network:ty)*) => {
+        $(
+            impl $network {
+                /// What a training step keeps for the backward pass in this form, for images of that shape,
+                /// `[batch, input_channels, height, width]`: by layer, as the network names it, role and bytes.
+                /// Each layer's input counts as tracked.
+                ///
+                /// Each buffer is listed as its own (not [`shared`](SavedTensor::shared)) by the first that keeps
+                /// it; parameters and images are shared. On Flex, the sum of what is not shared is what the step
+                /// has allocated at the end of the forward pass, beside graph nodes and the result.
+                ///
+                /// # Panics
+                ///
+                /// As [`forward`](Self::forward), for the shape.
+                pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
+                    self.walk(input_shape).into_saved()
+                }
+            }
+        )*
+    };
+}
+
+lists!(DenseNet EfficientNet MobileNetV2 ResNet Vgg);
