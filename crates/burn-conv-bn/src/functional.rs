@@ -421,19 +421,20 @@ fn normalized<const D: usize>(
 /// [`conv_bn`] and [`max_pool2d`] of its output, as one op where that is possible: then there is no tensor
 /// between the two, nor a gradient of one.
 ///
-/// That is so with batch statistics and no residual, on Flex, for windows of up to 256 pixels without
-/// dilation and ceil mode that are padded by half their size at most. In any other case it
+/// That is so with batch statistics and no residual, on Flex and CubeCL's devices, for windows of up to 256
+/// pixels without dilation and ceil mode that are padded by half their size at most. In any other case it
 /// is the two functions one after the other.
 ///
-/// Besides what [`conv_bn`] keeps, a training step then keeps one byte for each output and, with `Relu` or
-/// `Identity`, a handle on the output, which is the input of what follows. With these two the backward pass
-/// recomputes the convolution once, and stores it nowhere: the sums over its output that the norm's
-/// gradients need are taken from the pooled values, unless a channel's beta is more than eight times as
-/// large as the standard deviation of what it is added to, or that is zero or nearly so. With other
-/// activations, and then, it is recomputed or stored for the sums as [`conv_bn`] does. With
-/// [`Recompute::Never`](crate::Recompute::Never), and with `Norm`, it is kept instead.
+/// Besides what [`conv_bn`] keeps, a training step then keeps one byte for each output. The backward pass
+/// recomputes the convolution as [`conv_bn`] does; with [`Recompute::Never`](crate::Recompute::Never), and
+/// with `Norm`, it is kept instead.
 ///
-/// The output and its statistics have the same bits either way. In f32 and f64 the gradients are those
+/// On Flex, with `Relu` or `Identity`, a handle on the output is kept too, which is the input of what follows,
+/// and the convolution is recomputed once and stored nowhere: the sums over its output that the norm's
+/// gradients need are taken from the pooled values, unless a channel's beta is more than eight times as
+/// large as the standard deviation of what it is added to, or that is zero or nearly so.
+///
+/// On Flex the output and its statistics have the same bits either way. In f32 and f64 the gradients are those
 /// of the two up to the rounding of sums.
 ///
 /// # Shapes
@@ -476,7 +477,7 @@ pub fn conv_bn_max_pool2d(
 ) -> Result<Normalized<4>, ConvBnError> {
     let (inputs, problem) = checked(input, params, &options)?;
     let pooled = MaxPoolProblem::new(problem.output.clone(), pool.clone())?;
-    if pooled.joins_a_block() {
+    if pooled.is_regular() {
         let result = Dispatch::conv_bn_max_pool(inputs, options, pool);
         return Ok(Normalized::new(result));
     }

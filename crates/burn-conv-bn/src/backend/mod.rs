@@ -252,7 +252,7 @@ pub trait ConvBnBackend: Backend {
 
     /// Forward kernel of `max_pool`: the output and its argmax, if there is a kernel for this dtype and
     /// window.
-    #[fusion(default)]
+    #[fusion(meta = crate::backend::fusion::max_pool_forward)]
     fn max_pool_forward(
         input: FloatTensor<Self>,
         options: MaxPoolOptions<2>,
@@ -267,7 +267,7 @@ pub trait ConvBnBackend: Backend {
     /// # Panics
     ///
     /// Panics on a backend without the kernel.
-    #[fusion(default)]
+    #[fusion(meta = crate::backend::fusion::max_pool_backward)]
     fn max_pool_backward(
         output_grad: FloatTensor<Self>,
         argmax: IntTensor<Self>,
@@ -311,7 +311,7 @@ pub trait ConvBnBackend: Backend {
 
     /// Forward kernel of `conv_bn_max_pool`, if there is one for these inputs and options. Also returns the
     /// convolution's output if `keep_conv_output`.
-    #[fusion(default)]
+    #[fusion(meta = crate::backend::fusion::conv_bn_max_pool_forward)]
     fn conv_bn_max_pool_forward(
         #[extension_type] inputs: ConvBnInputs<Self>,
         options: ConvBnOptions,
@@ -322,14 +322,15 @@ pub trait ConvBnBackend: Backend {
         ConvBnMaxPoolForward::Unsupported
     }
 
-    /// Backward kernel of `conv_bn_max_pool`: the requested gradients, from the argmax and the tensors of
+    /// Backward kernel of `conv_bn_max_pool`: the requested gradients, from the argmax and the tensors of the
+    /// block's [`SavePlan`], or if [`inverts`](ConvBnMaxPoolForward::Pooled::inverts) of
     /// [`SavePlan::with_max_pool`]. `saved.output` and `saved.output_grad` are the pool's.
     ///
     /// # Panics
     ///
     /// Panics on a backend without the kernel, and without the statistics that the plan keeps for the
     /// requested gradients.
-    #[fusion(default)]
+    #[fusion(meta = crate::backend::fusion::conv_bn_max_pool_backward)]
     fn conv_bn_max_pool_backward(
         #[extension_type] saved: ConvBnSaved<Self>,
         argmax: IntTensor<Self>,

@@ -153,5 +153,6 @@ pub(super) fn kernel_forward_max_pool<E: Kernel>(
         conv_output: keep_conv_output
             .then(|| tensor(values, &output_shape))
             .into(),
+        inverts: true,
     }
 }

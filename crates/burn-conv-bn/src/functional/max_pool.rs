@@ -10,8 +10,8 @@ use crate::spec::{ConvBnError, MaxPoolProblem};
 /// included, with less kept for the backward pass.
 ///
 /// Burn 0.22.1 keeps the input, and for each output the index of the pixel that it is, in the device's
-/// integers. On Flex this keeps one byte for each output: the place of the maximum in its window. The
-/// input is then free as soon as nothing else holds it, as the output of a block of this crate that
+/// integers. On Flex and CubeCL's devices this keeps one byte for each output: the place of the maximum in its
+/// window. The input is then free as soon as nothing else holds it, as the output of a block of this crate that
 /// keeps its own input alone. An untracked input keeps neither, and no argmax is computed.
 ///
 /// Of equal values the first wins, and NaN wins over all, as in Burn. Results are Burn's to the bit, but
@@ -19,7 +19,8 @@ use crate::spec::{ConvBnError, MaxPoolProblem};
 ///
 /// Burn's own op runs where there is no kernel for another: on other backends, for windows of more
 /// than 256 pixels, and for padding that differs between the two sides of a dimension, which Burn makes
-/// a copy for.
+/// a copy for. On CubeCL's devices also with dilation, in ceil mode, for padding above half the window's size,
+/// and for an untracked input.
 ///
 /// # Shapes
 ///

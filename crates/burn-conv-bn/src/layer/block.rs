@@ -246,7 +246,7 @@ impl ConvBnRef<'_, Conv2d, 4> {
             return Vec::new();
         }
         let pooled = pool.problem(problem.output.clone());
-        let joined = SavePlan::joins_max_pool(statistics, false) && pooled.joins_a_block();
+        let joined = SavePlan::joins_max_pool(statistics, false) && pooled.is_regular();
         let plan = if joined {
             let options = options.joined();
             let plan = SavePlan::new(&options, statistics, present, tracked);
