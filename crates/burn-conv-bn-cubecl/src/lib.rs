@@ -5,6 +5,7 @@
 //! them, each once per launch and never through a copy:
 //!
 //! - [`moments`]: mean and variance of each channel;
+//! - [`running_moments`]: running mean and variance after a batch;
 //! - [`normalize`]: norm, residual and activation, in place on the convolution's output;
 //! - [`GradSums`]: the two sums over a channel that all gradients of the norm are made of;
 //! - [`norm_input_grad`]: the gradient of the convolution's output, in place on the recomputed
@@ -103,6 +104,7 @@ mod fold;
 mod forward;
 mod norm;
 mod pool;
+mod running;
 mod table;
 mod walk;
 
@@ -112,6 +114,7 @@ pub use element::accumulator_dtype;
 pub use forward::{moments, normalize};
 pub use norm::Norm;
 pub use pool::{MaxPooled, PoolArgmax, PoolWindow, max_pool, max_pool_backward};
+pub use running::running_moments;
 pub use table::{Affine, AffineGrads, ChannelTable, Moments, channel_table};
 
 /// The code of the package's Markdown page.

@@ -10,6 +10,7 @@ use burn_backend::{DType, TensorData, bf16, f16};
 use burn_conv_bn_cubecl::{
     Activation, Affine, ChannelTable, GradSums, Moments, Norm, Parameter, PoolArgmax, PoolWindow,
     PreActivation, channel_table, max_pool, max_pool_backward, moments, norm_input_grad, normalize,
+    running_moments,
 };
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
@@ -1037,6 +1038,28 @@ fn an_empty_batch() {
     assert_eq!(download(&sums.grad()), [0.0; 3]);
     let grad = norm_input_grad(pre_activation, Some(&table), false);
     assert_eq!(download(&grad.grad), Vec::<f64>::new());
+}
+
+/// Running statistics in a dtype of their own, of the biased variance and of one that is not: values that no
+/// dtype rounds.
+#[test]
+fn running_statistics() {
+    let device = CubeDevice::default();
+    for dtype in dtypes(&device) {
+        let accumulator = burn_conv_bn_cubecl::accumulator_dtype(dtype);
+        let moments = |[mean, variance]: [[f64; 3]; 2], dtype| Moments {
+            mean: upload_channels(&mean, dtype, &device),
+            variance: upload_channels(&variance, dtype, &device),
+        };
+        let running = moments([[0.5, -1.0, 2.0], [4.0, 0.25, 1.0]], dtype);
+        let batch = moments([[1.5, 0.5, -4.0], [2.0, 1.0, 0.5]], accumulator);
+        for (factor, variance) in [(1.0, [3.5, 0.4375, 0.875]), (1.5, [3.75, 0.5625, 0.9375])] {
+            let got = running_moments(&running, &batch, 0.25, factor);
+            assert_eq!(got.mean.dtype, dtype);
+            assert_eq!(download(&got.mean), [0.75, -0.625, 0.5], "{dtype:?}");
+            assert_eq!(download(&got.variance), variance, "{dtype:?}");
+        }
+    }
 }
 
 /// Output of a max pool, and the index in the input of each maximum, the first of equals.

@@ -11,10 +11,10 @@ use burn_cubecl::CubeBackend;
 
 use self::sweeps::Kernels;
 use crate::backend::{
-    BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackend, ConvBnBackwardOptions,
-    ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward,
-    ConvBnSaved, ConvGrads, ConvSaved, MaxPoolBackwardOptions, MaxPoolForward, NormGrads,
-    NormInputs, NormOutput, NormSaved,
+    BatchNormBackwardOptions, ChannelMoments, ConvBackwardOptions, ConvBnBackend,
+    ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions,
+    ConvBnMaxPoolForward, ConvBnSaved, ConvGrads, ConvSaved, MaxPoolBackwardOptions,
+    MaxPoolForward, NormGrads, NormInputs, NormOutput, NormSaved,
 };
 use crate::portable::batch_norm;
 use crate::portable::conv_bn::{backward_by, conv_backward_by, forward_by};
@@ -37,6 +37,15 @@ impl ConvBnBackend for CubeBackend {
         options: BatchNormBackwardOptions,
     ) -> NormGrads<Self> {
         batch_norm::backward_by::<Self, Kernels>(saved, &options)
+    }
+
+    fn running_moments(
+        running: ChannelMoments<Self>,
+        batch: ChannelMoments<Self>,
+        momentum: f64,
+        factor: f64,
+    ) -> ChannelMoments<Self> {
+        sweeps::running_moments(running, batch, momentum, factor)
     }
 
     fn conv_bn_forward(

@@ -41,7 +41,8 @@ pub use self::cat::cat_channels;
 use self::check::Check;
 pub use self::max_pool::max_pool2d;
 use crate::backend::{
-    ConvBnBackend, ConvBnInputs, NormInputs, NormOutput, NormStatistics, OptionalTensor, Statistics,
+    ChannelMoments, ConvBnBackend, ConvBnInputs, NormInputs, NormOutput, NormStatistics,
+    OptionalTensor, Statistics,
 };
 use crate::spec::{
     BatchNormOptions, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPoolProblem,
@@ -69,6 +70,23 @@ impl<const D: usize> Normalized<D> {
             mean: Tensor::from_dispatch(result.mean),
             variance: Tensor::from_dispatch(result.variance),
         }
+    }
+
+    /// Running mean and variance after this batch, its variance times `factor`. Constant to autodiff.
+    pub(crate) fn running(
+        &self,
+        [mean, variance]: [Tensor<1>; 2],
+        momentum: f64,
+        factor: f64,
+    ) -> [Tensor<1>; 2] {
+        let moments = |mean: Tensor<1>, variance: Tensor<1>| ChannelMoments::<Dispatch> {
+            mean: mean.into_dispatch(),
+            variance: variance.into_dispatch(),
+        };
+        let running = moments(mean, variance);
+        let batch = moments(self.mean.clone(), self.variance.clone());
+        let running = Dispatch::running_moments(running, batch, momentum, factor);
+        [running.mean, running.variance].map(Tensor::from_dispatch)
     }
 }
 

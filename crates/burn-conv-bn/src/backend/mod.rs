@@ -15,10 +15,10 @@ use crate::portable::sweeps::Composed;
 use crate::spec::{BatchNormOptions, ConvBnOptions, ConvSpec};
 
 pub use self::tensors::{
-    BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackwardOptions, ConvBnForward,
-    ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved,
-    ConvGrads, ConvSaved, MaxPoolBackwardOptions, MaxPoolForward, NormGrads, NormInputs,
-    NormOutput, NormSaved, NormStatistics, OptionalTensor, Statistics, Tensors,
+    BatchNormBackwardOptions, ChannelMoments, ConvBackwardOptions, ConvBnBackwardOptions,
+    ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward,
+    ConvBnSaved, ConvGrads, ConvSaved, MaxPoolBackwardOptions, MaxPoolForward, NormGrads,
+    NormInputs, NormOutput, NormSaved, NormStatistics, OptionalTensor, Statistics, Tensors,
 };
 pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
 
@@ -33,8 +33,8 @@ pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
 /// | `max_pool`         | `max_pool_forward`, `max_pool_backward`                 | Burn's pool and its node |
 /// | `conv_bn_max_pool` | `conv_bn_max_pool_forward`, `conv_bn_max_pool_backward` | `conv_bn`, `max_pool`    |
 ///
-/// `Autodiff<B>` registers one node for each differentiable method. Kernels do not differentiate. Every
-/// method has a default body: `impl ConvBnBackend for MyBackend {}` is complete. A backend overrides the
+/// `Autodiff<B>` registers one node for each differentiable method. Kernels and `running_moments` do not
+/// differentiate. Every method has a default body: `impl ConvBnBackend for MyBackend {}` is complete. A backend overrides the
 /// two kernels of an op together; with those of the max pool also `max_pool`, for untracked inputs.
 ///
 /// The methods trust their arguments; [`functional`](crate::functional) checks them. Tensors of Burn's
@@ -197,6 +197,18 @@ pub trait ConvBnBackend: Backend {
         options: BatchNormBackwardOptions,
     ) -> NormGrads<Self> {
         portable::batch_norm::backward::<Self>(saved, &options)
+    }
+
+    /// Running statistics after a batch, in their own dtypes: `(1 - momentum) * running + momentum * batch`, the
+    /// batch's variance times `factor` first. Not differentiable.
+    #[fusion(default)]
+    fn running_moments(
+        #[extension_type] running: ChannelMoments<Self>,
+        #[extension_type] batch: ChannelMoments<Self>,
+        momentum: f64,
+        factor: f64,
+    ) -> ChannelMoments<Self> {
+        portable::norm::running_moments::<Self>(running, batch, momentum, factor)
     }
 
     /// `activation(norm(conv(input)) + residual)`, with a backward pass that recomputes the

@@ -159,6 +159,15 @@ impl<B: Backend> NormStatistics<B> {
     }
 }
 
+/// Mean and variance of each channel, `[channels]` each.
+#[derive(Clone, Debug, ExtensionType)]
+pub struct ChannelMoments<B: Backend> {
+    /// Mean.
+    pub mean: FloatTensor<B>,
+    /// Variance.
+    pub variance: FloatTensor<B>,
+}
+
 /// Tensors of a norm on its own.
 ///
 /// Gamma, beta and fixed statistics are of the input's dtype, or f32 where that is f16 or bf16.

@@ -5,11 +5,12 @@ use burn::tensor::{DType, Shape};
 use burn_conv_bn_cubecl::{
     Activation as KernelActivation, Affine as KernelAffine, ChannelTable, GradSums,
     Moments as KernelMoments, Norm as KernelNorm, Parameter, PoolArgmax, PreActivation,
-    channel_table, moments, norm_input_grad, normalize,
+    channel_table, moments, norm_input_grad, normalize, running_moments as kernel_running_moments,
 };
 use burn_cubecl::CubeBackend;
 
-use crate::backend::NormOutput;
+use crate::backend::{ChannelMoments, NormOutput};
+use crate::portable;
 use crate::portable::sweeps::{Affine, Argument, Moments, Sweeps};
 use crate::spec::{Activation, NormSpec, NormVariant, StatisticsKind, values_per_channel};
 
@@ -150,6 +151,30 @@ impl Sweeps<CubeBackend> for Kernels {
     /// The gradient takes the place of the recomputed output.
     fn workspace(values: usize, dtype: DType) -> usize {
         values * dtype.size()
+    }
+}
+
+/// In one launch, unless the dtypes are such that the kernel would round: statistics of an f64 model over data
+/// in f32.
+pub(super) fn running_moments(
+    running: ChannelMoments<CubeBackend>,
+    batch: ChannelMoments<CubeBackend>,
+    momentum: f64,
+    factor: f64,
+) -> ChannelMoments<CubeBackend> {
+    let dtypes = [running.mean.dtype, running.variance.dtype, batch.mean.dtype];
+    if dtypes[0] != dtypes[1] || dtypes[0].size() > dtypes[2].size() {
+        return portable::norm::running_moments::<CubeBackend>(running, batch, momentum, factor);
+    }
+    let kernel_moments = |moments: ChannelMoments<CubeBackend>| KernelMoments {
+        mean: moments.mean,
+        variance: moments.variance,
+    };
+    let (running, batch) = (kernel_moments(running), kernel_moments(batch));
+    let updated = kernel_running_moments(&running, &batch, momentum, factor);
+    ChannelMoments {
+        mean: updated.mean,
+        variance: updated.variance,
     }
 }
 
