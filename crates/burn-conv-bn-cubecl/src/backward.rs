@@ -11,6 +11,7 @@ use crate::activation::{self, Activation};
 use crate::element::{accumulator_type, element_type};
 use crate::fold::{Fold, Partial, fold_lanes, partial_table, write_partial};
 use crate::norm::{NormArgs, UnitAffine, rows, unit_affine, unit_norm};
+use crate::pool::{PoolArgmax, PoolExtent, PoolWindow, no_extent, pooled_grad};
 use crate::table::{self, AffineGrads, ChannelTable};
 use crate::walk::{
     Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, coordinates, empty_like, index,
@@ -19,13 +20,17 @@ use crate::walk::{
 
 /// What the gradient `g` at the pre-activation is made of: `g = output_grad * activation'(v)`.
 ///
-/// All tensors have the shape `[batch, channels, spatial..]` and one dtype.
+/// All tensors have the shape `[batch, channels, spatial..]` and one dtype, except the output's gradient
+/// behind a pool.
 ///
 /// [The examples of the crate](crate#examples) make one.
 #[derive(Clone, Debug)]
 pub struct PreActivation {
-    /// Gradient of the op's output.
+    /// Gradient of the op's output, or with a pool of the pool's.
     pub output_grad: CubeTensor,
+    /// A max pool behind the op, which then has a norm's input of two spatial dimensions. The gradient between
+    /// the two is never in memory: each position reads that of its windows.
+    pub pool: Option<PoolArgmax>,
     /// The norm's input, where the norm takes its statistics from the batch.
     pub norm_input: Option<CubeTensor>,
     /// What was added to the norm's output to give `v`.
@@ -49,7 +54,11 @@ impl PreActivation {
             .chain(others.iter().copied())
             .collect();
         let accumulator = accumulator_type(self.output_grad.dtype);
-        Walk::new(&tensors, accumulator.size(), cubes)
+        if self.pool.is_some() {
+            Walk::over_pixels(&tensors, accumulator.size(), cubes)
+        } else {
+            Walk::new(&tensors, accumulator.size(), cubes)
+        }
     }
 
     fn steps(&self, walk: &Walk) -> PreActivationStepsLaunch {
@@ -58,7 +67,25 @@ impl PreActivation {
             walk.steps(self.norm_input.as_ref()),
             walk.steps(self.added_residual()),
             walk.steps(self.masking_output()),
+            match &self.pool {
+                Some(pool) => pool.extent(&self.output_grad),
+                None => no_extent(),
+            },
         )
+    }
+
+    fn argmax(&self) -> Option<&CubeTensor> {
+        self.pool.as_ref().map(|pool| &pool.argmax)
+    }
+
+    /// The window of the pool; without a pool, one that is not read.
+    fn window(&self) -> PoolWindow {
+        let unread = PoolWindow {
+            kernel_size: [1; 2],
+            stride: [1; 2],
+            padding: [0; 2],
+        };
+        self.pool.as_ref().map_or(unread, |pool| pool.window)
     }
 
     /// The residual, if the activation's derivative depends on it.
@@ -88,6 +115,7 @@ struct PreActivationSteps {
     norm_input: Steps,
     residual: Steps,
     output: Steps,
+    pool: PoolExtent,
 }
 
 /// `g`, and `value - mean` where there is a norm's input.
@@ -100,6 +128,7 @@ struct Grad<T: Float, N: Size> {
 #[cube]
 fn grad_at<E: Float, T: Float, N: Size>(
     output_grad: &Tensor<Vector<E, N>>,
+    argmax: ComptimeOption<&Tensor<u32>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
@@ -108,8 +137,23 @@ fn grad_at<E: Float, T: Float, N: Size>(
     at: &Sequence<usize>,
     unit: &Unit,
     #[comptime] activation: Activation,
+    #[comptime] window: PoolWindow,
 ) -> Grad<T, N> {
-    let grad = Vector::<T, N>::cast_from(output_grad[index(&steps.output_grad, at, unit)]);
+    #[comptime]
+    let grad = match argmax {
+        ComptimeOption::Some(argmax) => pooled_grad::<E, T, N>(
+            output_grad,
+            argmax,
+            &steps.output_grad,
+            &steps.pool,
+            at,
+            unit,
+            window,
+        ),
+        ComptimeOption::None => {
+            Vector::<T, N>::cast_from(output_grad[index(&steps.output_grad, at, unit)])
+        }
+    };
     #[comptime]
     let deviation = match norm_input {
         ComptimeOption::Some(input) => {
@@ -140,6 +184,7 @@ fn grad_at<E: Float, T: Float, N: Size>(
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
     output_grad: &Tensor<Vector<E, N>>,
+    argmax: ComptimeOption<&Tensor<u32>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
@@ -152,6 +197,7 @@ fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
     steps: &PreActivationSteps,
     grid: &Grid,
     #[comptime] activation: Activation,
+    #[comptime] window: PoolWindow,
     #[comptime] lanes: Lanes,
     #[define(E, T, P)] _elements: [ElemType; 3],
 ) {
@@ -166,6 +212,7 @@ fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
         let at = coordinates(grid, position);
         let value = grad_at(
             output_grad,
+            argmax,
             norm_input,
             residual,
             output,
@@ -174,6 +221,7 @@ fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
             &at,
             &unit,
             activation,
+            window,
         );
         sums.first += value.grad;
         sums.second += value.grad * value.deviation;
@@ -220,6 +268,7 @@ impl GradSums {
                     walk.address_type(),
                     walk.vector_size,
                     output_grad.clone().into_tensor_arg(),
+                    tensor_arg(pre_activation.argmax()).into(),
                     tensor_arg(pre_activation.norm_input.as_ref()).into(),
                     tensor_arg(pre_activation.added_residual()).into(),
                     tensor_arg(pre_activation.masking_output()).into(),
@@ -232,6 +281,7 @@ impl GradSums {
                     pre_activation.steps(&walk),
                     walk.grid(),
                     pre_activation.activation,
+                    pre_activation.window(),
                     walk.lanes,
                     [element, accumulator, parameters],
                 );
@@ -269,6 +319,7 @@ impl GradSums {
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
     output_grad: &Tensor<Vector<E, N>>,
+    argmax: ComptimeOption<&Tensor<u32>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
@@ -280,6 +331,7 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
     residual_grad_steps: &Steps,
     grid: &Grid,
     #[comptime] activation: Activation,
+    #[comptime] window: PoolWindow,
     #[comptime] is_of_batch: bool,
     #[comptime] lanes: Lanes,
     #[define(E, T)] _elements: [ElemType; 2],
@@ -302,6 +354,7 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
         let at = coordinates(grid, position);
         let value = grad_at(
             output_grad,
+            argmax,
             norm_input,
             residual,
             output,
@@ -310,6 +363,7 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
             &at,
             &unit,
             activation,
+            window,
         );
         #[comptime]
         if let ComptimeOption::Some(residual_grad) = &mut residual_grad {
@@ -361,7 +415,7 @@ pub fn norm_input_grad(
         };
     }
     let (overwritten, position) = match &pre_activation.norm_input {
-        Some(norm_input) => (norm_input, 1),
+        Some(norm_input) => (norm_input, 1 + usize::from(pre_activation.pool.is_some())),
         None => (output_grad, 0),
     };
     // Without an activation `g` is the output's gradient, and without a norm the result.
@@ -404,6 +458,7 @@ pub fn norm_input_grad(
             walk.address_type(),
             walk.vector_size,
             output_grad.clone().into_tensor_arg(),
+            tensor_arg(pre_activation.argmax()).into(),
             tensor_arg(pre_activation.norm_input.as_ref()).into(),
             tensor_arg(pre_activation.added_residual()).into(),
             tensor_arg(pre_activation.masking_output()).into(),
@@ -415,6 +470,7 @@ pub fn norm_input_grad(
             walk.steps(written_residual_grad),
             walk.grid(),
             pre_activation.activation,
+            pre_activation.window(),
             table.is_none_or(|table| table.is_of_batch),
             walk.lanes,
             pre_activation.elements(),

@@ -5,10 +5,13 @@
 //! them, each once per launch and never through a copy:
 //!
 //! - [`moments`]: mean and variance of each channel;
+//! - [`running_moments`]: running mean and variance after a batch;
 //! - [`normalize`]: norm, residual and activation, in place on the convolution's output;
 //! - [`GradSums`]: the two sums over a channel that all gradients of the norm are made of;
 //! - [`norm_input_grad`]: the gradient of the convolution's output, in place on the recomputed
-//!   output.
+//!   output;
+//! - [`max_pool`]: norm, activation and a max pool behind them, with one byte for each output as its argmax;
+//! - [`max_pool_backward`]: the gradient of a max pool's input.
 //!
 //! Every kernel takes every layout by its strides: channels-first, the channels-last buffers that
 //! Burn's convolutions return, padded rows, slices of a batch. Arithmetic is in f32 for f16, bf16
@@ -60,6 +63,7 @@
 //!     let table = channel_table(statistics, affine, norm, values);
 //!     let value = PreActivation {
 //!         output_grad,
+//!         pool: None,
 //!         norm_input: Some(z),
 //!         residual: None,
 //!         output: None,
@@ -99,6 +103,8 @@ mod element;
 mod fold;
 mod forward;
 mod norm;
+mod pool;
+mod running;
 mod table;
 mod walk;
 
@@ -107,6 +113,8 @@ pub use backward::{GradSums, NormInputGrad, PreActivation, norm_input_grad};
 pub use element::accumulator_dtype;
 pub use forward::{moments, normalize};
 pub use norm::Norm;
+pub use pool::{MaxPooled, PoolArgmax, PoolWindow, max_pool, max_pool_backward};
+pub use running::running_moments;
 pub use table::{Affine, AffineGrads, ChannelTable, Moments, channel_table};
 
 /// The code of the package's Markdown page.

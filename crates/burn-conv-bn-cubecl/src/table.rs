@@ -431,7 +431,7 @@ pub(crate) fn finish_grad_sum(partials: CubeTensor) -> CubeTensor {
 }
 
 /// `[rows, channels]` without values, flat, in the dtype of `like`.
-fn channel_values(like: &CubeTensor, rows: usize, channels: usize) -> CubeTensor {
+pub(crate) fn channel_values(like: &CubeTensor, rows: usize, channels: usize) -> CubeTensor {
     empty_device_contiguous_dtype(
         like.client.clone(),
         like.device.clone(),

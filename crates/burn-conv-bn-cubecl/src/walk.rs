@@ -208,21 +208,42 @@ impl Walk {
     /// A walk of at most `cubes` cubes, or one for each block of channels, over `tensors`, which have one
     /// shape. The first decides what lies next to what.
     pub(crate) fn new(tensors: &[&CubeTensor], accumulator_size: usize, cubes: usize) -> Self {
+        let groups = merged_positions(tensors);
+        let axis = axis_of(tensors[0]);
+        let vector_size = vector_size(tensors, &groups, axis);
+        Self::over(tensors, groups, axis, vector_size, accumulator_size, cubes)
+    }
+
+    /// As [`new`](Self::new) over `[batch, channels, height, width]`, with an axis each for image, row and
+    /// column, and no vector along them. All but the first of `tensors` may have other heights and widths:
+    /// each unit finds its positions in them.
+    pub(crate) fn over_pixels(
+        tensors: &[&CubeTensor],
+        accumulator_size: usize,
+        cubes: usize,
+    ) -> Self {
+        let groups = vec![vec![0], vec![2], vec![3]];
+        let axis = axis_of(tensors[0]);
+        let vector_size = match axis {
+            Axis::Channels => vector_size(tensors, &groups, axis),
+            Axis::Positions => 1,
+        };
+        Self::over(tensors, groups, axis, vector_size, accumulator_size, cubes)
+    }
+
+    /// A walk over the first tensor, with those position axes.
+    fn over(
+        tensors: &[&CubeTensor],
+        groups: Vec<Vec<usize>>,
+        axis: Axis,
+        vector_size: usize,
+        accumulator_size: usize,
+        cubes: usize,
+    ) -> Self {
         let first = tensors[0];
         let hardware = &first.client.properties().hardware;
-        let shape = first.meta.shape();
-        let channels = shape[1];
-        let groups = merged_positions(tensors);
-        let mut lengths: Vec<usize> = groups
-            .iter()
-            .map(|group| group.iter().map(|&axis| shape[axis]).product())
-            .collect();
-
-        let axis = match first.meta.strides()[1] == 1 && channels > 1 {
-            true => Axis::Channels,
-            false => Axis::Positions,
-        };
-        let vector_size = vector_size(tensors, &groups, axis, lengths.last().copied());
+        let channels = first.meta.shape()[1];
+        let mut lengths = group_lengths(first, &groups);
         let mut vectors = channels;
         match axis {
             Axis::Channels => vectors /= vector_size,
@@ -370,17 +391,28 @@ fn merged_positions(tensors: &[&CubeTensor]) -> Vec<Vec<usize>> {
     groups
 }
 
+/// The axis that a tensor's vectors lie along.
+fn axis_of(tensor: &CubeTensor) -> Axis {
+    if tensor.meta.strides()[1] == 1 && tensor.meta.shape()[1] > 1 {
+        Axis::Channels
+    } else {
+        Axis::Positions
+    }
+}
+
+/// Length of each position axis, in elements.
+fn group_lengths(tensor: &CubeTensor, groups: &[Vec<usize>]) -> Vec<usize> {
+    let shape = tensor.meta.shape();
+    let length = |group: &Vec<usize>| group.iter().map(|&axis| shape[axis]).product();
+    groups.iter().map(length).collect()
+}
+
 /// Components of a vector that divides what it lies along, and all strides across.
-fn vector_size(
-    tensors: &[&CubeTensor],
-    groups: &[Vec<usize>],
-    axis: Axis,
-    innermost: Option<usize>,
-) -> usize {
+fn vector_size(tensors: &[&CubeTensor], groups: &[Vec<usize>], axis: Axis) -> usize {
     let first = tensors[0];
     let length = match axis {
         Axis::Channels => first.meta.shape()[1],
-        Axis::Positions => innermost.unwrap_or(1),
+        Axis::Positions => group_lengths(first, groups).last().copied().unwrap_or(1),
     };
     let fits = |size: usize| {
         length.is_multiple_of(size)

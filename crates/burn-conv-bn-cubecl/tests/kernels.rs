@@ -8,8 +8,9 @@ use std::f64::consts::PI;
 use burn_backend::ops::FloatTensorOps;
 use burn_backend::{DType, TensorData, bf16, f16};
 use burn_conv_bn_cubecl::{
-    Activation, Affine, ChannelTable, GradSums, Moments, Norm, Parameter, PreActivation,
-    channel_table, moments, norm_input_grad, normalize,
+    Activation, Affine, ChannelTable, GradSums, Moments, Norm, Parameter, PoolArgmax, PoolWindow,
+    PreActivation, channel_table, max_pool, max_pool_backward, moments, norm_input_grad, normalize,
+    running_moments,
 };
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
@@ -467,6 +468,7 @@ impl Case {
         let table = channel_table(&stats, affine, self.norm, values);
         let pre_activation = |input: CubeTensor| PreActivation {
             output_grad: up(&output_grad, self.other_layout),
+            pool: None,
             norm_input: Some(input),
             residual: given_residual
                 .filter(|_| !is_told_by_output(self.activation))
@@ -620,6 +622,7 @@ fn activations_far_out() {
         let output = download(&normalize(up(&host), None, None, activation));
         let pre_activation = PreActivation {
             output_grad: up(&ones),
+            pool: None,
             norm_input: None,
             residual: None,
             output: Some(up(&host)),
@@ -723,6 +726,7 @@ fn a_constant_channel() {
         let table = channel_table(&stats, Affine::default(), norm, 16);
         let pre_activation = PreActivation {
             output_grad: output.clone(),
+            pool: None,
             norm_input: Some(input),
             residual: None,
             output: None,
@@ -789,6 +793,7 @@ fn chunks_of_a_batch() {
             start = chunk.end;
             let pre_activation = PreActivation {
                 output_grad: rows(&grad, chunk.clone()),
+                pool: None,
                 norm_input: Some(rows(&input, chunk)),
                 residual: None,
                 output: None,
@@ -817,6 +822,7 @@ fn without_a_norm() {
     for layout in [Layout::ChannelsFirst, Layout::ChannelsLast] {
         let pre_activation = PreActivation {
             output_grad: grad.upload(layout, DType::F32, &device),
+            pool: None,
             norm_input: None,
             residual: None,
             output: Some(output.upload(layout, DType::F32, &device)),
@@ -865,6 +871,7 @@ fn closed_activations_pass_nothing() {
             let run = |grad: &Host, table: Option<&ChannelTable>| -> Vec<Vec<f64>> {
                 let pre_activation = PreActivation {
                     output_grad: up(grad),
+                    pool: None,
                     norm_input: table.map(|_| up(&input)),
                     residual: None,
                     output: table.is_none().then(|| value.clone()),
@@ -970,6 +977,7 @@ fn constant_statistics() {
                 for wants_residual in [false, true] {
                     let pre_activation = PreActivation {
                         output_grad: up(&grad),
+                        pool: None,
                         norm_input: has_input.then(|| up(&input)),
                         residual: None,
                         output: Some(got.clone()),
@@ -1020,6 +1028,7 @@ fn an_empty_batch() {
     assert_eq!(download(&output), Vec::<f64>::new());
     let pre_activation = PreActivation {
         output_grad: empty.clone(),
+        pool: None,
         norm_input: Some(empty),
         residual: None,
         output: None,
@@ -1029,4 +1038,246 @@ fn an_empty_batch() {
     assert_eq!(download(&sums.grad()), [0.0; 3]);
     let grad = norm_input_grad(pre_activation, Some(&table), false);
     assert_eq!(download(&grad.grad), Vec::<f64>::new());
+}
+
+/// Running statistics in a dtype of their own, of the biased variance and of one that is not: values that no
+/// dtype rounds.
+#[test]
+fn running_statistics() {
+    let device = CubeDevice::default();
+    for dtype in dtypes(&device) {
+        let accumulator = burn_conv_bn_cubecl::accumulator_dtype(dtype);
+        let moments = |[mean, variance]: [[f64; 3]; 2], dtype| Moments {
+            mean: upload_channels(&mean, dtype, &device),
+            variance: upload_channels(&variance, dtype, &device),
+        };
+        let running = moments([[0.5, -1.0, 2.0], [4.0, 0.25, 1.0]], dtype);
+        let batch = moments([[1.5, 0.5, -4.0], [2.0, 1.0, 0.5]], accumulator);
+        for (factor, variance) in [(1.0, [3.5, 0.4375, 0.875]), (1.5, [3.75, 0.5625, 0.9375])] {
+            let got = running_moments(&running, &batch, 0.25, factor);
+            assert_eq!(got.mean.dtype, dtype);
+            assert_eq!(download(&got.mean), [0.75, -0.625, 0.5], "{dtype:?}");
+            assert_eq!(download(&got.variance), variance, "{dtype:?}");
+        }
+    }
+}
+
+/// Output of a max pool, and the index in the input of each maximum, the first of equals.
+fn pooled(input: &Host, window: PoolWindow) -> (Host, Vec<usize>) {
+    let [images, channels, height, width] = input.shape[..] else {
+        panic!("expected four axes, got {:?}", input.shape);
+    };
+    let [rows, columns] = window.output([height, width]);
+    let taps = |dim: usize, at: usize, size: usize| {
+        let start = at * window.stride[dim];
+        let padding = window.padding[dim];
+        (start..start + window.kernel_size[dim])
+            .filter_map(move |tap| tap.checked_sub(padding))
+            .filter(move |&pixel| pixel < size)
+    };
+    let mut argmax = Vec::new();
+    for plane in 0..images * channels {
+        for row in 0..rows {
+            for column in 0..columns {
+                let mut best: Option<usize> = None;
+                for y in taps(0, row, height) {
+                    for x in taps(1, column, width) {
+                        let index = (plane * height + y) * width + x;
+                        if best.is_none_or(|best| input.values[index] > input.values[best]) {
+                            best = Some(index);
+                        }
+                    }
+                }
+                argmax.push(best.expect("a window has a pixel"));
+            }
+        }
+    }
+    let output = Host {
+        shape: vec![images, channels, rows, columns],
+        values: argmax.iter().map(|&index| input.values[index]).collect(),
+    };
+    (output, argmax)
+}
+
+const WINDOWS: [PoolWindow; 4] = [
+    PoolWindow {
+        kernel_size: [2, 2],
+        stride: [2, 2],
+        padding: [0, 0],
+    },
+    PoolWindow {
+        kernel_size: [3, 3],
+        stride: [2, 2],
+        padding: [1, 1],
+    },
+    PoolWindow {
+        kernel_size: [3, 2],
+        stride: [1, 3],
+        padding: [1, 0],
+    },
+    // As many pixels as a byte tells apart.
+    PoolWindow {
+        kernel_size: [32, 8],
+        stride: [5, 3],
+        padding: [16, 4],
+    },
+];
+
+/// Outputs and gradients to the bit, over values with many ties: eighths, whose sums no dtype rounds.
+#[test]
+fn max_pools() {
+    let device = CubeDevice::default();
+    let mut rng = ChaCha8Rng::seed_from_u64(29);
+    let eighths = |host: Host| host.map(|_, value| (8.0 * value).round() / 8.0);
+    let dtypes = dtypes(&device);
+    let layouts = [
+        Layout::ChannelsFirst,
+        Layout::ChannelsLast,
+        Layout::Pitched(3),
+    ];
+    for shape in [[2, 3, 7, 9], [2, 8, 6, 10], [3, 6, 5, 4], [1, 1, 4, 5]] {
+        for window in WINDOWS {
+            let input = eighths(Host::random(&shape, &mut rng, -0.5, 1.0));
+            let (output, argmax) = pooled(&input, window);
+            let grad = eighths(Host::random(&output.shape, &mut rng, 0.0, 1.0));
+            let mut wanted = vec![0.0; input.values.len()];
+            for (index, grad) in argmax.iter().zip(&grad.values) {
+                wanted[*index] += grad;
+            }
+            let cases = dtypes
+                .iter()
+                .map(|&dtype| (dtype, Layout::ChannelsLast))
+                .chain(layouts.map(|layout| (DType::F32, layout)));
+            for (dtype, layout) in cases {
+                let what = format!("{shape:?} {dtype:?} {layout:?} {window:?}");
+                let uploaded = input.upload(layout, dtype, &device);
+                let got = max_pool(&uploaded, None, Activation::Identity, window);
+                assert_eq!(download(&got.output), output.values, "output of {what}");
+                // A byte for each output.
+                let bytes = got.argmax.meta.num_elements() * got.argmax.dtype.size();
+                assert_eq!(bytes, output.values.len().next_multiple_of(4), "{what}");
+                let pool = PoolArgmax {
+                    window,
+                    argmax: got.argmax,
+                    first_image: 0,
+                };
+                let grad = grad.upload(layout, dtype, &device);
+                let got = max_pool_backward(&grad, &pool, [shape[2], shape[3]]);
+                assert_eq!(download(&got), wanted, "gradient of {what}");
+            }
+        }
+    }
+}
+
+/// NaN is the maximum, wherever it is in the window.
+#[test]
+fn max_pools_propagate_nan() {
+    let device = CubeDevice::default();
+    let nan = f64::NAN;
+    let input = Host {
+        shape: vec![1, 1, 2, 6],
+        values: vec![nan, 1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 2.0, nan, 1.0, 3.0, 4.0],
+    };
+    let input = input.upload(Layout::ChannelsFirst, DType::F32, &device);
+    let got = max_pool(&input, None, Activation::Identity, WINDOWS[0]);
+    let output = download(&got.output);
+    assert!(output[0].is_nan() && output[1].is_nan(), "{output:?}");
+    assert_eq!(output[2], 4.0);
+    // Places 0, 2 and 3 of four.
+    let words = burn_cubecl::ops::into_data_sync(got.argmax);
+    assert_eq!(words.iter::<u32>().collect::<Vec<_>>(), [0x0003_0200]);
+}
+
+/// A pool behind norm and ReLU: the output of the two one after the other, and the gradients of the tensor
+/// between them, which is not there, over the whole batch and in chunks.
+#[test]
+fn max_pools_behind_a_norm() {
+    let device = CubeDevice::default();
+    let mut rng = ChaCha8Rng::seed_from_u64(31);
+    let dtypes = dtypes(&device);
+    for shape in [[3, 8, 7, 6], [3, 3, 6, 5]] {
+        for (window, dtype, layout) in [
+            (WINDOWS[0], DType::F32, Layout::ChannelsLast),
+            (WINDOWS[1], DType::F32, Layout::ChannelsLast),
+            (WINDOWS[1], DType::F32, Layout::ChannelsFirst),
+            (WINDOWS[1], DType::F16, Layout::ChannelsLast),
+        ] {
+            if !dtypes.contains(&dtype) {
+                continue;
+            }
+            let what = format!("{shape:?} {dtype:?} {layout:?} {window:?}");
+            let mut draw = |shape: &[usize]| {
+                Host::random(shape, &mut rng, 0.25, 1.0).map(|_, v| rounded(v, dtype))
+            };
+            let input = draw(&shape);
+            let [rows, columns] = window.output([shape[2], shape[3]]);
+            let grad = draw(&[shape[0], shape[1], rows, columns]);
+            let image = |host: &Host, images: std::ops::Range<usize>| {
+                let size = host.values.len() / shape[0];
+                let mut part = host.shape.clone();
+                part[0] = images.len();
+                Host {
+                    shape: part,
+                    values: host.values[size * images.start..size * images.end].to_vec(),
+                }
+                .upload(layout, dtype, &device)
+            };
+            let all = 0..shape[0];
+            let affine = Affine::default();
+            let uploaded = image(&input, all.clone());
+            let (stats, table) = moments(&uploaded, affine, BATCH_NORM);
+            let got = max_pool(&uploaded, Some(&table), Activation::Relu, window);
+            let between = normalize(uploaded, Some(&table), None, Activation::Relu);
+            let wanted = max_pool(&between, None, Activation::Identity, window);
+            let output = download(&wanted.output);
+            assert_close(&what, &got.output, &output, tolerance(dtype));
+
+            // Sums and the input's gradient, over these images at a time.
+            let run = |joined: bool, parts: &[std::ops::Range<usize>]| {
+                let values = input.values.len() / shape[1];
+                let table = channel_table(&stats, affine, BATCH_NORM, values);
+                let parts: Vec<PreActivation> = parts
+                    .iter()
+                    .map(|images| {
+                        let pool = PoolArgmax {
+                            window,
+                            argmax: got.argmax.clone(),
+                            first_image: images.start,
+                        };
+                        let grad = image(&grad, images.clone());
+                        let (output_grad, pool) = if joined {
+                            (grad, Some(pool))
+                        } else {
+                            (max_pool_backward(&grad, &pool, [shape[2], shape[3]]), None)
+                        };
+                        PreActivation {
+                            output_grad,
+                            pool,
+                            norm_input: Some(image(&input, images.clone())),
+                            residual: None,
+                            output: None,
+                            activation: Activation::Relu,
+                        }
+                    })
+                    .collect();
+                let sums = parts.iter().map(|part| GradSums::new(part, Some(&table)));
+                let sums = sums.reduce(GradSums::merge).expect("there are parts");
+                let grads = sums.finish(&table);
+                let mut input_grad = Vec::new();
+                for part in parts {
+                    let result = norm_input_grad(part, Some(&table), false);
+                    input_grad.extend(download(&result.grad));
+                }
+                [download(&grads.gamma), download(&grads.beta), input_grad]
+            };
+            let wanted = run(false, std::slice::from_ref(&all));
+            for parts in [vec![all.clone()], vec![0..1, 1..3]] {
+                let got = run(true, &parts);
+                for (got, wanted) in got.iter().zip(&wanted) {
+                    let error = error(got, wanted, largest(wanted));
+                    assert!(error <= 3.0 * tolerance(dtype), "{what}: error {error:.1e}");
+                }
+            }
+        }
+    }
 }

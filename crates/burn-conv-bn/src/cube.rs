@@ -2,28 +2,23 @@
 //! autotuned convolutions.
 
 mod layout;
+mod max_pool;
+mod sweeps;
 
-use burn::backend::tensor::FloatTensor;
-use burn::tensor::{DType, Shape};
-use burn_conv_bn_cubecl::{
-    Activation as KernelActivation, Affine as KernelAffine, ChannelTable, GradSums,
-    Moments as KernelMoments, Norm as KernelNorm, Parameter, PreActivation, channel_table, moments,
-    norm_input_grad, normalize,
-};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::ops::MaxPoolOptions;
 use burn_cubecl::CubeBackend;
 
+use self::sweeps::Kernels;
 use crate::backend::{
-    BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackend, ConvBnBackwardOptions,
-    ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved, ConvGrads, ConvSaved, NormGrads,
-    NormInputs, NormOutput, NormSaved,
+    BatchNormBackwardOptions, ChannelMoments, ConvBackwardOptions, ConvBnBackend,
+    ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions,
+    ConvBnMaxPoolForward, ConvBnSaved, ConvGrads, ConvSaved, MaxPoolBackwardOptions,
+    MaxPoolForward, NormGrads, NormInputs, NormOutput, NormSaved,
 };
 use crate::portable::batch_norm;
 use crate::portable::conv_bn::{backward_by, conv_backward_by, forward_by};
-use crate::portable::sweeps::{Affine, Argument, Moments, Sweeps};
-use crate::spec::{
-    Activation, BatchNormOptions, ConvBnOptions, NormSpec, NormVariant, StatisticsKind,
-    values_per_channel,
-};
+use crate::spec::{BatchNormOptions, ConvBnOptions};
 
 impl ConvBnBackend for CubeBackend {
     fn conv_backward(saved: ConvSaved<Self>, options: ConvBackwardOptions) -> ConvGrads<Self> {
@@ -44,6 +39,15 @@ impl ConvBnBackend for CubeBackend {
         batch_norm::backward_by::<Self, Kernels>(saved, &options)
     }
 
+    fn running_moments(
+        running: ChannelMoments<Self>,
+        batch: ChannelMoments<Self>,
+        momentum: f64,
+        factor: f64,
+    ) -> ChannelMoments<Self> {
+        sweeps::running_moments(running, batch, momentum, factor)
+    }
+
     fn conv_bn_forward(
         inputs: ConvBnInputs<Self>,
         options: ConvBnOptions,
@@ -56,183 +60,39 @@ impl ConvBnBackend for CubeBackend {
         saved: ConvBnSaved<Self>,
         options: ConvBnBackwardOptions,
     ) -> ConvBnGrads<Self> {
-        backward_by::<Self, Kernels>(saved, &options)
-    }
-}
-
-/// The sweeps as one kernel each.
-struct Kernels;
-
-impl Sweeps<CubeBackend> for Kernels {
-    type Norm = ChannelTable;
-    type Chunk = PreActivation;
-    type Sums = GradSums;
-
-    fn normalize(
-        input: FloatTensor<CubeBackend>,
-        affine: Affine<CubeBackend>,
-        residual: Option<FloatTensor<CubeBackend>>,
-        norm: NormSpec,
-        function: Activation,
-    ) -> NormOutput<CubeBackend> {
-        let (moments, table) = moments(&input, kernel_affine(&affine), kernel_norm(norm));
-        NormOutput {
-            output: normalize(
-                input,
-                Some(&table),
-                residual.as_ref(),
-                kernel_activation(function),
-            ),
-            mean: moments.mean,
-            variance: moments.variance,
-        }
+        backward_by::<Self, Kernels>(saved, None, &options)
     }
 
-    fn normalize_by(
-        norm: &ChannelTable,
-        input: FloatTensor<CubeBackend>,
-        residual: Option<FloatTensor<CubeBackend>>,
-        function: Activation,
-    ) -> FloatTensor<CubeBackend> {
-        let function = kernel_activation(function);
-        normalize(input, Some(norm), residual.as_ref(), function)
+    fn conv_bn_max_pool_forward(
+        inputs: ConvBnInputs<Self>,
+        options: ConvBnOptions,
+        pool: MaxPoolOptions<2>,
+        keep_conv_output: bool,
+    ) -> ConvBnMaxPoolForward<Self> {
+        max_pool::joined_forward(inputs, &options, pool, keep_conv_output)
     }
 
-    fn activate(
-        value: FloatTensor<CubeBackend>,
-        residual: Option<FloatTensor<CubeBackend>>,
-        function: Activation,
-    ) -> FloatTensor<CubeBackend> {
-        if residual.is_none() && function == Activation::Identity {
-            return value;
-        }
-        normalize(value, None, residual.as_ref(), kernel_activation(function))
+    fn conv_bn_max_pool_backward(
+        saved: ConvBnSaved<Self>,
+        argmax: IntTensor<Self>,
+        options: ConvBnMaxPoolBackwardOptions,
+    ) -> ConvBnGrads<Self> {
+        max_pool::joined_backward(saved, argmax, &options)
     }
 
-    fn norm(
-        moments: Moments<CubeBackend>,
-        affine: Affine<CubeBackend>,
-        norm: NormSpec,
-        statistics: StatisticsKind,
-        shape: &Shape,
-    ) -> ChannelTable {
-        let moments = KernelMoments {
-            mean: moments.mean,
-            variance: moments.variance,
-        };
-        let norm = kernel_norm(norm);
-        // A given variance is used as it is, whatever the number of values.
-        let (norm, values) = match statistics {
-            StatisticsKind::Batch => (norm, values_per_channel(shape)),
-            StatisticsKind::Fixed => (
-                KernelNorm {
-                    degrees_of_freedom: 0,
-                    ..norm
-                },
-                1,
-            ),
-        };
-        let table = channel_table(&moments, kernel_affine(&affine), norm, values);
-        match statistics {
-            StatisticsKind::Batch => table,
-            StatisticsKind::Fixed => table.with_constant_statistics(),
-        }
+    // Untracked inputs need no argmax: they take Burn's pool.
+    fn max_pool_forward(
+        input: FloatTensor<Self>,
+        options: MaxPoolOptions<2>,
+    ) -> MaxPoolForward<Self> {
+        max_pool::forward(input, options)
     }
 
-    fn chunk(
-        norm: Option<&ChannelTable>,
-        output_grad: FloatTensor<CubeBackend>,
-        norm_input: Option<FloatTensor<CubeBackend>>,
-        argument: Argument<CubeBackend>,
-        function: Activation,
-    ) -> PreActivation {
-        let (residual, output) = match argument {
-            Argument::Norm { residual } => (residual, None),
-            Argument::Value(value) => (None, Some(value)),
-        };
-        PreActivation {
-            output_grad,
-            norm_input: norm_input.filter(|_| norm.is_some()),
-            residual,
-            output,
-            activation: kernel_activation(function),
-        }
-    }
-
-    fn sums(norm: Option<&ChannelTable>, chunk: &PreActivation) -> GradSums {
-        GradSums::new(chunk, norm)
-    }
-
-    fn add(sums: GradSums, other: GradSums) -> GradSums {
-        sums.merge(other)
-    }
-
-    fn affine_grads(norm: &mut ChannelTable, sums: GradSums) -> [FloatTensor<CubeBackend>; 2] {
-        let grads = sums.finish(norm);
-        [grads.gamma, grads.beta]
-    }
-
-    fn grad_sum(sums: GradSums) -> FloatTensor<CubeBackend> {
-        sums.grad()
-    }
-
-    fn norm_input_grad(
-        norm: Option<&ChannelTable>,
-        mut chunk: PreActivation,
-        wants_residual: bool,
-    ) -> (FloatTensor<CubeBackend>, Option<FloatTensor<CubeBackend>>) {
-        if norm.is_none() {
-            chunk.norm_input = None;
-        }
-        let result = norm_input_grad(chunk, norm, wants_residual);
-        (result.grad, result.residual_grad)
-    }
-
-    /// The gradient takes the place of the recomputed output.
-    fn workspace(values: usize, dtype: DType) -> usize {
-        values * dtype.size()
-    }
-}
-
-fn kernel_affine(affine: &Affine<CubeBackend>) -> KernelAffine<'_> {
-    KernelAffine {
-        gamma: affine.gamma.as_ref(),
-        beta: affine.beta.as_ref(),
-    }
-}
-
-/// [`NormSpec::inv_std`] for the kernels: epsilon inside or outside the root.
-fn kernel_norm(norm: NormSpec) -> KernelNorm {
-    let (inner_epsilon, outer_epsilon) = match norm.variant {
-        NormVariant::BatchNorm => (norm.epsilon, 0.0),
-        NormVariant::Tutorial => (0.0, norm.epsilon),
-    };
-    KernelNorm {
-        inner_epsilon,
-        outer_epsilon,
-        degrees_of_freedom: norm.variant.degrees_of_freedom(),
-    }
-}
-
-fn kernel_activation(activation: Activation) -> KernelActivation {
-    match activation {
-        Activation::Identity => KernelActivation::Identity,
-        Activation::Relu => KernelActivation::Relu,
-        Activation::Relu6 => KernelActivation::Relu6,
-        Activation::LeakyRelu { negative_slope } => {
-            KernelActivation::LeakyRelu(Parameter::new(negative_slope))
-        }
-        Activation::Silu => KernelActivation::Silu,
-        Activation::Gelu => KernelActivation::Gelu,
-        Activation::GeluApproximate => KernelActivation::GeluApproximate,
-        Activation::HardSwish => KernelActivation::HardSwish,
-        Activation::Sigmoid => KernelActivation::Sigmoid,
-        Activation::HardSigmoid { alpha, beta } => {
-            KernelActivation::HardSigmoid(Parameter::new(alpha), Parameter::new(beta))
-        }
-        Activation::Tanh => KernelActivation::Tanh,
-        Activation::Elu { alpha } => KernelActivation::Elu(Parameter::new(alpha)),
-        Activation::Mish => KernelActivation::Mish,
-        Activation::Softplus { beta } => KernelActivation::Softplus(Parameter::new(beta)),
+    fn max_pool_backward(
+        output_grad: FloatTensor<Self>,
+        argmax: IntTensor<Self>,
+        options: MaxPoolBackwardOptions,
+    ) -> FloatTensor<Self> {
+        max_pool::backward(output_grad, argmax, &options)
     }
 }

@@ -41,7 +41,8 @@ pub use self::cat::cat_channels;
 use self::check::Check;
 pub use self::max_pool::max_pool2d;
 use crate::backend::{
-    ConvBnBackend, ConvBnInputs, NormInputs, NormOutput, NormStatistics, OptionalTensor, Statistics,
+    ChannelMoments, ConvBnBackend, ConvBnInputs, NormInputs, NormOutput, NormStatistics,
+    OptionalTensor, Statistics,
 };
 use crate::spec::{
     BatchNormOptions, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPoolProblem,
@@ -69,6 +70,23 @@ impl<const D: usize> Normalized<D> {
             mean: Tensor::from_dispatch(result.mean),
             variance: Tensor::from_dispatch(result.variance),
         }
+    }
+
+    /// Running mean and variance after this batch, its variance times `factor`. Constant to autodiff.
+    pub(crate) fn running(
+        &self,
+        [mean, variance]: [Tensor<1>; 2],
+        momentum: f64,
+        factor: f64,
+    ) -> [Tensor<1>; 2] {
+        let moments = |mean: Tensor<1>, variance: Tensor<1>| ChannelMoments::<Dispatch> {
+            mean: mean.into_dispatch(),
+            variance: variance.into_dispatch(),
+        };
+        let running = moments(mean, variance);
+        let batch = moments(self.mean.clone(), self.variance.clone());
+        let running = Dispatch::running_moments(running, batch, momentum, factor);
+        [running.mean, running.variance].map(Tensor::from_dispatch)
     }
 }
 
@@ -421,19 +439,20 @@ fn normalized<const D: usize>(
 /// [`conv_bn`] and [`max_pool2d`] of its output, as one op where that is possible: then there is no tensor
 /// between the two, nor a gradient of one.
 ///
-/// That is so with batch statistics and no residual, on Flex, for windows of up to 256 pixels without
-/// dilation and ceil mode that are padded by half their size at most. In any other case it
+/// That is so with batch statistics and no residual, on Flex and CubeCL's devices, for windows of up to 256
+/// pixels without dilation and ceil mode that are padded by half their size at most. In any other case it
 /// is the two functions one after the other.
 ///
-/// Besides what [`conv_bn`] keeps, a training step then keeps one byte for each output and, with `Relu` or
-/// `Identity`, a handle on the output, which is the input of what follows. With these two the backward pass
-/// recomputes the convolution once, and stores it nowhere: the sums over its output that the norm's
-/// gradients need are taken from the pooled values, unless a channel's beta is more than eight times as
-/// large as the standard deviation of what it is added to, or that is zero or nearly so. With other
-/// activations, and then, it is recomputed or stored for the sums as [`conv_bn`] does. With
-/// [`Recompute::Never`](crate::Recompute::Never), and with `Norm`, it is kept instead.
+/// Besides what [`conv_bn`] keeps, a training step then keeps one byte for each output. The backward pass
+/// recomputes the convolution as [`conv_bn`] does; with [`Recompute::Never`](crate::Recompute::Never), and
+/// with `Norm`, it is kept instead.
 ///
-/// The output and its statistics have the same bits either way. In f32 and f64 the gradients are those
+/// On Flex, with `Relu` or `Identity`, a handle on the output is kept too, which is the input of what follows,
+/// and the convolution is recomputed once and stored nowhere: the sums over its output that the norm's
+/// gradients need are taken from the pooled values, unless a channel's beta is more than eight times as
+/// large as the standard deviation of what it is added to, or that is zero or nearly so.
+///
+/// On Flex the output and its statistics have the same bits either way. In f32 and f64 the gradients are those
 /// of the two up to the rounding of sums.
 ///
 /// # Shapes
@@ -476,7 +495,7 @@ pub fn conv_bn_max_pool2d(
 ) -> Result<Normalized<4>, ConvBnError> {
     let (inputs, problem) = checked(input, params, &options)?;
     let pooled = MaxPoolProblem::new(problem.output.clone(), pool.clone())?;
-    if pooled.joins_a_block() {
+    if pooled.is_regular() {
         let result = Dispatch::conv_bn_max_pool(inputs, options, pool);
         return Ok(Normalized::new(result));
     }

@@ -26,8 +26,8 @@
 //! - [`BatchNormActivation`]: the norm and its activation alone, for networks that normalize before their
 //!   convolutions.
 //! - [`ConvBnModule`]: settings and precision of every such layer of a model, in one call.
-//! - [`MaxPool2d`]: Burn's max pool. On Flex it keeps one byte for each output and no input; behind a
-//!   block, nothing keeps the tensor between the two.
+//! - [`MaxPool2d`]: Burn's max pool. On Flex and CubeCL it keeps one byte for each output and no input;
+//!   behind a block, nothing keeps the tensor between the two.
 //! - [`functional`]: the same on plain tensors, and its two halves on their own, convolution and
 //!   batch norm with an explicit backward pass each.
 //! - [`backend`]: the trait of a backend; for whoever writes one, or a kernel.

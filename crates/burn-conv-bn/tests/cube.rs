@@ -5,7 +5,7 @@ mod gpu;
 
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv_bn, max_pool2d};
+use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv_bn, conv_bn_max_pool2d, max_pool2d};
 use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -457,26 +457,153 @@ fn norm_alone() {
     }
 }
 
-/// Burn's own max pool there, and kernels of ours on Flex.
+/// The pool alone, over windows that keep an argmax and one that is Burn's.
 #[test]
 fn max_pool() {
-    let run = |device: &Device| {
+    let run = |device: &Device, window: MaxPoolOptions<2>| {
         let device = device.clone().autodiff();
         let x = Tensor::<4>::from_data(random(&[3, 5, 9, 8], 1), (&device, DType::F32));
         let x = x.require_grad();
-        let window = MaxPoolOptions::new([3, 3])
-            .with_stride([2, 2])
-            .with_padding([1, 1]);
         let output = max_pool2d(x.clone(), window).expect("the window fits");
-        let upstream = Tensor::<4>::from_data(random(&[3, 5, 5, 4], 2), (&device, DType::F32));
+        let upstream = random(&output.dims(), 2);
+        let upstream = Tensor::<4>::from_data(upstream, (&device, DType::F32));
         let grads = (output.clone() * upstream).sum().backward();
         (host(output), host(x.grad(&grads).expect("x is tracked")))
     };
-    let (got, wanted) = (run(&gpu::device()), run(&Device::flex()));
-    assert_eq!(got.0, wanted.0);
-    assert_eq!(got.1.len(), wanted.1.len());
-    for (got, wanted) in got.1.iter().zip(&wanted.1) {
-        assert!((got - wanted).abs() < 2e-6, "got {got}, wanted {wanted}");
+    for window in [
+        window(2, 2, 0),
+        window(3, 2, 1),
+        window(2, 2, 0).with_dilation([2, 2]),
+    ] {
+        let got = run(&gpu::device(), window.clone());
+        let wanted = run(&Device::flex(), window);
+        assert_eq!(got.0, wanted.0);
+        assert_eq!(got.1.len(), wanted.1.len());
+        for (got, wanted) in got.1.iter().zip(&wanted.1) {
+            assert!((got - wanted).abs() < 2e-6, "got {got}, wanted {wanted}");
+        }
+    }
+}
+
+/// A max pool with square windows.
+fn window(kernel_size: usize, stride: usize, padding: usize) -> MaxPoolOptions<2> {
+    MaxPoolOptions::new([kernel_size; 2])
+        .with_stride([stride; 2])
+        .with_padding([padding; 2])
+}
+
+/// A block and the max pool behind it, as one op or one after the other: output, mean, variance, and the
+/// gradients of input, weight, bias, gamma and beta.
+fn pooled_block(
+    device: &Device,
+    dtype: DType,
+    options: &ConvBnOptions,
+    pool: &MaxPoolOptions<2>,
+    joined: bool,
+) -> Vec<Vec<f64>> {
+    let device = device.clone().autodiff();
+    let tensor = |shape: [usize; 4], seed| {
+        let data = random(&shape, seed);
+        Tensor::<4>::from_data(data, (&device, dtype)).require_grad()
+    };
+    let vector =
+        |seed, dtype| Tensor::<1>::from_data(random(&[8], seed), (&device, dtype)).require_grad();
+    let norm_dtype = if dtype == DType::F64 {
+        dtype
+    } else {
+        DType::F32
+    };
+    let (x, weight) = (tensor([3, 4, 9, 8], 1), tensor([8, 4, 3, 3], 2));
+    let bias = vector(3, dtype);
+    let (gamma, beta) = (vector(4, norm_dtype), vector(5, norm_dtype));
+    let params = ConvBnParams {
+        bias: Some(bias.clone()),
+        affine: Some((gamma.clone(), beta.clone())),
+        ..ConvBnParams::new(weight.clone())
+    };
+    let result = if joined {
+        conv_bn_max_pool2d(x.clone(), params, options.clone(), pool.clone())
+    } else {
+        conv_bn(x.clone(), params, options.clone()).and_then(|mut result| {
+            result.output = max_pool2d(result.output, pool.clone())?;
+            Ok(result)
+        })
+    };
+    let result = result.expect("the case is valid");
+    let upstream = random(&result.output.dims(), 6);
+    let upstream = Tensor::<4>::from_data(upstream, (&device, dtype));
+    let grads = (result.output.clone() * upstream).sum().backward();
+    let tracked = "every parameter is tracked";
+    vec![
+        host(result.output),
+        host(result.mean),
+        host(result.variance),
+        host(x.grad(&grads).expect(tracked)),
+        host(weight.grad(&grads).expect(tracked)),
+        host(bias.grad(&grads).expect(tracked)),
+        host(gamma.grad(&grads).expect(tracked)),
+        host(beta.grad(&grads).expect(tracked)),
+    ]
+}
+
+/// Difference of two vectors over the length of the second.
+fn distance(got: &[f64], wanted: &[f64]) -> f64 {
+    assert_eq!(got.len(), wanted.len());
+    let squares = got
+        .iter()
+        .zip(wanted)
+        .map(|(got, wanted)| (got - wanted).powi(2));
+    let length: f64 = wanted.iter().map(|value| value * value).sum();
+    squares.sum::<f64>().sqrt() / length.sqrt().max(1e-3)
+}
+
+/// One op where the window allows it, against the two on Flex: z recomputed or kept, whole, in chunks of one
+/// image, and two after the other for a window that joins no block.
+#[test]
+fn max_pool_behind_a_block() {
+    for (activation, recompute, max_workspace) in [
+        (Activation::Relu, Recompute::Conv, None),
+        (Activation::Relu, Recompute::Conv, Some(1)),
+        (Activation::Relu, Recompute::Never, None),
+        (Activation::Identity, Recompute::Norm, None),
+        (Activation::Silu, Recompute::Conv, Some(1)),
+    ] {
+        let options = ConvBnOptions::new(padded(1))
+            .with_activation(activation)
+            .with_recompute(recompute)
+            .with_max_workspace(max_workspace);
+        for pool in [
+            window(2, 2, 0),
+            window(3, 2, 1),
+            window(2, 2, 0).with_dilation([2, 2]),
+        ] {
+            let got = pooled_block(&gpu::device(), DType::F32, &options, &pool, true);
+            let wanted = pooled_block(&Device::flex(), DType::F32, &options, &pool, false);
+            for (index, (got, wanted)) in got.iter().zip(&wanted).enumerate() {
+                let distance = distance(got, wanted);
+                let what = format!("result {index} of {options:?} and {pool:?}");
+                assert!(distance <= 1e-4, "{what}: {distance:.1e}");
+            }
+        }
+    }
+}
+
+/// In half precision, against the two one after the other on the same device.
+#[test]
+fn max_pool_behind_a_block_in_half_precision() {
+    let options = ConvBnOptions::new(padded(1)).with_activation(Activation::Relu);
+    for dtype in [DType::F16, DType::BF16] {
+        if !has(dtype) {
+            continue;
+        }
+        for pool in [window(2, 2, 0), window(3, 2, 1)] {
+            let run = |joined| pooled_block(&gpu::device(), dtype, &options, &pool, joined);
+            for (index, (got, wanted)) in run(true).iter().zip(&run(false)).enumerate() {
+                let distance = distance(got, wanted);
+                let what = format!("result {index} of {dtype:?} and {pool:?}");
+                assert!(distance <= 2e-2, "{what}: {distance:.1e}");
+            }
+        }
     }
 }
 

@@ -10,13 +10,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use burn::backend::DispatchDevice;
 use burn::backend::ops::FloatTensorOps;
 use burn::module::Module;
-use burn::nn::Relu;
+use burn::nn::{Relu, pool};
 use burn::tensor::{Device, Shape, Tensor, TensorData};
 use burn_conv_bn::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnGrads, ConvBnInputs, ConvBnSaved, OptionalTensor,
     Parents, Statistics, StatisticsKind,
 };
-use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, Recompute};
+use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, MaxPool2dConfig, Recompute};
 use burn_conv_bn_memory::PoolMeter;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
@@ -52,9 +52,12 @@ struct Measure {
     peak: usize,
 }
 
-/// A step of `forward`, after those that set things up.
+/// A step of the layer as `forward` runs it, after those that set things up.
 fn measure(device: &Device, name: &str, forward: impl Fn(Tensor<4>) -> Tensor<4>) -> Measure {
-    let step = Step::new(device);
+    measure_step(&Step::new(device, 1), name, forward)
+}
+
+fn measure_step(step: &Step, name: &str, forward: impl Fn(Tensor<4>) -> Tensor<4>) -> Measure {
     let meter = step.meter();
     let mut result = None;
     for _ in 0..STEPS {
@@ -126,6 +129,37 @@ fn fewer_launches_less_kept_and_a_lower_peak() {
     );
     assert!(rebuilt.launches < ours.launches, "{rebuilt:?} {ours:?}");
     assert_eq!(rebuilt.sums, 1, "{rebuilt:?}");
+}
+
+/// A max pool behind the layer keeps a byte for each output, alone or as one op with the layer; then neither the
+/// tensor between the two nor its gradient is ever there.
+#[test]
+fn a_max_pool_keeps_a_byte() {
+    let _alone = alone();
+    let device = gpu::device();
+    let fused = config().init(&device.clone().autodiff());
+    let pool = MaxPool2dConfig::new([2, 2]).init();
+    let burns = pool::MaxPool2dConfig::new([2, 2])
+        .with_strides([2, 2])
+        .init();
+    let step = Step::new(&device, 2);
+    let own = measure_step(&step, "Burn's pool", |x| burns.forward(fused.forward(x)));
+    let alone = measure_step(&step, "a pool", |x| pool.forward(fused.forward(x)));
+    let joined = measure_step(&step, "joined", |x| fused.forward_max_pool(x, &pool));
+    let output = ACTIVATION / 4;
+    // The input and an index of 32 bits.
+    assert!(own.forward_end >= ACTIVATION + 2 * output, "{own:?}");
+    for ours in [&alone, &joined] {
+        let bound = output + output / 4 + OVERHEAD;
+        assert!(ours.forward_end <= bound, "{ours:?} of {bound}");
+    }
+    assert!(joined.launches < alone.launches, "{joined:?} {alone:?}");
+    // The gradient of the tensor between the two, less that of the pool's output.
+    assert!(
+        4 * joined.peak + ACTIVATION <= 4 * alone.peak,
+        "{joined:?} {alone:?}"
+    );
+    assert_eq!(joined.sums, 1, "{joined:?}");
 }
 
 /// The device, and a meter of its pool.

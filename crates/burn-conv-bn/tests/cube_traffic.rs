@@ -20,7 +20,7 @@ fn launches(
     bindings: &mut BindingMeter,
     forward: impl Fn(Tensor<4>) -> Tensor<4>,
 ) -> Vec<Launch> {
-    let step = Step::new(device);
+    let step = Step::new(device, 1);
     let pool = step.meter();
     let mut launches = Vec::new();
     for _ in 0..STEPS {

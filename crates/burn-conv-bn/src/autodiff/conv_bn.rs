@@ -203,7 +203,7 @@ pub(super) fn register_max_pool<B: ConvBnBackend, C: CheckpointStrategy>(
             let plain = inner_inputs(inputs.clone());
             let shift = bias_shift::<B>(&plain);
             let joined = options.clone().joined();
-            let plan = plan(&inputs, &joined).with_max_pool(&joined, inputs.present());
+            let mut plan = plan(&inputs, &joined);
             let forward =
                 B::conv_bn_max_pool_forward(plain, joined.clone(), pool.clone(), plan.conv_output);
             let ConvBnMaxPoolForward::Pooled {
@@ -212,6 +212,7 @@ pub(super) fn register_max_pool<B: ConvBnBackend, C: CheckpointStrategy>(
                 mean,
                 variance,
                 conv_output,
+                inverts,
             } = forward
             else {
                 // This node was never registered; those of the two ops are.
@@ -221,6 +222,9 @@ pub(super) fn register_max_pool<B: ConvBnBackend, C: CheckpointStrategy>(
                     ..normalized
                 };
             };
+            if inverts {
+                plan = plan.with_max_pool(&joined, inputs.present());
+            }
             let mut state = state(&inputs, &joined, &plan, |tensor| prep.checkpoint(tensor));
             state.keep(&plan, &output, &mean, &variance);
             state.conv_output = conv_output.into_option();

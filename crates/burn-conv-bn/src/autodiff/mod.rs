@@ -16,10 +16,11 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::ops::MaxPoolOptions;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
+use self::parents::untracked;
 use crate::backend::{
-    BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackend, ConvBnBackwardOptions,
-    ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved, ConvGrads, ConvSaved, NormGrads,
-    NormInputs, NormOutput, NormSaved, OptionalTensor, Tensors,
+    BatchNormBackwardOptions, ChannelMoments, ConvBackwardOptions, ConvBnBackend,
+    ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnSaved, ConvGrads,
+    ConvSaved, NormGrads, NormInputs, NormOutput, NormSaved, OptionalTensor, Tensors,
 };
 use crate::spec::{BatchNormOptions, ConvBnOptions, ConvSpec};
 
@@ -64,6 +65,23 @@ impl<B: ConvBnBackend, C: CheckpointStrategy> ConvBnBackend for Autodiff<B, C> {
         _options: BatchNormBackwardOptions,
     ) -> NormGrads<Self> {
         panic!("Can't differentiate batch_normalize_backward: the op is differentiable once.");
+    }
+
+    fn running_moments(
+        running: ChannelMoments<Self>,
+        batch: ChannelMoments<Self>,
+        momentum: f64,
+        factor: f64,
+    ) -> ChannelMoments<Self> {
+        let inner = |moments: ChannelMoments<Self>| ChannelMoments::<B> {
+            mean: moments.mean.into_primitive(),
+            variance: moments.variance.into_primitive(),
+        };
+        let running = B::running_moments(inner(running), inner(batch), momentum, factor);
+        ChannelMoments {
+            mean: untracked::<B, C>(running.mean),
+            variance: untracked::<B, C>(running.variance),
+        }
     }
 
     fn conv_bn(inputs: ConvBnInputs<Self>, options: ConvBnOptions) -> NormOutput<Self> {

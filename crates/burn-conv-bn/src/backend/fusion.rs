@@ -1,15 +1,20 @@
 //! Output shapes and dtypes of the opaque kernels, for Burn's lazy `Fusion` wrapper.
 
 use burn::backend::fusion::custom::TensorSpec;
+use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Shape};
 
 use super::tensors::{
     BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackwardOptions, ConvBnForwardMetadata,
-    ConvBnGradsMetadata, ConvBnInputsMetadata, ConvBnSavedMetadata, ConvGradsMetadata,
-    ConvSavedMetadata, NormGradsMetadata, NormInputsMetadata, NormOutputMetadata,
-    NormSavedMetadata, OptionalTensorMetadata,
+    ConvBnGradsMetadata, ConvBnInputsMetadata, ConvBnMaxPoolBackwardOptions,
+    ConvBnMaxPoolForwardMetadata, ConvBnSavedMetadata, ConvGradsMetadata, ConvSavedMetadata,
+    MaxPoolBackwardOptions, MaxPoolForwardMetadata, NormGradsMetadata, NormInputsMetadata,
+    NormOutputMetadata, NormSavedMetadata, OptionalTensorMetadata, StatisticsMetadata,
 };
-use crate::spec::{BatchNormOptions, ConvBnOptions, ConvBnProblem, accumulator_dtype};
+use crate::spec::{
+    BatchNormOptions, ConvBnOptions, ConvBnProblem, MaxPoolProblem, StatisticsKind,
+    accumulator_dtype,
+};
 
 pub(crate) fn conv_backward(
     saved: &ConvSavedMetadata,
@@ -98,6 +103,75 @@ pub(crate) fn conv_bn_backward(
         beta: optional(wanted.beta, || spec(&channels, options.norm_dtype)),
         residual: optional(wanted.residual, || spec(&saved.output_grad.shape, dtype)),
     }
+}
+
+pub(crate) fn max_pool_forward(
+    input: &TensorSpec,
+    options: &MaxPoolOptions<2>,
+) -> MaxPoolForwardMetadata {
+    match MaxPoolProblem::of_regular_windows(input.shape.clone(), options.clone()) {
+        None => MaxPoolForwardMetadata::Unsupported,
+        Some(pool) => {
+            let [output, argmax] = pooled(&pool, input.dtype);
+            MaxPoolForwardMetadata::Pooled { output, argmax }
+        }
+    }
+}
+
+pub(crate) fn max_pool_backward(
+    output_grad: &TensorSpec,
+    _argmax: &TensorSpec,
+    options: &MaxPoolBackwardOptions,
+) -> TensorSpec {
+    TensorSpec::new(options.input_shape.clone(), output_grad.dtype)
+}
+
+pub(crate) fn conv_bn_max_pool_forward(
+    inputs: &ConvBnInputsMetadata,
+    options: &ConvBnOptions,
+    pool: &MaxPoolOptions<2>,
+    keep_conv_output: &bool,
+) -> ConvBnMaxPoolForwardMetadata {
+    let statistics = match inputs.statistics {
+        StatisticsMetadata::Batch => StatisticsKind::Batch,
+        StatisticsMetadata::Fixed { .. } => StatisticsKind::Fixed,
+    };
+    let residual = matches!(inputs.residual, OptionalTensorMetadata::Present(_));
+    let block = conv_bn_forward(inputs, options, keep_conv_output);
+    let conv_output = block.output.shape;
+    match MaxPoolProblem::behind_block(conv_output, statistics, residual, pool.clone()) {
+        None => ConvBnMaxPoolForwardMetadata::Unsupported,
+        Some(pool) => {
+            let [output, argmax] = pooled(&pool, inputs.input.dtype);
+            ConvBnMaxPoolForwardMetadata::Pooled {
+                output,
+                argmax,
+                mean: block.mean,
+                variance: block.variance,
+                conv_output: block.conv_output,
+                inverts: false,
+            }
+        }
+    }
+}
+
+pub(crate) fn conv_bn_max_pool_backward(
+    saved: &ConvBnSavedMetadata,
+    _argmax: &TensorSpec,
+    options: &ConvBnMaxPoolBackwardOptions,
+) -> ConvBnGradsMetadata {
+    conv_bn_backward(saved, &options.conv_bn)
+}
+
+/// Output and argmax, four in a word, of the kernels of `burn-conv-bn-cubecl`: Burn's `Fusion` wraps no other
+/// backend.
+fn pooled(pool: &MaxPoolProblem, dtype: DType) -> [TensorSpec; 2] {
+    let output = pool.output();
+    let words = output.num_elements().div_ceil(size_of::<u32>());
+    [
+        TensorSpec::new(output, dtype),
+        TensorSpec::new(Shape::new([words]), DType::U32),
+    ]
 }
 
 fn optional(present: bool, spec: impl FnOnce() -> TensorSpec) -> OptionalTensorMetadata {

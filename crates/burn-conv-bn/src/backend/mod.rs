@@ -15,10 +15,10 @@ use crate::portable::sweeps::Composed;
 use crate::spec::{BatchNormOptions, ConvBnOptions, ConvSpec};
 
 pub use self::tensors::{
-    BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackwardOptions, ConvBnForward,
-    ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved,
-    ConvGrads, ConvSaved, MaxPoolBackwardOptions, MaxPoolForward, NormGrads, NormInputs,
-    NormOutput, NormSaved, NormStatistics, OptionalTensor, Statistics, Tensors,
+    BatchNormBackwardOptions, ChannelMoments, ConvBackwardOptions, ConvBnBackwardOptions,
+    ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward,
+    ConvBnSaved, ConvGrads, ConvSaved, MaxPoolBackwardOptions, MaxPoolForward, NormGrads,
+    NormInputs, NormOutput, NormSaved, NormStatistics, OptionalTensor, Statistics, Tensors,
 };
 pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
 
@@ -33,8 +33,8 @@ pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
 /// | `max_pool`         | `max_pool_forward`, `max_pool_backward`                 | Burn's pool and its node |
 /// | `conv_bn_max_pool` | `conv_bn_max_pool_forward`, `conv_bn_max_pool_backward` | `conv_bn`, `max_pool`    |
 ///
-/// `Autodiff<B>` registers one node for each differentiable method. Kernels do not differentiate. Every
-/// method has a default body: `impl ConvBnBackend for MyBackend {}` is complete. A backend overrides the
+/// `Autodiff<B>` registers one node for each differentiable method. Kernels and `running_moments` do not
+/// differentiate. Every method has a default body: `impl ConvBnBackend for MyBackend {}` is complete. A backend overrides the
 /// two kernels of an op together; with those of the max pool also `max_pool`, for untracked inputs.
 ///
 /// The methods trust their arguments; [`functional`](crate::functional) checks them. Tensors of Burn's
@@ -199,6 +199,18 @@ pub trait ConvBnBackend: Backend {
         portable::batch_norm::backward::<Self>(saved, &options)
     }
 
+    /// Running statistics after a batch, in their own dtypes: `(1 - momentum) * running + momentum * batch`, the
+    /// batch's variance times `factor` first. Not differentiable.
+    #[fusion(default)]
+    fn running_moments(
+        #[extension_type] running: ChannelMoments<Self>,
+        #[extension_type] batch: ChannelMoments<Self>,
+        momentum: f64,
+        factor: f64,
+    ) -> ChannelMoments<Self> {
+        portable::norm::running_moments::<Self>(running, batch, momentum, factor)
+    }
+
     /// `activation(norm(conv(input)) + residual)`, with a backward pass that recomputes the
     /// convolution.
     ///
@@ -252,7 +264,7 @@ pub trait ConvBnBackend: Backend {
 
     /// Forward kernel of `max_pool`: the output and its argmax, if there is a kernel for this dtype and
     /// window.
-    #[fusion(default)]
+    #[fusion(meta = crate::backend::fusion::max_pool_forward)]
     fn max_pool_forward(
         input: FloatTensor<Self>,
         options: MaxPoolOptions<2>,
@@ -267,7 +279,7 @@ pub trait ConvBnBackend: Backend {
     /// # Panics
     ///
     /// Panics on a backend without the kernel.
-    #[fusion(default)]
+    #[fusion(meta = crate::backend::fusion::max_pool_backward)]
     fn max_pool_backward(
         output_grad: FloatTensor<Self>,
         argmax: IntTensor<Self>,
@@ -311,7 +323,7 @@ pub trait ConvBnBackend: Backend {
 
     /// Forward kernel of `conv_bn_max_pool`, if there is one for these inputs and options. Also returns the
     /// convolution's output if `keep_conv_output`.
-    #[fusion(default)]
+    #[fusion(meta = crate::backend::fusion::conv_bn_max_pool_forward)]
     fn conv_bn_max_pool_forward(
         #[extension_type] inputs: ConvBnInputs<Self>,
         options: ConvBnOptions,
@@ -322,14 +334,15 @@ pub trait ConvBnBackend: Backend {
         ConvBnMaxPoolForward::Unsupported
     }
 
-    /// Backward kernel of `conv_bn_max_pool`: the requested gradients, from the argmax and the tensors of
+    /// Backward kernel of `conv_bn_max_pool`: the requested gradients, from the argmax and the tensors of the
+    /// block's [`SavePlan`], or if [`inverts`](ConvBnMaxPoolForward::Pooled::inverts) of
     /// [`SavePlan::with_max_pool`]. `saved.output` and `saved.output_grad` are the pool's.
     ///
     /// # Panics
     ///
     /// Panics on a backend without the kernel, and without the statistics that the plan keeps for the
     /// requested gradients.
-    #[fusion(default)]
+    #[fusion(meta = crate::backend::fusion::conv_bn_max_pool_backward)]
     fn conv_bn_max_pool_backward(
         #[extension_type] saved: ConvBnSaved<Self>,
         argmax: IntTensor<Self>,

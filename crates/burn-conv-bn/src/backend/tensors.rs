@@ -9,7 +9,7 @@ use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Shape};
 
 use crate::spec::{
-    BatchNormOptions, ConvBnOptions, ConvSpec, Derivative, Parents, StatisticsKind,
+    BatchNormOptions, ConvBnOptions, ConvBnProblem, ConvSpec, Derivative, Parents, StatisticsKind,
     accumulator_dtype,
 };
 
@@ -157,6 +157,15 @@ impl<B: Backend> NormStatistics<B> {
             Self::Fixed { .. } => StatisticsKind::Fixed,
         }
     }
+}
+
+/// Mean and variance of each channel, `[channels]` each.
+#[derive(Clone, Debug, ExtensionType)]
+pub struct ChannelMoments<B: Backend> {
+    /// Mean.
+    pub mean: FloatTensor<B>,
+    /// Variance.
+    pub variance: FloatTensor<B>,
 }
 
 /// Tensors of a norm on its own.
@@ -436,6 +445,38 @@ pub struct ConvBnBackwardOptions {
     pub wanted: Parents,
 }
 
+impl ConvBnBackwardOptions {
+    /// Shape of the convolution's output.
+    pub(crate) fn output_shape(&self) -> Shape {
+        let (input, weight) = (self.input_shape.clone(), self.weight_shape.clone());
+        ConvBnProblem::conv(input, weight, &self.options.conv)
+            .expect("the forward pass had these shapes")
+            .output
+    }
+
+    /// Checks, for a block joined with a max pool whose plan kept no statistics, that the requested gradients
+    /// are plain sums over the output's: the pool makes no difference to those.
+    #[cfg(any(feature = "cubecl", feature = "flex"))]
+    #[track_caller]
+    pub(crate) fn assert_plain_sums(&self) {
+        let Parents {
+            input,
+            weight,
+            gamma,
+            beta,
+            residual,
+            ..
+        } = self.wanted;
+        let is_masked = self.options.activation.derivative() != Derivative::One;
+        assert!(
+            !(input || weight || gamma || residual || beta && is_masked),
+            "a block joined with a max pool: expected mean and variance, which its SavePlan keeps for these \
+             gradients, got none ({:?})",
+            self.wanted
+        );
+    }
+}
+
 /// Requested gradients, each with its parent's shape and dtype.
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
@@ -462,6 +503,7 @@ pub struct ConvBnGrads<B: Backend> {
 
 /// Results of `max_pool_forward`.
 #[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
 pub enum MaxPoolForward<B: Backend> {
     /// No kernel for this dtype or window.
     Unsupported,
@@ -469,8 +511,9 @@ pub enum MaxPoolForward<B: Backend> {
     Pooled {
         /// `[batch, channels, height_out, width_out]`.
         output: FloatTensor<B>,
-        /// Argmax of each window, `[batch, channels, height_out, width_out]`, U8:
-        /// `row * kernel_width + column`.
+        /// Argmax of each window, `row * kernel_width + column`, for the backward kernel alone: on Flex
+        /// `[batch, channels, height_out, width_out]` of U8, on CubeCL four in a U32 with the channels
+        /// innermost, `[words]`.
         argmax: IntTensor<B>,
     },
 }
@@ -486,6 +529,7 @@ pub struct MaxPoolBackwardOptions {
 
 /// Results of `conv_bn_max_pool_forward`.
 #[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
 pub enum ConvBnMaxPoolForward<B: Backend> {
     /// No kernel for these inputs and options: the two ops run one after the other.
     Unsupported,
@@ -502,6 +546,8 @@ pub enum ConvBnMaxPoolForward<B: Backend> {
         /// As [`ConvBnForward::conv_output`].
         #[extension_type]
         conv_output: OptionalTensor<B>,
+        /// Whether the backward kernel recovers the norm's input from the pooled output where it can.
+        inverts: bool,
     },
 }
 

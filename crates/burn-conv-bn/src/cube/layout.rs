@@ -15,7 +15,7 @@ use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::ops::{permute, permute_nchw_to_nhwc, permute_nhwc_to_nchw};
 use burn_cubecl::tensor::CubeTensor;
 
-use super::Kernels;
+use super::sweeps::Kernels;
 use crate::portable::layout::{Layouts, image_slices};
 
 impl Layouts<CubeBackend> for Kernels {

@@ -16,7 +16,7 @@ use super::tensor::{
 };
 use crate::backend::{ConvBnBackwardOptions, ConvBnGrads, ConvBnSaved};
 use crate::portable::{self, cast};
-use crate::spec::{Derivative, Parents, StatisticsKind};
+use crate::spec::{Derivative, StatisticsKind};
 
 /// The max pool that is one op with the block.
 pub(super) struct JoinedPool {
@@ -64,7 +64,10 @@ pub(super) fn kernel_backward<E: Kernel>(
         saved.mean.as_option().map(host::<E::Real>),
         saved.variance.as_option().map(host::<E::Real>),
     ) else {
-        return grads_without_statistics(saved, joined.is_some(), options);
+        if joined.is_some() {
+            options.assert_plain_sums();
+        }
+        return portable::conv_bn::backward::<Flex>(saved, options);
     };
     let ConvBnSaved {
         output_grad,
@@ -243,31 +246,6 @@ pub(super) fn kernel_backward<E: Kernel>(
         beta: channel_grad::<E>(wanted.beta, sums.grad, norm_dtype),
         residual: residual_grad.into(),
     }
-}
-
-/// The gradients that need no statistics, by the portable body.
-fn grads_without_statistics(
-    saved: ConvBnSaved<Flex>,
-    joined: bool,
-    options: &ConvBnBackwardOptions,
-) -> ConvBnGrads<Flex> {
-    let Parents {
-        input,
-        weight,
-        gamma,
-        beta,
-        residual,
-        ..
-    } = options.wanted;
-    let is_masked = options.options.activation.derivative() != Derivative::One;
-    // The portable body knows no pool. For a plain sum over the gradient the pool makes no difference.
-    assert!(
-        !(joined && (input || weight || gamma || residual || beta && is_masked)),
-        "a block joined with a max pool: expected mean and variance, which SavePlan::with_max_pool keeps for \
-         these gradients, got none ({:?})",
-        options.wanted
-    );
-    portable::conv_bn::backward::<Flex>(saved, options)
 }
 
 /// Gamma's gradient under given statistics, from the dot products of the weight with the folded

@@ -1,10 +1,11 @@
 //! The forward pass, with and without a max pool behind.
 
+use burn::backend::flex::FlexTensor;
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::Shape;
 use burn::tensor::ops::MaxPoolOptions;
 use burn_conv_bn_cpu::{
-    Affine, Geometry, Planes, Real, conv, conv_moments, normalize, normalize_into,
+    Affine, Geometry, Planes, PoolGeometry, Real, conv, conv_moments, normalize, normalize_into,
     normalize_max_pool,
 };
 
@@ -16,11 +17,72 @@ use super::tensor::{
 use crate::backend::{ConvBnForward, ConvBnInputs, ConvBnMaxPoolForward, Statistics};
 use crate::spec::{ConvBnOptions, NormSpec, SavePlan};
 
+/// Results of the forward pass. With a pool behind the block, output and argmax are the pool's.
+struct Forward {
+    output: FlexTensor,
+    argmax: Option<FlexTensor>,
+    mean: FlexTensor,
+    variance: FlexTensor,
+    conv_output: Option<FlexTensor>,
+}
+
 pub(super) fn kernel_forward<E: Kernel>(
     inputs: ConvBnInputs<Flex>,
     options: &ConvBnOptions,
     keep_conv_output: bool,
 ) -> ConvBnForward<Flex> {
+    let forward = forward::<E>(inputs, options, None, keep_conv_output);
+    ConvBnForward {
+        output: forward.output,
+        mean: forward.mean,
+        variance: forward.variance,
+        conv_output: forward.conv_output.into(),
+    }
+}
+
+/// The forward pass joined with a max pool, if the backward pass can be joined too.
+pub(super) fn kernel_forward_max_pool<E: Kernel>(
+    inputs: ConvBnInputs<Flex>,
+    options: &ConvBnOptions,
+    pool: &MaxPoolOptions<2>,
+    keep_conv_output: bool,
+) -> ConvBnMaxPoolForward<Flex> {
+    let Some(pool) = joined_geometry(&inputs, options, pool) else {
+        return ConvBnMaxPoolForward::Unsupported;
+    };
+    let forward = forward::<E>(inputs, options, Some(&pool), keep_conv_output);
+    ConvBnMaxPoolForward::Pooled {
+        output: forward.output,
+        argmax: forward.argmax.expect("there is a pool"),
+        mean: forward.mean,
+        variance: forward.variance,
+        conv_output: forward.conv_output.into(),
+        inverts: true,
+    }
+}
+
+/// Geometry of the pool behind the block, if the two are one op.
+fn joined_geometry(
+    inputs: &ConvBnInputs<Flex>,
+    options: &ConvBnOptions,
+    pool: &MaxPoolOptions<2>,
+) -> Option<PoolGeometry> {
+    if !SavePlan::joins_max_pool(inputs.statistics.kind(), inputs.residual.is_present()) {
+        return None;
+    }
+    let input = inputs.input.shape();
+    let shapes = [&input, &inputs.weight.shape()];
+    let geometry = geometry(shapes, &options.conv, options.max_workspace);
+    let pool = max_pool::geometry(&output_shape(&input, &geometry), pool);
+    pool.filter(PoolGeometry::is_regular)
+}
+
+fn forward<E: Kernel>(
+    inputs: ConvBnInputs<Flex>,
+    options: &ConvBnOptions,
+    pool: Option<&PoolGeometry>,
+    keep_conv_output: bool,
+) -> Forward {
     let (input, weight) = (contiguous(&inputs.input), contiguous(&inputs.weight));
     let shapes = [&input.shape(), &weight.shape()];
     let geometry = geometry(shapes, &options.conv, options.max_workspace);
@@ -60,22 +122,34 @@ pub(super) fn kernel_forward<E: Kernel>(
     let residual = inputs.residual.as_option().map(contiguous);
     let residual = residual.as_ref().map(slice::<E>);
     let activation = kernel_activation(options.activation);
-    let (output, kept) = if keep_conv_output {
-        let mut output = Vec::new();
+    let (mut output, mut argmax) = (Vec::new(), Vec::new());
+    let mut pooled_shape = output_shape.clone();
+    if let Some(pool) = pool {
+        normalize_max_pool(
+            &geometry,
+            &values,
+            affine,
+            activation,
+            pool,
+            &mut output,
+            &mut argmax,
+        );
+        [pooled_shape[2], pooled_shape[3]] = pool.output();
+    } else if keep_conv_output {
         let planes = Planes::from(&geometry);
         normalize_into(planes, &values, affine, residual, activation, &mut output);
-        (output, Some(tensor(values, &output_shape)))
     } else {
         normalize(&geometry, &mut values, affine, residual, activation);
-        (values, None)
-    };
+        output = core::mem::take(&mut values);
+    }
 
     let per_channel = Shape::new([channels]);
-    ConvBnForward {
-        output: tensor(output, &output_shape),
+    Forward {
+        output: tensor(output, &pooled_shape),
+        argmax: pool.map(|_| tensor(argmax, &pooled_shape)),
         mean: tensor(mean, &per_channel),
         variance: tensor(variance, &per_channel),
-        conv_output: kept.into(),
+        conv_output: keep_conv_output.then(|| tensor(values, &output_shape)),
     }
 }
 
@@ -93,65 +167,4 @@ fn conv_of_batch<E: Kernel>(
     let count = geometry.batch() * geometry.positions();
     let norm = HostNorm::of_batch(norm, count, &variance);
     (mean, variance, norm)
-}
-
-/// The forward pass joined with a max pool, if the backward pass can be joined too.
-pub(super) fn kernel_forward_max_pool<E: Kernel>(
-    inputs: ConvBnInputs<Flex>,
-    options: &ConvBnOptions,
-    pool: &MaxPoolOptions<2>,
-    keep_conv_output: bool,
-) -> ConvBnMaxPoolForward<Flex> {
-    let residual = inputs.residual.is_present();
-    if !SavePlan::joins_max_pool(inputs.statistics.kind(), residual) {
-        return ConvBnMaxPoolForward::Unsupported;
-    }
-    let (input, weight) = (contiguous(&inputs.input), contiguous(&inputs.weight));
-    let shapes = [&input.shape(), &weight.shape()];
-    let geometry = geometry(shapes, &options.conv, options.max_workspace);
-    let output_shape = output_shape(&input.shape(), &geometry);
-    let pool = match max_pool::geometry(&output_shape, pool) {
-        Some(pool) if pool.is_regular() => pool,
-        _ => return ConvBnMaxPoolForward::Unsupported,
-    };
-    let mut values = Vec::<E>::new();
-    let weight = numbers::<E::Real>(&weight);
-    let (mean, variance, norm) = conv_of_batch(
-        &geometry,
-        slice::<E>(&input),
-        &weight,
-        options.norm,
-        &mut values,
-    );
-    let scale = norm.scale::<E::Real>(inputs.gamma.as_option().map(host));
-    let channels = geometry.channels_out();
-    let shift = inputs.beta.as_option().map(host);
-    let affine = Affine {
-        mean: &mean,
-        scale: &scale,
-        shift: &shift.unwrap_or_else(|| vec![<E::Real as Real>::ZERO; channels]),
-    };
-    let (mut output, mut argmax) = (Vec::new(), Vec::new());
-    let activation = kernel_activation(options.activation);
-    normalize_max_pool(
-        &geometry,
-        &values,
-        affine,
-        activation,
-        &pool,
-        &mut output,
-        &mut argmax,
-    );
-    let [height, width] = pool.output();
-    let pooled = Shape::new([output_shape[0], channels, height, width]);
-    let per_channel = Shape::new([channels]);
-    ConvBnMaxPoolForward::Pooled {
-        output: tensor(output, &pooled),
-        argmax: tensor(argmax, &pooled),
-        mean: tensor(mean, &per_channel),
-        variance: tensor(variance, &per_channel),
-        conv_output: keep_conv_output
-            .then(|| tensor(values, &output_shape))
-            .into(),
-    }
 }

@@ -9,16 +9,17 @@ use crate::spec::{ConvBnError, MaxPoolProblem};
 /// Max pool over height and width, with the results and gradients of [`burn::tensor::module::max_pool2d`]
 /// and less kept for the backward pass.
 ///
-/// Burn 0.22.1 keeps the input and, for each output, its pixel's index in the device's integers. On Flex this
-/// keeps the argmax, one byte for each output: the maximum's position in its window. The input, such as the
-/// output of a fused block, is then free once nothing else holds it. An untracked input keeps nothing, and no
-/// argmax is computed.
+/// Burn 0.22.1 keeps the input and, for each output, its pixel's index in the device's integers. On Flex and
+/// CubeCL's devices this keeps the argmax, one byte for each output: the maximum's position in its window. The
+/// input, such as the output of a fused block, is then free once nothing else holds it. An untracked input keeps
+/// nothing, and no argmax is computed.
 ///
 /// Of equal values the first wins, and NaN wins over all, as in Burn. Results are equal to Burn's to the bit,
 /// except gradients in f16 where windows overlap: Burn rounds after each sum, and this sums in f32.
 ///
 /// Burn's own op runs where there is no kernel: on other backends, for windows of more than 256 pixels, and
-/// for padding that differs between the two sides of a dimension, which Burn copies the input for.
+/// for padding that differs between the two sides of a dimension, which Burn copies the input for. On CubeCL's
+/// devices also with dilation, in ceil mode, for padding above half the window's size, and for an untracked input.
 ///
 /// # Shapes
 ///

@@ -41,26 +41,26 @@ pub(super) fn update_running_statistics<const D: usize>(
     result: &Normalized<D>,
     values: impl FnOnce() -> usize,
 ) {
-    let variance = match kind {
-        RunningVariance::Biased => result.variance.clone(),
+    let factor = match kind {
+        RunningVariance::Biased => 1.0,
         RunningVariance::Unbiased => {
             let values = values() as f64;
-            result.variance.clone() * (values / (values - 1.0))
+            values / (values - 1.0)
         }
     };
+    let device = result.mean.device();
+    let states = [&norm.running_mean, &norm.running_var];
     // Threads that train clones of a layer share its statistics: no update is lost between reading
     // and writing. The tensors are too small for Flex to run another task of this thread meanwhile.
     let _guard = UPDATE.lock().unwrap_or_else(PoisonError::into_inner);
-    for (running, new) in [
-        (&norm.running_mean, result.mean.clone()),
-        (&norm.running_var, variance),
-    ] {
-        let old = current(running).dequantize().to_device(&new.device());
-        let new = new.cast(old.dtype()).detach();
-        let momentum = norm.momentum;
-        running.update((old * (1.0 - momentum) + new * momentum).detach());
+    let running = states.map(|state| current(state).dequantize().to_device(&device));
+    for (state, running) in states
+        .into_iter()
+        .zip(result.running(running, norm.momentum, factor))
+    {
+        state.update(running);
         // A pending update would overwrite a record that is loaded next.
-        take_pending(running);
+        take_pending(state);
     }
 }
 
@@ -246,7 +246,7 @@ impl ConvBnRef<'_, Conv2d, 4> {
             return Vec::new();
         }
         let pooled = pool.problem(problem.output.clone());
-        let joined = SavePlan::joins_max_pool(statistics, false) && pooled.joins_a_block();
+        let joined = SavePlan::joins_max_pool(statistics, false) && pooled.is_regular();
         let plan = if joined {
             let options = options.joined();
             let plan = SavePlan::new(&options, statistics, present, tracked);

@@ -128,8 +128,8 @@ impl MaxPool2d {
     /// What a training step on Flex keeps for the backward pass of [`forward`](Self::forward), for an
     /// input of that shape that is itself tracked, by name and bytes: `argmax`.
     ///
-    /// For a window that Burn's own op pools (see [`max_pool2d`]) the list is Burn's, as on every other
-    /// backend: `input`, counted in f32, and `indices`, counted as 32-bit integers. The input is a copy,
+    /// For a window that Burn's own op pools on Flex (see [`max_pool2d`]) the list is Burn's, as on backends
+    /// without kernels: `input`, counted in f32, and `indices`, counted as 32-bit integers. The input is a copy,
     /// padded, if the padding of the two sides differs.
     ///
     /// # Panics

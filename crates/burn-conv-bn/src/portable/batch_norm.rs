@@ -76,7 +76,14 @@ pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
     let input = saved.input.into_option().filter(|_| options.needs_input());
     let has_input = input.is_some();
     let argument = Argument::Norm { residual: None };
-    let chunk = S::chunk(Some(&norm), saved.output_grad, input, argument, activation);
+    let chunk = S::chunk(
+        Some(&norm),
+        saved.output_grad,
+        None,
+        input,
+        argument,
+        activation,
+    );
 
     let is_of_batch = options.statistics == StatisticsKind::Batch;
     let (gamma, beta) = if is_of_batch || wanted.gamma || wanted.beta {

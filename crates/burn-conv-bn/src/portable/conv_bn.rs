@@ -32,7 +32,7 @@ pub(crate) fn backward<B: Backend>(
     saved: ConvBnSaved<B>,
     options: &ConvBnBackwardOptions,
 ) -> ConvBnGrads<B> {
-    backward_by::<B, Composed>(saved, options)
+    backward_by::<B, Composed>(saved, None, options)
 }
 
 /// Backward of a convolution with no norm behind it, with Burn's own ops.
@@ -69,7 +69,7 @@ pub(crate) fn conv_backward_by<B: Backend, S: Sweeps<B>>(
         output: OptionalTensor::Absent,
         residual: OptionalTensor::Absent,
     };
-    let grads = backward_by::<B, S>(saved, &options);
+    let grads = backward_by::<B, S>(saved, None, &options);
     ConvGrads {
         input: grads.input,
         weight: grads.weight,
@@ -154,15 +154,21 @@ fn given_norm<B: Backend, S: Sweeps<B>>(
 /// Backward over the batch in chunks, in two passes: the first sums over all chunks, the second turns each
 /// chunk's `g` into the gradient of the convolution's output, and that, in chunks of its own, into those of
 /// weight and input. A single chunk is kept between the two passes, several are recomputed.
+///
+/// With a pool behind the block the output's gradient is the pool's.
 pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
     saved: ConvBnSaved<B>,
+    pool: Option<S::Pool>,
     options: &ConvBnBackwardOptions,
 ) -> ConvBnGrads<B> {
     let wanted = options.wanted;
-    let output_shape = saved.output_grad.shape();
+    let output_shape = match pool {
+        Some(_) => options.output_shape(),
+        None => saved.output_grad.shape(),
+    };
     let device = saved.output_grad.device();
     let has_norm = saved.mean.is_present();
-    let mut pass = Pass::<B, S>::new(saved, options);
+    let mut pass = Pass::<B, S>::new(saved, pool, &output_shape, options);
     let chunks = pass.chunks();
     let single = chunks.len() == 1;
     let mut kept_chunk = None;
@@ -258,6 +264,7 @@ struct Saved<B: Backend> {
 struct Pass<'a, B: Backend, S: Sweeps<B>> {
     options: &'a ConvBnBackwardOptions,
     saved: Saved<B>,
+    pool: Option<S::Pool>,
     dtype: DType,
     batch: usize,
     costs: Costs,
@@ -273,7 +280,12 @@ struct Pass<'a, B: Backend, S: Sweeps<B>> {
 }
 
 impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
-    fn new(mut saved: ConvBnSaved<B>, options: &'a ConvBnBackwardOptions) -> Self {
+    fn new(
+        mut saved: ConvBnSaved<B>,
+        pool: Option<S::Pool>,
+        shape: &Shape,
+        options: &'a ConvBnBackwardOptions,
+    ) -> Self {
         let is_of_batch = options.statistics == StatisticsKind::Batch;
         let recomputes = is_of_batch && !saved.conv_output.is_present();
         if (options.wanted.input || recomputes)
@@ -289,7 +301,6 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
         };
         let (bias, weight) = (saved.bias.as_option(), saved.weight.as_option());
         let needs_value = options.options.activation.derivative() == Derivative::OfValue;
-        let shape = saved.output_grad.shape();
         let mut norm = None;
         let mut folded = None;
         let mut input_weight = weight.cloned();
@@ -301,13 +312,7 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
                         mean: mean.clone(),
                         variance: variance.clone(),
                     };
-                    norm = Some(S::norm(
-                        moments,
-                        affine,
-                        spec,
-                        StatisticsKind::Batch,
-                        &shape,
-                    ));
+                    norm = Some(S::norm(moments, affine, spec, StatisticsKind::Batch, shape));
                 }
                 StatisticsKind::Fixed if folds(dtype) && !saved.conv_output.is_present() => {
                     if options.wanted.input {
@@ -319,7 +324,7 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
                 }
                 StatisticsKind::Fixed => {
                     norm = Some(given_norm::<B, S>(
-                        affine, bias, moments, spec, dtype, &shape,
+                        affine, bias, moments, spec, dtype, shape,
                     ));
                 }
             }
@@ -330,7 +335,8 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
             options,
             dtype,
             batch: shape[0],
-            costs: Costs::new::<B, S>(options, &saved.output_grad, dtype),
+            costs: Costs::new::<B, S>(options, shape, &saved.output_grad),
+            pool,
             norm,
             needs_conv_output,
             folded,
@@ -370,10 +376,12 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
         let output_grad = take(&mut self.saved.output_grad, last);
         let output_grad = output_grad.expect("no chunk follows the last");
         let output_grad = S::images(output_grad, chunk);
+        let pool = self.pool.as_ref().map(|pool| (pool, chunk.start));
         let function = self.options.options.activation;
         S::chunk(
             self.norm.as_ref(),
             output_grad,
+            pool,
             norm_input,
             argument,
             function,

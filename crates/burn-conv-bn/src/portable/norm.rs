@@ -7,6 +7,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 
 use super::{broadcast, cast, channel_sum};
+use crate::backend::tensors::ChannelMoments;
 use crate::spec::{NormSpec, NormVariant, values_per_channel};
 
 /// The input less its mean, the mean, and the biased variance.
@@ -32,6 +33,32 @@ pub(crate) fn center<B: Backend>(input: FloatTensor<B>) -> Centered<B> {
         deviation,
         mean,
         variance: average(channel_sum::<B>(squares)),
+    }
+}
+
+/// Running statistics after a batch, in their own dtypes: `(1 - momentum) * running + momentum * batch`, the
+/// batch's variance times `factor` first.
+pub(crate) fn running_moments<B: Backend>(
+    running: ChannelMoments<B>,
+    batch: ChannelMoments<B>,
+    momentum: f64,
+    factor: f64,
+) -> ChannelMoments<B> {
+    let moved = |running: FloatTensor<B>, batch: FloatTensor<B>| {
+        let batch = cast::<B>(batch, running.dtype());
+        B::float_add(
+            B::float_mul_scalar(running, (1.0 - momentum).into()),
+            B::float_mul_scalar(batch, momentum.into()),
+        )
+    };
+    let variance = if factor == 1.0 {
+        batch.variance
+    } else {
+        B::float_mul_scalar(batch.variance, factor.into())
+    };
+    ChannelMoments {
+        mean: moved(running.mean, batch.mean),
+        variance: moved(running.variance, variance),
     }
 }
 

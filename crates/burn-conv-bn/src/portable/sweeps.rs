@@ -1,5 +1,7 @@
 //! The op's passes over activations besides its convolutions.
 
+use core::convert::Infallible;
+
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, Shape};
@@ -20,6 +22,8 @@ pub(crate) trait Sweeps<B: Backend>: Layouts<B> {
     type Chunk;
     /// The sums for the norm's gradients.
     type Sums;
+    /// A max pool behind the block, as its gradient needs it.
+    type Pool;
 
     /// `activation(norm(input) + residual)` with the statistics of `input`, which are returned too.
     fn normalize(
@@ -54,10 +58,11 @@ pub(crate) trait Sweeps<B: Backend>: Layouts<B> {
         shape: &Shape,
     ) -> Self::Norm;
 
-    /// Prepares a chunk.
+    /// Prepares a chunk. With a pool `output_grad` is the pool's, from the given image of the batch on.
     fn chunk(
         norm: Option<&Self::Norm>,
         output_grad: FloatTensor<B>,
+        pool: Option<(&Self::Pool, usize)>,
         norm_input: Option<FloatTensor<B>>,
         argument: Argument<B>,
         function: Activation,
@@ -160,6 +165,8 @@ impl<B: Backend> Sweeps<B> for Composed {
     type Norm = ComposedNorm<B>;
     type Chunk = ComposedChunk<B>;
     type Sums = GradSums<B>;
+    // Burn's operations join no pool.
+    type Pool = Infallible;
 
     fn normalize(
         input: FloatTensor<B>,
@@ -239,6 +246,7 @@ impl<B: Backend> Sweeps<B> for Composed {
     fn chunk(
         norm: Option<&Self::Norm>,
         output_grad: FloatTensor<B>,
+        _pool: Option<(&Infallible, usize)>,
         norm_input: Option<FloatTensor<B>>,
         argument: Argument<B>,
         function: Activation,

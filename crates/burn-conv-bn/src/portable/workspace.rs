@@ -4,7 +4,7 @@ use core::ops::Range;
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
-use burn::tensor::{DType, Shape};
+use burn::tensor::Shape;
 
 use super::sweeps::Sweeps;
 use crate::backend::tensors::ConvBnBackwardOptions;
@@ -28,11 +28,11 @@ pub(super) struct Costs {
 impl Costs {
     pub(super) fn new<B: Backend, S: Sweeps<B>>(
         options: &ConvBnBackwardOptions,
+        output_shape: &Shape,
         output_grad: &FloatTensor<B>,
-        dtype: DType,
     ) -> Self {
         let spec = &options.options.conv;
-        let output_shape = &output_grad.shape();
+        let dtype = output_grad.dtype();
         let image = |shape: &Shape| shape.iter().skip(1).product::<usize>();
         let output = image(output_shape) * dtype.size();
         let input = image(&options.input_shape) * dtype.size();

@@ -2,6 +2,8 @@ use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Shape};
 
 use super::{ConvBnError, SavedTensor};
+#[cfg(any(feature = "cubecl", feature = "fusion"))]
+use super::{SavePlan, StatisticsKind};
 
 /// Largest window, in pixels, whose argmax fits a byte.
 const MOST_PLACES: usize = 1 << u8::BITS;
@@ -38,9 +40,9 @@ impl MaxPoolProblem {
         Ok(problem)
     }
 
-    /// Whether the pool can join with a block before it: the input has elements, each window overlaps it and
-    /// stays within the padding, and the argmax fits a byte.
-    pub(crate) fn joins_a_block(&self) -> bool {
+    /// Whether the pool can be one op with the block before it: the input has elements, each window overlaps
+    /// it and stays within the padding, and the argmax fits a byte.
+    pub(crate) fn is_regular(&self) -> bool {
         let options = &self.options;
         let [rows, columns] = options.kernel_size;
         let is_narrow = |dim: usize| 2 * options.padding[dim].0 <= options.kernel_size[dim];
@@ -133,6 +135,26 @@ impl MaxPoolProblem {
                 count + usize::from(count * stride < size + padding)
             }
         }
+    }
+}
+
+#[cfg(any(feature = "cubecl", feature = "fusion"))]
+impl MaxPoolProblem {
+    /// The pool, if [its windows are regular](Self::is_regular).
+    pub(crate) fn of_regular_windows(input: Shape, options: MaxPoolOptions<2>) -> Option<Self> {
+        let problem = Self::new(input, options).ok()?;
+        problem.is_regular().then_some(problem)
+    }
+
+    /// The pool behind a block with that output, if the two can be one op.
+    pub(crate) fn behind_block(
+        output: Shape,
+        statistics: StatisticsKind,
+        residual: bool,
+        options: MaxPoolOptions<2>,
+    ) -> Option<Self> {
+        let joins = SavePlan::joins_max_pool(statistics, residual);
+        Self::of_regular_windows(output, options).filter(|_| joins)
     }
 }
 

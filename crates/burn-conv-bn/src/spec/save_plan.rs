@@ -158,7 +158,7 @@ impl SavePlan {
     }
 
     /// Whether the op joins with the max pool behind it, given kernels and
-    /// [`MaxPoolProblem::joins_a_block`](super::MaxPoolProblem::joins_a_block): under batch statistics
+    /// [`MaxPoolProblem::is_regular`](super::MaxPoolProblem::is_regular): under batch statistics
     /// and without a residual.
     pub(crate) fn joins_max_pool(statistics: StatisticsKind, residual: bool) -> bool {
         statistics == StatisticsKind::Batch && !residual

@@ -33,11 +33,12 @@ pub struct Step {
 }
 
 impl Step {
-    /// A step with random values.
-    pub fn new(device: &Device) -> Self {
+    /// A step with random values, for an output of the layer, or of a max pool behind it with windows of that
+    /// stride.
+    pub fn new(device: &Device, stride: usize) -> Self {
         let tracked = device.clone().autodiff();
         // The gradient of a mean is one value, expanded: a buffer as a network would bring it.
-        let shape = [INPUT[0], CHANNELS, INPUT[2], INPUT[3]];
+        let shape = [INPUT[0], CHANNELS, INPUT[2] / stride, INPUT[3] / stride];
         Self {
             device: device.clone(),
             upstream: Tensor::random(shape, Distribution::Default, &tracked),

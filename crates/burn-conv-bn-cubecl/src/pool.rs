@@ -1,0 +1,531 @@
+//! A max pool over height and width, behind a norm and an activation or alone, and its gradient.
+//!
+//! An output's argmax is its place in the window, `row * columns + column`, one byte. WebGPU has no storage of
+//! bytes: four lie in a `u32`, in the order of `[batch, height, width, channels]`, whatever the layout of the
+//! tensors.
+
+use burn_backend::DType;
+use burn_cubecl::cubecl;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::ops::permute;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::ir::ElemType;
+use cubecl::prelude::*;
+use cubecl::std::FastDivmod;
+use cubecl::zspace::Shape;
+
+use crate::activation::{self, Activation};
+use crate::element::{accumulator_type, element_type};
+use crate::norm::{UnitAffine, rows};
+use crate::table::ChannelTable;
+use crate::walk::{
+    Grid, Lanes, MAP_CUBES, Steps, Unit, Walk, coordinates, index, is_idle, tensor_arg, unit,
+};
+
+/// Argmaxes in one word.
+const PLACES: usize = 4;
+
+/// The window of a max pool, by height and width.
+///
+/// It has at most 256 pixels, is at most as large as the padded input, and is padded by at most half its size,
+/// so that every window has a pixel of the input.
+///
+/// ```
+/// use burn_conv_bn_cubecl::PoolWindow;
+///
+/// // ResNet's.
+/// let window = PoolWindow {
+///     kernel_size: [3, 3],
+///     stride: [2, 2],
+///     padding: [1, 1],
+/// };
+/// assert_eq!(window.output([112, 56]), [56, 28]);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PoolWindow {
+    /// Pixels of a window.
+    pub kernel_size: [usize; 2],
+    /// Pixels from one window to the next.
+    pub stride: [usize; 2],
+    /// Padding on either side.
+    pub padding: [usize; 2],
+}
+
+impl PoolWindow {
+    /// Height and width of the output for an input of that height and width.
+    pub fn output(&self, input: [usize; 2]) -> [usize; 2] {
+        [0, 1].map(|dim| {
+            let padded = input[dim] + 2 * self.padding[dim];
+            (padded - self.kernel_size[dim]) / self.stride[dim] + 1
+        })
+    }
+}
+
+/// What [`max_pool`] returns.
+#[derive(Clone, Debug)]
+pub struct MaxPooled {
+    /// `[batch, channels, height_out, width_out]` in the input's dtype, channels innermost in memory.
+    pub output: CubeTensor,
+    /// Argmax of each output, four in a U32: `[words]`.
+    pub argmax: CubeTensor,
+}
+
+/// What the gradient of a max pool needs besides that of its output.
+#[derive(Clone, Debug)]
+pub struct PoolArgmax {
+    /// The forward pass's window.
+    pub window: PoolWindow,
+    /// [`MaxPooled::argmax`], of the whole batch.
+    pub argmax: CubeTensor,
+    /// Index in that batch of the first image of the output's gradient.
+    pub first_image: usize,
+}
+
+/// A forward launch: its output's extent in vectors, and the input's in pixels.
+#[derive(CubeType, CubeLaunch)]
+struct PoolGrid {
+    /// Vectors of the output.
+    vectors: usize,
+    /// Vectors of one of its pixels, twice.
+    row_vectors: usize,
+    channels: FastDivmod<usize>,
+    columns: FastDivmod<usize>,
+    rows: FastDivmod<usize>,
+    height: usize,
+    width: usize,
+    /// Distances in the input's buffer, in vectors.
+    image_step: usize,
+    row_step: usize,
+    column_step: usize,
+    channel_step: usize,
+}
+
+/// The maximum of a window for each component of a vector, and its place.
+#[derive(CubeType)]
+struct Maximum<T: Float, N: Size> {
+    value: Vector<T, N>,
+    place: Vector<u32, N>,
+}
+
+/// Taps of a window that are pixels of the input, by first and end. `start` is the window's in the padded input.
+#[cube]
+fn taps(
+    start: usize,
+    size: usize,
+    #[comptime] kernel_size: usize,
+    #[comptime] padding: usize,
+) -> (usize, usize) {
+    let first = max(start, padding) - start;
+    let end = min(size + padding - start, kernel_size);
+    (first, end)
+}
+
+/// The norm of a vector of channels; without a table, zeros.
+#[cube]
+fn vector_affine<T: Float, N: Size>(
+    table: ComptimeOption<&Tensor<Vector<T, N>>>,
+    row_vectors: usize,
+    vector: usize,
+) -> UnitAffine<T, N> {
+    #[comptime]
+    match table {
+        ComptimeOption::Some(table) => UnitAffine::<T, N> {
+            mean: table[rows::MEAN * row_vectors + vector],
+            scale: table[rows::SCALE * row_vectors + vector],
+            shift: table[rows::SHIFT * row_vectors + vector],
+        },
+        ComptimeOption::None => UnitAffine::<T, N> {
+            mean: Vector::zero(),
+            scale: Vector::zero(),
+            shift: Vector::zero(),
+        },
+    }
+}
+
+/// The maximum behind one vector of the output. Of equal values the first wins, and NaN wins over all. Values
+/// are compared as they would be stored.
+#[cube]
+fn window_maximum<E: Float, T: Float, N: Size>(
+    input: &Tensor<Vector<E, N>>,
+    table: ComptimeOption<&Tensor<Vector<T, N>>>,
+    grid: &PoolGrid,
+    vector: usize,
+    #[comptime] activation: Activation,
+    #[comptime] window: PoolWindow,
+) -> Maximum<T, N> {
+    let (pixel, channel) = grid.channels.div_mod(vector);
+    let (line, column) = grid.columns.div_mod(pixel);
+    let (image, row) = grid.rows.div_mod(line);
+    let affine = vector_affine::<T, N>(table, grid.row_vectors, channel);
+    let top = row * comptime!(window.stride[0]);
+    let left = column * comptime!(window.stride[1]);
+    let (first_row, end_row) = taps(
+        top,
+        grid.height,
+        comptime!(window.kernel_size[0]),
+        comptime!(window.padding[0]),
+    );
+    let (first_column, end_column) = taps(
+        left,
+        grid.width,
+        comptime!(window.kernel_size[1]),
+        comptime!(window.padding[1]),
+    );
+    let origin = image * grid.image_step + channel * grid.channel_step;
+    let columns = comptime!(window.kernel_size[1]);
+    let mut best = Vector::<T, N>::cast_from(Vector::<E, N>::min_value());
+    let mut places = Vector::<u32, N>::cast_from(first_row * columns + first_column);
+    for tap_row in first_row..end_row {
+        let y = top + tap_row - comptime!(window.padding[0]);
+        for tap_column in first_column..end_column {
+            let x = left + tap_column - comptime!(window.padding[1]);
+            let at = origin + y * grid.row_step + x * grid.column_step;
+            let mut value = Vector::<T, N>::cast_from(input[at]);
+            if table.is_some() {
+                value = affine.scale * (value - affine.mean) + affine.shift;
+            }
+            let value = activation::forward(value, activation);
+            let value = Vector::<T, N>::cast_from(Vector::<E, N>::cast_from(value));
+            let wins = value.greater_than(&best).or(value.is_nan());
+            let place = Vector::<u32, N>::cast_from(tap_row * columns + tap_column);
+            best = select_many(wins, value, best);
+            places = select_many(wins, place, places);
+        }
+    }
+    Maximum::<T, N> {
+        value: best,
+        place: places,
+    }
+}
+
+/// One word of the argmax for each unit, and the outputs that it is of.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn max_pool_kernel<E: Float, T: Float, N: Size>(
+    input: &Tensor<Vector<E, N>>,
+    table: ComptimeOption<&Tensor<Vector<T, N>>>,
+    output: &mut Tensor<Vector<E, N>>,
+    argmax: &mut Tensor<u32>,
+    grid: &PoolGrid,
+    #[comptime] activation: Activation,
+    #[comptime] window: PoolWindow,
+    #[define(E, T)] _elements: [ElemType; 2],
+) {
+    let size = N::value();
+    let vectors = comptime!(PLACES / size);
+    let first = ABSOLUTE_POS * vectors;
+    if first >= grid.vectors {
+        terminate!();
+    }
+    let mut word = 0u32;
+    #[unroll]
+    for i in 0..vectors {
+        let vector = first + i;
+        if vector < grid.vectors {
+            let maximum = window_maximum::<E, T, N>(input, table, grid, vector, activation, window);
+            output[vector] = Vector::cast_from(maximum.value);
+            #[unroll]
+            for component in 0..size {
+                let shift = comptime!((u8::BITS as usize * (i * size + component)) as u32);
+                word |= maximum.place.extract(component) << shift;
+            }
+        }
+    }
+    argmax[ABSOLUTE_POS] = word;
+}
+
+/// Max pool of `activation(scale * (input - mean) + shift)`, without a table of `activation(input)`, for an
+/// input of `[batch, channels, height, width]`.
+///
+/// Of equal values the first wins. One read of the input for each window that a pixel is in.
+///
+/// ```no_run
+/// use burn_conv_bn_cubecl::{Activation, Affine, MaxPooled, Moments, Norm, PoolWindow, max_pool, moments};
+/// use burn_cubecl::tensor::CubeTensor;
+///
+/// /// `max_pool(relu(norm(z)))` and the statistics, without the tensor between the two.
+/// fn norm_relu_pool(
+///     z: &CubeTensor,
+///     affine: Affine,
+///     norm: Norm,
+///     window: PoolWindow,
+/// ) -> (MaxPooled, Moments) {
+///     let (statistics, table) = moments(z, affine, norm);
+///     (max_pool(z, Some(&table), Activation::Relu, window), statistics)
+/// }
+/// ```
+pub fn max_pool(
+    input: &CubeTensor,
+    table: Option<&ChannelTable>,
+    activation: Activation,
+    window: PoolWindow,
+) -> MaxPooled {
+    let (shape, strides) = (input.meta.shape(), input.meta.strides());
+    let (channels, [height, width]) = (shape[1], [shape[2], shape[3]]);
+    let [rows_out, columns_out] = window.output([height, width]);
+    let output = channels_last(input, [shape[0], channels, rows_out, columns_out]);
+    let values = output.meta.num_elements();
+    let words = values.div_ceil(PLACES);
+    let client = input.client.clone();
+    let argmax = empty_device_contiguous_dtype(
+        client.clone(),
+        input.device.clone(),
+        Shape::from(vec![words]),
+        DType::U32,
+    );
+    if words == 0 {
+        return MaxPooled { output, argmax };
+    }
+    let vector_size = channel_vector_size(input);
+    let step = |axis: usize| strides[axis] / vector_size;
+    let grid = PoolGridLaunch::new(
+        values / vector_size,
+        channels / vector_size,
+        channels / vector_size,
+        columns_out,
+        rows_out,
+        height,
+        width,
+        step(0),
+        step(2),
+        step(3),
+        // A vector is one step along the channels.
+        if vector_size > 1 { 1 } else { strides[1] },
+    );
+    let rows = table.map(ChannelTable::rows);
+    let cube_dim = CubeDim::new(&client, words);
+    let address = [input, &output, &argmax].map(CubeTensor::required_address_type);
+    // SAFETY: the kernel stops at the last vector, and reads pixels of the input alone.
+    unsafe {
+        max_pool_kernel::launch_unchecked(
+            &client,
+            cubecl::calculate_cube_count_elemwise(&client, words, cube_dim),
+            cube_dim,
+            address.into_iter().max().unwrap_or_default(),
+            vector_size,
+            input.clone().into_tensor_arg(),
+            tensor_arg(rows.as_ref()).into(),
+            output.clone().into_tensor_arg(),
+            argmax.clone().into_tensor_arg(),
+            grid,
+            activation,
+            window,
+            [element_type(input.dtype), accumulator_type(input.dtype)],
+        );
+    }
+    MaxPooled { output, argmax }
+}
+
+/// The output of a max pool as its gradient is read: `[batch, height, width, channels]` without the batch.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct PoolExtent {
+    height: usize,
+    width: usize,
+    channels: usize,
+    first_image: usize,
+}
+
+impl PoolArgmax {
+    pub(crate) fn extent(&self, output_grad: &CubeTensor) -> PoolExtentLaunch {
+        let shape = output_grad.meta.shape();
+        PoolExtentLaunch::new(shape[2], shape[3], shape[1], self.first_image)
+    }
+}
+
+/// The extent of no pool.
+pub(crate) fn no_extent() -> PoolExtentLaunch {
+    PoolExtentLaunch::new(0, 0, 0, 0)
+}
+
+/// Windows that a pixel of the padded input is in, by first and end.
+#[cube]
+fn windows(
+    pixel: usize,
+    count: usize,
+    #[comptime] kernel_size: usize,
+    #[comptime] stride: usize,
+) -> (usize, usize) {
+    let mut first = 0usize;
+    if pixel >= kernel_size {
+        first = (pixel - kernel_size) / stride + 1;
+    }
+    (first, min(pixel / stride + 1, count))
+}
+
+/// The gradient of a max pool's input at a position, image, row and column: the sum of the gradients of the
+/// windows whose maximum it is.
+#[cube]
+pub(crate) fn pooled_grad<E: Float, T: Float, N: Size>(
+    output_grad: &Tensor<Vector<E, N>>,
+    argmax: &Tensor<u32>,
+    steps: &Steps,
+    extent: &PoolExtent,
+    at: &Sequence<usize>,
+    unit: &Unit,
+    #[comptime] window: PoolWindow,
+) -> Vector<T, N> {
+    let column = *at.index(0usize) + comptime!(window.padding[1]);
+    let row = *at.index(1usize) + comptime!(window.padding[0]);
+    let image = *at.index(2usize);
+    let (first_row, end_row) = windows(
+        row,
+        extent.height,
+        comptime!(window.kernel_size[0]),
+        comptime!(window.stride[0]),
+    );
+    let (first_column, end_column) = windows(
+        column,
+        extent.width,
+        comptime!(window.kernel_size[1]),
+        comptime!(window.stride[1]),
+    );
+    let zero = Vector::<T, N>::zero();
+    let mut sum = Vector::<T, N>::zero();
+    for y in first_row..end_row {
+        let place_row = row - y * comptime!(window.stride[0]);
+        for x in first_column..end_column {
+            let place_column = column - x * comptime!(window.stride[1]);
+            let place = place_row * comptime!(window.kernel_size[1]) + place_column;
+            let pixel = ((extent.first_image + image) * extent.height + y) * extent.width + x;
+            let first = pixel * extent.channels + unit.channel;
+            // A vector of fewer than four is within a word.
+            let (word, offset) = (first / PLACES, first % PLACES);
+            let mut places = Vector::<u32, N>::zero();
+            #[unroll]
+            for component in 0..N::value() {
+                let byte = offset + comptime!(component % PLACES);
+                let shift = u32::cast_from(byte) * comptime!(u8::BITS);
+                let bytes = argmax[word + comptime!(component / PLACES)] >> shift;
+                places.insert(component, bytes & 255u32);
+            }
+            let mut output_at = Sequence::<usize>::new();
+            output_at.push(x);
+            output_at.push(y);
+            output_at.push(image);
+            let grad = Vector::<T, N>::cast_from(output_grad[index(steps, &output_at, unit)]);
+            let is_maximum = places.equal(&Vector::cast_from(place));
+            sum += select_many(is_maximum, grad, zero);
+        }
+    }
+    sum
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn max_pool_backward_kernel<E: Float, T: Float, N: Size>(
+    output_grad: &Tensor<Vector<E, N>>,
+    argmax: &Tensor<u32>,
+    input_grad: &mut Tensor<Vector<E, N>>,
+    output_grad_steps: &Steps,
+    input_grad_steps: &Steps,
+    extent: &PoolExtent,
+    grid: &Grid,
+    #[comptime] window: PoolWindow,
+    #[comptime] lanes: Lanes,
+    #[define(E, T)] _elements: [ElemType; 2],
+) {
+    if is_idle(grid) {
+        terminate!();
+    }
+    let unit = unit::<N>(grid, lanes);
+    for position in range_stepped(unit.start, unit.end, lanes.positions) {
+        let at = coordinates(grid, position);
+        let grad = pooled_grad::<E, T, N>(
+            output_grad,
+            argmax,
+            output_grad_steps,
+            extent,
+            &at,
+            &unit,
+            window,
+        );
+        let target = index(input_grad_steps, &at, &unit);
+        input_grad[target] = Vector::cast_from(grad);
+    }
+}
+
+/// The gradient of a max pool's input, `[batch, channels, height, width]` with that height and width, channels
+/// innermost in memory.
+///
+/// Each pixel sums over its windows, in the accumulator's dtype and always in the same order.
+///
+/// ```no_run
+/// use burn_conv_bn_cubecl::{Activation, PoolArgmax, PoolWindow, max_pool, max_pool_backward};
+/// use burn_cubecl::tensor::CubeTensor;
+///
+/// /// The pooled input and the gradient of that pool's input, of `size`, from its output's.
+/// fn pool(
+///     input: CubeTensor,
+///     output_grad: &CubeTensor,
+///     window: PoolWindow,
+///     size: [usize; 2],
+/// ) -> (CubeTensor, CubeTensor) {
+///     let pooled = max_pool(&input, None, Activation::Identity, window);
+///     let argmax = PoolArgmax {
+///         window,
+///         argmax: pooled.argmax,
+///         first_image: 0,
+///     };
+///     (pooled.output, max_pool_backward(output_grad, &argmax, size))
+/// }
+/// ```
+pub fn max_pool_backward(
+    output_grad: &CubeTensor,
+    pool: &PoolArgmax,
+    [height, width]: [usize; 2],
+) -> CubeTensor {
+    let shape = output_grad.meta.shape();
+    let input_grad = channels_last(output_grad, [shape[0], shape[1], height, width]);
+    let accumulator = accumulator_type(output_grad.dtype);
+    let tensors = [&input_grad, output_grad];
+    let walk = Walk::over_pixels(&tensors, accumulator.size(), MAP_CUBES);
+    if walk.is_empty() {
+        return input_grad;
+    }
+    let client = output_grad.client.clone();
+    // SAFETY: `unit` keeps positions and channels below the input's, and windows are those of the output.
+    unsafe {
+        max_pool_backward_kernel::launch_unchecked(
+            &client,
+            walk.cube_count(&client),
+            walk.lanes.cube_dim(),
+            walk.address_type(),
+            walk.vector_size,
+            output_grad.clone().into_tensor_arg(),
+            pool.argmax.clone().into_tensor_arg(),
+            input_grad.clone().into_tensor_arg(),
+            walk.steps(Some(output_grad)),
+            walk.steps(Some(&input_grad)),
+            pool.extent(output_grad),
+            walk.grid(),
+            pool.window,
+            walk.lanes,
+            [element_type(output_grad.dtype), accumulator],
+        );
+    }
+    input_grad
+}
+
+/// `[batch, channels, height, width]` without values, channels innermost in memory.
+fn channels_last(like: &CubeTensor, [images, channels, height, width]: [usize; 4]) -> CubeTensor {
+    let empty = empty_device_contiguous_dtype(
+        like.client.clone(),
+        like.device.clone(),
+        Shape::from(vec![images, height, width, channels]),
+        like.dtype,
+    );
+    permute(empty, &[0, 3, 1, 2])
+}
+
+/// Components of a vector of channels that divides the channels, a word's places, and the other strides.
+fn channel_vector_size(input: &CubeTensor) -> usize {
+    let (shape, strides) = (input.meta.shape(), input.meta.strides());
+    let divides = |size: usize| {
+        let is_step = |axis: usize| shape[axis] == 1 || strides[axis].is_multiple_of(size);
+        strides[1] == 1 && shape[1].is_multiple_of(size) && [0, 2, 3].into_iter().all(is_step)
+    };
+    input
+        .client
+        .io_optimized_vector_sizes(input.dtype.size())
+        .filter(|&size| size == 1 || (PLACES.is_multiple_of(size) && divides(size)))
+        .max()
+        .unwrap_or(1)
+}
