@@ -98,6 +98,7 @@ impl Session {
                     ..memory
                 })
             }
+            Request::Train { steps } => Reply::Trained(workload.train(steps, self.allocator)),
             _ => Reply::Ran(workload.step()),
         })
     }
@@ -397,6 +398,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn training_is_measured_with_all_that_is_there() {
+        let folder = drawn(&NETWORK, 6);
+        let mut session = loaded(&NETWORK, Contender::Fused, Precision::F32, &folder);
+        let Ok(Reply::Trained(training)) = session.answer(Request::Train { steps: 2 }) else {
+            panic!("it did not train");
+        };
+        assert_eq!(training.steps.len(), 2);
+        // Parameters, gradients and Adadelta's two states of the first linear layer.
+        let least = 4 * 4 * 9216 * 128;
+        let is_known = cfg!(target_os = "linux");
+        assert_eq!(
+            training.peak_bytes.is_some_and(|bytes| bytes > least),
+            is_known
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use burn::tensor::{Device, Gradients, Tensor};
 use burn_conv_bn::{Recompute, SavedTensor};
-use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
+use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime, Training};
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_models::Form;
 
@@ -61,6 +61,19 @@ pub trait Workload {
         let memory = meter.finish();
         drop(passed);
         memory
+    }
+
+    /// Runs training steps, and measures the most memory in use. On CubeCL's devices a step before
+    /// them compiles and tunes kernels.
+    fn train(&mut self, steps: usize, allocator: &'static CountingAllocator) -> Training {
+        if is_cube(self.device()) {
+            self.step();
+        }
+        let meter = Meter::start(self.device(), allocator);
+        Training {
+            steps: (0..steps).map(|_| self.step()).collect(),
+            peak_bytes: meter.whole_peak(),
+        }
     }
 }
 

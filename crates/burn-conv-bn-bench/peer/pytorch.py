@@ -701,6 +701,9 @@ class PoolMeter:
         peak = max(torch.cuda.max_memory_allocated() - self.base, 0)
         return {"heap_forward_end": self.end, "heap_peak": peak}
 
+    def whole_peak(self):
+        return torch.cuda.max_memory_allocated()
+
 
 class ResidentMeter:
     """The resident set from just before forward to the end of backward, above the level at its
@@ -728,8 +731,21 @@ class ResidentMeter:
         peak = self.above_base("VmHWM") if self.peak_was_reset else None
         return {"resident_forward_end": self.end, "resident_peak": peak}
 
+    def whole_peak(self):
+        return status("VmHWM")
+
 
 # --- Workloads ------------------------------------------------------------------------------
+
+
+def train(work, steps):
+    """Training steps, and the most memory in use meanwhile. On a GPU a step before them tries cuDNN's
+    algorithms."""
+    if work.device.type == "cuda":
+        work.step()
+    meter = meter_of(work.device)
+    times = [work.step() for _ in range(steps)]
+    return {"steps": times, "peak_bytes": meter.whole_peak()}
 
 
 class LayerWork:
@@ -1019,6 +1035,8 @@ class Session:
             return {"profiled": profile(self.work)}
         if name == "memory":
             return {"measured": self.work.memory()}
+        if name == "train":
+            return {"trained": train(self.work, request["steps"])}
         raise ValueError(f"{name} is not a request to PyTorch")
 
     def explain(self, error):

@@ -118,6 +118,11 @@ pub enum Request {
     /// Measure the memory of one step, in a process that has done nothing but load. Answered by
     /// [`Reply::Measured`].
     Memory {},
+    /// Run training steps and measure the memory of all that is there. Answered by [`Reply::Trained`].
+    Train {
+        /// Number of steps, the first of which pays the one-time costs.
+        steps: usize,
+    },
 }
 
 /// What a contender answers.
@@ -139,6 +144,8 @@ pub enum Reply {
     },
     /// To [`Request::Memory`].
     Measured(StepMemory),
+    /// To [`Request::Train`].
+    Trained(Training),
     /// To anything: this machine lacks what that needs.
     Unavailable {
         /// What it lacks.
@@ -187,6 +194,16 @@ impl StepTime {
     pub fn total_ms(&self) -> f64 {
         self.forward_ms + self.backward_ms + self.optimizer_ms.unwrap_or_default()
     }
+}
+
+/// Training steps and their memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Training {
+    /// Times of the steps, in order.
+    pub steps: Vec<StepTime>,
+    /// Most bytes in use meanwhile, data, parameters and optimizer state included: the process's
+    /// resident set, or a device's pool. `None` if the system does not tell.
+    pub peak_bytes: Option<u64>,
 }
 
 /// The launches of one kernel in a step.
@@ -257,6 +274,7 @@ mod tests {
             (Request::Run {}, r#"{"run":{}}"#),
             (Request::Profile {}, r#"{"profile":{}}"#),
             (Request::Memory {}, r#"{"memory":{}}"#),
+            (Request::Train { steps: 3 }, r#"{"train":{"steps":3}}"#),
         ] {
             assert_eq!(json(&request), line);
             let (name, _) = line[2..].split_once('"').unwrap();
