@@ -240,7 +240,7 @@ pub struct StepMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalogue::catalogue;
+    use crate::catalogue::{catalogue, more};
 
     const PEER: &str = include_str!("../peer/pytorch.py");
 
@@ -262,7 +262,8 @@ mod tests {
             json(&load),
             r#"{"load":{"entry":{"id":"k7-s2","work":{"layer":{"batch":32,"channels":[3,64],"#
                 .to_string()
-                + r#""size":224,"kernel":7,"stride":2,"padding":3,"groups":1,"input_grad":false}}},"#
+                + r#""dims":2,"size":224,"kernel":7,"stride":2,"padding":3,"dilation":1,"groups":1,"#
+                + r#""input_grad":false}}},"#
                 + r#""variant":"unfused-checkpointed","device":"flex","precision":"bf16","data_dir":"/data","threads":3}}"#
         );
         for (request, line) in [
@@ -322,7 +323,7 @@ mod tests {
             assert_eq!(json(precision), format!("\"{precision}\""));
             names.push(json(precision));
         }
-        for entry in catalogue(false) {
+        for entry in [catalogue(false), more(false)].concat() {
             let work = serde_json::to_value(&entry.work).unwrap();
             let (kind, shape) = work.as_object().unwrap().iter().next().unwrap();
             names.push(format!("\"{kind}\""));

@@ -4,7 +4,7 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use burn_conv_bn_bench::catalogue::{Entry, Work, catalogue};
+use burn_conv_bn_bench::catalogue::{Entry, Work, catalogue, more};
 use burn_conv_bn_bench::device::{CUDA, DEVICES, FLEX};
 use burn_conv_bn_bench::precision::Precision;
 use burn_conv_bn_bench::protocol::{Contender, Engine};
@@ -33,9 +33,13 @@ pub struct Bench {
     /// Images of each entry, in place of the catalogue's: those of the classifiers are for CPUs.
     #[arg(long, value_name = "N", value_parser = up_to::<MOST_IMAGES>)]
     pub batch: Option<NonZeroUsize>,
-    /// Run this entry alone; may be given several times.
+    /// Run this entry alone, also one of --more; may be given several times.
     #[arg(long, value_name = "ID", value_parser = id)]
     pub only: Vec<String>,
+    /// Run the further entries instead: one image, dilation, 5x5, groups, volumes, small images of many
+    /// channels, and ResNet-18 for 32x32 pixels.
+    #[arg(long, conflicts_with = "only")]
+    pub more: bool,
     /// Run the layers alone.
     #[arg(long)]
     pub layers: bool,
@@ -116,7 +120,8 @@ fn bytes(text: &str) -> Result<NonZeroU64, String> {
 
 /// The id of an entry.
 fn id(text: &str) -> Result<String, String> {
-    let ids: Vec<String> = catalogue(true).into_iter().map(|entry| entry.id).collect();
+    let all = [catalogue(true), more(true)].concat();
+    let ids: Vec<String> = all.into_iter().map(|entry| entry.id).collect();
     let found = ids.iter().any(|id| id == text).then(|| text.to_string());
     found.ok_or_else(|| format!("there is no such entry; there are {}", ids.join(", ")))
 }
@@ -152,7 +157,11 @@ impl Bench {
 
     /// The selected entries, in the catalogue's order.
     pub fn entries(&self) -> Vec<Entry> {
-        let mut entries = catalogue(self.quick);
+        let mut entries = match (self.only.is_empty(), self.more) {
+            (true, false) => catalogue(self.quick),
+            (true, true) => more(self.quick),
+            (false, _) => [catalogue(self.quick), more(self.quick)].concat(),
+        };
         entries.retain(|entry| {
             let is_layer = matches!(entry.work, Work::Layer(_));
             let networks = self.networks || self.largest_batch.is_some();
@@ -238,6 +247,11 @@ mod tests {
         let named = ["--only", "net-256", "--only", "dw"];
         assert_eq!(ids(&named), ["dw", "net-256"]);
         assert_eq!(ids(&[&named[..], &["--layers"]].concat()), ["dw"]);
+        let more = ids(&["--more"]);
+        assert!(more.iter().all(|id| !all.contains(id)));
+        assert!(ids(&["--more", "--layers"]).contains(&"deep-1".to_string()));
+        assert_eq!(ids(&["--only", "deep-1", "--only", "k3"]), ["k3", "deep-1"]);
+        assert!(parse(&["--more", "--only", "k3"]).is_err());
         let entries = parse(&["--batch", "77"]).unwrap().entries();
         assert!(entries.iter().all(|entry| entry.work.batch() == 77));
     }
