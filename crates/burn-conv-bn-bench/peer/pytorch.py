@@ -684,6 +684,23 @@ def return_freed_memory():
         trim(0)
 
 
+def saved_bytes(forward, given):
+    """Bytes that autograd keeps of a forward pass, each storage once, without those of given tensors."""
+    given = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # Alive to the end: a freed storage's address may be another's.
+        _output = forward()
+    return sum(kept.values())
+
+
 def meter_of(device):
     return PoolMeter() if device.type == "cuda" else ResidentMeter()
 
@@ -848,7 +865,14 @@ class LayerWork:
         output = self.forward(self.run_block, self.input)
         meter.forward_end()
         output.backward(self.upstream)
-        return meter.finish()
+        memory = meter.finish()
+        if self.variant != "checkpoint":
+            given = list(self.block.parameters())
+            if not self.layer["input_grad"]:
+                given.append(self.input)
+            run = partial(self.forward, self.run_block, self.input)
+            memory["saved"] = saved_bytes(run, given)
+        return memory
 
 
 class TrainingWork:
@@ -897,7 +921,13 @@ class TrainingWork:
         meter.forward_end()
         self.computing.backward(loss)
         # Without the optimizer: by then the activations are gone, and its state stays.
-        return meter.finish()
+        memory = meter.finish()
+        # Hooks do not see what a checkpoint keeps.
+        if self.variant != "checkpoint":
+            given = [*self.net.parameters(), *self.net.buffers(), self.images, self.targets]
+            run = partial(self.forward, self.images, self.targets)
+            memory["saved"] = saved_bytes(run, given)
+        return memory
 
 
 class NetworkWork(TrainingWork):

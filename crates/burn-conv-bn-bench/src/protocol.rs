@@ -232,8 +232,8 @@ pub struct StepMemory {
     pub heap_forward_end: Option<u64>,
     /// Most bytes of the allocator or the pool.
     pub heap_peak: Option<u64>,
-    /// What the layers list as kept for the backward pass, each buffer once, without parameters and
-    /// images. It follows from shapes, and leaves out what a network's other layers keep.
+    /// What is kept for the backward pass, each buffer once, without parameters and images: by the list
+    /// of Burn's layers, which follows from shapes, or as PyTorch's hooks count.
     pub saved: Option<u64>,
 }
 

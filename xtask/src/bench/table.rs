@@ -19,8 +19,9 @@ x unfused are medians of each round's ratio of steps. off is the largest differe
 of Burn's unfused layers, relative to the largest value of the same tensor; for PyTorch's tutorial,
 whose norm is another, from its own formula. Memory is in MiB above the level just before forward, in
 a fresh process, at the end of forward and at the peak up to the end of backward: rss is the resident
-set, heap what the allocator counts, or the pool of a CubeCL device; saved is what the layers list as
-kept, each buffer once, without parameters and images. docs/benchmarks.md has the method.";
+set, heap what the allocator counts, or the pool of a CubeCL device; saved is what Burn's layers list as
+kept, or PyTorch's hooks count, each buffer once, without parameters and images. docs/benchmarks.md has
+the method.";
 
 /// The same for `--largest-batch`.
 const LARGEST_LEGEND: &str = "\
