@@ -3,6 +3,7 @@
 
 mod args;
 mod contender;
+mod largest;
 mod lock;
 mod machine;
 mod output;
@@ -12,6 +13,8 @@ mod run;
 mod table;
 #[cfg(test)]
 mod testing;
+
+use std::num::NonZeroU64;
 
 use anyhow::{Result, bail};
 use burn_conv_bn_bench::device::FLEX;
@@ -27,6 +30,10 @@ use crate::say::{note, say};
 /// Runs the benchmark. Fails if a contender failed or computed something else than the others.
 pub fn bench(args: &Bench) -> Result<()> {
     args.check()?;
+    let largest_batch = args.largest_batch.map(NonZeroU64::get);
+    if let (Some(bytes), FLEX) = (largest_batch, args.device.as_str()) {
+        largest::check_room(bytes)?;
+    }
     let forms: [(_, _, Form); 3] = [
         ("--json", &args.json, output::json),
         ("--csv", &args.csv, output::csv),
@@ -47,6 +54,7 @@ pub fn bench(args: &Bench) -> Result<()> {
         commit: machine::commit(),
         version: env!("CARGO_PKG_VERSION"),
         seed: SEED,
+        largest_batch,
         entries: args.entries().into_iter().map(pending).collect(),
         summary: Vec::new(),
     };
@@ -88,7 +96,7 @@ fn conclude(report: &Report, outputs: &Outputs, args: &Bench) -> Result<()> {
     if !overview.is_empty() {
         say!("\n{}", overview.trim_end())?;
     }
-    say!("\n{}\n\n{}", table::LEGEND, table::setting(report))?;
+    say!("\n{}\n\n{}", table::legend(report), table::setting(report))?;
     for line in table::missing(report) {
         say!("{line}")?;
     }
@@ -116,7 +124,10 @@ fn conclude(report: &Report, outputs: &Outputs, args: &Bench) -> Result<()> {
 fn nothing_ran(report: &Report, engine: Engine) -> Option<&str> {
     let contenders = report.entries.iter().flat_map(|entry| &entry.contenders);
     let mut contenders = contenders.filter(|report| report.contender.engine() == engine);
-    if contenders.clone().any(|report| !report.steps.is_empty()) {
+    if contenders
+        .clone()
+        .any(|report| !report.steps.is_empty() || report.largest.is_some())
+    {
         return None;
     }
     let problem = contenders.find_map(|contender| contender.problem.as_ref());

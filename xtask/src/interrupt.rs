@@ -3,11 +3,16 @@
 use std::process::{self, Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 /// Exit status of a second interrupt, as of a shell after Ctrl-C.
 const STATUS: i32 = 130;
+
+/// Time between two looks at a child that is watched.
+const TICK: Duration = Duration::from_millis(10);
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
@@ -52,6 +57,26 @@ impl Guarded {
         children.retain(|child| child.strong_count() > 0);
         children.push(Arc::downgrade(&child));
         Ok(Self(child))
+    }
+
+    /// Kills it as soon as `is_due`, asked with its id again and again, says so. The returned flag is
+    /// set then.
+    pub fn kill_when(&self, is_due: impl Fn(u32) -> bool + Send + 'static) -> Arc<AtomicBool> {
+        let (child, id) = (Arc::downgrade(&self.0), self.child().id());
+        let killed = Arc::new(AtomicBool::new(false));
+        let flag = killed.clone();
+        thread::spawn(move || {
+            while let Some(child) = child.upgrade() {
+                if is_due(id) {
+                    flag.store(true, Ordering::SeqCst);
+                    kill(&mut lock(&child));
+                    break;
+                }
+                drop(child);
+                thread::sleep(TICK);
+            }
+        });
+        killed
     }
 
     /// Not to be waited for while locked: an interrupt could not kill it.

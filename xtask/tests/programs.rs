@@ -427,6 +427,58 @@ fn contenders_take_turns_and_a_wrong_one_fails_the_run() {
     assert!(tables.contains("WRONG") && tables.contains("off the reference in output by 2.0e0"));
 }
 
+/// Trains any batch, with a MiB for each image; the fused form takes more than 80 from batch 9 on.
+#[cfg(target_os = "linux")]
+const TRAINER: &str = r#"
+while read -r line; do
+    case $line in
+    '{"hello"'*) echo '{"hello":{"versions":{}}}' ;;
+    '{"load"'*)
+        batch=${line##*batch\":}
+        batch=${batch%%[,\}]*}
+        case $line in *'"fused"'*)
+            [ "$batch" -gt 8 ] && { hog=$(head -c 100000000 /dev/zero | tr '\0' x); sleep 600; } ;;
+        esac
+        echo '{"done":{}}' ;;
+    '{"train"'*)
+        step='{"forward_ms":1.0,"backward_ms":2.0}'
+        echo "{\"trained\":{\"steps\":[$step,$step],\"peak_bytes\":$((batch * 1048576))}}" ;;
+    *) echo '{"done":{}}' ;;
+    esac
+done
+"#;
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_batch_does_not_fit_if_its_process_says_so_or_must_be_killed() {
+    let place = Place::new();
+    let worker = place.program("bench-worker", TRAINER);
+    let mut command = place.xtask(&["bench", "--only", "net-2048", "--contender", "fused"]);
+    command.args([
+        "--largest-batch",
+        "64MiB",
+        "--json",
+        "out.json",
+        "--csv",
+        "out.csv",
+    ]);
+    command.arg("--worker").arg(worker);
+    let output = run(command);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report = place.json("out.json");
+    assert_eq!(report["largest_batch"], 64 << 20);
+    let largest = |place: usize| report["entries"][0]["contenders"][place]["largest"].clone();
+    let wanted = serde_json::json!({
+        "batch": 8, "peak_bytes": 8 << 20, "image_ms": 0.375, "to_unfused": 0.125
+    });
+    assert_eq!(largest(0), wanted);
+    assert_eq!(largest(1)["batch"], 64);
+    let csv = fs::read_to_string(place.path("out.csv")).unwrap();
+    assert!(csv.contains("largest.batch"), "{csv}");
+    assert!(stdout(&output).contains("| largest batch | images |"));
+    assert!(place.left().is_empty(), "{:?}", place.left());
+}
+
 #[test]
 fn a_peer_that_was_asked_for_must_be_there() {
     let place = Place::new();

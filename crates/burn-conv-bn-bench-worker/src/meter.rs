@@ -16,6 +16,8 @@ pub struct Meter {
     probe: MemoryProbe,
     /// The resident set before forward. `None` where the device's memory is not the process's.
     base: Option<u64>,
+    /// Bytes of a CubeCL device's pool before forward.
+    pool: Option<u64>,
     /// Whether the largest resident set could be set back to the one of now.
     peak_was_reset: bool,
     forward_end: Option<u64>,
@@ -27,10 +29,13 @@ impl Meter {
         let mut meter = Self {
             probe: MemoryProbe::of(device, allocator),
             base: None,
+            pool: None,
             peak_was_reset: false,
             forward_end: None,
         };
-        if !is_cube(device) {
+        if is_cube(device) {
+            meter.pool = Some(meter.probe.level() as u64);
+        } else {
             return_freed_memory();
             meter.peak_was_reset = fs::write("/proc/self/clear_refs", "5").is_ok();
             meter.base = status("VmRSS");
@@ -55,6 +60,15 @@ impl Meter {
             resident_forward_end: self.forward_end,
             resident_peak: peak.flatten(),
             saved: None,
+        }
+    }
+
+    /// Most bytes in use since the start, those from before it included. `None` where the resident
+    /// set is unknown.
+    pub fn whole_peak(self) -> Option<u64> {
+        match self.pool {
+            Some(level) => Some(level + self.probe.backward_end().peak_bytes as u64),
+            None => status("VmHWM"),
         }
     }
 
@@ -121,6 +135,10 @@ mod tests {
         if let Some(peak) = memory.resident_peak {
             assert!(at_least(Some(peak), 3 * BYTES), "{memory:?}");
         }
+        let meter = Meter::start(&Device::flex(), &ALLOCATOR);
+        drop(touched(2 * BYTES));
+        let whole = meter.whole_peak();
+        assert!(at_least(whole, 3 * BYTES), "{whole:?}");
         drop(kept);
     }
 }

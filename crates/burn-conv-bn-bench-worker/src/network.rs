@@ -63,7 +63,7 @@ impl From<&Classifier> for Spec {
         Self {
             architecture: Some(classifier.architecture),
             images: classifier.input_shape(),
-            classes: Classifier::CLASSES,
+            classes: classifier.architecture.classes(),
             small_size: 64,
             learning_rate: 1e-3,
         }
@@ -100,6 +100,10 @@ impl Model {
             Some(Architecture::EfficientNetB0) => Self::EfficientNet(efficient_net.init(device)),
             Some(Architecture::DenseNet121) => {
                 Self::DenseNet(DenseNetConfig::densenet121(form).init(device))
+            }
+            Some(architecture @ Architecture::CifarResNet18) => {
+                let config = ResNetConfig::resnet18(form).with_small_images(true);
+                Self::ResNet(config.with_classes(architecture.classes()).init(device))
             }
         }
     }
@@ -315,9 +319,9 @@ impl Workload for NetworkWork {
         &self.device
     }
 
-    fn saved(&self) -> u64 {
+    fn saved(&self) -> Option<u64> {
         let model = self.computing.module(self.model());
-        model.saved(self.images.dims())
+        Some(model.saved(self.images.dims()))
     }
 }
 

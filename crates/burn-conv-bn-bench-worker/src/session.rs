@@ -15,7 +15,7 @@ use burn_conv_bn_train::report::BURN_VERSION;
 use crate::device::{open, vectors};
 #[cfg(feature = "cubecl")]
 use crate::kernels;
-use crate::layer::{self, LayerWork};
+use crate::layer;
 use crate::network::{self, NetworkWork, Spec};
 use crate::precision::Computing;
 use crate::workload::Workload;
@@ -94,10 +94,11 @@ impl Session {
                 // What Burn's gradient checkpointing leaves out is in no list.
                 let is_listed = *contender != Contender::UnfusedCheckpointed;
                 Reply::Measured(StepMemory {
-                    saved: is_listed.then(|| workload.saved()),
+                    saved: workload.saved().filter(|_| is_listed),
                     ..memory
                 })
             }
+            Request::Train { steps } => Reply::Trained(workload.train(steps, self.allocator)),
             _ => Reply::Ran(workload.step()),
         })
     }
@@ -118,10 +119,7 @@ fn load(
     let device = open(contender, device, precision)?;
     let computing = Computing::new(precision);
     let spec: Spec = match work {
-        Work::Layer(layer) => {
-            let work = LayerWork::load(layer, contender, computing, device, data)?;
-            return Ok(Box::new(work));
-        }
+        Work::Layer(layer) => return layer::load(layer, contender, computing, device, data),
         Work::Network(network) => network.into(),
         Work::Classifier(classifier) => classifier.into(),
     };
@@ -164,14 +162,19 @@ mod tests {
 
     fn small_layer(input_grad: bool) -> Work {
         Work::Layer(Layer {
-            batch: 3,
-            channels: [4, 6],
-            size: 9,
-            kernel: 3,
             stride: 2,
-            padding: 1,
             groups: 2,
             input_grad,
+            ..Layer::new(3, [4, 6], 9, 3)
+        })
+    }
+
+    fn small_volumes() -> Work {
+        Work::Layer(Layer {
+            dims: 3,
+            dilation: 2,
+            padding: 2,
+            ..Layer::new(3, [4, 6], 5, 3)
         })
     }
 
@@ -275,6 +278,8 @@ mod tests {
             "input_grad",
         ];
         assert_eq!(names, wanted);
+        let names = check_all(&small_volumes(), Precision::F32, LAYER_TOLERANCE);
+        assert_eq!(names, wanted);
         // A first layer's input has no gradient.
         let names = check_all(&small_layer(false), Precision::F32, LAYER_TOLERANCE);
         assert_eq!(names, wanted[..4]);
@@ -298,6 +303,7 @@ mod tests {
             Architecture::ResNet18,
             Architecture::MobileNetV2,
             Architecture::DenseNet121,
+            Architecture::CifarResNet18,
         ] {
             let names = check(&small_classifier(architecture), Precision::F32);
             assert_eq!(names[..2], ["logits", "loss"]);
@@ -347,6 +353,11 @@ mod tests {
             None,
         ];
         assert_eq!(saved(&small_layer(true), Precision::F32), wanted);
+        // Volumes have no list of the unfused form.
+        let volumes = 3 * 5 * 5 * 5 * 4;
+        let fused = statistics + 4 * volumes;
+        let wanted_volumes = [Some(fused), Some(fused + 6 * volumes), None, None];
+        assert_eq!(saved(&small_volumes(), Precision::F32), wanted_volumes);
         // Images are no activation.
         let first = wanted.map(|bytes| bytes.map(|bytes| bytes - input));
         assert_eq!(saved(&small_layer(false), Precision::F32), first);
@@ -397,6 +408,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn training_is_measured_with_all_that_is_there() {
+        let folder = drawn(&NETWORK, 6);
+        let mut session = loaded(&NETWORK, Contender::Fused, Precision::F32, &folder);
+        let Ok(Reply::Trained(training)) = session.answer(Request::Train { steps: 2 }) else {
+            panic!("it did not train");
+        };
+        assert_eq!(training.steps.len(), 2);
+        // Parameters, gradients and Adadelta's two states of the first linear layer.
+        let least = 4 * 4 * 9216 * 128;
+        let is_known = cfg!(target_os = "linux");
+        assert_eq!(
+            training.peak_bytes.is_some_and(|bytes| bytes > least),
+            is_known
+        );
     }
 
     #[test]

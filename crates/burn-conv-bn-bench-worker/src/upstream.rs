@@ -12,7 +12,7 @@ use burn_autodiff::grads::Gradients as NodeGradients;
 use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
 /// Runs the backward pass from `gradient`, the gradient of `output`.
-pub fn backward_from(output: Tensor<4>, gradient: Tensor<4>) -> Gradients {
+pub fn backward_from<const D: usize>(output: Tensor<D>, gradient: Tensor<D>) -> Gradients {
     let seed = Dispatch::seed_backward(output.into_dispatch(), gradient.into_dispatch());
     Tensor::<1>::from_dispatch(seed).backward()
 }

@@ -1,11 +1,12 @@
 //! What the workloads share.
 
+use std::any::Any;
 use std::path::Path;
 
 use anyhow::Result;
-use burn::tensor::{Device, Gradients, Tensor};
+use burn::tensor::{Device, Gradients};
 use burn_conv_bn::{Recompute, SavedTensor};
-use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime};
+use burn_conv_bn_bench::protocol::{Contender, StepMemory, StepTime, Training};
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_models::Form;
 
@@ -14,7 +15,7 @@ use crate::meter::Meter;
 
 /// The results of forward and backward: the gradients, and a layer's output, which stays alive as the
 /// input of the next layer would.
-pub type Passed = (Gradients, Option<Tensor<4>>);
+pub type Passed = (Gradients, Option<Box<dyn Any>>);
 
 /// An entry in the form of one contender.
 pub trait Workload {
@@ -32,8 +33,9 @@ pub trait Workload {
     /// Where it computes.
     fn device(&self) -> &Device;
 
-    /// Bytes that its layers list as kept for the backward pass, as [`StepMemory::saved`].
-    fn saved(&self) -> u64;
+    /// Bytes that its layers list as kept for the backward pass, as [`StepMemory::saved`]. `None` without
+    /// a list.
+    fn saved(&self) -> Option<u64>;
 
     /// Runs one timed step.
     fn step(&mut self) -> StepTime {
@@ -61,6 +63,19 @@ pub trait Workload {
         let memory = meter.finish();
         drop(passed);
         memory
+    }
+
+    /// Runs training steps, and measures the most memory in use. On CubeCL's devices a step before
+    /// them compiles and tunes kernels.
+    fn train(&mut self, steps: usize, allocator: &'static CountingAllocator) -> Training {
+        if is_cube(self.device()) {
+            self.step();
+        }
+        let meter = Meter::start(self.device(), allocator);
+        Training {
+            steps: (0..steps).map(|_| self.step()).collect(),
+            peak_bytes: meter.whole_peak(),
+        }
     }
 }
 

@@ -11,9 +11,9 @@ Contenders of a layer (conv -> batch norm -> ReLU), of the tutorial's network an
 eager       PyTorch's own layers.
 compile     The same through torch.compile.
 tutorial    The custom function of the tutorial "Fusing Convolution and Batch Norm using Custom
-            Function", with stride, padding and groups added. Its norm is another than everybody
-            else's and has no scale and shift, so it is checked against its own formula, and is not
-            there for torchvision's networks.
+            Function", with stride, padding, dilation and groups added. Its norm is another than
+            everybody else's and has no scale and shift, so it is checked against its own formula, and
+            is not there for torchvision's networks and for volumes.
 checkpoint  PyTorch's own layers, each block under torch.utils.checkpoint. In ResNets,
             MobileNetV2 and EfficientNet that is a residual block, which keeps its input alone, as one does
             there; in DenseNet a dense layer, which keeps the outputs before it;
@@ -68,12 +68,9 @@ SMALL_CLASSIFIER_SIZE = 64
 # still takes its own formulae.
 
 
-def is_unit(stride, padding, groups):
-    return (stride, padding, groups) == (1, 0, 1)
-
-
-def convolution_backward(grad_out, X, weight, stride, padding, groups, needs_X):
-    if is_unit(stride, padding, groups):
+def convolution_backward(grad_out, X, weight, geometry, needs_X):
+    stride, padding, dilation, groups = geometry
+    if geometry == (1, 0, 1, 1):
         grad_input = F.conv2d(X.transpose(0, 1), grad_out.transpose(0, 1)).transpose(0, 1)
         grad_X = F.conv_transpose2d(grad_out, weight)
         return grad_X, grad_input
@@ -84,7 +81,7 @@ def convolution_backward(grad_out, X, weight, stride, padding, groups, needs_X):
         None,
         [stride, stride],
         [padding, padding],
-        [1, 1],
+        [dilation, dilation],
         False,
         [0, 0],
         groups,
@@ -116,11 +113,11 @@ def batch_norm_backward(grad_out, X, sum, sqrt_var, N, eps):
 
 class FusedConvBN2DFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, X, conv_weight, stride, padding, groups, eps):
+    def forward(ctx, X, conv_weight, geometry, eps):
         assert X.ndim == 4
         ctx.save_for_backward(X, conv_weight)
-        ctx.geometry = (stride, padding, groups)
-        X = F.conv2d(X, conv_weight, None, stride, padding, 1, groups)
+        ctx.geometry = geometry
+        X = F.conv2d(X, conv_weight, None, *geometry)
         sum = X.sum(dim=(0, 2, 3))
         var = X.var(unbiased=True, dim=(0, 2, 3))
         N = X.numel() / X.size(1)
@@ -139,19 +136,23 @@ class FusedConvBN2DFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         X, conv_weight = ctx.saved_tensors
-        stride, padding, groups = ctx.geometry
-        X_conv_out = F.conv2d(X, conv_weight, None, stride, padding, 1, groups)
+        X_conv_out = F.conv2d(X, conv_weight, None, *ctx.geometry)
         grad_out = batch_norm_backward(
             grad_out, X_conv_out, ctx.sum, ctx.sqrt_var, ctx.N, ctx.eps
         )
         needs_X = ctx.needs_input_grad[0]
         grad_X, grad_weight = convolution_backward(
-            grad_out, X, conv_weight, stride, padding, groups, needs_X
+            grad_out, X, conv_weight, ctx.geometry, needs_X
         )
-        return grad_X, grad_weight, None, None, None, None
+        return grad_X, grad_weight, None, None
 
 
 # --- Blocks ---------------------------------------------------------------------------------
+
+
+# Convolution and norm by the number of spatial dimensions.
+MODULES = {2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}
+NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Block(nn.Module):
@@ -164,18 +165,17 @@ class Block(nn.Module):
         kernel,
         stride=1,
         padding=0,
+        dilation=1,
         groups=1,
         affine=True,
         bias=False,
         activation=F.relu_,
+        dims=2,
     ):
         super().__init__()
-        self.conv = nn.Conv2d(
-            *channels, kernel, stride=stride, padding=padding, groups=groups, bias=bias
-        )
-        self.norm = nn.BatchNorm2d(
-            channels[1], eps=EPSILON, affine=affine, track_running_stats=affine
-        )
+        conv, norm = MODULES[dims]
+        self.conv = conv(*channels, kernel, stride, padding, dilation, groups, bias)
+        self.norm = norm(channels[1], eps=EPSILON, affine=affine, track_running_stats=affine)
         self.activation = activation
 
     @property
@@ -192,23 +192,26 @@ class Block(nn.Module):
 class TutorialBlock(nn.Module):
     """The tutorial's custom function, and ReLU in place as in its network."""
 
-    def __init__(self, channels, kernel, stride=1, padding=0, groups=1, affine=True):
+    def __init__(
+        self, channels, kernel, stride=1, padding=0, dilation=1, groups=1, affine=True, dims=2
+    ):
         super().__init__()
-        self.geometry = (stride, padding, groups)
+        if dims != 2:
+            raise Unavailable("the tutorial's function is for images")
+        self.geometry = (stride, padding, dilation, groups)
         shape = (channels[1], channels[0] // groups, kernel, kernel)
         self.weight = nn.Parameter(torch.empty(shape))
         self.eps = 1e-3
 
     def forward(self, x):
-        return F.relu_(FusedConvBN2DFunction.apply(x, self.weight, *self.geometry, self.eps))
+        return F.relu_(FusedConvBN2DFunction.apply(x, self.weight, self.geometry, self.eps))
 
 
 class TutorialFormula(TutorialBlock):
     """The same by PyTorch's own differentiation."""
 
     def forward(self, x):
-        stride, padding, groups = self.geometry
-        x = F.conv2d(x, self.weight, None, stride, padding, 1, groups)
+        x = F.conv2d(x, self.weight, None, *self.geometry)
         mean = x.sum(dim=(0, 2, 3)) / (x.numel() / x.size(1))
         std = torch.sqrt(x.var(unbiased=True, dim=(0, 2, 3)))
         return F.relu((x - unsqueeze_all(mean)) / unsqueeze_all(std + self.eps))
@@ -307,7 +310,7 @@ class Classifier(nn.Module):
         return x
 
 
-def resnet(keep, expansion, counts):
+def resnet(keep, expansion, counts, is_small=False):
     def residual(channels_in, width, stride):
         channels = width * expansion
         if expansion == 1:
@@ -322,7 +325,10 @@ def resnet(keep, expansion, counts):
         shortcut = conv([channels_in, channels], 1, stride, activation=None)
         return keep(Chain(blocks, shortcut if changes else nn.Identity()))
 
-    features = [keep(conv([3, 64], 7, 2)), nn.MaxPool2d(3, 2, 1)]
+    if is_small:
+        features = [keep(conv([3, 64], 3))]
+    else:
+        features = [keep(conv([3, 64], 7, 2)), nn.MaxPool2d(3, 2, 1)]
     channels = 64
     for layer, count in enumerate(counts):
         width = 64 << layer
@@ -330,7 +336,7 @@ def resnet(keep, expansion, counts):
             stride = 2 if layer > 0 and index == 0 else 1
             features.append(residual(channels, width, stride))
             channels = width * expansion
-    return Classifier(features, 1, [channels, CLASSES])
+    return Classifier(features, 1, [channels, 10 if is_small else CLASSES])
 
 
 def vgg(keep, counts):
@@ -476,6 +482,7 @@ ARCHITECTURES = {
     "mobilenet_v2": mobilenet_v2,
     "efficientnet_b0": efficientnet_b0,
     "densenet121": densenet121,
+    "cifar_resnet18": lambda keep: resnet(keep, 1, (2, 2, 2, 2), is_small=True),
 }
 
 
@@ -677,6 +684,23 @@ def return_freed_memory():
         trim(0)
 
 
+def saved_bytes(forward, given):
+    """Bytes that autograd keeps of a forward pass, each storage once, without those of given tensors."""
+    given = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # Alive to the end: a freed storage's address may be another's.
+        _output = forward()
+    return sum(kept.values())
+
+
 def meter_of(device):
     return PoolMeter() if device.type == "cuda" else ResidentMeter()
 
@@ -700,6 +724,9 @@ class PoolMeter:
         torch.cuda.synchronize()
         peak = max(torch.cuda.max_memory_allocated() - self.base, 0)
         return {"heap_forward_end": self.end, "heap_peak": peak}
+
+    def whole_peak(self):
+        return torch.cuda.max_memory_allocated()
 
 
 class ResidentMeter:
@@ -728,8 +755,21 @@ class ResidentMeter:
         peak = self.above_base("VmHWM") if self.peak_was_reset else None
         return {"resident_forward_end": self.end, "resident_peak": peak}
 
+    def whole_peak(self):
+        return status("VmHWM")
+
 
 # --- Workloads ------------------------------------------------------------------------------
+
+
+def train(work, steps):
+    """Training steps, and the most memory in use meanwhile. On a GPU a step before them tries cuDNN's
+    algorithms."""
+    if work.device.type == "cuda":
+        work.step()
+    meter = meter_of(work.device)
+    times = [work.step() for _ in range(steps)]
+    return {"steps": times, "peak_bytes": meter.whole_peak()}
 
 
 class LayerWork:
@@ -737,26 +777,32 @@ class LayerWork:
         self.layer = layer
         self.variant = variant
         self.computing = computing
+        if layer["dims"] == 3 and computing.memory_format == torch.channels_last:
+            computing.memory_format = torch.channels_last_3d
         device = self.device = computing.device
         self.block = self.new_block(variant, data)
         self.run_block = torch.compile(self.block) if variant == "compile" else self.block
-        size = layer["size"]
-        shape = (layer["batch"], layer["channels"][0], size, size)
+        shape = self.shape(layer["batch"], layer["channels"][0], layer["size"])
         self.input = computing.activations(read(data, "input", shape, device))
         self.input.requires_grad_(layer["input_grad"])
-        size = (size + 2 * layer["padding"] - layer["kernel"]) // layer["stride"] + 1
-        shape = (layer["batch"], layer["channels"][1], size, size)
+        reach = layer["dilation"] * (layer["kernel"] - 1)
+        size = (layer["size"] + 2 * layer["padding"] - reach - 1) // layer["stride"] + 1
+        shape = self.shape(layer["batch"], layer["channels"][1], size)
         self.upstream = computing.activations(read(data, "upstream", shape, device))
         self.formula = self.new_block("formula", data) if variant == "tutorial" else None
 
+    def shape(self, batch, channels, size):
+        return (batch, channels, *[size] * self.layer["dims"])
+
     def new_block(self, variant, data):
         layer = self.layer
-        geometry = {name: layer[name] for name in ("kernel", "stride", "padding", "groups")}
+        names = ("kernel", "stride", "padding", "dilation", "groups", "dims")
+        geometry = {name: layer[name] for name in names}
         block = self.computing.module(block_of(variant, layer["channels"], **geometry))
         with torch.no_grad():
             block.weight.copy_(read(data, "weight", block.weight.shape, self.device))
             for module in block.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, NORMS):
                     module.weight.copy_(read(data, "gamma", module.weight.shape, self.device))
                     module.bias.copy_(read(data, "beta", module.bias.shape, self.device))
         return block
@@ -777,7 +823,7 @@ class LayerWork:
             results["input_grad"] = self.input.grad
         results["weight_grad"] = block.weight.grad
         for module in block.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, NORMS):
                 results["gamma_grad"] = module.weight.grad
                 results["beta_grad"] = module.bias.grad
         self.forget_gradients()
@@ -805,8 +851,9 @@ class LayerWork:
         if self.variant == "compile" or self.device.type == "cuda":
             self.step()
             return
-        size = max(self.layer["kernel"], SMALL_SIZE)
-        small = torch.rand(SMALL_BATCH, self.layer["channels"][0], size, size, device=self.device)
+        reach = self.layer["dilation"] * (self.layer["kernel"] - 1)
+        shape = self.shape(SMALL_BATCH, self.layer["channels"][0], max(reach + 1, SMALL_SIZE))
+        small = torch.rand(shape, device=self.device)
         small = self.computing.activations(small).requires_grad_(self.layer["input_grad"])
         output = self.forward(self.run_block, small)
         output.backward(torch.ones_like(output))
@@ -818,7 +865,14 @@ class LayerWork:
         output = self.forward(self.run_block, self.input)
         meter.forward_end()
         output.backward(self.upstream)
-        return meter.finish()
+        memory = meter.finish()
+        if self.variant != "checkpoint":
+            given = list(self.block.parameters())
+            if not self.layer["input_grad"]:
+                given.append(self.input)
+            run = partial(self.forward, self.run_block, self.input)
+            memory["saved"] = saved_bytes(run, given)
+        return memory
 
 
 class TrainingWork:
@@ -867,7 +921,13 @@ class TrainingWork:
         meter.forward_end()
         self.computing.backward(loss)
         # Without the optimizer: by then the activations are gone, and its state stays.
-        return meter.finish()
+        memory = meter.finish()
+        # Hooks do not see what a checkpoint keeps.
+        if self.variant != "checkpoint":
+            given = [*self.net.parameters(), *self.net.buffers(), self.images, self.targets]
+            run = partial(self.forward, self.images, self.targets)
+            memory["saved"] = saved_bytes(run, given)
+        return memory
 
 
 class NetworkWork(TrainingWork):
@@ -1019,6 +1079,8 @@ class Session:
             return {"profiled": profile(self.work)}
         if name == "memory":
             return {"measured": self.work.memory()}
+        if name == "train":
+            return {"trained": train(self.work, request["steps"])}
         raise ValueError(f"{name} is not a request to PyTorch")
 
     def explain(self, error):

@@ -1,4 +1,4 @@
-//! What is timed.
+//! The entries of the benchmark.
 
 use std::fmt;
 
@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 use crate::device::FLEX;
 use crate::precision::Precision;
 
-/// How much smaller the quick variant's batches are.
+/// Divisor of the quick variant's batches.
 const QUICK_DIVISOR: usize = 8;
 
-/// Height and width of the images of the quick variant's classifiers: a quarter of the pixels.
-const QUICK_IMAGE_SIZE: usize = 112;
+/// Least height and width that the quick variant halves.
+const LARGE: usize = 100;
 
 /// One line of the catalogue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,28 +30,32 @@ pub enum Work {
     Layer(Layer),
     /// A training step of the tutorial's network.
     Network(Network),
-    /// A training step of one of torchvision's networks.
+    /// A training step of a network of three-channel images.
     Classifier(Classifier),
 }
 
-/// A block over square images with a square kernel.
+/// A block over images or volumes, with the same geometry in every dimension.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layer {
     /// Images.
     pub batch: usize,
     /// Input and output channels.
     pub channels: [usize; 2],
-    /// Height and width of the images.
+    /// Spatial dimensions: 2 or 3.
+    pub dims: usize,
+    /// Length of the images in each dimension.
     pub size: usize,
-    /// Height and width of the kernel.
+    /// Length of the kernel in each dimension.
     pub kernel: usize,
-    /// Stride in both directions.
+    /// Stride.
     pub stride: usize,
     /// Padding on every side.
     pub padding: usize,
+    /// Distance between two taps of the kernel.
+    pub dilation: usize,
     /// Groups of channels.
     pub groups: usize,
-    /// Whether the input's gradient is wanted: not in a network's first layer.
+    /// Whether the input's gradient is computed: not in a network's first layer.
     pub input_grad: bool,
 }
 
@@ -62,10 +66,10 @@ pub struct Network {
     pub batch: usize,
 }
 
-/// One of torchvision's networks, on square images of three channels.
+/// A network over square images of three channels, with scores of classes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Classifier {
-    /// Which one.
+    /// Its layers.
     pub architecture: Architecture,
     /// Images.
     pub batch: usize,
@@ -73,7 +77,7 @@ pub struct Classifier {
     pub size: usize,
 }
 
-/// A network of `burn-conv-bn-models`, in the protocol by torchvision's name.
+/// A network of `burn-conv-bn-models`, in the protocol by torchvision's name where it has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Architecture {
     /// ResNet-18.
@@ -97,103 +101,197 @@ pub enum Architecture {
     /// DenseNet-121.
     #[serde(rename = "densenet121")]
     DenseNet121,
+    /// ResNet-18 for images of 32x32 pixels, as CIFAR's: a 3x3 stem and no max pool.
+    #[serde(rename = "cifar_resnet18")]
+    CifarResNet18,
 }
 
-/// The whole catalogue; with smaller batches, and smaller images of the classifiers, if `quick`.
+/// The entries of a run that names none; with smaller batches, and large images halved, if `quick`.
 pub fn catalogue(quick: bool) -> Vec<Entry> {
-    let layer = |id: &str, images: [usize; 2], channels: [usize; 2], geometry: [usize; 4]| {
-        let [batch, size] = images;
-        let [kernel, stride, padding, groups] = geometry;
-        Entry {
-            id: id.to_string(),
-            work: Work::Layer(Layer {
-                batch: shrunk(batch, quick),
-                channels,
-                size,
-                kernel,
-                stride,
-                padding,
-                groups,
-                input_grad: channels[0] > 3,
-            }),
-        }
-    };
-    let network = |id: &str, batch| Entry {
+    let layer = Layer::new;
+    let layers = [
+        (
+            "tutorial-k3",
+            Layer {
+                padding: 0,
+                ..layer(256, [32, 64], 26, 3)
+            },
+        ),
+        ("k3", layer(32, [64, 64], 56, 3)),
+        ("k1", layer(32, [256, 64], 56, 1)),
+        (
+            "k3-s2",
+            Layer {
+                stride: 2,
+                ..layer(32, [128, 128], 28, 3)
+            },
+        ),
+        (
+            "k7-s2",
+            Layer {
+                stride: 2,
+                input_grad: false,
+                ..layer(32, [3, 64], 224, 7)
+            },
+        ),
+        (
+            "dw",
+            Layer {
+                groups: 144,
+                ..layer(32, [144, 144], 28, 3)
+            },
+        ),
+    ];
+    let networks = [("net-256", 256), ("net-2048", 2048)];
+    let classifiers = [
+        ("resnet18", Architecture::ResNet18, 16, 224),
+        ("resnet50", Architecture::ResNet50, 8, 224),
+        ("vgg16-bn", Architecture::Vgg16Bn, 4, 224),
+        ("mobilenet-v2", Architecture::MobileNetV2, 16, 224),
+        ("resnet101", Architecture::ResNet101, 8, 224),
+        ("efficientnet-b0", Architecture::EfficientNetB0, 16, 224),
+        ("densenet121", Architecture::DenseNet121, 8, 224),
+    ];
+    let mut entries: Vec<Entry> = layers.map(|layer| layer_entry(layer, quick)).into();
+    entries.extend(networks.map(|(id, batch)| Entry {
         id: id.to_string(),
         work: Work::Network(Network {
             batch: shrunk(batch, quick),
         }),
-    };
-    let classifier = |id: &str, architecture, batch| Entry {
+    }));
+    entries.extend(classifiers.map(|classifier| classifier_entry(classifier, quick)));
+    entries
+}
+
+/// Further entries: layers of other kinds, small images of many channels among them, and networks of small
+/// images.
+pub fn more(quick: bool) -> Vec<Entry> {
+    let layer = Layer::new;
+    let layers = [
+        ("one-image", layer(1, [64, 64], 256, 3)),
+        (
+            "dilated",
+            Layer {
+                padding: 2,
+                dilation: 2,
+                ..layer(32, [128, 128], 28, 3)
+            },
+        ),
+        ("k5", layer(32, [64, 64], 56, 5)),
+        (
+            "groups",
+            Layer {
+                groups: 32,
+                ..layer(32, [256, 256], 14, 3)
+            },
+        ),
+        (
+            "3d",
+            Layer {
+                dims: 3,
+                ..layer(2, [32, 32], 64, 3)
+            },
+        ),
+        ("deep-1", layer(32, [512, 512], 1, 3)),
+        ("deep-2", layer(32, [512, 512], 2, 3)),
+        ("deep-4", layer(32, [512, 512], 4, 3)),
+        ("deep-7", layer(32, [512, 512], 7, 3)),
+        ("deep-4-b128", layer(128, [512, 512], 4, 3)),
+        ("deep-8-b128", layer(128, [256, 256], 8, 3)),
+        ("deep-k1", layer(32, [1024, 2048], 2, 1)),
+    ];
+    let cifar = Architecture::CifarResNet18;
+    let classifiers = [
+        ("cifar-resnet18-128", cifar, 128, 32),
+        ("cifar-resnet18-32", cifar, 32, 32),
+    ];
+    let mut entries: Vec<Entry> = layers.map(|layer| layer_entry(layer, quick)).into();
+    entries.extend(classifiers.map(|classifier| classifier_entry(classifier, quick)));
+    entries
+}
+
+fn layer_entry((id, layer): (&str, Layer), quick: bool) -> Entry {
+    let batch = shrunk(layer.batch, quick);
+    Entry {
+        id: id.to_string(),
+        work: Work::Layer(Layer { batch, ..layer }),
+    }
+}
+
+fn classifier_entry(
+    (id, architecture, batch, size): (&str, Architecture, usize, usize),
+    quick: bool,
+) -> Entry {
+    let is_halved = quick && size >= LARGE;
+    Entry {
         id: id.to_string(),
         work: Work::Classifier(Classifier {
             architecture,
             // Two images at least: the last maps of small batches have few values.
             batch: shrunk(batch, quick).max(2),
-            size: match quick {
-                true => QUICK_IMAGE_SIZE,
-                false => Classifier::IMAGE_SIZE,
-            },
+            size: if is_halved { size / 2 } else { size },
         }),
-    };
-    vec![
-        layer("tutorial-k3", [256, 26], [32, 64], [3, 1, 0, 1]),
-        layer("k3", [32, 56], [64, 64], [3, 1, 1, 1]),
-        layer("k1", [32, 56], [256, 64], [1, 1, 0, 1]),
-        layer("k3-s2", [32, 28], [128, 128], [3, 2, 1, 1]),
-        layer("k7-s2", [32, 224], [3, 64], [7, 2, 3, 1]),
-        layer("dw", [32, 28], [144, 144], [3, 1, 1, 144]),
-        network("net-256", 256),
-        network("net-2048", 2048),
-        classifier("resnet18", Architecture::ResNet18, 16),
-        classifier("resnet50", Architecture::ResNet50, 8),
-        classifier("vgg16-bn", Architecture::Vgg16Bn, 4),
-        classifier("mobilenet-v2", Architecture::MobileNetV2, 16),
-        classifier("resnet101", Architecture::ResNet101, 8),
-        classifier("efficientnet-b0", Architecture::EfficientNetB0, 16),
-        classifier("densenet121", Architecture::DenseNet121, 8),
-    ]
+    }
 }
 
 fn shrunk(batch: usize, quick: bool) -> usize {
-    match quick {
-        true => batch / QUICK_DIVISOR,
-        false => batch,
+    if quick {
+        (batch / QUICK_DIVISOR).max(1)
+    } else {
+        batch
     }
 }
 
 impl Layer {
-    /// Height and width of the output.
+    /// A layer of images with stride 1 and a padding that keeps their size, for odd kernels.
+    pub fn new(batch: usize, channels: [usize; 2], size: usize, kernel: usize) -> Self {
+        Self {
+            batch,
+            channels,
+            dims: 2,
+            size,
+            kernel,
+            stride: 1,
+            padding: kernel / 2,
+            dilation: 1,
+            groups: 1,
+            input_grad: true,
+        }
+    }
+
+    /// Length of the output in each dimension.
     pub fn output_size(&self) -> usize {
-        (self.size + 2 * self.padding - self.kernel) / self.stride + 1
+        let reach = self.dilation * (self.kernel - 1);
+        (self.size + 2 * self.padding - reach - 1) / self.stride + 1
     }
 
-    /// `[batch, channels_in, size, size]`.
-    pub fn input_shape(&self) -> [usize; 4] {
-        [self.batch, self.channels[0], self.size, self.size]
+    /// `[batch, channels_in, size..]`, of rank `D = dims + 2`.
+    pub fn input_shape<const D: usize>(&self) -> [usize; D] {
+        shape(self.batch, self.channels[0], self.size)
     }
 
-    /// `[channels_out, channels_in / groups, kernel, kernel]`.
-    pub fn weight_shape(&self) -> [usize; 4] {
+    /// `[channels_out, channels_in / groups, kernel..]`, of rank `D = dims + 2`.
+    pub fn weight_shape<const D: usize>(&self) -> [usize; D] {
         let [channels_in, channels_out] = self.channels;
-        [
-            channels_out,
-            channels_in / self.groups,
-            self.kernel,
-            self.kernel,
-        ]
+        shape(channels_out, channels_in / self.groups, self.kernel)
     }
 
-    /// `[batch, channels_out, output_size, output_size]`.
-    pub fn output_shape(&self) -> [usize; 4] {
-        let size = self.output_size();
-        [self.batch, self.channels[1], size, size]
+    /// `[batch, channels_out, output_size..]`, of rank `D = dims + 2`.
+    pub fn output_shape<const D: usize>(&self) -> [usize; D] {
+        shape(self.batch, self.channels[1], self.output_size())
     }
 
     /// Inputs of one output value.
     pub fn fan_in(&self) -> usize {
-        self.weight_shape()[1..].iter().product()
+        let taps: usize = (0..self.dims).map(|_| self.kernel).product();
+        self.channels[0] / self.groups * taps
     }
+}
+
+fn shape<const D: usize>(first: usize, second: usize, length: usize) -> [usize; D] {
+    let mut shape = [length; D];
+    shape[..2].copy_from_slice(&[first, second]);
+    shape
 }
 
 impl Network {
@@ -205,15 +303,19 @@ impl Network {
 }
 
 impl Classifier {
-    /// Height and width of the images, as in ImageNet's training.
-    pub const IMAGE_SIZE: usize = 224;
-
-    /// Classes.
-    pub const CLASSES: usize = 1000;
-
     /// `[batch, 3, size, size]`.
     pub fn input_shape(&self) -> [usize; 4] {
         [self.batch, 3, self.size, self.size]
+    }
+}
+
+impl Architecture {
+    /// Classes: ImageNet's or CIFAR-10's.
+    pub fn classes(self) -> usize {
+        match self {
+            Self::CifarResNet18 => 10,
+            _ => 1000,
+        }
     }
 }
 
@@ -290,21 +392,28 @@ impl fmt::Display for Layer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [channels_in, channels_out] = self.channels;
         write!(f, "{}x{channels_in}x{}", self.batch, self.size)?;
+        if self.dims != 2 {
+            write!(f, "^{}", self.dims)?;
+        }
         match self.groups {
             1 => write!(f, " -> {channels_out}")?,
             groups if groups == channels_in => write!(f, " dw")?,
             groups => write!(f, " -> {channels_out} g{groups}")?,
         }
         write!(f, " k{}", self.kernel)?;
-        if self.stride != 1 {
-            write!(f, " s{}", self.stride)?;
+        for (value, usual, letter) in [
+            (self.stride, 1, 's'),
+            (self.dilation, 1, 'd'),
+            (self.padding, 0, 'p'),
+        ] {
+            if value != usual {
+                write!(f, " {letter}{value}")?;
+            }
         }
-        if self.padding != 0 {
-            write!(f, " p{}", self.padding)?;
-        }
-        match self.input_grad {
-            true => Ok(()),
-            false => write!(f, " (first layer)"),
+        if self.input_grad {
+            Ok(())
+        } else {
+            write!(f, " (first layer)")
         }
     }
 }
@@ -319,6 +428,7 @@ impl fmt::Display for Classifier {
             Architecture::ResNet101 => "ResNet-101",
             Architecture::EfficientNetB0 => "EfficientNet-B0",
             Architecture::DenseNet121 => "DenseNet-121",
+            Architecture::CifarResNet18 => "ResNet-18 with a 3x3 stem",
         };
         write!(f, "{name}, batch {} at {}", self.batch, self.size)
     }
@@ -337,7 +447,8 @@ mod tests {
 
     #[test]
     fn ids_are_unique_and_stay_under_quick() {
-        let ids = |quick| catalogue(quick).into_iter().map(|entry| entry.id);
+        let all = |quick| [catalogue(quick), more(quick)].concat();
+        let ids = |quick| all(quick).into_iter().map(|entry| entry.id);
         assert!(ids(false).eq(ids(true)));
         let unique: BTreeSet<String> = ids(false).collect();
         assert_eq!(unique.len(), ids(false).count());
@@ -345,7 +456,7 @@ mod tests {
 
     #[test]
     fn another_batch_is_all_that_changes() {
-        for entry in catalogue(false) {
+        for entry in [catalogue(false), more(false)].concat() {
             let work = entry.work.clone().with_batch(77);
             assert_eq!(work.batch(), 77);
             assert_eq!(work.with_batch(entry.work.batch()), entry.work);
@@ -353,13 +464,13 @@ mod tests {
     }
 
     #[test]
-    fn entries_are_named_as_in_the_design() {
-        let names: Vec<String> = catalogue(false)
-            .iter()
-            .map(|entry| entry.work.to_string())
-            .collect();
+    fn entries_are_named_by_their_geometry() {
+        let names = |entries: Vec<Entry>| -> Vec<String> {
+            let works = entries.into_iter().map(|entry| entry.work.to_string());
+            works.collect()
+        };
         assert_eq!(
-            names,
+            names(catalogue(false)),
             [
                 "256x32x26 -> 64 k3",
                 "32x64x56 -> 64 k3 p1",
@@ -378,21 +489,50 @@ mod tests {
                 "DenseNet-121, batch 8 at 224",
             ]
         );
+        let further = names(more(false));
+        assert_eq!(
+            further[..6],
+            [
+                "1x64x256 -> 64 k3 p1",
+                "32x128x28 -> 128 k3 d2 p2",
+                "32x64x56 -> 64 k5 p2",
+                "32x256x14 -> 256 g32 k3 p1",
+                "2x32x64^3 -> 32 k3 p1",
+                "32x512x1 -> 512 k3 p1",
+            ]
+        );
+        assert_eq!(further[11], "32x1024x2 -> 2048 k1");
+        assert_eq!(further[12], "ResNet-18 with a 3x3 stem, batch 128 at 32");
         let quick = catalogue(true);
         assert_eq!(quick[0].work.to_string(), "32x32x26 -> 64 k3");
         assert_eq!(quick[9].work.to_string(), "ResNet-50, batch 2 at 112");
+        let quick = more(true);
+        assert_eq!(quick[0].work.to_string(), "1x64x256 -> 64 k3 p1");
+        assert_eq!(quick[12].work.batch(), 16);
     }
 
     #[test]
     fn shapes_follow_the_geometry() {
-        let entries = catalogue(false);
-        let shapes = |id: &str| match &entries.iter().find(|e| e.id == id).unwrap().work {
-            Work::Layer(layer) => (layer.weight_shape(), layer.output_shape(), layer.fan_in()),
-            _ => unreachable!("a layer's id"),
+        let layer = |id: &str| -> Layer {
+            let mut entries = [catalogue(false), more(false)].concat().into_iter();
+            match entries.find(|entry| entry.id == id).unwrap().work {
+                Work::Layer(layer) => layer,
+                _ => unreachable!("a layer's id"),
+            }
         };
-        assert_eq!(shapes("k7-s2"), ([64, 3, 7, 7], [32, 64, 112, 112], 3 * 49));
-        assert_eq!(shapes("dw"), ([144, 1, 3, 3], [32, 144, 28, 28], 9));
-        assert_eq!(shapes("k3-s2").1, [32, 128, 14, 14]);
+        let k7 = layer("k7-s2");
+        assert_eq!(k7.weight_shape::<4>(), [64, 3, 7, 7]);
+        assert_eq!(k7.output_shape::<4>(), [32, 64, 112, 112]);
+        assert_eq!(k7.fan_in(), 3 * 49);
+        let depthwise = layer("dw");
+        assert_eq!(depthwise.weight_shape::<4>(), [144, 1, 3, 3]);
+        assert_eq!(depthwise.fan_in(), 9);
+        assert_eq!(layer("k3-s2").output_shape::<4>(), [32, 128, 14, 14]);
+        assert_eq!(layer("dilated").output_shape::<4>(), [32, 128, 28, 28]);
+        let volumes = layer("3d");
+        assert_eq!(volumes.input_shape::<5>(), [2, 32, 64, 64, 64]);
+        assert_eq!(volumes.weight_shape::<5>(), [32, 32, 3, 3, 3]);
+        assert_eq!(volumes.fan_in(), 32 * 27);
     }
 
     #[test]

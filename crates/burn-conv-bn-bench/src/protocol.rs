@@ -118,6 +118,11 @@ pub enum Request {
     /// Measure the memory of one step, in a process that has done nothing but load. Answered by
     /// [`Reply::Measured`].
     Memory {},
+    /// Run training steps and measure the memory of all that is there. Answered by [`Reply::Trained`].
+    Train {
+        /// Number of steps, the first of which pays the one-time costs.
+        steps: usize,
+    },
 }
 
 /// What a contender answers.
@@ -139,6 +144,8 @@ pub enum Reply {
     },
     /// To [`Request::Memory`].
     Measured(StepMemory),
+    /// To [`Request::Train`].
+    Trained(Training),
     /// To anything: this machine lacks what that needs.
     Unavailable {
         /// What it lacks.
@@ -189,6 +196,16 @@ impl StepTime {
     }
 }
 
+/// Training steps and their memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Training {
+    /// Times of the steps, in order.
+    pub steps: Vec<StepTime>,
+    /// Most bytes in use meanwhile, data, parameters and optimizer state included: the process's
+    /// resident set, or a device's pool. `None` if the system does not tell.
+    pub peak_bytes: Option<u64>,
+}
+
 /// The launches of one kernel in a step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct KernelTime {
@@ -215,15 +232,15 @@ pub struct StepMemory {
     pub heap_forward_end: Option<u64>,
     /// Most bytes of the allocator or the pool.
     pub heap_peak: Option<u64>,
-    /// What the layers list as kept for the backward pass, each buffer once, without parameters and
-    /// images. It follows from shapes, and leaves out what a network's other layers keep.
+    /// What is kept for the backward pass, each buffer once, without parameters and images: by the list
+    /// of Burn's layers, which follows from shapes, or as PyTorch's hooks count.
     pub saved: Option<u64>,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalogue::catalogue;
+    use crate::catalogue::{catalogue, more};
 
     const PEER: &str = include_str!("../peer/pytorch.py");
 
@@ -245,7 +262,8 @@ mod tests {
             json(&load),
             r#"{"load":{"entry":{"id":"k7-s2","work":{"layer":{"batch":32,"channels":[3,64],"#
                 .to_string()
-                + r#""size":224,"kernel":7,"stride":2,"padding":3,"groups":1,"input_grad":false}}},"#
+                + r#""dims":2,"size":224,"kernel":7,"stride":2,"padding":3,"dilation":1,"groups":1,"#
+                + r#""input_grad":false}}},"#
                 + r#""variant":"unfused-checkpointed","device":"flex","precision":"bf16","data_dir":"/data","threads":3}}"#
         );
         for (request, line) in [
@@ -257,6 +275,7 @@ mod tests {
             (Request::Run {}, r#"{"run":{}}"#),
             (Request::Profile {}, r#"{"profile":{}}"#),
             (Request::Memory {}, r#"{"memory":{}}"#),
+            (Request::Train { steps: 3 }, r#"{"train":{"steps":3}}"#),
         ] {
             assert_eq!(json(&request), line);
             let (name, _) = line[2..].split_once('"').unwrap();
@@ -304,7 +323,7 @@ mod tests {
             assert_eq!(json(precision), format!("\"{precision}\""));
             names.push(json(precision));
         }
-        for entry in catalogue(false) {
+        for entry in [catalogue(false), more(false)].concat() {
             let work = serde_json::to_value(&entry.work).unwrap();
             let (kind, shape) = work.as_object().unwrap().iter().next().unwrap();
             names.push(format!("\"{kind}\""));

@@ -26,7 +26,7 @@ fn geometry(layer: &Layer) -> Geometry {
         [1, layer.kernel, layer.kernel],
         [1, layer.stride, layer.stride],
         [(0, 0), padding, padding],
-        [1; 3],
+        [1, layer.dilation, layer.dilation],
     )
     .expect("the catalogue's layers exist")
 }
@@ -64,14 +64,8 @@ fn all_layers() -> Vec<(String, Layer)> {
         layers.push((
             id,
             Layer {
-                batch: 8,
-                channels,
-                size,
-                kernel,
                 stride,
-                padding: kernel / 2,
-                groups: 1,
-                input_grad: true,
+                ..Layer::new(8, channels, size, kernel)
             },
         ));
     }
@@ -90,19 +84,7 @@ fn all_layers() -> Vec<(String, Layer)> {
             "deep-{batch}x{}x{size}-{}-k{kernel}",
             channels[0], channels[1]
         );
-        layers.push((
-            id,
-            Layer {
-                batch,
-                channels,
-                size,
-                kernel,
-                stride: 1,
-                padding: kernel / 2,
-                groups: 1,
-                input_grad: true,
-            },
-        ));
+        layers.push((id, Layer::new(batch, channels, size, kernel)));
     }
     layers
 }

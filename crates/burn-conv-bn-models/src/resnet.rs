@@ -64,6 +64,10 @@ pub struct ResNetConfig {
     /// Channels of the images. Default: 3.
     #[config(default = 3)]
     pub input_channels: usize,
+    /// Whether the first convolution is 3x3 with stride 1 and without a max pool behind it, as is usual for
+    /// CIFAR's images of 32x32 pixels. Default: false.
+    #[config(default = false)]
+    pub small_images: bool,
     /// Whether each block starts as its shortcut: gamma of its last norm is zero
     /// ([Goyal et al. 2017](https://arxiv.org/abs/1706.02677), 5.1). Default: false.
     #[config(default = false)]
@@ -97,7 +101,8 @@ pub struct ResNetConfig {
 /// ```
 #[derive(Module, Debug)]
 pub struct ResNet {
-    /// 7x7 convolution with stride 2, before a 3x3 max pool with stride 2.
+    /// 7x7 convolution with stride 2, before a 3x3 max pool with stride 2; 3x3 and alone for
+    /// [small images](ResNetConfig::small_images).
     pub conv1: ConvBn2d,
     /// Blocks of width 64.
     pub layer1: Vec<ResNetBlock>,
@@ -109,6 +114,8 @@ pub struct ResNet {
     pub layer4: Vec<ResNetBlock>,
     /// Output linear layer.
     pub fc: Linear,
+    #[module(skip)]
+    small_images: bool,
     #[module(skip)]
     pub(crate) form: Form,
 }
@@ -178,7 +185,9 @@ impl ResNetConfig {
             "each layer needs a block, got {:?}",
             self.blocks
         );
-        let conv1 = block([self.input_channels, 64], 7, 2, 1, Activation::Relu);
+        let [kernel, stride] = if self.small_images { [3, 1] } else { [7, 2] };
+        let channels = [self.input_channels, 64];
+        let conv1 = block(channels, kernel, stride, 1, Activation::Relu);
         let [layer1, layer2, layer3, layer4] = [0, 1, 2, 3].map(|layer| self.layer(layer, device));
         ResNet {
             conv1: self.conv(conv1, device),
@@ -187,6 +196,7 @@ impl ResNetConfig {
             layer3,
             layer4,
             fc: LinearConfig::new(512 * self.kind.expansion(), self.classes).init(device),
+            small_images: self.small_images,
             form: self.form,
         }
     }
@@ -275,7 +285,11 @@ impl ResNet {
     /// As [`ConvBn2d::forward`]: among others if a training batch leaves a single value per
     /// channel, as one image of up to 32x32 does.
     pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
-        let x = self.form.forward_max_pool(&self.conv1, images, &pool());
+        let x = if self.small_images {
+            self.form.forward(&self.conv1, images)
+        } else {
+            self.form.forward_max_pool(&self.conv1, images, &pool())
+        };
         let x = self
             .layers()
             .into_iter()
@@ -287,7 +301,7 @@ impl ResNet {
 
     /// Sets [`Recompute::Norm`] for the convolutions inside the residual blocks, and `ends` for those at their
     /// ends: the one that adds the shortcut, and the shortcut's own. The first convolution of the network,
-    /// which is one op with the max pool, is `Recompute::Conv`.
+    /// which is one op with the max pool or the first shortcut, is `Recompute::Conv`.
     ///
     /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
     /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
@@ -317,7 +331,11 @@ impl ResNet {
     /// Goes through the network in the order of [`forward`](Self::forward).
     pub(crate) fn walk(&self, input_shape: [usize; 4]) -> Walk {
         let mut walk = Walk::new(self.form, input_shape, &self.conv1);
-        walk.block_max_pool("conv1", &self.conv1, &pool());
+        if self.small_images {
+            walk.block("conv1", &self.conv1);
+        } else {
+            walk.block_max_pool("conv1", &self.conv1, &pool());
+        }
         for (name, layer) in self.layers() {
             for (index, block) in layer.iter().enumerate() {
                 block.walk(&format!("{name}.{index}"), &mut walk);

@@ -73,6 +73,13 @@ fn check<M: Module>(network: &M, blocks: &[String], bias: bool, linear: &[&str],
 fn resnets_are_those_of_torchvision() {
     let networks = [
         (ResNetConfig::resnet18(Form::Fused), 2, 11_689_512),
+        (
+            ResNetConfig::resnet18(Form::Fused)
+                .with_small_images(true)
+                .with_classes(10),
+            2,
+            11_173_962,
+        ),
         (ResNetConfig::resnet34(Form::Fused), 2, 21_797_672),
         (ResNetConfig::resnet50(Form::Fused), 3, 25_557_032),
         (ResNetConfig::resnet101(Form::Fused), 3, 44_549_160),

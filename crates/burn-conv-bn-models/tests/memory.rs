@@ -154,6 +154,8 @@ fn blocks_and_networks_keep_what_they_list() {
         };
         let resnet18 = resnet(ResNetConfig::resnet18(form));
         network(&name("ResNet-18"), resnet18, images);
+        let small = resnet(ResNetConfig::resnet18(form).with_small_images(true));
+        network(&name("ResNet-18, small images"), small, [2, 3, 32, 32]);
         let resnet50 = resnet(ResNetConfig::resnet50(form));
         network(&name("ResNet-50"), resnet50, images);
         let vgg = VggConfig::vgg16_bn(form)

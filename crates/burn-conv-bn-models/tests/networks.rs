@@ -204,6 +204,18 @@ fn both_forms_of_resnet18_agree() {
 }
 
 #[test]
+fn both_forms_of_a_resnet_for_small_images_agree() {
+    let config = ResNetConfig::resnet18(Form::Fused)
+        .with_small_images(true)
+        .with_classes(CLASSES);
+    check(|device| config.init(device), 16);
+    check(
+        |device| config.init(device).with_rebuilt_chains(Recompute::Never),
+        16,
+    );
+}
+
+#[test]
 fn both_forms_of_resnet50_agree() {
     let config = ResNetConfig::resnet50(Form::Fused).with_classes(CLASSES);
     check(|device| config.init(device), 32);

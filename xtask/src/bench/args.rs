@@ -1,10 +1,10 @@
 //! The options of `cargo xtask bench`.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use burn_conv_bn_bench::catalogue::{Entry, Work, catalogue};
+use burn_conv_bn_bench::catalogue::{Entry, Work, catalogue, more};
 use burn_conv_bn_bench::device::{CUDA, DEVICES, FLEX};
 use burn_conv_bn_bench::precision::Precision;
 use burn_conv_bn_bench::protocol::{Contender, Engine};
@@ -13,7 +13,7 @@ use clap::{Args, ValueEnum};
 /// Largest values of the options. A run of more would not end, or not begin: a rayon pool of 100,000
 /// threads takes minutes to start.
 const MOST_ROUNDS: usize = 1000;
-const MOST_IMAGES: usize = 1 << 16;
+pub const MOST_IMAGES: usize = 1 << 16;
 const MOST_THREADS: usize = 1024;
 
 #[derive(Args, Debug)]
@@ -33,15 +33,25 @@ pub struct Bench {
     /// Images of each entry, in place of the catalogue's: those of the classifiers are for CPUs.
     #[arg(long, value_name = "N", value_parser = up_to::<MOST_IMAGES>)]
     pub batch: Option<NonZeroUsize>,
-    /// Run this entry alone; may be given several times.
+    /// Run this entry alone, also one of --more; may be given several times.
     #[arg(long, value_name = "ID", value_parser = id)]
     pub only: Vec<String>,
+    /// Run the further entries instead: one image, dilation, 5x5, groups, volumes, small images of many
+    /// channels, and ResNet-18 for 32x32 pixels.
+    #[arg(long, conflicts_with = "only")]
+    pub more: bool,
     /// Run the layers alone.
     #[arg(long)]
     pub layers: bool,
     /// Run the networks alone.
     #[arg(long)]
     pub networks: bool,
+    /// Find the largest batch of each network that trains within so many bytes, as 4GiB, by running:
+    /// bytes of the resident set, or of a device's pool, with parameters and optimizer state.
+    #[arg(long, value_name = "BYTES", value_parser = bytes, conflicts_with_all = [
+        "layers", "batch", "rounds", "no_memory", "profile", "plot",
+    ])]
+    pub largest_batch: Option<NonZeroU64>,
     /// Timed steps of each contender [default: 3 to 7, as many as fit two minutes, or 8 s with
     /// --quick].
     #[arg(long, value_name = "N", value_parser = up_to::<MOST_ROUNDS>)]
@@ -96,9 +106,22 @@ fn up_to<const MOST: usize>(text: &str) -> Result<NonZeroUsize, String> {
         .ok_or_else(|| format!("expected a whole number from 1 to {MOST}"))
 }
 
+/// A number of bytes, in units of 1024, its square or cube, or in bytes.
+fn bytes(text: &str) -> Result<NonZeroU64, String> {
+    let units = [("KiB", 1u64 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];
+    let mut units = units.into_iter();
+    let with_unit = units.find_map(|(name, unit)| Some((text.strip_suffix(name)?, unit)));
+    let (number, unit) = with_unit.unwrap_or((text, 1));
+    let number = number.trim_end().parse::<f64>().ok();
+    let bytes = number.filter(|number| number.is_finite());
+    let bytes = bytes.and_then(|number| NonZeroU64::new((number * unit as f64) as u64));
+    bytes.ok_or_else(|| "expected a number of bytes, such as 4GiB, 1.5GiB or 512MiB".to_string())
+}
+
 /// The id of an entry.
 fn id(text: &str) -> Result<String, String> {
-    let ids: Vec<String> = catalogue(true).into_iter().map(|entry| entry.id).collect();
+    let all = [catalogue(true), more(true)].concat();
+    let ids: Vec<String> = all.into_iter().map(|entry| entry.id).collect();
     let found = ids.iter().any(|id| id == text).then(|| text.to_string());
     found.ok_or_else(|| format!("there is no such entry; there are {}", ids.join(", ")))
 }
@@ -107,7 +130,10 @@ impl Bench {
     /// Checks options that exclude each other.
     pub fn check(&self) -> Result<()> {
         if self.entries().is_empty() {
-            bail!("no entry is both in --only and of the kind that was asked for");
+            bail!(
+                "no entry is both in --only and of the kind that was asked for; --largest-batch \
+                 trains networks"
+            );
         }
         if self.precision == Precision::Tf32 && self.device != CUDA {
             bail!(
@@ -131,10 +157,15 @@ impl Bench {
 
     /// The selected entries, in the catalogue's order.
     pub fn entries(&self) -> Vec<Entry> {
-        let mut entries = catalogue(self.quick);
+        let mut entries = match (self.only.is_empty(), self.more) {
+            (true, false) => catalogue(self.quick),
+            (true, true) => more(self.quick),
+            (false, _) => [catalogue(self.quick), more(self.quick)].concat(),
+        };
         entries.retain(|entry| {
             let is_layer = matches!(entry.work, Work::Layer(_));
-            let kind = self.layers == self.networks || self.layers == is_layer;
+            let networks = self.networks || self.largest_batch.is_some();
+            let kind = self.layers == networks || self.layers == is_layer;
             kind && (self.only.is_empty() || self.only.contains(&entry.id))
         });
         if let Some(batch) = self.batch {
@@ -193,6 +224,7 @@ mod tests {
             ),
             (&["--profile", "--quick"], "--profile"),
             (&["--only", "k3", "--networks"], "--only"),
+            (&["--only", "k3", "--largest-batch", "1GiB"], "networks"),
         ] {
             let error = parse(options).unwrap().check().unwrap_err().to_string();
             assert!(error.contains(wanted), "{error}");
@@ -211,9 +243,15 @@ mod tests {
         assert_eq!([layers, networks.clone()].concat(), all);
         assert_eq!(networks[..3], ["net-256", "net-2048", "resnet18"]);
         assert_eq!(ids(&["--layers", "--networks"]), all);
+        assert_eq!(ids(&["--largest-batch", "1GiB"]), networks);
         let named = ["--only", "net-256", "--only", "dw"];
         assert_eq!(ids(&named), ["dw", "net-256"]);
         assert_eq!(ids(&[&named[..], &["--layers"]].concat()), ["dw"]);
+        let more = ids(&["--more"]);
+        assert!(more.iter().all(|id| !all.contains(id)));
+        assert!(ids(&["--more", "--layers"]).contains(&"deep-1".to_string()));
+        assert_eq!(ids(&["--only", "deep-1", "--only", "k3"]), ["k3", "deep-1"]);
+        assert!(parse(&["--more", "--only", "k3"]).is_err());
         let entries = parse(&["--batch", "77"]).unwrap().entries();
         assert!(entries.iter().all(|entry| entry.work.batch() == 77));
     }
@@ -228,6 +266,39 @@ mod tests {
         let [burn, torch] = contenders(&["--contender", "fused", "--contender", "eager"]);
         assert_eq!(burn, [Contender::Fused, Contender::Unfused]);
         assert_eq!(torch, [Contender::Eager]);
+    }
+
+    #[test]
+    fn bytes_have_units() {
+        for (text, wanted) in [
+            ("4GiB", 4 << 30),
+            ("1.5 GiB", 3 << 29),
+            ("512MiB", 512 << 20),
+            ("2KiB", 2048),
+            ("77", 77),
+        ] {
+            let bench = parse(&["--largest-batch", text]).unwrap();
+            assert_eq!(
+                bench.largest_batch.map(NonZeroU64::get),
+                Some(wanted),
+                "{text}"
+            );
+        }
+        for wrong in [
+            "0", "-1GiB", "GiB", "4GB", "4gib", "nan", "infGiB", "1e-9KiB",
+        ] {
+            let error = parse(&[&format!("--largest-batch={wrong}")]).unwrap_err();
+            assert!(
+                error.to_string().contains("such as 4GiB"),
+                "{wrong}: {error}"
+            );
+        }
+        for other in ["--layers", "--batch=4", "--rounds=3", "--profile"] {
+            assert!(
+                parse(&["--largest-batch", "4GiB", other]).is_err(),
+                "{other}"
+            );
+        }
     }
 
     #[test]

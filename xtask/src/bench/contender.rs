@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::path::Path;
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
@@ -71,6 +73,11 @@ impl Process {
             replies: BufReader::new(replies),
             stderr,
         })
+    }
+
+    /// As [`Guarded::kill_when`].
+    pub fn kill_when(&self, is_due: impl Fn(u32) -> bool + Send + 'static) -> Arc<AtomicBool> {
+        self.child.kill_when(is_due)
     }
 
     /// Sends a request and waits for its reply, of the kind that `take` takes. The process's death

@@ -139,9 +139,16 @@ fn processor(cpuinfo: &str) -> String {
     }
 }
 
-/// The value of the first line `name : value` of `/proc/cpuinfo`.
-fn value<'a>(cpuinfo: &'a str, name: &str) -> Option<&'a str> {
-    cpuinfo.lines().find_map(|line| {
+/// A size in one of Linux's tables, as `VmRSS: 13560 kB`, in bytes.
+pub fn table_bytes(file: &Path, name: &str) -> Option<u64> {
+    let table = fs::read_to_string(file).ok()?;
+    let kibibytes = value(&table, name)?.strip_suffix("kB")?.trim();
+    Some(1024 * kibibytes.parse::<u64>().ok()?)
+}
+
+/// The value of the first line `name : value` of one of Linux's tables.
+fn value<'a>(table: &'a str, name: &str) -> Option<&'a str> {
+    table.lines().find_map(|line| {
         let (key, value) = line.split_once(':')?;
         (key.trim() == name).then_some(value.trim())
     })
@@ -202,6 +209,19 @@ mod tests {
         }
         assert_eq!(caches(folder.path()), ["L1 32K", "L2 512K"]);
         assert!(caches(&folder.path().join("none")).is_empty());
+    }
+
+    #[test]
+    fn sizes_are_read_in_bytes() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(
+            file.path(),
+            "Name:\tx\nVmHWM:\t   20 kB\nVmRSS:\t   12 kB\n",
+        )
+        .unwrap();
+        assert_eq!(table_bytes(file.path(), "VmRSS"), Some(12 * 1024));
+        assert_eq!(table_bytes(file.path(), "Name"), None);
+        assert_eq!(table_bytes(Path::new("/none"), "VmRSS"), None);
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub struct Report {
     pub version: &'static str,
     /// Seed of all data.
     pub seed: u64,
+    /// Bytes of `--largest-batch`.
+    pub largest_batch: Option<u64>,
     /// What was asked for, in order. Those that were not run say why in [`EntryReport::problem`].
     pub entries: Vec<EntryReport>,
     /// The fused form against others, for people.
@@ -95,6 +97,21 @@ pub struct ContenderReport {
     pub peak_to_unfused: Option<f64>,
     /// Kernels of one more step, with `--profile`, the slowest first.
     pub kernels: Vec<KernelTime>,
+    /// With `--largest-batch`, in place of all of the above.
+    pub largest: Option<Largest>,
+}
+
+/// The largest batch that trains within a number of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Largest {
+    /// Images.
+    pub batch: usize,
+    /// Most bytes in use while it trains.
+    pub peak_bytes: u64,
+    /// Milliseconds of a step for each image.
+    pub image_ms: f64,
+    /// Ratio of the batch to that of Burn's unfused layers.
+    pub to_unfused: Option<f64>,
 }
 
 /// Difference of a result from the reference.
@@ -216,6 +233,7 @@ impl ContenderReport {
             memory: None,
             peak_to_unfused: None,
             kernels: Vec::new(),
+            largest: None,
         }
     }
 
@@ -293,7 +311,7 @@ impl EntryReport {
         report.filter(|report| report.problem.is_none())
     }
 
-    /// Fills in what follows from steps and memory.
+    /// Fills in what follows from steps, memory and largest batches.
     pub fn summarize(&mut self) {
         let of = |base| self.contender(base).cloned();
         let bases = BASES.map(|base| of(base).unwrap_or_else(|| ContenderReport::new(base)));
@@ -302,6 +320,9 @@ impl EntryReport {
             let memory = report.memory.as_ref().zip(bases[0].memory.as_ref());
             report.peak_to_unfused =
                 memory.and_then(|(memory, base)| memory_ratio(PEAK, memory, base));
+            if let (Some(largest), Some(base)) = (&mut report.largest, bases[0].largest) {
+                largest.to_unfused = Some(largest.batch as f64 / base.batch as f64);
+            }
         }
     }
 

@@ -14,13 +14,14 @@ use burn_conv_bn_bench::catalogue::Entry;
 use burn_conv_bn_bench::device::FLEX;
 use burn_conv_bn_bench::protocol::{Contender, Engine, OWN_REFERENCE, Request};
 use burn_conv_bn_bench::tensor_file::{read, relative_error};
+use tempfile::TempDir;
 
 use super::args::{Bench, Peer};
 use super::contender::{Process, Running, done, reply};
 use super::lock::Lock;
 use super::machine;
 use super::output::Outputs;
-use super::report::{EntryReport, Problem, ProblemKind, Report, TensorError};
+use super::report::{ContenderReport, EntryReport, Problem, ProblemKind, Report, TensorError};
 use super::table;
 use crate::interrupt;
 use crate::programs;
@@ -118,8 +119,13 @@ impl<'a> Lab<'a> {
         Ok(())
     }
 
+    /// Where contenders compute.
+    pub fn device(&self) -> &str {
+        &self.args.device
+    }
+
     /// A fresh process for a contender.
-    fn start(&self, engine: Engine) -> Result<Process> {
+    pub fn start(&self, engine: Engine) -> Result<Process> {
         let mut command = match engine {
             Engine::Burn => Command::new(&self.worker),
             Engine::PyTorch => Command::new(self.python.as_ref().context("there is no python")?),
@@ -149,14 +155,19 @@ impl<'a> Lab<'a> {
                 );
             };
             let started = Instant::now();
-            let measured = self.measure(&entry, &say);
+            let measured = match self.args.largest_batch {
+                Some(bytes) => self
+                    .largest_batches(&entry.entry, bytes.get(), &say)
+                    .map(|contenders| (0, contenders)),
+                None => self.measure(&entry, &say),
+            };
             // What an interrupt broke is no result.
             interrupt::check()?;
             entry.problem = None;
             match measured {
                 Ok((rounds, contenders)) => {
                     entry.rounds = rounds;
-                    entry.contenders = contenders.into_iter().map(|c| c.report).collect();
+                    entry.contenders = contenders;
                 }
                 Err(error) => entry.problem = Some(format!("{error:#}")),
             }
@@ -172,23 +183,21 @@ impl<'a> Lab<'a> {
     }
 
     /// Runs an entry. Returns the number of rounds and the contenders.
-    fn measure(&self, entry: &EntryReport, say: &dyn Fn(&str)) -> Result<(usize, Vec<Running>)> {
+    fn measure(
+        &self,
+        entry: &EntryReport,
+        say: &dyn Fn(&str),
+    ) -> Result<(usize, Vec<ContenderReport>)> {
         say("drawing the data");
-        let folder = tempfile::Builder::new()
-            .prefix("burn-conv-bn-bench-")
-            .tempdir();
-        let folder = folder.context("cannot create a folder for the data")?;
+        let folder = scratch()?;
         let data = folder.path().join("data");
-        let prepare = Request::Prepare {
-            entry: entry.entry.clone(),
-            seed: SEED,
-            data_dir: data.clone(),
-        };
-        let drawn = self.start(Engine::Burn)?.ask(&prepare, done);
-        drawn.map_err(|problem| anyhow!("cannot draw the data: {}", problem.reason))?;
+        self.draw(&entry.entry, &data)?;
         say("loading");
         let contenders = self.contenders.iter();
-        let load = |contender| self.load(&entry.entry, contender, &data);
+        let load = |contender: Contender| {
+            let load = self.load_request(&entry.entry, contender, &data);
+            Running::load(contender, self.start(contender.engine()), &load)
+        };
         let mut running: Vec<Running> = contenders.map(|c| load(*c)).collect();
         Self::check(entry, &mut running, folder.path(), say);
         let rounds = self.time(&mut running, say);
@@ -211,20 +220,31 @@ impl<'a> Lab<'a> {
                 report.fail(Problem::new(problem.kind, reason));
             }
         }
-        Ok((rounds, running))
+        let reports = running.into_iter().map(|contender| contender.report);
+        Ok((rounds, reports.collect()))
     }
 
-    /// A contender in a fresh process.
-    fn load(&self, entry: &Entry, contender: Contender, data: &Path) -> Running {
-        let load = Request::Load {
+    /// Draws an entry's data.
+    pub fn draw(&self, entry: &Entry, data: &Path) -> Result<()> {
+        let prepare = Request::Prepare {
+            entry: entry.clone(),
+            seed: SEED,
+            data_dir: data.to_path_buf(),
+        };
+        let drawn = self.start(Engine::Burn)?.ask(&prepare, done);
+        drawn.map_err(|problem| anyhow!("cannot draw the data: {}", problem.reason))
+    }
+
+    /// The request that makes a process a contender of an entry.
+    pub fn load_request(&self, entry: &Entry, contender: Contender, data: &Path) -> Request {
+        Request::Load {
             entry: entry.clone(),
             variant: contender,
             device: self.args.device.clone(),
             precision: self.args.precision,
             data_dir: data.to_path_buf(),
             threads: self.threads,
-        };
-        Running::load(contender, self.start(contender.engine()), &load)
+        }
     }
 
     /// Compares every contender's results, each in a folder of its name, with those of the unfused one.
@@ -311,6 +331,14 @@ impl<'a> Lab<'a> {
         }
         rounds
     }
+}
+
+/// A folder for an entry's data, which goes with it.
+pub fn scratch() -> Result<TempDir> {
+    tempfile::Builder::new()
+        .prefix("burn-conv-bn-bench-")
+        .tempdir()
+        .context("cannot create a folder for the data")
 }
 
 /// The number of timed rounds, where one takes so many seconds.

@@ -13,14 +13,31 @@ use super::report::{
 };
 
 /// What the numbers of the tables are.
-pub const LEGEND: &str = "\
+const LEGEND: &str = "\
 Times are medians over the rounds, in ms; min..max are the fastest and the slowest step. x eager and
 x unfused are medians of each round's ratio of steps. off is the largest difference from the results
 of Burn's unfused layers, relative to the largest value of the same tensor; for PyTorch's tutorial,
 whose norm is another, from its own formula. Memory is in MiB above the level just before forward, in
 a fresh process, at the end of forward and at the peak up to the end of backward: rss is the resident
-set, heap what the allocator counts, or the pool of a CubeCL device; saved is what the layers list as
-kept, each buffer once, without parameters and images. docs/benchmarks.md has the method.";
+set, heap what the allocator counts, or the pool of a CubeCL device; saved is what Burn's layers list as
+kept, or PyTorch's hooks count, each buffer once, without parameters and images. docs/benchmarks.md has
+the method.";
+
+/// The same for `--largest-batch`.
+const LARGEST_LEGEND: &str = "\
+images is the largest batch that trains within the bytes, found by running. MiB are the most in use in
+its steps, with data, parameters and optimizer state: of the resident set, or of a device's pool. ms an
+image is a step's time, its optimizer's included, over its images. Results are not checked here.
+docs/benchmarks.md has the method.";
+
+/// What the numbers of a report's tables are.
+pub fn legend(report: &Report) -> &'static str {
+    if report.largest_batch.is_some() {
+        LARGEST_LEGEND
+    } else {
+        LEGEND
+    }
+}
 
 /// The tables of one entry: times, memory, kernels, and what went wrong.
 pub fn entry(report: &EntryReport) -> String {
@@ -28,6 +45,11 @@ pub fn entry(report: &EntryReport) -> String {
     if let Some(problem) = &report.problem {
         let _ = writeln!(text, "FAILED: {problem}");
         return text;
+    }
+    if report.contenders.iter().any(|c| c.largest.is_some()) {
+        let header = ["largest batch", "images", "MiB", "ms an image", "x unfused"];
+        text += &markdown(&header, &report.contenders, largest);
+        return text + &problems(report);
     }
     let header = [
         "time",
@@ -59,12 +81,27 @@ pub fn entry(report: &EntryReport) -> String {
             text += &kernels(contender);
         }
     }
-    for contender in &report.contenders {
-        if let Some(problem) = &contender.problem {
-            let _ = writeln!(text, "{}: {problem}", contender.contender);
-        }
-    }
-    text
+    text + &problems(report)
+}
+
+/// What went wrong, a line for each contender.
+fn problems(report: &EntryReport) -> String {
+    let problems = report.contenders.iter();
+    let problems = problems.filter_map(|c| Some((c.contender, c.problem.as_ref()?)));
+    problems
+        .map(|(contender, problem)| format!("{contender}: {problem}\n"))
+        .collect()
+}
+
+fn largest(report: &ContenderReport) -> Vec<String> {
+    let largest = report.largest.as_ref();
+    vec![
+        report.contender.to_string(),
+        cell(largest, |largest| largest.batch.to_string()),
+        cell(largest, |largest| mebibytes(largest.peak_bytes)),
+        cell(largest, |largest| milliseconds(largest.image_ms)),
+        cell(largest.and_then(|l| l.to_unfused), three_decimals),
+    ]
 }
 
 fn times(report: &ContenderReport) -> Vec<String> {
@@ -309,7 +346,7 @@ fn markdown<T>(header: &[&str], items: &[T], row: impl Fn(&T) -> Vec<String>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::report::{Machine, Problem, TensorError};
+    use crate::bench::report::{Largest, Machine, Problem, TensorError};
     use crate::bench::testing;
 
     fn error(name: &str, error: f64) -> Vec<TensorError> {
@@ -349,6 +386,32 @@ unfused-checkpointed: FAILED: it died
         assert_eq!(entry(&report), expected);
         report.problem = Some("no room".to_string());
         assert_eq!(entry(&report), "k3: 4x64x56 -> 64 k3 p1\nFAILED: no room\n");
+    }
+
+    #[test]
+    fn largest_batches_are_a_table_of_their_own() {
+        let of = |contender, batch| ContenderReport {
+            largest: Some(Largest {
+                batch,
+                peak_bytes: 3 << 20,
+                image_ms: 12.0,
+                to_unfused: None,
+            }),
+            ..ContenderReport::new(contender)
+        };
+        let mut never = ContenderReport::new(Contender::Never);
+        never.fail(Problem::new(ProblemKind::Failed, "batch 2: it died"));
+        let contenders = vec![of(Contender::Fused, 5), never, of(Contender::Unfused, 2)];
+        let expected = "\
+resnet50: ResNet-50, batch 2 at 112
+| largest batch | images | MiB | ms an image | x unfused |
+|---------------|-------:|----:|------------:|----------:|
+| fused         |      5 | 3.0 |        12.0 |     2.500 |
+| never         |      - |   - |           - |         - |
+| unfused       |      2 | 3.0 |        12.0 |     1.000 |
+never: FAILED: batch 2: it died
+";
+        assert_eq!(entry(&testing::entry(9, contenders)), expected);
     }
 
     #[test]
