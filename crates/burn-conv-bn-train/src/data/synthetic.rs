@@ -27,8 +27,8 @@ static GLYPHS: LazyLock<Vec<Vec<Vec<Stroke>>>> = LazyLock::new(|| {
 /// Digit `i` depends on `seed` and `i` alone: the first digits of a larger set are the smaller set. The
 /// work is spread over rayon's threads; a digit takes [`PIXELS`] + 1 bytes of memory.
 pub fn generate(count: usize, seed: u64) -> Digits {
-    let mut images = vec![0; count * PIXELS];
-    let mut labels = vec![0; count];
+    let mut images = vec![0_u8; count * PIXELS];
+    let mut labels = vec![0_u8; count];
     let (pictures, _) = images.as_chunks_mut::<PIXELS>();
     let digits = pictures.par_iter_mut().zip(&mut labels).enumerate();
     digits.for_each(|(index, (picture, label))| {

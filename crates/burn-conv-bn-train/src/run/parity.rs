@@ -219,13 +219,13 @@ impl Parity {
 
     /// Prints the losses and the verdict.
     ///
-    /// In single precision the losses of both variants drift from those of double precision, and
-    /// the optimizer multiplies the drift, Adadelta at a learning rate of 1 more than others. The verdict is that of the two-times rule: the fused run may be at most twice as far
-    /// from the unfused run in double precision as the farthest unfused run in single. That yardstick
-    /// shares no fault with the fused op. The spread of the unfused runs alone would not do: Burn sums
-    /// each channel of its batch norm in one long f32 sum, whose error every order shares. They may also
-    /// happen to agree with it, so that half an ulp of the loss, 2^-24 of its size, for each of four
-    /// roundings is allowed in any case, twice as well.
+    /// In single precision the losses of both variants drift from those of double precision, and the
+    /// optimizer multiplies the drift, Adadelta at a learning rate of 1 more than others. The verdict follows
+    /// the two-times rule: the fused run may be at most twice as far from the unfused run in double precision
+    /// as the farthest unfused run in single. That yardstick shares no fault with the fused op. The spread of
+    /// the unfused runs would not do: Burn sums each channel of its batch norm in one long f32 sum, whose
+    /// error every order shares. In case the unfused runs agree with the yardstick by chance, half an ulp of
+    /// the loss (2^-24 of it) for each of four roundings is allowed, twice as well.
     ///
     /// # Errors
     ///
