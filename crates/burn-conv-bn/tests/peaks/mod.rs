@@ -19,8 +19,7 @@ const SEED: u64 = 28;
 /// Products of a convolution at most, for the test's time.
 const MOST_PRODUCTS: usize = 150_000_000;
 
-/// Runs of a step, of which the least peak counts: any may pay for what a thread keeps from then on. Burn's
-/// steps, which take longer, run once.
+/// Runs of a step, of which the least peak counts: any may pay for what a thread keeps from then on.
 const RUNS: usize = 2;
 
 /// Bytes by which a layer may exceed Burn's.
@@ -160,8 +159,8 @@ impl Geometry {
             own.norm = own.norm.freeze();
             norm = norm.freeze();
         }
-        let own = least_peak(allocator, RUNS, input, |input| own.forward(input));
-        let burn = least_peak(allocator, 1, input, |input| {
+        let own = least_peak(allocator, input, |input| own.forward(input));
+        let burn = least_peak(allocator, input, |input| {
             relu(norm.forward(conv.forward(input)))
         });
         Peaks {
@@ -176,7 +175,6 @@ impl Geometry {
 /// The least peak of several steps, beyond the input and the parameters.
 fn least_peak(
     allocator: &CountingAllocator,
-    runs: usize,
     input: impl Fn() -> Tensor<4>,
     forward: impl Fn(Tensor<4>) -> Tensor<4>,
 ) -> usize {
@@ -192,7 +190,7 @@ fn least_peak(
     };
     // The first run draws the parameters.
     step();
-    (0..runs).map(|_| step()).min().unwrap_or_default()
+    (0..RUNS).map(|_| step()).min().unwrap_or_default()
 }
 
 /// No layer needs more than Burn's own, beside a fixed number of bytes, and training takes less.

@@ -4,7 +4,7 @@ use burn::tensor::Tolerance;
 use burn_conv_bn_models::Form;
 
 use crate::data::generate;
-use crate::run::job::Precision;
+use crate::run::job::{Norm, Precision};
 use crate::run::job::tests::job;
 
 #[test]
