@@ -1,4 +1,4 @@
-//! A training step of the tutorial's network or one of torchvision's, in each of Burn's forms.
+//! A training step of a network, in each of Burn's forms.
 
 use std::path::Path;
 use std::vec;
@@ -9,14 +9,14 @@ use burn::nn::DropoutConfig;
 use burn::optim::momentum::MomentumConfig;
 use burn::optim::{ModuleOptimizer, SgdConfig};
 use burn::tensor::activation::log_softmax;
-use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData};
+use burn::tensor::{Device, Distribution, FloatDType, Gradients, Int, Tensor, TensorData};
 use burn_conv_bn::{ConvBnModule, Recompute};
 use burn_conv_bn_bench::catalogue::{Architecture, Classifier, Network};
 use burn_conv_bn_bench::protocol::Contender;
 use burn_conv_bn_bench::tensor_file::{read, write};
 use burn_conv_bn_models::{
-    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
-    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    CspDarknet, CspDarknetConfig, DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form,
+    MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 use burn_conv_bn_train::optim::AdadeltaConfig;
 
@@ -80,6 +80,7 @@ enum Model {
     MobileNetV2(MobileNetV2),
     EfficientNet(EfficientNet),
     DenseNet(DenseNet),
+    CspDarknet(CspDarknet),
 }
 
 impl Model {
@@ -106,6 +107,9 @@ impl Model {
                 let config = ResNetConfig::resnet18(form).with_small_images(true);
                 Self::ResNet(config.with_classes(architecture.classes()).init(device))
             }
+            Some(Architecture::YoloxNano) => {
+                Self::CspDarknet(CspDarknetConfig::yolox_nano(form).init(device))
+            }
         }
     }
 
@@ -117,10 +121,11 @@ impl Model {
             Self::MobileNetV2(network) => Self::MobileNetV2(network.with_rebuilt_chains(ends)),
             Self::EfficientNet(network) => Self::EfficientNet(network.with_rebuilt_chains(ends)),
             Self::DenseNet(network) => Self::DenseNet(network.with_rebuilt_chains(ends)),
+            Self::CspDarknet(network) => Self::CspDarknet(network.with_rebuilt_chains(ends)),
         }
     }
 
-    /// Log-probabilities of the tutorial's network, logits of torchvision's.
+    /// Log-probabilities of the tutorial's network, logits of others.
     fn forward(&self, images: Tensor<4>) -> Tensor<2> {
         match self {
             Self::Tutorial(network) => network.forward(images),
@@ -129,6 +134,13 @@ impl Model {
             Self::MobileNetV2(network) => network.forward(images),
             Self::EfficientNet(network) => network.forward(images),
             Self::DenseNet(network) => network.forward(images),
+            Self::CspDarknet(network) => {
+                let means = network.forward(images).map(|map| {
+                    let means = map.mean_dim(3).mean_dim(2);
+                    means.flatten::<2>(1, 3).cast(FloatDType::F32)
+                });
+                Tensor::cat(means.to_vec(), 1)
+            }
         }
     }
 
@@ -151,6 +163,7 @@ impl Model {
             Self::MobileNetV2(network) => network.saved_for_backward(images),
             Self::EfficientNet(network) => network.saved_for_backward(images),
             Self::DenseNet(network) => network.saved_for_backward(images),
+            Self::CspDarknet(network) => network.saved_for_backward(images),
         };
         saved_bytes(listed.iter().map(|(_, kept)| kept))
     }

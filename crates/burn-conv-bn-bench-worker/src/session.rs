@@ -304,6 +304,7 @@ mod tests {
             Architecture::MobileNetV2,
             Architecture::DenseNet121,
             Architecture::CifarResNet18,
+            Architecture::YoloxNano,
         ] {
             let names = check(&small_classifier(architecture), Precision::F32);
             assert_eq!(names[..2], ["logits", "loss"]);

@@ -6,18 +6,18 @@ standard input, and reads a reply a line from its standard output. Requests and 
 of `src/protocol.rs` beside this folder; tensors are files of raw little-endian f32. Nothing but
 torch is needed.
 
-Contenders of a layer (conv -> batch norm -> ReLU), of the tutorial's network and of torchvision's:
+Contenders of a layer (conv -> batch norm -> ReLU), of the tutorial's network and of others:
 
 eager       PyTorch's own layers.
 compile     The same through torch.compile.
 tutorial    The custom function of the tutorial "Fusing Convolution and Batch Norm using Custom
             Function", with stride, padding, dilation and groups added. Its norm is another than
             everybody else's and has no scale and shift, so it is checked against its own formula, and
-            is not there for torchvision's networks and for volumes.
+            is not there for other networks and for volumes.
 checkpoint  PyTorch's own layers, each block under torch.utils.checkpoint. In ResNets,
             MobileNetV2 and EfficientNet that is a residual block, which keeps its input alone, as one does
-            there; in DenseNet a dense layer, which keeps the outputs before it;
-            elsewhere one convolution with its norm and activation.
+            there; in DenseNet a dense layer, which keeps the outputs before it; in YOLOX's backbone a
+            stage's layer of bottlenecks; elsewhere one convolution with its norm and activation.
 """
 
 import ctypes
@@ -58,7 +58,7 @@ OWN_REFERENCE = "own"
 EPSILON = 1e-5
 # Images, and least height and width, of the step that warms up before memory is measured.
 SMALL_BATCH, SMALL_SIZE = 2, 8
-# The same of torchvision's networks.
+# Height and width of the same for networks of three-channel images.
 SMALL_CLASSIFIER_SIZE = 64
 
 
@@ -171,11 +171,13 @@ class Block(nn.Module):
         bias=False,
         activation=F.relu_,
         dims=2,
+        eps=EPSILON,
+        momentum=0.1,
     ):
         super().__init__()
         conv, norm = MODULES[dims]
         self.conv = conv(*channels, kernel, stride, padding, dilation, groups, bias)
-        self.norm = norm(channels[1], eps=EPSILON, affine=affine, track_running_stats=affine)
+        self.norm = norm(channels[1], eps, momentum, affine, track_running_stats=affine)
         self.activation = activation
 
     @property
@@ -264,11 +266,11 @@ class Net(nn.Module):
         return F.log_softmax(self.fc2(x), dim=1)
 
 
-# --- Torchvision's networks -----------------------------------------------------------------
+# --- Other networks -------------------------------------------------------------------------
 #
-# ResNet (version 1.5), VGG with batch norm, MobileNetV2, EfficientNet and DenseNet, without dropout and
-# stochastic depth. Modules are in the order in which Burn's networks are visited, which is that of the file of
-# their parameters.
+# Torchvision's ResNet (version 1.5), VGG with batch norm, MobileNetV2, EfficientNet and DenseNet, without
+# dropout and stochastic depth, and YOLOX's backbone. Modules are in the order in which Burn's networks are
+# visited, which is that of the file of their parameters.
 
 CLASSES = 1000
 RELU6 = partial(F.relu6, inplace=True)
@@ -474,6 +476,85 @@ def densenet121(keep):
     return Classifier(features, 1, [channels, CLASSES])
 
 
+def yolox_block(channels, kernel, stride=1, groups=1):
+    options = {"activation": SILU, "eps": 1e-3, "momentum": 0.03}
+    return conv(channels, kernel, stride, groups=groups, **options)
+
+
+def separable(channels, stride=1):
+    inner = channels[0]
+    return [yolox_block([inner, inner], 3, stride, inner), yolox_block(channels, 1)]
+
+
+class Bottleneck(nn.Module):
+    """A shortcut behind the last activation."""
+
+    def __init__(self, channels, adds):
+        super().__init__()
+        blocks = [yolox_block([channels, channels], 1), *separable([channels, channels])]
+        self.blocks = nn.Sequential(*blocks)
+        self.adds = adds
+
+    def forward(self, x):
+        return self.blocks(x) + x if self.adds else self.blocks(x)
+
+
+class CspLayer(nn.Module):
+    """Bottlenecks over half of the channels beside the other half."""
+
+    def __init__(self, channels, count, adds):
+        super().__init__()
+        hidden = channels // 2
+        self.conv1 = yolox_block([channels, hidden], 1)
+        self.conv2 = yolox_block([channels, hidden], 1)
+        self.conv3 = yolox_block([2 * hidden, channels], 1)
+        self.m = nn.Sequential(*(Bottleneck(hidden, adds) for _ in range(count)))
+
+    def forward(self, x):
+        return self.conv3(torch.cat((self.m(self.conv1(x)), self.conv2(x)), 1))
+
+
+class Pyramid(nn.Module):
+    """Max pools of growing windows side by side."""
+
+    def __init__(self, channels, windows=(5, 9, 13)):
+        super().__init__()
+        hidden = channels // 2
+        self.conv1 = yolox_block([channels, hidden], 1)
+        self.conv2 = yolox_block([hidden * (1 + len(windows)), channels], 1)
+        self.pools = nn.ModuleList(nn.MaxPool2d(size, 1, size // 2) for size in windows)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.conv2(torch.cat([x, *(pool(x) for pool in self.pools)], 1))
+
+
+class YoloxNano(nn.Module):
+    """YOLOX-nano's CSPDarknet. Scores are the means of its outputs' channels."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.stem = keep(yolox_block([12, 16], 3))
+        stages = []
+        for channels, count in ((16, 1), (32, 3), (64, 3), (128, 1)):
+            is_last = channels == 128
+            down = [keep(block) for block in separable([channels, 2 * channels], 2)]
+            pyramid = [keep(Pyramid(2 * channels))] if is_last else []
+            csp = keep(CspLayer(2 * channels, count, not is_last))
+            stages.append(nn.Sequential(*down, *pyramid, csp))
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x):
+        pixels = (x[..., row::2, column::2] for column in (0, 1) for row in (0, 1))
+        x = self.stem(torch.cat(list(pixels), 1))
+        means = []
+        for index, stage in enumerate(self.stages):
+            x = stage(x)
+            if index > 0:
+                means.append(x.mean((2, 3)))
+        return torch.cat(means, 1)
+
+
 ARCHITECTURES = {
     "resnet18": lambda keep: resnet(keep, 1, (2, 2, 2, 2)),
     "resnet50": lambda keep: resnet(keep, 4, (3, 4, 6, 3)),
@@ -483,6 +564,7 @@ ARCHITECTURES = {
     "efficientnet_b0": efficientnet_b0,
     "densenet121": densenet121,
     "cifar_resnet18": lambda keep: resnet(keep, 1, (2, 2, 2, 2), is_small=True),
+    "yolox_nano": YoloxNano,
 }
 
 
@@ -991,7 +1073,7 @@ class NetworkWork(TrainingWork):
 
 
 class ClassifierWork(TrainingWork):
-    """One of torchvision's networks, with momentum as in Burn's contenders."""
+    """A network of three-channel images, with momentum as in Burn's contenders."""
 
     loss = staticmethod(F.cross_entropy)
     small_size = SMALL_CLASSIFIER_SIZE
@@ -1000,7 +1082,7 @@ class ClassifierWork(TrainingWork):
         if variant == "tutorial":
             raise Unavailable(
                 "the tutorial's function has no scale and shift, no running statistics and no "
-                "residual, which torchvision's networks have"
+                "residual, which this network has"
             )
         self.variant = variant
         self.computing = computing

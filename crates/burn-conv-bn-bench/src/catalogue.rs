@@ -30,7 +30,7 @@ pub enum Work {
     Layer(Layer),
     /// A training step of the tutorial's network.
     Network(Network),
-    /// A training step of a network of three-channel images.
+    /// A training step of a network over images of three channels.
     Classifier(Classifier),
 }
 
@@ -104,6 +104,9 @@ pub enum Architecture {
     /// ResNet-18 for images of 32x32 pixels, as CIFAR's: a 3x3 stem and no max pool.
     #[serde(rename = "cifar_resnet18")]
     CifarResNet18,
+    /// CSPDarknet, YOLOX-nano's backbone. Its scores are the means of the channels of its three outputs.
+    #[serde(rename = "yolox_nano")]
+    YoloxNano,
 }
 
 /// The entries of a run that names none; with smaller batches, and large images halved, if `quick`.
@@ -163,8 +166,8 @@ pub fn catalogue(quick: bool) -> Vec<Entry> {
     entries
 }
 
-/// Further entries: layers of other kinds, small images of many channels among them, and networks of small
-/// images.
+/// Further entries: layers of other kinds, small images of many channels among them, a network of small images,
+/// and a detector's backbone.
 pub fn more(quick: bool) -> Vec<Entry> {
     let layer = Layer::new;
     let layers = [
@@ -204,6 +207,7 @@ pub fn more(quick: bool) -> Vec<Entry> {
     let classifiers = [
         ("cifar-resnet18-128", cifar, 128, 32),
         ("cifar-resnet18-32", cifar, 32, 32),
+        ("yolox-nano", Architecture::YoloxNano, 8, 416),
     ];
     let mut entries: Vec<Entry> = layers.map(|layer| layer_entry(layer, quick)).into();
     entries.extend(classifiers.map(|classifier| classifier_entry(classifier, quick)));
@@ -310,10 +314,11 @@ impl Classifier {
 }
 
 impl Architecture {
-    /// Classes: ImageNet's or CIFAR-10's.
+    /// Classes: CIFAR-10's, the channels of a backbone's outputs, or ImageNet's.
     pub fn classes(self) -> usize {
         match self {
             Self::CifarResNet18 => 10,
+            Self::YoloxNano => 64 + 128 + 256,
             _ => 1000,
         }
     }
@@ -429,6 +434,7 @@ impl fmt::Display for Classifier {
             Architecture::EfficientNetB0 => "EfficientNet-B0",
             Architecture::DenseNet121 => "DenseNet-121",
             Architecture::CifarResNet18 => "ResNet-18 with a 3x3 stem",
+            Architecture::YoloxNano => "YOLOX-nano's backbone",
         };
         write!(f, "{name}, batch {} at {}", self.batch, self.size)
     }
@@ -502,7 +508,14 @@ mod tests {
             ]
         );
         assert_eq!(further[11], "32x1024x2 -> 2048 k1");
-        assert_eq!(further[12], "ResNet-18 with a 3x3 stem, batch 128 at 32");
+        assert_eq!(
+            further[12..],
+            [
+                "ResNet-18 with a 3x3 stem, batch 128 at 32",
+                "ResNet-18 with a 3x3 stem, batch 32 at 32",
+                "YOLOX-nano's backbone, batch 8 at 416",
+            ]
+        );
         let quick = catalogue(true);
         assert_eq!(quick[0].work.to_string(), "32x32x26 -> 64 k3");
         assert_eq!(quick[9].work.to_string(), "ResNet-50, batch 2 at 112");

@@ -37,7 +37,7 @@ pub struct Bench {
     #[arg(long, value_name = "ID", value_parser = id)]
     pub only: Vec<String>,
     /// Run the further entries instead: one image, dilation, 5x5, groups, volumes, small images of many
-    /// channels, and ResNet-18 for 32x32 pixels.
+    /// channels, ResNet-18 for 32x32 pixels, and YOLOX-nano's backbone.
     #[arg(long, conflicts_with = "only")]
     pub more: bool,
     /// Run the layers alone.
