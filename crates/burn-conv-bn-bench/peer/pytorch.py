@@ -30,7 +30,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-# Standard output carries replies alone. Whatever else is printed goes to standard error.
+# Standard output carries replies alone; prints go to standard error.
 REPLIES = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
@@ -40,7 +40,7 @@ def reply(message):
     REPLIES.flush()
 
 
-# torch.compile's pool of compiling processes would outlive this one and disturb the others.
+# torch.compile's pool of compiling processes would outlive this process and disturb others.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 try:
@@ -64,8 +64,8 @@ SMALL_CLASSIFIER_SIZE = 64
 
 # --- The tutorial's functions ---------------------------------------------------------------
 #
-# Copied from it, but for the geometry: it has stride 1, no padding and one group alone. That case
-# still takes its own formulae.
+# Copied from the tutorial, which has stride 1, no padding, no dilation and one group: that case keeps
+# its formulae, and other geometries are added.
 
 
 def convolution_backward(grad_out, X, weight, geometry, needs_X):
@@ -156,8 +156,8 @@ NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Block(nn.Module):
-    """PyTorch's own conv -> batch norm -> (+ residual) -> activation, in place where torchvision's
-    networks are."""
+    """PyTorch's own conv -> batch norm -> (+ residual) -> activation, in place as in torchvision's
+    networks."""
 
     def __init__(
         self,
@@ -235,7 +235,7 @@ class Checkpointed(nn.Module):
 
 
 def keeper_of(variant):
-    """What decides what a block keeps for the backward pass."""
+    """The wrapper of a block: a checkpoint, or none."""
     return Checkpointed if variant == "checkpoint" else (lambda block: block)
 
 
@@ -282,7 +282,7 @@ def conv(channels, kernel, stride=1, **options):
 
 
 class Chain(nn.Module):
-    """Blocks one after the other, the last of which adds what the shortcut makes of the input."""
+    """Blocks one after the other; the last one adds the shortcut of the input."""
 
     def __init__(self, blocks, shortcut=None):
         super().__init__()
@@ -590,7 +590,7 @@ def values_of(net):
 
 
 class Unavailable(Exception):
-    """What this machine, or PyTorch, has not: nobody's fault."""
+    """A lack of this machine or of PyTorch: no failure."""
 
 
 def device_of(request):
@@ -602,28 +602,26 @@ def device_of(request):
         raise Unavailable(f"PyTorch is compared on the CPU and on CUDA alone, not on {name}")
     if not torch.cuda.is_available():
         raise Unavailable("this PyTorch finds no CUDA device")
-    # So that f32 is f32, unless it was asked for. Burn does not insist: some of the kernels that its
-    # autotuning chooses from multiply f32 as TF32 where there are tensor cores.
+    # f32 is f32 unless TF32 was requested. Burn may multiply it as TF32 in any case: its autotuning
+    # chooses among kernels for tensor cores, too.
     is_tf32 = request["precision"] == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = is_tf32
     torch.backends.cudnn.allow_tf32 = is_tf32
-    # As Burn's autotuning: the fastest algorithm for a shape is found by trying, before anything
-    # is timed.
+    # As Burn's autotuning: the fastest algorithm for a shape is found by trying, before timed steps.
     torch.backends.cudnn.benchmark = True
     return torch.device("cuda")
 
 
 def finish(device):
-    """Waits until the device has done what it was told to. The CPU has when a call returns."""
+    """Waits until the device has finished. The CPU always has: its calls are synchronous."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 class Computing:
-    """How a contender computes in a precision: parameters are in f32 in all of them."""
+    """Computation in a precision, with parameters in f32 in all of them."""
 
-    # The first loss scale that Burn's contenders know, too. PyTorch's scaler would look for another
-    # one after 2000 steps.
+    # The scale of Burn's contenders. PyTorch's scaler raises it after 2000 steps.
     LOSS_SCALE = 1024.0
 
     def __init__(self, precision, device, is_flex):
@@ -634,7 +632,7 @@ class Computing:
         self.scaler = None
         if precision == "f16":
             self.scaler = torch.amp.GradScaler(device.type, init_scale=self.LOSS_SCALE)
-        # What cuDNN's convolutions on tensor cores want, as PyTorch's guide to tuning says.
+        # The layout for cuDNN's convolutions on tensor cores, by PyTorch's tuning guide.
         on_tensor_cores = device.type == "cuda" and precision != "f32"
         self.memory_format = torch.channels_last if on_tensor_cores else torch.contiguous_format
 
@@ -643,7 +641,7 @@ class Computing:
         return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None)
 
     def activations(self, tensor):
-        """Activations, as the blocks take them."""
+        """Activations in the blocks' type and layout."""
         tensor = tensor.to(memory_format=self.memory_format)
         return tensor if self.half is None else tensor.to(self.half)
 
@@ -655,7 +653,7 @@ class Computing:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def gradient(self, parameter):
-        """A gradient of `backward`, as if nothing had been scaled."""
+        """A gradient of `backward`, unscaled."""
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         return parameter.grad if scale == 1.0 else parameter.grad / scale
 
@@ -670,7 +668,7 @@ class Computing:
 
 
 def profile(work):
-    """The kernels of one more step, the one that took longest first."""
+    """The kernels of one more step, the slowest first."""
     if work.device.type != "cuda":
         raise Unavailable("PyTorch's kernels are those of CUDA")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -706,8 +704,7 @@ class Stopwatch:
 
 
 def tensor_bytes(tensor):
-    """The memory of a contiguous tensor. Nothing is copied, so nothing is left behind in the
-    resident set, and NumPy need not be there."""
+    """The memory of a contiguous tensor, without a copy in the resident set and without NumPy."""
     size = tensor.numel() * tensor.element_size()
     return (ctypes.c_char * size).from_address(tensor.data_ptr())
 
@@ -759,8 +756,8 @@ def status(name):
 
 
 def return_freed_memory():
-    """Gives the system what the warm-up freed and the C library kept: gradients as large as the
-    parameters. Else a step would fill that first, and seem to take so much less."""
+    """Returns freed memory that the C library keeps: gradients of the warm-up, as large as the
+    parameters. A step that reuses it would seem to need that much less."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -928,8 +925,7 @@ class LayerWork:
         return {"forward_ms": forward_ms, "backward_ms": backward_ms}
 
     def warm_up(self):
-        # What is compiled is compiled for one shape, during its first step, and cuDNN tries its
-        # algorithms for one.
+        # torch.compile compiles for one shape at the first step; cuDNN tries its algorithms for one.
         if self.variant == "compile" or self.device.type == "cuda":
             self.step()
             return
@@ -961,7 +957,7 @@ class TrainingWork:
     """A network's training step. Subclasses set `computing`, `device`, `variant`, `net`, `run_net`,
     `optimizer`, `images`, `targets` and what follows."""
 
-    # Mean over the images, of what the network makes of them and of their classes.
+    # From the network's output and the classes, the mean over the images.
     loss = None
     # Height and width of the images of the step that warms up before memory is measured.
     small_size = None
@@ -1002,7 +998,7 @@ class TrainingWork:
         loss = self.forward(self.images, self.targets)
         meter.forward_end()
         self.computing.backward(loss)
-        # Without the optimizer: by then the activations are gone, and its state stays.
+        # Without the optimizer: the activations are gone by then, and its state stays.
         memory = meter.finish()
         # Hooks do not see what a checkpoint keeps.
         if self.variant != "checkpoint":
@@ -1116,7 +1112,7 @@ class ClassifierWork(TrainingWork):
         results = {
             "logits": logits,
             "loss": loss,
-            # As Burn's contenders: why is said there.
+            # As Burn's contenders, with the reasons.
             "norms_and_biases_grad": torch.cat(vectors),
             "weight_grad_norms": torch.stack([grad.norm() for grad in grads if grad.ndim > 1]),
         }
@@ -1166,7 +1162,7 @@ class Session:
         raise ValueError(f"{name} is not a request to PyTorch")
 
     def explain(self, error):
-        """An error as a reply: that nothing can be compiled here is nobody's fault."""
+        """An error as a reply; a compiler that is missing is no failure."""
         if isinstance(error, Unavailable):
             return {"unavailable": {"reason": str(error)}}
         reason = " ".join(f"{type(error).__name__}: {error}".split())
