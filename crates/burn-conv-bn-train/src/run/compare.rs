@@ -282,16 +282,7 @@ fn summary(report: &Report) -> String {
             .map(|variant| row(&variant.name, cells(variant))),
     );
     if let [first, second] = trained {
-        let ratio = |of: fn(&VariantReport) -> f64| format!("{:.3}", of(first) / of(second));
-        let cells = [
-            ratio(|v| v.forward_end_bytes as f64),
-            ratio(|v| v.peak_bytes as f64),
-            ratio(|v| v.saved_bytes as f64),
-            ratio(|v| v.step_seconds_median),
-            String::new(),
-            String::new(),
-        ];
-        lines.push(row("ratio", cells).trim_end().to_string());
+        lines.push(ratio_row(first, second));
     }
     for variant in measured {
         lines.push(row(&variant.name, cells(variant)));
@@ -316,6 +307,20 @@ fn summary(report: &Report) -> String {
         report.burn_version
     ));
     lines.join("\n")
+}
+
+/// The row of the first variant's figures over the second's.
+fn ratio_row(first: &VariantReport, second: &VariantReport) -> String {
+    let ratio = |of: fn(&VariantReport) -> f64| format!("{:.3}", of(first) / of(second));
+    let cells = [
+        ratio(|v| v.forward_end_bytes as f64),
+        ratio(|v| v.peak_bytes as f64),
+        ratio(|v| v.saved_bytes as f64),
+        ratio(|v| v.step_seconds_median),
+        String::new(),
+        String::new(),
+    ];
+    row("ratio", cells).trim_end().to_string()
 }
 
 /// A row of the table.
