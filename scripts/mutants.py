@@ -83,9 +83,9 @@ MUTANTS = [
     ("layer/block.rs", "let training = on_autodiff && «self.norm.training.is_enabled()→true»;"),
     ("layer/block.rs", "if «training→true» && self.settings.track_running_stats {"),
     ("layer/block.rs", "if training && «self.settings.track_running_stats→true» {"),
-    ("layer/block.rs", "result.variance.clone() * (values / («values - 1.0→values»))"),
-    ("layer/block.rs", "running.update((old * (1.0 - momentum) + new * «momentum→(1.0 - momentum)»).detach());"),
-    ("layer/block.rs", "        «take_pending(running)→()»;\n    }\n}"),
+    ("layer/block.rs", "values / («values - 1.0→values»)\n"),
+    ("layer/block.rs", "        «take_pending(state)→()»;\n    }\n}"),
+    ("portable/norm.rs", "B::float_mul_scalar(batch, «momentum→(1.0 - momentum)».into()),"),
     # Flex.
     ("flex/backward.rs", "&& «shift <= MOST_SHIFT * spread→true»"),
     ("flex/backward.rs", "«spread.is_finite()→true» && spread >="),

@@ -27,7 +27,7 @@ use self::report::{EntryReport, Report};
 use self::run::{Lab, SEED};
 use crate::say::{note, say};
 
-/// Runs the benchmark. Fails if a contender failed or computed something else than the others.
+/// Runs the benchmark. Fails if a contender failed, or if its results differ from the others'.
 pub fn bench(args: &Bench) -> Result<()> {
     args.check()?;
     let largest_batch = args.largest_batch.map(NonZeroU64::get);
@@ -68,7 +68,7 @@ pub fn bench(args: &Bench) -> Result<()> {
     conclude(&report, &outputs, args)
 }
 
-/// Says what will run.
+/// Lists contenders and entries.
 fn announce(report: &Report, lab: &Lab<'_>, args: &Bench) {
     let names: Vec<String> = lab.contenders.iter().map(ToString::to_string).collect();
     note!(
@@ -120,7 +120,7 @@ fn conclude(report: &Report, outputs: &Outputs, args: &Bench) -> Result<()> {
     Ok(())
 }
 
-/// Why no contender of an engine ran anything, if that is so.
+/// The reason if no contender of an engine ran.
 fn nothing_ran(report: &Report, engine: Engine) -> Option<&str> {
     let contenders = report.entries.iter().flat_map(|entry| &entry.contenders);
     let mut contenders = contenders.filter(|report| report.contender.engine() == engine);

@@ -1,4 +1,4 @@
-//! Where a contender computes, and when that is done.
+//! Devices of the contenders, and their clocks.
 
 use std::time::Instant;
 
@@ -27,17 +27,16 @@ pub fn open(contender: Contender, name: &str, precision: Precision) -> Result<De
     }
 }
 
-/// Waits until the device has done what it was told to. On Flex there is nothing to wait for: when
-/// a call returns, its work is done.
+/// Waits until the device has finished. Flex always has: its calls are synchronous.
 pub fn finish(device: &Device) {
-    // The process ends with these words, which the driver tells.
+    // The driver reports the last words of a process.
     device
         .sync()
         .unwrap_or_else(|error| panic!("the device failed: {error}"));
 }
 
-/// Whether the device is one of CubeCL's, which compiles and tries kernels when a shape is new, and
-/// has its memory in a pool.
+/// Whether the device is one of CubeCL's, which compile and tune kernels for new shapes and have a memory
+/// pool.
 pub fn is_cube(device: &Device) -> bool {
     #[cfg(feature = "cubecl")]
     if let DispatchDevice::Cube(_) = device.clone().without_autodiff().as_dispatch() {
@@ -47,7 +46,7 @@ pub fn is_cube(device: &Device) -> bool {
     false
 }
 
-/// The vectors of our CPU kernels in this build on this processor, for people.
+/// The widest vectors of our CPU kernels in this build on this processor, for people.
 pub fn vectors() -> String {
     struct Width;
 
@@ -62,14 +61,14 @@ pub fn vectors() -> String {
     format!("{}-bit vectors", Arch::new().dispatch(Width))
 }
 
-/// Times the parts of a step, each to the end of its work on the device.
+/// Times the parts of a step, each to the end of the device's work.
 pub struct Stopwatch {
     device: Device,
     started: Instant,
 }
 
 impl Stopwatch {
-    /// Starts when the device has nothing left to do.
+    /// Starts once the device is idle.
     pub fn start(device: &Device) -> Self {
         finish(device);
         Self {

@@ -13,7 +13,7 @@ use cubecl::logging::{
 };
 
 /// Times every kernel that `step` launches, the slowest first; `step` must wait until the device is
-/// done. Nothing waits for a single kernel: they follow each other as they do elsewhere.
+/// done. No kernel is waited for: they follow each other as without a profile.
 pub fn profile(step: impl FnOnce()) -> Vec<KernelTime> {
     let launches = Arc::new(Launches::default());
     let observation = LaunchObservation::new(launches.clone());
@@ -40,7 +40,7 @@ pub fn profile(step: impl FnOnce()) -> Vec<KernelTime> {
 }
 
 enum Measurement {
-    /// The device may not have come to it yet.
+    /// The device may not have run it yet.
     Unread(ProfileDuration),
     Read(Duration),
 }

@@ -311,7 +311,7 @@ mod tests {
         assert_eq!(upstream.len(), values.len());
         let near = values.iter().filter(|value| value.abs() < KINK).count();
         let zeros = upstream.iter().filter(|gradient| **gradient == 0.0).count();
-        // 38,400 values, of which a fraction of about 1e-2 is that near.
+        // About 1e-2 of 38,400 values.
         assert!(near > 0 && near < 1000, "{near}");
         assert!(zeros >= near && zeros < near + 5, "{zeros} for {near}");
         for (gradient, value) in upstream.iter().zip(&values) {

@@ -27,13 +27,13 @@ fn main() -> Result<()> {
     let mut session = Session::new(&ALLOCATOR);
     for line in stdin().lock().lines() {
         let request = serde_json::from_str(&line.context("cannot read requests")?)
-            .context("bench-worker is started by cargo xtask bench, which tells it what to do")?;
+            .context("bench-worker is started by cargo xtask bench, which sends its requests")?;
         let reply = session.answer(request).unwrap_or_else(explain);
         let mut line = serde_json::to_vec(&reply)?;
         line.push(b'\n');
         let mut output = stdout().lock();
-        output.write_all(&line).context("nobody listens")?;
-        output.flush().context("nobody listens")?;
+        output.write_all(&line).context("cannot reply")?;
+        output.flush().context("cannot reply")?;
     }
     Ok(())
 }

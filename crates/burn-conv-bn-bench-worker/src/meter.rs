@@ -2,8 +2,10 @@
 //! allocator counts it; on a CubeCL device, its pool.
 
 use std::fs;
+use std::path::Path;
 
 use burn::tensor::Device;
+use burn_conv_bn_bench::linux::bytes;
 use burn_conv_bn_bench::protocol::StepMemory;
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_train::memory::MemoryProbe;
@@ -77,8 +79,8 @@ impl Meter {
     }
 }
 
-/// Gives the system what the warm-up freed and the C library kept: gradients as large as the
-/// parameters. Else a step would fill that first, and seem to take so much less.
+/// Returns freed memory that the C library keeps: gradients of the warm-up, as large as the parameters. A
+/// step that reuses it would seem to need that much less.
 #[allow(unsafe_code)]
 fn return_freed_memory() {
     // SAFETY: it takes no pointer, touches freed memory alone, and may be called at any time.
@@ -90,31 +92,12 @@ fn return_freed_memory() {
 
 /// A size in this process's status, in bytes. `None` elsewhere than on Linux.
 fn status(name: &str) -> Option<u64> {
-    field(&fs::read_to_string("/proc/self/status").ok()?, name)
-}
-
-/// A size of a line like `VmRSS:     13560 kB`.
-fn field(status: &str, name: &str) -> Option<u64> {
-    let mut values = status.lines().filter_map(|line| {
-        let value = line.strip_prefix(name)?.strip_prefix(':')?;
-        value.trim().strip_suffix("kB")
-    });
-    let kibibytes: u64 = values.next()?.trim().parse().ok()?;
-    Some(1024 * kibibytes)
+    bytes(Path::new("/proc/self/status"), name)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn fields_are_read_by_their_whole_name() {
-        let status = "Name:\tx\nVmRSSX:\t 1 kB\nVmHWM:\t   13564 kB\nVmRSS:\t   13560 kB\n";
-        assert_eq!(field(status, "VmRSS"), Some(13560 * 1024));
-        assert_eq!(field(status, "VmHWM"), Some(13564 * 1024));
-        assert_eq!(field(status, "Vm"), None);
-        assert_eq!(field(status, "Name"), None);
-    }
 
     #[cfg(target_os = "linux")]
     #[test]
@@ -127,7 +110,7 @@ mod tests {
         meter.forward_end();
         drop(touched(2 * BYTES));
         let memory = meter.finish();
-        // Other tests come and go at the same time, with less than this.
+        // Slack for other tests at the same time.
         let at_least = |bytes: Option<u64>, wanted: usize| {
             bytes.is_some_and(|bytes| bytes + (32 << 20) > wanted as u64)
         };

@@ -1,4 +1,4 @@
-//! A training step of the tutorial's network or one of torchvision's, in each of Burn's forms.
+//! A training step of a network, in each of Burn's forms.
 
 use std::path::Path;
 use std::vec;
@@ -9,14 +9,15 @@ use burn::nn::DropoutConfig;
 use burn::optim::momentum::MomentumConfig;
 use burn::optim::{ModuleOptimizer, SgdConfig};
 use burn::tensor::activation::log_softmax;
-use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData};
+use burn::tensor::{Device, Distribution, FloatDType, Gradients, Int, Tensor, TensorData};
 use burn_conv_bn::{ConvBnModule, Recompute};
 use burn_conv_bn_bench::catalogue::{Architecture, Classifier, Network};
 use burn_conv_bn_bench::protocol::Contender;
 use burn_conv_bn_bench::tensor_file::{read, write};
 use burn_conv_bn_models::{
-    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
-    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig, optim::AdadeltaConfig,
+    CspDarknet, CspDarknetConfig, DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form,
+    MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    optim::AdadeltaConfig,
 };
 
 use crate::device::is_cube;
@@ -24,8 +25,8 @@ use crate::precision::Computing;
 use crate::tensors::{into_values, tensor, write_tensor};
 use crate::workload::{Passed, Workload, chain_ends, form, recompute, saved_bytes};
 
-/// File of all parameters and running statistics of torchvision's networks, in the order in which
-/// Burn visits them. The tutorial's have a file each.
+/// File of all parameters and running statistics of a network, in the order in which Burn visits them. The
+/// tutorial's network has a file for each.
 const PARAMETERS: &str = "parameters";
 
 /// Images of the step that warms up before memory is measured.
@@ -34,14 +35,13 @@ const SMALL_BATCH: usize = 2;
 /// A network and the shape of its images.
 #[derive(Clone, Copy, Debug)]
 pub struct Spec {
-    /// One of torchvision's; `None` for the tutorial's network.
+    /// `None` for the tutorial's network.
     architecture: Option<Architecture>,
     images: [usize; 4],
     classes: usize,
     /// Height and width of the images of the step that warms up.
     small_size: usize,
-    /// The tutorial's; for torchvision's small enough that random images do not throw the weights far
-    /// off.
+    /// The tutorial's for its network; for others small, since random images would blow the weights up.
     learning_rate: f64,
 }
 
@@ -79,6 +79,7 @@ enum Model {
     MobileNetV2(MobileNetV2),
     EfficientNet(EfficientNet),
     DenseNet(DenseNet),
+    CspDarknet(CspDarknet),
 }
 
 impl Model {
@@ -105,6 +106,9 @@ impl Model {
                 let config = ResNetConfig::resnet18(form).with_small_images(true);
                 Self::ResNet(config.with_classes(architecture.classes()).init(device))
             }
+            Some(Architecture::YoloxNano) => {
+                Self::CspDarknet(CspDarknetConfig::yolox_nano(form).init(device))
+            }
         }
     }
 
@@ -116,10 +120,11 @@ impl Model {
             Self::MobileNetV2(network) => Self::MobileNetV2(network.with_rebuilt_chains(ends)),
             Self::EfficientNet(network) => Self::EfficientNet(network.with_rebuilt_chains(ends)),
             Self::DenseNet(network) => Self::DenseNet(network.with_rebuilt_chains(ends)),
+            Self::CspDarknet(network) => Self::CspDarknet(network.with_rebuilt_chains(ends)),
         }
     }
 
-    /// Log-probabilities of the tutorial's network, logits of torchvision's.
+    /// Log-probabilities of the tutorial's network, logits of others.
     fn forward(&self, images: Tensor<4>) -> Tensor<2> {
         match self {
             Self::Tutorial(network) => network.forward(images),
@@ -128,6 +133,13 @@ impl Model {
             Self::MobileNetV2(network) => network.forward(images),
             Self::EfficientNet(network) => network.forward(images),
             Self::DenseNet(network) => network.forward(images),
+            Self::CspDarknet(network) => {
+                let means = network.forward(images).map(|map| {
+                    let means = map.mean_dim(3).mean_dim(2);
+                    means.flatten::<2>(1, 3).cast(FloatDType::F32)
+                });
+                Tensor::cat(means.to_vec(), 1)
+            }
         }
     }
 
@@ -150,6 +162,7 @@ impl Model {
             Self::MobileNetV2(network) => network.saved_for_backward(images),
             Self::EfficientNet(network) => network.saved_for_backward(images),
             Self::DenseNet(network) => network.saved_for_backward(images),
+            Self::CspDarknet(network) => network.saved_for_backward(images),
         };
         saved_bytes(listed.iter().map(|(_, kept)| kept))
     }
@@ -181,8 +194,7 @@ pub fn prepare(spec: Spec, seed: u64, folder: &Path) -> Result<()> {
 /// The network with its data and its optimizer.
 pub struct NetworkWork {
     spec: Spec,
-    /// Taken out while the optimizer works on it: a second handle would keep it from working in
-    /// place.
+    /// `None` within an optimizer's step: a second handle would keep it from working in place.
     model: Option<Model>,
     optimizer: ModuleOptimizer,
     images: Tensor<4>,
@@ -268,16 +280,15 @@ impl Workload for NetworkWork {
                 Ok(())
             },
         )?;
-        // The gradients of all norms and biases as one tensor, and the Euclidean norms of those of the
-        // weights as another.
+        // The gradients of all norms and biases as one tensor, and the Euclidean norms of the weights'
+        // gradients as another.
         //
-        // A shift that the next norm takes away again has rounding noise for a gradient, which is to be
-        // judged beside the others. In a weight's gradient one ReLU that rounding turned over moves single
-        // values by a good part of the largest: the last maps of ResNet-50 have 392 values a channel, and a
-        // million values that may lie near the kink. In mixed precision, and where f32 may be multiplied as
-        // TF32, it moves as much of a norm's: on an H200, values of the fused form and of PyTorch's were 0.5
-        // and 0.7 of the largest away from Burn's, and norms of weights 2e-3. Of those, too, the Euclidean
-        // norms are gathered there.
+        // Together, because the gradient of a shift before another norm is rounding noise. Euclidean norms,
+        // because one ReLU that rounding flips moves single values of a weight's gradient by much of the
+        // largest: the last maps of ResNet-50 have 392 values a channel, and a million that may lie near the
+        // kink. In mixed precision and with TF32 the same holds for norms and biases: on an H200, values of
+        // the fused form and of PyTorch were 0.5 and 0.7 of the largest away from Burn's, Euclidean norms of
+        // weights' gradients 2e-3.
         if self.spec.architecture.is_some() {
             for (name, values) in [
                 ("norms_and_biases_grad", vectors),
@@ -365,8 +376,8 @@ impl<F: FnMut(&str, usize, Vec<f32>) -> Result<()>> Visitor<'_, F> {
         let name = file_name(&self.path);
         let mut value = param.val();
         if let Some((grads, computing)) = self.grads {
-            // Running statistics have none, nor have scale and shift of a norm without them. One that is
-            // missing is missed in the comparison.
+            // Running statistics have none, nor has a norm without scale and shift. The comparison finds a
+            // missing one.
             let is_trained = value.is_require_grad();
             let grad = is_trained.then(|| computing.gradient(&value, grads));
             let Some(grad) = grad.flatten() else {
@@ -394,7 +405,7 @@ impl<F: FnMut(&str, usize, Vec<f32>) -> Result<()>> ModuleVisitor for Visitor<'_
     }
 }
 
-/// Gives a network the values that `prepare` wrote, in one file or in one for each parameter.
+/// Gives a network the values that [`prepare`] wrote, in one file or in one for each parameter.
 fn fill(model: Model, is_one_file: bool, data: &Path) -> Result<Model> {
     let all = is_one_file.then(|| read(data, PARAMETERS)).transpose()?;
     let mut fill = Fill {

@@ -1,4 +1,4 @@
-//! What a contender computes in, in Burn's terms.
+//! Precisions in Burn's terms.
 
 use std::borrow::Cow;
 
@@ -9,7 +9,7 @@ use burn_conv_bn_bench::precision::Precision;
 use burn_conv_bn_models::optim::LossScale;
 use burn_conv_bn_train::job;
 
-/// The types of a precision. Whether f32 is multiplied as TF32 is for Burn to choose.
+/// The types of a precision. Burn chooses whether f32 is multiplied as TF32.
 pub fn types(precision: Precision) -> job::Precision {
     match precision {
         Precision::F32 | Precision::Tf32 => job::Precision::F32,
@@ -18,7 +18,7 @@ pub fn types(precision: Precision) -> job::Precision {
     }
 }
 
-/// How a workload computes in a precision: parameters are in f32 in all of them.
+/// Computation in a precision, with parameters in f32 in all of them.
 #[derive(Clone, Copy, Debug)]
 pub struct Computing(job::Precision);
 
@@ -32,16 +32,17 @@ impl Computing {
         self.0.is_mixed()
     }
 
-    /// Activations, as the blocks take them.
+    /// Activations in the blocks' type.
     pub fn activations<const D: usize>(self, tensor: Tensor<D>) -> Tensor<D> {
         tensor.cast(self.0.activations())
     }
 
     /// A module for one forward pass, in mixed precision with its blocks' weights cast.
     pub fn module<M: ConvBnModule>(self, module: &M) -> Cow<'_, M> {
-        match self.is_mixed() {
-            true => Cow::Owned(module.autocast(self.0.activations())),
-            false => Cow::Borrowed(module),
+        if self.is_mixed() {
+            Cow::Owned(module.autocast(self.0.activations()))
+        } else {
+            Cow::Borrowed(module)
         }
     }
 
@@ -50,7 +51,7 @@ impl Computing {
         self.scale().backward(loss)
     }
 
-    /// A gradient of [`backward`](Self::backward), as if nothing had been scaled.
+    /// A gradient of [`backward`](Self::backward), unscaled.
     pub fn gradient<const D: usize>(
         self,
         parameter: &Tensor<D>,
@@ -60,7 +61,7 @@ impl Computing {
         Some(self.scale().unscale(gradient))
     }
 
-    /// All of a module's gradients, as if nothing had been scaled.
+    /// All of a module's gradients, unscaled.
     pub fn gradients<M: ConvBnModule>(self, gradients: Gradients, module: &M) -> GradientsParams {
         self.scale().gradients(gradients, module)
     }

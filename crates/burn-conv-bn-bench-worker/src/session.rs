@@ -1,4 +1,4 @@
-//! Requests to replies.
+//! From requests to replies.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,7 +20,7 @@ use crate::network::{self, NetworkWork, Spec};
 use crate::precision::Computing;
 use crate::workload::Workload;
 
-/// What went wrong as a reply: what a device lacks is nobody's fault.
+/// An error as a reply: `Unavailable` where the device lacks something.
 pub fn explain(error: Error) -> Reply {
     let reason = format!("{error:#}");
     match error.downcast_ref() {
@@ -29,7 +29,7 @@ pub fn explain(error: Error) -> Reply {
     }
 }
 
-/// What one process has been told so far.
+/// State of the process.
 pub struct Session {
     allocator: &'static CountingAllocator,
     workload: Option<(Contender, Box<dyn Workload>)>,
@@ -64,7 +64,7 @@ impl Session {
                 }
                 return Ok(Reply::Done {});
             }
-            // The threads are rayon's, whose pool the driver sizes through the environment.
+            // The driver sets rayon's number of threads through the environment.
             Request::Load {
                 entry,
                 variant,
@@ -91,7 +91,7 @@ impl Session {
             Request::Profile {} => profile(workload.as_mut()),
             Request::Memory {} => {
                 let memory = workload.memory(self.allocator);
-                // What Burn's gradient checkpointing leaves out is in no list.
+                // The lists do not know Burn's gradient checkpointing.
                 let is_listed = *contender != Contender::UnfusedCheckpointed;
                 Reply::Measured(StepMemory {
                     saved: workload.saved().filter(|_| is_listed),
@@ -127,7 +127,7 @@ fn load(
     Ok(Box::new(work))
 }
 
-/// The kernels of a step, where there are any.
+/// The kernels of a step, on a device that launches any.
 fn profile(workload: &mut dyn Workload) -> Reply {
     #[cfg(feature = "cubecl")]
     {
@@ -140,7 +140,7 @@ fn profile(workload: &mut dyn Workload) -> Reply {
     }
     let _ = workload;
     Reply::Unavailable {
-        reason: "what computes here launches no kernels".to_string(),
+        reason: "this device launches no kernels".to_string(),
     }
 }
 
@@ -304,6 +304,7 @@ mod tests {
             Architecture::MobileNetV2,
             Architecture::DenseNet121,
             Architecture::CifarResNet18,
+            Architecture::YoloxNano,
         ] {
             let names = check(&small_classifier(architecture), Precision::F32);
             assert_eq!(names[..2], ["logits", "loss"]);
@@ -322,8 +323,7 @@ mod tests {
         assert!(matches!(explain(missing.into()), Reply::Failed { .. }));
     }
 
-    /// What the fused form, the one that never recomputes, the unfused and the checkpointed one say
-    /// that they keep.
+    /// Saved bytes of the fused form, the one that never recomputes, the unfused and the checkpointed one.
     fn saved(work: &Work, precision: Precision) -> [Option<u64>; 4] {
         let folder = drawn(work, 5);
         [

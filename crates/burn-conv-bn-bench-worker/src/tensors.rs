@@ -1,4 +1,4 @@
-//! Between files and tensors.
+//! Tensors from and to files.
 
 use std::path::Path;
 

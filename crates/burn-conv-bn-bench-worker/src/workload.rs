@@ -1,4 +1,4 @@
-//! What the workloads share.
+//! The trait of the workloads, and contenders in Burn's terms.
 
 use std::any::Any;
 use std::path::Path;
@@ -13,24 +13,23 @@ use burn_conv_bn_models::Form;
 use crate::device::{Stopwatch, is_cube};
 use crate::meter::Meter;
 
-/// The results of forward and backward: the gradients, and a layer's output, which stays alive as the
-/// input of the next layer would.
+/// The gradients of a pass, and a layer's output, which stays alive as the next layer's input would.
 pub type Passed = (Gradients, Option<Box<dyn Any>>);
 
 /// An entry in the form of one contender.
 pub trait Workload {
-    /// Runs forward and backward once, without dropout, and writes the results to a folder. Returns
-    /// their names.
+    /// Runs forward and backward once, without dropout, and writes the results to a folder. Returns the
+    /// results' names.
     fn check(&self, folder: &Path) -> Result<Vec<String>>;
 
-    /// Runs forward, `forward_end` with its output alive, and backward, over the data or over a few
-    /// small images, which start thread pools and bring code into memory.
+    /// Runs forward, `forward_end` while the output is alive, and backward: over the data, or over a few
+    /// small images to start thread pools and load code.
     fn pass(&self, is_small: bool, forward_end: &mut dyn FnMut()) -> Passed;
 
-    /// Runs the optimizer, if there is one, and says whether there is.
+    /// Runs the optimizer. Returns whether there is one.
     fn optimize(&mut self, grads: Gradients) -> bool;
 
-    /// Where it computes.
+    /// The device, with autodiff.
     fn device(&self) -> &Device;
 
     /// Bytes that its layers list as kept for the backward pass, as [`StepMemory::saved`]. `None` without
@@ -53,9 +52,9 @@ pub trait Workload {
         }
     }
 
-    /// Measures forward and backward after a pass that pays the one-time costs. CubeCL's devices
-    /// compile and tune kernels for each shape, so there it is one of the full size. The optimizer is
-    /// left out: by then the activations are gone, and its state stays.
+    /// Measures forward and backward, after a small pass for one-time costs, on CubeCL's devices a full one:
+    /// they compile and tune kernels for each shape. The optimizer is left out: the activations are gone by
+    /// then, and its state stays.
     fn memory(&self, allocator: &'static CountingAllocator) -> StepMemory {
         drop(self.pass(!is_cube(self.device()), &mut || {}));
         let mut meter = Meter::start(self.device(), allocator);
@@ -87,7 +86,7 @@ pub fn form(contender: Contender) -> Form {
     }
 }
 
-/// The recompute setting of a contender's fused blocks, where [`chain_ends`] does not say otherwise.
+/// The recompute setting of a contender's fused blocks, unless [`chain_ends`] has one.
 pub fn recompute(contender: Contender) -> Recompute {
     match contender {
         Contender::Never => Recompute::Never,
@@ -96,7 +95,7 @@ pub fn recompute(contender: Contender) -> Recompute {
     }
 }
 
-/// The recompute setting at the ends of a network's chains, if those inside are rebuilt.
+/// The recompute setting at the ends of a network's chains, if outputs inside are rebuilt.
 pub fn chain_ends(contender: Contender) -> Option<Recompute> {
     match contender {
         Contender::NormConv => Some(Recompute::Conv),

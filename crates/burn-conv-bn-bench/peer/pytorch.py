@@ -6,18 +6,18 @@ standard input, and reads a reply a line from its standard output. Requests and 
 of `src/protocol.rs` beside this folder; tensors are files of raw little-endian f32. Nothing but
 torch is needed.
 
-Contenders of a layer (conv -> batch norm -> ReLU), of the tutorial's network and of torchvision's:
+Contenders of a layer (conv -> batch norm -> ReLU), of the tutorial's network and of others:
 
 eager       PyTorch's own layers.
 compile     The same through torch.compile.
 tutorial    The custom function of the tutorial "Fusing Convolution and Batch Norm using Custom
             Function", with stride, padding, dilation and groups added. Its norm is another than
             everybody else's and has no scale and shift, so it is checked against its own formula, and
-            is not there for torchvision's networks and for volumes.
+            is not there for other networks and for volumes.
 checkpoint  PyTorch's own layers, each block under torch.utils.checkpoint. In ResNets,
             MobileNetV2 and EfficientNet that is a residual block, which keeps its input alone, as one does
-            there; in DenseNet a dense layer, which keeps the outputs before it;
-            elsewhere one convolution with its norm and activation.
+            there; in DenseNet a dense layer, which keeps the outputs before it; in YOLOX's backbone a
+            stage's layer of bottlenecks; elsewhere one convolution with its norm and activation.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-# Standard output carries replies alone. Whatever else is printed goes to standard error.
+# Standard output carries replies alone; prints go to standard error.
 REPLIES = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
@@ -40,7 +40,7 @@ def reply(message):
     REPLIES.flush()
 
 
-# torch.compile's pool of compiling processes would outlive this one and disturb the others.
+# torch.compile's pool of compiling processes would outlive this process and disturb others.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 try:
@@ -58,14 +58,14 @@ OWN_REFERENCE = "own"
 EPSILON = 1e-5
 # Images, and least height and width, of the step that warms up before memory is measured.
 SMALL_BATCH, SMALL_SIZE = 2, 8
-# The same of torchvision's networks.
+# Height and width of the same for networks of three-channel images.
 SMALL_CLASSIFIER_SIZE = 64
 
 
 # --- The tutorial's functions ---------------------------------------------------------------
 #
-# Copied from it, but for the geometry: it has stride 1, no padding and one group alone. That case
-# still takes its own formulae.
+# Copied from the tutorial, which has stride 1, no padding, no dilation and one group: that case keeps
+# its formulae, and other geometries are added.
 
 
 def convolution_backward(grad_out, X, weight, geometry, needs_X):
@@ -156,8 +156,8 @@ NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Block(nn.Module):
-    """PyTorch's own conv -> batch norm -> (+ residual) -> activation, in place where torchvision's
-    networks are."""
+    """PyTorch's own conv -> batch norm -> (+ residual) -> activation, in place as in torchvision's
+    networks."""
 
     def __init__(
         self,
@@ -171,11 +171,13 @@ class Block(nn.Module):
         bias=False,
         activation=F.relu_,
         dims=2,
+        eps=EPSILON,
+        momentum=0.1,
     ):
         super().__init__()
         conv, norm = MODULES[dims]
         self.conv = conv(*channels, kernel, stride, padding, dilation, groups, bias)
-        self.norm = norm(channels[1], eps=EPSILON, affine=affine, track_running_stats=affine)
+        self.norm = norm(channels[1], eps, momentum, affine, track_running_stats=affine)
         self.activation = activation
 
     @property
@@ -233,7 +235,7 @@ class Checkpointed(nn.Module):
 
 
 def keeper_of(variant):
-    """What decides what a block keeps for the backward pass."""
+    """The wrapper of a block: a checkpoint, or none."""
     return Checkpointed if variant == "checkpoint" else (lambda block: block)
 
 
@@ -264,11 +266,11 @@ class Net(nn.Module):
         return F.log_softmax(self.fc2(x), dim=1)
 
 
-# --- Torchvision's networks -----------------------------------------------------------------
+# --- Other networks -------------------------------------------------------------------------
 #
-# ResNet (version 1.5), VGG with batch norm, MobileNetV2, EfficientNet and DenseNet, without dropout and
-# stochastic depth. Modules are in the order in which Burn's networks are visited, which is that of the file of
-# their parameters.
+# Torchvision's ResNet (version 1.5), VGG with batch norm, MobileNetV2, EfficientNet and DenseNet, without
+# dropout and stochastic depth, and YOLOX's backbone. Modules are in the order in which Burn's networks are
+# visited, which is that of the file of their parameters.
 
 CLASSES = 1000
 RELU6 = partial(F.relu6, inplace=True)
@@ -280,7 +282,7 @@ def conv(channels, kernel, stride=1, **options):
 
 
 class Chain(nn.Module):
-    """Blocks one after the other, the last of which adds what the shortcut makes of the input."""
+    """Blocks one after the other; the last one adds the shortcut of the input."""
 
     def __init__(self, blocks, shortcut=None):
         super().__init__()
@@ -474,6 +476,85 @@ def densenet121(keep):
     return Classifier(features, 1, [channels, CLASSES])
 
 
+def yolox_block(channels, kernel, stride=1, groups=1):
+    options = {"activation": SILU, "eps": 1e-3, "momentum": 0.03}
+    return conv(channels, kernel, stride, groups=groups, **options)
+
+
+def separable(channels, stride=1):
+    inner = channels[0]
+    return [yolox_block([inner, inner], 3, stride, inner), yolox_block(channels, 1)]
+
+
+class Bottleneck(nn.Module):
+    """A shortcut behind the last activation."""
+
+    def __init__(self, channels, adds):
+        super().__init__()
+        blocks = [yolox_block([channels, channels], 1), *separable([channels, channels])]
+        self.blocks = nn.Sequential(*blocks)
+        self.adds = adds
+
+    def forward(self, x):
+        return self.blocks(x) + x if self.adds else self.blocks(x)
+
+
+class CspLayer(nn.Module):
+    """Bottlenecks over half of the channels beside the other half."""
+
+    def __init__(self, channels, count, adds):
+        super().__init__()
+        hidden = channels // 2
+        self.conv1 = yolox_block([channels, hidden], 1)
+        self.conv2 = yolox_block([channels, hidden], 1)
+        self.conv3 = yolox_block([2 * hidden, channels], 1)
+        self.m = nn.Sequential(*(Bottleneck(hidden, adds) for _ in range(count)))
+
+    def forward(self, x):
+        return self.conv3(torch.cat((self.m(self.conv1(x)), self.conv2(x)), 1))
+
+
+class Pyramid(nn.Module):
+    """Max pools of growing windows side by side."""
+
+    def __init__(self, channels, windows=(5, 9, 13)):
+        super().__init__()
+        hidden = channels // 2
+        self.conv1 = yolox_block([channels, hidden], 1)
+        self.conv2 = yolox_block([hidden * (1 + len(windows)), channels], 1)
+        self.pools = nn.ModuleList(nn.MaxPool2d(size, 1, size // 2) for size in windows)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.conv2(torch.cat([x, *(pool(x) for pool in self.pools)], 1))
+
+
+class YoloxNano(nn.Module):
+    """YOLOX-nano's CSPDarknet. Scores are the means of its outputs' channels."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.stem = keep(yolox_block([12, 16], 3))
+        stages = []
+        for channels, count in ((16, 1), (32, 3), (64, 3), (128, 1)):
+            is_last = channels == 128
+            down = [keep(block) for block in separable([channels, 2 * channels], 2)]
+            pyramid = [keep(Pyramid(2 * channels))] if is_last else []
+            csp = keep(CspLayer(2 * channels, count, not is_last))
+            stages.append(nn.Sequential(*down, *pyramid, csp))
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x):
+        pixels = (x[..., row::2, column::2] for column in (0, 1) for row in (0, 1))
+        x = self.stem(torch.cat(list(pixels), 1))
+        means = []
+        for index, stage in enumerate(self.stages):
+            x = stage(x)
+            if index > 0:
+                means.append(x.mean((2, 3)))
+        return torch.cat(means, 1)
+
+
 ARCHITECTURES = {
     "resnet18": lambda keep: resnet(keep, 1, (2, 2, 2, 2)),
     "resnet50": lambda keep: resnet(keep, 4, (3, 4, 6, 3)),
@@ -483,6 +564,7 @@ ARCHITECTURES = {
     "efficientnet_b0": efficientnet_b0,
     "densenet121": densenet121,
     "cifar_resnet18": lambda keep: resnet(keep, 1, (2, 2, 2, 2), is_small=True),
+    "yolox_nano": YoloxNano,
 }
 
 
@@ -508,7 +590,7 @@ def values_of(net):
 
 
 class Unavailable(Exception):
-    """What this machine, or PyTorch, has not: nobody's fault."""
+    """A lack of this machine or of PyTorch: no failure."""
 
 
 def device_of(request):
@@ -520,28 +602,26 @@ def device_of(request):
         raise Unavailable(f"PyTorch is compared on the CPU and on CUDA alone, not on {name}")
     if not torch.cuda.is_available():
         raise Unavailable("this PyTorch finds no CUDA device")
-    # So that f32 is f32, unless it was asked for. Burn does not insist: some of the kernels that its
-    # autotuning chooses from multiply f32 as TF32 where there are tensor cores.
+    # f32 is f32 unless TF32 was requested. Burn may multiply it as TF32 in any case: its autotuning
+    # chooses among kernels for tensor cores, too.
     is_tf32 = request["precision"] == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = is_tf32
     torch.backends.cudnn.allow_tf32 = is_tf32
-    # As Burn's autotuning: the fastest algorithm for a shape is found by trying, before anything
-    # is timed.
+    # As Burn's autotuning: the fastest algorithm for a shape is found by trying, before timed steps.
     torch.backends.cudnn.benchmark = True
     return torch.device("cuda")
 
 
 def finish(device):
-    """Waits until the device has done what it was told to. The CPU has when a call returns."""
+    """Waits until the device has finished. The CPU always has: its calls are synchronous."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 class Computing:
-    """How a contender computes in a precision: parameters are in f32 in all of them."""
+    """Computation in a precision, with parameters in f32 in all of them."""
 
-    # The first loss scale that Burn's contenders know, too. PyTorch's scaler would look for another
-    # one after 2000 steps.
+    # The scale of Burn's contenders. PyTorch's scaler raises it after 2000 steps.
     LOSS_SCALE = 1024.0
 
     def __init__(self, precision, device, is_flex):
@@ -552,7 +632,7 @@ class Computing:
         self.scaler = None
         if precision == "f16":
             self.scaler = torch.amp.GradScaler(device.type, init_scale=self.LOSS_SCALE)
-        # What cuDNN's convolutions on tensor cores want, as PyTorch's guide to tuning says.
+        # The layout for cuDNN's convolutions on tensor cores, by PyTorch's tuning guide.
         on_tensor_cores = device.type == "cuda" and precision != "f32"
         self.memory_format = torch.channels_last if on_tensor_cores else torch.contiguous_format
 
@@ -561,7 +641,7 @@ class Computing:
         return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None)
 
     def activations(self, tensor):
-        """Activations, as the blocks take them."""
+        """Activations in the blocks' type and layout."""
         tensor = tensor.to(memory_format=self.memory_format)
         return tensor if self.half is None else tensor.to(self.half)
 
@@ -573,7 +653,7 @@ class Computing:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def gradient(self, parameter):
-        """A gradient of `backward`, as if nothing had been scaled."""
+        """A gradient of `backward`, unscaled."""
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         return parameter.grad if scale == 1.0 else parameter.grad / scale
 
@@ -588,7 +668,7 @@ class Computing:
 
 
 def profile(work):
-    """The kernels of one more step, the one that took longest first."""
+    """The kernels of one more step, the slowest first."""
     if work.device.type != "cuda":
         raise Unavailable("PyTorch's kernels are those of CUDA")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -624,8 +704,7 @@ class Stopwatch:
 
 
 def tensor_bytes(tensor):
-    """The memory of a contiguous tensor. Nothing is copied, so nothing is left behind in the
-    resident set, and NumPy need not be there."""
+    """The memory of a contiguous tensor, without a copy in the resident set and without NumPy."""
     size = tensor.numel() * tensor.element_size()
     return (ctypes.c_char * size).from_address(tensor.data_ptr())
 
@@ -677,8 +756,8 @@ def status(name):
 
 
 def return_freed_memory():
-    """Gives the system what the warm-up freed and the C library kept: gradients as large as the
-    parameters. Else a step would fill that first, and seem to take so much less."""
+    """Returns freed memory that the C library keeps: gradients of the warm-up, as large as the
+    parameters. A step that reuses it would seem to need that much less."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -846,8 +925,7 @@ class LayerWork:
         return {"forward_ms": forward_ms, "backward_ms": backward_ms}
 
     def warm_up(self):
-        # What is compiled is compiled for one shape, during its first step, and cuDNN tries its
-        # algorithms for one.
+        # torch.compile compiles for one shape at the first step; cuDNN tries its algorithms for one.
         if self.variant == "compile" or self.device.type == "cuda":
             self.step()
             return
@@ -879,7 +957,7 @@ class TrainingWork:
     """A network's training step. Subclasses set `computing`, `device`, `variant`, `net`, `run_net`,
     `optimizer`, `images`, `targets` and what follows."""
 
-    # Mean over the images, of what the network makes of them and of their classes.
+    # From the network's output and the classes, the mean over the images.
     loss = None
     # Height and width of the images of the step that warms up before memory is measured.
     small_size = None
@@ -920,7 +998,7 @@ class TrainingWork:
         loss = self.forward(self.images, self.targets)
         meter.forward_end()
         self.computing.backward(loss)
-        # Without the optimizer: by then the activations are gone, and its state stays.
+        # Without the optimizer: the activations are gone by then, and its state stays.
         memory = meter.finish()
         # Hooks do not see what a checkpoint keeps.
         if self.variant != "checkpoint":
@@ -991,7 +1069,7 @@ class NetworkWork(TrainingWork):
 
 
 class ClassifierWork(TrainingWork):
-    """One of torchvision's networks, with momentum as in Burn's contenders."""
+    """A network of three-channel images, with momentum as in Burn's contenders."""
 
     loss = staticmethod(F.cross_entropy)
     small_size = SMALL_CLASSIFIER_SIZE
@@ -1000,7 +1078,7 @@ class ClassifierWork(TrainingWork):
         if variant == "tutorial":
             raise Unavailable(
                 "the tutorial's function has no scale and shift, no running statistics and no "
-                "residual, which torchvision's networks have"
+                "residual, which this network has"
             )
         self.variant = variant
         self.computing = computing
@@ -1034,7 +1112,7 @@ class ClassifierWork(TrainingWork):
         results = {
             "logits": logits,
             "loss": loss,
-            # As Burn's contenders: why is said there.
+            # As Burn's contenders, with the reasons.
             "norms_and_biases_grad": torch.cat(vectors),
             "weight_grad_norms": torch.stack([grad.norm() for grad in grads if grad.ndim > 1]),
         }
@@ -1084,7 +1162,7 @@ class Session:
         raise ValueError(f"{name} is not a request to PyTorch")
 
     def explain(self, error):
-        """An error as a reply: that nothing can be compiled here is nobody's fault."""
+        """An error as a reply; a compiler that is missing is no failure."""
         if isinstance(error, Unavailable):
             return {"unavailable": {"reason": str(error)}}
         reason = " ".join(f"{type(error).__name__}: {error}".split())

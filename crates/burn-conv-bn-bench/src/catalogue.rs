@@ -30,7 +30,7 @@ pub enum Work {
     Layer(Layer),
     /// A training step of the tutorial's network.
     Network(Network),
-    /// A training step of a network of three-channel images.
+    /// A training step of a network over images of three channels.
     Classifier(Classifier),
 }
 
@@ -104,6 +104,9 @@ pub enum Architecture {
     /// ResNet-18 for images of 32x32 pixels, as CIFAR's: a 3x3 stem and no max pool.
     #[serde(rename = "cifar_resnet18")]
     CifarResNet18,
+    /// CSPDarknet, YOLOX-nano's backbone. Its scores are the means of the channels of its three outputs.
+    #[serde(rename = "yolox_nano")]
+    YoloxNano,
 }
 
 /// The entries of a run that names none; with smaller batches, and large images halved, if `quick`.
@@ -163,8 +166,8 @@ pub fn catalogue(quick: bool) -> Vec<Entry> {
     entries
 }
 
-/// Further entries: layers of other kinds, small images of many channels among them, and networks of small
-/// images.
+/// Further entries: layers of other kinds, small images of many channels among them, a network of small images,
+/// and a detector's backbone.
 pub fn more(quick: bool) -> Vec<Entry> {
     let layer = Layer::new;
     let layers = [
@@ -204,6 +207,7 @@ pub fn more(quick: bool) -> Vec<Entry> {
     let classifiers = [
         ("cifar-resnet18-128", cifar, 128, 32),
         ("cifar-resnet18-32", cifar, 32, 32),
+        ("yolox-nano", Architecture::YoloxNano, 8, 416),
     ];
     let mut entries: Vec<Entry> = layers.map(|layer| layer_entry(layer, quick)).into();
     entries.extend(classifiers.map(|classifier| classifier_entry(classifier, quick)));
@@ -310,10 +314,11 @@ impl Classifier {
 }
 
 impl Architecture {
-    /// Classes: ImageNet's or CIFAR-10's.
+    /// Classes: CIFAR-10's, the channels of a backbone's outputs, or ImageNet's.
     pub fn classes(self) -> usize {
         match self {
             Self::CifarResNet18 => 10,
+            Self::YoloxNano => 64 + 128 + 256,
             _ => 1000,
         }
     }
@@ -341,37 +346,34 @@ impl Work {
         }
     }
 
-    /// Most that a result of a contender may be off, relative to the largest value of the same
-    /// tensor from Burn's unfused layers on the same device in the same precision.
+    /// Largest allowed error of a contender's result, relative to the largest value of the same tensor
+    /// from Burn's unfused layers on the same device in the same precision.
     ///
-    /// More is allowed elsewhere than on Flex: where a GPU has tensor cores, some of the kernels
-    /// that autotuning chooses from multiply f32 as TF32, which has a mantissa of
-    /// ten bits. Two contenders need not get the same kernel.
+    /// It is larger on devices other than Flex: on a GPU with tensor cores some of the kernels that
+    /// autotuning chooses from multiply f32 as TF32, with a mantissa of ten bits, and two contenders may
+    /// get different kernels.
     pub fn tolerance(&self, device: &str, precision: Precision) -> f64 {
         match self {
-            // Values are rounded to 4e-3 of themselves in bf16, 5e-4 in f16, several times on the way
-            // through a layer; and Burn adds up some depthwise gradients in f16.
+            // A value is rounded to 4e-3 of itself in bf16, 5e-4 in f16, several times within a layer;
+            // Burn accumulates some depthwise gradients in f16.
             Self::Layer(_) if precision.is_mixed() => 5e-2,
-            // That turns over more ReLUs and winners of the pooling than f32 does, and PyTorch's
-            // linear layers are rounded, too: with 32 images that alone moves a gradient of the first
-            // convolution by 0.2. Here, as in all networks, the check tells that nothing is left out;
-            // that it is computed well is shown by the tests, beside the same in f32.
+            // Rounding flips more ReLUs and argmaxes of the pooling than in f32, and PyTorch rounds in
+            // linear layers, too: with 32 images that alone moves a gradient of the first convolution by
+            // 0.2. In networks the check shows that no part is missing; the tests show accuracy.
             Self::Network(_) | Self::Classifier(_) if precision.is_mixed() => 5e-1,
             Self::Layer(_) if device != FLEX => 5e-3,
-            // Burn's is not the only arithmetic there: on an H200, with TF32, PyTorch's in f32 was up to
-            // 5.6e-2 off, and the fused form up to 4e-3.
+            // On an H200, where Burn multiplied as TF32, PyTorch's f32 was up to 5.6e-2 off, and the fused
+            // form up to 4e-3.
             Self::Network(_) if device != FLEX => 1e-1,
-            // Rounding alone: the upstream gradient is zero where it could turn a ReLU over.
+            // Rounding alone: the upstream gradient is zero where rounding could flip a ReLU.
             Self::Layer(_) => 1e-3,
-            // Burn takes a batch's statistics as one long sum: over the 1.2 million values of a
-            // channel at batch 2048 this layer and PyTorch's are both 3.4e-3 away from it in the
-            // second convolution's gradient. Rounding also turns a few ReLUs and winners of the
-            // pooling over, which moves a whole value from one place to another; the gradients of
-            // the parameters are sums over very many.
+            // Burn's statistics are one long sum: over the 1.2 million values of a channel at batch 2048
+            // this layer and PyTorch's both differ by 3.4e-3 in the second convolution's gradient.
+            // Rounding also flips a few ReLUs and argmaxes of the pooling, each of which moves a whole
+            // value; parameters' gradients are sums over many.
             Self::Network(_) => 1e-2,
-            // Dozens of layers amplify that: in f32 this only tells that the same network was run.
-            // That both forms compute the same is shown in f64, by the tests of the networks.
-            // TF32 is as coarse as f16.
+            // Dozens of layers amplify rounding: in f32 the check shows that the same network ran. The
+            // networks' tests compare both forms in f64. TF32 is as coarse as f16.
             Self::Classifier(_) if device != FLEX => 5e-1,
             Self::Classifier(_) => 1e-1,
         }
@@ -429,6 +431,7 @@ impl fmt::Display for Classifier {
             Architecture::EfficientNetB0 => "EfficientNet-B0",
             Architecture::DenseNet121 => "DenseNet-121",
             Architecture::CifarResNet18 => "ResNet-18 with a 3x3 stem",
+            Architecture::YoloxNano => "YOLOX-nano's backbone",
         };
         write!(f, "{name}, batch {} at {}", self.batch, self.size)
     }
@@ -502,7 +505,14 @@ mod tests {
             ]
         );
         assert_eq!(further[11], "32x1024x2 -> 2048 k1");
-        assert_eq!(further[12], "ResNet-18 with a 3x3 stem, batch 128 at 32");
+        assert_eq!(
+            further[12..],
+            [
+                "ResNet-18 with a 3x3 stem, batch 128 at 32",
+                "ResNet-18 with a 3x3 stem, batch 32 at 32",
+                "YOLOX-nano's backbone, batch 8 at 416",
+            ]
+        );
         let quick = catalogue(true);
         assert_eq!(quick[0].work.to_string(), "32x32x26 -> 64 k3");
         assert_eq!(quick[9].work.to_string(), "ResNet-50, batch 2 at 112");

@@ -1,7 +1,7 @@
-//! Names of the devices that contenders compute on, each that of Burn's feature for it.
+//! Names of the contenders' devices, those of Burn's features.
 
-/// The CPU, through Burn's Flex: the default, and the only device that computes at once. All others
-/// are CubeCL's, which compile and try kernels when they first run, and work asynchronously.
+/// The CPU, through Burn's Flex: the default, and the only synchronous device. All others are CubeCL's, which
+/// compile and tune kernels at the first run.
 pub const FLEX: &str = "flex";
 
 /// An NVIDIA GPU.
@@ -10,5 +10,5 @@ pub const CUDA: &str = "cuda";
 /// Any GPU, through wgpu and WGSL.
 pub const WEBGPU: &str = "webgpu";
 
-/// All of them.
+/// All devices.
 pub const DEVICES: [&str; 8] = [FLEX, "cpu", CUDA, "metal", "rocm", "vulkan", WEBGPU, "wgpu"];

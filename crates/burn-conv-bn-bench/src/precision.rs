@@ -1,11 +1,11 @@
-//! What the contenders compute in.
+//! Precisions of the contenders.
 
 use std::fmt;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-/// What convolutions compute in, and what blocks pass on and keep.
+/// Type of convolutions' products, and of the activations that blocks pass on and keep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -13,7 +13,7 @@ pub enum Precision {
     /// cores.
     #[default]
     F32,
-    /// f32, which PyTorch, too, may multiply as TF32, with a mantissa of ten bits, on an NVIDIA GPU.
+    /// f32, which PyTorch may multiply as TF32, too, with a mantissa of ten bits, on an NVIDIA GPU.
     Tf32,
     /// Mixed precision: blocks in f16, parameters and norms in f32. The loss of a network is scaled
     /// for the backward pass.

@@ -1,6 +1,6 @@
-//! What the driver and a contender's process say to each other: a [`Request`] a line on the
-//! process's standard input, and a [`Reply`] a line on its standard output for each. Tensors pass
-//! between them as [files](crate::tensor_file) in folders that requests name.
+//! Messages between the driver and a contender's process: a [`Request`] a line on the process's standard
+//! input, and a [`Reply`] a line on its standard output for each. Tensors are
+//! [files](crate::tensor_file) in folders that requests name.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,7 +15,7 @@ use crate::precision::Precision;
 /// Subfolder of a check's results: the contender's own reference, if [`Checked::own_reference`] is set.
 pub const OWN_REFERENCE: &str = "own";
 
-/// Who is timed, in the order of the tables.
+/// Contenders in the order of the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Contender {
@@ -74,31 +74,31 @@ impl fmt::Display for Contender {
     }
 }
 
-/// What the driver asks.
+/// A message of the driver.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Which versions of what it would run on.
+    /// Names and versions of the software. Answered by [`Reply::Hello`].
     Hello {},
-    /// Draw an entry's data on the CPU and write them. For `bench-worker` alone; answered by
+    /// Draw an entry's data on the CPU and write them; `bench-worker` alone does. Answered by
     /// [`Reply::Done`].
     Prepare {
-        /// What the data are for.
+        /// The entry.
         entry: Entry,
         /// Seed of the data.
         seed: u64,
         /// Folder of the data.
         data_dir: PathBuf,
     },
-    /// Become a contender and read the data. Answered by [`Reply::Done`].
+    /// Become a contender of an entry and read its data. Answered by [`Reply::Done`].
     Load {
-        /// What to run.
+        /// The entry.
         entry: Entry,
-        /// Which contender.
+        /// The contender.
         variant: Contender,
         /// One of [`DEVICES`](crate::device::DEVICES).
         device: String,
-        /// What to compute in.
+        /// Precision of the computation.
         precision: Precision,
         /// Folder of the data.
         data_dir: PathBuf,
@@ -113,9 +113,9 @@ pub enum Request {
     },
     /// Run a timed step. Answered by [`Reply::Ran`].
     Run {},
-    /// Run a step and time the kernels of the device. Answered by [`Reply::Profiled`].
+    /// Run a step and time the device's kernels. Answered by [`Reply::Profiled`].
     Profile {},
-    /// Measure the memory of one step, in a process that has done nothing but load. Answered by
+    /// Measure the memory of one step, in a process that has only loaded. Answered by
     /// [`Reply::Measured`].
     Memory {},
     /// Run training steps and measure the memory of all that is there. Answered by [`Reply::Trained`].
@@ -125,13 +125,13 @@ pub enum Request {
     },
 }
 
-/// What a contender answers.
+/// An answer of a contender.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
     /// To [`Request::Hello`].
     Hello(Software),
-    /// It was done.
+    /// Success without a result.
     Done {},
     /// To [`Request::Check`].
     Checked(Checked),
@@ -146,35 +146,35 @@ pub enum Reply {
     Measured(StepMemory),
     /// To [`Request::Train`].
     Trained(Training),
-    /// To anything: this machine lacks what that needs.
+    /// To any request: the machine or the framework lacks something. No failure.
     Unavailable {
-        /// What it lacks.
+        /// The lack, for people.
         reason: String,
     },
-    /// To anything: it was tried and went wrong.
+    /// To any request: a failure.
     Failed {
-        /// What went wrong.
+        /// The failure, for people.
         reason: String,
     },
 }
 
-/// What a contender runs on.
+/// Software of a contender.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Software {
     /// Version by name.
     pub versions: BTreeMap<String, String>,
-    /// The widest vectors that it computes with on this processor, if known.
+    /// The widest vectors in use on this processor, if known.
     #[serde(default)]
     pub vectors: Option<String>,
 }
 
-/// What a check wrote.
+/// Results of a check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checked {
     /// Names of the tensors.
     pub tensors: Vec<String>,
-    /// Whether it computes something else than the others, and wrote what that should be, by the
-    /// framework's own differentiation, to [`OWN_REFERENCE`].
+    /// Whether the contender computes another function than the others and wrote a reference of its own,
+    /// by the framework's differentiation, to [`OWN_REFERENCE`].
     pub own_reference: bool,
 }
 
@@ -218,10 +218,9 @@ pub struct KernelTime {
 }
 
 /// Memory of one step, in bytes above the level just before its forward pass: data, parameters
-/// and the upstream gradient were there before. `None` is what cannot be had.
+/// and the upstream gradient were there before. `None` where unknown.
 ///
-/// The heap is the memory that the contender computes in: the host's, or a device's pool, beside
-/// which the resident set says nothing and is left out.
+/// Heap is the allocator on the host or a device's pool, for which there is no resident set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepMemory {
     /// Resident set at the end of forward, with the output alive.

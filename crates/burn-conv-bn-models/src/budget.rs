@@ -5,7 +5,7 @@ use std::fmt;
 use burn_conv_bn::{ConvBn2d, Recompute};
 
 use crate::walk::Walk;
-use crate::{DenseNet, EfficientNet, MobileNetV2, Net, ResNet, Vgg};
+use crate::{CspDarknet, DenseNet, EfficientNet, MobileNetV2, Net, ResNet, Vgg};
 
 /// What a network's `with_memory_budget` chose, and what it counts on.
 ///
@@ -154,7 +154,7 @@ macro_rules! budget {
     };
 }
 
-budget!(DenseNet EfficientNet MobileNetV2 Net ResNet Vgg);
+budget!(CspDarknet DenseNet EfficientNet MobileNetV2 Net ResNet Vgg);
 
 /// A network whose policies are looked for.
 struct Search<N> {

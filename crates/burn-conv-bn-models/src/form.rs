@@ -105,15 +105,7 @@ impl Form {
     ) -> Tensor<4> {
         match self {
             Self::Fused => block.forward_max_pool(input, pool),
-            Self::Unfused => {
-                let pool = pool::MaxPool2dConfig::new(pool.kernel_size)
-                    .with_strides(pool.stride)
-                    .with_padding(pool.padding.clone())
-                    .with_dilation(pool.dilation)
-                    .with_ceil_mode(pool.ceil_mode)
-                    .init();
-                pool.forward(self.forward(block, input))
-            }
+            Self::Unfused => burn_pool(pool).forward(self.forward(block, input)),
         }
     }
 
@@ -181,6 +173,16 @@ impl Form {
             }
         }
     }
+}
+
+/// Burn's own max pool.
+pub(crate) fn burn_pool(pool: &MaxPool2d) -> pool::MaxPool2d {
+    pool::MaxPool2dConfig::new(pool.kernel_size)
+        .with_strides(pool.stride)
+        .with_padding(pool.padding.clone())
+        .with_dilation(pool.dilation)
+        .with_ceil_mode(pool.ceil_mode)
+        .init()
 }
 
 /// What Burn's own layers keep, with that name for the activation's input.

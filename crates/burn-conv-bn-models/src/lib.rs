@@ -4,6 +4,7 @@
 //! - [`Net`]: the PyTorch tutorial's.
 //! - [`ResNet`], [`Vgg`], [`MobileNetV2`], [`EfficientNet`] and [`DenseNet`]: torchvision's, with its layers, initial
 //!   distributions and names.
+//! - [`CspDarknet`]: the backbone of YOLOX-nano, with YOLOX's.
 //!
 //! Both forms have the same modules, so they share records, optimizer states and, from the same
 //! seed, initial weights; turning one into the other moves no tensor.
@@ -18,7 +19,8 @@
 //! # Weights of PyTorch
 //!
 //! Each of torchvision's networks has a table `PYTORCH_KEYS` of `(pattern, replacement)`: regular
-//! expressions that turn the keys of torchvision's `state_dict` into the names of our parameters.
+//! expressions that turn the keys of torchvision's `state_dict` into the names of our parameters;
+//! [`CspDarknet`] has one for those of YOLOX.
 //! They are meant for `burn-store`, one after the other and in this order:
 //!
 //! ```no_run
@@ -48,6 +50,7 @@
 #![deny(missing_docs)]
 
 mod budget;
+mod cspdarknet;
 mod densenet;
 mod efficientnet;
 mod fold;
@@ -67,6 +70,10 @@ mod walk;
 mod tests;
 
 pub use budget::{BlockPlan, BudgetError, MemoryPlan};
+pub use cspdarknet::{
+    CspBottleneck, CspDarknet, CspDarknetConfig, CspDarknetStage, CspLayer, SeparableConv,
+    SppBottleneck,
+};
 pub use densenet::{DenseLayer, DenseNet, DenseNetConfig, Transition};
 pub use efficientnet::{EfficientNet, EfficientNetBlock, EfficientNetConfig, SqueezeExcitation};
 pub use form::Form;

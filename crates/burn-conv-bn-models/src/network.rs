@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn_conv_bn::{FoldError, SavedTensor};
 
 use crate::fold::fold;
-use crate::{DenseNet, EfficientNet, Form, MobileNetV2, Net, ResNet, Vgg};
+use crate::{CspDarknet, DenseNet, EfficientNet, Form, MobileNetV2, Net, ResNet, Vgg};
 
 macro_rules! forms {
     ($($network:ty)*) => {
@@ -42,7 +42,7 @@ macro_rules! forms {
     };
 }
 
-forms!(DenseNet EfficientNet MobileNetV2 Net ResNet Vgg);
+forms!(CspDarknet DenseNet EfficientNet MobileNetV2 Net ResNet Vgg);
 
 macro_rules! lists {
     ($($network:ty)*) => {
@@ -67,4 +67,4 @@ macro_rules! lists {
     };
 }
 
-lists!(DenseNet EfficientNet MobileNetV2 ResNet Vgg);
+lists!(CspDarknet DenseNet EfficientNet MobileNetV2 ResNet Vgg);

@@ -1,15 +1,15 @@
-//! What pre-activation networks have besides blocks, in both forms: norms before convolutions, convolutions alone,
-//! and concatenations.
+//! What networks have besides blocks, in both forms: norms before convolutions, convolutions and max pools alone, and
+//! concatenations.
 
 use burn::nn::conv::Conv2d;
 use burn::tensor::module::conv2d;
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{DType, Shape, Tensor};
 use burn_conv_bn::functional::{cat_channels, conv};
-use burn_conv_bn::{BatchNormActivation, ConvBnError, SavedTensor};
+use burn_conv_bn::{BatchNormActivation, ConvBnError, MaxPool2d, SavedTensor};
 
 use crate::Form;
-use crate::form::{kept_by_activation, unfused_activation, unfused_norm};
+use crate::form::{burn_pool, kept_by_activation, unfused_activation, unfused_norm};
 
 impl Form {
     /// Norm and activation. Fused, the output is rebuilt in the backward pass.
@@ -40,6 +40,33 @@ impl Form {
             Self::Fused => or_panic(cat_channels(tensors)),
             Self::Unfused => Tensor::cat(tensors, 1),
         }
+    }
+
+    /// A max pool.
+    pub(crate) fn max_pool(self, pool: &MaxPool2d, input: Tensor<4>) -> Tensor<4> {
+        match self {
+            Self::Fused => pool.forward(input),
+            Self::Unfused => burn_pool(pool).forward(input),
+        }
+    }
+
+    /// What [`max_pool`](Self::max_pool) keeps of a tracked input of that shape and type.
+    pub(crate) fn saved_by_max_pool(
+        self,
+        pool: &MaxPool2d,
+        input_shape: [usize; 4],
+        dtype: DType,
+    ) -> Vec<SavedTensor> {
+        let mut saved = match self {
+            Self::Fused => pool.saved_for_backward(input_shape),
+            Self::Unfused => pool.saved_by_burn(input_shape),
+        };
+        for tensor in &mut saved {
+            if tensor.name == "input" {
+                tensor.dtype = dtype;
+            }
+        }
+        saved
     }
 
     /// What [`normalize`](Self::normalize) keeps of a tracked input of that shape and type.

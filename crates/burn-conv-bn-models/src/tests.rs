@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::DropoutConfig;
-use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
+use burn::tensor::{DType, Device, Distribution, FloatDType, Int, Tensor};
 use burn_conv_bn::{Activation, ConvBn2dConfig, ConvBnModule, NormVariant};
 use burn_store::KeyRemapper;
 
+use crate::cspdarknet::pixel_blocks;
 use crate::{
-    DenseNet, DenseNetConfig, EfficientNetBlock, EfficientNetConfig, Form, MobileNetV2Config, Net,
-    NetConfig, ResNetConfig, VggConfig,
+    CspDarknet, CspDarknetConfig, DenseNet, DenseNetConfig, EfficientNetBlock, EfficientNetConfig,
+    Form, MobileNetV2Config, Net, NetConfig, ResNetConfig, VggConfig,
 };
 
 /// Sizes of all parameters and buffers, by name.
@@ -172,15 +173,77 @@ fn densenet_is_that_of_torchvision() {
             let of_norm = ["weight", "bias", "running_mean", "running_var"];
             names.extend(of_norm.map(|name| format!("{norm}.{name}")));
         }
-        let patterns = KeyRemapper::from_patterns(DenseNet::PYTORCH_KEYS.to_vec()).unwrap();
-        for (pattern, replacement) in patterns.to_regex_pairs() {
-            for name in &mut names {
-                *name = pattern.replace_all(name, replacement.as_str()).into_owned();
-            }
-        }
-        names.sort();
+        let names = renamed(names, DenseNet::PYTORCH_KEYS);
         assert!(visitor.sizes.keys().eq(&names), "{names:#?}");
     }
+}
+
+/// Names of PyTorch's after a table's patterns, sorted.
+fn renamed(mut names: Vec<String>, keys: &[(&'static str, &'static str)]) -> Vec<String> {
+    let patterns = KeyRemapper::from_patterns(keys.to_vec()).unwrap();
+    for (pattern, replacement) in patterns.to_regex_pairs() {
+        for name in &mut names {
+            *name = pattern.replace_all(name, replacement.as_str()).into_owned();
+        }
+    }
+    names.sort();
+    names
+}
+
+/// Names of the backbone in a file of the whole detector, and the number of parameters of YOLOX's code.
+#[test]
+fn cspdarknet_is_that_of_yolox() {
+    let network = CspDarknetConfig::yolox_nano(Form::Fused).init_lazy(&Device::flex());
+    let mut visitor = Sizes::default();
+    network.visit(&mut visitor);
+    let mut convs = vec!["stem.conv".to_owned()];
+    let separable = |name: String| ["dconv", "pconv"].map(|conv| format!("{name}.{conv}"));
+    for (stage, count) in [(2, 1), (3, 3), (4, 3), (5, 1)] {
+        convs.extend(separable(format!("dark{stage}.0")));
+        let mut csp = format!("dark{stage}.1");
+        if stage == 5 {
+            convs.extend([1, 2].map(|conv| format!("{csp}.conv{conv}")));
+            csp = "dark5.2".to_owned();
+        }
+        convs.extend([1, 2, 3].map(|conv| format!("{csp}.conv{conv}")));
+        for index in 0..count {
+            convs.push(format!("{csp}.m.{index}.conv1"));
+            convs.extend(separable(format!("{csp}.m.{index}.conv2")));
+        }
+    }
+    let mut names = Vec::new();
+    for conv in convs {
+        let conv = format!("backbone.backbone.{conv}");
+        names.push(format!("{conv}.conv.weight"));
+        let of_norm = ["weight", "bias", "running_mean", "running_var"];
+        names.extend(of_norm.map(|name| format!("{conv}.bn.{name}")));
+    }
+    let names = renamed(names, CspDarknet::PYTORCH_KEYS);
+    assert!(visitor.sizes.keys().eq(&names), "{names:#?}");
+
+    let buffers = ["running_mean", "running_var"];
+    let parameters = visitor
+        .sizes
+        .iter()
+        .filter(|(name, _)| !buffers.iter().any(|buffer| name.ends_with(buffer)));
+    assert_eq!(parameters.map(|(_, size)| size).sum::<usize>(), 459_968);
+}
+
+/// Top left, bottom left, top right and bottom right pixels.
+#[test]
+fn blocks_of_pixels_are_in_the_order_of_yolox() {
+    let images = Tensor::<1, Int>::arange(0..16, &Device::flex()).float();
+    let blocks = pixel_blocks(images.reshape([1, 2, 2, 4]));
+    assert_eq!(blocks.dims(), [1, 8, 1, 2]);
+    let values: Vec<f32> = blocks.into_data().iter::<f32>().collect();
+    let of_first = [[0, 2], [4, 6], [1, 3], [5, 7]];
+    let wanted = of_first.map(|[left, right]| [left, right, left + 8, right + 8]);
+    let wanted: Vec<f32> = wanted
+        .concat()
+        .into_iter()
+        .map(|pixel| pixel as f32)
+        .collect();
+    assert_eq!(values, wanted);
 }
 
 #[test]

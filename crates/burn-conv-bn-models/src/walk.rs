@@ -88,6 +88,13 @@ impl Walk {
         self.pass(name, saved, None, output);
     }
 
+    /// Passes a max pool alone.
+    pub(crate) fn max_pool(&mut self, name: &str, pool: &MaxPool2d) {
+        let Activation { shape, dtype, .. } = self.current.clone();
+        let saved = self.form.saved_by_max_pool(pool, shape.dims(), dtype);
+        self.pass(name, saved, None, pool.output_shape(shape.dims()));
+    }
+
     /// Passes a norm and its activation, whose output is rebuilt in the fused form.
     pub(crate) fn norm(&mut self, name: &str, layer: &BatchNormActivation) {
         let Activation { shape, dtype, .. } = self.current.clone();
@@ -126,6 +133,17 @@ impl Walk {
         output[1] = tensors.iter().map(|tensor| tensor.shape[1]).sum();
         self.advance(output);
         self.held[self.current.buffer] = is_rebuilt;
+    }
+
+    /// Passes a sum, which keeps nothing.
+    pub(crate) fn sum(&mut self) {
+        self.advance(self.current.shape.clone());
+    }
+
+    /// Passes the copy that makes channels of blocks of 2x2 pixels.
+    pub(crate) fn pixel_blocks(&mut self) {
+        let [batch, channels, height, width] = self.current.shape.dims();
+        self.advance([batch, 4 * channels, height / 2, width / 2]);
     }
 
     /// Passes Burn's 2x2 average pool, which keeps its input.

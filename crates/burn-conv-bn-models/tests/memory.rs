@@ -13,8 +13,9 @@ use burn_conv_bn::{
 };
 use burn_conv_bn_memory::CountingAllocator;
 use burn_conv_bn_models::{
-    BudgetError, DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MemoryPlan,
-    MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    BudgetError, CspDarknet, CspDarknetConfig, DenseNet, DenseNetConfig, EfficientNet,
+    EfficientNetConfig, Form, MemoryPlan, MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet,
+    ResNetConfig, Vgg, VggConfig,
 };
 
 #[global_allocator]
@@ -79,7 +80,7 @@ trait Lists: Module + ConvBnModule {
 }
 
 macro_rules! lists {
-    ($($network:ty, |$this:ident, $images:ident| $saved:expr;)*) => {
+    ($($network:ty, |$this:ident, $images:ident| $saved:expr, $forward:expr;)*) => {
         $(
             impl Lists for $network {
                 fn in_form(self, form: Form) -> Self {
@@ -87,7 +88,7 @@ macro_rules! lists {
                 }
 
                 fn forward(&self, images: Tensor<4>) -> Tensor<2> {
-                    self.forward(images)
+                    $forward(self, images)
                 }
 
                 fn saved(&self, $images: [usize; 4]) -> Vec<(String, SavedTensor)> {
@@ -108,12 +109,20 @@ macro_rules! lists {
 }
 
 lists! {
-    Net, |net, images| net.saved_for_backward(images[0], images[2]);
-    ResNet, |net, images| net.saved_for_backward(images);
-    Vgg, |net, images| net.saved_for_backward(images);
-    MobileNetV2, |net, images| net.saved_for_backward(images);
-    EfficientNet, |net, images| net.saved_for_backward(images);
-    DenseNet, |net, images| net.saved_for_backward(images);
+    Net, |net, images| net.saved_for_backward(images[0], images[2]), Net::forward;
+    ResNet, |net, images| net.saved_for_backward(images), ResNet::forward;
+    Vgg, |net, images| net.saved_for_backward(images), Vgg::forward;
+    MobileNetV2, |net, images| net.saved_for_backward(images), MobileNetV2::forward;
+    EfficientNet, |net, images| net.saved_for_backward(images), EfficientNet::forward;
+    DenseNet, |net, images| net.saved_for_backward(images), DenseNet::forward;
+    CspDarknet, |net, images| net.saved_for_backward(images), sums;
+}
+
+/// Sums of the three outputs' channels, which keep nothing.
+fn sums(network: &CspDarknet, images: Tensor<4>) -> Tensor<2> {
+    let maps = network.forward(images);
+    let sums = maps.map(|map| map.sum_dim(3).sum_dim(2).flatten::<2>(1, 3));
+    Tensor::cat(sums.to_vec(), 1)
 }
 
 /// Turns norms to their running statistics; gamma and beta go on being trained.
@@ -175,6 +184,12 @@ fn blocks_and_networks_keep_what_they_list() {
             .with_classes(classes)
             .with_recompute(recompute);
         network(&name("DenseNet-121"), densenet.init(&device), images);
+        let cspdarknet = CspDarknetConfig::yolox_nano(form).with_recompute(recompute);
+        network(
+            &name("CSPDarknet"),
+            cspdarknet.init(&device),
+            [2, 3, 128, 128],
+        );
     }
 }
 
@@ -225,6 +240,8 @@ fn budgets(device: &Device) {
         .with_classes(10)
         .with_hidden(64);
     budget("VGG-16", vgg.init(device), images);
+    let cspdarknet = CspDarknetConfig::yolox_nano(Form::Fused);
+    budget("CSPDarknet", cspdarknet.init(device), [2, 3, 128, 128]);
     let net = NetConfig::new(Form::Fused);
     budget("tutorial", net.init(device), [16, 1, 28, 28]);
 }
@@ -312,6 +329,8 @@ fn rebuilt_chains(device: &Device) {
     // Its chains keep what Conv's do.
     let densenet = DenseNetConfig::densenet121(Form::Fused).with_classes(10);
     chains!("DenseNet-121", images, densenet);
+    let cspdarknet = CspDarknetConfig::yolox_nano(Form::Fused);
+    chains!("CSPDarknet", [2, 3, 128, 128], cspdarknet);
     let net = NetConfig::new(Form::Fused);
     let chains = net.init(device).with_rebuilt_chains(Recompute::Conv);
     network("tutorial, chains", chains, [16, 1, 28, 28]);

@@ -1,4 +1,4 @@
-//! Torchvision's networks: the two forms against each other in f64, and what they keep.
+//! The networks: the two forms against each other in f64, and what they keep.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -6,8 +6,8 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Distribution, Gradients, Tensor};
 use burn_conv_bn::{Recompute, SavedTensor};
 use burn_conv_bn_models::{
-    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
-    MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
+    CspDarknet, CspDarknetConfig, DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form,
+    MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 
 const BATCH: usize = 4;
@@ -20,8 +20,11 @@ fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A network of torchvision's.
+/// A network with scores of images.
 trait Network: Module {
+    /// Scores of an image.
+    const SCORES: usize = CLASSES;
+
     fn forward(&self, images: Tensor<4>) -> Tensor<2>;
     fn with_form(self, form: Form) -> Self;
 }
@@ -43,6 +46,21 @@ macro_rules! networks {
 }
 
 networks!(DenseNet EfficientNet MobileNetV2 ResNet Vgg);
+
+impl Network for CspDarknet {
+    /// Of YOLOX-nano's three outputs: a score for each channel.
+    const SCORES: usize = 64 + 128 + 256;
+
+    fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        let maps = CspDarknet::forward(self, images);
+        let sums = maps.map(|map| map.sum_dim(3).sum_dim(2).flatten::<2>(1, 3));
+        Tensor::cat(sums.to_vec(), 1)
+    }
+
+    fn with_form(self, form: Form) -> Self {
+        CspDarknet::with_form(self, form)
+    }
+}
 
 /// Turns a network to f64, with biases, scales, shifts and statistics off their initial values.
 struct Prepare;
@@ -123,7 +141,7 @@ impl Step {
     fn run<N: Network>(network: N, images: Tensor<4>, upstream: Tensor<2>) -> Self {
         let tracked = images.clone().autodiff().require_grad();
         let output = network.forward(tracked.clone());
-        assert_eq!(output.dims(), [BATCH, CLASSES]);
+        assert_eq!(output.dims(), upstream.dims());
         let grads = (output.clone() * upstream.autodiff()).sum().backward();
         let mut gradients = vec![("images".to_owned(), values(tracked.grad(&grads).unwrap()))];
         gradients.extend(collect(&network, Some(&grads)));
@@ -168,7 +186,7 @@ fn check<N: Network>(init: impl Fn(&Device) -> N, size: usize) {
     let plain = Device::flex();
     let normal = Distribution::Normal(0.0, 1.0);
     let images = Tensor::<4>::random([BATCH, 3, size, size], normal, &plain).cast(DType::F64);
-    let upstream = Tensor::<2>::random([BATCH, CLASSES], normal, &plain).cast(DType::F64);
+    let upstream = Tensor::<2>::random([BATCH, N::SCORES], normal, &plain).cast(DType::F64);
     // Clones share running statistics, so each form starts from the seed.
     let [fused, unfused] = [Form::Fused, Form::Unfused].map(|form| {
         let device = Device::flex().autodiff();
@@ -253,6 +271,33 @@ fn both_forms_of_efficientnet_agree() {
             .with_recompute(recompute);
         check(|device| config.init(device), 32);
     }
+}
+
+#[test]
+fn both_forms_of_cspdarknet_agree() {
+    let config = CspDarknetConfig::yolox_nano(Form::Fused);
+    for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
+        let config = config.clone().with_recompute(recompute);
+        check(|device| config.init(device), 46);
+    }
+    check(
+        |device| config.init(device).with_rebuilt_chains(Recompute::Conv),
+        64,
+    );
+}
+
+/// The outputs of YOLOX-nano at its 416 pixels.
+#[test]
+fn cspdarknet_has_three_outputs() {
+    let _alone = alone();
+    let device = Device::flex();
+    let network = CspDarknetConfig::yolox_nano(Form::Fused).init(&device);
+    let images = Tensor::<4>::ones([1, 3, 416, 416], &device);
+    let shapes = network.forward(images).map(|map| map.dims());
+    assert_eq!(
+        shapes,
+        [[1, 64, 52, 52], [1, 128, 26, 26], [1, 256, 13, 13]]
+    );
 }
 
 #[test]

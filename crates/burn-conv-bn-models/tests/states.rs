@@ -6,8 +6,8 @@ use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{Device, Distribution, Tensor};
 use burn_conv_bn::{ConvBnModule, Recompute};
 use burn_conv_bn_models::{
-    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
-    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    CspDarknet, CspDarknetConfig, DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form,
+    MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
 };
 
 /// What has happened to a network.
@@ -42,21 +42,29 @@ fn values(tensor: Tensor<2>) -> Vec<f64> {
 
 macro_rules! network {
     ($name:ident, $network:ident, $images:expr, $new:expr, $saved:expr) => {
+        network!($name, $network, $images, $new, $saved, $network::forward);
+    };
+    ($name:ident, $network:ident, $images:expr, $new:expr, $saved:expr, $scores:expr) => {
         mod $name {
             use super::*;
+
+            fn scores(network: &$network, images: &Tensor<4>) -> Tensor<2> {
+                let scores = $scores;
+                scores(network, images.clone())
+            }
 
             fn in_state(state: State, device: &Device, images: &Tensor<4>) -> $network {
                 let new = || -> $network { $new(device) };
                 let network = new();
                 let trained = |network: $network| {
-                    network.forward(images.clone());
+                    scores(&network, images);
                     network
                 };
                 match state {
                     State::New => network,
                     State::AfterForward => trained(network),
                     State::AfterStep if device.is_autodiff() => {
-                        let scores = network.forward(images.clone());
+                        let scores = scores(&network, images);
                         let loss = (scores.clone() * scores).mean();
                         let grads = GradientsParams::from_grads(loss.backward(), &network);
                         SgdConfig::new().init().step(1e-3, network, grads)
@@ -81,7 +89,7 @@ macro_rules! network {
                         let network = in_state(state, &device, &images);
                         assert_eq!(network.form(), Form::Fused);
                         let evaluate =
-                            |network: &$network| values(network.valid().forward(images.clone()));
+                            |network: &$network| values(scores(&network.valid(), &images));
                         let wanted = evaluate(&network);
                         let scale = wanted
                             .iter()
@@ -107,9 +115,12 @@ macro_rules! network {
                         assert!(saved(&unfused) > 0, "{what}");
                         assert!(!format!("{network}").is_empty());
                         // A batch that knows nothing of autodiff, as of a data loader without a device.
-                        let scores = network.forward(images.clone());
-                        let on_autodiff = unfused.forward(images.clone()).is_autodiff();
-                        assert_eq!(scores.is_autodiff(), on_autodiff, "{what}");
+                        let on_autodiff = scores(&unfused, &images).is_autodiff();
+                        assert_eq!(
+                            scores(&network, &images).is_autodiff(),
+                            on_autodiff,
+                            "{what}"
+                        );
                     }
                 }
             }
@@ -186,4 +197,17 @@ network!(
         .with_classes(5)
         .init(device),
     |network: &DenseNet| bytes(network.saved_for_backward([2, 3, 64, 64]))
+);
+network!(
+    cspdarknet,
+    CspDarknet,
+    [2, 3, 64, 64],
+    |device| CspDarknetConfig::yolox_nano(Form::Fused).init(device),
+    |network: &CspDarknet| bytes(network.saved_for_backward([2, 3, 64, 64])),
+    |network: &CspDarknet, images| {
+        let means = network
+            .forward(images)
+            .map(|map| map.mean_dim(3).mean_dim(2).flatten::<2>(1, 3));
+        Tensor::cat(means.to_vec(), 1)
+    }
 );

@@ -5,7 +5,7 @@ use burn::module::Module;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::ops::PadMode;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{FoldError, NormVariant, SavedTensor};
+use burn_conv_bn::{FoldError, NormVariant, Recompute, SavedTensor};
 use burn_conv_bn_models::{
     DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
     MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
@@ -185,6 +185,19 @@ impl Network {
             Self::DenseNet(net) => net.forward(padded(images)),
         };
         log_softmax(scores, 1)
+    }
+
+    /// Rebuilds outputs inside chains of blocks, whose ends recompute what they are given; see
+    /// [`ResNet::with_rebuilt_chains`] and its like.
+    pub(crate) fn with_rebuilt_chains(self, ends: Recompute) -> Self {
+        match self {
+            Self::Tutorial(net) => Self::Tutorial(net.with_rebuilt_chains(ends)),
+            Self::ResNet(net) => Self::ResNet(net.with_rebuilt_chains(ends)),
+            Self::Vgg(net) => Self::Vgg(net.with_rebuilt_chains(ends)),
+            Self::MobileNetV2(net) => Self::MobileNetV2(net.with_rebuilt_chains(ends)),
+            Self::EfficientNet(net) => Self::EfficientNet(net.with_rebuilt_chains(ends)),
+            Self::DenseNet(net) => Self::DenseNet(net.with_rebuilt_chains(ends)),
+        }
     }
 
     /// The network for evaluation, with norms folded into their convolutions, up to rounding the same.

@@ -153,12 +153,19 @@ fn compare_tells_and_reports() {
         (report.train_digits, report.test_digits, report.batch_size),
         (64, 32, 32)
     );
-    let [fused, unfused] = report.variants.as_slice() else {
-        panic!("two variants in {json}");
+    let [fused, unfused, measured] = report.variants.as_slice() else {
+        panic!("three variants in {json}");
     };
+    let names = [fused, unfused, measured].map(|variant| variant.name.as_str());
+    assert_eq!(names, ["fused", "unfused", "norm-conv"]);
     assert_eq!(
-        (fused.name.as_str(), unfused.name.as_str()),
-        ("fused", "unfused")
+        (measured.epochs.len(), measured.step_losses.len()),
+        (0, 2),
+        "{json}"
+    );
+    assert!(
+        2 * measured.forward_end_bytes < unfused.forward_end_bytes,
+        "{json}"
     );
     for variant in [fused, unfused] {
         assert_eq!(
@@ -358,8 +365,8 @@ fn mixed_precision_is_compared() {
         assert_eq!(report.dtype, precision.to_uppercase());
         report
     });
-    let [fused, unfused] = mixed.variants.as_slice() else {
-        panic!("two variants in {mixed:?}");
+    let [fused, unfused, _] = mixed.variants.as_slice() else {
+        panic!("three variants in {mixed:?}");
     };
     // The second block's input and the pooled output, in half; in Burn's own layers both norms' inputs in
     // f32, and what goes into and out of ReLU in half. The linear layer's input is a cast.
@@ -633,13 +640,15 @@ fn other_networks_are_compared() {
             (model, "sgd")
         );
         assert_eq!(report.threads, 1);
-        let [fused, unfused] = report.variants.as_slice() else {
-            panic!("two variants in {report:?}");
+        let [fused, unfused, measured] = report.variants.as_slice() else {
+            panic!("three variants in {report:?}");
         };
-        assert_eq!((fused.step_losses.len(), unfused.step_losses.len()), (2, 2));
-        // The first step is from the same weights, whatever becomes of rounding later.
-        let difference = (fused.step_losses[0] - unfused.step_losses[0]).abs();
-        assert!(difference < 1e-2, "{fused:?}, {unfused:?}");
+        for other in [fused, measured] {
+            assert_eq!((other.step_losses.len(), unfused.step_losses.len()), (2, 2));
+            // The first step is from the same weights, whatever becomes of rounding later.
+            let difference = (other.step_losses[0] - unfused.step_losses[0]).abs();
+            assert!(difference < 1e-2, "{other:?}, {unfused:?}");
+        }
         assert!(fused.saved_bytes < unfused.saved_bytes, "{report:?}");
         let svg = fs::read_to_string(folder.path().join("memory.svg")).unwrap();
         assert!(svg.contains(model), "no {model} in {svg}");
@@ -698,6 +707,8 @@ fn options_of_fused_blocks_are_refused_without_any() {
         let arguments = format!("train {SMALL} --plain --variant unfused {options}");
         mnist(&folder, &arguments).assert_refused(&[option, "--variant unfused"]);
     }
+    let arguments = format!("train {SMALL} --plain --variant norm-conv --recompute never");
+    mnist(&folder, &arguments).assert_refused(&["--recompute", "--variant norm-conv"]);
     let file = "variant = \"unfused\"\nrecompute = \"never\"\n";
     fs::write(folder.path().join("job.toml"), file).unwrap();
     mnist(&folder, "train --config job.toml").assert_refused(&["--recompute", "--variant unfused"]);
@@ -1451,7 +1462,8 @@ fn a_run_that_diverges_is_reported() {
         for variant in &report.variants {
             let diverged = variant.diverged.expect(&variant.name);
             assert_eq!(diverged.epoch, 1, "{variant:?}");
-            assert!(!variant.epochs[0].test_loss.is_finite(), "{variant:?}");
+            let mut losses = variant.epochs.iter().map(|epoch| epoch.test_loss);
+            assert!(losses.all(|loss| !loss.is_finite()), "{variant:?}");
         }
     };
 
@@ -1474,7 +1486,7 @@ fn a_run_that_diverges_is_reported() {
         outcome.stdout
     );
     let compared: Report = json(&folder, "c.json");
-    assert_eq!(compared.variants.len(), 2);
+    assert_eq!(compared.variants.len(), 3);
     assert_diverged(&compared);
     let svg = fs::read_to_string(folder.path().join("c.svg")).unwrap();
     assert!(svg.contains("fused (diverged in epoch 1"), "{svg}");

@@ -10,34 +10,32 @@ use burn_conv_bn_bench::precision::Precision;
 use burn_conv_bn_bench::protocol::{Contender, Engine};
 use clap::{Args, ValueEnum};
 
-/// Largest values of the options. A run of more would not end, or not begin: a rayon pool of 100,000
-/// threads takes minutes to start.
+/// Largest values of the options, for runs that begin and end: a rayon pool of 100,000 threads takes minutes
+/// to start.
 const MOST_ROUNDS: usize = 1000;
 pub const MOST_IMAGES: usize = 1 << 16;
 const MOST_THREADS: usize = 1024;
 
 #[derive(Args, Debug)]
 pub struct Bench {
-    /// Where to compute, by the name of Burn's feature for it; PyTorch computes on the same kind of
-    /// device.
+    /// Device, by the name of Burn's feature; PyTorch computes on the same kind.
     #[arg(long, value_name = "DEVICE", default_value = FLEX, value_parser = DEVICES)]
     pub device: String,
-    /// What to compute in: f16 and bf16 are mixed precision, in which Burn's norms and linear layers
-    /// stay in f32, and PyTorch's are under its autocast; tf32 is for CUDA.
+    /// Precision: f16 and bf16 are mixed, with Burn's norms and linear layers in f32 and PyTorch's under
+    /// its autocast; tf32 is for CUDA.
     #[arg(long, value_enum, value_name = "PRECISION", default_value_t = Precision::F32)]
     pub precision: Precision,
-    /// Smaller batches and images: without a peer it ends within five minutes on two cores, and the
-    /// ratios are less telling.
+    /// Smaller batches and images: without a peer five minutes at most on two cores; ratios mean less.
     #[arg(long)]
     pub quick: bool,
-    /// Images of each entry, in place of the catalogue's: those of the classifiers are for CPUs.
+    /// Images of each entry, instead of the catalogue's, which are for CPUs.
     #[arg(long, value_name = "N", value_parser = up_to::<MOST_IMAGES>)]
     pub batch: Option<NonZeroUsize>,
     /// Run this entry alone, also one of --more; may be given several times.
     #[arg(long, value_name = "ID", value_parser = id)]
     pub only: Vec<String>,
     /// Run the further entries instead: one image, dilation, 5x5, groups, volumes, small images of many
-    /// channels, and ResNet-18 for 32x32 pixels.
+    /// channels, ResNet-18 for 32x32 pixels, and YOLOX-nano's backbone.
     #[arg(long, conflicts_with = "only")]
     pub more: bool,
     /// Run the layers alone.

@@ -15,14 +15,14 @@ use burn_conv_bn_bench::protocol::{Contender, Reply, Request};
 use super::report::{ContenderReport, Problem, ProblemKind};
 use crate::interrupt::Guarded;
 
-/// Lines of a dead process's standard error that are reported.
+/// Reported lines of a dead process's standard error.
 const LAST_LINES: usize = 8;
 
-/// How often to look whether a process has ended, and how many times.
+/// Period and number of looks at whether a process has ended.
 const TICK: Duration = Duration::from_millis(10);
 const MOMENT: usize = 100;
 
-/// A function that takes one kind of reply.
+/// A function that picks one kind of reply.
 macro_rules! reply {
     ($kind:ident) => {
         |reply| match reply {
@@ -34,7 +34,7 @@ macro_rules! reply {
 
 pub(crate) use reply;
 
-/// Takes the reply that has no content.
+/// Picks the reply without content.
 pub fn done(reply: Reply) -> Option<()> {
     (reply == Reply::Done {}).then_some(())
 }
@@ -80,8 +80,8 @@ impl Process {
         self.child.kill_when(is_due)
     }
 
-    /// Sends a request and waits for its reply, of the kind that `take` takes. The process's death
-    /// is a problem, too.
+    /// Sends a request and waits for its reply, which `take` picks by kind. The process's death is a
+    /// problem, too.
     pub fn ask<T>(
         &mut self,
         request: &Request,
@@ -108,8 +108,7 @@ impl Process {
         }
     }
 
-    /// How a process that does not answer ended, by itself if it does so within a moment, and its
-    /// last words.
+    /// The end of a process that does not answer, by itself if within a moment, and its last words.
     fn death(&mut self) -> String {
         let mut end = "it closed its output, and was killed".to_string();
         for _ in 0..MOMENT {
@@ -126,21 +125,22 @@ impl Process {
         let lines: Vec<&str> = text.lines().map(str::trim).collect();
         let mut lines: Vec<&str> = lines.into_iter().filter(|line| !line.is_empty()).collect();
         lines.drain(..lines.len().saturating_sub(LAST_LINES));
-        match lines.is_empty() {
-            true => format!("{} died ({end})", self.name),
-            false => format!("{} died ({end}), saying: {}", self.name, lines.join(" / ")),
+        if lines.is_empty() {
+            format!("{} died ({end})", self.name)
+        } else {
+            format!("{} died ({end}), saying: {}", self.name, lines.join(" / "))
         }
     }
 }
 
-/// A contender of an entry with its process, which it has until something goes wrong.
+/// A contender of an entry with its process, which ends at the first problem.
 pub struct Running {
     process: Option<Process>,
     pub report: ContenderReport,
 }
 
 impl Running {
-    /// Tells a process which contender it is.
+    /// Makes a process a contender.
     pub fn load(contender: Contender, process: Result<Process>, load: &Request) -> Self {
         let mut running = Self {
             process: None,
@@ -154,8 +154,7 @@ impl Running {
         running
     }
 
-    /// The reply, of the kind that `take` takes. What goes wrong is in the report, and ends the
-    /// process.
+    /// As [`Process::ask`]. A problem goes to the report and ends the process.
     pub fn ask<T>(
         &mut self,
         request: &Request,
@@ -171,7 +170,7 @@ impl Running {
         self.report.steps.extend(step);
     }
 
-    /// Has the device's kernels timed over one more step. One that launches none keeps its steps.
+    /// Times the device's kernels over one more step. A contender without kernels keeps its steps.
     pub fn profile(&mut self) {
         let Some(process) = &mut self.process else {
             return;
@@ -187,7 +186,7 @@ impl Running {
         }
     }
 
-    /// Whether nothing has gone wrong that ended it.
+    /// Whether the process runs.
     pub fn is_alive(&self) -> bool {
         self.process.is_some()
     }
@@ -197,8 +196,7 @@ impl Running {
         self.process = None;
     }
 
-    /// Notes a problem and ends the process. Steps of only some rounds would be compared with
-    /// those of other rounds, so they do not count.
+    /// Notes a problem and ends the process. Its steps do not count: ratios need all rounds.
     fn fail(&mut self, problem: Problem) {
         self.report.fail(problem);
         self.report.steps.clear();
@@ -227,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_death_is_told_with_its_last_words() {
+    fn a_death_is_reported_with_its_last_words() {
         let mut process =
             shell("read line; seq 20 >&2; echo; echo out of memory >&2; exit 3").unwrap();
         // The empty line is no reply, and ends nothing.

@@ -6,11 +6,11 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context, Error, Result, ensure};
 use burn_conv_bn_bench::catalogue::Entry;
 use burn_conv_bn_bench::device::FLEX;
+use burn_conv_bn_bench::linux;
 use burn_conv_bn_bench::protocol::{Contender, Request, StepTime, Training};
 
 use super::args::MOST_IMAGES;
 use super::contender::{done, reply};
-use super::machine::table_bytes;
 use super::report::{ContenderReport, Largest, Problem, ProblemKind};
 use super::run::{Lab, scratch};
 
@@ -28,7 +28,7 @@ fn limit(bytes: u64) -> u64 {
 
 /// Checks that the machine has room for a process that is about to be killed.
 pub fn check_room(bytes: u64) -> Result<()> {
-    let available = table_bytes(Path::new("/proc/meminfo"), "MemAvailable").context(
+    let available = linux::bytes(Path::new("/proc/meminfo"), "MemAvailable").context(
         "--largest-batch reads the memory of processes from Linux's /proc, not found here",
     )?;
     let limit = limit(bytes);
@@ -112,7 +112,7 @@ impl Lab<'_> {
         let is_host = self.device() == FLEX;
         let killed = process.kill_when(move |id| {
             let status = PathBuf::from(format!("/proc/{id}/status"));
-            let resident = table_bytes(&status, "VmRSS");
+            let resident = linux::bytes(&status, "VmRSS");
             is_host && resident.is_some_and(|resident| resident > limit(bytes))
         });
         let load = self.load_request(&entry, contender, data);
@@ -153,7 +153,7 @@ impl Largest {
 mod tests {
     use super::*;
 
-    /// The result for a contender of which batches up to `limit` fit, and the batches that were run.
+    /// The result where batches up to `limit` fit, and the batches that ran.
     fn found(limit: usize, most: usize) -> (Option<usize>, Vec<usize>) {
         let mut ran = Vec::new();
         let found = search(most, |batch| {

@@ -14,8 +14,7 @@ const NAME: &str = "burn-conv-bn-bench.lock";
 pub struct Lock(File);
 
 impl Lock {
-    /// Locks the file of runs in a folder for temporary files. `None`, with a note, where that cannot be
-    /// done.
+    /// Locks the file of runs in a folder for temporary files. `None`, with a note, if locking fails.
     pub fn take(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join(NAME);
         let mut options = OpenOptions::new();

@@ -1,4 +1,4 @@
-//! What a benchmark ran on.
+//! The machine of a run.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -10,6 +10,7 @@ use std::thread;
 
 use anyhow::Result;
 use burn_conv_bn_bench::device::CUDA;
+use burn_conv_bn_bench::linux::value;
 use time::UtcDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -28,7 +29,7 @@ const VECTOR_UNITS: [&str; 8] = [
     "sve",
 ];
 
-/// Variables whose value decides how fast or how large contenders are, by the start of their names.
+/// Variables that change a contender's time or memory, by the start of their names.
 const VARIABLES: [&str; 11] = [
     "MALLOC_",
     "LD_PRELOAD",
@@ -56,8 +57,7 @@ const NUMBERS: [&str; 6] = [
     "CPU variant",
 ];
 
-/// This machine, with contenders of so many threads on a device, and the vectors that they use, by
-/// who uses them.
+/// This machine, with a number of threads for each contender, a device, and the vectors in use by engine.
 pub fn describe(threads: usize, device: &str, vectors: BTreeMap<String, String>) -> Machine {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let variables = env::vars_os().filter_map(|(name, value)| {
@@ -82,7 +82,7 @@ pub fn describe(threads: usize, device: &str, vectors: BTreeMap<String, String>)
     }
 }
 
-/// Date and time in UTC.
+/// Date and time in UTC, as RFC 3339.
 pub fn date() -> Result<String> {
     Ok(UtcDateTime::now().truncate_to_second().format(&Rfc3339)?)
 }
@@ -102,15 +102,14 @@ fn commit_of(folder: &Path) -> Option<String> {
     ))
 }
 
-/// The compiler's version, by its name.
+/// Name and version of the compiler.
 pub fn rustc_version() -> Option<(String, String)> {
     let version = answer("rustc", &["--version"])?;
     let number = version.split_whitespace().nth(1)?;
     Some(("rustc".to_string(), number.to_string()))
 }
 
-/// Output of a program in the workspace, if it is there and succeeds. Where a bundle runs, there is no
-/// workspace.
+/// Output of a program in the workspace, if it exists and succeeds. A GPU bundle runs without a workspace.
 fn answer(program: &str, args: &[&str]) -> Option<String> {
     let mut command = Command::new(program);
     if root().is_dir() {
@@ -121,8 +120,7 @@ fn answer(program: &str, args: &[&str]) -> Option<String> {
     output.status.success().then(|| text.trim().to_string())
 }
 
-/// Name and numbers of the processor: virtual machines often show no more of its name than its
-/// maker's.
+/// Name and numbers of the processor: in virtual machines the name is often the maker's alone.
 fn processor(cpuinfo: &str) -> String {
     let name = value(cpuinfo, "model name").map(str::to_string);
     let name = name.or_else(|| answer("sysctl", &["-n", "machdep.cpu.brand_string"]));
@@ -133,25 +131,11 @@ fn processor(cpuinfo: &str) -> String {
     let numbers: Vec<String> = numbers.collect();
     let mut parts = vec![name.unwrap_or_default(), numbers.join(" ")];
     parts.retain(|part| !part.is_empty());
-    match parts.is_empty() {
-        true => "unknown".to_string(),
-        false => parts.join(", "),
+    if parts.is_empty() {
+        "unknown".to_string()
+    } else {
+        parts.join(", ")
     }
-}
-
-/// A size in one of Linux's tables, as `VmRSS: 13560 kB`, in bytes.
-pub fn table_bytes(file: &Path, name: &str) -> Option<u64> {
-    let table = fs::read_to_string(file).ok()?;
-    let kibibytes = value(&table, name)?.strip_suffix("kB")?.trim();
-    Some(1024 * kibibytes.parse::<u64>().ok()?)
-}
-
-/// The value of the first line `name : value` of one of Linux's tables.
-fn value<'a>(table: &'a str, name: &str) -> Option<&'a str> {
-    table.lines().find_map(|line| {
-        let (key, value) = line.split_once(':')?;
-        (key.trim() == name).then_some(value.trim())
-    })
 }
 
 fn vector_units(cpuinfo: &str) -> Vec<String> {
@@ -209,19 +193,6 @@ mod tests {
         }
         assert_eq!(caches(folder.path()), ["L1 32K", "L2 512K"]);
         assert!(caches(&folder.path().join("none")).is_empty());
-    }
-
-    #[test]
-    fn sizes_are_read_in_bytes() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(
-            file.path(),
-            "Name:\tx\nVmHWM:\t   20 kB\nVmRSS:\t   12 kB\n",
-        )
-        .unwrap();
-        assert_eq!(table_bytes(file.path(), "VmRSS"), Some(12 * 1024));
-        assert_eq!(table_bytes(file.path(), "Name"), None);
-        assert_eq!(table_bytes(Path::new("/none"), "VmRSS"), None);
     }
 
     #[test]

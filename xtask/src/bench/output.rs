@@ -17,8 +17,7 @@ pub type Form = fn(&Report) -> Result<Vec<u8>>;
 pub struct Outputs(Vec<(PathBuf, Form)>);
 
 impl Outputs {
-    /// Files with their options and forms. Checks that they can be written, before there is anything
-    /// to write.
+    /// Files with their options and forms. Checks that they can be written.
     pub fn new(outputs: &[(&'static str, &Path, Form)]) -> Result<Self> {
         for (_, path, _) in outputs {
             files::check(path)?;
@@ -37,7 +36,7 @@ impl Outputs {
         self.0.iter().map(|(path, _)| path.as_path())
     }
 
-    /// Writes a report; an unfinished one not to a pipe, in which it cannot be replaced later.
+    /// Writes a report. An unfinished one is not written to a pipe, where nothing replaces it.
     pub fn write(&self, report: &Report, is_finished: bool) -> Result<()> {
         for (path, form) in &self.0 {
             if is_finished || files::replaced(path)?.is_some() {
@@ -55,9 +54,8 @@ pub fn json(report: &Report) -> Result<Vec<u8>> {
     Ok(json)
 }
 
-/// One line for each contender of each entry, and one for an entry that nobody ran, with the figures
-/// of [`json()`] by their paths: `timing.step_ms.median`. Each line says what it was measured on, so
-/// that files can be joined.
+/// One line for each contender of each entry, and one for an entry without any, with the figures of
+/// [`json()`] by their paths: `timing.step_ms.median`. Each line has the machine, so that files can be joined.
 pub fn csv(report: &Report) -> Result<Vec<u8>> {
     let mut run = serde_json::to_value(report)?;
     let entries = run["entries"].take();

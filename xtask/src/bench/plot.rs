@@ -9,7 +9,7 @@ use burn_conv_bn_bench::protocol::{Contender, Engine};
 use super::report::{ContenderReport, Report};
 use super::table;
 
-/// Pixels. A character is as wide as in the widest font that a viewer may have.
+/// Pixels. A character's width is that of a wide font.
 const WIDTH: usize = 900;
 const LINE: usize = 16;
 const LEFT: usize = 14;
@@ -18,8 +18,8 @@ const CHARACTER: usize = 8;
 const BARS: [usize; 2] = [180, 540];
 const LONGEST: f64 = 290.0;
 
-/// A line for each contender of each entry, with a bar for its time, whose whisker is at the quartiles,
-/// and one for its peak. What went wrong has no bar.
+/// A line for each contender of each entry, with a bar for its time, with a whisker between the quartiles,
+/// and one for its peak. A contender with a problem has no bar.
 pub fn svg(report: &Report) -> Result<Vec<u8>> {
     let mut body = String::new();
     let mut y = 0;

@@ -1,4 +1,4 @@
-//! What was measured, as data: what the tables show and `--json` writes.
+//! Results as data: for the tables and `--json`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -31,22 +31,23 @@ pub struct Report {
     pub seed: u64,
     /// Bytes of `--largest-batch`.
     pub largest_batch: Option<u64>,
-    /// What was asked for, in order. Those that were not run say why in [`EntryReport::problem`].
+    /// The selected entries, in order. Those that did not run have the reason in
+    /// [`EntryReport::problem`].
     pub entries: Vec<EntryReport>,
     /// The fused form against others, for people.
     pub summary: Vec<String>,
 }
 
-/// What a run ran on.
+/// The machine of a run.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Machine {
     /// Name of the processor, and the numbers that distinguish models of one name.
     pub cpu: String,
     /// Model of the GPU, if one was used and its name is known.
     pub gpu: Option<String>,
-    /// Those of its vector instructions that kernels choose by.
+    /// Vector instructions that kernels choose by.
     pub vector_units: Vec<String>,
-    /// The widest vectors that are used, by who uses them.
+    /// The widest vectors in use, by engine.
     pub vectors: BTreeMap<String, String>,
     /// Size of each cache of the first core, as `L2 512K`.
     pub caches: Vec<String>,
@@ -65,17 +66,17 @@ pub struct Machine {
 #[derive(Clone, Debug, Serialize)]
 pub struct EntryReport {
     pub entry: Entry,
-    /// It, for people.
+    /// The work, for people.
     pub title: String,
     /// Images.
     pub batch: usize,
-    /// Most that a result may be off, relative to its tensor's largest value.
+    /// Largest allowed error of a result, relative to its tensor's largest value.
     pub tolerance: f64,
     /// Timed rounds.
     pub rounds: usize,
-    /// Duration of all of it.
+    /// Duration of the entry.
     pub seconds: f64,
-    /// Why there is nothing else, if the entry itself went wrong.
+    /// The reason if the entry itself did not run.
     pub problem: Option<String>,
     pub contenders: Vec<ContenderReport>,
 }
@@ -88,7 +89,7 @@ pub struct ContenderReport {
     /// Difference of its results from the reference, by tensor.
     pub errors: Vec<TensorError>,
     pub largest_error: Option<f64>,
-    /// Its steps, one a round; none if it did not finish them all.
+    /// Its steps, one a round; none if some round is missing.
     pub steps: Vec<StepTime>,
     pub timing: Option<Timing>,
     /// Memory of a step in a fresh process.
@@ -123,7 +124,7 @@ pub struct TensorError {
     pub error: Option<f64>,
 }
 
-/// What is wrong with a contender.
+/// A contender's problem.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Problem {
     pub kind: ProblemKind,
@@ -134,7 +135,7 @@ pub struct Problem {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProblemKind {
-    /// This machine lacks what it needs: no failure.
+    /// The machine lacks something: no failure.
     Unavailable,
     Failed,
     /// It ran, and its results are not those of the reference.
@@ -159,7 +160,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// A median, and how far the rounds lie from it.
+/// A median and the spread of the rounds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Spread {
     pub median: f64,
@@ -200,17 +201,17 @@ pub struct Timing {
     pub to_unfused: Option<Spread>,
 }
 
-/// The contenders that others are compared with.
+/// The contenders in the denominators of ratios.
 pub const BASES: [Contender; 2] = [Contender::Unfused, Contender::Eager];
 
-/// A figure of memory in the ways in which it may be known, the most comparable first.
+/// A figure of memory in its forms, the most comparable first.
 pub type Figure = fn(&StepMemory) -> [Option<u64>; 2];
 
 pub const FORWARD_END: Figure = |memory| [memory.resident_forward_end, memory.heap_forward_end];
 pub const PEAK: Figure = |memory| [memory.resident_peak, memory.heap_peak];
 pub const SAVED: Figure = |memory| [memory.saved, None];
 
-/// The ratio of a figure that both have in the same way.
+/// The ratio of a figure that both have in the same form.
 pub fn memory_ratio(figure: Figure, memory: &StepMemory, base: &StepMemory) -> Option<f64> {
     let pairs = figure(memory).into_iter().zip(figure(base));
     let mut ratios = pairs.filter_map(|(value, base)| {
@@ -221,7 +222,7 @@ pub fn memory_ratio(figure: Figure, memory: &StepMemory, base: &StepMemory) -> O
 }
 
 impl ContenderReport {
-    /// A contender that has done nothing yet.
+    /// A contender without results.
     pub fn new(contender: Contender) -> Self {
         Self {
             contender,
@@ -237,14 +238,14 @@ impl ContenderReport {
         }
     }
 
-    /// Notes a problem, unless there is one already: what follows from the first is no news.
+    /// Notes a problem, unless there is one: later ones follow from the first.
     pub fn fail(&mut self, problem: Problem) {
         self.problem.get_or_insert(problem);
     }
 
-    /// Takes the errors of the check, and notes a problem if one is more than `tolerance`.
+    /// Takes the errors of the check, and notes a problem if one exceeds `tolerance`.
     pub fn check(&mut self, errors: Vec<TensorError>, tolerance: f64) {
-        // Not `error > tolerance`, which a missing one would pass.
+        // Not `error > tolerance`, which a missing error would pass.
         let within = |error: &TensorError| error.error.is_some_and(|error| error <= tolerance);
         let describe = |error: &TensorError| match error.error {
             Some(value) => format!("{} by {value:.1e} of its largest value", error.name),
@@ -261,8 +262,8 @@ impl ContenderReport {
         self.errors = errors;
     }
 
-    /// Its steps over those of a base, round by round, which slow drift of the machine does not
-    /// change. `None` unless both have the same rounds.
+    /// Its steps over those of a base, round by round: slow drift of the machine cancels. `None` unless
+    /// both have the same rounds.
     fn ratios(&self, base: &[StepTime]) -> Option<Spread> {
         let pairs = self.steps.iter().zip(base);
         let ratios = pairs.map(|(step, base)| step.total_ms() / base.total_ms());
@@ -286,7 +287,7 @@ impl ContenderReport {
 }
 
 impl EntryReport {
-    /// An entry that nobody has run yet, to be run on a device in a precision.
+    /// A pending entry, for a device and a precision.
     pub fn new(entry: Entry, device: &str, precision: Precision) -> Self {
         Self {
             title: entry.work.to_string(),
@@ -305,13 +306,13 @@ impl EntryReport {
         contenders.find(|report| report.contender == contender)
     }
 
-    /// A contender of which nothing is wrong.
+    /// A contender without a problem.
     pub fn sound(&self, contender: Contender) -> Option<&ContenderReport> {
         let report = self.contender(contender);
         report.filter(|report| report.problem.is_none())
     }
 
-    /// Fills in what follows from steps, memory and largest batches.
+    /// Fills in times and ratios from steps, memory and largest batches.
     pub fn summarize(&mut self) {
         let of = |base| self.contender(base).cloned();
         let bases = BASES.map(|base| of(base).unwrap_or_else(|| ContenderReport::new(base)));
@@ -331,7 +332,7 @@ impl EntryReport {
         self.problem.is_some() || problems.any(|p| p.kind != ProblemKind::Unavailable)
     }
 
-    /// Step of the fused form over that of `base`, round by round, if both are right.
+    /// Step of the fused form over that of `base`, round by round, if both are sound.
     pub fn fused_to(&self, base: Contender) -> Option<f64> {
         let (fused, base) = (self.sound(Contender::Fused)?, self.sound(base)?);
         Some(fused.ratios(&base.steps)?.median)
@@ -339,7 +340,7 @@ impl EntryReport {
 }
 
 impl Report {
-    /// Ends an unfinished run: entries whose turn has not come say why.
+    /// Ends an unfinished run: pending entries get the reason.
     pub fn abandon(&mut self, reason: &str) {
         for entry in &mut self.entries {
             if entry.problem.as_deref() == Some(PENDING) {

@@ -38,8 +38,8 @@ const PYTORCH: &str = "crates/burn-conv-bn-bench/peer/pytorch.py";
 /// Seed of all data.
 pub const SEED: u64 = 20_240_229;
 
-/// Steps of each contender before the timed ones. On a device other than Flex clocks have to rise,
-/// and Burn's fusion compiles and tries kernels for other groups of operations than in the check.
+/// Steps of each contender before the timed ones. On devices other than Flex clocks rise, and Burn's
+/// fusion compiles and tunes kernels for other groups of operations than in the check.
 const WARM_UPS: usize = 1;
 const DEVICE_WARM_UPS: usize = 3;
 
@@ -49,11 +49,11 @@ const MOST_ROUNDS: usize = 7;
 const BUDGET: Duration = Duration::from_secs(120);
 const QUICK_BUDGET: Duration = Duration::from_secs(8);
 
-/// Pause before every timed step. The threads of OpenMP, which PyTorch's wheels use, spin for a while
-/// after each parallel loop, and would take the processor from the next contender.
+/// Pause before every timed step. The OpenMP threads of PyTorch's wheels spin for a while after each
+/// parallel loop, and would take the processor from the next contender.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// What all entries share: the programs, and a place for the data.
+/// Programs and settings of all entries.
 pub struct Lab<'a> {
     args: &'a Bench,
     worker: PathBuf,
@@ -73,7 +73,7 @@ impl<'a> Lab<'a> {
     /// Builds the worker, unless it is there, and looks for the peer.
     pub fn set_up(args: &'a Bench) -> Result<Self> {
         let worker = match &args.worker {
-            // Not by its name alone, which would be looked for among the system's programs.
+            // A name alone would be looked for among the system's programs.
             Some(file) => file
                 .canonicalize()
                 .with_context(|| format!("cannot find the worker {}", file.display()))?,
@@ -83,7 +83,7 @@ impl<'a> Lab<'a> {
                 .map(|program| program.file)
                 .with_context(|| format!("cargo built no {WORKER}"))?,
         };
-        // Not before: cargo ends by itself.
+        // After the build: cargo handles interrupts itself.
         interrupt::listen()?;
         let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let mut lab = Self {
@@ -103,13 +103,13 @@ impl<'a> Lab<'a> {
             lab.contenders.extend(args.contenders(Engine::PyTorch));
         }
         if args.device != FLEX {
-            // Other devices do not compute with the processor's vectors, or not in these programs.
+            // Those of the CPU's kernels say nothing about other devices.
             lab.vectors.clear();
         }
         Ok(lab)
     }
 
-    /// Asks an engine what it runs on.
+    /// Asks an engine for its software.
     fn greet(&mut self, engine: Engine, name: &str) -> Result<()> {
         let hello = self.start(engine)?.ask(&Request::Hello {}, reply!(Hello));
         let software = hello.map_err(|problem| anyhow!(problem.reason))?;
@@ -132,7 +132,7 @@ impl<'a> Lab<'a> {
         };
         match engine {
             Engine::Burn => command.env("RAYON_NUM_THREADS", self.threads.to_string()),
-            // It learns its threads when it loads.
+            // Its threads are in the request to load.
             Engine::PyTorch => {
                 let script = self.args.peer_script.clone();
                 command.arg(script.unwrap_or_else(|| root().join(PYTORCH)))
@@ -161,7 +161,7 @@ impl<'a> Lab<'a> {
                     .map(|contenders| (0, contenders)),
                 None => self.measure(&entry, &say),
             };
-            // What an interrupt broke is no result.
+            // An interrupt kills contenders, which is no result.
             interrupt::check()?;
             entry.problem = None;
             match measured {
@@ -205,7 +205,7 @@ impl<'a> Lab<'a> {
             say("profiling");
             running.iter_mut().for_each(Running::profile);
         }
-        // All processes end before memory is measured in fresh ones.
+        // Memory is measured in fresh processes, without others beside them.
         running.iter_mut().for_each(Running::end);
         for contender in &mut running {
             let report = &mut contender.report;
@@ -247,11 +247,11 @@ impl<'a> Lab<'a> {
         }
     }
 
-    /// Compares every contender's results, each in a folder of its name, with those of the unfused one.
+    /// Compares every contender's results with those of the unfused one, each in a folder of its name.
     fn check(entry: &EntryReport, running: &mut [Running], folder: &Path, say: &dyn Fn(&str)) {
         let results = |contender: Contender| folder.join(contender.to_string());
         let reference = results(Contender::Unfused);
-        // The unfused one first: the others are compared with what it wrote.
+        // The unfused one first: its files are the reference.
         let mut order: Vec<&mut Running> = running.iter_mut().collect();
         order.sort_by_key(|running| running.report.contender != Contender::Unfused);
         let mut tensors: Option<Vec<String>> = None;
@@ -288,16 +288,16 @@ impl<'a> Lab<'a> {
                         .fail(Problem::new(ProblemKind::Mismatch, reason));
                 }
             }
-            // Results are as large as activations; nobody needs them any more.
+            // Results are as large as activations.
             let _ = fs::remove_dir_all(&dir);
         }
     }
 
-    /// Times all contenders round by round, each round one step of every contender in turn, after
-    /// some that do not count. Returns the number of rounds.
+    /// Times all contenders round by round, after warm-ups: a round is one step of every contender in turn.
+    /// Returns the number of rounds.
     ///
-    /// Steps of the same round are neighbours in time, so that what slows the machine down for a
-    /// while slows down all of them. Every round starts with another contender.
+    /// Steps of a round are neighbours in time: a slow phase of the machine hits all of them. Every round
+    /// starts with another contender.
     fn time(&self, running: &mut [Running], say: &dyn Fn(&str)) -> usize {
         say("warming up");
         let mut round = 0.0;
@@ -311,7 +311,7 @@ impl<'a> Lab<'a> {
                 thread::sleep(PAUSE);
                 step = contender.ask(&Request::Run {}, reply!(Ran));
             }
-            // The first steps of what is compiled say nothing yet.
+            // The first steps of a compiled contender compile.
             if contender.report.contender != Contender::Compile {
                 round += step.map_or(0.0, |step| 1e-3 * step.total_ms());
             }
@@ -349,7 +349,7 @@ fn rounds(args: &Bench, seconds: f64) -> usize {
     args.rounds.map_or(fit, NonZeroUsize::get)
 }
 
-/// How far the tensors in a folder are from those in another.
+/// Errors of the tensors in a folder relative to those in another.
 fn compare(folder: &Path, reference: &Path, tensors: &[String]) -> Result<Vec<TensorError>, Error> {
     let compare = |name: &String| {
         Ok(TensorError {
@@ -362,9 +362,9 @@ fn compare(folder: &Path, reference: &Path, tensors: &[String]) -> Result<Vec<Te
 
 /// The command that builds the worker for a device.
 ///
-/// For Flex it is built as a default member like any other, and not by its package's name: then
-/// cargo turns on the same features as for `cargo build --release`, and builds Burn once for both.
-/// Other devices have a folder each, so that going from one to another builds nothing anew.
+/// For Flex the worker is built as a default member, not by its package's name, with the features of
+/// `cargo build --release`, so that Burn is built once for both. Other devices have a target folder each, so
+/// that a change of device builds nothing anew.
 fn build(device: &str) -> Command {
     let mut command = cargo(&["build", "--release", "--locked", "--bin", WORKER]);
     if device != FLEX {

@@ -1,4 +1,4 @@
-//! Results for people, in Markdown.
+//! Results as Markdown tables.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -12,7 +12,7 @@ use super::report::{
     Spread, Timing, memory_ratio,
 };
 
-/// What the numbers of the tables are.
+/// Meaning of the tables' numbers.
 const LEGEND: &str = "\
 Times are medians over the rounds, in ms; min..max are the fastest and the slowest step. x eager and
 x unfused are medians of each round's ratio of steps. off is the largest difference from the results
@@ -23,14 +23,14 @@ set, heap what the allocator counts, or the pool of a CubeCL device; saved is wh
 kept, or PyTorch's hooks count, each buffer once, without parameters and images. docs/benchmarks.md has
 the method.";
 
-/// The same for `--largest-batch`.
+/// Meaning of the numbers of `--largest-batch`.
 const LARGEST_LEGEND: &str = "\
 images is the largest batch that trains within the bytes, found by running. MiB are the most in use in
 its steps, with data, parameters and optimizer state: of the resident set, or of a device's pool. ms an
 image is a step's time, its optimizer's included, over its images. Results are not checked here.
 docs/benchmarks.md has the method.";
 
-/// What the numbers of a report's tables are.
+/// Meaning of the numbers of a report's tables.
 pub fn legend(report: &Report) -> &'static str {
     if report.largest_batch.is_some() {
         LARGEST_LEGEND
@@ -39,7 +39,7 @@ pub fn legend(report: &Report) -> &'static str {
     }
 }
 
-/// The tables of one entry: times, memory, kernels, and what went wrong.
+/// The tables of one entry: times, memory, kernels and problems.
 pub fn entry(report: &EntryReport) -> String {
     let mut text = format!("{}: {}\n", report.entry.id, report.title);
     if let Some(problem) = &report.problem {
@@ -84,7 +84,7 @@ pub fn entry(report: &EntryReport) -> String {
     text + &problems(report)
 }
 
-/// What went wrong, a line for each contender.
+/// The contenders' problems, a line each.
 fn problems(report: &EntryReport) -> String {
     let problems = report.contenders.iter();
     let problems = problems.filter_map(|c| Some((c.contender, c.problem.as_ref()?)));
@@ -148,7 +148,7 @@ fn memory(report: &ContenderReport) -> Vec<String> {
 const MOST_KERNELS: usize = 12;
 const LONGEST_NAME: usize = 72;
 
-/// The kernels of a contender's step. For the rest of it the device waited for launches.
+/// The kernels of a contender's step. In the rest of its time the device waited for launches.
 fn kernels(report: &ContenderReport) -> String {
     let sum = |name: String, kernels: &[KernelTime]| KernelTime {
         name,
@@ -175,7 +175,7 @@ fn kernels(report: &ContenderReport) -> String {
     format!("\n{contender}: {launches} launches, {busy} ms{step}\n{table}")
 }
 
-/// All entries side by side, where there are several: a table for each quantity.
+/// Several entries side by side: a table for each quantity.
 pub fn overview(report: &Report) -> String {
     if report.entries.len() < 2 {
         return String::new();
@@ -203,8 +203,7 @@ pub fn overview(report: &Report) -> String {
     tables.join("\n")
 }
 
-/// One quantity of all entries: of each contender, and the ratios of the fused one. Empty if nobody
-/// has it.
+/// One quantity of all entries: of each contender, and the ratios of the fused one. Empty without values.
 fn quantity<T>(
     report: &Report,
     title: &str,
@@ -229,13 +228,14 @@ fn quantity<T>(
         .entries
         .iter()
         .flat_map(|entry| row(entry).split_off(2));
-    match is_there.into_iter().any(|cell| !cell.is_empty()) {
-        true => markdown(&header, &report.entries, row),
-        false => String::new(),
+    if is_there.into_iter().any(|cell| !cell.is_empty()) {
+        markdown(&header, &report.entries, row)
+    } else {
+        String::new()
     }
 }
 
-/// What is missing in a report and why, a line for each reason.
+/// Missing results of a report, a line for each reason.
 pub fn missing(report: &Report) -> Vec<String> {
     let mut missing: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut add = |reason: String, what: String| missing.entry(reason).or_default().push(what);
@@ -258,7 +258,7 @@ pub fn missing(report: &Report) -> Vec<String> {
     lines.collect()
 }
 
-/// The line that says what a run ran on.
+/// Software and machine of a run, as one line.
 pub fn setting(report: &Report) -> String {
     let machine = &report.machine;
     let pairs = |pairs: &BTreeMap<String, String>| -> Vec<String> {
@@ -267,9 +267,10 @@ pub fn setting(report: &Report) -> String {
             .map(|(name, value)| format!("{name} {value}"))
             .collect()
     };
-    let quick = match report.quick {
-        true => "quick run, of smaller batches and images: ",
-        false => "",
+    let quick = if report.quick {
+        "quick run, of smaller batches and images: "
+    } else {
+        ""
     };
     let gpu = cell(machine.gpu.as_ref(), |gpu| format!(" ({gpu})"));
     format!(
@@ -291,7 +292,7 @@ fn cell<T>(value: Option<T>, format: impl FnOnce(T) -> String) -> String {
     value.map(format).unwrap_or_default()
 }
 
-/// Three digits at least, and no more decimals than mean anything.
+/// At least three digits, at most two decimals.
 fn milliseconds(ms: f64) -> String {
     let decimals = match ms {
         _ if ms < 9.995 => 2,

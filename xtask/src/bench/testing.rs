@@ -1,4 +1,4 @@
-//! Reports that nobody measured, and parsed options.
+//! Made-up reports, and parsed options.
 
 use burn_conv_bn_bench::catalogue::catalogue;
 use burn_conv_bn_bench::device::FLEX;

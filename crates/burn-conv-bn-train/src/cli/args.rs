@@ -56,7 +56,7 @@ pub(super) struct Cli {
 #[derive(Subcommand, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Subcommands {
-    /// Train fused, then unfused, each in a fresh process, and compare.
+    /// Train fused, then unfused, measure fused with rebuilt outputs, each in a fresh process, and compare.
     #[command(after_help = COMPARE_EXAMPLES)]
     Compare(Compare),
     /// Train one variant, with checkpoints.

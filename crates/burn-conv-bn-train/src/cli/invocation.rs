@@ -89,14 +89,19 @@ impl Invocation {
     }
 }
 
-/// Refuses options of fused blocks where there are none. Files may have the default, which
+/// Refuses options of fused blocks where there are none, or where the variant decides. Files may have the default, which
 /// `--print-config` prints.
 fn check_variant(args: &Train, on_line: impl Fn(&str) -> bool) -> Result<()> {
     let recompute = args.job.recompute != RecomputePolicy::Conv;
     let max_workspace = args.job.max_workspace.is_some();
     for (option, is_set) in [("recompute", recompute), ("max-workspace", max_workspace)] {
-        if args.variant == Variant::Unfused && (is_set || on_line(option)) {
-            bail!("--{option} is an option of fused blocks, and --variant unfused has none");
+        let reason = match (args.variant, option) {
+            (Variant::Unfused, _) => "an option of fused blocks, and --variant unfused has none",
+            (Variant::NormConv, "recompute") => "decided by --variant norm-conv",
+            _ => continue,
+        };
+        if is_set || on_line(option) {
+            bail!("--{option} is {reason}");
         }
     }
     Ok(())

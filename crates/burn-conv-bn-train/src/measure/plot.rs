@@ -24,7 +24,11 @@ const LEFT: u32 = 70;
 const RIGHT: u32 = 30;
 
 /// Colours of the variants, in their order; distinct also for the colour-blind.
-const COLOURS: [RGBColor; 2] = [RGBColor(0, 114, 178), RGBColor(213, 94, 0)];
+const COLOURS: [RGBColor; 3] = [
+    RGBColor(0, 114, 178),
+    RGBColor(213, 94, 0),
+    RGBColor(0, 158, 115),
+];
 
 const FONT: &str = "sans-serif";
 

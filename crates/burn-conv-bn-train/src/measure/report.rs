@@ -90,9 +90,10 @@ impl Report {
 /// One trained variant.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct VariantReport {
-    /// `fused` or `unfused`.
+    /// `fused`, `unfused` or `norm-conv`.
     pub name: String,
-    /// The epochs that were finished, in order; with those of a run that was resumed.
+    /// The epochs that were finished, in order; with those of a run that was resumed. None of a variant
+    /// that was measured and not trained.
     pub epochs: Vec<EpochReport>,
     /// Loss of every training step; with those of a run that was resumed.
     #[serde(with = "number::list")]

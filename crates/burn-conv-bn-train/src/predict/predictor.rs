@@ -35,7 +35,7 @@ pub(crate) enum PredictForm {
 impl From<Variant> for PredictForm {
     fn from(variant: Variant) -> Self {
         match variant {
-            Variant::Fused => Self::Fused,
+            Variant::Fused | Variant::NormConv => Self::Fused,
             Variant::Unfused => Self::Unfused,
         }
     }

@@ -1,5 +1,5 @@
-//! The tutorial's job: both variants on the same data, each in a process of its own, and what
-//! they took.
+//! The tutorial's job: both variants on the same data, each in a process of its own, and their memory, time
+//! and accuracy; and a third one, measured over a few steps.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -19,6 +19,9 @@ use crate::print::{PrintError, loss, say};
 use crate::run::job::{Job, Variant};
 use crate::run::worker::{Task, spawn};
 
+/// Training steps of a variant that is measured and not trained.
+const MEASURED_STEPS: usize = 4;
+
 /// How to compare.
 #[derive(Clone, Debug)]
 pub(crate) struct CompareOptions {
@@ -26,7 +29,7 @@ pub(crate) struct CompareOptions {
     pub(crate) json: Option<PathBuf>,
     /// Where the picture of memory over a step and of the losses goes, as SVG.
     pub(crate) plot: Option<PathBuf>,
-    /// If the estimate is longer, train on fewer digits, the same for all variants.
+    /// If the estimate is longer, train on fewer digits, the same for both variants.
     pub(crate) time_limit: Option<Duration>,
     /// Threads of the CPU in the variants' processes; as many as the machine runs at once if not
     /// given.
@@ -81,7 +84,21 @@ pub(crate) fn compare(
     report.check_finite()
 }
 
-/// Trains the variants one after the other.
+/// The job of a variant's process: the whole, or a few steps.
+fn share(job: &Job, variant: Variant) -> Job {
+    if Variant::TRAINED.contains(&variant) {
+        return job.clone();
+    }
+    let digits = MEASURED_STEPS * job.batch_size;
+    Job {
+        epochs: 1,
+        train_limit: Some(job.train_limit.map_or(digits, |limit| limit.min(digits))),
+        test_limit: Some(1),
+        ..job.clone()
+    }
+}
+
+/// Trains or measures the variants one after the other.
 fn train_all(
     job: &Job,
     options: &CompareOptions,
@@ -95,13 +112,20 @@ fn train_all(
         }
         let name = variant.name();
         say!("\n== {name} ==")?;
+        let is_trained = Variant::TRAINED.contains(&variant);
+        if !is_trained {
+            say!("Measured over {MEASURED_STEPS} steps at most, not trained.")?;
+        }
         let task = Task {
-            job: job.clone(),
+            job: share(job, variant),
             variant,
             record: options.plot.is_some(),
             result: scratch.join(format!("{name}.json")),
         };
-        let result = spawn(&task, options.threads)?;
+        let mut result = spawn(&task, options.threads)?;
+        if !is_trained {
+            result.epochs.clear();
+        }
         if let Some(epoch) = result.epochs.last() {
             say!(
                 "Test set ({}): Average loss: {}, Accuracy: {:.2} %",
@@ -123,6 +147,9 @@ fn interruption(job: &Job, options: &CompareOptions, report: &Report) -> String 
             None => "was not begun".to_string(),
             Some(run) if !run.interrupted => "is finished".to_string(),
             Some(run) => {
+                let is_trained = Variant::TRAINED.contains(variant);
+                let most = if is_trained { steps } else { MEASURED_STEPS };
+                let steps = steps.min(most);
                 let finished = run.epochs.len();
                 let begun = run.step_losses.len() - (steps * finished).min(run.step_losses.len());
                 let epoch = (finished + 1).min(job.epochs);
@@ -158,7 +185,7 @@ fn announce(
     allocator: &'static CountingAllocator,
 ) -> Result<(), PrintError> {
     let mut total = Duration::ZERO;
-    let each = Variant::ALL.map(|variant| {
+    let each = Variant::TRAINED.map(|variant| {
         let estimate = estimate(job, variant, data, allocator);
         total += estimate.duration;
         format!(
@@ -220,30 +247,35 @@ fn summary(report: &Report) -> String {
             ],
         ),
     ];
-    for variant in &report.variants {
+    let cells = |variant: &VariantReport| {
         let last = variant.epochs.last();
         let tested = |text: fn(&EpochReport) -> String| last.map_or("-".to_string(), text);
-        let cells = [
+        [
             mebibytes(variant.forward_end_bytes),
             mebibytes(variant.peak_bytes),
             mebibytes(variant.saved_bytes),
             format!("{:.3} s", variant.step_seconds_median),
             tested(|epoch| loss(epoch.test_loss)),
             tested(|epoch| format!("{:.2} %", 100.0 * epoch.test_accuracy)),
-        ];
-        lines.push(row(&variant.name, cells));
+        ]
+    };
+    let trained = report.variants.len().min(Variant::TRAINED.len());
+    let (trained, measured) = report.variants.split_at(trained);
+    lines.extend(
+        trained
+            .iter()
+            .map(|variant| row(&variant.name, cells(variant))),
+    );
+    if let [first, second] = trained {
+        lines.push(ratio_row(first, second));
     }
-    if let [first, second] = report.variants.as_slice() {
-        let ratio = |of: fn(&VariantReport) -> f64| format!("{:.3}", of(first) / of(second));
-        let cells = [
-            ratio(|v| v.forward_end_bytes as f64),
-            ratio(|v| v.peak_bytes as f64),
-            ratio(|v| v.saved_bytes as f64),
-            ratio(|v| v.step_seconds_median),
-            String::new(),
-            String::new(),
-        ];
-        lines.push(row("ratio", cells).trim_end().to_string());
+    for variant in measured {
+        lines.push(row(&variant.name, cells(variant)));
+        lines.push(format!(
+            "{} is fused, with outputs inside chains of blocks rebuilt; over {}, not trained.",
+            variant.name,
+            plural(variant.step_losses.len(), "step")
+        ));
     }
     lines.push(format!(
         "{} of {}, model {}, norm {}, optimizer {}, batch {}, {} on {}, {}, Burn {}; bytes above \
@@ -262,9 +294,23 @@ fn summary(report: &Report) -> String {
     lines.join("\n")
 }
 
+/// The row of the first variant's figures over the second's.
+fn ratio_row(first: &VariantReport, second: &VariantReport) -> String {
+    let ratio = |of: fn(&VariantReport) -> f64| format!("{:.3}", of(first) / of(second));
+    let cells = [
+        ratio(|v| v.forward_end_bytes as f64),
+        ratio(|v| v.peak_bytes as f64),
+        ratio(|v| v.saved_bytes as f64),
+        ratio(|v| v.step_seconds_median),
+        String::new(),
+        String::new(),
+    ];
+    row("ratio", cells).trim_end().to_string()
+}
+
 /// A row of the table.
 fn row<T: Display>(name: &str, [forward, peak, saved, step, loss, accuracy]: [T; 6]) -> String {
-    format!("{name:<8} {forward:>14} {peak:>12} {saved:>12} {step:>12} {loss:>11} {accuracy:>10}")
+    format!("{name:<9} {forward:>14} {peak:>12} {saved:>12} {step:>12} {loss:>11} {accuracy:>10}")
 }
 
 fn plural(count: usize, what: &str) -> String {

@@ -22,21 +22,27 @@ use crate::step::Classifier;
 
 /// Which form of the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Variant {
     /// Each block one op that recomputes its convolution.
     Fused,
     /// Burn's own convolution, batch norm and ReLU.
     Unfused,
+    /// Fused, with the outputs inside chains of blocks rebuilt from convolutions' outputs: as few bytes,
+    /// and fewer convolutions recomputed.
+    NormConv,
 }
 
 impl Variant {
+    /// What a comparison trains.
+    pub(crate) const TRAINED: [Self; 2] = [Self::Fused, Self::Unfused];
+
     /// In the order of a comparison.
-    pub(crate) const ALL: [Self; 2] = [Self::Fused, Self::Unfused];
+    pub(crate) const ALL: [Self; 3] = [Self::Fused, Self::Unfused, Self::NormConv];
 
     pub(crate) fn form(self) -> Form {
         match self {
-            Self::Fused => Form::Fused,
+            Self::Fused | Self::NormConv => Form::Fused,
             Self::Unfused => Form::Unfused,
         }
     }
@@ -73,7 +79,7 @@ pub enum RecomputePolicy {
     Never,
 }
 
-/// Everything that decides the result of a run, the same for both variants. As JSON, options of the command
+/// Everything that decides the result of a run, the same for all variants. As JSON, options of the command
 /// line by their long names; those that `parity` has not may be absent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -187,7 +193,7 @@ impl Job {
         }
     }
 
-    /// A network in its initial state: the same for both variants, and, where Flex was compiled
+    /// A network in its initial state: the same for all variants, and, where Flex was compiled
     /// in, on all devices.
     pub(crate) fn network(&self, form: Form) -> Network {
         let device = self.device();
@@ -210,7 +216,10 @@ impl Job {
 
     /// The network in its initial state, ready to be trained.
     pub fn classifier(&self, variant: Variant, probe: MemoryProbe) -> Classifier {
-        let network = self.network(variant.form());
+        let mut network = self.network(variant.form());
+        if variant == Variant::NormConv {
+            network = network.with_rebuilt_chains(Recompute::Conv);
+        }
         Classifier::new(network, probe, self.precision)
     }
 

@@ -1,4 +1,4 @@
-//! The training of one variant in a process of its own.
+//! One variant in a process of its own.
 
 use std::fs;
 use std::path::PathBuf;
@@ -39,6 +39,10 @@ pub(super) fn spawn(task: &Task, threads: Option<usize>) -> Result<VariantReport
     let mut command = Command::new(program);
     if let Some(threads) = threads {
         command.env("RAYON_NUM_THREADS", threads.to_string());
+    }
+    if !Variant::TRAINED.contains(&task.variant) {
+        // Losses of a few steps, which say nothing.
+        command.stdout(Stdio::null());
     }
     let mut child = command
         .arg(WORKER)

@@ -4,8 +4,8 @@ use burn::tensor::Tolerance;
 use burn_conv_bn_models::Form;
 
 use crate::data::generate;
-use crate::run::job::{Norm, Precision};
 use crate::run::job::tests::job;
+use crate::run::job::{Norm, Precision};
 
 #[test]
 fn the_first_of_the_most_probable_classes_is_predicted() {

@@ -54,6 +54,12 @@ fn an_interruption_says_what_became_of_each_variant() {
     ] {
         assert!(text.contains(part), "no {part:?} in {text}");
     }
+    report.variants[1].interrupted = false;
+    report.variants.push(run("norm-conv", 0, 1, true));
+    let text = interruption(&job, &options, &report);
+    let wanted = "norm-conv was stopped in epoch 1 after 1 of its 4 training steps";
+    assert!(text.contains(wanted), "{text}");
+    report.variants.pop();
 
     // In the test after the last epoch.
     report.variants[1] = run("unfused", 2, 12, true);
@@ -65,4 +71,45 @@ fn an_interruption_says_what_became_of_each_variant() {
     ] {
         assert!(text.contains(part), "no {part:?} in {text}");
     }
+}
+
+#[test]
+fn a_variant_that_is_measured_stands_below_the_ratio() {
+    let mut report = Report {
+        variants: vec![run("fused", 1, 9, false), run("unfused", 1, 9, false)],
+        ..Report::default()
+    };
+    report.variants.push(run("norm-conv", 0, 4, false));
+    let text = summary(&report);
+    let lines: Vec<&str> = text.lines().rev().take(6).collect();
+    let starts = [
+        "0 digits",
+        "norm-conv is",
+        "norm-conv ",
+        "ratio ",
+        "unfused ",
+        "fused ",
+    ];
+    for (line, start) in lines.iter().zip(starts) {
+        assert!(line.starts_with(start), "no {start:?} in {text}");
+    }
+    let cells: Vec<&str> = lines[2].split_whitespace().collect();
+    assert_eq!(cells[cells.len() - 2..], ["-", "-"]);
+    assert!(lines[1].contains("4 steps"), "{text}");
+}
+
+#[test]
+fn a_measured_variant_takes_a_few_steps_of_the_job() {
+    let job = Job {
+        train_limit: Some(1000),
+        ..crate::run::job::tests::job(3, 32)
+    };
+    let measured = share(&job, Variant::NormConv);
+    assert_eq!((measured.train_limit, measured.epochs), (Some(4 * 32), 1));
+    let few = Job {
+        train_limit: Some(40),
+        ..job.clone()
+    };
+    assert_eq!(share(&few, Variant::NormConv).train_limit, Some(40));
+    assert_eq!(share(&job, Variant::Fused).train_limit, Some(1000));
 }

@@ -119,7 +119,7 @@ fn a_fault_of_fused_in_every_precision_is_caught() {
     assert!(made_up(|_, _| 0.0).judge().is_ok());
     let common = made_up(|_, variant| match variant {
         Variant::Fused => 1e-3,
-        Variant::Unfused => 0.0,
+        _ => 0.0,
     });
     assert!(common.judge().is_err());
 }
