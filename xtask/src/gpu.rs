@@ -97,13 +97,14 @@ fn vulkan() -> Result<(), String> {
             .flatten()
             .any(|file| file.path().extension() == Some(OsStr::new("json")))
     };
-    match DRIVERS.into_iter().any(has_driver) {
-        true => Ok(()),
-        false => Err(
+    if DRIVERS.into_iter().any(has_driver) {
+        Ok(())
+    } else {
+        Err(
             "no Vulkan driver is installed; Mesa's software driver will do, as in Debian's \
              mesa-vulkan-drivers and libvulkan1"
                 .to_string(),
-        ),
+        )
     }
 }
 
@@ -115,6 +116,20 @@ pub fn tests(strict: bool, fusion: Fusion) -> Command {
     for test in TESTS.iter().chain(&WEBGPU_TESTS) {
         command.args(["--test", *test]);
     }
+    set_up(&mut command, strict);
+    command
+}
+
+/// The test program with autotuning, on WebGPU.
+pub fn tuned_tests(strict: bool, fusion: Fusion) -> Command {
+    let mut command = cargo(&["test"]);
+    command.args(webgpu(fusion));
+    command.args([
+        "--features",
+        "burn-conv-bn/autotune",
+        "--test",
+        "cube_tuned",
+    ]);
     set_up(&mut command, strict);
     command
 }
@@ -381,9 +396,10 @@ fn archive(folder: &Path, names: &[&str]) -> Result<Vec<u8>> {
         .stderr(Stdio::inherit())
         .output()
         .context("cannot run tar")?;
-    match output.status.success() {
-        true => Ok(output.stdout),
-        false => bail!("tar failed ({}); it needs xz", output.status),
+    if output.status.success() {
+        Ok(output.stdout)
+    } else {
+        bail!("tar failed ({}); it needs xz", output.status)
     }
 }
 

@@ -72,7 +72,8 @@ impl DeviceChoice {
         (autotunes && self != Self::Flex).then(|| {
             format!(
                 "Tuning: the first steps on {name} try several kernels for each shape, which may take \
-                 minutes. {kept}."
+                 minutes. {kept}. CubeCL prints a line for each shape that is tuned if cubecl.toml has \
+                 `autotune.logger.stderr = true`."
             )
         })
     }
@@ -167,6 +168,7 @@ mod tests {
         let notice = DeviceChoice::Cuda.tuning_notice(true).unwrap();
         assert!(notice.contains("first steps on cuda"), "{notice}");
         assert!(notice.contains("next run"), "{notice}");
+        assert!(notice.contains("autotune.logger.stderr"), "{notice}");
     }
 
     #[cfg(not(feature = "rocm"))]
