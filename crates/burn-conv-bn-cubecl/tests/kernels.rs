@@ -408,9 +408,10 @@ impl Case {
         let sum_gd = g.map(|i, g| g * deviation.values[i]).channel_sums();
         let input_grad = g.map(|i, g| {
             let c = input.channel_of(i);
-            let slope = match root[c] == 0.0 {
-                true => 0.0,
-                false => -s[c] * s[c] / (root[c] * freedom) * sum_gd[c],
+            let slope = if root[c] == 0.0 {
+                0.0
+            } else {
+                -s[c] * s[c] / (root[c] * freedom) * sum_gd[c]
             };
             gamma[c] * (s[c] * (g - sum_g[c] / m) + slope * deviation.values[i])
         });

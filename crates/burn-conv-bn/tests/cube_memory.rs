@@ -251,10 +251,9 @@ impl Layer {
         for _ in 0..2 {
             let saved = ConvBnSaved::<CubeBackend> {
                 output_grad: channels_last(&self.output(), device),
-                input: match is_of_batch {
-                    true => present(channels_last(&self.input, device)),
-                    false => OptionalTensor::Absent,
-                },
+                input: is_of_batch
+                    .then(|| channels_last(&self.input, device))
+                    .into(),
                 weight: present(tensor(&self.weight(), device)),
                 bias: OptionalTensor::Absent,
                 gamma: OptionalTensor::Absent,
@@ -262,10 +261,9 @@ impl Layer {
                 mean: present(ones(self.channels_out, device)),
                 variance: present(ones(self.channels_out, device)),
                 conv_output: OptionalTensor::Absent,
-                output: match is_of_batch {
-                    true => OptionalTensor::Absent,
-                    false => present(channels_last(&self.output(), device)),
-                },
+                output: (!is_of_batch)
+                    .then(|| channels_last(&self.output(), device))
+                    .into(),
                 residual: OptionalTensor::Absent,
             };
             let level = meter.reset_peak();
