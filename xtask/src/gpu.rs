@@ -119,6 +119,20 @@ pub fn tests(strict: bool, fusion: Fusion) -> Command {
     command
 }
 
+/// The test program with autotuning, on WebGPU.
+pub fn tuned_tests(strict: bool, fusion: Fusion) -> Command {
+    let mut command = cargo(&["test"]);
+    command.args(webgpu(fusion));
+    command.args([
+        "--features",
+        "burn-conv-bn/autotune",
+        "--test",
+        "cube_tuned",
+    ]);
+    set_up(&mut command, strict);
+    command
+}
+
 /// The GPU tests on another runtime, one command for each name of the list with the filter for its test
 /// program: they are one program there, and each wants a process of its own.
 pub fn tests_on(

@@ -36,6 +36,10 @@ pub struct Test {
     /// time.
     #[arg(long)]
     without_fusion: bool,
+    /// Of the tests of the GPU kernels, run those with autotuning, on WebGPU: a build and minutes of tuning of
+    /// their own.
+    #[arg(long, conflicts_with = "runtime")]
+    tuned: bool,
     /// What the GPU kernels run on, by the name of Burn's feature. Another one than WebGPU takes a build
     /// of its own, and leaves out the tests that are for WebGPU alone.
     #[arg(
@@ -67,10 +71,11 @@ type Skip = (&'static str, String);
 
 /// Runs the tests, and names what this machine cannot run.
 pub fn test(args: Test) -> Result<()> {
-    if args.only == Some(Half::Host) && (args.without_fusion || args.runtime != WEBGPU) {
+    let names_kernels = args.without_fusion || args.tuned || args.runtime != WEBGPU;
+    if args.only == Some(Half::Host) && names_kernels {
         bail!(
-            "--without-fusion and --runtime are for the tests of the GPU kernels, which --only host \
-             leaves out"
+            "--without-fusion, --tuned and --runtime are for the tests of the GPU kernels, which --only \
+             host leaves out"
         );
     }
     let (commands, skips) = plan(&args);
@@ -144,6 +149,7 @@ fn plan(args: &Test) -> (Vec<Tests>, Vec<Skip>) {
     }
     match gpu::unavailable(&args.runtime) {
         _ if args.only == Some(Half::Host) => {}
+        Ok(()) if args.tuned => commands.push((gpu::tuned_tests(args.strict, fusion), None)),
         Ok(()) if args.runtime != WEBGPU => {
             let tests = gpu::tests_on(&args.runtime, args.strict, fusion);
             commands.extend(tests.map(|(command, filter)| (command, Some(filter))));

@@ -1,14 +1,11 @@
-//! Activations: forward beside derivative.
+//! Activations and their derivatives.
 
 use core::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
 
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 
-/// Element-wise function applied to the normalized (and residual-added) value. Kernels are compiled
-/// for each.
-///
-/// [The crate's examples](crate#examples) pass an activation; [`Parameter`]'s example makes a leaky ReLU.
+/// Element-wise function of the normalized (and residual-added) value, known when a kernel is compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// `y = v`.
@@ -21,8 +18,7 @@ pub enum Activation {
     LeakyRelu(Parameter),
     /// `y = v / (1 + exp(-v))`.
     Silu,
-    /// `y = v * (1 + erf(v / sqrt(2))) / 2`. Where the device has no erf of its own CubeCL's is
-    /// within 1.5e-7.
+    /// `y = v * (1 + erf(v / sqrt(2))) / 2`. On devices without erf, CubeCL's is within 1.5e-7.
     Gelu,
     /// `y = v * sigmoid(2 * u)`, `u = sqrt(2 / pi) * (v + 0.044715 * v^3)`: GELU's approximation by tanh.
     GeluApproximate,
@@ -30,19 +26,19 @@ pub enum Activation {
     HardSwish,
     /// `y = 1 / (1 + exp(-v))`.
     Sigmoid,
-    /// `y = clamp(alpha * v + beta, 0, 1)`, of alpha and beta, with derivative 0 where that is 0 or 1.
+    /// `y = clamp(alpha * v + beta, 0, 1)` for alpha and beta, with derivative 0 at the kinks.
     HardSigmoid(Parameter, Parameter),
     /// `y = tanh(v)`.
     Tanh,
-    /// `y = v` where `v > 0`, `alpha * (exp(v) - 1)` elsewhere, of alpha, at 0 with that derivative.
+    /// `y = v` where `v > 0`, `alpha * (exp(v) - 1)` elsewhere, with derivative alpha at 0.
     Elu(Parameter),
     /// `y = v * tanh(ln(1 + exp(v)))`.
     Mish,
-    /// `y = ln(1 + exp(beta * v)) / beta`, of a beta that is not 0.
+    /// `y = ln(1 + exp(beta * v)) / beta` for a beta other than 0.
     Softplus(Parameter),
 }
 
-/// A parameter of an activation, by the bits of an f64: kernels are told apart by it.
+/// Parameter of an activation: the bits of an f64, as part of a kernel's key.
 ///
 /// ```
 /// use burn_conv_bn_cubecl::{Activation, Parameter};
@@ -54,7 +50,7 @@ pub enum Activation {
 pub struct Parameter(u64);
 
 impl Parameter {
-    /// A parameter of that value.
+    /// The parameter with that value.
     pub fn new(value: f64) -> Self {
         Self(value.to_bits())
     }
@@ -65,7 +61,7 @@ impl Parameter {
 }
 
 impl Activation {
-    /// The first parameter, or the only one; 0 of an activation without.
+    /// The first parameter, or 0.
     fn first(self) -> f64 {
         match self {
             Self::LeakyRelu(parameter)
@@ -76,7 +72,7 @@ impl Activation {
         }
     }
 
-    /// The second parameter; 0 of an activation with fewer.
+    /// The second parameter, or 0.
     fn second(self) -> f64 {
         match self {
             Self::HardSigmoid(_, parameter) => parameter.value(),
@@ -87,10 +83,10 @@ impl Activation {
 
 /// Factor of the cube in GELU's approximation by tanh.
 const GELU_CUBIC: f64 = 0.044715;
-/// `2 sqrt(2 / pi)`: the tanh's argument, doubled to be a sigmoid's.
+/// `2 sqrt(2 / pi)`: the factor in tanh's argument, doubled for a sigmoid.
 const GELU_SCALE: f64 = 2.0 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
 
-/// A constant in more digits than those of the f32 that CubeCL takes.
+/// A constant with more digits than an f32, as the sum of two.
 #[cube]
 fn constant<T: Float, N: Size>(#[comptime] value: f64) -> Vector<T, N> {
     let high = comptime!(value as f32);
@@ -98,8 +94,7 @@ fn constant<T: Float, N: Size>(#[comptime] value: f64) -> Vector<T, N> {
     Vector::new(T::new(high) + T::new(low))
 }
 
-/// The value within `[-bound, bound]`. As comparisons rather than a minimum and a maximum, which
-/// may drop a NaN in WGSL; so are all bounds here.
+/// Clamp to `[-bound, bound]`. By comparisons, as all clamps here: WGSL's min and max may drop a NaN.
 #[cube]
 fn bounded<T: Float, N: Size>(value: Vector<T, N>, #[comptime] bound: f64) -> Vector<T, N> {
     let least = constant::<T, N>(comptime!(-bound));
@@ -108,7 +103,7 @@ fn bounded<T: Float, N: Size>(value: Vector<T, N>, #[comptime] bound: f64) -> Ve
     select_many(value.greater_equal(&most), most, value)
 }
 
-/// `1 / (1 + exp(-value))`; bounded, since an infinite exponential is undefined in WGSL.
+/// `1 / (1 + exp(-value))`. Clamped, since an infinite exponential is undefined in WGSL.
 #[cube]
 fn sigmoid<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
     let one = constant::<T, N>(1.0);
@@ -122,7 +117,7 @@ fn decay<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
     select_many(value.less_equal(&zero), value, -value).exp()
 }
 
-/// The sigmoid's derivative. `s * (1 - s)` would lose its digits where the sigmoid is near 1.
+/// The sigmoid's derivative. `s * (1 - s)` would cancel where s is near 1.
 #[cube]
 fn sigmoid_slope<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
     let decay = decay(value);
@@ -140,14 +135,14 @@ fn hard_line<T: Float, N: Size>(
     value * alpha + constant::<T, N>(comptime!(activation.second()))
 }
 
-/// The value, or 40 above: from there on Mish's gate is 1, and powers of the exponential would overflow.
+/// The value, at most 40: there Mish's gate is 1, and powers of larger exponentials overflow.
 #[cube]
 fn mish_bounded<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
     let most = constant::<T, N>(40.0);
     select_many(value.greater_equal(&most), most, value)
 }
 
-/// `tanh(ln(1 + exp(value)))`, of a bounded value.
+/// `tanh(ln(1 + exp(value)))` of a clamped value.
 #[cube]
 fn mish_gate<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
     let two = constant::<T, N>(2.0);
@@ -166,7 +161,7 @@ fn mish_gate_slope<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
     constant::<T, N>(4.0) * (exp / denominator) * ratio
 }
 
-/// The argument of the sigmoid in GELU's approximation by tanh, of a bounded value.
+/// The sigmoid's argument in GELU's approximation by tanh, for a clamped value.
 #[cube]
 fn gelu_argument<T: Float, N: Size>(value: Vector<T, N>) -> Vector<T, N> {
     let cubic = value * value * constant::<T, N>(GELU_CUBIC);
@@ -242,9 +237,9 @@ pub(crate) fn forward<T: Float, N: Size>(
     }
 }
 
-/// `output_grad * activation'(value)`, and 0 where the derivative is 0, whatever the gradient. For Relu,
-/// Relu6 and a LeakyRelu whose slope is not negative, `value` may be the pre-activation or the output:
-/// both lie in the same piece.
+/// `output_grad * activation'(value)`, and 0 where the derivative is 0, even for an infinite gradient. For Relu,
+/// Relu6 and a LeakyRelu with a slope of 0 or more, `value` may be the pre-activation or the output: both lie in
+/// the same piece.
 #[cube]
 pub(crate) fn backward<T: Float, N: Size>(
     value: Vector<T, N>,
@@ -315,14 +310,14 @@ pub(crate) fn backward<T: Float, N: Size>(
     }
 }
 
-/// `grad * slope`, and 0 where the slope is 0: the product with an infinite gradient is NaN.
+/// `grad * slope`, and 0 where the slope is 0: times an infinite gradient that would be NaN.
 #[cube]
 fn sloped<T: Float, N: Size>(grad: Vector<T, N>, slope: Vector<T, N>) -> Vector<T, N> {
     let zero = Vector::<T, N>::zero();
     select_many(slope.equal(&zero), zero, grad * slope)
 }
 
-/// HardSwish's three pieces: up to -3, between, and from 3 on.
+/// HardSwish by pieces: up to -3, between, and from 3 on.
 #[cube]
 fn pieces<T: Float, N: Size>(
     value: Vector<T, N>,
@@ -335,7 +330,7 @@ fn pieces<T: Float, N: Size>(
     select_many(value.greater_equal(&three), above, result)
 }
 
-/// HardSigmoid's three pieces, by the line before the clamp: up to 0, between, and from 1 on.
+/// HardSigmoid by pieces of the line before the clamp: up to 0, between, and from 1 on.
 #[cube]
 fn unit_pieces<T: Float, N: Size>(
     line: Vector<T, N>,

@@ -15,28 +15,26 @@ use crate::pool::{PoolArgmax, PoolExtent, PoolWindow, no_extent, pooled_grad};
 use crate::table::{self, AffineGrads, ChannelTable};
 use crate::walk::{
     Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, coordinates, empty_like, index,
-    is_idle, is_writable, row, tensor_arg, unit,
+    is_idle, is_writable, row, tensor_arg, unit, written_arg, written_over,
 };
 
-/// What the gradient `g` at the pre-activation is made of: `g = output_grad * activation'(v)`.
+/// Operands of the gradient at the pre-activation `v`: `g = output_grad * activation'(v)`.
 ///
-/// All tensors have the shape `[batch, channels, spatial..]` and one dtype, except the output's gradient
-/// behind a pool.
-///
-/// [The examples of the crate](crate#examples) make one.
+/// All tensors have the shape `[batch, channels, spatial..]` and one dtype; with a pool, the output's gradient
+/// has the shape of the pool's output.
 #[derive(Clone, Debug)]
 pub struct PreActivation {
-    /// Gradient of the op's output, or with a pool of the pool's.
+    /// Gradient of the op's output; with a pool, of the pool's.
     pub output_grad: CubeTensor,
-    /// A max pool behind the op, which then has a norm's input of two spatial dimensions. The gradient between
-    /// the two is never in memory: each position reads that of its windows.
+    /// A max pool behind the op, which then needs a norm's input with two spatial dimensions. The gradient
+    /// between the two stays implicit: each position sums over its windows.
     pub pool: Option<PoolArgmax>,
-    /// The norm's input, where the norm takes its statistics from the batch.
+    /// The norm's input, for statistics of the batch.
     pub norm_input: Option<CubeTensor>,
-    /// What was added to the norm's output to give `v`.
+    /// Residual: the norm's output plus the residual is `v`.
     pub residual: Option<CubeTensor>,
-    /// `v` where the norm's input does not give it; or the op's output, which stands for it in Relu,
-    /// Relu6 and a LeakyRelu whose slope is not negative.
+    /// `v`, instead of a norm's input and a residual. For Relu, Relu6 and a LeakyRelu with a slope of 0 or more,
+    /// the op's output will do.
     pub output: Option<CubeTensor>,
     /// The activation.
     pub activation: Activation,
@@ -44,7 +42,7 @@ pub struct PreActivation {
 
 impl PreActivation {
     fn walk(&self, others: &[&CubeTensor], cubes: usize) -> Walk {
-        // The norm's input first: it was just written, in the layout of the device's convolution.
+        // The norm's input first: its layout is that of the device's convolution.
         let tensors: Vec<&CubeTensor> = self
             .norm_input
             .iter()
@@ -78,7 +76,7 @@ impl PreActivation {
         self.pool.as_ref().map(|pool| &pool.argmax)
     }
 
-    /// The window of the pool; without a pool, one that is not read.
+    /// The pool's window; without a pool, an unused one.
     fn window(&self) -> PoolWindow {
         let unread = PoolWindow {
             kernel_size: [1; 2],
@@ -108,7 +106,7 @@ impl PreActivation {
     }
 }
 
-/// Steps of the tensors of a [`PreActivation`].
+/// Steps of a [`PreActivation`]'s tensors.
 #[derive(CubeType, CubeLaunch)]
 struct PreActivationSteps {
     output_grad: Steps,
@@ -118,7 +116,7 @@ struct PreActivationSteps {
     pool: PoolExtent,
 }
 
-/// `g`, and `value - mean` where there is a norm's input.
+/// `g`, and `value - mean` of the norm's input, or 0 without one.
 #[derive(CubeType)]
 struct Grad<T: Float, N: Size> {
     grad: Vector<T, N>,
@@ -205,7 +203,7 @@ fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
-    // From the statistics themselves: no launch has to write them into a table first.
+    // From the statistics: this launch waits for no table.
     let affine = unit_norm::<T, P, N>(mean, variance, gamma, beta, norm, &unit, lanes);
     let mut sums = Partial::<T, N>::empty();
     for position in range_stepped(unit.start, unit.end, lanes.positions) {
@@ -238,7 +236,7 @@ fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
 /// ```no_run
 /// use burn_conv_bn_cubecl::{ChannelTable, GradSums, PreActivation};
 ///
-/// /// The sums over all chunks, of which there is at least one.
+/// /// The sums over a batch in one or more chunks.
 /// fn sums(chunks: &[PreActivation], table: &ChannelTable) -> GradSums {
 ///     let sums = chunks.iter().map(|chunk| GradSums::new(chunk, Some(table)));
 ///     sums.reduce(GradSums::merge).expect("a batch has a chunk")
@@ -248,7 +246,7 @@ fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
 pub struct GradSums(Vec<CubeTensor>);
 
 impl GradSums {
-    /// The sums over one chunk of the batch. `table` is needed where there is a norm's input.
+    /// The sums over one chunk of the batch. A norm's input needs `table`.
     ///
     /// One read of each tensor.
     pub fn new(pre_activation: &PreActivation, table: Option<&ChannelTable>) -> Self {
@@ -297,8 +295,8 @@ impl GradSums {
         self
     }
 
-    /// The gradients of the norm's parameters, in their dtype (the accumulator's without them). Also
-    /// completes `table` for [`norm_input_grad`].
+    /// Gradients of the norm's parameters, in their dtype, or the accumulator's. Completes `table` for
+    /// [`norm_input_grad`].
     pub fn finish(self, table: &ChannelTable) -> AffineGrads {
         table::finish_sums(self.join(), table)
     }
@@ -382,25 +380,22 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
     }
 }
 
-/// What [`norm_input_grad`] returns.
-///
-/// [The examples of the crate](crate#examples) take the gradient out of it.
+/// Results of [`norm_input_grad`].
 #[derive(Debug)]
 pub struct NormInputGrad {
-    /// Gradient of the norm's input; of the pre-activation where there is no norm.
+    /// Gradient of the norm's input; without a norm, of the pre-activation.
     pub grad: CubeTensor,
-    /// `g`, if it was asked for.
+    /// `g`, if requested.
     pub residual_grad: Option<CubeTensor>,
 }
 
-/// The gradient of the norm's input, `scale * g + slope * (value - mean) + offset`, with the table
-/// that [`GradSums::finish`] completed; of [constant statistics](ChannelTable::with_constant_statistics)
-/// `scale * g`, for which the norm's input need not be there; without a table `g` itself.
+/// Gradient of the norm's input, by a table that [`GradSums::finish`] completed:
+/// `scale * g + slope * (value - mean) + offset`. With
+/// [constant statistics](ChannelTable::with_constant_statistics) it is `scale * g`, and needs no norm's input;
+/// without a table it is `g`.
 ///
-/// Written over the norm's input (over the output's gradient where there is none) if nothing else
-/// holds it, otherwise into a new buffer of the same layout. One read of each tensor.
-///
-/// [The examples of the crate](crate#examples) end with it.
+/// It overwrites the norm's input, or without one the output's gradient, if that is the only handle; otherwise it
+/// is a new buffer of the same layout. One read of each tensor.
 pub fn norm_input_grad(
     pre_activation: PreActivation,
     table: Option<&ChannelTable>,
@@ -418,14 +413,11 @@ pub fn norm_input_grad(
         Some(norm_input) => (norm_input, 1 + usize::from(pre_activation.pool.is_some())),
         None => (output_grad, 0),
     };
-    // Without an activation `g` is the output's gradient, and without a norm the result.
+    // Without an activation `g` is the output's gradient, which must survive as the residual's.
     let returns_output_grad = wants_residual_grad && is_unchanged;
     let in_place =
         is_writable(overwritten) && !(returns_output_grad && pre_activation.norm_input.is_none());
-    let grad = match in_place {
-        true => overwritten.clone(),
-        false => empty_like(overwritten),
-    };
+    let grad = written_over(overwritten, in_place);
     let residual_grad = wants_residual_grad.then(|| match table {
         Some(_) if is_unchanged => output_grad.clone(),
         Some(_) => empty_like(overwritten),
@@ -444,10 +436,6 @@ pub fn norm_input_grad(
     }
     let client = output_grad.client.clone();
     let rows = table.map(ChannelTable::rows);
-    let target = match in_place {
-        true => grad.as_tensor_alias(position),
-        false => grad.clone().into_tensor_arg(),
-    };
     // SAFETY: `unit` keeps positions and channels below the tensors' common ones, and each vector
     // of the target is written by one unit, which has read the inputs there.
     unsafe {
@@ -463,7 +451,7 @@ pub fn norm_input_grad(
             tensor_arg(pre_activation.added_residual()).into(),
             tensor_arg(pre_activation.masking_output()).into(),
             tensor_arg(rows.as_ref()).into(),
-            target,
+            written_arg(&grad, in_place.then_some(position)),
             tensor_arg(written_residual_grad).into(),
             pre_activation.steps(&walk),
             walk.steps(Some(&grad)),

@@ -1,4 +1,4 @@
-//! Partial results over many positions: within a unit, across a cube, and across cubes.
+//! Reductions over positions: within a unit, across a cube, and across cubes.
 
 use burn_cubecl::cubecl;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
@@ -8,7 +8,7 @@ use cubecl::zspace::Shape;
 
 use crate::walk::{Axis, Lanes, Unit};
 
-/// What two partial results add up to.
+/// Kind of a partial result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Fold {
     /// Two sums.
@@ -21,10 +21,10 @@ pub(crate) enum Fold {
 /// A vector of one component.
 pub(crate) type One = Const<1>;
 
-/// Rows of a table of partial results: one for the count, one for each result.
+/// Planes of a table of partial results: the count, and two results.
 const PLANES: usize = 3;
 
-/// A partial result over `count` values, for each component of a vector.
+/// Partial result over `count` values, for each component of a vector.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Partial<T: Float, N: Size> {
     pub(crate) count: Vector<T, N>,
@@ -58,11 +58,11 @@ pub(crate) fn absorb<T: Float, N: Size>(
             this.second += other.second;
         }
         Fold::Moments => {
-            // Over no values at all the share is 0 rather than 0 / 0.
+            // Without any values the share is 0, not 0 / 0.
             let one = Vector::new(T::from_int(1));
             let share = other.count / max(count, one);
             let delta = other.first - this.first;
-            // In an order in which a count of 0 wins against a square that overflows.
+            // A count of 0 is multiplied in before the square can overflow.
             this.second += other.second + delta * share * this.count * delta;
             this.first += delta * share;
         }
@@ -70,8 +70,7 @@ pub(crate) fn absorb<T: Float, N: Size>(
     this.count = count;
 }
 
-/// Folds the partial results of the units of a cube that have the same channels. The unit of lane
-/// 0 gets the result.
+/// Folds the partial results of a cube's units with the same channels, into the unit of lane 0.
 #[cube]
 pub(crate) fn fold_lanes<T: Float, N: Size>(
     result: &mut Partial<T, N>,
@@ -107,8 +106,7 @@ pub(crate) fn fold_lanes<T: Float, N: Size>(
     }
 }
 
-/// Writes a cube's result into row `unit.chunk` of the table, where the unit of lane 0
-/// has it.
+/// Writes the result of the unit of lane 0 into row `unit.chunk` of the table.
 #[cube]
 pub(crate) fn write_partial<T: Float, N: Size>(
     table: &mut Tensor<T>,
@@ -157,9 +155,8 @@ fn component<T: Float, N: Size>(
     }
 }
 
-/// Folds the rows of a table of partial results, for one channel a unit. The unit of lane 0 gets
-/// it. The table need not be contiguous: one that was joined from several has the pitch that the
-/// device gives to its rows.
+/// Folds the rows of a table of partial results for one channel per unit, into the unit of lane 0. The table need
+/// not be contiguous: a concatenated one has the device's pitch.
 #[cube]
 pub(crate) fn fold_rows<T: Float>(
     table: &Tensor<T>,
@@ -182,7 +179,7 @@ pub(crate) fn fold_rows<T: Float>(
     result
 }
 
-/// A table of partial results: `rows` of them for each channel, contiguous.
+/// Table of `rows` partial results per channel, contiguous, without values.
 pub(crate) fn partial_table(like: &CubeTensor, rows: usize, channels: usize) -> CubeTensor {
     empty_device_contiguous_dtype(
         like.client.clone(),

@@ -12,8 +12,8 @@ use crate::norm::{Norm, unit_affine};
 use crate::table::{self, Affine, ChannelTable, Moments};
 use crate::values_per_channel;
 use crate::walk::{
-    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Walk, coordinates, empty_like, index, is_idle,
-    is_sparse, is_writable, tensor_arg, unit,
+    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Walk, coordinates, index, is_idle, is_sparse,
+    is_writable, tensor_arg, unit, written_arg, written_over,
 };
 
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -31,8 +31,8 @@ fn partial_moments_kernel<E: Float, T: Float, N: Size>(
     let unit = unit::<N>(grid, lanes);
     let mut moments = Partial::<T, N>::empty();
     let mut count = T::from_int(0);
-    // Welford's update: one value at a time, exact however far the mean is from zero. The count is that of
-    // every component: one division serves them all.
+    // Welford's update keeps its digits however far the mean is from zero. All components have the same count:
+    // one division serves them.
     for position in range_stepped(unit.start, unit.end, lanes.positions) {
         let at = coordinates(grid, position);
         let value = Vector::<T, N>::cast_from(input[index(input_steps, &at, &unit)]);
@@ -56,9 +56,8 @@ fn partial_moments_kernel<E: Float, T: Float, N: Size>(
 /// Mean and biased variance of each channel of `[batch, channels, spatial..]`, and the table that
 /// [`normalize`] takes.
 ///
-/// One read of the input. Sums are kept in f32 (f64 for f64) as means and squared deviations from
-/// them, so that a mean far from zero costs no digits. The variance of an empty tensor is NaN.
-/// [The crate](crate) has an example.
+/// One read of the input. Partial results are means and squared deviations in f32 (f64 for f64): a mean far from
+/// zero costs no digits. The variance of an empty tensor is NaN.
 pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, ChannelTable) {
     let accumulator = accumulator_type(input.dtype);
     let walk = Walk::new(&[input], accumulator.size(), REDUCTION_CUBES);
@@ -124,9 +123,8 @@ fn normalize_kernel<E: Float, T: Float, N: Size>(
 /// `activation(scale * (input - mean) + shift + residual)`, or without a table
 /// `activation(input + residual)`.
 ///
-/// `residual` is of the input's shape and dtype. The output overwrites the input if nothing else holds it and at
-/// most a tenth of it is padding. Otherwise it is a new buffer of the same layout without gaps.
-/// [The crate](crate) has an example.
+/// `residual` has the input's shape and dtype. The output overwrites the input if that is the only handle and at
+/// most a tenth of it is padding; otherwise it is a new buffer of the same layout without gaps.
 pub fn normalize(
     input: CubeTensor,
     table: Option<&ChannelTable>,
@@ -135,10 +133,7 @@ pub fn normalize(
 ) -> CubeTensor {
     let accumulator = accumulator_type(input.dtype);
     let in_place = is_writable(&input) && !is_sparse(&input);
-    let output = match in_place {
-        true => input.clone(),
-        false => empty_like(&input),
-    };
+    let output = written_over(&input, in_place);
     let tensors: Vec<&CubeTensor> = [&input, &output].into_iter().chain(residual).collect();
     let walk = Walk::new(&tensors, accumulator.size(), MAP_CUBES);
     if walk.is_empty() {
@@ -146,16 +141,6 @@ pub fn normalize(
     }
     let client = input.client.clone();
     let rows = table.map(ChannelTable::rows);
-    let output_arg = match in_place {
-        true => output.as_tensor_alias(0),
-        false => output.clone().into_tensor_arg(),
-    };
-    let steps = [
-        walk.steps(Some(&input)),
-        walk.steps(residual),
-        walk.steps(Some(&output)),
-    ];
-    let [input_steps, residual_steps, output_steps] = steps;
     // SAFETY: `unit` keeps positions and channels below the tensors' common ones, and each vector
     // of the output is written by one unit, which has read the input there.
     unsafe {
@@ -168,10 +153,10 @@ pub fn normalize(
             input.clone().into_tensor_arg(),
             tensor_arg(residual).into(),
             tensor_arg(rows.as_ref()).into(),
-            output_arg,
-            input_steps,
-            residual_steps,
-            output_steps,
+            written_arg(&output, in_place.then_some(0)),
+            walk.steps(Some(&input)),
+            walk.steps(residual),
+            walk.steps(Some(&output)),
             walk.grid(),
             activation,
             walk.lanes,

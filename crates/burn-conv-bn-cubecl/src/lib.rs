@@ -1,26 +1,25 @@
 //! CubeCL kernels for batch normalization + residual + activation around a convolution that is
 //! recomputed in the backward pass: CUDA, ROCm, Metal, Vulkan, WebGPU and CubeCL's CPU runtime.
 //!
-//! The convolutions are Burn's own, autotuned. What is here reads and writes activations besides
-//! them, each once per launch and never through a copy:
+//! The convolutions are Burn's own. The kernels between them read and write each activation once per
+//! launch, without copies:
 //!
 //! - [`moments`]: mean and variance of each channel;
 //! - [`running_moments`]: running mean and variance after a batch;
 //! - [`normalize`]: norm, residual and activation, in place on the convolution's output;
-//! - [`GradSums`]: the two sums over a channel that all gradients of the norm are made of;
+//! - [`GradSums`]: the two sums per channel that determine all gradients of the norm;
 //! - [`norm_input_grad`]: the gradient of the convolution's output, in place on the recomputed
 //!   output;
-//! - [`max_pool`]: norm, activation and a max pool behind them, with one byte for each output as its argmax;
+//! - [`max_pool`]: norm, activation and a max pool, with an argmax of one byte per output;
 //! - [`max_pool_backward`]: the gradient of a max pool's input.
 //!
 //! Every kernel takes every layout by its strides: channels-first, the channels-last buffers that
 //! Burn's convolutions return, padded rows, slices of a batch. Arithmetic is in f32 for f16, bf16
-//! and f32, and in f64 for f64. The variants of the norm differ in [`Norm`], which only the
-//! launches over `channels` values see.
+//! and f32, and in f64 for f64. The norm's variants differ in [`Norm`] alone.
 //!
 //! # Examples
 //!
-//! Tensors are Burn's on a CubeCL device. Forward, `z` being the convolution's output:
+//! Tensors are Burn's on a CubeCL device. Forward, for the convolution's output `z`:
 //!
 #![cfg_attr(feature = "runtime", doc = "```no_run")]
 #![cfg_attr(not(feature = "runtime"), doc = "```ignore")]
@@ -34,14 +33,14 @@
 //!     degrees_of_freedom: 0,
 //! };
 //!
-//! /// `relu(norm(z))`, over `z` where nothing else holds it, and the statistics for the backward pass.
+//! /// `relu(norm(z))`, in place if `z` is the only handle, and the statistics for the backward pass.
 //! fn norm_relu(z: CubeTensor, affine: Affine) -> (CubeTensor, Moments) {
 //!     let (statistics, table) = moments(&z, affine, NORM);
 //!     (normalize(z, Some(&table), None, Activation::Relu), statistics)
 //! }
 //! ```
 //!
-//! Backward, `z` being recomputed:
+//! Backward, for the recomputed `z`:
 //!
 #![cfg_attr(feature = "runtime", doc = "```no_run")]
 #![cfg_attr(not(feature = "runtime"), doc = "```ignore")]
@@ -51,7 +50,7 @@
 //! };
 //! use burn_cubecl::tensor::CubeTensor;
 //!
-//! /// The gradients of `z`, over `z`, and of the norm's parameters, over `values` values a channel.
+//! /// Gradients of `z`, in its buffer, and of the norm's parameters, for `values` values per channel.
 //! fn norm_relu_backward(
 //!     z: CubeTensor,
 //!     output_grad: CubeTensor,
@@ -80,21 +79,21 @@
 //! `cpu`, `cuda`, `metal`, `rocm`, `vulkan`, `webgpu` and `wgpu` build CubeCL's runtimes of those
 //! names, and turn `runtime` on. A program that gets a runtime through Burn turns on `runtime` alone.
 //!
-//! None is on by default, and then there is nothing in this crate: Burn's CubeCL backend does not
-//! compile without a runtime, since CubeCL's device has no default then.
+//! None is on by default. Without a runtime this crate is empty, since Burn's CubeCL backend does not
+//! compile: CubeCL's device has no default then.
 
 #![deny(missing_docs)]
 #![cfg_attr(
     not(feature = "runtime"),
     allow(
         rustdoc::broken_intra_doc_links,
-        reason = "what this page names is not there"
+        reason = "the items exist only with a runtime"
     )
 )]
 #![cfg(feature = "runtime")]
 #![expect(
     unsafe_code,
-    reason = "kernels are launched without bounds checks, which they make themselves"
+    reason = "launches without bounds checks: kernels check bounds themselves"
 )]
 
 mod activation;
@@ -117,7 +116,7 @@ pub use pool::{MaxPooled, PoolArgmax, PoolWindow, max_pool, max_pool_backward};
 pub use running::running_moments;
 pub use table::{Affine, AffineGrads, ChannelTable, Moments, channel_table};
 
-/// The code of the package's Markdown page.
+/// Doc tests of the README.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 mod readme {}

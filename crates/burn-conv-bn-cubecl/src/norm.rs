@@ -1,4 +1,4 @@
-//! The norm's maths for each channel, as kernels compute it.
+//! The norm's formula per channel, in kernels.
 
 use burn_cubecl::cubecl;
 use cubecl::ir::ElemType;
@@ -6,16 +6,16 @@ use cubecl::prelude::*;
 
 use crate::walk::{Axis, Grid, Lanes, Unit, row};
 
-/// How the inverse standard deviation `s` follows from the variance:
+/// Formula of the inverse standard deviation,
 /// `s = 1 / (sqrt(M2 / (m - ddof) + inner_epsilon) + outer_epsilon)`.
 ///
-/// Batch normalization has `inner_epsilon` alone, and no `ddof`. For all of them
-/// `ds/dvar = -s^2 / (2 sqrt(var + inner_epsilon))`, which is taken as 0 where the root is 0.
+/// Batch normalization has `inner_epsilon` alone and a `ddof` of 0. The derivative
+/// `ds/dvar = -s^2 / (2 sqrt(var + inner_epsilon))` is 0 by definition where the root is 0.
 ///
 /// ```
 /// use burn_conv_bn_cubecl::Norm;
 ///
-/// // That of the PyTorch tutorial: unbiased variance, epsilon outside the root.
+/// // The PyTorch tutorial's: unbiased variance, epsilon outside the root.
 /// let tutorial = Norm {
 ///     inner_epsilon: 0.0,
 ///     outer_epsilon: 1e-3,
@@ -29,7 +29,7 @@ pub struct Norm {
     pub inner_epsilon: f64,
     /// Added to the standard deviation.
     pub outer_epsilon: f64,
-    /// Degrees of freedom taken off the number of values: 0 or 1.
+    /// Degrees of freedom subtracted from the number of values: 0 or 1.
     pub degrees_of_freedom: usize,
 }
 
@@ -45,7 +45,7 @@ pub(crate) mod rows {
     pub(crate) const ALL: usize = 5;
 }
 
-/// The rows of `scale * (value - mean) + shift` for a unit's channels; without a table, zeros.
+/// Rows of `scale * (value - mean) + shift` for a unit's channels; without a table, zeros.
 #[derive(CubeType)]
 pub(crate) struct UnitAffine<T: Float, N: Size> {
     pub(crate) mean: Vector<T, N>,
@@ -75,7 +75,7 @@ pub(crate) fn unit_affine<T: Float, N: Size>(
     }
 }
 
-/// The rows of [`UnitAffine`] from the statistics and parameters themselves; without statistics, zeros.
+/// [`UnitAffine`] from statistics and parameters; without statistics, zeros.
 #[cube]
 pub(crate) fn unit_norm<T: Float, P: Float, N: Size>(
     mean: ComptimeOption<&Tensor<T>>,
@@ -137,14 +137,14 @@ pub(crate) fn unit_norm<T: Float, P: Float, N: Size>(
     }
 }
 
-/// [`Norm`] over a number of values, as the kernels take it.
+/// [`Norm`] for a number of values, as a kernel's argument.
 #[derive(CubeType, CubeLaunch)]
 pub(crate) struct NormArgs {
     inner_epsilon: InputScalar,
     outer_epsilon: InputScalar,
     /// Number of values of a channel.
     pub(crate) values: InputScalar,
-    /// `values` less the degrees of freedom.
+    /// `values` minus the degrees of freedom.
     pub(crate) freedom: InputScalar,
 }
 

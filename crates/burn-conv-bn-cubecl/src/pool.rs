@@ -1,8 +1,7 @@
-//! A max pool over height and width, behind a norm and an activation or alone, and its gradient.
+//! Max pool over height and width, alone or behind norm and activation, and its gradient.
 //!
-//! An output's argmax is its place in the window, `row * columns + column`, one byte. WebGPU has no storage of
-//! bytes: four lie in a `u32`, in the order of `[batch, height, width, channels]`, whatever the layout of the
-//! tensors.
+//! The argmax is a position in the window, `row * columns + column`, one byte. WebGPU stores no bytes: four lie in
+//! a `u32`, in the order of `[batch, height, width, channels]`, whatever the layout of the tensors.
 
 use burn_backend::DType;
 use burn_cubecl::cubecl;
@@ -25,10 +24,10 @@ use crate::walk::{
 /// Argmaxes in one word.
 const PLACES: usize = 4;
 
-/// The window of a max pool, by height and width.
+/// Window of a max pool, by height and width.
 ///
-/// It has at most 256 pixels, is at most as large as the padded input, and is padded by at most half its size,
-/// so that every window has a pixel of the input.
+/// At most 256 pixels, not larger than the padded input, and padded by at most half its size: every window overlaps
+/// the input.
 ///
 /// ```
 /// use burn_conv_bn_cubecl::PoolWindow;
@@ -61,7 +60,7 @@ impl PoolWindow {
     }
 }
 
-/// What [`max_pool`] returns.
+/// Results of [`max_pool`].
 #[derive(Clone, Debug)]
 pub struct MaxPooled {
     /// `[batch, channels, height_out, width_out]` in the input's dtype, channels innermost in memory.
@@ -70,23 +69,23 @@ pub struct MaxPooled {
     pub argmax: CubeTensor,
 }
 
-/// What the gradient of a max pool needs besides that of its output.
+/// Saved data of a max pool, for its gradient.
 #[derive(Clone, Debug)]
 pub struct PoolArgmax {
     /// The forward pass's window.
     pub window: PoolWindow,
     /// [`MaxPooled::argmax`], of the whole batch.
     pub argmax: CubeTensor,
-    /// Index in that batch of the first image of the output's gradient.
+    /// First image of the output's gradient, as an index in that batch.
     pub first_image: usize,
 }
 
-/// A forward launch: its output's extent in vectors, and the input's in pixels.
+/// Extent of a forward launch.
 #[derive(CubeType, CubeLaunch)]
 struct PoolGrid {
     /// Vectors of the output.
     vectors: usize,
-    /// Vectors of one of its pixels, twice.
+    /// Vectors of a pixel, as a number and as a divisor.
     row_vectors: usize,
     channels: FastDivmod<usize>,
     columns: FastDivmod<usize>,
@@ -107,7 +106,7 @@ struct Maximum<T: Float, N: Size> {
     place: Vector<u32, N>,
 }
 
-/// Taps of a window that are pixels of the input, by first and end. `start` is the window's in the padded input.
+/// First and end of a window's taps within the input. The window starts at `start` of the padded input.
 #[cube]
 fn taps(
     start: usize,
@@ -142,8 +141,8 @@ fn vector_affine<T: Float, N: Size>(
     }
 }
 
-/// The maximum behind one vector of the output. Of equal values the first wins, and NaN wins over all. Values
-/// are compared as they would be stored.
+/// Maximum and argmax for one vector of the output. Of equal values the first wins, and NaN wins over all. Values
+/// are compared as rounded to the stored type.
 #[cube]
 fn window_maximum<E: Float, T: Float, N: Size>(
     input: &Tensor<Vector<E, N>>,
@@ -173,8 +172,9 @@ fn window_maximum<E: Float, T: Float, N: Size>(
     );
     let origin = image * grid.image_step + channel * grid.channel_step;
     let columns = comptime!(window.kernel_size[1]);
-    let mut best = Vector::<T, N>::cast_from(Vector::<E, N>::min_value());
-    let mut places = Vector::<u32, N>::cast_from(first_row * columns + first_column);
+    let first_place = Vector::<u32, N>::cast_from(first_row * columns + first_column);
+    let mut best = Vector::<T, N>::zero();
+    let mut places = Vector::<u32, N>::zero();
     for tap_row in first_row..end_row {
         let y = top + tap_row - comptime!(window.padding[0]);
         for tap_column in first_column..end_column {
@@ -186,8 +186,11 @@ fn window_maximum<E: Float, T: Float, N: Size>(
             }
             let value = activation::forward(value, activation);
             let value = Vector::<T, N>::cast_from(Vector::<E, N>::cast_from(value));
-            let wins = value.greater_than(&best).or(value.is_nan());
             let place = Vector::<u32, N>::cast_from(tap_row * columns + tap_column);
+            // By way of f32: WGSL cannot test the bits of an f64.
+            let is_nan = Vector::<f32, N>::cast_from(value).is_nan();
+            let is_first = place.equal(&first_place);
+            let wins = value.greater_than(&best).or(is_nan).or(is_first);
             best = select_many(wins, value, best);
             places = select_many(wins, place, places);
         }
@@ -198,7 +201,7 @@ fn window_maximum<E: Float, T: Float, N: Size>(
     }
 }
 
-/// One word of the argmax for each unit, and the outputs that it is of.
+/// Each unit writes one word of the argmax and its outputs.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn max_pool_kernel<E: Float, T: Float, N: Size>(
     input: &Tensor<Vector<E, N>>,
@@ -233,10 +236,10 @@ fn max_pool_kernel<E: Float, T: Float, N: Size>(
     argmax[ABSOLUTE_POS] = word;
 }
 
-/// Max pool of `activation(scale * (input - mean) + shift)`, without a table of `activation(input)`, for an
-/// input of `[batch, channels, height, width]`.
+/// Max pool of `activation(scale * (input - mean) + shift)`, or without a table of `activation(input)`. The input is
+/// `[batch, channels, height, width]`.
 ///
-/// Of equal values the first wins. One read of the input for each window that a pixel is in.
+/// Of equal values the first wins, and NaN wins over all. A pixel is read once per window.
 ///
 /// ```no_run
 /// use burn_conv_bn_cubecl::{Activation, Affine, MaxPooled, Moments, Norm, PoolWindow, max_pool, moments};
@@ -315,7 +318,7 @@ pub fn max_pool(
     MaxPooled { output, argmax }
 }
 
-/// The output of a max pool as its gradient is read: `[batch, height, width, channels]` without the batch.
+/// Extent of a max pool's output, in the order of the argmax.
 #[derive(CubeType, CubeLaunch)]
 pub(crate) struct PoolExtent {
     height: usize,
@@ -331,12 +334,12 @@ impl PoolArgmax {
     }
 }
 
-/// The extent of no pool.
+/// An unused extent.
 pub(crate) fn no_extent() -> PoolExtentLaunch {
     PoolExtentLaunch::new(0, 0, 0, 0)
 }
 
-/// Windows that a pixel of the padded input is in, by first and end.
+/// First and end of the windows over a pixel of the padded input.
 #[cube]
 fn windows(
     pixel: usize,
@@ -351,8 +354,8 @@ fn windows(
     (first, min(pixel / stride + 1, count))
 }
 
-/// The gradient of a max pool's input at a position, image, row and column: the sum of the gradients of the
-/// windows whose maximum it is.
+/// Gradient of a max pool's input at a position of image, row and column: the sum over the windows whose maximum
+/// it is.
 #[cube]
 pub(crate) fn pooled_grad<E: Float, T: Float, N: Size>(
     output_grad: &Tensor<Vector<E, N>>,
@@ -387,7 +390,7 @@ pub(crate) fn pooled_grad<E: Float, T: Float, N: Size>(
             let place = place_row * comptime!(window.kernel_size[1]) + place_column;
             let pixel = ((extent.first_image + image) * extent.height + y) * extent.width + x;
             let first = pixel * extent.channels + unit.channel;
-            // A vector of fewer than four is within a word.
+            // A vector shorter than a word does not cross its end.
             let (word, offset) = (first / PLACES, first % PLACES);
             let mut places = Vector::<u32, N>::zero();
             #[unroll]
@@ -442,10 +445,9 @@ fn max_pool_backward_kernel<E: Float, T: Float, N: Size>(
     }
 }
 
-/// The gradient of a max pool's input, `[batch, channels, height, width]` with that height and width, channels
-/// innermost in memory.
+/// Gradient of a max pool's input, `[batch, channels, height, width]` with channels innermost in memory.
 ///
-/// Each pixel sums over its windows, in the accumulator's dtype and always in the same order.
+/// Each pixel sums over its windows in the accumulator's dtype, in a fixed order.
 ///
 /// ```no_run
 /// use burn_conv_bn_cubecl::{Activation, PoolArgmax, PoolWindow, max_pool, max_pool_backward};
@@ -515,7 +517,7 @@ fn channels_last(like: &CubeTensor, [images, channels, height, width]: [usize; 4
     permute(empty, &[0, 3, 1, 2])
 }
 
-/// Components of a vector of channels that divides the channels, a word's places, and the other strides.
+/// Components of a vector of channels: a divisor of the channels, of a word's places, and of the other strides.
 fn channel_vector_size(input: &CubeTensor) -> usize {
     let (shape, strides) = (input.meta.shape(), input.meta.strides());
     let divides = |size: usize| {

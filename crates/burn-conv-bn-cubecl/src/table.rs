@@ -1,4 +1,4 @@
-//! What is computed for each channel, between the launches over activations.
+//! Launches per channel, between those over activations.
 
 use core::cell::RefCell;
 
@@ -18,10 +18,7 @@ use crate::norm::{
 };
 use crate::walk::{Grid, Lanes, Walk, is_idle, tensor_arg, unit};
 
-/// A norm of known statistics: `scale * (value - mean) + shift` for each channel, and the coefficients of
-/// its gradient.
-///
-/// [The examples of the crate](crate#examples) make one for each pass.
+/// A norm with known statistics: `scale * (value - mean) + shift` per channel, and its gradient's coefficients.
 #[derive(Clone, Debug)]
 pub struct ChannelTable {
     pub(crate) moments: Moments,
@@ -30,20 +27,20 @@ pub struct ChannelTable {
     norm: Norm,
     /// Number of values of a channel.
     values: usize,
-    /// Whether the statistics are the batch's, so that gradients flow through them.
+    /// Whether gradients flow through the statistics, as through the batch's.
     pub(crate) is_of_batch: bool,
-    /// `[rows, channels]`, flat, in the accumulator's dtype, once something was written into it.
+    /// `[rows, channels]`, flat, in the accumulator's dtype, once written.
     rows: RefCell<Option<CubeTensor>>,
 }
 
 impl ChannelTable {
-    /// The table for a launch that reads it. Unless an earlier launch has written it, one does so here.
+    /// The table for a launch that reads it, written by a launch here unless it was before.
     pub(crate) fn rows(&self) -> CubeTensor {
         let mut rows = self.rows.borrow_mut();
         rows.get_or_insert_with(|| affine_rows(self)).clone()
     }
 
-    /// Type of gamma and beta, without them the accumulator's.
+    /// Type of gamma and beta, or the accumulator's.
     pub(crate) fn parameter_type(&self) -> ElemType {
         element_type(self.affine().dtype(self.moments.mean.dtype))
     }
@@ -55,7 +52,7 @@ impl ChannelTable {
         }
     }
 
-    /// The table with its statistics as constants to the gradient, as given ones are:
+    /// The table with its statistics, as given ones, constant to the gradient:
     /// [`norm_input_grad`](crate::norm_input_grad) is then `scale * g`.
     ///
     /// ```no_run
@@ -64,7 +61,7 @@ impl ChannelTable {
     ///
     /// /// `relu(norm(z))` by running statistics.
     /// fn norm_relu(z: CubeTensor, running: &Moments, affine: Affine, norm: Norm) -> CubeTensor {
-    ///     // Without degrees of freedom the variance is used as it is, over any number of values.
+    ///     // Without degrees of freedom the variance is not rescaled, for any number of values.
     ///     let norm = Norm { degrees_of_freedom: 0, ..norm };
     ///     let table = channel_table(running, affine, norm, 1).with_constant_statistics();
     ///     normalize(z, Some(&table), None, Activation::Relu)
@@ -79,10 +76,7 @@ impl ChannelTable {
     }
 }
 
-/// A norm's mean and biased variance, `[channels]` each in the accumulator's dtype (f64 for f64,
-/// f32 otherwise).
-///
-/// [The examples of the crate](crate#examples) pass them from forward to backward.
+/// Mean and biased variance, `[channels]` each in the accumulator's dtype (f64 for f64, f32 otherwise).
 #[derive(Clone, Debug)]
 pub struct Moments {
     /// Mean.
@@ -109,14 +103,14 @@ pub struct Affine<'a> {
 }
 
 impl Affine<'_> {
-    /// The parameters' dtype, or without them the accumulator's.
+    /// The parameters' dtype, or the accumulator's.
     fn dtype(&self, accumulator: DType) -> DType {
         let parameter = self.gamma.or(self.beta);
         parameter.map_or(accumulator, |tensor| tensor.dtype)
     }
 }
 
-/// The norm of a table for a kernel; without a table, one that is not read.
+/// A table's norm for a kernel; without a table, an unused one.
 pub(crate) fn args(table: Option<&ChannelTable>, dtype: ElemType) -> NormArgsLaunch {
     let unread = Norm {
         inner_epsilon: 0.0,
@@ -157,8 +151,7 @@ fn moments_kernel<T: Float, P: Float>(
     }
 }
 
-/// Moments of a table of partial moments over `values` values a channel, and the rows of
-/// `scale * (value - mean) + shift`.
+/// Moments from partial ones over `values` values per channel, and the rows of `scale * (value - mean) + shift`.
 pub(crate) fn finish_moments(
     partials: CubeTensor,
     affine: Affine,
@@ -226,10 +219,8 @@ fn affine_kernel<T: Float, P: Float>(
     write_affine(table, &affine, channel, channels);
 }
 
-/// The table for a backward pass, from the moments that forward returned, over `values` values a channel.
-/// [`GradSums::finish`](crate::GradSums::finish) completes it. No launch: what needs it written writes it.
-///
-/// [The examples of the crate](crate#examples) call it.
+/// The table for a backward pass, from the forward pass's moments over `values` values per channel. No launch:
+/// [`GradSums::finish`](crate::GradSums::finish) completes it.
 pub fn channel_table(moments: &Moments, affine: Affine, norm: Norm, values: usize) -> ChannelTable {
     ChannelTable {
         moments: moments.clone(),
@@ -328,8 +319,6 @@ fn grads_kernel<T: Float, P: Float>(
 }
 
 /// Gradients of the norm's parameters, `[channels]` each.
-///
-/// [The examples of the crate](crate#examples) return them.
 #[derive(Clone, Debug)]
 pub struct AffineGrads {
     /// `s * sum(g * (z - mean))`.
@@ -338,9 +327,8 @@ pub struct AffineGrads {
     pub beta: CubeTensor,
 }
 
-/// Gradients of gamma and beta from a table of partial sums, in the dtype of gamma or beta, otherwise the
-/// accumulator's. Writes all rows of `table`: of a batch's statistics also the coefficients of the input's
-/// gradient.
+/// Gradients of gamma and beta from partial sums, in the parameters' dtype, or the accumulator's. Writes all rows of
+/// `table`, under batch statistics with the coefficients of the input's gradient.
 pub(crate) fn finish_sums(partials: CubeTensor, table: &ChannelTable) -> AffineGrads {
     let walk = Walk::over_rows(&partials);
     let client = partials.client.clone();
@@ -405,7 +393,7 @@ fn grad_sum_kernel<T: Float>(
     }
 }
 
-/// `sum(g)` from a table of partial sums, `[channels]` in the accumulator's dtype.
+/// `sum(g)` from partial sums, `[channels]` in the accumulator's dtype.
 pub(crate) fn finish_grad_sum(partials: CubeTensor) -> CubeTensor {
     let walk = Walk::over_rows(&partials);
     let client = partials.client.clone();

@@ -1,10 +1,9 @@
-//! How the units of a launch go over activations.
+//! The way of a launch's units over activations.
 //!
-//! All tensors of a launch have the shape `[batch, channels, spatial..]`. A *position* is what is
-//! left of an index without its channel. Strides are whatever they are: Burn's convolutions
-//! return channels-last buffers viewed as channels-first, CUDA pads rows, and a slice of a batch
-//! starts somewhere. Position axes that are adjacent in the memory of every tensor are merged, so
-//! that a dense channels-last tensor has one of them and a dense channels-first tensor two.
+//! All tensors of a launch have the shape `[batch, channels, spatial..]`. A *position* is an index without its
+//! channel. Strides are arbitrary: Burn's convolutions return channels-last buffers viewed as channels-first,
+//! CUDA pads rows, and slices of a batch have offsets. Position axes adjacent in the memory of every tensor
+//! are merged: a dense channels-last tensor has one, a dense channels-first tensor two.
 
 use burn_cubecl::cubecl;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
@@ -17,18 +16,17 @@ use cubecl::server::CubeCountSelection;
 use cubecl::std::FastDivmod;
 use cubecl::zspace::Shape;
 
-/// Units of a cube, where the device takes that many.
+/// Units of a cube, if the device takes that many.
 const UNITS: usize = 256;
-/// Neighbouring vectors of channels that one cube reads at once: enough for whole cache lines.
+/// Neighbouring vectors of channels that a cube reads at once: whole cache lines.
 const CHANNEL_LANES: usize = 32;
-/// As [`CHANNEL_LANES`], where the rows are many and the channels few.
+/// As [`CHANNEL_LANES`], for many rows and few channels.
 const ROW_CHANNEL_LANES: usize = 8;
-/// Positions that a unit should have before another cube is worth its partial result.
+/// Least positions of a unit that are worth another cube's partial result.
 const POSITIONS_PER_UNIT: usize = 8;
-/// Cubes of a reduction over one block of channels or more: a few for each multiprocessor of a
-/// large GPU, and few enough that adding up their partial results costs nothing.
+/// Cubes of a reduction: a few for each multiprocessor of a large GPU, and few partial results.
 pub(crate) const REDUCTION_CUBES: usize = 512;
-/// Cubes of a launch without partial results: as many as hide the latency of memory.
+/// Cubes of a launch without partial results: enough to hide the latency of memory.
 pub(crate) const MAP_CUBES: usize = 4096;
 
 /// The axis that the components of a vector lie along.
@@ -38,8 +36,8 @@ pub(crate) enum Axis {
     Positions,
 }
 
-/// How the units of a cube are divided: `channels` vectors of channels times `positions`, a power
-/// of two, at a time. Units with neighbouring channels are neighbours.
+/// Division of a cube's units: `channels` vectors of channels times `positions`, a power of two. Units with
+/// neighbouring channels are neighbours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Lanes {
     pub(crate) axis: Axis,
@@ -60,15 +58,14 @@ impl Lanes {
 /// The extent of a launch.
 #[derive(CubeType, CubeLaunch)]
 pub(crate) struct Grid {
-    /// Lengths of the position axes, outermost first. The innermost counts vectors where the
-    /// vectors lie along it.
+    /// Lengths of the position axes, outermost first. The innermost counts vectors if they lie along it.
     axes: Sequence<FastDivmod<usize>>,
     /// Product of `axes`.
     positions: usize,
     pub(crate) channels: usize,
     /// Positions of one cube.
     chunk: usize,
-    /// Cubes that have work: the launch may have more, where one dimension does not hold them.
+    /// Cubes with work. A launch over two dimensions may have more.
     cubes: usize,
 }
 
@@ -81,7 +78,7 @@ pub(crate) struct Steps {
     channel: usize,
 }
 
-/// Where one unit works.
+/// The work of one unit.
 #[derive(CubeType)]
 pub(crate) struct Unit {
     /// Index of the chunk of positions.
@@ -92,8 +89,7 @@ pub(crate) struct Unit {
     pub(crate) channel: usize,
     /// The unit's position lane.
     pub(crate) lane: usize,
-    /// First position of the unit, and the end of its chunk: not before `start`, and equal to it
-    /// where the unit has no channel.
+    /// First position of the unit, and the end of its chunk; the same for a unit without a channel.
     pub(crate) start: usize,
     pub(crate) end: usize,
     /// Whether the unit has a channel.
@@ -188,7 +184,7 @@ pub(crate) fn row<T: Float, N: Size>(
     values
 }
 
-/// The host's side: how a launch goes over some tensors.
+/// The host's side of a launch over some tensors.
 pub(crate) struct Walk {
     /// The tensors' axes that make up each position axis, outermost first.
     groups: Vec<Vec<usize>>,
@@ -205,8 +201,8 @@ pub(crate) struct Walk {
 }
 
 impl Walk {
-    /// A walk of at most `cubes` cubes, or one for each block of channels, over `tensors`, which have one
-    /// shape. The first decides what lies next to what.
+    /// A walk of at most `cubes` cubes, or one per block of channels, over tensors of one shape. The first one's
+    /// layout decides the order.
     pub(crate) fn new(tensors: &[&CubeTensor], accumulator_size: usize, cubes: usize) -> Self {
         let groups = merged_positions(tensors);
         let axis = axis_of(tensors[0]);
@@ -214,9 +210,9 @@ impl Walk {
         Self::over(tensors, groups, axis, vector_size, accumulator_size, cubes)
     }
 
-    /// As [`new`](Self::new) over `[batch, channels, height, width]`, with an axis each for image, row and
-    /// column, and no vector along them. All but the first of `tensors` may have other heights and widths:
-    /// each unit finds its positions in them.
+    /// As [`new`](Self::new) over `[batch, channels, height, width]`, with one axis each for images, rows and
+    /// columns, and vectors along channels alone. Tensors after the first may have other heights and widths:
+    /// units then index them by positions of their own.
     pub(crate) fn over_pixels(
         tensors: &[&CubeTensor],
         accumulator_size: usize,
@@ -255,7 +251,7 @@ impl Walk {
         }
         let positions: usize = lengths.iter().product();
 
-        // Three vectors a unit meet in shared memory.
+        // Each unit has three vectors in shared memory.
         let unit_bytes = 3 * vector_size * accumulator_size;
         let units = UNITS
             .min(hardware.max_units_per_cube as usize)
@@ -295,7 +291,7 @@ impl Walk {
         }
     }
 
-    /// A walk over a table of partial results, `[planes, rows, channels]`, in one chunk.
+    /// A walk over partial results, `[planes, rows, channels]`, in one chunk.
     pub(crate) fn over_rows(table: &CubeTensor) -> Self {
         let shape = table.meta.shape();
         let (rows, channels) = (shape[1], shape[2]);
@@ -319,7 +315,7 @@ impl Walk {
         }
     }
 
-    /// Whether there is nothing to go over.
+    /// Whether the tensors have no elements.
     pub(crate) fn is_empty(&self) -> bool {
         self.channels == 0 || self.lengths.contains(&0)
     }
@@ -346,7 +342,7 @@ impl Walk {
         self.channel_blocks * self.chunks
     }
 
-    /// The steps of a tensor of this walk; of no tensor, zeros.
+    /// The steps of a tensor of this walk; without a tensor, zeros.
     pub(crate) fn steps(&self, tensor: Option<&CubeTensor>) -> StepsLaunch {
         let stride = |axis: usize| tensor.map_or(0, |tensor| tensor.meta.strides()[axis]);
         let mut axes: Vec<usize> = self
@@ -367,8 +363,8 @@ impl Walk {
     }
 }
 
-/// The position axes, those merged that follow each other in the memory of every tensor. Axes of
-/// one element are left out, but for one if there is no other.
+/// The position axes, merged where they are adjacent in the memory of every tensor. Axes of one element are left
+/// out, unless there are no others.
 fn merged_positions(tensors: &[&CubeTensor]) -> Vec<Vec<usize>> {
     let shape = tensors[0].meta.shape();
     let mut groups: Vec<Vec<usize>> = Vec::new();
@@ -407,7 +403,7 @@ fn group_lengths(tensor: &CubeTensor, groups: &[Vec<usize>]) -> Vec<usize> {
     groups.iter().map(length).collect()
 }
 
-/// Components of a vector that divides what it lies along, and all strides across.
+/// Components of a vector: a divisor of its axis and of all other strides.
 fn vector_size(tensors: &[&CubeTensor], groups: &[Vec<usize>], axis: Axis) -> usize {
     let first = tensors[0];
     let length = match axis {
@@ -442,13 +438,10 @@ fn vector_size(tensors: &[&CubeTensor], groups: &[Vec<usize>], axis: Axis) -> us
 }
 
 fn floor_power_of_two(value: usize) -> usize {
-    match value {
-        0 => 0,
-        value => 1 << value.ilog2(),
-    }
+    if value == 0 { 0 } else { 1 << value.ilog2() }
 }
 
-/// A tensor of the same shape, dtype and order of axes in memory, without values.
+/// Tensor of the same shape, dtype and order of axes in memory, without values.
 pub(crate) fn empty_like(tensor: &CubeTensor) -> CubeTensor {
     let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
     let mut order: Vec<usize> = (0..shape.num_dims()).collect();
@@ -467,8 +460,7 @@ pub(crate) fn empty_like(tensor: &CubeTensor) -> CubeTensor {
     permute(empty, &inverse)
 }
 
-/// Whether more than a tenth of what the tensor spans in its buffer lies between its elements, as the padding
-/// of a pitched allocation's rows does.
+/// Whether gaps, as the padding of a pitched allocation's rows, are more than a tenth of the elements.
 pub(crate) fn is_sparse(tensor: &CubeTensor) -> bool {
     let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
     let reach = shape.iter().zip(strides.iter());
@@ -478,12 +470,29 @@ pub(crate) fn is_sparse(tensor: &CubeTensor) -> bool {
     10 * span > 11 * tensor.meta.num_elements()
 }
 
-/// Whether nothing else holds the tensor's buffer, and no two of its elements share a place in it.
+/// Whether this is the buffer's only handle, and no two elements share memory.
 pub(crate) fn is_writable(tensor: &CubeTensor) -> bool {
     tensor.can_mut() && tensor.is_nonoverlapping()
 }
 
-/// The argument for a tensor that may be missing.
+/// The tensor that a launch writes: `input` itself if `in_place`, otherwise a new one of its layout.
+pub(crate) fn written_over(input: &CubeTensor, in_place: bool) -> CubeTensor {
+    if in_place {
+        input.clone()
+    } else {
+        empty_like(input)
+    }
+}
+
+/// The argument for a written tensor, as an alias of the launch's tensor at that position or on its own.
+pub(crate) fn written_arg(tensor: &CubeTensor, alias: Option<usize>) -> TensorArg {
+    match alias {
+        Some(position) => tensor.as_tensor_alias(position),
+        None => tensor.clone().into_tensor_arg(),
+    }
+}
+
+/// The argument for an optional tensor.
 pub(crate) fn tensor_arg(tensor: Option<&CubeTensor>) -> Option<TensorArg> {
     tensor.map(|tensor| tensor.clone().into_tensor_arg())
 }

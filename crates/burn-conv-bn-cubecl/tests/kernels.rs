@@ -1,7 +1,7 @@
 //! Every kernel against sums in f64 on the host, over layouts, dtypes and shapes.
 //!
-//! Runs on the device that `CubeDevice::default()` finds. What that device lacks is skipped with
-//! a line that says so; with `BURN_CONV_BN_STRICT=1` a skip fails.
+//! On the device of `CubeDevice::default()`. Each dtype that it lacks is skipped with a line; with
+//! `BURN_CONV_BN_STRICT=1` a skip fails.
 
 use std::f64::consts::PI;
 
@@ -30,13 +30,13 @@ const TUTORIAL: Norm = Norm {
     degrees_of_freedom: 1,
 };
 
-/// Of LeakyRelu below zero, and the alpha of HardSigmoid and Elu.
+/// Slope of LeakyRelu, and alpha of HardSigmoid and Elu.
 const SLOPE: f64 = 0.1;
 
-/// The beta of Softplus.
+/// Beta of Softplus.
 const SHARPNESS: f64 = 1.5;
 
-/// How a `[batch, channels, spatial..]` tensor lies in memory.
+/// Layout of a `[batch, channels, spatial..]` tensor in memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Layout {
     ChannelsFirst,
@@ -158,7 +158,7 @@ fn download(tensor: &CubeTensor) -> Vec<f64> {
     data.iter::<f64>().collect()
 }
 
-/// What a value becomes in that dtype.
+/// The value rounded to that dtype.
 fn rounded(value: f64, dtype: DType) -> f64 {
     match dtype {
         DType::F16 => f16::from_f64(value).to_f64(),
@@ -198,7 +198,7 @@ fn assert_close_to(what: &str, got: &CubeTensor, expected: &[f64], scale: f64, t
     );
 }
 
-/// Dtypes of this device, of those that the kernels take.
+/// The kernels' dtypes that this device has.
 fn dtypes(device: &CubeDevice) -> Vec<DType> {
     let client = device.client();
     let strict = std::env::var_os("BURN_CONV_BN_STRICT").is_some_and(|value| value != "0");
@@ -223,7 +223,7 @@ fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F16 => 2e-3,
         DType::BF16 => 2e-2,
-        // What the finite differences of the reference leave.
+        // Error of the reference's finite differences.
         DType::F64 => 1e-10,
         _ => 3e-6,
     }
@@ -281,7 +281,7 @@ fn slope(activation: Activation, v: f64) -> f64 {
     (formula(activation, v + step) - formula(activation, v - step)) / (2.0 * step)
 }
 
-fn is_told_by_output(activation: Activation) -> bool {
+fn has_derivative_of_output(activation: Activation) -> bool {
     matches!(
         activation,
         Activation::Identity | Activation::Relu | Activation::Relu6 | Activation::LeakyRelu(_)
@@ -291,9 +291,9 @@ fn is_told_by_output(activation: Activation) -> bool {
 /// One application of the whole op but its convolution.
 struct Case {
     shape: Vec<usize>,
-    /// Of the norm's input.
+    /// Layout of the norm's input.
     layout: Layout,
-    /// Of all other activations.
+    /// Layout of all other activations.
     other_layout: Layout,
     dtype: DType,
     norm: Norm,
@@ -394,7 +394,7 @@ impl Case {
             gamma[c] * s[c] * d + beta[c] + residual
         });
         let output = value.map(|_, v| formula(self.activation, v));
-        // Where rounding decides between two slopes, no gradient comes through.
+        // No gradient where rounding decides between two slopes.
         let output_grad = output_grad.map(|i, g| {
             let near = |kink: &f64| (value.values[i] - kink).abs() < 64.0 * tolerance;
             if [-3.0, 0.0, 3.0, 6.0].iter().any(near) {
@@ -408,9 +408,10 @@ impl Case {
         let sum_gd = g.map(|i, g| g * deviation.values[i]).channel_sums();
         let input_grad = g.map(|i, g| {
             let c = input.channel_of(i);
-            let slope = match root[c] == 0.0 {
-                true => 0.0,
-                false => -s[c] * s[c] / (root[c] * freedom) * sum_gd[c],
+            let slope = if root[c] == 0.0 {
+                0.0
+            } else {
+                -s[c] * s[c] / (root[c] * freedom) * sum_gd[c]
             };
             gamma[c] * (s[c] * (g - sum_g[c] / m) + slope * deviation.values[i])
         });
@@ -471,10 +472,10 @@ impl Case {
             pool: None,
             norm_input: Some(input),
             residual: given_residual
-                .filter(|_| !is_told_by_output(self.activation))
+                .filter(|_| !has_derivative_of_output(self.activation))
                 .cloned(),
             output: given_residual
-                .filter(|_| is_told_by_output(self.activation))
+                .filter(|_| has_derivative_of_output(self.activation))
                 .map(|_| fresh.clone()),
             activation: self.activation,
         };
@@ -495,7 +496,7 @@ impl Case {
         );
 
         let result = norm_input_grad(shared, Some(&table), true);
-        // Of few values a channel, the terms nearly cancel.
+        // With few values per channel the terms nearly cancel.
         assert_close_to(
             &format!("{name}: input's gradient"),
             &result.grad,
@@ -578,8 +579,8 @@ fn every_activation() {
     for activation in activations() {
         for residual in [false, true] {
             for dtype in dtypes(&device) {
-                // WGSL and SPIR-V have no exponential of f64: the same call there is of other bits.
-                let exponential = !is_told_by_output(activation)
+                // WGSL and SPIR-V have no exponential of f64.
+                let exponential = !has_derivative_of_output(activation)
                     && !matches!(
                         activation,
                         Activation::HardSwish | Activation::HardSigmoid(..)
@@ -607,7 +608,7 @@ fn every_activation() {
     }
 }
 
-/// Far out the smooth ones are straight lines, not NaN.
+/// Smooth activations of large values are straight lines, not NaN.
 #[test]
 fn activations_far_out() {
     let device = CubeDevice::default();
@@ -686,7 +687,7 @@ fn large_launches() {
     Case::new(&[1, 70_000, 3, 3], Layout::ChannelsFirst).check(&device);
 }
 
-/// A mean of a thousand spreads: sums of squares would have no digit left.
+/// A mean of a thousand spreads, at which sums of squares have no digit left.
 #[test]
 fn a_mean_far_from_zero() {
     let device = CubeDevice::default();
@@ -739,7 +740,7 @@ fn a_constant_channel() {
     }
 }
 
-/// What propagates: NaN stays NaN through the activation, forward and backward.
+/// NaN stays NaN through the activation, forward and backward.
 #[test]
 fn nan_propagates() {
     let device = CubeDevice::default();
@@ -837,8 +838,8 @@ fn without_a_norm() {
     }
 }
 
-/// What a closed activation gets, infinite or NaN, is not passed on, with a norm of the batch's statistics,
-/// of constant ones, and without one.
+/// A closed activation passes no infinite or NaN gradient on: with a norm of the batch's statistics, of constant
+/// ones, and without a norm.
 #[test]
 fn closed_activations_pass_nothing() {
     let device = CubeDevice::default();
@@ -867,7 +868,7 @@ fn closed_activations_pass_nothing() {
             let value = normalize(up(&input), Some(&table), None, Activation::Identity);
             let of_batch = channel_table(&stats, affine, BATCH_NORM, 48);
             let constant = of_batch.clone().with_constant_statistics();
-            // All that comes out, and `g` last.
+            // All results, `g` last.
             let run = |grad: &Host, table: Option<&ChannelTable>| -> Vec<Vec<f64>> {
                 let pre_activation = PreActivation {
                     output_grad: up(grad),
@@ -908,7 +909,7 @@ fn closed_activations_pass_nothing() {
     }
 }
 
-/// A kept output is not as sparse as a pitched input: more than a tenth of gaps, and it is written elsewhere.
+/// An input with more than a tenth of gaps is not overwritten: the output is dense.
 #[test]
 fn sparse_inputs_are_written_dense() {
     let device = CubeDevice::default();
@@ -926,8 +927,7 @@ fn sparse_inputs_are_written_dense() {
     }
 }
 
-/// Statistics that are constants: the gradient is `scale * g`, whether the norm's input is there or not,
-/// and in whichever buffer.
+/// Constant statistics: the gradient is `scale * g`, with or without the norm's input, in any buffer.
 #[test]
 fn constant_statistics() {
     let device = CubeDevice::default();
@@ -1040,8 +1040,7 @@ fn an_empty_batch() {
     assert_eq!(download(&grad.grad), Vec::<f64>::new());
 }
 
-/// Running statistics in a dtype of their own, of the biased variance and of one that is not: values that no
-/// dtype rounds.
+/// Running statistics in a dtype of their own, by biased and unbiased variance: values that no dtype rounds.
 #[test]
 fn running_statistics() {
     let device = CubeDevice::default();
@@ -1062,7 +1061,7 @@ fn running_statistics() {
     }
 }
 
-/// Output of a max pool, and the index in the input of each maximum, the first of equals.
+/// Output of a max pool, and each maximum's index in the input, the first of equals.
 fn pooled(input: &Host, window: PoolWindow) -> (Host, Vec<usize>) {
     let [images, channels, height, width] = input.shape[..] else {
         panic!("expected four axes, got {:?}", input.shape);
@@ -1115,7 +1114,7 @@ const WINDOWS: [PoolWindow; 4] = [
         stride: [1, 3],
         padding: [1, 0],
     },
-    // As many pixels as a byte tells apart.
+    // As many pixels as a byte has values.
     PoolWindow {
         kernel_size: [32, 8],
         stride: [5, 3],
@@ -1123,7 +1122,7 @@ const WINDOWS: [PoolWindow; 4] = [
     },
 ];
 
-/// Outputs and gradients to the bit, over values with many ties: eighths, whose sums no dtype rounds.
+/// Outputs and gradients to the bit, for values with many ties: eighths, whose sums no dtype rounds.
 #[test]
 fn max_pools() {
     let device = CubeDevice::default();
@@ -1153,7 +1152,7 @@ fn max_pools() {
                 let uploaded = input.upload(layout, dtype, &device);
                 let got = max_pool(&uploaded, None, Activation::Identity, window);
                 assert_eq!(download(&got.output), output.values, "output of {what}");
-                // A byte for each output.
+                // A byte per output.
                 let bytes = got.argmax.meta.num_elements() * got.argmax.dtype.size();
                 assert_eq!(bytes, output.values.len().next_multiple_of(4), "{what}");
                 let pool = PoolArgmax {
@@ -1188,8 +1187,8 @@ fn max_pools_propagate_nan() {
     assert_eq!(words.iter::<u32>().collect::<Vec<_>>(), [0x0003_0200]);
 }
 
-/// A pool behind norm and ReLU: the output of the two one after the other, and the gradients of the tensor
-/// between them, which is not there, over the whole batch and in chunks.
+/// A pool behind norm and ReLU against the two one after the other: output, sums and the gradient of the norm's
+/// input, over the whole batch and in chunks.
 #[test]
 fn max_pools_behind_a_norm() {
     let device = CubeDevice::default();
@@ -1232,7 +1231,7 @@ fn max_pools_behind_a_norm() {
             let output = download(&wanted.output);
             assert_close(&what, &got.output, &output, tolerance(dtype));
 
-            // Sums and the input's gradient, over these images at a time.
+            // Sums and the input's gradient, over a batch in these parts.
             let run = |joined: bool, parts: &[std::ops::Range<usize>]| {
                 let values = input.values.len() / shape[1];
                 let table = channel_table(&stats, affine, BATCH_NORM, values);

@@ -63,11 +63,17 @@ impl DeviceChoice {
 
     /// What the first steps on the device wait for, in a build with autotuning or without it.
     pub(crate) fn tuning_notice(self, autotunes: bool) -> Option<String> {
+        let name = self.name();
+        let kept = if cfg!(feature = "persistence") {
+            "The findings are kept for the next run"
+        } else {
+            "Build with the feature `persistence` to keep the findings for the next run"
+        };
         (autotunes && self != Self::Flex).then(|| {
             format!(
-                "Tuning: the first steps on {} try several kernels for each shape, which may take minutes. A \
-                 build with the feature `persistence` keeps the findings for the next run.",
-                self.name()
+                "Tuning: the first steps on {name} try several kernels for each shape, which may take \
+                 minutes. {kept}. CubeCL prints a line for each shape that is tuned if cubecl.toml has \
+                 `autotune.logger.stderr = true`."
             )
         })
     }
@@ -156,6 +162,7 @@ mod tests {
         let notice = DeviceChoice::Cuda.tuning_notice(true).unwrap();
         assert!(notice.contains("first steps on cuda"), "{notice}");
         assert!(notice.contains("next run"), "{notice}");
+        assert!(notice.contains("autotune.logger.stderr"), "{notice}");
     }
 
     #[cfg(not(feature = "rocm"))]

@@ -10,7 +10,7 @@ use burn::train::Interrupter;
 use burn_conv_bn_memory::CountingAllocator;
 
 use crate::choice::Choice;
-use crate::data::{DatasetChoice, MnistData};
+use crate::data::{DataRequest, DatasetChoice, MnistData};
 use crate::measure::estimate::estimate;
 use crate::measure::plot::picture;
 use crate::measure::report::{EpochReport, Report, VariantReport};
@@ -92,8 +92,15 @@ fn share(job: &Job, variant: Variant) -> Job {
     let digits = MEASURED_STEPS * job.batch_size;
     Job {
         epochs: 1,
-        train_limit: Some(job.train_limit.map_or(digits, |limit| limit.min(digits))),
-        test_limit: Some(1),
+        data: DataRequest {
+            train_limit: Some(
+                job.data
+                    .train_limit
+                    .map_or(digits, |limit| limit.min(digits)),
+            ),
+            test_limit: Some(1),
+            ..job.data.clone()
+        },
         ..job.clone()
     }
 }

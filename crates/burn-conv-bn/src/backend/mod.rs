@@ -34,8 +34,9 @@ pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
 /// | `conv_bn_max_pool` | `conv_bn_max_pool_forward`, `conv_bn_max_pool_backward` | `conv_bn`, `max_pool`    |
 ///
 /// `Autodiff<B>` registers one node for each differentiable method. Kernels and `running_moments` do not
-/// differentiate. Every method has a default body: `impl ConvBnBackend for MyBackend {}` is complete. A backend overrides the
-/// two kernels of an op together; with those of the max pool also `max_pool`, for untracked inputs.
+/// differentiate. Every method has a default body: `impl ConvBnBackend for MyBackend {}` is complete. A
+/// backend overrides the two kernels of an op together. `max_pool` itself is Burn's for untracked inputs, unless
+/// overridden. Under Burn's `Fusion`, max pools join and keep an argmax by the rules of CubeCL's kernels.
 ///
 /// The methods trust their arguments; [`functional`](crate::functional) checks them. Tensors of Burn's
 /// `Tensor` reach only the backends that Burn's `Dispatch` lists.

@@ -162,10 +162,8 @@ pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
     options: &ConvBnBackwardOptions,
 ) -> ConvBnGrads<B> {
     let wanted = options.wanted;
-    let output_shape = match pool {
-        Some(_) => options.output_shape(),
-        None => saved.output_grad.shape(),
-    };
+    let whole = || saved.output_grad.shape();
+    let output_shape = pool.as_ref().map_or_else(whole, |_| options.output_shape());
     let device = saved.output_grad.device();
     let has_norm = saved.mean.is_present();
     let mut pass = Pass::<B, S>::new(saved, pool, &output_shape, options);
