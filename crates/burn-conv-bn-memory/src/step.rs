@@ -115,7 +115,7 @@ struct Step {
 
 impl MemoryProbe {
     /// Measures the memory that `device` computes in: the host's by the process's global allocator, or the
-    /// device's by its memory pool.
+    /// device's by its memory pool. A remote device's is not seen from here.
     pub fn of(device: &Device, allocator: &'static CountingAllocator) -> Self {
         #[cfg(feature = "cubecl")]
         if let DispatchDevice::Cube(cube) = device.clone().without_autodiff().as_dispatch() {

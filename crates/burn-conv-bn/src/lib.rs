@@ -44,9 +44,10 @@
 //!   of `burn-conv-bn-cubecl` around Burn's convolutions. Each turns `cubecl` on, which alone
 //!   chooses no runtime.
 //! - `ndarray`, `tch`: the op composed of Burn's own.
+//! - `remote`: the same on a device of another process or machine; the server needs nothing of this crate.
 //! - `fusion`, on by default as in Burn: needed with a CubeCL runtime wherever Burn's own `fusion` is on.
 //!
-//! `gradcheck` is no backend, but turns on the module of that name.
+//! `gradcheck` is no backend, but turns on the module of that name. `remote-test` is for this crate's tests.
 //!
 //! # Versions
 //!

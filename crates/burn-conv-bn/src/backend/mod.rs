@@ -124,6 +124,7 @@ pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
     LibTorch: cfg(feature = "tch"),
+    Remote: cfg(feature = "remote"),
     Cube: cfg(feature = "cubecl"),
     Fusion: cfg(feature = "fusion"),
 )]
@@ -359,3 +360,9 @@ impl ConvBnBackend for burn::backend::NdArray {}
 
 #[cfg(feature = "tch")]
 impl ConvBnBackend for burn::backend::LibTorch {}
+
+// The server runs Burn's operations and knows none of these methods. Under Burn's `fusion` this type is
+// `Fusion` around the client, which itself has no impl: the macro's for `Fusion` would send the kernels as
+// custom operations, and the default bodies send Burn's.
+#[cfg(feature = "remote")]
+impl ConvBnBackend for burn::backend::Remote {}

@@ -33,6 +33,8 @@ impl Check {
             DispatchDevice::NdArray(_) => Ok(()),
             #[cfg(feature = "tch")]
             DispatchDevice::LibTorch(_) => Ok(()),
+            #[cfg(feature = "remote")]
+            DispatchDevice::Remote(_) => Ok(()),
             #[allow(unreachable_patterns, reason = "Burn may have no other backend")]
             device => {
                 let device = format!("{device:?}");
@@ -141,6 +143,7 @@ fn feature(device: &str) -> Option<&'static str> {
         ("Flex", "flex"),
         ("NdArray", "ndarray"),
         ("LibTorch", "tch"),
+        ("Remote", "remote"),
     ];
     let found = features.iter().find(|(name, _)| device.starts_with(name));
     found.map(|(_, feature)| *feature)
@@ -159,7 +162,8 @@ mod tests {
             ("Cube(Vulkan(DefaultDevice))", Some("wgpu")),
             ("Flex(FlexDevice)", Some("flex")),
             ("NdArray(Cpu)", Some("ndarray")),
-            ("Remote(RemoteDevice)", None),
+            ("Remote(RemoteDevice { device_index: 0 })", Some("remote")),
+            ("Capture(CaptureDevice)", None),
         ] {
             assert_eq!(feature(device), wanted, "{device}");
             let error = ConvBnError::Backend {
