@@ -1,4 +1,5 @@
-//! Heap peaks of a layer beside Burn's own layers, over drawn geometries.
+//! Heap peaks of a layer beside Burn's own layers, over drawn geometries. One test, so that no other allocates at the
+//! same time.
 
 use std::fmt;
 
@@ -11,6 +12,9 @@ use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig};
 use burn_conv_bn_memory::CountingAllocator;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator::new();
 
 const GEOMETRIES: usize = 300;
 
@@ -142,7 +146,7 @@ impl Geometry {
         (conv, BatchNormConfig::new(self.channels[1]).init(device))
     }
 
-    fn peaks(self, state: State, allocator: &CountingAllocator) -> Peaks {
+    fn peaks(self, state: State) -> Peaks {
         let device = match state {
             State::Evaluation => Device::flex(),
             State::Training | State::Frozen => Device::flex().autodiff(),
@@ -159,10 +163,8 @@ impl Geometry {
             own.norm = own.norm.freeze();
             norm = norm.freeze();
         }
-        let own = least_peak(allocator, input, |input| own.forward(input));
-        let burn = least_peak(allocator, input, |input| {
-            relu(norm.forward(conv.forward(input)))
-        });
+        let own = least_peak(input, |input| own.forward(input));
+        let burn = least_peak(input, |input| relu(norm.forward(conv.forward(input))));
         Peaks {
             geometry: self,
             state,
@@ -173,20 +175,16 @@ impl Geometry {
 }
 
 /// The least peak of several steps, beyond the input and the parameters.
-fn least_peak(
-    allocator: &CountingAllocator,
-    input: impl Fn() -> Tensor<4>,
-    forward: impl Fn(Tensor<4>) -> Tensor<4>,
-) -> usize {
+fn least_peak(input: impl Fn() -> Tensor<4>, forward: impl Fn(Tensor<4>) -> Tensor<4>) -> usize {
     let step = || {
         let input = input();
-        let base = allocator.reset_peak();
+        let base = ALLOCATOR.reset_peak();
         let output = forward(input.clone());
         if output.is_tracked() {
             let grads = output.sum().backward();
             assert!(input.grad(&grads).is_some());
         }
-        allocator.peak() - base
+        ALLOCATOR.peak() - base
     };
     // The first run draws the parameters.
     step();
@@ -194,7 +192,8 @@ fn least_peak(
 }
 
 /// No layer needs more than Burn's own, beside a fixed number of bytes, and training takes less.
-pub fn no_layer_exceeds_burns(allocator: &CountingAllocator) {
+#[test]
+fn no_layer_exceeds_burns() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(THREADS).build();
     let mut peaks = pool.expect("threads start").install(|| {
         let mut rng = ChaCha8Rng::seed_from_u64(SEED);
@@ -202,7 +201,7 @@ pub fn no_layer_exceeds_burns(allocator: &CountingAllocator) {
         for _ in 0..GEOMETRIES {
             let geometry = Geometry::draw(&mut rng);
             for state in [State::Training, State::Frozen, State::Evaluation] {
-                peaks.push(geometry.peaks(state, allocator));
+                peaks.push(geometry.peaks(state));
             }
         }
         peaks
