@@ -41,6 +41,26 @@ impl<T: Real> Chunk<T> {
         )
     }
 
+    #[inline(always)]
+    pub(crate) fn get(&self, lane: usize) -> T {
+        self.0[lane]
+    }
+
+    #[inline(always)]
+    pub(crate) fn set(&mut self, lane: usize, value: T) {
+        self.0[lane] = value;
+    }
+
+    /// Exact.
+    #[inline(always)]
+    pub(crate) fn half(self) -> Self {
+        let half = T::from_f64(0.5);
+        Self(self.0.map(
+            #[inline(always)]
+            |value| value * half,
+        ))
+    }
+
     /// Stores chunks at `start` of `K` lines, `pitch` apart.
     #[inline(always)]
     #[allow(unsafe_code)]
