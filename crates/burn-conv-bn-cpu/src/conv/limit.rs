@@ -20,6 +20,9 @@ const THREADS: usize = 2;
 const LEAST_TAPS: usize = 64;
 const LEAST_CHANNELS: usize = 24;
 
+/// Activations, in weights, from which on its copies pay: measured at 128 to 512 channels.
+const DEEP: usize = 4;
+
 /// Bytes of one channel's moments in one block.
 const MOMENTS_BYTES: usize = 24;
 
@@ -120,6 +123,12 @@ pub(super) fn is_alone<E: Element>(geometry: &Geometry) -> bool {
         && geometry.depth() >= LEAST_TAPS
         && geometry.group_out() >= LEAST_CHANNELS
         && bytes.input + bytes.output <= GRANTED
+}
+
+/// Whether the activations are few for the weight: slices are then faster than Winograd's algorithm with copies of it.
+pub(super) fn is_deep(geometry: &Geometry) -> bool {
+    let activations = geometry.batch() * (geometry.input_len() + geometry.output_len());
+    activations < DEEP * geometry.weight_len()
 }
 
 /// Blocks of images of the weight's gradient, for an algorithm that fits: as many as have room for their sums.

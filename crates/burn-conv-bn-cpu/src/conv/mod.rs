@@ -13,7 +13,7 @@ mod winograd;
 pub(crate) use self::limit::weight_blocks;
 
 use self::direct::Direct;
-use self::limit::{fits, is_alone, slices, winograd_tile};
+use self::limit::{fits, is_alone, is_deep, slices, winograd_tile};
 use self::packed::Packed;
 use self::tile::Transposed;
 use self::winograd::{Slices, Winograd};
@@ -21,9 +21,6 @@ use crate::{Element, Geometry};
 
 /// Fewest channels, in and out, for which Winograd's savings outweigh its transforms.
 const LEAST_CHANNELS: usize = 16;
-
-/// Fewest channels, in and out, for which slices are faster than Winograd's algorithm with a whole weight.
-const DEEP: usize = 256;
 
 /// The algorithm for a geometry.
 pub(crate) enum Chosen<'a, T> {
@@ -48,9 +45,8 @@ pub(crate) fn choose<'a, E: Element>(
         && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS;
     let is_alone = is_alone::<E>(geometry);
     if plain {
-        let is_deep = geometry.group_in().min(geometry.group_out()) >= DEEP;
         let slices = slices::<E>(geometry);
-        if let Some(slices) = slices.filter(|_| is_deep || is_alone) {
+        if let Some(slices) = slices.filter(|_| is_alone || is_deep(geometry)) {
             return Chosen::Slices(slices);
         }
         let winograd = Winograd::new(geometry, winograd_tile::<E>(geometry));

@@ -46,18 +46,13 @@ impl<T: Real> Chunk<T> {
         self.0[lane]
     }
 
-    #[inline(always)]
-    pub(crate) fn set(&mut self, lane: usize, value: T) {
-        self.0[lane] = value;
-    }
-
     /// Exact.
     #[inline(always)]
     pub(crate) fn half(self) -> Self {
         let half = T::from_f64(0.5);
-        Self(self.0.map(
+        Self(std::array::from_fn(
             #[inline(always)]
-            |value| value * half,
+            |lane| self.0[lane] * half,
         ))
     }
 

@@ -175,6 +175,9 @@ pub(super) struct Grid {
     pub(super) column: usize,
 }
 
+/// Rows of kernels that are laid side by side at a time.
+const ROWS: usize = 4;
+
 /// `G w G'`: a panel whose tiles are the rows. Columns up to the next multiple of [`LANES`] repeat the last.
 #[inline(always)]
 pub(super) fn transform_kernels<T: Real>(
@@ -183,19 +186,32 @@ pub(super) fn transform_kernels<T: Real>(
     panel: &mut [T],
     steps: Steps,
 ) {
-    for row in 0..grid.rows {
-        for start in (0..grid.columns).step_by(LANES) {
-            let mut values = [[Chunk::ZERO; 3]; 3];
+    // By way of memory: the compiler vectorizes no sums of values that it has just gathered. A few rows at a time of
+    // few columns: kernels are a power of two apart, and share few sets of a cache.
+    let mut laid = [T::ZERO; TAPS * ROWS * LANES];
+    for start in (0..grid.columns).step_by(LANES) {
+        for first in (0..grid.rows).step_by(ROWS) {
+            let rows = first..(first + ROWS).min(grid.rows);
             for lane in 0..LANES {
                 let column = (start + lane).min(grid.columns - 1);
-                let kernel = &kernels[row * grid.row + column * grid.column];
-                for tap in 0..TAPS {
-                    values[tap / 3][tap % 3].set(lane, kernel[tap]);
+                for row in rows.clone() {
+                    let kernel = &kernels[row * grid.row + column * grid.column];
+                    let laid = &mut laid[(row - first) * LANES + lane..];
+                    for (tap, value) in kernel.iter().enumerate() {
+                        laid[tap * ROWS * LANES] = *value;
+                    }
                 }
             }
-            for (index, values) in nested(values, filter_lanes).into_iter().enumerate() {
-                let at = index * E * steps.product + row * steps.tile + start;
-                Chunk::store(values, panel, at, steps.product);
+            for row in rows {
+                let at = |tap: usize| (tap * ROWS + row - first) * LANES;
+                let mut values = [[Chunk::ZERO; 3]; 3];
+                for index in 0..3 {
+                    values[index] = Chunk::load(&laid, at(3 * index), ROWS * LANES);
+                }
+                for (index, values) in nested(values, filter_lanes).into_iter().enumerate() {
+                    let at = index * E * steps.product + row * steps.tile + start;
+                    Chunk::store(values, panel, at, steps.product);
+                }
             }
         }
     }
