@@ -1,4 +1,4 @@
-//! What the driver by channels, `norm/packed.rs`, needs of an algorithm.
+//! What the driver by channels, `norm/channels.rs`, needs of an algorithm.
 
 use super::span::Span;
 use crate::scratch::Aligned;

@@ -6,9 +6,9 @@ use std::ops::Range;
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::channels;
 use super::gradient::{Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients};
 use super::lines::{Converted, Source, Step, conv_output_grad, sums_of, write_residual_grad};
-use super::packed;
 use crate::blocks::{BLOCKS, split};
 use crate::conv::span::Span;
 use crate::conv::tile::{Algorithm, BlockGrads, TileScratch, Transposed, Work};
@@ -83,8 +83,8 @@ fn sum<E: Element>(pass: &Backward<'_, E>, source: Source<'_, E>) -> GradSums {
     match choose::<E>(pass.geometry, weight, None) {
         Chosen::Direct(algorithm) => sum_blocks(pass, &algorithm, source),
         Chosen::Winograd(algorithm) => sum_blocks(pass, &algorithm, source),
-        Chosen::Packed(algorithm) => packed::sum(pass, &algorithm, source),
-        Chosen::Slices(algorithm) => packed::sum(pass, &algorithm, source),
+        Chosen::Packed(algorithm) => channels::sum(pass, &algorithm, source),
+        Chosen::Slices(algorithm) => channels::sum(pass, &algorithm, source),
     }
 }
 
@@ -155,10 +155,10 @@ pub fn backward<E: Element>(
             backward_blocks(pass, &algorithm, kept, coefficients, gradients);
         }
         Chosen::Packed(algorithm) => {
-            packed::backward(&step, &algorithm, kept, scale, gradients);
+            channels::backward(&step, &algorithm, kept, scale, gradients);
         }
         Chosen::Slices(algorithm) => {
-            packed::backward(&step, &algorithm, kept, scale, gradients);
+            channels::backward(&step, &algorithm, kept, scale, gradients);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::packed;
+use super::channels;
 use crate::blocks::BLOCKS;
 use crate::conv::channels::ByChannels;
 use crate::conv::tile::{Algorithm, TileScratch, Work};
@@ -79,7 +79,7 @@ fn conv_seeing<E: Element, S: Send>(
         Chosen::Slices(algorithm) => vec![conv_chunks(&algorithm, input, weight, room, new, see)],
     };
     // SAFETY: there is room for `len` values, all of which belong to the blocks; and a block's tiles
-    // have pieces for all of its channels and positions, which `conv_blocks` writes. `packed::conv` writes
+    // have pieces for all of its channels and positions, which `conv_blocks` writes. `channels::conv` writes
     // every channel of its chunks, which are all positions.
     unsafe { output.set_len(len) };
     seen
@@ -94,7 +94,7 @@ fn conv_chunks<E: Element, S>(
     see: impl Fn(&mut S, usize, &[E::Real]),
 ) -> S {
     let mut seen = new();
-    packed::conv(algorithm, input, weight, output, |channel, row| {
+    channels::conv(algorithm, input, weight, output, |channel, row| {
         see(&mut seen, channel, row);
     });
     seen
