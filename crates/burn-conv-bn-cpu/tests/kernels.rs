@@ -41,13 +41,19 @@ const PLAIN: Case = Case {
 /// The cases with each algorithm: that of their geometry, and packed products.
 fn cases() -> impl Iterator<Item = Case> {
     let bounds = [None, Some(0)];
-    let bounded = move |case| bounds.map(|bound| Case { bound, ..case });
+    let bounded = move |case: Case| {
+        bounds.map(|bound| Case {
+            bound: bound.or(case.bound),
+            ..case
+        })
+    };
     geometries().into_iter().flat_map(bounded)
 }
 
 /// Ugly on purpose: one channel, 65 of them, one pixel, odd strides, asymmetric padding, dilation,
 /// groups, depthwise, pointwise, three dimensions, more images than blocks, more than one tile; then
-/// channels enough for Winograd, and for a layout without gaps; then what only packed products treat apart.
+/// channels enough for Winograd, and for a layout without gaps; then what only packed products treat apart, and
+/// what slices do.
 fn geometries() -> Vec<Case> {
     let padded = [(0, 0), (1, 1), (1, 1)];
     vec![
@@ -334,15 +340,32 @@ fn geometries() -> Vec<Case> {
             padding: padded,
             ..PLAIN
         },
+        // Winograd by slices: several panels and slices of each group; parts of an image, and of the channels.
+        Case {
+            batch: 5,
+            channels: [140, 142],
+            groups: 2,
+            padding: [(0, 0), (1, 0), (2, 1)],
+            bound: Some(2 << 20),
+            ..PLAIN
+        },
+        Case {
+            channels: [300, 33],
+            input: [1, 17, 18],
+            padding: padded,
+            bound: Some(3 << 19),
+            ..PLAIN
+        },
     ]
 }
 
-/// Channels and stride for shifted planes, for Winograd, and for planes without gaps; and for packed products
-/// the bound.
-fn algorithms() -> [([usize; 2], [usize; 3], Option<usize>); 4] {
+/// Channels and stride for shifted planes, for Winograd, for planes without gaps, for Winograd by slices, and for
+/// packed products, the latter two with a bound.
+fn algorithms() -> [([usize; 2], [usize; 3], Option<usize>); 5] {
     [
         ([5, 6], [1; 3], None),
         ([16, 17], [1; 3], None),
+        ([70, 61], [1; 3], Some(2 << 20)),
         ([16, 17], [1, 2, 2], None),
         ([50, 61], [1, 2, 2], Some(0)),
     ]

@@ -5,6 +5,7 @@
 //! depthwise kernels, and unpadded ones over one dimension, nothing.
 
 use super::tile::Algorithm;
+use super::winograd::Slices;
 use crate::blocks::BLOCKS;
 use crate::{Element, Geometry};
 
@@ -19,8 +20,20 @@ const THREADS: usize = 2;
 const LEAST_TAPS: usize = 64;
 const LEAST_CHANNELS: usize = 24;
 
+/// Activations, in weights, from which on its copies pay: measured at 128 to 512 channels.
+const DEEP: usize = 4;
+
 /// Bytes of one channel's moments in one block.
 const MOMENTS_BYTES: usize = 24;
+
+/// Fewest tiles, of all images, for which the transforms of the weight pay.
+const LEAST_TILES: usize = 24;
+
+/// Any number of channels.
+const ALL: usize = usize::MAX >> 1;
+
+/// Tiles of a chunk of slices, and channels whose tiles are transformed at a time, from the fastest on.
+const SLICES: [(usize, usize); 5] = [(128, ALL), (128, 256), (64, ALL), (64, 256), (32, 256)];
 
 /// Most bytes of all blocks' weight gradients.
 const WEIGHT_BYTES: usize = 16 << 20;
@@ -112,6 +125,12 @@ pub(super) fn is_alone<E: Element>(geometry: &Geometry) -> bool {
         && bytes.input + bytes.output <= GRANTED
 }
 
+/// Whether the activations are few for the weight: slices are then faster than Winograd's algorithm with copies of it.
+pub(super) fn is_deep(geometry: &Geometry) -> bool {
+    let activations = geometry.batch() * (geometry.input_len() + geometry.output_len());
+    activations < DEEP * geometry.weight_len()
+}
+
 /// Blocks of images of the weight's gradient, for an algorithm that fits: as many as have room for their sums.
 pub(crate) fn weight_blocks<E: Element, A: Algorithm<E>>(algorithm: &A) -> usize {
     let limit = backward_limit::<E>(algorithm.geometry());
@@ -130,4 +149,18 @@ pub(super) fn winograd_tile<E: Element>(geometry: &Geometry) -> usize {
     let backward = backward_limit::<E>(geometry).saturating_sub(filters);
     // Planes are rounded up to cache lines.
     forward.min(backward) / THREADS / 6 * 5
+}
+
+/// Winograd's algorithm by slices, with the largest parts that fit, where it is faster than packed products.
+pub(super) fn slices<E: Element>(geometry: &Geometry) -> Option<Slices<'_>> {
+    let [_, rows, columns] = geometry.output().map(|len| len.div_ceil(2));
+    let is_faster = geometry.positions() > 1 && geometry.batch() * rows * columns >= LEAST_TILES;
+    let fitting = |(tiles, channels)| {
+        let slices = Slices::new(geometry, tiles, channels);
+        let bytes = |gradients| slices.bytes(size_of::<E::Real>(), THREADS, gradients);
+        let fits = bytes(false) <= forward_limit::<E>(geometry)
+            && bytes(true) <= backward_limit::<E>(geometry);
+        fits.then_some(slices)
+    };
+    SLICES.into_iter().find_map(fitting).filter(|_| is_faster)
 }

@@ -1,21 +1,22 @@
 //! The convolution and its gradients, and the choice of the algorithm for a geometry.
 
-pub(crate) mod packed;
+pub(crate) mod channels;
 pub(crate) mod span;
 pub(crate) mod tile;
 
 mod direct;
 mod layout;
 mod limit;
+mod packed;
 mod winograd;
 
 pub(crate) use self::limit::weight_blocks;
 
 use self::direct::Direct;
-use self::limit::{fits, is_alone, winograd_tile};
+use self::limit::{fits, is_alone, is_deep, slices, winograd_tile};
 use self::packed::Packed;
 use self::tile::Transposed;
-use self::winograd::Winograd;
+use self::winograd::{Slices, Winograd};
 use crate::{Element, Geometry};
 
 /// Fewest channels, in and out, for which Winograd's savings outweigh its transforms.
@@ -26,6 +27,7 @@ pub(crate) enum Chosen<'a, T> {
     Direct(Direct<'a, T>),
     Winograd(Winograd<'a, T>),
     Packed(Packed<'a>),
+    Slices(Slices<'a>),
 }
 
 /// Prepares the algorithm for a geometry, each of the weights if it is needed. A function of the geometry and the
@@ -41,12 +43,20 @@ pub(crate) fn choose<'a, E: Element>(
         && geometry.input[0] == 1
         && geometry.padding[0] == (0, 0)
         && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS;
+    let is_alone = is_alone::<E>(geometry);
     if plain {
+        let slices = slices::<E>(geometry);
+        if let Some(slices) = slices.filter(|_| is_alone || is_deep(geometry)) {
+            return Chosen::Slices(slices);
+        }
         let winograd = Winograd::new(geometry, winograd_tile::<E>(geometry));
         if fits::<E, _>(&winograd) {
             return Chosen::Winograd(winograd.with_weights(weight, transposed));
         }
-    } else if !is_alone::<E>(geometry) {
+        if let Some(slices) = slices {
+            return Chosen::Slices(slices);
+        }
+    } else if !is_alone {
         let direct = Direct::new(geometry);
         if fits::<E, _>(&direct) {
             return Chosen::Direct(direct.with_weights(weight, transposed));
@@ -77,6 +87,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
+    use super::channels::{ByChannels, Rows};
     use super::tile::{Algorithm, BlockGrads, TileScratch, Work};
     use super::*;
     use crate::Real;
@@ -137,6 +148,55 @@ mod tests {
             .map(|values| values.iter().map(|value| value.to_f64()).collect())
     }
 
+    /// The same by slices.
+    fn slices_results(
+        algorithm: &Slices<'_>,
+        weight: &[f32],
+        input: &[f64],
+        grad: &[f64],
+    ) -> [Vec<f64>; 3] {
+        let geometry = ByChannels::<f32>::geometry(algorithm);
+        let (input, grad) = (rounded::<f32>(input), rounded::<f32>(grad));
+        let (mut scratch, mut rows) = (Default::default(), Rows::default());
+        let [mut output, mut input_grad] = [grad.clone(), input.clone()];
+        let mut weight_grad = vec![0.0; weight.len()];
+        for block in ByChannels::<f32>::blocks(algorithm) {
+            rows.resize(geometry.channels_out(), block.len);
+            let chunks = ByChannels::<f32>::chunks(algorithm, block);
+            for chunk in &chunks {
+                let column = chunk.start - block.start;
+                algorithm.convolve(&mut scratch, &input, weight, *chunk, &mut rows, column);
+            }
+            for channel in 0..geometry.channels_out() {
+                let mut row = &mut rows.values[channel * rows.pitch..][..block.len];
+                for range in block.ranges(geometry, channel) {
+                    let (line, rest) = row.split_at_mut(range.len());
+                    output[range.clone()].copy_from_slice(line);
+                    line.copy_from_slice(&grad[range]);
+                    row = rest;
+                }
+            }
+            for chunk in chunks {
+                let column = chunk.start - block.start;
+                let grad = &mut weight_grad;
+                algorithm.add_weight_grad(&mut scratch, &input, chunk, &rows, column, grad);
+            }
+            let mut lines = Vec::new();
+            let scratch = &mut scratch;
+            ByChannels::<f32>::input_grad(
+                algorithm, scratch, weight, None, block, &rows, &mut lines,
+            );
+            let (plane, first) = (geometry.input_plane(), block.start / geometry.positions());
+            let images = block.len / geometry.positions();
+            for (index, line) in lines.chunks_exact(plane).enumerate() {
+                let (channel, image) = (index / images, first + index % images);
+                let at = image * geometry.input_len() + channel * plane;
+                input_grad[at..][..plane].copy_from_slice(line);
+            }
+        }
+        [output, weight_grad, input_grad].map(|values| values.into_iter().map(f64::from).collect())
+    }
+
     /// Root mean square of the difference, relative to that of the expected values.
     fn error(got: &[f64], wanted: &[f64]) -> f64 {
         let squares: f64 = got
@@ -176,22 +236,22 @@ mod tests {
         let winograd = Winograd::new(&geometry, usize::MAX);
         let winograd = winograd.with_weights(Some(&weight), transposed(&weight));
         let winograd = results::<f32, _>(&winograd, &input, &grad);
-        for (index, what) in ["output", "weight gradient", "input gradient"]
-            .into_iter()
-            .enumerate()
-        {
-            let direct = error(&direct[index], &exact[index]);
-            let winograd = error(&winograd[index], &exact[index]);
-            println!(
-                "{what}: error of the direct sum {direct:.1e}, of Winograd \
-                     {winograd:.1e}, ratio {:.2}",
-                winograd / direct
-            );
-            assert!(direct < 1e-6, "{what}: {direct:e}");
-            assert!(
-                winograd < 2.0 * direct,
-                "{what}: {winograd:e} for {direct:e}"
-            );
+        let slices = Slices::new(&geometry, 128, 64);
+        let slices = slices_results(&slices, &weight, &input, &grad);
+        for (how, got) in [("Winograd", winograd), ("slices", slices)] {
+            for (index, what) in ["output", "weight gradient", "input gradient"]
+                .into_iter()
+                .enumerate()
+            {
+                let direct = error(&direct[index], &exact[index]);
+                let got = error(&got[index], &exact[index]);
+                let ratio = got / direct;
+                println!(
+                    "{what}: error of the direct sum {direct:.1e}, of {how} {got:.1e}, ratio {ratio:.2}"
+                );
+                assert!(direct < 1e-6, "{what}: {direct:e}");
+                assert!(got < 2.0 * direct, "{what}, {how}: {got:e} for {direct:e}");
+            }
         }
     }
 }

@@ -23,6 +23,23 @@ impl Span {
         }
     }
 
+    /// All output positions.
+    pub(crate) fn all(geometry: &Geometry) -> Self {
+        Self {
+            start: 0,
+            len: geometry.batch() * geometry.positions(),
+        }
+    }
+
+    /// Its parts of `len` positions, and what is left.
+    pub(crate) fn chunks(self, len: usize) -> impl Iterator<Item = Self> {
+        let end = self.start + self.len;
+        (self.start..end).step_by(len).map(move |start| Self {
+            start,
+            len: len.min(end - start),
+        })
+    }
+
     /// The parts in each image: the image, and the range of its positions.
     pub(crate) fn parts(self, geometry: &Geometry) -> impl Iterator<Item = (usize, Range<usize>)> {
         let (positions, end) = (geometry.positions(), self.start + self.len);

@@ -6,9 +6,9 @@ use std::ops::Range;
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::channels;
 use super::gradient::{Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients};
 use super::lines::{Converted, Source, Step, conv_output_grad, sums_of, write_residual_grad};
-use super::packed;
 use crate::blocks::{BLOCKS, split};
 use crate::conv::span::Span;
 use crate::conv::tile::{Algorithm, BlockGrads, TileScratch, Transposed, Work};
@@ -83,7 +83,8 @@ fn sum<E: Element>(pass: &Backward<'_, E>, source: Source<'_, E>) -> GradSums {
     match choose::<E>(pass.geometry, weight, None) {
         Chosen::Direct(algorithm) => sum_blocks(pass, &algorithm, source),
         Chosen::Winograd(algorithm) => sum_blocks(pass, &algorithm, source),
-        Chosen::Packed(packed) => packed::sum(pass, &packed, source),
+        Chosen::Packed(algorithm) => channels::sum(pass, &algorithm, source),
+        Chosen::Slices(algorithm) => channels::sum(pass, &algorithm, source),
     }
 }
 
@@ -145,6 +146,7 @@ pub fn backward<E: Element>(
         .input
         .as_ref()
         .map(|(_, weight)| Transposed { weight, scale });
+    let step = Step { pass, coefficients };
     match choose::<E>(geometry, weight, transposed) {
         Chosen::Direct(algorithm) => {
             backward_blocks(pass, &algorithm, kept, coefficients, gradients);
@@ -152,14 +154,11 @@ pub fn backward<E: Element>(
         Chosen::Winograd(algorithm) => {
             backward_blocks(pass, &algorithm, kept, coefficients, gradients);
         }
-        Chosen::Packed(packed) => {
-            packed::backward(
-                &Step { pass, coefficients },
-                &packed,
-                kept,
-                scale,
-                gradients,
-            );
+        Chosen::Packed(algorithm) => {
+            channels::backward(&step, &algorithm, kept, scale, gradients);
+        }
+        Chosen::Slices(algorithm) => {
+            channels::backward(&step, &algorithm, kept, scale, gradients);
         }
     }
 }

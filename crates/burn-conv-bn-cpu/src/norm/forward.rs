@@ -5,8 +5,9 @@ use std::mem::MaybeUninit;
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::packed;
+use super::channels;
 use crate::blocks::BLOCKS;
+use crate::conv::channels::ByChannels;
 use crate::conv::tile::{Algorithm, TileScratch, Work};
 use crate::conv::{Chosen, check, choose};
 use crate::scratch::{ScratchPool, room};
@@ -74,18 +75,28 @@ fn conv_seeing<E: Element, S: Send>(
     let seen = match choose::<E>(geometry, Some(weight), None) {
         Chosen::Direct(algorithm) => conv_blocks(&algorithm, input, room, new, see),
         Chosen::Winograd(algorithm) => conv_blocks(&algorithm, input, room, new, see),
-        Chosen::Packed(packed) => {
-            let mut seen = new();
-            packed::conv(&packed, input, weight, room, |channel, row| {
-                see(&mut seen, channel, row);
-            });
-            vec![seen]
-        }
+        Chosen::Packed(algorithm) => vec![conv_chunks(&algorithm, input, weight, room, new, see)],
+        Chosen::Slices(algorithm) => vec![conv_chunks(&algorithm, input, weight, room, new, see)],
     };
     // SAFETY: there is room for `len` values, all of which belong to the blocks; and a block's tiles
-    // have pieces for all of its channels and positions, which `conv_blocks` writes. `packed::conv` writes
+    // have pieces for all of its channels and positions, which `conv_blocks` writes. `channels::conv` writes
     // every channel of its chunks, which are all positions.
     unsafe { output.set_len(len) };
+    seen
+}
+
+fn conv_chunks<E: Element, S>(
+    algorithm: &impl ByChannels<E>,
+    input: &[E],
+    weight: &[E::Real],
+    output: &mut [MaybeUninit<E>],
+    new: impl Fn() -> S,
+    see: impl Fn(&mut S, usize, &[E::Real]),
+) -> S {
+    let mut seen = new();
+    channels::conv(algorithm, input, weight, output, |channel, row| {
+        see(&mut seen, channel, row);
+    });
     seen
 }
 

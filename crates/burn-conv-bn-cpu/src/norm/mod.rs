@@ -7,5 +7,5 @@ pub(crate) mod forward;
 pub(crate) mod gradient;
 pub(crate) mod moments;
 
+mod channels;
 mod lines;
-mod packed;

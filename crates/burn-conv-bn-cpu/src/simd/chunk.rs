@@ -41,6 +41,21 @@ impl<T: Real> Chunk<T> {
         )
     }
 
+    #[inline(always)]
+    pub(crate) fn get(&self, lane: usize) -> T {
+        self.0[lane]
+    }
+
+    /// Exact.
+    #[inline(always)]
+    pub(crate) fn half(self) -> Self {
+        let half = T::from_f64(0.5);
+        Self(std::array::from_fn(
+            #[inline(always)]
+            |lane| self.0[lane] * half,
+        ))
+    }
+
     /// Stores chunks at `start` of `K` lines, `pitch` apart.
     #[inline(always)]
     #[allow(unsafe_code)]

@@ -74,12 +74,15 @@ impl<T: Real> Sums<'_, T> {
     fn blocks<S: Simd, const N: usize>(&mut self, simd: S) {
         let lanes = size_of::<T::Vector<S>>() / size_of::<T>();
         let vectors = self.columns.div_ceil(lanes);
-        let whole = vectors / N * N;
+        let (whole, pairs) = (vectors / N * N, vectors / 2 * 2);
         for vector in (0..whole).step_by(N) {
             self.columns::<S, N>(simd, vector * lanes);
         }
-        for vector in whole..vectors {
-            self.columns::<S, 1>(simd, vector * lanes);
+        for vector in (whole..pairs).step_by(2) {
+            self.columns::<S, 2>(simd, vector * lanes);
+        }
+        if pairs < vectors {
+            self.columns::<S, 1>(simd, pairs * lanes);
         }
     }
 
@@ -127,15 +130,9 @@ unsafe fn sums<S: Simd, T: Real, const N: usize>(
 ) {
     let lanes = size_of::<T::Vector<S>>() / size_of::<T>();
     let mut sums = [[T::splat(simd, T::ZERO); N]; ROWS];
+    let one = T::splat(simd, T::ONE);
     // SAFETY: the caller's promise; `lanes` values are a vector, read and written unaligned.
     unsafe {
-        if adds {
-            for m in 0..ROWS {
-                for n in 0..N {
-                    sums[m][n] = load::<S, T>(target.add(m * pitch + n * lanes));
-                }
-            }
-        }
         for k in 0..depth {
             let mut values = [T::splat(simd, T::ZERO); N];
             for n in 0..N {
@@ -151,6 +148,10 @@ unsafe fn sums<S: Simd, T: Real, const N: usize>(
         for m in 0..ROWS {
             for n in 0..N {
                 let at = target.add(m * pitch + n * lanes);
+                // Last: short sums that are added up lose less than a long one.
+                if adds {
+                    sums[m][n] = T::mul_add(simd, one, sums[m][n], load::<S, T>(at));
+                }
                 at.cast::<T::Vector<S>>().write_unaligned(sums[m][n]);
             }
         }

@@ -14,6 +14,7 @@ mod patches;
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::channels::{ByChannels, Rows};
 use super::span::Span;
 use crate::scratch::{Aligned, ScratchPool};
 use crate::simd::planes::{WIDEST, plane_len};
@@ -62,13 +63,6 @@ pub(crate) struct Packed<'a> {
     inputs: usize,
 }
 
-/// A row for each channel.
-#[derive(Debug, Default)]
-pub(crate) struct Rows<T> {
-    pub(crate) values: Aligned<T>,
-    pub(crate) pitch: usize,
-}
-
 /// Buffers that the threads share, and those of each.
 pub(crate) struct Scratch<E: Element> {
     patches: Aligned<E::Real>,
@@ -95,26 +89,13 @@ struct Buffers<E: Element> {
     sums: Aligned<E::Real>,
 }
 
-impl<E: Element> Scratch<E> {
-    pub(crate) fn new() -> Self {
+impl<E: Element> Default for Scratch<E> {
+    fn default() -> Self {
         Self {
             patches: Aligned::default(),
             runs: Vec::new(),
             threads: ScratchPool::new(),
         }
-    }
-}
-
-impl<T: Real> Rows<T> {
-    /// Makes room for `channels` rows of `len` values, with what the products read behind them.
-    pub(crate) fn resize(&mut self, channels: usize, len: usize) {
-        self.pitch = plane_len(len + ROWS);
-        self.values.resize((channels + ROWS) * self.pitch, T::ZERO);
-    }
-
-    /// The rows of `channels`.
-    pub(crate) fn of(&mut self, channels: usize) -> &mut [T] {
-        &mut self.values[..channels * self.pitch]
     }
 }
 
@@ -145,33 +126,28 @@ impl<'a> Packed<'a> {
             taps,
         }
     }
+}
 
-    pub(crate) fn geometry(&self) -> &'a Geometry {
+impl<E: Element> ByChannels<E> for Packed<'_> {
+    type Scratch = Scratch<E>;
+
+    fn geometry(&self) -> &Geometry {
         self.geometry
     }
 
-    /// The chunks of a span.
-    pub(crate) fn chunks(&self, span: Span) -> impl Iterator<Item = Span> + Clone + use<> {
-        let (positions, end) = (self.positions, span.start + span.len);
-        (span.start..end).step_by(positions).map(move |start| Span {
-            start,
-            len: positions.min(end - start),
-        })
+    fn chunks(&self, span: Span) -> Vec<Span> {
+        span.chunks(self.positions).collect()
     }
 
-    /// The blocks of images whose gradients are made at once.
-    pub(crate) fn blocks(&self) -> impl Iterator<Item = Span> + use<> {
-        let geometry = self.geometry;
-        let (batch, positions) = (geometry.batch(), geometry.positions());
+    fn blocks(&self) -> Vec<Span> {
+        let positions = self.geometry.positions();
         let images = (self.positions / positions).max(1);
-        (0..batch).step_by(images).map(move |image| Span {
-            start: image * positions,
-            len: images.min(batch - image) * positions,
-        })
+        Span::all(self.geometry)
+            .chunks(images * positions)
+            .collect()
     }
 
-    /// Computes a chunk of the output, into the columns of `rows` from `column` on.
-    pub(crate) fn convolve<E: Element>(
+    fn convolve(
         &self,
         scratch: &mut Scratch<E>,
         input: &[E],
@@ -229,9 +205,7 @@ impl<'a> Packed<'a> {
         }
     }
 
-    /// Adds a chunk's share of the weight's gradient, with the output's gradient in the columns of `rows` from
-    /// `column` on.
-    pub(crate) fn add_weight_grad<E: Element>(
+    fn add_weight_grad(
         &self,
         scratch: &mut Scratch<E>,
         input: &[E],
@@ -276,12 +250,9 @@ impl<'a> Packed<'a> {
         }
     }
 
-    /// Computes the input's gradient of a block of images: a row of whole images for each channel.
-    ///
-    /// `rows` has the output's gradient. If there is a `scale`, each channel of it is multiplied by its own.
-    pub(crate) fn input_grad<E: Element>(
+    fn input_grad(
         &self,
-        scratch: &Scratch<E>,
+        scratch: &mut Scratch<E>,
         weight: &[E::Real],
         scale: Option<&[E::Real]>,
         block: Span,
@@ -304,7 +275,7 @@ impl<'a> Packed<'a> {
                         len,
                     };
                     scratch.threads.with(|buffers| {
-                        for chunk in self.chunks(block) {
+                        for chunk in block.chunks(self.positions) {
                             self.weighted(buffers, weight, scale, (block, chunk), rows, &part);
                             self.add_to_input(buffers, (block, chunk), &part, grad);
                         }
@@ -312,7 +283,9 @@ impl<'a> Packed<'a> {
                 });
         }
     }
+}
 
+impl Packed<'_> {
     /// The gradients of the patches of a part's channels, into `buffers.sums`.
     fn weighted<E: Element>(
         &self,

@@ -22,7 +22,11 @@
 #![allow(clippy::needless_range_loop)]
 
 mod rows;
+mod slices;
+mod tiles;
 mod transforms;
+
+pub(crate) use self::slices::Slices;
 
 use std::mem::MaybeUninit;
 use std::ops::Range;

@@ -37,6 +37,20 @@ pub(super) fn output_transposed<T: Real>([y0, y1]: [Chunk<T>; STEP]) -> [Chunk<T
     [y0, y0 + y1, y0 - y1, -y1]
 }
 
+/// `G w` of a chunk of kernels.
+#[inline(always)]
+pub(super) fn filter_lanes<T: Real>([w0, w1, w2]: [Chunk<T>; 3]) -> [Chunk<T>; E] {
+    let (sum, middle) = ((w0 + w2).half(), w1.half());
+    [w0, sum + middle, sum - middle, w2]
+}
+
+/// `G' u` of a chunk of kernels.
+#[inline(always)]
+pub(super) fn filter_lanes_transposed<T: Real>([u0, u1, u2, u3]: [Chunk<T>; E]) -> [Chunk<T>; 3] {
+    let (sum, difference) = ((u1 + u2).half(), (u1 - u2).half());
+    [u0 + sum, difference, sum + u3]
+}
+
 /// One value of each of a block's channels.
 type Lanes = [f64; CHANNELS];
 

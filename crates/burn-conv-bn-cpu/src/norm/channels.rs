@@ -1,4 +1,4 @@
-//! Forward and backward by packed products, chunk by chunk of output positions, parallel over channels.
+//! Forward and backward, chunk by chunk of output positions, parallel over channels.
 
 use std::mem::MaybeUninit;
 
@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::gradient::{Backward, GradSums, Gradients};
 use super::lines::{Converted, Source, Step, conv_output_grad, sums_of, write_residual_grad};
-use crate::conv::packed::{Packed, Rows, Scratch};
+use crate::conv::channels::{ByChannels, Rows};
 use crate::conv::span::Span;
 use crate::scratch::{ScratchPool, room};
 use crate::{Element, Geometry, Real};
@@ -15,18 +15,18 @@ use crate::{Element, Geometry, Real};
 const LINES: usize = 64;
 
 /// The convolution. `see` gets each channel's row of each chunk.
-pub(super) fn conv<E: Element>(
-    packed: &Packed<'_>,
+pub(super) fn conv<E: Element, P: ByChannels<E>>(
+    algorithm: &P,
     input: &[E],
     weight: &[E::Real],
     output: &mut [MaybeUninit<E>],
     mut see: impl FnMut(usize, &[E::Real]),
 ) {
-    let geometry = packed.geometry();
-    let (mut scratch, mut rows) = (Scratch::new(), Rows::default());
-    for chunk in packed.chunks(all(geometry)) {
+    let geometry = algorithm.geometry();
+    let (mut scratch, mut rows) = (P::Scratch::default(), Rows::default());
+    for chunk in algorithm.chunks(Span::all(geometry)) {
         rows.resize(geometry.channels_out(), chunk.len);
-        packed.convolve(&mut scratch, input, weight, chunk, &mut rows, 0);
+        algorithm.convolve(&mut scratch, input, weight, chunk, &mut rows, 0);
         round::<E>(geometry, chunk, &mut rows, 0);
         for channel in 0..geometry.channels_out() {
             see(channel, &rows.values[channel * rows.pitch..][..chunk.len]);
@@ -36,23 +36,23 @@ pub(super) fn conv<E: Element>(
 }
 
 /// The two sums, with the convolution's output computed, stored or kept.
-pub(super) fn sum<E: Element>(
+pub(super) fn sum<E: Element, P: ByChannels<E>>(
     pass: &Backward<'_, E>,
-    packed: &Packed<'_>,
+    algorithm: &P,
     mut source: Source<'_, E>,
 ) -> GradSums {
     let geometry = pass.geometry;
     let channels = geometry.channels_out();
-    let (mut scratch, mut rows) = (Scratch::new(), Rows::default());
+    let (mut scratch, mut rows) = (P::Scratch::default(), Rows::default());
     let lines = ScratchPool::<Converted<E::Real>>::new();
     let mut sums = GradSums::new(channels);
-    for chunk in packed.chunks(all(geometry)) {
+    for chunk in algorithm.chunks(Span::all(geometry)) {
         rows.resize(channels, chunk.len);
         let kept = match &source {
             Source::Kept(kept) => Some(*kept),
             _ => None,
         };
-        compute(pass, packed, kept, &mut scratch, chunk, &mut rows, 0);
+        compute(pass, algorithm, kept, &mut scratch, chunk, &mut rows, 0);
         if let Source::Store(stored) = &mut source {
             write(geometry, chunk, &rows, stored);
         }
@@ -75,9 +75,9 @@ pub(super) fn sum<E: Element>(
 
 /// The gradients. For the input's gradient, `scale` multiplies each channel of the output's.
 #[allow(unsafe_code)]
-pub(super) fn backward<E: Element>(
+pub(super) fn backward<E: Element, P: ByChannels<E>>(
     step: &Step<'_, E>,
-    packed: &Packed<'_>,
+    algorithm: &P,
     kept: Option<&[E]>,
     scale: Option<&[E::Real]>,
     gradients: Gradients<'_, E>,
@@ -100,13 +100,22 @@ pub(super) fn backward<E: Element>(
         grad.clear();
         grad.resize(geometry.weight_len(), E::Real::ZERO);
     }
-    let (mut scratch, mut rows, mut grad_rows) = (Scratch::new(), Rows::default(), Vec::new());
+    let (mut scratch, mut rows, mut grad_rows) =
+        (P::Scratch::default(), Rows::default(), Vec::new());
     let lines = ScratchPool::<(Converted<E::Real>, Vec<E::Real>)>::new();
-    for block in packed.blocks() {
+    for block in algorithm.blocks() {
         rows.resize(channels, block.len);
-        for chunk in packed.chunks(block) {
+        for chunk in algorithm.chunks(block) {
             let column = chunk.start - block.start;
-            compute(pass, packed, kept, &mut scratch, chunk, &mut rows, column);
+            compute(
+                pass,
+                algorithm,
+                kept,
+                &mut scratch,
+                chunk,
+                &mut rows,
+                column,
+            );
         }
         if let Some(grad) = &mut residual_grad {
             for_each_line(geometry, block, &rows, grad, |channel, span, row, grad| {
@@ -125,13 +134,13 @@ pub(super) fn backward<E: Element>(
             });
         if let Some(grad) = &mut weight {
             let input = pass.input.unwrap_or_default();
-            for chunk in packed.chunks(block) {
+            for chunk in algorithm.chunks(block) {
                 let column = chunk.start - block.start;
-                packed.add_weight_grad(&mut scratch, input, chunk, &rows, column, grad);
+                algorithm.add_weight_grad(&mut scratch, input, chunk, &rows, column, grad);
             }
         }
         if let Some((grad, weight)) = &mut input_grad {
-            packed.input_grad(&scratch, weight, scale, block, &rows, &mut grad_rows);
+            algorithm.input_grad(&mut scratch, weight, scale, block, &rows, &mut grad_rows);
             write_input_grad(geometry, block, &grad_rows, grad);
         }
     }
@@ -147,20 +156,12 @@ pub(super) fn backward<E: Element>(
     }
 }
 
-/// All output positions.
-fn all(geometry: &Geometry) -> Span {
-    Span {
-        start: 0,
-        len: geometry.batch() * geometry.positions(),
-    }
-}
-
 /// Fills the columns of a chunk from `column` on with the convolution's output, kept or computed and rounded.
-fn compute<E: Element>(
+fn compute<E: Element, P: ByChannels<E>>(
     pass: &Backward<'_, E>,
-    packed: &Packed<'_>,
+    algorithm: &P,
     kept: Option<&[E]>,
-    scratch: &mut Scratch<E>,
+    scratch: &mut P::Scratch,
     chunk: Span,
     rows: &mut Rows<E::Real>,
     column: usize,
@@ -171,7 +172,7 @@ fn compute<E: Element>(
             pass.input.unwrap_or_default(),
             pass.weight.unwrap_or_default(),
         );
-        packed.convolve(scratch, input, weight, chunk, rows, column);
+        algorithm.convolve(scratch, input, weight, chunk, rows, column);
         return round::<E>(geometry, chunk, rows, column);
     };
     let pitch = rows.pitch;
