@@ -501,7 +501,7 @@ fn options_alone_are_those_of_compare() {
 
     mnist(&folder, &format!("{SMALL} --json report.json")).printed();
     let report: Report = json(&folder, "report.json");
-    assert_eq!((report.train_digits, report.variants.len()), (64, 2));
+    assert_eq!((report.train_digits, report.variants.len()), (64, 3));
     assert!(mnist(&folder, "--version").printed().starts_with("mnist "));
 }
 
