@@ -323,9 +323,13 @@ fn the_halves_keep_what_their_gradients_need(device: &Device) {
             let (weight, bias) = (tensor(WEIGHT, second, device), tensor([8], third, device));
             conv(x, weight, Some(bias), ConvSpec::unit(2)).unwrap()
         };
-        let norm = |x: Tensor<4>, activation| {
+        let norm = |x: Tensor<4>, given: bool, activation| {
             let (gamma, beta) = (tensor([8], second, device), tensor([8], third, device));
-            let params = BatchNormParams::default().with_affine(gamma, beta);
+            let mut params = BatchNormParams::default().with_affine(gamma, beta);
+            if given {
+                let [mean, variance] = [0; 2].map(|_| tensor([8], false, device));
+                params = params.with_statistics(mean, variance.abs() + 1.0);
+            }
             let options = BatchNormOptions::new(NormSpec::default()).with_activation(activation);
             batch_norm(x, params, options).unwrap().output
         };
@@ -333,12 +337,18 @@ fn the_halves_keep_what_their_gradients_need(device: &Device) {
             ("conv", least(&convolution, first), second),
             (
                 "norm",
-                least(&|x| norm(x, Activation::Identity), first),
+                least(&|x| norm(x, false, Activation::Identity), first),
+                true,
+            ),
+            // Its gradients alone would not need the input without gamma's; the rebuilt output does.
+            (
+                "norm with given statistics",
+                least(&|x| norm(x, true, Activation::Identity), first),
                 true,
             ),
             (
                 "norm and ReLU",
-                least(&|x| norm(x, Activation::Relu), first),
+                least(&|x| norm(x, false, Activation::Relu), first),
                 true,
             ),
         ] {
