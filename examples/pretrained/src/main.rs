@@ -214,7 +214,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let args = Args::parse_from(["pretrained", "--epochs", "3"]);
         let [new, head, all] = fine_tune(&args, folder.path()).unwrap();
-        assert!(new < 0.6, "{new}");
+        assert!(new < 0.75, "{new}");
         assert!(head > new + 0.15, "{new} then {head}");
         assert!(all > 0.8 && all > head - 0.05, "{head} then {all}");
     }
