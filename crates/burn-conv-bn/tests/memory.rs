@@ -359,6 +359,23 @@ fn the_halves_keep_what_their_gradients_need(device: &Device) {
             );
         }
     }
+    // Above the overhead, as WEIGHT is not.
+    const LARGE: [usize; 4] = [64, 8, 5, 5];
+    for (tracked, wanted) in [
+        ([true, false], bytes(LARGE)),
+        ([false, true], bytes(INPUT)),
+        ([true, true], bytes(INPUT) + bytes(LARGE)),
+    ] {
+        let convolution = |x: Tensor<4>| {
+            let weight = tensor(LARGE, tracked[1], device);
+            conv(x, weight, None, ConvSpec::unit(2)).unwrap()
+        };
+        let got = least(&convolution, tracked[0]);
+        assert!(
+            got.abs_diff(wanted) < OVERHEAD,
+            "input and weight tracked {tracked:?}: kept {got} bytes, wanted {wanted}"
+        );
+    }
 }
 
 /// Three convolutions, each over the input and all outputs before it: these are kept, and of their concatenations
