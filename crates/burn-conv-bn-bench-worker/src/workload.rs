@@ -86,7 +86,7 @@ pub fn form(contender: Contender) -> Form {
     }
 }
 
-/// The recompute setting of a contender's fused blocks, unless [`chain_ends`] has one.
+/// What a contender's fused blocks recompute; [`chain_ends`] overrides it.
 pub fn recompute(contender: Contender) -> Recompute {
     match contender {
         Contender::Never => Recompute::Never,

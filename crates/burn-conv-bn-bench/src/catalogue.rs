@@ -77,7 +77,7 @@ pub struct Classifier {
     pub size: usize,
 }
 
-/// A network of `burn-conv-bn-models`, in the protocol by torchvision's name where it has one.
+/// A network of `burn-conv-bn-models`. The protocol uses torchvision's name if there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Architecture {
     /// ResNet-18.
@@ -369,8 +369,8 @@ impl Work {
             Self::Layer(_) => 1e-3,
             // Burn's statistics are one long sum: over the 1.2 million values of a channel at batch 2048
             // this layer and PyTorch's both differ by 3.4e-3 in the second convolution's gradient.
-            // Rounding also flips a few ReLUs and argmaxes of the pooling, each of which moves a whole
-            // value; parameters' gradients are sums over many.
+            // Rounding also flips a few ReLUs and argmaxes of the pooling. A flip moves a whole value;
+            // parameters' gradients are sums over many.
             Self::Network(_) => 1e-2,
             // Dozens of layers amplify rounding: in f32 the check shows that the same network ran. The
             // networks' tests compare both forms in f64. TF32 is as coarse as f16.

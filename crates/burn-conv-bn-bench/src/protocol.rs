@@ -120,7 +120,7 @@ pub enum Request {
     Memory {},
     /// Run training steps and measure the memory of all that is there. Answered by [`Reply::Trained`].
     Train {
-        /// Number of steps, the first of which pays the one-time costs.
+        /// Number of steps. The first pays the one-time costs.
         steps: usize,
     },
 }

@@ -42,7 +42,7 @@ pub struct PreActivation {
 
 impl PreActivation {
     fn walk(&self, others: &[&CubeTensor], cubes: usize) -> Walk {
-        // The norm's input first: its layout is that of the device's convolution.
+        // The first tensor decides the layout: the norm's input, as the device's convolution wrote it.
         let tensors: Vec<&CubeTensor> = self
             .norm_input
             .iter()

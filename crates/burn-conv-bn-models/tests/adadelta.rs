@@ -1,6 +1,8 @@
 //! Adadelta: every value that PyTorch gives for the runs in `data/pytorch_adadelta.json`, which
 //! `scripts/pytorch_reference.py` writes, and a run that is stopped and taken up again.
 
+mod close;
+
 use burn::config::Config;
 use burn::grad_clipping::GradientClippingConfig;
 use burn::module::Param;
@@ -10,6 +12,8 @@ use burn::optim::{GradientsParams, ModuleOptimizer, Optimizer};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_conv_bn_models::optim::{Adadelta, AdadeltaConfig, AdadeltaState};
 use serde::Deserialize;
+
+use close::{distance, values};
 
 #[derive(Deserialize)]
 struct File {
@@ -40,23 +44,6 @@ struct Step {
     parameter: Vec<f64>,
     square_avg: Vec<f64>,
     acc_delta: Vec<f64>,
-}
-
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
-    tensor.into_data().iter::<f64>().collect()
-}
-
-/// Largest absolute difference; infinite where one is not a number.
-fn distance(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-    differences.fold(0.0, |max, d| {
-        if d.is_nan() {
-            f64::INFINITY
-        } else {
-            d.max(max)
-        }
-    })
 }
 
 impl Run {

@@ -1,5 +1,7 @@
 //! The tutorial's network: values of PyTorch, the two forms against each other, what they keep.
 
+mod close;
+
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
@@ -8,6 +10,8 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_conv_bn::{NormVariant, Recompute};
 use burn_conv_bn_models::{Form, Net, NetConfig};
 use serde::Deserialize;
+
+use close::{distance, values};
 
 const FORMS: [Form; 2] = [Form::Fused, Form::Unfused];
 const NORMS: [NormVariant; 2] = [NormVariant::BatchNorm, NormVariant::Tutorial];
@@ -23,23 +27,6 @@ fn init(config: NetConfig, seed: u64) -> Net {
     let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
     device().seed(seed);
     config.init(&device())
-}
-
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
-    tensor.into_data().iter::<f64>().collect()
-}
-
-/// Largest absolute difference; infinite where one is not a number.
-fn distance(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-    differences.fold(0.0, |max, d| {
-        if d.is_nan() {
-            f64::INFINITY
-        } else {
-            d.max(max)
-        }
-    })
 }
 
 fn assert_close(what: &str, got: &[f64], wanted: &[f64], relative: f64, absolute: f64) {

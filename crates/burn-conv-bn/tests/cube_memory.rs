@@ -156,7 +156,7 @@ fn a_max_pool_keeps_a_byte() {
         assert!(ours.forward_end <= bound, "{ours:?} of {bound}");
     }
     assert!(joined.launches < alone.launches, "{joined:?} {alone:?}");
-    // The gradient of the tensor between the two, less that of the pool's output.
+    // A quarter at least of the gradient between the two, which is no tensor when they are joined.
     assert!(
         4 * joined.peak + ACTIVATION <= 4 * alone.peak,
         "{joined:?} {alone:?}"

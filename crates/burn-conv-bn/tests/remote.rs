@@ -200,8 +200,8 @@ fn a_max_pool_behind_the_layer() {
     }
 }
 
-/// Two blocks, of which the second adds its input, and a concatenation: what `Recompute::Norm` rebuilds is read
-/// by all three.
+/// Two blocks and a concatenation. All three read what `Recompute::Norm` rebuilds; the second block also adds its
+/// input.
 #[derive(Module, Debug)]
 struct Network {
     first: ConvBn2d,

@@ -39,8 +39,8 @@ const BATCH: usize = 16;
 /// Fine-tune a ResNet on folders of images.
 #[derive(Parser, Debug)]
 struct Args {
-    /// State dict of one of torchvision's ResNets, by torch.save or as .safetensors. Default: that of a
-    /// shallow one, trained here on drawn images.
+    /// State dict of a torchvision ResNet, by torch.save or as .safetensors. Default: a shallow ResNet's,
+    /// trained here on drawn images.
     #[arg(long, value_name = "FILE")]
     weights: Option<PathBuf>,
     /// Folder with the folders `train` and `val`, which have a folder of images for each class. Default:

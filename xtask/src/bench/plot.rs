@@ -9,7 +9,7 @@ use burn_conv_bn_bench::protocol::{Contender, Engine};
 use super::report::{ContenderReport, Report};
 use super::table;
 
-/// Pixels. A character's width is that of a wide font.
+/// Pixels; characters are as wide as a wide font's.
 const WIDTH: usize = 900;
 const LINE: usize = 16;
 const LEFT: usize = 14;

@@ -55,7 +55,7 @@ pub struct SavePlan {
     pub output: bool,
     /// The tensor added before the activation, where the derivative needs the sum itself.
     pub residual: bool,
-    /// Whether the op's output is rebuilt for the backward pass of its consumers, none of which keeps it; see
+    /// Whether consumers keep no output of the op: their backward pass gets it rebuilt, see
     /// [`Recompute::Norm`].
     pub rebuilds_output: bool,
 }
