@@ -119,7 +119,8 @@ pub fn tests(strict: bool, fusion: Fusion) -> Command {
     command
 }
 
-/// The test program with autotuning, on WebGPU.
+/// The test program with autotuning, on WebGPU: of every candidate, and without CubeCL's probes of the device's
+/// bandwidth, which take 256 MiB and end a tuning early.
 pub fn tuned_tests(strict: bool, fusion: Fusion) -> Command {
     let mut command = cargo(&["test"]);
     command.args(webgpu(fusion));
@@ -129,6 +130,7 @@ pub fn tuned_tests(strict: bool, fusion: Fusion) -> Command {
         "--test",
         "cube_tuned",
     ]);
+    command.env("CUBECL_AUTOTUNE_LEVEL", "full");
     set_up(&mut command, strict);
     command
 }

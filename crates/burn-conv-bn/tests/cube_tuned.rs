@@ -1,7 +1,8 @@
 //! With autotuning, which the other programs are built without: the memory of a block while its kernels are
 //! tuned and after it, and products that tuning must not choose.
 //!
-//! `cargo xtask test --only gpu --tuned`
+//! `cargo xtask test --only gpu --tuned`, which sets CubeCL's tuning to `full`: at lower levels it first measures
+//! the device's bandwidth with buffers of 256 MiB, more than these blocks.
 
 mod gpu;
 
@@ -67,6 +68,8 @@ fn peaks(device: &Device, name: &str, forward: impl Fn(Tensor<4>) -> Tensor<4>) 
 #[test]
 fn a_lower_peak_while_kernels_are_tuned() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let level = std::env::var("CUBECL_AUTOTUNE_LEVEL");
+    assert_eq!(level.as_deref(), Ok("full"), "as `cargo xtask test` sets it");
     let device = gpu::device();
     let bound = (2 * ACTIVATION).max(1 << 20);
     let fused = ConvBn2dConfig::new([SHAPE[1], SHAPE[1]], [3, 3])
