@@ -237,7 +237,7 @@ impl ConvBnRef<'_, Conv2d, 4> {
     pub fn saved_for_backward_max_pool(
         &self,
         input_shape: [usize; 4],
-        pool: &MaxPool2d,
+        pool: impl Into<MaxPool2d>,
     ) -> Vec<SavedTensor> {
         let input_shape = Shape::from(input_shape);
         let options = self.options(&input_shape);
@@ -245,7 +245,7 @@ impl ConvBnRef<'_, Conv2d, 4> {
         if problem.values_per_channel() == 0 {
             return Vec::new();
         }
-        let pooled = pool.problem(problem.output.clone());
+        let pooled = pool.into().problem(problem.output.clone());
         let joined = SavePlan::joins_max_pool(statistics, false) && pooled.is_regular();
         let plan = if joined {
             let options = options.joined();

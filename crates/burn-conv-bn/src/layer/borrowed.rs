@@ -160,16 +160,16 @@ impl<C: Convolution<D>, const D: usize> ConvBnRef<'_, C, D> {
 
 impl ConvBnRef<'_, Conv2d, 4> {
     /// `max_pool(activation(norm(conv(input))))`: [`forward`](Self::forward) and [`MaxPool2d::forward`], as
-    /// one op where [`conv_bn_max_pool2d`] is one.
+    /// one op where [`conv_bn_max_pool2d`] is one. `pool` is a reference to a [`MaxPool2d`] of this crate or of Burn.
     ///
     /// # Panics
     ///
     /// As [`forward`](Self::forward), and as [`MaxPool2d::forward`].
     #[track_caller]
-    pub fn forward_max_pool(&self, input: Tensor<4>, pool: &MaxPool2d) -> Tensor<4> {
+    pub fn forward_max_pool(&self, input: Tensor<4>, pool: impl Into<MaxPool2d>) -> Tensor<4> {
         // What the statistics ask of the shape, the op checks.
         let output = self.problem(input.shape(), StatisticsKind::Fixed).output;
-        let pool = pool.options(&output);
+        let pool = pool.into().options(&output);
         self.run(input, None, |input, params, options| {
             conv_bn_max_pool2d(input, params, options, pool)
         })

@@ -107,6 +107,24 @@ pub struct MaxPool2d {
     pub ceil_mode: bool,
 }
 
+impl From<&MaxPool2d> for MaxPool2d {
+    fn from(pool: &MaxPool2d) -> Self {
+        pool.clone()
+    }
+}
+
+impl From<&burn::nn::pool::MaxPool2d> for MaxPool2d {
+    fn from(pool: &burn::nn::pool::MaxPool2d) -> Self {
+        Self {
+            stride: pool.stride,
+            kernel_size: pool.kernel_size,
+            padding: pool.padding.clone(),
+            dilation: pool.dilation,
+            ceil_mode: pool.ceil_mode,
+        }
+    }
+}
+
 impl MaxPool2d {
     /// The maximum of each window.
     ///

@@ -565,7 +565,7 @@ impl ConvBn2d {
     /// # }
     /// ```
     #[track_caller]
-    pub fn forward_max_pool(&self, input: Tensor<4>, pool: &MaxPool2d) -> Tensor<4> {
+    pub fn forward_max_pool(&self, input: Tensor<4>, pool: impl Into<MaxPool2d>) -> Tensor<4> {
         self.borrowed().forward_max_pool(input, pool)
     }
 
@@ -578,7 +578,7 @@ impl ConvBn2d {
     pub fn saved_for_backward_max_pool(
         &self,
         input_shape: [usize; 4],
-        pool: &MaxPool2d,
+        pool: impl Into<MaxPool2d>,
     ) -> Vec<SavedTensor> {
         self.borrowed()
             .saved_for_backward_max_pool(input_shape, pool)

@@ -6,9 +6,10 @@ use std::rc::Rc;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{FloatDType, Tensor};
 
+use super::error::or_panic;
 use super::settings::{Edit, take_visited};
 use super::{ConvBnSettings, RunningVariance};
-use crate::spec::Recompute;
+use crate::spec::{ConvBnError, Recompute};
 
 /// Changes to every fused layer of a module, which may be a whole model or a layer itself.
 ///
@@ -45,14 +46,22 @@ pub trait ConvBnModule: Module {
     /// assert_eq!(blocks[0].settings.activation, Activation::Silu);
     /// # }
     /// ```
+    ///
+    /// # Panics
+    ///
+    /// Panics with [`ConvBnError::NoLayer`] if the module has no fused layer, as a model whose blocks are
+    /// [`fuse`](crate::fuse) calls; and so do the methods below that set one thing.
     #[must_use]
+    #[track_caller]
     fn map_settings(self, change: impl Fn(&mut ConvBnSettings) + 'static) -> Self {
+        require_layers(&self);
         let _restored = Edit::begin(Rc::new(change));
         self.map(&mut KeepParameters)
     }
 
     /// Sets whether every fused layer keeps or recomputes its convolution's output.
     #[must_use]
+    #[track_caller]
     fn with_recompute(self, recompute: Recompute) -> Self {
         self.map_settings(move |settings| settings.recompute = recompute)
     }
@@ -60,12 +69,14 @@ pub trait ConvBnModule: Module {
     /// Bounds the backward workspace of every fused layer, in bytes; see
     /// [`ConvBnOptions::max_workspace`](crate::ConvBnOptions::max_workspace).
     #[must_use]
+    #[track_caller]
     fn with_max_workspace(self, max_workspace: Option<usize>) -> Self {
         self.map_settings(move |settings| settings.max_workspace = max_workspace)
     }
 
     /// Sets which variance of a batch goes into the running variances.
     #[must_use]
+    #[track_caller]
     fn with_running_variance(self, running_variance: RunningVariance) -> Self {
         self.map_settings(move |settings| settings.running_variance = running_variance)
     }
@@ -114,9 +125,14 @@ pub trait ConvBnModule: Module {
     /// assert_eq!(grad.dtype(), DType::F32);
     /// # }
     /// ```
+    ///
+    /// # Panics
+    ///
+    /// As [`map_settings`](Self::map_settings).
     #[must_use]
+    #[track_caller]
     fn autocast(&self, dtype: FloatDType) -> Self {
-        let convolutions = layers(self).into_iter().map(|(mut path, _)| {
+        let convolutions = require_layers(self).into_iter().map(|(mut path, _)| {
             path.push("conv".to_string());
             path
         });
@@ -174,6 +190,17 @@ fn layers<M: Module>(module: &M) -> Vec<(Vec<String>, ConvBnSettings)> {
     take_visited();
     module.visit(&mut layers);
     layers.found
+}
+
+/// The same, of which there must be one.
+#[track_caller]
+fn require_layers<M: Module>(module: &M) -> Vec<(Vec<String>, ConvBnSettings)> {
+    let layers = layers(module);
+    or_panic(if layers.is_empty() {
+        Err(ConvBnError::NoLayer)
+    } else {
+        Ok(layers)
+    })
 }
 
 #[derive(Default)]

@@ -46,8 +46,8 @@ pub enum ConvBnError {
     },
     /// The input's channels are not those that the weight expects.
     #[error(
-        "input {input}: expected {expected} channels for weight {weight} in {groups} groups, \
-         got {got}"
+        "input {input}: expected {expected} channels for weight {weight}{}, got {got}",
+        in_groups(*groups)
     )]
     InputChannels {
         /// The input's shape.
@@ -116,7 +116,7 @@ pub enum ConvBnError {
         input: Shape,
     },
     /// A tensor's shape does not fit the others.
-    #[error("{what}: expected shape {expected}, got {got}")]
+    #[error("{what}: expected shape {expected}{}, got {got}", per_channel(what))]
     Shape {
         /// Which tensor.
         what: &'static str,
@@ -173,6 +173,12 @@ pub enum ConvBnError {
         /// The value seen.
         got: f64,
     },
+    /// None of the layers whose settings were to change is in the module.
+    #[error(
+        "the module has none of this crate's layers (ConvBn1d, ConvBn2d, ConvBn3d, BatchNormActivation): settings \
+         and `autocast` reach no `fuse`, which has methods of its own; `with_precision` casts any weight"
+    )]
+    NoLayer,
     /// An empty batch has no statistics.
     #[error(
         "batch statistics need more than one value per channel, got an empty batch: input {input}; skip \
@@ -185,7 +191,8 @@ pub enum ConvBnError {
     /// Batch statistics over a single value per channel are meaningless.
     #[error(
         "batch statistics need more than one value per channel, got one: \
-         input {input} gives output {output}"
+         input {input} gives output {output}; use more or larger images, or normalize with given statistics, as \
+         `valid()` and frozen norms do"
     )]
     SingleValue {
         /// The input's shape.
@@ -193,6 +200,22 @@ pub enum ConvBnError {
         /// The output's shape.
         output: Shape,
     },
+}
+
+/// The groups of a weight that has any.
+fn in_groups(groups: usize) -> String {
+    match groups {
+        1 => String::new(),
+        groups => format!(" in {groups} groups"),
+    }
+}
+
+/// What decides the expected shape of a norm's vectors.
+fn per_channel(what: &str) -> &'static str {
+    match what {
+        "gamma" | "beta" | "mean" | "variance" => " of the channels to normalize",
+        _ => "",
+    }
 }
 
 /// What to do about a missing backend.

@@ -1,3 +1,5 @@
+use std::fmt;
+
 use burn::tensor::{DType, Shape};
 
 use super::{ConvBnOptions, ConvBnProblem, Derivative, Recompute};
@@ -219,7 +221,7 @@ impl SavePlan {
 ///
 /// let block = ConvBn2dConfig::new([3, 8], [3, 3]).init(&Device::flex().autodiff());
 /// let saved = block.saved_for_backward([2, 3, 16, 16]);
-/// assert_eq!(saved[0].name, "input");
+/// assert_eq!(saved[0].to_string(), "input [2, 3, 16, 16] F32, 6144 bytes, shared");
 /// assert_eq!(saved[0].bytes(), 4 * 2 * 3 * 16 * 16);
 /// // The input exists anyway; the statistics are kept for this block alone.
 /// let own = saved.iter().filter(|tensor| !tensor.shared);
@@ -243,6 +245,20 @@ impl SavedTensor {
     /// Size of the buffer in bytes.
     pub fn bytes(&self) -> usize {
         self.shape.num_elements() * self.dtype.size()
+    }
+}
+
+/// `input [2, 3, 16, 16] F32, 6144 bytes`, and `, shared` if it is.
+impl fmt::Display for SavedTensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            name,
+            shape,
+            dtype,
+            shared,
+        } = self;
+        write!(f, "{name} {shape} {dtype:?}, {} bytes", self.bytes())?;
+        f.write_str(if *shared { ", shared" } else { "" })
     }
 }
 

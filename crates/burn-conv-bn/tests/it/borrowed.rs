@@ -3,16 +3,16 @@
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
-use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig};
+use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig, PaddingConfig2d, pool};
 use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::activation::relu;
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn_conv_bn::{
-    Activation, ConvBn2d, ConvBnSettings, Convolution, NormVariant, Recompute, RunningVariance,
-    fuse,
+    Activation, ConvBn2d, ConvBnModule, ConvBnSettings, Convolution, MaxPool2dConfig, NormVariant,
+    Recompute, RunningVariance, fuse,
 };
 
-use crate::common::{assert_close, device, random, tensor, values};
+use crate::common::{assert_close, device, panic_message, random, tensor, values};
 
 const CHANNELS: usize = 6;
 
@@ -47,7 +47,7 @@ impl Network {
     fn new(device: &Device) -> Self {
         let conv = |channels| {
             Conv2dConfig::new(channels, [3, 3])
-                .with_padding(burn::nn::PaddingConfig2d::Same)
+                .with_padding(PaddingConfig2d::Same)
                 .with_bias(false)
                 .init(device)
         };
@@ -208,4 +208,46 @@ fn code_can_be_generic_in_the_convolution() {
     let network = Network::new(&device());
     let x = tensor::<4>(random(&[4, 3, 8, 8], 1), DType::F32);
     assert_eq!(block(&network.conv1, &network.bn1, x), [4, CHANNELS, 8, 8]);
+}
+
+#[test]
+fn what_reaches_no_fuse_says_so() {
+    let network = Network::new(&device());
+    let calls: [&dyn Fn() -> Network; 3] = [
+        &|| network.clone().with_recompute(Recompute::Never),
+        &|| network.clone().with_max_workspace(Some(1)),
+        &|| network.autocast(FloatDType::BF16),
+    ];
+    for call in calls {
+        let message = panic_message(call);
+        for part in ["none of this crate's layers", "`fuse`", "`with_precision`"] {
+            assert!(message.contains(part), "no {part:?} in {message}");
+        }
+    }
+    // It casts whatever there is.
+    let half = network.with_precision(FloatDType::BF16);
+    assert_eq!(half.conv1.weight.val().dtype(), DType::BF16);
+}
+
+#[test]
+fn burns_own_max_pool_is_joined() {
+    let network = Network::new(&device());
+    let burns = pool::MaxPool2dConfig::new([3, 3])
+        .with_strides([2, 2])
+        .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
+        .init();
+    let ours = MaxPool2dConfig::new([3, 3])
+        .with_strides([2, 2])
+        .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
+        .init();
+    let block = fuse(&network.conv1, &network.bn1).with_activation(Activation::Relu);
+    let x = tensor::<4>(random(&[2, 3, 9, 9], 1), DType::F32);
+    let pooled = values(block.forward_max_pool(x.clone(), &burns));
+    assert_eq!(pooled, values(block.forward_max_pool(x.clone(), &ours)));
+    let apart = values(burns.forward(block.forward(x)));
+    assert_close("pooled", &pooled, &apart, 1e-6, 0.0);
+    assert_eq!(
+        block.saved_for_backward_max_pool([2, 3, 9, 9], &burns),
+        block.saved_for_backward_max_pool([2, 3, 9, 9], &ours)
+    );
 }

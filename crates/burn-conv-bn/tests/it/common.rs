@@ -1,5 +1,7 @@
 //! Devices, data and comparison for the tests.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -69,4 +71,13 @@ pub fn assert_close(what: &str, got: &[f64], wanted: &[f64], relative: f64, abso
         got[worst],
         wanted[worst],
     );
+}
+
+/// The message that something panics with.
+pub fn panic_message<T>(run: impl FnOnce() -> T) -> String {
+    let payload = catch_unwind(AssertUnwindSafe(run)).err().expect("a panic");
+    match payload.downcast::<String>() {
+        Ok(message) => *message,
+        Err(payload) => payload.downcast::<&str>().expect("a message").to_string(),
+    }
 }

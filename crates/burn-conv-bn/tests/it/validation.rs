@@ -16,6 +16,8 @@ use burn_conv_bn::{
     ConvBnError, ConvBnOptions, ConvSpec, MaxPool2dConfig, NormSpec, NormVariant, fuse,
 };
 
+use crate::common::panic_message;
+
 fn zeros<const D: usize>(shape: [usize; D]) -> Tensor<D> {
     Tensor::zeros(shape, &Device::flex())
 }
@@ -233,15 +235,6 @@ fn an_empty_batch_is_fine_with_given_statistics() {
     assert!(matches!(error, ConvBnError::EmptyBatch { .. }));
 }
 
-/// The message that something panics with.
-fn panic_message<T>(run: impl FnOnce() -> T) -> String {
-    let payload = catch_unwind(AssertUnwindSafe(run)).err().expect("a panic");
-    match payload.downcast::<String>() {
-        Ok(message) => *message,
-        Err(payload) => payload.downcast::<&str>().expect("a message").to_string(),
-    }
-}
-
 thread_local! {
     static PANICKED_AT: RefCell<Option<(String, u32)>> = const { RefCell::new(None) };
 }
@@ -412,7 +405,7 @@ fn layers_refuse_what_does_not_fit_them() {
                 with(|block| block.norm = BatchNormConfig::new(5).init(&Device::flex())),
                 x(),
             ),
-            &["gamma: expected shape [4]", "got [5]"],
+            &["gamma: expected shape [4] of the channels to normalize, got [5]"],
         ),
         (
             forward(with(|block| block.norm.epsilon = -1e-5), x()),
