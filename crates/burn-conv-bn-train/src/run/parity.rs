@@ -9,13 +9,13 @@ use burn::data::dataloader::DataLoader;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::Tensor;
 use burn::train::{Interrupter, TrainStep};
-use burn_conv_bn_models::DenseNet;
+use burn_conv_bn_models::{AnyNetwork, DenseNet};
 
 use crate::choice::Choice;
 use crate::data::{CLASSES, Digits, EpochLoader, MnistBatch};
 use crate::device::DeviceChoice;
 use crate::measure::memory::MemoryProbe;
-use crate::model::{ModelChoice, Network};
+use crate::model::ModelChoice;
 use crate::print::{number, say};
 use crate::run::job::{Job, Precision, Variant};
 use crate::step::Classifier;
@@ -74,12 +74,12 @@ impl Reordering {
         MnistBatch { images, targets }
     }
 
-    fn of_network(self, network: Network, model: ModelChoice) -> Network {
+    fn of_network(self, network: AnyNetwork, model: ModelChoice) -> AnyNetwork {
         if !self.features {
             return network;
         }
         match network {
-            Network::DenseNet(net) => Network::DenseNet(of_dense_net(net)),
+            AnyNetwork::DenseNet(net) => of_dense_net(net).into(),
             network => {
                 let axes = if model == ModelChoice::Tutorial {
                     0..4
