@@ -139,9 +139,9 @@ fn fit(
         records: None,
         store: None,
     };
-    let mut _lock = None;
+    let _lock;
     if let Some((folder, run_file)) = &options.folder {
-        _lock = Some(folder.lock()?);
+        _lock = folder.lock()?;
         let set = folder.resumed()?;
         start.classifier = loaded(job, &folder.path, &set, start.classifier)?;
         let stopped_early = is_stopped(job, options, &set.history);
