@@ -55,7 +55,7 @@ impl DataIdentity {
             format!("{:x}", context.finalize())
         };
         Self {
-            name: data.origin.name().to_string(),
+            name: data.name.to_string(),
             train_digits: data.train.len(),
             train_md5: digest(&data.train),
             test_digits: data.test.len(),

@@ -88,7 +88,7 @@ pub(crate) fn predict(
         form: options.form.name(),
         dtype: job.precision.dtype_name(),
         epoch: predictor.epoch,
-        dataset: data.as_ref().map(|data| data.origin.name().to_string()),
+        dataset: data.as_ref().map(|data| data.name.to_string()),
         test: None,
         images: Vec::new(),
         skipped: Vec::new(),
@@ -102,10 +102,7 @@ pub(crate) fn predict(
         }
         let matrix = confusion_matrix(&test.confusion);
         report.test = Some(test);
-        format!(
-            "Test set ({}): {evaluation}\n\n{matrix}",
-            data.origin.name()
-        )
+        format!("Test set ({}): {evaluation}\n\n{matrix}", data.name)
     } else {
         classify_pictures(&predictor, job, pictures, &mut report, interrupter)?;
         table(&report.images)
@@ -157,10 +154,10 @@ fn test_digits(job: &Job, trained_on: &str) -> Result<MnistData> {
         ..job.data.clone()
     })?;
     say!("Data: {}", data.origin)?;
-    if data.origin.name() != trained_on {
+    if data.name != trained_on {
         say!(
             "Note: the model was trained on {trained_on} digits, and these are {}.",
-            data.origin.name()
+            data.name
         )?;
     }
     Ok(data)

@@ -58,7 +58,7 @@ pub(crate) fn compare(
     let mut data = job.begin()?;
     announce(&mut job, options, &mut data, allocator)?;
     // The variants' processes look for the data again: what they find must be the same.
-    job.data.dataset = if data.origin.name() == "synthetic" {
+    job.data.dataset = if data.name == "synthetic" {
         DatasetChoice::Synthetic
     } else {
         DatasetChoice::Mnist

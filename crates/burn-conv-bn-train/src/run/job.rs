@@ -176,7 +176,7 @@ impl Job {
     pub(crate) fn report(&self, data: &MnistData) -> Report {
         Report {
             schema: SCHEMA,
-            dataset: data.origin.name().to_string(),
+            dataset: data.name.to_string(),
             train_digits: data.train.len(),
             test_digits: data.test.len(),
             device: self.device.name(),
