@@ -32,16 +32,6 @@ pub(crate) enum PredictForm {
     Unfused,
 }
 
-impl From<Variant> for PredictForm {
-    fn from(variant: Variant) -> Self {
-        match variant {
-            Variant::Fused | Variant::NormConv => Self::Fused,
-            Variant::Unfused => Self::Unfused,
-        }
-    }
-}
-
-/// A trained network, ready to predict.
 #[derive(Debug)]
 pub(super) struct Predictor {
     network: AnyNetwork,
@@ -108,8 +98,8 @@ impl Predictor {
     ) -> Result<Self> {
         let model = job.model.name();
         let (records, epoch) = records(directory, epoch)?;
+            _ => Variant::Fused,
         let variant = match form {
-            PredictForm::Fused | PredictForm::Folded => Variant::Fused,
             PredictForm::Unfused => Variant::Unfused,
         };
         let classifier = job.classifier(variant, MemoryProbe::off());

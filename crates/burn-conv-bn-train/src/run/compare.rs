@@ -89,15 +89,11 @@ fn share(job: &Job, variant: Variant) -> Job {
     if Variant::TRAINED.contains(&variant) {
         return job.clone();
     }
-    let digits = MEASURED_STEPS * job.batch_size;
+    let limit = job.data.train_limit.unwrap_or(usize::MAX);
     Job {
         epochs: 1,
         data: DataRequest {
-            train_limit: Some(
-                job.data
-                    .train_limit
-                    .map_or(digits, |limit| limit.min(digits)),
-            ),
+            train_limit: Some(limit.min(MEASURED_STEPS * job.batch_size)),
             test_limit: Some(1),
             ..job.data.clone()
         },
