@@ -120,7 +120,6 @@ impl<'a> Lab<'a> {
         Ok(())
     }
 
-    /// Where contenders compute.
     pub fn device(&self) -> &str {
         &self.args.device
     }
@@ -225,7 +224,6 @@ impl<'a> Lab<'a> {
         Ok((rounds, reports.collect()))
     }
 
-    /// Draws an entry's data.
     pub fn draw(&self, entry: &Entry, data: &Path) -> Result<()> {
         let prepare = Request::Prepare {
             entry: entry.clone(),

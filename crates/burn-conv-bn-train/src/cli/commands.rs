@@ -24,7 +24,6 @@ use crate::run::job::{Job, Variant};
 use crate::run::parity::Parity;
 use crate::run::worker::work;
 
-/// Runs a command.
 pub(super) fn execute(invocation: Invocation, allocator: &'static CountingAllocator) -> Result<()> {
     let Invocation {
         command,
@@ -221,11 +220,11 @@ fn run_predict(args: Predict, given: &Options, interrupter: &Interrupter) -> Res
                 job.model.name()
             );
         }
+    }
     let as_trained = match trained {
         Variant::Unfused => PredictForm::Unfused,
         _ => PredictForm::Fused,
     };
-    }
     let options = PredictOptions {
         epoch: args.epoch,
         form: args.form.unwrap_or(as_trained),

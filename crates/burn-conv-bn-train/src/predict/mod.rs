@@ -24,14 +24,11 @@ use mistakes::{SHOWN, draw};
 pub(crate) use predictor::PredictForm;
 use predictor::{Prediction, Predictor};
 
-/// How to predict.
 #[derive(Clone, Debug)]
 pub(crate) struct PredictOptions {
-    /// Folder of the run.
     pub(crate) directory: PathBuf,
     /// The checkpoint's epoch; the newest one if not given.
     pub(crate) epoch: Option<usize>,
-    /// In which form.
     pub(crate) form: PredictForm,
     /// The folder of the pictures; the test set if there is none.
     pub(crate) images: Option<PathBuf>,
@@ -147,7 +144,6 @@ fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result
     Ok(predictor)
 }
 
-/// Loads the test set.
 fn test_digits(job: &Job, trained_on: &str) -> Result<MnistData> {
     let data = resolve(&DataRequest {
         train_limit: Some(1),
@@ -301,7 +297,6 @@ fn classify_pictures(
     Ok(())
 }
 
-/// A line for each picture.
 fn table(images: &[ImageReport]) -> String {
     let mut lines = vec![format!("\n{:>5} {:>12}  file", "digit", "probability")];
     for image in images {

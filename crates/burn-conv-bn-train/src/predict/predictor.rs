@@ -41,7 +41,6 @@ pub(super) struct Predictor {
     pub(super) epoch: usize,
 }
 
-/// Prediction for one digit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Prediction {
     /// The class with the highest probability, the first of several.
@@ -51,7 +50,6 @@ pub(super) struct Prediction {
 }
 
 impl Prediction {
-    /// Probabilities of all classes.
     pub(super) fn probabilities(&self) -> [f64; CLASSES] {
         self.log_probabilities.map(f64::exp)
     }
@@ -98,9 +96,9 @@ impl Predictor {
     ) -> Result<Self> {
         let model = job.model.name();
         let (records, epoch) = records(directory, epoch)?;
-            _ => Variant::Fused,
         let variant = match form {
             PredictForm::Unfused => Variant::Unfused,
+            _ => Variant::Fused,
         };
         let classifier = job.classifier(variant, MemoryProbe::off());
         let mut classifier = classifier.restored(records.model).with_context(|| {

@@ -22,7 +22,6 @@ use crate::run::worker::{Task, spawn};
 /// Training steps of a variant that is measured and not trained.
 const MEASURED_STEPS: usize = 4;
 
-/// How to compare.
 #[derive(Clone, Debug)]
 pub(crate) struct CompareOptions {
     /// Where the report goes.
