@@ -4,38 +4,16 @@ mod circles;
 mod length;
 mod source;
 
+use std::fs;
 use std::path::Path;
+use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
 use crate::gpu::{self, Fusion};
 use crate::say::say;
 use crate::workspace::{cargo, root, succeeds};
-
-/// The packages that are held to `circles` and `length`, by their folders.
-const HELD: &[&str] = &[
-    "crates/burn-conv-bn",
-    "crates/burn-conv-bn-bench",
-    "crates/burn-conv-bn-bench-worker",
-    "crates/burn-conv-bn-cpu",
-    "crates/burn-conv-bn-cubecl",
-    "crates/burn-conv-bn-files",
-    "crates/burn-conv-bn-gpu-tests",
-    "crates/burn-conv-bn-memory",
-    "crates/burn-conv-bn-models",
-    "crates/burn-conv-bn-train",
-    "examples/add-layer",
-    "examples/borrowed",
-    "examples/convert-model",
-    "examples/data-parallel",
-    "examples/fine-tune",
-    "examples/fold",
-    "examples/pretrained",
-    "examples/segment",
-    "examples/stripes",
-    "xtask",
-];
 
 /// The packages that are published: the libraries.
 const PUBLISHED: [&str; 7] = [
@@ -78,64 +56,23 @@ pub enum Step {
 }
 
 impl Step {
-    const ALL: [Self; 9] = [
-        Self::Fmt,
-        Self::Circles,
-        Self::Length,
-        Self::Clippy,
-        Self::GpuClippy,
-        Self::Package,
-        Self::Docs,
-        Self::GpuDocs,
-        Self::GpuOthers,
-    ];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Fmt => "fmt",
-            Self::Circles => "circles",
-            Self::Length => "length",
-            Self::Clippy => "clippy",
-            Self::GpuClippy => "gpu-clippy",
-            Self::Package => "package",
-            Self::Docs => "docs",
-            Self::GpuDocs => "gpu-docs",
-            Self::GpuOthers => "gpu-others",
-        }
+    fn name(self) -> String {
+        let value = self.to_possible_value().expect("no step is hidden");
+        value.get_name().to_string()
     }
 
-    /// Runs the step, and says whether it passed.
     fn passes(self) -> Result<bool> {
         let command = match self {
             Self::Circles => return holds(circles::circles),
             Self::Length => return holds(length::lengths),
             Self::Fmt => cargo(&["fmt", "--all", "--check"]),
-            Self::Clippy => {
-                let mut command = cargo(&["clippy", "--release", "--all-targets"]);
-                command.args(gpu::WITHOUT).args(["--", "-D", "warnings"]);
-                command
-            }
-            Self::GpuClippy => {
-                let mut command = cargo(&["clippy", "--all-targets"]);
-                command.args(gpu::webgpu(Fusion::On));
-                command.args(["--", "-D", "warnings"]);
-                command
-            }
+            Self::Clippy => warning_free(&["clippy", "--release", "--all-targets"], &gpu::WITHOUT),
+            Self::GpuClippy => warning_free(&["clippy", "--all-targets"], &gpu::webgpu(Fusion::On)),
+            Self::Docs => warning_free(&["doc", "--no-deps", "--release"], &gpu::WITHOUT),
+            Self::GpuDocs => warning_free(&["doc", "--no-deps"], &gpu::webgpu(Fusion::On)),
             Self::Package => {
                 let mut command = cargo(&["package", "--no-verify", "--allow-dirty"]);
                 command.args(PUBLISHED.iter().flat_map(|name| ["-p", *name]));
-                command
-            }
-            Self::Docs => {
-                let mut command = cargo(&["doc", "--no-deps", "--release"]);
-                command.args(gpu::WITHOUT);
-                command.env("RUSTDOCFLAGS", "-D warnings");
-                command
-            }
-            Self::GpuDocs => {
-                let mut command = cargo(&["doc", "--no-deps"]);
-                command.args(gpu::webgpu(Fusion::On));
-                command.env("RUSTDOCFLAGS", "-D warnings");
                 command
             }
             Self::GpuOthers => gpu::other_runtimes(),
@@ -144,27 +81,48 @@ impl Step {
     }
 }
 
-/// Whether nothing is found in the packages that are held to it. Prints what is.
+/// A command of cargo to which a warning is an error.
+fn warning_free(subcommand: &[&str], build: &[&str]) -> Command {
+    let mut command = cargo(subcommand);
+    command.args(build);
+    if subcommand[0] == "clippy" {
+        command.args(["--", "-D", "warnings"]);
+    } else {
+        command.env("RUSTDOCFLAGS", "-D warnings");
+    }
+    command
+}
+
+/// Whether nothing is found in any package of the workspace. Prints what is.
 fn holds(find: impl Fn(&Path) -> Result<Vec<String>>) -> Result<bool> {
+    let mut packages = vec![root().join("xtask")];
+    for folder in ["crates", "examples"] {
+        let entries = fs::read_dir(root().join(folder));
+        for package in entries.with_context(|| format!("cannot read {folder}"))? {
+            packages.push(package?.path());
+        }
+    }
+    packages.retain(|package| package.join("Cargo.toml").is_file());
+    packages.sort();
     let mut is_clean = true;
-    for package in HELD {
-        for line in find(&root().join(package))? {
-            say!("{package}/{line}")?;
+    for package in packages {
+        for line in find(&package)? {
+            say!("{}/{line}", package.strip_prefix(root())?.display())?;
             is_clean = false;
         }
     }
     Ok(is_clean)
 }
 
-/// Runs every step that is not skipped.
 pub fn check(args: &Check) -> Result<()> {
-    if Step::ALL.iter().all(|step| args.skip.contains(step)) {
+    let steps = Step::value_variants();
+    if steps.iter().all(|step| args.skip.contains(step)) {
         bail!("nothing was checked: every step is skipped");
     }
     let mut failed = Vec::new();
     let mut skipped = Vec::new();
-    for step in Step::ALL {
-        if args.skip.contains(&step) {
+    for step in steps {
+        if args.skip.contains(step) {
             skipped.push(step.name());
             continue;
         }

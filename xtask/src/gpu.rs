@@ -339,7 +339,6 @@ fn megabytes(bytes: usize) -> f64 {
     bytes as f64 / 1e6
 }
 
-/// Builds programs without symbols.
 fn build_for_cuda(
     subcommand: &[&str],
     arguments: impl IntoIterator<Item: AsRef<OsStr>>,
@@ -354,7 +353,6 @@ fn build_for_cuda(
     )
 }
 
-/// The file of a program that was built.
 fn file(built: &[Program], name: &str) -> Result<PathBuf> {
     let program = built.iter().find(|program| program.name == name);
     let program = program.with_context(|| format!("cargo built no {name}, only {built:?}"))?;

@@ -8,7 +8,6 @@ mod check;
 mod gpu;
 mod interrupt;
 mod programs;
-mod sanitize;
 mod say;
 mod soak;
 mod test;
@@ -49,10 +48,6 @@ enum Task {
     /// software one included, in a build of their own. What this machine cannot run is named, with
     /// the reason, before and after the tests.
     Test(test::Test),
-    /// Run the tests of the CPU kernels under AddressSanitizer, without and with AVX-512.
-    ///
-    /// The last lines say what was covered.
-    Sanitize,
     /// Run the tests that draw their cases, again and again with fresh seeds, until the time is over.
     ///
     /// Property tests, numerical stress, training that is killed, damaged data files, threads,
@@ -74,7 +69,6 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::bench(&args),
         Task::Check(args) => check::check(&args),
         Task::Test(args) => test::test(args),
-        Task::Sanitize => sanitize::sanitize(),
         Task::Soak(args) => soak::soak(&args),
         Task::Torchvision(args) => torchvision::torchvision(&args),
         Task::GpuBundle(args) => gpu::bundle(&args),

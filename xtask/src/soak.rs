@@ -140,7 +140,6 @@ fn build() -> Result<Vec<Program>> {
     STAGES.iter().map(find).collect()
 }
 
-/// Runs a program with that seed.
 fn run(stage: Stage, program: &Program, seed: u64, folder: &Path) -> Result<Run> {
     let log = folder.join(format!("{}-{seed}.log", program.name));
     let output = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
@@ -214,11 +213,9 @@ impl Seeds {
     }
 }
 
-/// One run of a program.
 struct Run {
     stage: Stage,
     seed: u64,
-    /// Tests that passed.
     passed: usize,
     /// What went wrong, and the file with what it printed.
     failure: Option<(String, PathBuf)>,

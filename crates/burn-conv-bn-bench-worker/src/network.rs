@@ -9,15 +9,14 @@ use burn::nn::DropoutConfig;
 use burn::optim::momentum::MomentumConfig;
 use burn::optim::{ModuleOptimizer, SgdConfig};
 use burn::tensor::activation::log_softmax;
-use burn::tensor::{Device, Distribution, FloatDType, Gradients, Int, Tensor, TensorData};
-use burn_conv_bn::{ConvBnModule, Recompute};
+use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData};
+use burn_conv_bn::ConvBnModule;
 use burn_conv_bn_bench::catalogue::{Architecture, Classifier, Network};
 use burn_conv_bn_bench::protocol::Contender;
 use burn_conv_bn_bench::tensor_file::{read, write};
 use burn_conv_bn_models::{
-    CspDarknet, CspDarknetConfig, DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form,
-    MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
-    optim::AdadeltaConfig,
+    AnyNetwork, CspDarknetConfig, DenseNetConfig, EfficientNetConfig, Form, MobileNetV2Config,
+    NetConfig, ResNetConfig, VggConfig, optim::AdadeltaConfig,
 };
 
 use crate::device::is_cube;
@@ -70,109 +69,52 @@ impl From<&Classifier> for Spec {
     }
 }
 
-#[allow(clippy::large_enum_variant, reason = "there is one of it")]
-#[derive(Module, Debug)]
-enum Model {
-    Tutorial(Net),
-    ResNet(ResNet),
-    Vgg(Vgg),
-    MobileNetV2(MobileNetV2),
-    EfficientNet(EfficientNet),
-    DenseNet(DenseNet),
-    CspDarknet(CspDarknet),
+fn network(architecture: Option<Architecture>, form: Form, device: &Device) -> AnyNetwork {
+    let architecture = match architecture {
+        None => return NetConfig::new(form).init(device).into(),
+        Some(architecture) => architecture,
+    };
+    let residual = |config: ResNetConfig| config.init(device).into();
+    match architecture {
+        Architecture::ResNet18 => residual(ResNetConfig::resnet18(form)),
+        Architecture::ResNet50 => residual(ResNetConfig::resnet50(form)),
+        Architecture::ResNet101 => residual(ResNetConfig::resnet101(form)),
+        Architecture::CifarResNet18 => {
+            let config = ResNetConfig::resnet18(form).with_small_images(true);
+            residual(config.with_classes(architecture.classes()))
+        }
+        Architecture::Vgg16Bn => {
+            let config = VggConfig::vgg16_bn(form);
+            config.with_dropout(0.0).init(device).into()
+        }
+        Architecture::MobileNetV2 => {
+            let config = MobileNetV2Config::new(form);
+            config.with_dropout(0.0).init(device).into()
+        }
+        Architecture::EfficientNetB0 => {
+            let config = EfficientNetConfig::new(form).with_dropout(0.0);
+            config.with_stochastic_depth(0.0).init(device).into()
+        }
+        Architecture::DenseNet121 => DenseNetConfig::densenet121(form).init(device).into(),
+        Architecture::YoloxNano => CspDarknetConfig::yolox_nano(form).init(device).into(),
+    }
 }
 
-impl Model {
-    fn new(architecture: Option<Architecture>, form: Form, device: &Device) -> Self {
-        let vgg = VggConfig::vgg16_bn(form).with_dropout(0.0);
-        let mobile_net = MobileNetV2Config::new(form).with_dropout(0.0);
-        let efficient_net = EfficientNetConfig::new(form)
-            .with_dropout(0.0)
-            .with_stochastic_depth(0.0);
-        match architecture {
-            None => Self::Tutorial(NetConfig::new(form).init(device)),
-            Some(Architecture::ResNet18) => Self::ResNet(ResNetConfig::resnet18(form).init(device)),
-            Some(Architecture::ResNet50) => Self::ResNet(ResNetConfig::resnet50(form).init(device)),
-            Some(Architecture::ResNet101) => {
-                Self::ResNet(ResNetConfig::resnet101(form).init(device))
-            }
-            Some(Architecture::Vgg16Bn) => Self::Vgg(vgg.init(device)),
-            Some(Architecture::MobileNetV2) => Self::MobileNetV2(mobile_net.init(device)),
-            Some(Architecture::EfficientNetB0) => Self::EfficientNet(efficient_net.init(device)),
-            Some(Architecture::DenseNet121) => {
-                Self::DenseNet(DenseNetConfig::densenet121(form).init(device))
-            }
-            Some(architecture @ Architecture::CifarResNet18) => {
-                let config = ResNetConfig::resnet18(form).with_small_images(true);
-                Self::ResNet(config.with_classes(architecture.classes()).init(device))
-            }
-            Some(Architecture::YoloxNano) => {
-                Self::CspDarknet(CspDarknetConfig::yolox_nano(form).init(device))
-            }
-        }
-    }
-
-    fn with_rebuilt_chains(self, ends: Recompute) -> Self {
-        match self {
-            Self::Tutorial(network) => Self::Tutorial(network.with_rebuilt_chains(ends)),
-            Self::ResNet(network) => Self::ResNet(network.with_rebuilt_chains(ends)),
-            Self::Vgg(network) => Self::Vgg(network.with_rebuilt_chains(ends)),
-            Self::MobileNetV2(network) => Self::MobileNetV2(network.with_rebuilt_chains(ends)),
-            Self::EfficientNet(network) => Self::EfficientNet(network.with_rebuilt_chains(ends)),
-            Self::DenseNet(network) => Self::DenseNet(network.with_rebuilt_chains(ends)),
-            Self::CspDarknet(network) => Self::CspDarknet(network.with_rebuilt_chains(ends)),
-        }
-    }
-
-    /// Log-probabilities of the tutorial's network, logits of others.
-    fn forward(&self, images: Tensor<4>) -> Tensor<2> {
-        match self {
-            Self::Tutorial(network) => network.forward(images),
-            Self::ResNet(network) => network.forward(images),
-            Self::Vgg(network) => network.forward(images),
-            Self::MobileNetV2(network) => network.forward(images),
-            Self::EfficientNet(network) => network.forward(images),
-            Self::DenseNet(network) => network.forward(images),
-            Self::CspDarknet(network) => {
-                let means = network.forward(images).map(|map| {
-                    let means = map.mean_dim(3).mean_dim(2);
-                    means.flatten::<2>(1, 3).cast(FloatDType::F32)
-                });
-                Tensor::cat(means.to_vec(), 1)
-            }
-        }
-    }
-
-    /// Mean of the images' negative log-likelihoods, as in `burn-conv-bn-train`.
-    fn loss(&self, output: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
-        let log_probabilities = match self {
-            Self::Tutorial(_) => output,
-            _ => log_softmax(output, 1),
-        };
-        let own = log_probabilities.gather(1, targets.unsqueeze_dim::<2>(1));
-        own.squeeze_dim::<1>(1).neg().mean()
-    }
-
-    /// Bytes kept for the backward pass of images of that shape.
-    fn saved(&self, images: [usize; 4]) -> u64 {
-        let listed = match self {
-            Self::Tutorial(network) => network.saved_for_backward(images[0], images[2]),
-            Self::ResNet(network) => network.saved_for_backward(images),
-            Self::Vgg(network) => network.saved_for_backward(images),
-            Self::MobileNetV2(network) => network.saved_for_backward(images),
-            Self::EfficientNet(network) => network.saved_for_backward(images),
-            Self::DenseNet(network) => network.saved_for_backward(images),
-            Self::CspDarknet(network) => network.saved_for_backward(images),
-        };
-        saved_bytes(listed.iter().map(|(_, kept)| kept))
-    }
+/// Mean of the images' negative log-likelihoods, as in `burn-conv-bn-train`.
+fn loss(network: &AnyNetwork, output: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    let log_probabilities = match network {
+        AnyNetwork::Tutorial(_) => output,
+        _ => log_softmax(output, 1),
+    };
+    let own = log_probabilities.gather(1, targets.unsqueeze_dim::<2>(1));
+    own.squeeze_dim::<1>(1).neg().mean()
 }
 
 /// Draws parameters, images and classes from a seed.
 pub fn prepare(spec: Spec, seed: u64, folder: &Path) -> Result<()> {
     let device = Device::flex();
     device.seed(seed);
-    let model = Model::new(spec.architecture, Form::Fused, &device);
+    let model = network(spec.architecture, Form::Fused, &device);
     let mut all = Vec::new();
     visit(&model, None, |name, _, values| match spec.architecture {
         None => write(folder, name, &values),
@@ -195,7 +137,7 @@ pub fn prepare(spec: Spec, seed: u64, folder: &Path) -> Result<()> {
 pub struct NetworkWork {
     spec: Spec,
     /// `None` within an optimizer's step: a second handle would keep it from working in place.
-    model: Option<Model>,
+    model: Option<AnyNetwork>,
     optimizer: ModuleOptimizer,
     images: Tensor<4>,
     targets: Tensor<1, Int>,
@@ -214,7 +156,7 @@ impl NetworkWork {
         device: Device,
         data: &Path,
     ) -> Result<Self> {
-        let model = Model::new(spec.architecture, form(contender), &device);
+        let model = network(spec.architecture, form(contender), &device);
         let model = match chain_ends(contender) {
             Some(ends) => model.with_rebuilt_chains(ends),
             None => model.with_recompute(recompute(contender)),
@@ -239,7 +181,7 @@ impl NetworkWork {
         })
     }
 
-    fn model(&self) -> &Model {
+    fn model(&self) -> &AnyNetwork {
         self.model.as_ref().expect(PUT_BACK)
     }
 }
@@ -248,7 +190,7 @@ impl Workload for NetworkWork {
     fn check(&self, folder: &Path) -> Result<Vec<String>> {
         let mut model = self.model().clone();
         let output_name = match &mut model {
-            Model::Tutorial(net) => {
+            AnyNetwork::Tutorial(net) => {
                 net.dropout = DropoutConfig::new(0.0).init();
                 "log_probabilities"
             }
@@ -256,7 +198,7 @@ impl Workload for NetworkWork {
         };
         let cast = self.computing.module(&model);
         let output = cast.forward(self.images.clone());
-        let loss = cast.loss(output.clone(), self.targets.clone());
+        let loss = loss(&cast, output.clone(), self.targets.clone());
         let grads = self.computing.backward(&loss);
         write_tensor(folder, output_name, output)?;
         write_tensor(folder, "loss", loss)?;
@@ -312,7 +254,7 @@ impl Workload for NetworkWork {
             (self.images.clone(), self.targets.clone())
         };
         let model = self.computing.module(self.model());
-        let loss = model.loss(model.forward(images), targets);
+        let loss = loss(&model, model.forward(images), targets);
         drop(model);
         forward_end();
         (self.computing.backward(&loss), None)
@@ -332,7 +274,8 @@ impl Workload for NetworkWork {
 
     fn saved(&self) -> Option<u64> {
         let model = self.computing.module(self.model());
-        Some(model.saved(self.images.dims()))
+        let saved = model.saved_for_backward(self.images.dims());
+        Some(saved_bytes(saved.iter().map(|(_, kept)| kept)))
     }
 }
 
@@ -350,7 +293,7 @@ fn file_name(path: &[String]) -> String {
 /// Hands out a network's parameters, or the gradients of those that have one, by name, rank and
 /// values.
 fn visit(
-    model: &Model,
+    model: &AnyNetwork,
     grads: Option<(&Gradients, Computing)>,
     each: impl FnMut(&str, usize, Vec<f32>) -> Result<()>,
 ) -> Result<()> {
@@ -406,7 +349,7 @@ impl<F: FnMut(&str, usize, Vec<f32>) -> Result<()>> ModuleVisitor for Visitor<'_
 }
 
 /// Gives a network the values that [`prepare`] wrote, in one file or in one for each parameter.
-fn fill(model: Model, is_one_file: bool, data: &Path) -> Result<Model> {
+fn fill(model: AnyNetwork, is_one_file: bool, data: &Path) -> Result<AnyNetwork> {
     let all = is_one_file.then(|| read(data, PARAMETERS)).transpose()?;
     let mut fill = Fill {
         data,

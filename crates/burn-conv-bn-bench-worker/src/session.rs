@@ -29,7 +29,6 @@ pub fn explain(error: Error) -> Reply {
     }
 }
 
-/// State of the process.
 pub struct Session {
     allocator: &'static CountingAllocator,
     workload: Option<(Contender, Box<dyn Workload>)>,

@@ -7,7 +7,6 @@ use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_conv_bn_bench::tensor_file::{read, write};
 
-/// Reads a tensor.
 pub fn tensor<const D: usize>(
     folder: &Path,
     name: &str,
@@ -23,7 +22,6 @@ pub fn tensor<const D: usize>(
     Ok(Tensor::from_data(TensorData::new(values, shape), device))
 }
 
-/// Reads a parameter.
 pub fn parameter<const D: usize>(
     folder: &Path,
     name: &str,
@@ -33,13 +31,11 @@ pub fn parameter<const D: usize>(
     Ok(Param::from_tensor(tensor(folder, name, shape, device)?))
 }
 
-/// Reads a tensor back.
 pub fn into_values<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
     let values = tensor.try_into_vec_as::<f32>();
     values.map_err(|error| anyhow!("cannot read a tensor back: {error}"))
 }
 
-/// Writes a tensor.
 pub fn write_tensor<const D: usize>(folder: &Path, name: &str, tensor: Tensor<D>) -> Result<()> {
     write(folder, name, &into_values(tensor)?)
 }

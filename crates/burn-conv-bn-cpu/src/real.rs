@@ -47,71 +47,45 @@ pub trait Real:
     fn erfc(self) -> Self;
 }
 
-impl Real for f32 {
-    const ZERO: Self = 0.0;
-    const ONE: Self = 1.0;
+macro_rules! real {
+    ($real:ident, $erfc:path) => {
+        impl Real for $real {
+            const ZERO: Self = 0.0;
+            const ONE: Self = 1.0;
 
-    fn to_f64(self) -> f64 {
-        f64::from(self)
-    }
+            fn to_f64(self) -> f64 {
+                self as f64
+            }
 
-    fn from_f64(value: f64) -> Self {
-        value as f32
-    }
+            fn from_f64(value: f64) -> Self {
+                value as Self
+            }
 
-    fn exp(self) -> Self {
-        self.exp()
-    }
+            fn exp(self) -> Self {
+                self.exp()
+            }
 
-    fn exp_m1(self) -> Self {
-        self.exp_m1()
-    }
+            fn exp_m1(self) -> Self {
+                self.exp_m1()
+            }
 
-    fn ln_1p(self) -> Self {
-        self.ln_1p()
-    }
+            fn ln_1p(self) -> Self {
+                self.ln_1p()
+            }
 
-    fn tanh(self) -> Self {
-        self.tanh()
-    }
+            fn tanh(self) -> Self {
+                self.tanh()
+            }
 
-    fn erfc(self) -> Self {
-        libm::erfcf(self)
-    }
+            fn erfc(self) -> Self {
+                $erfc(self)
+            }
+        }
+    };
 }
 
-impl Real for f64 {
-    const ZERO: Self = 0.0;
-    const ONE: Self = 1.0;
-
-    fn to_f64(self) -> f64 {
-        self
-    }
-
-    fn from_f64(value: f64) -> Self {
-        value
-    }
-
-    fn exp(self) -> Self {
-        self.exp()
-    }
-
-    fn exp_m1(self) -> Self {
-        self.exp_m1()
-    }
-
-    fn ln_1p(self) -> Self {
-        self.ln_1p()
-    }
-
-    fn tanh(self) -> Self {
-        self.tanh()
-    }
-
-    fn erfc(self) -> Self {
-        libm::erfc(self)
-    }
-}
+real!(f32, libm::erfcf);
+real!(f64, libm::erfc);
 
 pub(crate) mod vector {
     use pulp::Simd;
@@ -174,123 +148,92 @@ pub(crate) mod vector {
         fn low_byte(index: Self::Index) -> u8;
     }
 
-    impl Lanes for f32 {
-        type Vector<S: Simd> = S::f32s;
-        type Index = u32;
-        type Indices<S: Simd> = S::u32s;
-        type Mask<S: Simd> = S::m32s;
+    macro_rules! lanes {
+        (
+            $real:ident $vector:ident $index:ident $indices:ident $mask:ident
+            $splat:ident $mul_add:ident $sum:ident $equal:ident $greater:ident $or:ident $not:ident
+            $splat_index:ident $add_index:ident $select_index:ident
+        ) => {
+            impl Lanes for $real {
+                type Vector<S: Simd> = S::$vector;
+                type Index = $index;
+                type Indices<S: Simd> = S::$indices;
+                type Mask<S: Simd> = S::$mask;
 
-        #[inline(always)]
-        fn splat<S: Simd>(simd: S, value: Self) -> S::f32s {
-            simd.splat_f32s(value)
-        }
+                #[inline(always)]
+                fn splat<S: Simd>(simd: S, value: Self) -> S::$vector {
+                    simd.$splat(value)
+                }
 
-        #[inline(always)]
-        fn mul_add<S: Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
-            simd.mul_add_e_f32s(a, b, c)
-        }
+                #[inline(always)]
+                fn mul_add<S: Simd>(
+                    simd: S,
+                    a: S::$vector,
+                    b: S::$vector,
+                    c: S::$vector,
+                ) -> S::$vector {
+                    simd.$mul_add(a, b, c)
+                }
 
-        #[inline(always)]
-        fn sum<S: Simd>(simd: S, vector: S::f32s) -> Self {
-            simd.reduce_sum_f32s(vector)
-        }
+                #[inline(always)]
+                fn sum<S: Simd>(simd: S, vector: S::$vector) -> Self {
+                    simd.$sum(vector)
+                }
 
-        #[inline(always)]
-        fn exceeds<S: Simd>(simd: S, values: S::f32s, others: S::f32s) -> S::m32s {
-            let are_numbers = simd.equal_f32s(values, values);
-            let are_greater = simd.greater_than_f32s(values, others);
-            simd.or_m32s(are_greater, simd.not_m32s(are_numbers))
-        }
+                #[inline(always)]
+                fn exceeds<S: Simd>(simd: S, values: S::$vector, others: S::$vector) -> S::$mask {
+                    let are_numbers = simd.$equal(values, values);
+                    let are_greater = simd.$greater(values, others);
+                    simd.$or(are_greater, simd.$not(are_numbers))
+                }
 
-        // As integers: pulp's selection of numbers may stay a call, compiled for the oldest unit.
-        #[inline(always)]
-        fn select<S: Simd>(simd: S, mask: S::m32s, if_true: S::f32s, if_false: S::f32s) -> S::f32s {
-            pulp::cast(simd.select_u32s(mask, pulp::cast(if_true), pulp::cast(if_false)))
-        }
+                // As integers: pulp's selection of numbers may stay a call, compiled for the oldest unit.
+                #[inline(always)]
+                fn select<S: Simd>(
+                    simd: S,
+                    mask: S::$mask,
+                    if_true: S::$vector,
+                    if_false: S::$vector,
+                ) -> S::$vector {
+                    pulp::cast(simd.$select_index(mask, pulp::cast(if_true), pulp::cast(if_false)))
+                }
 
-        #[inline(always)]
-        fn splat_index<S: Simd>(simd: S, index: u32) -> S::u32s {
-            simd.splat_u32s(index)
-        }
+                #[inline(always)]
+                fn splat_index<S: Simd>(simd: S, index: $index) -> S::$indices {
+                    simd.$splat_index(index)
+                }
 
-        #[inline(always)]
-        fn add_index<S: Simd>(simd: S, a: S::u32s, b: S::u32s) -> S::u32s {
-            simd.add_u32s(a, b)
-        }
+                #[inline(always)]
+                fn add_index<S: Simd>(simd: S, a: S::$indices, b: S::$indices) -> S::$indices {
+                    simd.$add_index(a, b)
+                }
 
-        #[inline(always)]
-        fn select_index<S: Simd>(
-            simd: S,
-            mask: S::m32s,
-            if_true: S::u32s,
-            if_false: S::u32s,
-        ) -> S::u32s {
-            simd.select_u32s(mask, if_true, if_false)
-        }
+                #[inline(always)]
+                fn select_index<S: Simd>(
+                    simd: S,
+                    mask: S::$mask,
+                    if_true: S::$indices,
+                    if_false: S::$indices,
+                ) -> S::$indices {
+                    simd.$select_index(mask, if_true, if_false)
+                }
 
-        #[inline(always)]
-        fn low_byte(index: u32) -> u8 {
-            index as u8
-        }
+                #[inline(always)]
+                fn low_byte(index: $index) -> u8 {
+                    index as u8
+                }
+            }
+        };
     }
 
-    impl Lanes for f64 {
-        type Vector<S: Simd> = S::f64s;
-        type Index = u64;
-        type Indices<S: Simd> = S::u64s;
-        type Mask<S: Simd> = S::m64s;
-
-        #[inline(always)]
-        fn splat<S: Simd>(simd: S, value: Self) -> S::f64s {
-            simd.splat_f64s(value)
-        }
-
-        #[inline(always)]
-        fn mul_add<S: Simd>(simd: S, a: S::f64s, b: S::f64s, c: S::f64s) -> S::f64s {
-            simd.mul_add_e_f64s(a, b, c)
-        }
-
-        #[inline(always)]
-        fn sum<S: Simd>(simd: S, vector: S::f64s) -> Self {
-            simd.reduce_sum_f64s(vector)
-        }
-
-        #[inline(always)]
-        fn exceeds<S: Simd>(simd: S, values: S::f64s, others: S::f64s) -> S::m64s {
-            let are_numbers = simd.equal_f64s(values, values);
-            let are_greater = simd.greater_than_f64s(values, others);
-            simd.or_m64s(are_greater, simd.not_m64s(are_numbers))
-        }
-
-        // As integers: pulp's selection of numbers may stay a call, compiled for the oldest unit.
-        #[inline(always)]
-        fn select<S: Simd>(simd: S, mask: S::m64s, if_true: S::f64s, if_false: S::f64s) -> S::f64s {
-            pulp::cast(simd.select_u64s(mask, pulp::cast(if_true), pulp::cast(if_false)))
-        }
-
-        #[inline(always)]
-        fn splat_index<S: Simd>(simd: S, index: u64) -> S::u64s {
-            simd.splat_u64s(index)
-        }
-
-        #[inline(always)]
-        fn add_index<S: Simd>(simd: S, a: S::u64s, b: S::u64s) -> S::u64s {
-            simd.add_u64s(a, b)
-        }
-
-        #[inline(always)]
-        fn select_index<S: Simd>(
-            simd: S,
-            mask: S::m64s,
-            if_true: S::u64s,
-            if_false: S::u64s,
-        ) -> S::u64s {
-            simd.select_u64s(mask, if_true, if_false)
-        }
-
-        #[inline(always)]
-        fn low_byte(index: u64) -> u8 {
-            index as u8
-        }
+    lanes! {
+        f32 f32s u32 u32s m32s
+        splat_f32s mul_add_e_f32s reduce_sum_f32s equal_f32s greater_than_f32s or_m32s not_m32s
+        splat_u32s add_u32s select_u32s
+    }
+    lanes! {
+        f64 f64s u64 u64s m64s
+        splat_f64s mul_add_e_f64s reduce_sum_f64s equal_f64s greater_than_f64s or_m64s not_m64s
+        splat_u64s add_u64s select_u64s
     }
 }

@@ -2,9 +2,10 @@
 //!
 //! [`write()`] replaces a regular file as a whole or leaves it alone, follows links and keeps permissions.
 //! It writes through devices, FIFOs and `/dev/stdout`. Before a long computation, [`check`] tests whether
-//! [`write()`] can write, and [`check_distinct`] whether two outputs are one file.
+//! [`write()`] can write, and [`check_all`] also whether two outputs are one file.
 
 mod error;
+mod lock;
 mod target;
 
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 pub use error::OutputError;
+pub use lock::Lock;
 use target::{Target, folder_of};
 
 /// Prefix of the name of a file that is still being written.
@@ -62,14 +64,15 @@ pub fn check(path: &Path) -> Result<(), OutputError> {
     }
 }
 
-/// Checks that no two of the outputs, each with the name of its option, are one regular file.
+/// As [`check`], of outputs, each with the name of its option, no two of which may be one regular file.
 ///
 /// # Errors
 ///
-/// [`OutputError::Same`] with both names; errors as of [`check`] for a path that cannot be resolved.
-pub fn check_distinct(outputs: &[(&'static str, &Path)]) -> Result<(), OutputError> {
+/// [`OutputError::Same`] with both names; errors as of [`check`].
+pub fn check_all(outputs: &[(&'static str, &Path)]) -> Result<(), OutputError> {
     let mut seen: Vec<(&'static str, PathBuf)> = Vec::new();
     for &(name, path) in outputs {
+        check(path)?;
         let Target::File { path: file, .. } = Target::of(path)? else {
             continue;
         };

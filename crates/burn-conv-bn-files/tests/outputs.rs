@@ -1,10 +1,10 @@
 //! Outputs of every kind that a path can name.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::Path;
 
 use burn_conv_bn_files::{
-    OutputError, Survives, check, check_distinct, check_room, replaced, sweep, write,
+    Lock, OutputError, Survives, check, check_all, check_room, replaced, sweep, write,
 };
 use tempfile::TempDir;
 
@@ -90,14 +90,25 @@ fn outputs_that_are_one_file_are_refused() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("report");
     let roundabout = folder.path().join(".").join("report");
-    let error = check_distinct(&[("--json", &path), ("--plot", &roundabout)]).unwrap_err();
+    let error = check_all(&[("--json", &path), ("--plot", &roundabout)]).unwrap_err();
     assert!(
         error
             .to_string()
             .starts_with("--json and --plot name the same file"),
         "{error}"
     );
-    check_distinct(&[("--json", &path), ("--plot", &folder.path().join("plot"))]).unwrap();
+    check_all(&[("--json", &path), ("--plot", &folder.path().join("plot"))]).unwrap();
+}
+
+#[cfg(unix)]
+#[test]
+fn a_folder_has_one_owner_at_a_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let open = || File::open(folder.path()).unwrap();
+    let lock = Lock::of(open()).unwrap();
+    assert!(matches!(Lock::of(open()), Err(TryLockError::WouldBlock)));
+    drop(lock);
+    Lock::of(open()).unwrap();
 }
 
 #[test]
@@ -144,7 +155,7 @@ mod unix {
         symlink("round", path("round")).unwrap();
         write(&path("round"), b"x", Survives::Kill).unwrap_err();
         let outputs = [("--json", &*path("again")), ("--csv", &*path("sub/file"))];
-        check_distinct(&outputs).unwrap_err();
+        check_all(&outputs).unwrap_err();
     }
 
     #[test]
@@ -207,7 +218,7 @@ mod unix {
         }
         // Two outputs may be thrown away.
         let null = Path::new("/dev/null");
-        check_distinct(&[("--json", null), ("--csv", null)]).unwrap();
+        check_all(&[("--json", null), ("--csv", null)]).unwrap();
     }
 
     /// Runs `standard_output_is_written_to` in a process whose standard output is a file.

@@ -5,6 +5,7 @@
 //! - [`ResNet`], [`Vgg`], [`MobileNetV2`], [`EfficientNet`] and [`DenseNet`]: torchvision's, with its layers, initial
 //!   distributions and names.
 //! - [`CspDarknet`]: the backbone of YOLOX-nano, with YOLOX's.
+//! - [`AnyNetwork`]: one of these, chosen at run time.
 //!
 //! Both forms have the same modules, so they share records, optimizer states and, from the same
 //! seed, initial weights; turning one into the other moves no tensor.
@@ -49,6 +50,7 @@
 
 #![deny(missing_docs)]
 
+mod any;
 mod budget;
 mod cspdarknet;
 mod densenet;
@@ -69,6 +71,7 @@ mod walk;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
+pub use any::AnyNetwork;
 pub use budget::{BlockPlan, BudgetError, MemoryPlan};
 pub use cspdarknet::{
     CspBottleneck, CspDarknet, CspDarknetConfig, CspDarknetStage, CspLayer, SeparableConv,

@@ -11,7 +11,7 @@ use burn_conv_bn::{NormVariant, Recompute};
 use burn_conv_bn_models::{Form, Net, NetConfig};
 use serde::Deserialize;
 
-use close::{distance, values};
+use close::{assert_close, distance, values};
 
 const FORMS: [Form; 2] = [Form::Fused, Form::Unfused];
 const NORMS: [NormVariant; 2] = [NormVariant::BatchNorm, NormVariant::Tutorial];
@@ -27,17 +27,6 @@ fn init(config: NetConfig, seed: u64) -> Net {
     let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
     device().seed(seed);
     config.init(&device())
-}
-
-fn assert_close(what: &str, got: &[f64], wanted: &[f64], relative: f64, absolute: f64) {
-    let scale = wanted
-        .iter()
-        .fold(0.0f64, |max, value| max.max(value.abs()));
-    let (difference, tolerance) = (distance(got, wanted), relative * scale + absolute);
-    assert!(
-        difference <= tolerance,
-        "{what}: {difference:e} apart, {tolerance:e} allowed"
-    );
 }
 
 /// `data/pytorch_net.json`, which `scripts/pytorch_reference.py` writes, in f64.

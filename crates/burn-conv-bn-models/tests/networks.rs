@@ -1,14 +1,18 @@
 //! The networks: the two forms against each other in f64, and what they keep.
 
+mod close;
+
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{DType, Device, Distribution, Gradients, Tensor};
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_conv_bn::{Recompute, SavedTensor};
 use burn_conv_bn_models::{
     CspDarknet, CspDarknetConfig, DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form,
     MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
 };
+
+use close::{Named, assert_close, collect, is_statistic, largest, values};
 
 const BATCH: usize = 4;
 const CLASSES: usize = 10;
@@ -80,58 +84,10 @@ impl ModuleMapper for Prepare {
     }
 }
 
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
-    tensor.into_data().iter::<f64>().collect()
-}
-
-/// Values by the names of their tensors.
-type Named = Vec<(String, Vec<f64>)>;
-
-/// Collects the gradients of a network's parameters, or without gradients given its buffers.
-struct Collect<'a> {
-    gradients: Option<&'a Gradients>,
-    path: Vec<String>,
-    found: Named,
-}
-
-impl ModuleVisitor for Collect<'_> {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let name = self.path.join(".");
-        let buffer = name.contains(".running_");
-        match self.gradients {
-            Some(gradients) if !buffer => {
-                let gradient = param.val().grad(gradients);
-                let gradient = gradient.unwrap_or_else(|| panic!("{name} has no gradient"));
-                self.found.push((name, values(gradient)));
-            }
-            None if buffer => self.found.push((name, values(param.val()))),
-            _ => {}
-        }
-    }
-}
-
-fn collect<N: Module>(network: &N, gradients: Option<&Gradients>) -> Named {
-    let mut visitor = Collect {
-        gradients,
-        path: Vec::new(),
-        found: Vec::new(),
-    };
-    network.visit(&mut visitor);
-    visitor.found
-}
-
 /// All that a training step and an evaluation after it yield.
 struct Step {
     output: Vec<f64>,
-    /// Of the images, then of all parameters.
+    /// Of the images and of all parameters.
     gradients: Named,
     statistics: Named,
     evaluation: Vec<f64>,
@@ -143,40 +99,28 @@ impl Step {
         let output = network.forward(tracked.clone());
         assert_eq!(output.dims(), upstream.dims());
         let grads = (output.clone() * upstream.autodiff()).sum().backward();
-        let mut gradients = vec![("images".to_owned(), values(tracked.grad(&grads).unwrap()))];
-        gradients.extend(collect(&network, Some(&grads)));
+        let mut gradients = collect(&network, Some(&grads));
+        gradients.insert("images".to_owned(), values(tracked.grad(&grads).unwrap()));
         let valid = network.valid();
+        let mut statistics = collect(&valid, None);
+        statistics.retain(|name, _| is_statistic(name));
         Self {
             output: values(output),
             gradients,
-            statistics: collect(&valid, None),
+            statistics,
             evaluation: values(valid.forward(images)),
         }
     }
 }
 
-fn largest(values: &[f64]) -> f64 {
-    values.iter().fold(0.0, |max, value| value.abs().max(max))
-}
+/// Largest difference of the two forms, relative to the largest of the values that are compared.
+const TOLERANCE: f64 = 1e-6;
 
-fn assert_close(what: &str, got: &[f64], wanted: &[f64], absolute: f64) {
-    assert_eq!(got.len(), wanted.len(), "{what}");
-    let tolerance = 1e-6 * largest(wanted) + absolute;
-    for (got, wanted) in got.iter().zip(wanted) {
-        let difference = (got - wanted).abs();
-        // Not the other way round, which would let NaN pass.
-        assert!(
-            difference <= tolerance,
-            "{what}: {got:e}, not {wanted:e}, {tolerance:e} allowed"
-        );
-    }
-}
-
-fn assert_named_close(got: &[(String, Vec<f64>)], wanted: &[(String, Vec<f64>)], absolute: f64) {
+fn assert_named_close(got: &Named, wanted: &Named, absolute: f64) {
     assert_eq!(got.len(), wanted.len());
     for ((name, got), (wanted_name, wanted)) in got.iter().zip(wanted) {
         assert_eq!(name, wanted_name);
-        assert_close(name, got, wanted, absolute);
+        assert_close(name, got, wanted, TOLERANCE, absolute);
     }
 }
 
@@ -195,8 +139,14 @@ fn check<N: Network>(init: impl Fn(&Device) -> N, size: usize) {
         Step::run(network, images.clone(), upstream.clone())
     });
 
-    assert_close("output", &fused.output, &unfused.output, 0.0);
-    assert_close("evaluation", &fused.evaluation, &unfused.evaluation, 0.0);
+    assert_close("output", &fused.output, &unfused.output, TOLERANCE, 0.0);
+    assert_close(
+        "evaluation",
+        &fused.evaluation,
+        &unfused.evaluation,
+        TOLERANCE,
+        0.0,
+    );
     assert_named_close(&fused.statistics, &unfused.statistics, 0.0);
     // A bias before a norm has no gradient; unfused, it has the rounding errors of a sum.
     let gradients = unfused.gradients.iter();

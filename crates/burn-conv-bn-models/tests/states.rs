@@ -1,6 +1,8 @@
 //! Every public method of the networks in every state that a model can be in, on Flex with and without
 //! autodiff: nothing panics, and both forms agree.
 
+mod close;
+
 use burn::module::Module;
 use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{Device, Distribution, Tensor};
@@ -9,6 +11,8 @@ use burn_conv_bn_models::{
     CspDarknet, CspDarknetConfig, DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form,
     MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
 };
+
+use close::values;
 
 /// What has happened to a network.
 #[derive(Clone, Copy, Debug)]
@@ -35,10 +39,6 @@ const STATES: [State; 9] = [
     State::Forked,
     State::Loaded,
 ];
-
-fn values(tensor: Tensor<2>) -> Vec<f64> {
-    tensor.into_data().iter::<f64>().collect()
-}
 
 macro_rules! network {
     ($name:ident, $network:ident, $images:expr, $new:expr, $saved:expr) => {

@@ -11,14 +11,16 @@
 //! The files are those of `scripts/pytorch_models.py`, too large to be kept here; `cargo xtask
 //! torchvision` writes them and runs these tests, which are skipped without.
 
+mod close;
+
 use std::collections::BTreeMap;
 use std::env;
 use std::path::{Path, PathBuf};
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::loss::CrossEntropyLossConfig;
 use burn::optim::{GradientsParams, SgdConfig};
-use burn::tensor::{DType, Device, Gradients, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_conv_bn::{ConvBnModule, RunningVariance};
 use burn_conv_bn_models::{
     DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
@@ -28,6 +30,8 @@ use burn_store::{
     ApplyResult, ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, PytorchStore, SafetensorsStore,
     bridge,
 };
+
+use close::{Named, assert_close, collect, is_statistic, largest, values};
 
 const CLASSES: usize = 10;
 
@@ -112,70 +116,6 @@ impl Values {
     }
 }
 
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
-    tensor.into_data().iter::<f64>().collect()
-}
-
-fn largest(values: &[f64]) -> f64 {
-    values.iter().fold(0.0, |max, value| value.abs().max(max))
-}
-
-#[track_caller]
-fn assert_close(what: &str, got: &[f64], wanted: &[f64], absolute: f64) {
-    assert_eq!(got.len(), wanted.len(), "{what}");
-    let tolerance = TOLERANCE * largest(wanted) + absolute;
-    for (got, wanted) in got.iter().zip(wanted) {
-        // Not the other way round, which would let NaN pass.
-        assert!(
-            (got - wanted).abs() <= tolerance,
-            "{what}: {got:e}, not {wanted:e}, {tolerance:e} allowed"
-        );
-    }
-}
-
-/// Lists a network's tensors by name, or the gradients of its parameters.
-struct Collect<'a> {
-    gradients: Option<&'a Gradients>,
-    path: Vec<String>,
-    found: Named,
-}
-
-impl ModuleVisitor for Collect<'_> {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let name = self.path.join(".");
-        let tensor = match self.gradients {
-            Some(_) if is_statistic(&name) => return,
-            Some(gradients) => {
-                let gradient = param.val().grad(gradients);
-                gradient.unwrap_or_else(|| panic!("{name} has no gradient"))
-            }
-            None => param.val(),
-        };
-        self.found.insert(name, values(tensor));
-    }
-}
-
-/// Values by the names of their tensors.
-type Named = BTreeMap<String, Vec<f64>>;
-
-fn collect<M: Module>(network: &M, gradients: Option<&Gradients>) -> Named {
-    let mut collect = Collect {
-        gradients,
-        path: Vec::new(),
-        found: BTreeMap::new(),
-    };
-    network.visit(&mut collect);
-    collect.found
-}
-
 /// Rounds all parameters and buffers to f32.
 struct Single;
 
@@ -245,21 +185,17 @@ impl Step {
     }
 }
 
-fn is_statistic(name: &str) -> bool {
-    name.contains(".running_")
-}
-
 /// Compares a step in f64, element by element.
 fn assert_double(got: &Step, wanted: &Step) {
     for (name, wanted) in &wanted.outputs {
-        assert_close(name, &got.outputs[name], wanted, 0.0);
+        assert_close(name, &got.outputs[name], wanted, TOLERANCE, 0.0);
     }
     assert!(got.tensors.keys().eq(wanted.tensors.keys()));
     // A bias before a norm has no gradient; PyTorch's is what rounding leaves of a sum.
     let largest_of_all = wanted.tensors.values().map(|values| largest(values));
     let rounding = TOLERANCE * largest_of_all.fold(0.0, f64::max);
     for (name, wanted) in &wanted.tensors {
-        assert_close(name, &got.tensors[name], wanted, rounding);
+        assert_close(name, &got.tensors[name], wanted, TOLERANCE, rounding);
     }
 }
 

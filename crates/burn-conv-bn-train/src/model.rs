@@ -1,14 +1,13 @@
 //! The networks that a job can train, as one.
 
 use anyhow::{Result, bail};
-use burn::module::Module;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::ops::PadMode;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{FoldError, NormVariant, Recompute, SavedTensor};
+use burn_conv_bn::{NormVariant, SavedTensor};
 use burn_conv_bn_models::{
-    DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
-    MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+    AnyNetwork, DenseNetConfig, EfficientNetConfig, Form, MobileNetV2Config, NetConfig,
+    ResNetConfig, VggConfig,
 };
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -109,135 +108,73 @@ impl ModelChoice {
         norm: NormVariant,
         dropout: f64,
         device: &Device,
-    ) -> Network {
+    ) -> AnyNetwork {
         // Torchvision's are for colours, and a thousand classes.
         macro_rules! of_digits {
-            ($network:ident, $config:expr) => {{
+            ($config:expr) => {{
                 let config = $config.with_classes(CLASSES).with_input_channels(1);
-                Network::$network(config.init(device))
+                config.init(device).into()
             }};
         }
-        let resnet = |config: ResNetConfig| of_digits!(ResNet, config);
         match self {
             Self::Tutorial => {
                 let config = NetConfig::new(form).with_norm(norm);
-                Network::Tutorial(config.with_dropout(dropout).init(device))
+                config.with_dropout(dropout).init(device).into()
             }
-            Self::Resnet18 => resnet(ResNetConfig::resnet18(form)),
-            Self::Resnet34 => resnet(ResNetConfig::resnet34(form)),
-            Self::Resnet50 => resnet(ResNetConfig::resnet50(form)),
-            Self::Resnet101 => resnet(ResNetConfig::resnet101(form)),
+            Self::Resnet18 => of_digits!(ResNetConfig::resnet18(form)),
+            Self::Resnet34 => of_digits!(ResNetConfig::resnet34(form)),
+            Self::Resnet50 => of_digits!(ResNetConfig::resnet50(form)),
+            Self::Resnet101 => of_digits!(ResNetConfig::resnet101(form)),
             Self::Vgg16Bn => {
                 let config = VggConfig::vgg16_bn(form).with_hidden(VGG_HIDDEN);
-                of_digits!(Vgg, config.with_dropout(dropout))
+                of_digits!(config.with_dropout(dropout))
             }
-            Self::Densenet121 => of_digits!(DenseNet, DenseNetConfig::densenet121(form)),
+            Self::Densenet121 => of_digits!(DenseNetConfig::densenet121(form)),
             Self::MobilenetV2 => {
-                let config = MobileNetV2Config::new(form).with_dropout(dropout);
-                of_digits!(MobileNetV2, config)
+                of_digits!(MobileNetV2Config::new(form).with_dropout(dropout))
             }
             // One probability is an option of the program, the dropout's.
             Self::EfficientnetB0 => {
                 let config = EfficientNetConfig::new(form).with_dropout(dropout);
-                of_digits!(EfficientNet, config.with_stochastic_depth(0.0))
+                of_digits!(config.with_stochastic_depth(0.0))
             }
         }
     }
 }
 
-/// A network for digits.
-#[allow(clippy::large_enum_variant, reason = "there are few at a time")]
-#[derive(Module, Debug)]
-pub(crate) enum Network {
-    /// The tutorial's.
-    Tutorial(Net),
-    /// A residual network.
-    ResNet(ResNet),
-    /// VGG with batch norm.
-    Vgg(Vgg),
-    /// MobileNetV2.
-    MobileNetV2(MobileNetV2),
-    /// EfficientNet-B0.
-    EfficientNet(EfficientNet),
-    /// DenseNet-121.
-    DenseNet(DenseNet),
+/// Log-probabilities of the classes.
+///
+/// # Shapes
+///
+/// - `images`: `[batch, 1, 28, 28]`, normalized as
+///   [`MnistBatcher`](crate::data::MnistBatcher) does
+/// - output: `[batch, 10]`
+///
+/// # Panics
+///
+/// If a training batch is too small; see [`ModelChoice::check_batches`].
+pub(crate) fn forward(network: &AnyNetwork, images: Tensor<4>) -> Tensor<2> {
+    match network {
+        AnyNetwork::Tutorial(net) => net.forward(images),
+        others => log_softmax(others.forward(padded(images)), 1),
+    }
 }
 
-impl Network {
-    /// Log-probabilities of the classes.
-    ///
-    /// # Shapes
-    ///
-    /// - `images`: `[batch, 1, 28, 28]`, normalized as
-    ///   [`MnistBatcher`](crate::data::MnistBatcher) does
-    /// - output: `[batch, 10]`
-    ///
-    /// # Panics
-    ///
-    /// If a training batch is too small; see [`ModelChoice::check_batches`].
-    pub(crate) fn forward(&self, images: Tensor<4>) -> Tensor<2> {
-        let scores = match self {
-            Self::Tutorial(net) => return net.forward(images),
-            Self::ResNet(net) => net.forward(padded(images)),
-            Self::Vgg(net) => net.forward(padded(images)),
-            Self::MobileNetV2(net) => net.forward(padded(images)),
-            Self::EfficientNet(net) => net.forward(padded(images)),
-            Self::DenseNet(net) => net.forward(padded(images)),
-        };
-        log_softmax(scores, 1)
+/// What a training step keeps for the backward pass in this form, for a batch of that many digits, as
+/// [`AnyNetwork::saved_for_backward`] lists it.
+///
+/// The digits themselves are shared: they are data and there in any case. Padded ones are made in the
+/// forward pass and stay because the first block keeps them, so they are its own.
+pub(crate) fn saved_for_backward(network: &AnyNetwork, batch: usize) -> Vec<(String, SavedTensor)> {
+    if let AnyNetwork::Tutorial(net) = network {
+        return net.saved_for_backward(batch, SIDE);
     }
-
-    /// Rebuilds outputs inside chains of blocks, whose ends recompute what they are given; see
-    /// [`ResNet::with_rebuilt_chains`] and its like.
-    pub(crate) fn with_rebuilt_chains(self, ends: Recompute) -> Self {
-        match self {
-            Self::Tutorial(net) => Self::Tutorial(net.with_rebuilt_chains(ends)),
-            Self::ResNet(net) => Self::ResNet(net.with_rebuilt_chains(ends)),
-            Self::Vgg(net) => Self::Vgg(net.with_rebuilt_chains(ends)),
-            Self::MobileNetV2(net) => Self::MobileNetV2(net.with_rebuilt_chains(ends)),
-            Self::EfficientNet(net) => Self::EfficientNet(net.with_rebuilt_chains(ends)),
-            Self::DenseNet(net) => Self::DenseNet(net.with_rebuilt_chains(ends)),
-        }
+    let side = SIDE + 2 * PADDING;
+    let mut saved = network.saved_for_backward([batch, 1, side, side]);
+    if let Some((_, padded)) = saved.iter_mut().find(|(_, kept)| kept.name == "input") {
+        padded.shared = false;
     }
-
-    /// The network for evaluation, with norms folded into their convolutions, up to rounding the same.
-    ///
-    /// # Errors
-    ///
-    /// [`FoldError::NoRunningStatistics`] for the tutorial's network, which normalizes with each
-    /// batch's statistics; [`FoldError::NotFinite`] if a channel's scale or shift is not finite.
-    pub(crate) fn folded(&self) -> Result<Self, FoldError> {
-        Ok(match self {
-            Self::Tutorial(net) => Self::Tutorial(net.folded()?),
-            Self::ResNet(net) => Self::ResNet(net.folded()?),
-            Self::Vgg(net) => Self::Vgg(net.folded()?),
-            Self::MobileNetV2(net) => Self::MobileNetV2(net.folded()?),
-            Self::EfficientNet(net) => Self::EfficientNet(net.folded()?),
-            Self::DenseNet(net) => Self::DenseNet(net.folded()?),
-        })
-    }
-
-    /// What a training step keeps for the backward pass in this form, for a batch of that many digits, as
-    /// [`ResNet::saved_for_backward`] and its like list it.
-    ///
-    /// The digits themselves are shared: they are data and there in any case. Padded ones are made in the
-    /// forward pass and stay because the first block keeps them, so they are its own.
-    pub(crate) fn saved_for_backward(&self, batch: usize) -> Vec<(String, SavedTensor)> {
-        let side = SIDE + 2 * PADDING;
-        let shape = [batch, 1, side, side];
-        let mut saved = match self {
-            Self::Tutorial(net) => return net.saved_for_backward(batch, SIDE),
-            Self::ResNet(net) => net.saved_for_backward(shape),
-            Self::Vgg(net) => net.saved_for_backward(shape),
-            Self::MobileNetV2(net) => net.saved_for_backward(shape),
-            Self::EfficientNet(net) => net.saved_for_backward(shape),
-            Self::DenseNet(net) => net.saved_for_backward(shape),
-        };
-        if let Some((_, padded)) = saved.iter_mut().find(|(_, kept)| kept.name == "input") {
-            padded.shared = false;
-        }
-        saved
-    }
+    saved
 }
 
 /// Normalized images, with black around them.

@@ -32,11 +32,8 @@ pub(crate) use say;
 
 /// Prints a line on standard error. A failure is ignored.
 pub(crate) fn warn(text: Arguments<'_>) {
-    let _ = writeln!(
-        io::stderr(),
-        "{}",
-        escaped(&text.to_string(), &['\n', '\t'])
-    );
+    let text = escaped(&text.to_string(), &['\n', '\t']);
+    let _ = writeln!(io::stderr(), "{text}");
 }
 
 /// A loss in the few letters of a table, also where it has diverged.

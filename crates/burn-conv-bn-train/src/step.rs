@@ -11,12 +11,13 @@ use burn::tensor::{FloatDType, Tensor};
 use burn::train::metric::{AccuracyInput, Adaptor, ItemLazy, LossInput};
 use burn::train::{InferenceStep, TrainOutput, TrainStep};
 use burn_conv_bn::ConvBnModule;
+use burn_conv_bn_models::AnyNetwork;
 use burn_conv_bn_models::optim::LossScale;
 
 use crate::data::MnistBatch;
 use crate::measure::memory::{MemoryProbe, StepMeasure};
 use crate::measure::metrics::StepOutput;
-use crate::model::Network;
+use crate::model::forward;
 use crate::precision::Precision;
 
 /// A network that classifies digits, as Burn trains it.
@@ -27,7 +28,7 @@ use crate::precision::Precision;
 #[derive(Module, Debug)]
 pub struct Classifier {
     /// The network; its outputs are log-probabilities.
-    pub(crate) net: Network,
+    pub(crate) net: AnyNetwork,
     #[module(skip)]
     probe: MemoryProbe,
     #[module(skip)]
@@ -41,7 +42,7 @@ impl Classifier {
     /// All parameters are initialized here, in the order of the module's fields. Left alone,
     /// Burn initializes each when it is first used, and two forms of a network that use theirs
     /// in a different order would start from different weights. Seed the device just before.
-    pub(crate) fn new(net: Network, probe: MemoryProbe, precision: Precision) -> Self {
+    pub(crate) fn new(net: AnyNetwork, probe: MemoryProbe, precision: Precision) -> Self {
         Self {
             net: net.map(&mut Cast(precision.parameters())),
             probe,
@@ -79,7 +80,7 @@ impl Classifier {
 
     /// The network as it computes: in mixed precision with casts of its blocks' weights, which lead
     /// gradients back to the parameters.
-    pub(crate) fn computing(&self) -> Network {
+    pub(crate) fn computing(&self) -> AnyNetwork {
         match self.activations {
             half @ (FloatDType::F16 | FloatDType::BF16) => self.net.autocast(half),
             _ => self.net.clone(),
@@ -94,7 +95,7 @@ impl Classifier {
 
     pub(crate) fn classify(&self, batch: MnistBatch) -> StepOutput {
         let MnistBatch { images, targets } = batch;
-        let scores = self.computing().forward(images);
+        let scores = forward(&self.computing(), images);
         let loss = scores
             .clone()
             .gather(1, targets.clone().unsqueeze_dim::<2>(1))

@@ -12,21 +12,17 @@ use super::report::Report;
 /// A report in one of its forms, as bytes.
 pub type Form = fn(&Report) -> Result<Vec<u8>>;
 
-/// The files of a run.
 #[derive(Debug, Default)]
 pub struct Outputs(Vec<(PathBuf, Form)>);
 
 impl Outputs {
     /// Files with their options and forms. Checks that they can be written.
     pub fn new(outputs: &[(&'static str, &Path, Form)]) -> Result<Self> {
-        for (_, path, _) in outputs {
-            files::check(path)?;
-        }
         let named: Vec<_> = outputs
             .iter()
             .map(|(name, path, _)| (*name, *path))
             .collect();
-        files::check_distinct(&named)?;
+        files::check_all(&named)?;
         let outputs = outputs.iter();
         let outputs = outputs.map(|(_, path, form)| (path.to_path_buf(), *form));
         Ok(Self(outputs.collect()))

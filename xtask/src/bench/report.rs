@@ -11,7 +11,6 @@ use serde::Serialize;
 /// [`EntryReport::problem`] of an entry whose turn has not come.
 const PENDING: &str = "not run yet";
 
-/// A whole run.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
     /// Start of the run in UTC, as RFC 3339 writes it.
@@ -38,7 +37,6 @@ pub struct Report {
     pub summary: Vec<String>,
 }
 
-/// The machine of a run.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Machine {
     /// Name of the processor, and the numbers that distinguish models of one name.
@@ -62,7 +60,6 @@ pub struct Machine {
     pub environment: BTreeMap<String, String>,
 }
 
-/// One entry of the catalogue.
 #[derive(Clone, Debug, Serialize)]
 pub struct EntryReport {
     pub entry: Entry,
@@ -81,7 +78,6 @@ pub struct EntryReport {
     pub contenders: Vec<ContenderReport>,
 }
 
-/// One contender of one entry.
 #[derive(Clone, Debug, Serialize)]
 pub struct ContenderReport {
     pub contender: Contender,
@@ -124,7 +120,6 @@ pub struct TensorError {
     pub error: Option<f64>,
 }
 
-/// A contender's problem.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Problem {
     pub kind: ProblemKind,

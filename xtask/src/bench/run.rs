@@ -14,11 +14,12 @@ use burn_conv_bn_bench::catalogue::Entry;
 use burn_conv_bn_bench::device::FLEX;
 use burn_conv_bn_bench::protocol::{Contender, Engine, OWN_REFERENCE, Request};
 use burn_conv_bn_bench::tensor_file::{read, relative_error};
+use burn_conv_bn_files::Lock;
 use tempfile::TempDir;
 
 use super::args::{Bench, Peer};
 use super::contender::{Process, Running, done, reply};
-use super::lock::Lock;
+use super::lock::lock;
 use super::machine;
 use super::output::Outputs;
 use super::report::{ContenderReport, EntryReport, Problem, ProblemKind, Report, TensorError};
@@ -90,7 +91,7 @@ impl<'a> Lab<'a> {
             args,
             worker,
             python: (args.peer == Some(Peer::Pytorch)).then(|| python(args.python.clone())),
-            _lock: Lock::take(&env::temp_dir())?,
+            _lock: lock(&env::temp_dir())?,
             contenders: args.contenders(Engine::Burn),
             threads: args.threads.map_or(cores, NonZeroUsize::get),
             versions: machine::rustc_version().into_iter().collect(),
@@ -119,7 +120,6 @@ impl<'a> Lab<'a> {
         Ok(())
     }
 
-    /// Where contenders compute.
     pub fn device(&self) -> &str {
         &self.args.device
     }
@@ -224,7 +224,6 @@ impl<'a> Lab<'a> {
         Ok((rounds, reports.collect()))
     }
 
-    /// Draws an entry's data.
     pub fn draw(&self, entry: &Entry, data: &Path) -> Result<()> {
         let prepare = Request::Prepare {
             entry: entry.clone(),

@@ -14,7 +14,7 @@ use crate::choice::Choice;
 use crate::measure::history::Epoch;
 use crate::persist::run_file::{DataIdentity, Options, RUN_FILE, RunFile};
 use crate::persist::{checkpoint, output};
-use crate::predict::{PredictOptions, predict};
+use crate::predict::{PredictForm, PredictOptions, predict};
 use crate::print::say;
 use crate::run::compare::{CompareOptions, compare};
 use crate::run::fit::{FitOutcome, RunOptions, run};
@@ -24,7 +24,6 @@ use crate::run::job::{Job, Variant};
 use crate::run::parity::Parity;
 use crate::run::worker::work;
 
-/// Runs a command.
 pub(super) fn execute(invocation: Invocation, allocator: &'static CountingAllocator) -> Result<()> {
     let Invocation {
         command,
@@ -222,9 +221,13 @@ fn run_predict(args: Predict, given: &Options, interrupter: &Interrupter) -> Res
             );
         }
     }
+    let as_trained = match trained {
+        Variant::Unfused => PredictForm::Unfused,
+        _ => PredictForm::Fused,
+    };
     let options = PredictOptions {
         epoch: args.epoch,
-        form: args.form.unwrap_or(trained.into()),
+        form: args.form.unwrap_or(as_trained),
         images: args.images,
         trained_on: file.data.name,
         json: args.json,

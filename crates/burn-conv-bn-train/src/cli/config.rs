@@ -113,7 +113,6 @@ impl Layers {
         self.given.contains(option)
     }
 
-    /// Checks the bounds of every option.
     pub(crate) fn check(&self) -> Result<(), String> {
         let mut options = self.options.iter();
         options.try_for_each(|(option, value)| {
@@ -188,7 +187,6 @@ fn parts(command: &impl Serialize) -> Result<(String, Options)> {
     Ok(Default::default())
 }
 
-/// Checks a number's bounds.
 pub(crate) fn check(option: &str, value: &Value) -> Result<(), String> {
     let bounds = BOUNDS.iter().find(|(bounded, _)| *bounded == option);
     match (bounds, value.as_f64()) {

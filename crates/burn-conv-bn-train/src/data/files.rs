@@ -54,16 +54,9 @@ impl MnistFile {
     }
 }
 
-/// Both parts of a data set.
-pub(super) struct Parts {
-    pub(super) train: Digits,
-    pub(super) test: Digits,
-    /// Whether all four files have the checksums of MNIST.
-    pub(super) genuine: bool,
-}
-
-/// Reads the four files, given in the order of [`FILES`].
-pub(super) fn read(paths: &[PathBuf; 4]) -> Result<Parts, IdxError> {
+/// Reads the four files, given in the order of [`FILES`]: the training and the test digits, and whether all
+/// have the checksums of MNIST.
+pub(super) fn read(paths: &[PathBuf; 4]) -> Result<([Digits; 2], bool), IdxError> {
     let mut genuine = true;
     let mut part = |first: usize| {
         let [images, labels] = [first, first + 1].map(|i| {
@@ -73,12 +66,8 @@ pub(super) fn read(paths: &[PathBuf; 4]) -> Result<Parts, IdxError> {
         });
         Digits::pair(images?, labels?)
     };
-    let (train, test) = (part(0)?, part(2)?);
-    Ok(Parts {
-        train,
-        test,
-        genuine,
-    })
+    let digits = [part(0)?, part(2)?];
+    Ok((digits, genuine))
 }
 
 #[cfg(test)]

@@ -18,5 +18,5 @@ pub use idx::{CLASSES, Digits, IdxError, IdxProblem, MAX_BYTES, PIXELS, SIDE};
 #[doc(hidden)]
 pub use idx::{Kind, parse as parse_idx};
 pub(crate) use source::resolve;
-pub use source::{DataOrigin, DataRequest, DatasetChoice, MnistData, OFFLINE};
+pub use source::{DataRequest, DatasetChoice, MnistData, OFFLINE};
 pub use synthetic::generate;

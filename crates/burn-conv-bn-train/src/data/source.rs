@@ -2,7 +2,6 @@
 
 use std::env;
 use std::ffi::OsStr;
-use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -11,7 +10,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::download::{self, MIRRORS};
-use super::files::{self, FILES, Parts};
+use super::files::{self, FILES};
 use super::idx::Digits;
 use super::synthetic::generate;
 
@@ -65,28 +64,10 @@ pub struct MnistData {
     pub train: Digits,
     /// Digits to measure with.
     pub test: Digits,
-    /// Where both come from.
-    pub origin: DataOrigin,
-}
-
-/// Where the data come from; displayed as one line for the user.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DataOrigin {
-    name: &'static str,
-    line: String,
-}
-
-impl DataOrigin {
     /// Short name of the data: `"mnist"`, `"custom"` (a user's own IDX files) or `"synthetic"`.
-    pub fn name(&self) -> &'static str {
-        self.name
-    }
-}
-
-impl fmt::Display for DataOrigin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.line)
-    }
+    pub name: &'static str,
+    /// Where both come from, as a line for the user.
+    pub origin: String,
 }
 
 /// Finds the data.
@@ -145,13 +126,12 @@ fn resolve_on(machine: &Machine, request: &DataRequest) -> Result<MnistData> {
 fn draw(request: &DataRequest, reason: &str) -> MnistData {
     let count = |full: usize, limit: Option<usize>| limit.map_or(full, |limit| limit.min(full));
     let seed = request.seed;
-    let parts = Parts {
+    MnistData {
         train: generate(count(TRAIN_COUNT, request.train_limit), seed),
         test: generate(count(TEST_COUNT, request.test_limit), seed ^ TEST_SEED),
-        genuine: false,
-    };
-    let line = format!("built-in synthetic digits (seed {seed}), {reason}");
-    of_parts(parts, "synthetic", line)
+        name: "synthetic",
+        origin: format!("built-in synthetic digits (seed {seed}), {reason}"),
+    }
 }
 
 fn from_folder(dir: &Path) -> Result<MnistData> {
@@ -171,24 +151,25 @@ fn from_folder(dir: &Path) -> Result<MnistData> {
         bail!("{at} has no {} (plain or .gz)", FILES[absent].name);
     }
 
-    let parts = files::read(&found.map(Option::unwrap_or_default))?;
-    Ok(if parts.genuine {
-        mnist(parts, &format!("from {at}"))
-    } else {
-        let line = format!("custom digits from {at} (not MNIST by their checksums)");
-        of_parts(parts, "custom", line)
+    let (digits, genuine) = files::read(&found.map(Option::unwrap_or_default))?;
+    if genuine {
+        return Ok(mnist(digits, &format!("from {at}")));
+    }
+    let [train, test] = digits;
+    Ok(MnistData {
+        train,
+        test,
+        name: "custom",
+        origin: format!("custom digits from {at} (not MNIST by their checksums)"),
     })
 }
 
-fn mnist(parts: Parts, how: &str) -> MnistData {
-    of_parts(parts, "mnist", format!("MNIST {how}"))
-}
-
-fn of_parts(parts: Parts, name: &'static str, line: String) -> MnistData {
+fn mnist([train, test]: [Digits; 2], how: &str) -> MnistData {
     MnistData {
-        train: parts.train,
-        test: parts.test,
-        origin: DataOrigin { name, line },
+        train,
+        test,
+        name: "mnist",
+        origin: format!("MNIST {how}"),
     }
 }
 
@@ -212,7 +193,7 @@ fn search(machine: &Machine, no_download: bool) -> Result<MnistData, String> {
     for (how, dir, paths) in places {
         let at = dir.display();
         match from_cache(dir, paths) {
-            Ok(Some(parts)) => return Ok(mnist(parts, &format!("{how} {at}{ignored}"))),
+            Ok(Some(digits)) => return Ok(mnist(digits, &format!("{how} {at}{ignored}"))),
             Ok(None) => tried.push(format!("nothing in {at}")),
             Err(error) => {
                 ignored = format!(" (passed over: {error})");
@@ -229,7 +210,7 @@ fn search(machine: &Machine, no_download: bool) -> Result<MnistData, String> {
         let at = path.display();
         let fetched = download::fetch(machine.mirrors, &path).map_err(|error| anyhow!(error));
         match fetched.and_then(|()| from_cache(&path, &paths)) {
-            Ok(Some(parts)) => return Ok(mnist(parts, &format!("downloaded to {at}{ignored}"))),
+            Ok(Some(digits)) => return Ok(mnist(digits, &format!("downloaded to {at}{ignored}"))),
             Ok(None) => tried.push(format!("the download is gone from {at}")),
             Err(error) => tried.push(format!("the download failed: {error}")),
         }
@@ -238,17 +219,17 @@ fn search(machine: &Machine, no_download: bool) -> Result<MnistData, String> {
 }
 
 /// Reads files that are MNIST only if their checksums say so. None if there are none.
-fn from_cache(dir: &Path, paths: &[PathBuf; 4]) -> Result<Option<Parts>> {
+fn from_cache(dir: &Path, paths: &[PathBuf; 4]) -> Result<Option<[Digits; 2]>> {
     if !paths.iter().any(|path| path.exists()) {
         return Ok(None);
     }
-    let parts = files::read(paths)?;
+    let (digits, genuine) = files::read(paths)?;
     let dir = dir.display();
     ensure!(
-        parts.genuine,
+        genuine,
         "the files in {dir} do not have the checksums of MNIST"
     );
-    Ok(Some(parts))
+    Ok(Some(digits))
 }
 
 #[cfg(test)]

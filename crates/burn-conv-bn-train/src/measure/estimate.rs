@@ -93,9 +93,6 @@ pub fn estimate(
 
 /// The bound on the workspace of a whole batch, Flex's own included.
 fn workspace(job: &Job) -> Option<usize> {
-    if job.device == DeviceChoice::Flex {
-        let bytes = job.max_workspace.unwrap_or(LARGEST_STORED);
-        return Some(bytes.min(LARGEST_STORED));
-    }
-    job.max_workspace
+    let own = (job.device == DeviceChoice::Flex).then_some(LARGEST_STORED);
+    own.into_iter().chain(job.max_workspace).min()
 }

@@ -79,12 +79,10 @@ impl fmt::Display for Evaluation {
     }
 }
 
-/// One training step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct StepRecord {
     /// Loss and accuracy of the batch, before the step.
     pub(crate) evaluation: Evaluation,
-    /// Memory and time.
     pub(crate) measure: StepMeasure,
 }
 

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::data::CLASSES;
 use crate::measure::history::{Epoch, Evaluation, StepRecord};
-use crate::measure::memory::StepMemory;
+use crate::measure::memory::{StepMeasure, StepMemory};
 use crate::measure::number;
 use crate::measure::timeline::Timeline;
 
@@ -244,40 +244,29 @@ pub struct SkippedReport {
     pub reason: String,
 }
 
-/// Time and memory of steps.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct StepSummary {
-    pub(crate) seconds_median: f64,
-    pub(crate) memory: StepMemory,
-}
-
-impl StepSummary {
-    /// Median and mean over the steps of `batch_size` digits, or over all where none has that size; the peak of
-    /// all steps.
-    pub(crate) fn of(all: &[StepRecord], batch_size: usize) -> Self {
-        let full = |step: &&StepRecord| step.evaluation.total == batch_size;
-        let mut steps: Vec<&StepRecord> = all.iter().filter(full).collect();
-        if steps.is_empty() {
-            steps = all.iter().collect();
-        }
-        let Some(last) = steps.len().checked_sub(1) else {
-            return Self::default();
-        };
-        steps.sort_by_key(|step| step.measure.duration);
-        let seconds = |index: usize| steps[index].measure.duration.as_secs_f64();
-        let memory = |step: &StepRecord| step.measure.memory;
-        let forward_ends = steps.iter().map(|step| memory(step).forward_end_bytes);
-        Self {
-            seconds_median: (seconds(last / 2) + seconds(last.div_ceil(2))) / 2.0,
-            memory: StepMemory {
-                forward_end_bytes: forward_ends.sum::<usize>() / steps.len(),
-                peak_bytes: all
-                    .iter()
-                    .map(|step| memory(step).peak_bytes)
-                    .max()
-                    .unwrap_or(0),
-            },
-        }
+/// Median time and mean memory of the steps of `batch_size` digits, or of all where none has that size; the
+/// peak of all steps.
+pub(crate) fn summary(all: &[StepRecord], batch_size: usize) -> StepMeasure {
+    let full = |step: &&StepRecord| step.evaluation.total == batch_size;
+    let mut steps: Vec<&StepRecord> = all.iter().filter(full).collect();
+    if steps.is_empty() {
+        steps = all.iter().collect();
+    }
+    let Some(last) = steps.len().checked_sub(1) else {
+        return StepMeasure::default();
+    };
+    steps.sort_by_key(|step| step.measure.duration);
+    let duration = |index: usize| steps[index].measure.duration;
+    let forward_ends = steps
+        .iter()
+        .map(|step| step.measure.memory.forward_end_bytes);
+    let peaks = all.iter().map(|step| step.measure.memory.peak_bytes);
+    StepMeasure {
+        duration: (duration(last / 2) + duration(last.div_ceil(2))) / 2,
+        memory: StepMemory {
+            forward_end_bytes: forward_ends.sum::<usize>() / steps.len(),
+            peak_bytes: peaks.max().unwrap_or(0),
+        },
     }
 }
 

@@ -36,7 +36,6 @@ const SCHEDULER: &str = "scheduler";
 /// The kind of file that lists a set.
 const LIST: &str = "epoch";
 
-/// Where the checkpoints of a run are.
 pub(crate) fn folder(directory: &Path) -> PathBuf {
     directory.join("checkpoint")
 }
@@ -65,7 +64,6 @@ pub(crate) struct Set {
     pub(crate) records: Option<Records>,
 }
 
-/// The state of a training.
 pub(crate) struct Records {
     pub(crate) model: ModuleRecord,
     pub(crate) optimizer: OptimizerRecord,
@@ -87,7 +85,6 @@ pub(crate) fn newest(directory: &Path) -> Result<(Option<Set>, Damaged)> {
     Ok((None, damaged))
 }
 
-/// Reads the checkpoint of one epoch.
 pub(crate) fn read(directory: &Path, epoch: usize) -> Result<Set> {
     let folder = folder(directory);
     let path = folder.join(file_name(LIST, epoch));

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
-use burn_conv_bn_files::{Survives, check_distinct, replaced, write};
+use burn_conv_bn_files::{Survives, check_all, replaced, write};
 use serde::Serialize;
 
 use crate::persist::checkpoint;
@@ -29,11 +29,7 @@ pub(crate) fn check(outputs: &[(&'static str, Option<&Path>)]) -> Result<()> {
     let given = outputs
         .iter()
         .filter_map(|&(option, path)| Some((option, path?)));
-    let given: Vec<(&'static str, &Path)> = given.collect();
-    for (_, path) in &given {
-        burn_conv_bn_files::check(path)?;
-    }
-    Ok(check_distinct(&given)?)
+    Ok(check_all(&Vec::from_iter(given))?)
 }
 
 /// As [`check`], of outputs that would replace no file of the run in a folder.

@@ -26,7 +26,6 @@ pub(crate) struct RunFile {
     pub(crate) version: String,
     /// Options of `mnist train`, without those of a single call.
     pub(crate) options: Options,
-    /// The digits.
     pub(crate) data: DataIdentity,
 }
 
@@ -35,11 +34,9 @@ pub(crate) struct RunFile {
 pub(crate) struct DataIdentity {
     /// `mnist`, `synthetic` or `custom`.
     pub(crate) name: String,
-    /// Training digits.
     pub(crate) train_digits: usize,
     /// MD5 of their images and labels.
     pub(crate) train_md5: String,
-    /// Test digits.
     pub(crate) test_digits: usize,
     /// MD5 of their images and labels.
     pub(crate) test_md5: String,
@@ -55,7 +52,7 @@ impl DataIdentity {
             format!("{:x}", context.finalize())
         };
         Self {
-            name: data.origin.name().to_string(),
+            name: data.name.to_string(),
             train_digits: data.train.len(),
             train_md5: digest(&data.train),
             test_digits: data.test.len(),
@@ -134,7 +131,6 @@ impl RunFile {
         })
     }
 
-    /// What goes into the file.
     pub(crate) fn to_json(&self) -> Vec<u8> {
         let mut json = serde_json::to_vec_pretty(self).expect("texts and numbers are JSON");
         json.push(b'\n');
@@ -158,7 +154,6 @@ impl RunFile {
         Ok(())
     }
 
-    /// Checks that `data` are this run's.
     pub(crate) fn check_data(&self, directory: &Path, data: &DataIdentity) -> Result<()> {
         ensure!(
             self.data == *data,

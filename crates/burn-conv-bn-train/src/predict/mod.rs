@@ -24,14 +24,11 @@ use mistakes::{SHOWN, draw};
 pub(crate) use predictor::PredictForm;
 use predictor::{Prediction, Predictor};
 
-/// How to predict.
 #[derive(Clone, Debug)]
 pub(crate) struct PredictOptions {
-    /// Folder of the run.
     pub(crate) directory: PathBuf,
     /// The checkpoint's epoch; the newest one if not given.
     pub(crate) epoch: Option<usize>,
-    /// In which form.
     pub(crate) form: PredictForm,
     /// The folder of the pictures; the test set if there is none.
     pub(crate) images: Option<PathBuf>,
@@ -88,7 +85,7 @@ pub(crate) fn predict(
         form: options.form.name(),
         dtype: job.precision.dtype_name(),
         epoch: predictor.epoch,
-        dataset: data.as_ref().map(|data| data.origin.name().to_string()),
+        dataset: data.as_ref().map(|data| data.name.to_string()),
         test: None,
         images: Vec::new(),
         skipped: Vec::new(),
@@ -102,10 +99,7 @@ pub(crate) fn predict(
         }
         let matrix = confusion_matrix(&test.confusion);
         report.test = Some(test);
-        format!(
-            "Test set ({}): {evaluation}\n\n{matrix}",
-            data.origin.name()
-        )
+        format!("Test set ({}): {evaluation}\n\n{matrix}", data.name)
     } else {
         classify_pictures(&predictor, job, pictures, &mut report, interrupter)?;
         table(&report.images)
@@ -150,17 +144,16 @@ fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result
     Ok(predictor)
 }
 
-/// Loads the test set.
 fn test_digits(job: &Job, trained_on: &str) -> Result<MnistData> {
     let data = resolve(&DataRequest {
         train_limit: Some(1),
         ..job.data.clone()
     })?;
     say!("Data: {}", data.origin)?;
-    if data.origin.name() != trained_on {
+    if data.name != trained_on {
         say!(
             "Note: the model was trained on {trained_on} digits, and these are {}.",
-            data.origin.name()
+            data.name
         )?;
     }
     Ok(data)
@@ -304,7 +297,6 @@ fn classify_pictures(
     Ok(())
 }
 
-/// A line for each picture.
 fn table(images: &[ImageReport]) -> String {
     let mut lines = vec![format!("\n{:>5} {:>12}  file", "digit", "probability")];
     for image in images {

@@ -7,7 +7,7 @@ use burn::data::dataloader::batcher::Batcher;
 use burn::module::Module;
 use burn::tensor::{Device, FloatDType, Tensor};
 use burn_conv_bn::{NormVariant, RunningVariance};
-use burn_conv_bn_models::Net;
+use burn_conv_bn_models::{AnyNetwork, Net};
 use burn_dataset::Dataset;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::choice::Choice;
 use crate::data::{CLASSES, DigitItem, Digits, MnistBatcher};
 use crate::measure::memory::MemoryProbe;
-use crate::model::Network;
+use crate::model::forward;
 use crate::persist::checkpoint::{self, Records};
 use crate::run::job::{Job, Variant};
 
@@ -32,26 +32,15 @@ pub(crate) enum PredictForm {
     Unfused,
 }
 
-impl From<Variant> for PredictForm {
-    fn from(variant: Variant) -> Self {
-        match variant {
-            Variant::Fused | Variant::NormConv => Self::Fused,
-            Variant::Unfused => Self::Unfused,
-        }
-    }
-}
-
-/// A trained network, ready to predict.
 #[derive(Debug)]
 pub(super) struct Predictor {
-    network: Network,
+    network: AnyNetwork,
     device: Device,
     activations: FloatDType,
     /// Epochs that it was trained for.
     pub(super) epoch: usize,
 }
 
-/// Prediction for one digit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Prediction {
     /// The class with the highest probability, the first of several.
@@ -61,7 +50,6 @@ pub(super) struct Prediction {
 }
 
 impl Prediction {
-    /// Probabilities of all classes.
     pub(super) fn probabilities(&self) -> [f64; CLASSES] {
         self.log_probabilities.map(f64::exp)
     }
@@ -109,8 +97,8 @@ impl Predictor {
         let model = job.model.name();
         let (records, epoch) = records(directory, epoch)?;
         let variant = match form {
-            PredictForm::Fused | PredictForm::Folded => Variant::Fused,
             PredictForm::Unfused => Variant::Unfused,
+            _ => Variant::Fused,
         };
         let classifier = job.classifier(variant, MemoryProbe::off());
         let mut classifier = classifier.restored(records.model).with_context(|| {
@@ -144,7 +132,7 @@ impl Predictor {
     /// If the device fails, or the network puts out something that is no number.
     pub(super) fn predict(&self, items: Vec<DigitItem>, first: usize) -> Result<Vec<Prediction>> {
         let batch = MnistBatcher::new(self.activations).batch(items, &self.device);
-        let output = self.network.forward(batch.images);
+        let output = forward(&self.network, batch.images);
         let output = output
             .try_into_vec_as::<f64>()
             .context("cannot read from the device")?;
@@ -184,14 +172,14 @@ fn records(directory: &Path, epoch: Option<usize>) -> Result<(Records, usize)> {
 }
 
 /// The network in evaluation mode, with the statistics of `digits` if it has none of its own.
-fn with_statistics(network: Network, job: &Job, digits: &Digits) -> Result<Network> {
-    let Network::Tutorial(net) = network else {
+fn with_statistics(network: AnyNetwork, job: &Job, digits: &Digits) -> Result<AnyNetwork> {
+    let AnyNetwork::Tutorial(net) = network else {
         return Ok(network.valid());
     };
     let items: Vec<DigitItem> = digits.get_many((0..digits.len()).collect())?;
     let batcher = MnistBatcher::new(job.precision.activations());
     let images = batcher.batch(items, &job.device()).images;
-    Ok(Network::Tutorial(calibrated(net, images)))
+    Ok(calibrated(net, images).into())
 }
 
 /// Takes up the statistics of `images`, which are on an autodiff device, instead of each batch's.

@@ -22,7 +22,6 @@ use crate::run::worker::{Task, spawn};
 /// Training steps of a variant that is measured and not trained.
 const MEASURED_STEPS: usize = 4;
 
-/// How to compare.
 #[derive(Clone, Debug)]
 pub(crate) struct CompareOptions {
     /// Where the report goes.
@@ -58,7 +57,7 @@ pub(crate) fn compare(
     let mut data = job.begin()?;
     announce(&mut job, options, &mut data, allocator)?;
     // The variants' processes look for the data again: what they find must be the same.
-    job.data.dataset = if data.origin.name() == "synthetic" {
+    job.data.dataset = if data.name == "synthetic" {
         DatasetChoice::Synthetic
     } else {
         DatasetChoice::Mnist
@@ -89,15 +88,11 @@ fn share(job: &Job, variant: Variant) -> Job {
     if Variant::TRAINED.contains(&variant) {
         return job.clone();
     }
-    let digits = MEASURED_STEPS * job.batch_size;
+    let limit = job.data.train_limit.unwrap_or(usize::MAX);
     Job {
         epochs: 1,
         data: DataRequest {
-            train_limit: Some(
-                job.data
-                    .train_limit
-                    .map_or(digits, |limit| limit.min(digits)),
-            ),
+            train_limit: Some(limit.min(MEASURED_STEPS * job.batch_size)),
             test_limit: Some(1),
             ..job.data.clone()
         },

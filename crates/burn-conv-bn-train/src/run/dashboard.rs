@@ -17,7 +17,6 @@ use burn::train::renderer::{
 use burn::train::{Interrupter, LearnerSummary};
 use crossterm::terminal::enable_raw_mode;
 
-use crate::run::interrupt;
 use crate::run::terminal::{is_shown, restore_terminal};
 
 /// Burn's dashboard. Clones share it, so that it can be closed from outside of Burn.
@@ -41,9 +40,7 @@ impl Dashboard {
         }
         // Before the dashboard's thread does, which then leaves the mode as it is.
         enable_raw_mode().ok()?;
-        if interrupt::listening() {
-            keep_ctrl_c();
-        }
+        keep_ctrl_c();
         let checkpoint = Some(finished).filter(|&epoch| epoch > 0);
         let tui = TuiMetricsRendererWrapper::new(interrupter.clone(), checkpoint);
         Some(Self {

@@ -18,7 +18,7 @@ use crate::data::{BatchLoader, Digits, EpochLoader, MnistData, test_loader};
 use crate::measure::history::{Epoch, Evaluation, History, StepRecord};
 use crate::measure::memory::MemoryProbe;
 use crate::measure::metrics::{StepMetric, TallyMetric};
-use crate::measure::report::{Divergence, EpochReport, StepSummary, VariantReport};
+use crate::measure::report::{Divergence, EpochReport, VariantReport, summary};
 use crate::persist::checkpoint::{self, Records, Set, Store, with_checkpoints};
 use crate::persist::run_file::RunFile;
 use crate::run::dashboard::Dashboard;
@@ -80,7 +80,7 @@ pub(crate) fn run(
     let outcome = fit(job, variant, options, classifier, train, test)?;
     let steps = outcome.epochs.iter().flat_map(|epoch| &epoch.train.steps);
     let steps: Vec<StepRecord> = steps.copied().collect();
-    let summary = StepSummary::of(&steps, job.batch_size);
+    let summary = summary(&steps, job.batch_size);
     let epochs = outcome.finished().map(|(epoch, test)| EpochReport {
         train_loss: epoch.train.evaluation.average_loss(),
         test_loss: test.average_loss(),
@@ -91,7 +91,7 @@ pub(crate) fn run(
         name: variant.name(),
         epochs: epochs.collect(),
         step_losses: step_losses.collect(),
-        step_seconds_median: summary.seconds_median,
+        step_seconds_median: summary.duration.as_secs_f64(),
         forward_end_bytes: summary.memory.forward_end_bytes,
         peak_bytes: summary.memory.peak_bytes,
         saved_bytes: job.saved_bytes(variant),
@@ -139,9 +139,9 @@ fn fit(
         records: None,
         store: None,
     };
-    let mut _lock = None;
+    let _lock;
     if let Some((folder, run_file)) = &options.folder {
-        _lock = Some(folder.lock()?);
+        _lock = folder.lock()?;
         let set = folder.resumed()?;
         start.classifier = loaded(job, &folder.path, &set, start.classifier)?;
         let stopped_early = is_stopped(job, options, &set.history);

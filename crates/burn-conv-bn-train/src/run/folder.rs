@@ -1,16 +1,15 @@
 //! The folder of a run: its lock, the checkpoint to resume, the removal of an earlier run.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use burn::module::Module;
 use burn::tensor::DType;
-use burn_conv_bn_files::{OutputError, Survives, check_room, sweep, write};
+use burn_conv_bn_files::{Lock, OutputError, Survives, check_room, sweep, write};
 
 use crate::measure::history::{Epoch, History};
 use crate::persist::checkpoint::{self, Set, Store};
-use crate::persist::lock::Lock;
 use crate::persist::run_file::{RUN_FILE, RunFile};
 use crate::print::say;
 use crate::step::Classifier;
@@ -51,13 +50,22 @@ impl RunFolder {
     }
 
     /// Keeps other trainings out of it, and makes it if this one is new.
-    pub(super) fn lock(&self) -> Result<Lock> {
+    ///
+    /// Systems and file systems without such locks grant all of them.
+    pub(super) fn lock(&self) -> Result<Option<Lock>> {
         if !self.resume {
             fs::create_dir_all(&self.path).with_context(|| self.not_writable())?;
         }
         let path = self.path.display();
-        Lock::of(&self.path)
-            .with_context(|| format!("another process is training in the directory {path}"))
+        match File::open(&self.path)
+            .map_err(TryLockError::Error)
+            .and_then(Lock::of)
+        {
+            Err(TryLockError::WouldBlock) => {
+                bail!("another process is training in the directory {path}")
+            }
+            lock => Ok(lock.ok()),
+        }
     }
 
     /// The checkpoint to go on from: that of no epoch if none is asked for. Says which newer ones are

@@ -6,18 +6,10 @@
 
 use std::io;
 use std::process::exit;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::train::Interrupter;
 
 use crate::run::terminal;
-
-static LISTENING: AtomicBool = AtomicBool::new(false);
-
-/// Whether SIGINT stops a run, rather than ending the process with the terminal as it is.
-pub(crate) fn listening() -> bool {
-    LISTENING.load(Ordering::Relaxed)
-}
 
 /// Listens for Ctrl-C and, if `trains`, for SIGTERM, at which other commands have nothing to save.
 ///
@@ -25,7 +17,6 @@ pub(crate) fn listening() -> bool {
 pub(crate) fn listen(trains: bool) -> io::Result<Interrupter> {
     let interrupter = Interrupter::new();
     on_signals(interrupter.clone(), trains)?;
-    LISTENING.store(true, Ordering::Relaxed);
     Ok(interrupter)
 }
 

@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::Device;
 use burn_conv_bn::{ConvBnModule, NormVariant, Recompute};
-use burn_conv_bn_models::Form;
+use burn_conv_bn_models::{AnyNetwork, Form};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -13,7 +13,7 @@ use crate::data::{DataRequest, MnistData, resolve};
 use crate::device::DeviceChoice;
 use crate::measure::memory::MemoryProbe;
 use crate::measure::report::{BURN_VERSION, Report, SCHEMA};
-use crate::model::{ModelChoice, Network};
+use crate::model::{ModelChoice, saved_for_backward};
 use crate::optim::OptimizerChoice;
 use crate::persist::run_file::Options;
 pub use crate::precision::Precision;
@@ -176,7 +176,7 @@ impl Job {
     pub(crate) fn report(&self, data: &MnistData) -> Report {
         Report {
             schema: SCHEMA,
-            dataset: data.origin.name().to_string(),
+            dataset: data.name.to_string(),
             train_digits: data.train.len(),
             test_digits: data.test.len(),
             device: self.device.name(),
@@ -195,7 +195,7 @@ impl Job {
 
     /// A network in its initial state: the same for all variants, and, where Flex was compiled
     /// in, on all devices.
-    pub(crate) fn network(&self, form: Form) -> Network {
+    pub(crate) fn network(&self, form: Form) -> AnyNetwork {
         let device = self.device();
         let host = DeviceChoice::host().and_then(|host| host.open().ok());
         let drawn_on = host.map_or(device.clone(), Device::autodiff);
@@ -226,13 +226,10 @@ impl Job {
     /// Bytes of the tensors that a step of `batch_size` digits keeps for its backward pass, each once, as
     /// the network lists them: without digits, parameters and casts of these.
     pub fn saved_bytes(&self, variant: Variant) -> usize {
-        self.classifier(variant, MemoryProbe::off())
-            .computing()
-            .saved_for_backward(self.batch_size)
-            .into_iter()
-            .filter(|(_, tensor)| !tensor.shared)
-            .map(|(_, tensor)| tensor.bytes())
-            .sum()
+        let network = self.classifier(variant, MemoryProbe::off()).computing();
+        let saved = saved_for_backward(&network, self.batch_size);
+        let own = saved.iter().filter(|(_, tensor)| !tensor.shared);
+        own.map(|(_, tensor)| tensor.bytes()).sum()
     }
 }
 

@@ -9,13 +9,13 @@ use burn::data::dataloader::DataLoader;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::Tensor;
 use burn::train::{Interrupter, TrainStep};
-use burn_conv_bn_models::DenseNet;
+use burn_conv_bn_models::{AnyNetwork, DenseNet};
 
 use crate::choice::Choice;
 use crate::data::{CLASSES, Digits, EpochLoader, MnistBatch};
 use crate::device::DeviceChoice;
 use crate::measure::memory::MemoryProbe;
-use crate::model::{ModelChoice, Network};
+use crate::model::ModelChoice;
 use crate::print::{number, say};
 use crate::run::job::{Job, Precision, Variant};
 use crate::step::Classifier;
@@ -32,7 +32,7 @@ const F32_FLOOR: f64 = 4.0 * f32::EPSILON as f64;
 
 /// The same computation with its sums in another order: digits or features are counted from the other
 /// end. Without rounding the losses would be the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Reordering {
     /// Digits of a batch from last to first, which the batch's sums run over.
     batch: bool,
@@ -45,18 +45,10 @@ struct Reordering {
 }
 
 impl Reordering {
-    /// No change.
-    const NONE: Self = Self::new(false, false);
-
-    /// The three others.
-    const OTHERS: [Self; 3] = [
-        Self::new(true, false),
-        Self::new(false, true),
-        Self::new(true, true),
-    ];
-
-    const fn new(batch: bool, features: bool) -> Self {
-        Self { batch, features }
+    /// All three that change something.
+    fn all() -> [Self; 3] {
+        [(true, false), (false, true), (true, true)]
+            .map(|(batch, features)| Self { batch, features })
     }
 
     fn of_batch(self, batch: MnistBatch, model: ModelChoice) -> MnistBatch {
@@ -74,19 +66,15 @@ impl Reordering {
         MnistBatch { images, targets }
     }
 
-    fn of_network(self, network: Network, model: ModelChoice) -> Network {
+    fn of_network(self, network: AnyNetwork, model: ModelChoice) -> AnyNetwork {
         if !self.features {
             return network;
         }
         match network {
-            Network::DenseNet(net) => Network::DenseNet(of_dense_net(net)),
+            AnyNetwork::DenseNet(net) => of_dense_net(net).into(),
             network => {
-                let axes = if model == ModelChoice::Tutorial {
-                    0..4
-                } else {
-                    0..2
-                };
-                network.map(&mut ReverseFeatures { axes })
+                let axes = if model == ModelChoice::Tutorial { 4 } else { 2 };
+                network.map(&mut ReverseFeatures { axes: 0..axes })
             }
         }
     }
@@ -148,7 +136,7 @@ pub(crate) struct Parity {
 
 impl Parity {
     /// Trains for `steps` steps without dropout: fused and unfused, and, in single precision,
-    /// unfused in each of [`Reordering::OTHERS`] and in double precision.
+    /// unfused in each of [`Reordering::all`] and in double precision.
     ///
     /// # Errors
     ///
@@ -193,18 +181,19 @@ impl Parity {
         mut run: impl FnMut(Precision, Variant, Reordering) -> Result<Vec<f64>>,
     ) -> Result<Self> {
         Self::check(precision)?;
+        let none = Reordering::default();
         let mut parity = Self {
-            fused: run(precision, Variant::Fused, Reordering::NONE)?,
-            unfused: vec![run(precision, Variant::Unfused, Reordering::NONE)?],
+            fused: run(precision, Variant::Fused, none)?,
+            unfused: vec![run(precision, Variant::Unfused, none)?],
             exact: None,
         };
         if precision == Precision::F32 {
-            for order in Reordering::OTHERS {
+            for order in Reordering::all() {
                 parity
                     .unfused
                     .push(run(precision, Variant::Unfused, order)?);
             }
-            let exact = run(Precision::F64, Variant::Unfused, Reordering::NONE)?;
+            let exact = run(Precision::F64, Variant::Unfused, none)?;
             parity.exact = Some(exact);
         }
         Ok(parity)

@@ -148,7 +148,7 @@ fn running_statistics_in_mixed_precision_are_those_of_the_network() {
             let mixed = in_half(single.valid().train(), half);
             let statistics = [&single, &mixed].map(|classifier| {
                 TrainStep::step(classifier, batch(classifier, 4));
-                let Network::ResNet(net) = &classifier.net else {
+                let AnyNetwork::ResNet(net) = &classifier.net else {
                     panic!("{:?}", classifier.net);
                 };
                 let norm = &net.conv1.norm;

@@ -119,7 +119,7 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
     if plan(&inputs, &options).rebuilds_output {
         return register_rebuilt(inputs, options);
     }
-    let (output, mean, variance, shift) = match ConvBnBackward
+    match ConvBnBackward
         .prepare::<C>(parents(&inputs))
         .compute_bound()
         .stateful()
@@ -130,18 +130,25 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
             let (forward, shift) = forward(inputs, options, plan.conv_output);
             state.keep(&plan, &forward.output, &forward.mean, &forward.variance);
             state.conv_output = forward.conv_output.into_option();
-            let output = prep.finish(state, forward.output);
-            (output, forward.mean, forward.variance, shift)
+            let mean = shifted_mean::<B>(forward.mean, shift);
+            normalized(prep.finish(state, forward.output), mean, forward.variance)
         }
         OpsKind::UnTracked(prep) => {
-            let (forward, shift) = forward(inputs, options, false);
-            let output = prep.finish(forward.output);
-            (output, forward.mean, forward.variance, shift)
+            let result = B::conv_bn(inner_inputs(inputs), options);
+            normalized(prep.finish(result.output), result.mean, result.variance)
         }
-    };
+    }
+}
+
+/// An output from a node, with statistics that are not differentiated.
+fn normalized<B: ConvBnBackend, C: CheckpointStrategy>(
+    output: FloatTensor<Autodiff<B, C>>,
+    mean: FloatTensor<B>,
+    variance: FloatTensor<B>,
+) -> NormOutput<Autodiff<B, C>> {
     NormOutput {
         output,
-        mean: untracked::<B, C>(shifted_mean::<B>(mean, shift)),
+        mean: untracked::<B, C>(mean),
         variance: untracked::<B, C>(variance),
     }
 }
@@ -232,19 +239,12 @@ pub(super) fn register_max_pool<B: ConvBnBackend, C: CheckpointStrategy>(
                 argmax,
                 options: pool,
             });
-            NormOutput {
-                output: prep.finish(state, output),
-                mean: untracked::<B, C>(shifted_mean::<B>(mean, shift)),
-                variance: untracked::<B, C>(variance),
-            }
+            let mean = shifted_mean::<B>(mean, shift);
+            normalized(prep.finish(state, output), mean, variance)
         }
         OpsKind::UnTracked(prep) => {
             let result = B::conv_bn_max_pool(inner_inputs(inputs), options, pool);
-            NormOutput {
-                output: prep.finish(result.output),
-                mean: untracked::<B, C>(result.mean),
-                variance: untracked::<B, C>(result.variance),
-            }
+            normalized(prep.finish(result.output), result.mean, result.variance)
         }
     }
 }

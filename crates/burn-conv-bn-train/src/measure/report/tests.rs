@@ -2,7 +2,6 @@ use std::time::Duration;
 
 use super::*;
 use crate::measure::history::SplitRecord;
-use crate::measure::memory::StepMeasure;
 
 fn step(total: usize, millis: u64, bytes: usize) -> StepRecord {
     StepRecord {
@@ -28,14 +27,14 @@ fn a_smaller_last_batch_counts_for_the_peak_alone() {
         step(8, 20, 300),
         step(3, 1, 9000),
     ];
-    let summary = StepSummary::of(&steps, 8);
-    assert_eq!(summary.seconds_median, 0.020);
-    assert_eq!(summary.memory.forward_end_bytes, 200);
-    assert_eq!(summary.memory.peak_bytes, 18000);
-    assert_eq!(StepSummary::of(&steps[..3], 8).memory.peak_bytes, 600);
-    assert_eq!(StepSummary::of(&steps[..2], 8).seconds_median, 0.020);
-    assert_eq!(StepSummary::of(&steps[3..], 8).memory.peak_bytes, 18000);
-    assert_eq!(StepSummary::of(&[], 8), StepSummary::default());
+    let of_all = summary(&steps, 8);
+    assert_eq!(of_all.duration, Duration::from_millis(20));
+    assert_eq!(of_all.memory.forward_end_bytes, 200);
+    assert_eq!(of_all.memory.peak_bytes, 18000);
+    assert_eq!(summary(&steps[..3], 8).memory.peak_bytes, 600);
+    assert_eq!(summary(&steps[..2], 8).duration, Duration::from_millis(20));
+    assert_eq!(summary(&steps[3..], 8).memory.peak_bytes, 18000);
+    assert_eq!(summary(&[], 8), StepMeasure::default());
 }
 
 #[test]

@@ -40,7 +40,7 @@ fn net(norm: Norm, form: Form) -> Net {
         _ => Variant::Fused,
     };
     match job.classifier(variant, MemoryProbe::off()).net {
-        Network::Tutorial(net) => net,
+        AnyNetwork::Tutorial(net) => net,
         other => panic!("{other:?}"),
     }
 }

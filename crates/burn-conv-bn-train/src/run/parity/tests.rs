@@ -11,7 +11,7 @@ use crate::run::job::tests::job;
 fn other_orders_compute_the_same() {
     use ModelChoice::{Densenet121, EfficientnetB0, MobilenetV2, Resnet18, Tutorial, Vgg16Bn};
 
-    let [batch, features, both] = Reordering::OTHERS;
+    let [batch, features, both] = Reordering::all();
     for (model, order) in [
         (Tutorial, batch),
         (Tutorial, features),
