@@ -22,30 +22,13 @@
 //! Each of torchvision's networks has a table `PYTORCH_KEYS` of `(pattern, replacement)`: regular
 //! expressions that turn the keys of torchvision's `state_dict` into the names of our parameters;
 //! [`CspDarknet`] has one for those of YOLOX.
-//! They are meant for `burn-store`, one after the other and in this order:
-//!
-//! ```no_run
-//! # #[cfg(feature = "flex")] {
-//! use burn::tensor::Device;
-//! use burn_conv_bn_models::{Form, ResNet, ResNetConfig};
-//! use burn_store::{ModuleSnapshot, PytorchStore};
-//!
-//! let mut network = ResNetConfig::resnet18(Form::Fused).init(&Device::flex());
-//! let mut store = PytorchStore::from_file("resnet18.pth");
-//! for (pattern, replacement) in ResNet::PYTORCH_KEYS {
-//!     store = store.with_key_remapping(pattern, *replacement);
-//! }
-//! network.load_from(&mut store)?;
-//! # }
-//! # Ok::<(), burn_store::PytorchStoreError>(())
-//! ```
-//!
-//! Its PyTorch adapter transposes the weights of linear layers. The keys `num_batches_tracked`
-//! have no counterpart in Burn and stay unused.
+//! The module `weights`, behind the feature `pytorch`, loads and saves files by them; so does burn-store alone, one
+//! pattern after the other and in this order. Its PyTorch adapter transposes the weights of linear layers. The keys
+//! `num_batches_tracked` have no counterpart in Burn and stay unused.
 //!
 //! # Features
 //!
-//! None is on by default. `flex` and `cubecl` are those of [`burn_conv_bn`]; its other backends are
+//! `x86-v4` alone is on by default. `pytorch` adds `weights`. `flex` and `cubecl` are those of [`burn_conv_bn`]; its other backends are
 //! chosen by a dependency on it, or on Burn, of your own.
 
 #![deny(missing_docs)]
@@ -67,6 +50,8 @@ mod pre_activation;
 mod resnet;
 mod vgg;
 mod walk;
+#[cfg(feature = "pytorch")]
+pub mod weights;
 
 #[cfg(all(test, feature = "flex"))]
 mod tests;

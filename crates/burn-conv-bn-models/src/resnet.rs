@@ -273,6 +273,15 @@ impl ResNet {
         (r"\.norm\.bias$", ".norm.beta"),
     ];
 
+    /// The way back, from the names here to torchvision's; burn-store's `BurnToPyTorchAdapter` names a norm's gamma and
+    /// beta weight and bias.
+    pub const TO_PYTORCH_KEYS: &'static [(&'static str, &'static str)] = &[
+        (r"(^|\.)conv(\d)\.conv\.", "${1}conv${2}."),
+        (r"(^|\.)conv(\d)\.norm\.", "${1}bn${2}."),
+        (r"\.downsample\.conv\.", ".downsample.0."),
+        (r"\.downsample\.norm\.", ".downsample.1."),
+    ];
+
     /// Scores of the classes, before any softmax.
     ///
     /// # Shapes

@@ -7,7 +7,6 @@
 
 mod data;
 mod draw;
-mod weights;
 
 use std::fmt::Arguments;
 use std::io::{self, Write};
@@ -27,7 +26,7 @@ use burn::train::{
     ClassificationOutput, ExecutionStrategy, InferenceStep, Learner, SupervisedTraining,
     TrainOutput, TrainStep,
 };
-use burn_conv_bn_models::{Form, ResNet, ResNetBlockKind, ResNetConfig};
+use burn_conv_bn_models::{Form, ResNet, ResNetBlockKind, ResNetConfig, weights};
 use burn_conv_bn_train::renderer::LineRenderer;
 use clap::{Parser, value_parser};
 use data::{Batch, Images};
@@ -51,6 +50,9 @@ struct Args {
     /// pixel of an image.
     #[arg(long, default_value_t = 40, value_parser = value_parser!(u32).range(33..=512))]
     size: u32,
+    /// File for the trained network: safetensors with torchvision's names, which PyTorch loads.
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
     /// Epochs of each training.
     #[arg(long, default_value_t = 5, value_parser = value_parser!(u16).range(1..))]
     epochs: u16,
@@ -146,7 +148,7 @@ fn pretrain(args: &Args, folder: &Path, device: &Device) -> Result<PathBuf> {
         .with_classes(images.classes.len())
         .init(device);
     let trained = fit(Classifier { network }, &images, args.epochs, 1e-3, device)?;
-    weights::save(&trained.network, &file)?;
+    weights::save(&trained.network, ResNet::TO_PYTORCH_KEYS, &file)?;
     Ok(file)
 }
 
@@ -171,7 +173,7 @@ fn fine_tune(args: &Args, folder: &Path) -> Result<[f64; 3]> {
     let valid = images.valid.to_device(&device.clone().inner());
 
     // Frozen norms normalize with the file's statistics and leave them alone.
-    let mut network = weights::load(&file, &device)?.freeze();
+    let mut network = weights::load_resnet(&file, &device)?.freeze();
     let [features, before] = network.fc.weight.dims();
     let classes = images.classes.len();
     note(format_args!(
@@ -189,6 +191,9 @@ fn fine_tune(args: &Args, folder: &Path) -> Result<[f64; 3]> {
     let classifier = classifier.unfreeze().train();
     let classifier = fit(classifier, &images, args.epochs, 3e-4, &device)?;
     let all = classifier.accuracy(&*valid)?;
+    if let Some(file) = &args.save {
+        weights::save(&classifier.network, ResNet::TO_PYTORCH_KEYS, file)?;
+    }
     Ok([new, head, all])
 }
 
@@ -212,10 +217,14 @@ mod tests {
     #[test]
     fn each_stage_learns() {
         let folder = tempfile::tempdir().unwrap();
-        let args = Args::parse_from(["pretrained", "--epochs", "3"]);
+        let mut args = Args::parse_from(["pretrained", "--epochs", "3"]);
+        let file = folder.path().join("trained.safetensors");
+        args.save = Some(file.clone());
         let [new, head, all] = fine_tune(&args, folder.path()).unwrap();
         assert!(new < 0.75, "{new}");
         assert!(head > new + 0.15, "{new} then {head}");
         assert!(all > 0.8 && all > head - 0.05, "{head} then {all}");
+        let saved = weights::load_resnet(&file, &Device::flex()).unwrap();
+        assert_eq!(saved.fc.weight.dims()[1], draw::TARGET.len());
     }
 }

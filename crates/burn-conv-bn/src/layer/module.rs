@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::rc::Rc;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{FloatDType, Tensor};
+use burn::tensor::{DType, FloatDType, Tensor};
 
 use super::error::or_panic;
 use super::settings::{Edit, take_visited};
@@ -82,7 +82,7 @@ pub trait ConvBnModule: Module {
     }
 
     /// Mixed precision: casts every float parameter to `dtype`, except those of batch norms, whose
-    /// running statistics would underflow in f16.
+    /// running statistics would underflow in f16: a norm in f16 or bf16, as from a file in half, goes to f32.
     ///
     /// With f16 or bf16 a fused layer then takes its input in that dtype, and keeps statistics,
     /// sums and the norm's parameters and gradients in f32. Cast the model's input with
@@ -244,11 +244,16 @@ impl ModuleMapper for Precision {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        if self.batch_norms > 0 {
-            return param;
-        }
-        let dtype = self.dtype;
+        let is_norms = self.batch_norms > 0;
+        let dtype = if is_norms {
+            FloatDType::F32
+        } else {
+            self.dtype
+        };
         param.map(|tensor| {
+            if is_norms && !matches!(tensor.dtype(), DType::F16 | DType::BF16) {
+                return tensor;
+            }
             let tracked = tensor.is_require_grad();
             tensor.cast(dtype).detach().set_require_grad(tracked)
         })
