@@ -73,6 +73,7 @@ pub use vgg::{Vgg, VggConfig};
 /// The code of the repository's Markdown pages, whose dependencies this package has all of.
 #[cfg(all(doctest, feature = "flex"))]
 mod documents {
+    #[cfg(feature = "pytorch")]
     #[doc = include_str!("../README.md")]
     mod package {}
 
