@@ -345,13 +345,13 @@ fn launch_sums(
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
+fn norm_input_grad_kernel<E: Float, T: Float, N: Size, V: Size>(
     output_grad: &Tensor<Vector<E, N>>,
     argmax: ComptimeOption<&Tensor<u32>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
-    table: ComptimeOption<&Tensor<T>>,
+    table: ComptimeOption<&Tensor<Vector<T, V>>>,
     target: &mut Tensor<Vector<E, N>>,
     mut residual_grad: ComptimeOption<&mut Tensor<Vector<E, N>>>,
     steps: &PreActivationSteps,
@@ -368,14 +368,14 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
-    let affine = unit_affine::<T, N>(table, grid, &unit, lanes);
+    let affine = unit_affine::<T, N, V>(table, grid, &unit, lanes);
     let mut slope = Vector::<T, N>::zero();
     let mut offset = Vector::<T, N>::zero();
     #[comptime]
     if let ComptimeOption::Some(table) = table {
         if comptime!(is_of_batch) {
-            slope = row(table, grid, &unit, rows::SLOPE, lanes);
-            offset = row(table, grid, &unit, rows::OFFSET, lanes);
+            slope = row::<T, N, V>(table, grid, &unit, rows::SLOPE, lanes);
+            offset = row::<T, N, V>(table, grid, &unit, rows::OFFSET, lanes);
         }
     }
     for position in range_stepped(unit.start, unit.end, lanes.positions) {
@@ -475,6 +475,7 @@ pub fn norm_input_grad(
             walk.lanes.cube_dim(),
             walk.address_type(),
             walk.vector_size,
+            walk.table_vector_size(),
             output_grad.clone().into_tensor_arg(),
             tensor_arg(pre_activation.argmax()).into(),
             tensor_arg(pre_activation.norm_input.as_ref()).into(),

@@ -17,6 +17,9 @@ use crate::walk::{
     is_sparse, is_writable, tensor_arg, unit, written_arg, written_over,
 };
 
+/// Positions that a unit reads before it takes them into its moments.
+const POSITIONS_AT_ONCE: usize = 4;
+
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn partial_moments_kernel<E: Float, T: Float, N: Size>(
     input: &Tensor<Vector<E, N>>,
@@ -52,15 +55,28 @@ fn unit_moments<E: Float, T: Float, N: Size>(
 ) -> Partial<T, N> {
     let mut moments = Partial::<T, N>::empty();
     let mut count = T::from_int(0);
-    // Welford's update keeps its digits however far the mean is from zero. All components have the same count:
-    // one division serves them.
-    for position in range_stepped(unit.start, unit.end, lanes.positions) {
-        let at = coordinates(grid, position);
-        let value = Vector::<T, N>::cast_from(input[index(input_steps, &at, unit)]);
-        count += T::from_int(1);
-        let delta = value - moments.first;
-        moments.first += delta * Vector::new(T::from_int(1) / count);
-        moments.second += delta * (value - moments.first);
+    let stride = comptime!(lanes.positions * POSITIONS_AT_ONCE);
+    for first in range_stepped(unit.start, unit.end, stride) {
+        // One wait for several reads.
+        let mut values = Sequence::<Vector<T, N>>::new();
+        #[unroll]
+        for i in 0..POSITIONS_AT_ONCE {
+            let position = first + comptime!(i * lanes.positions);
+            let at = coordinates(grid, min(position, unit.end - 1));
+            values.push(Vector::cast_from(input[index(input_steps, &at, unit)]));
+        }
+        // Welford's update keeps its digits however far the mean is from zero. All components have the same count:
+        // one division serves them.
+        #[unroll]
+        for i in 0..POSITIONS_AT_ONCE {
+            if first + comptime!(i * lanes.positions) < unit.end {
+                count += T::from_int(1);
+                let value = *values.index(i);
+                let delta = value - moments.first;
+                moments.first += delta * Vector::new(T::from_int(1) / count);
+                moments.second += delta * (value - moments.first);
+            }
+        }
     }
     moments.count = Vector::new(count);
     fold_lanes(&mut moments, unit, lanes, Fold::Moments);
@@ -181,10 +197,10 @@ pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, Chan
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn normalize_kernel<E: Float, T: Float, N: Size>(
+fn normalize_kernel<E: Float, T: Float, N: Size, V: Size>(
     input: &Tensor<Vector<E, N>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
-    table: ComptimeOption<&Tensor<T>>,
+    table: ComptimeOption<&Tensor<Vector<T, V>>>,
     output: &mut Tensor<Vector<E, N>>,
     input_steps: &Steps,
     residual_steps: &Steps,
@@ -198,7 +214,7 @@ fn normalize_kernel<E: Float, T: Float, N: Size>(
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
-    let affine = unit_affine::<T, N>(table, grid, &unit, lanes);
+    let affine = unit_affine::<T, N, V>(table, grid, &unit, lanes);
     for position in range_stepped(unit.start, unit.end, lanes.positions) {
         let at = coordinates(grid, position);
         let mut value = Vector::<T, N>::cast_from(input[index(input_steps, &at, &unit)]);
@@ -245,6 +261,7 @@ pub fn normalize(
             walk.lanes.cube_dim(),
             walk.address_type(),
             walk.vector_size,
+            walk.table_vector_size(),
             input.clone().into_tensor_arg(),
             tensor_arg(residual).into(),
             tensor_arg(rows.as_ref()).into(),

@@ -165,30 +165,23 @@ pub(crate) fn index(steps: &Steps, coordinates: &Sequence<usize>, unit: &Unit) -
     index
 }
 
-/// The values of one row of `[rows, channels]` for the components of a unit's vectors.
+/// The values of one row of `[rows, channels]` for the components of a unit's vectors. Vectors of the table are of
+/// [`Walk::table_vector_size`].
 #[cube]
-pub(crate) fn row<T: Float, N: Size>(
-    table: &Tensor<T>,
+pub(crate) fn row<T: Float, N: Size, V: Size>(
+    table: &Tensor<Vector<T, V>>,
     grid: &Grid,
     unit: &Unit,
     #[comptime] row: usize,
     #[comptime] lanes: Lanes,
 ) -> Vector<T, N> {
-    let start = row * grid.channels + unit.channel;
     let mut values = Vector::<T, N>::zero();
     if unit.has_channel {
-        match comptime!(lanes.axis) {
-            Axis::Positions => {
-                values = Vector::new(table[start]);
-            }
-            Axis::Channels =>
-            {
-                #[unroll]
-                for component in 0..N::value() {
-                    values.insert(component, table[start + component]);
-                }
-            }
-        }
+        let vector = table[(row * grid.channels + unit.channel) / unit.width];
+        values = match comptime!(lanes.axis) {
+            Axis::Positions => Vector::new(vector.extract(0usize)),
+            Axis::Channels => Vector::cast_from(vector),
+        };
     }
     values
 }
@@ -339,6 +332,14 @@ impl Walk {
 
     pub(crate) fn address_type(&self) -> AddressType {
         self.address
+    }
+
+    /// Components of a vector of a table that has values for each channel.
+    pub(crate) fn table_vector_size(&self) -> usize {
+        match self.lanes.axis {
+            Axis::Channels => self.vector_size,
+            Axis::Positions => 1,
+        }
     }
 
     pub(crate) fn grid(&self) -> GridLaunch {
