@@ -7,177 +7,17 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use crate::activation::{self, Activation};
-use crate::element::{accumulator_type, element_type};
-use crate::fold::{Fold, Partial, fold_lanes, partial_table, write_partial};
-use crate::norm::{NormArgs, UnitAffine, rows, unit_affine, unit_norm};
-use crate::pool::{PoolArgmax, PoolExtent, PoolWindow, no_extent, pooled_grad};
-use crate::table::{self, AffineGrads, ChannelTable};
+use crate::activation::Activation;
+use crate::fold::{Fold, Partial, fold_lanes, fold_of_all, partial_table, write_partial};
+use crate::last_cube;
+use crate::norm::{NormArgs, rows, unit_affine, unit_norm};
+use crate::pool::PoolWindow;
+use crate::pre_activation::{PreActivation, PreActivationSteps, grad_at};
+use crate::table::{self, AffineGrads, ChannelTable, SumsResults, finish_channel_sums};
 use crate::walk::{
     Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, coordinates, empty_like, index,
     is_idle, is_writable, row, tensor_arg, unit, written_arg, written_over,
 };
-
-/// Operands of the gradient at the pre-activation `v`: `g = output_grad * activation'(v)`.
-///
-/// All tensors have the shape `[batch, channels, spatial..]` and one dtype; with a pool, the output's gradient
-/// has the shape of the pool's output.
-#[derive(Clone, Debug)]
-pub struct PreActivation {
-    /// Gradient of the op's output; with a pool, of the pool's.
-    pub output_grad: CubeTensor,
-    /// A max pool behind the op, which then needs a norm's input with two spatial dimensions. The gradient
-    /// between the two stays implicit: each position sums over its windows.
-    pub pool: Option<PoolArgmax>,
-    /// The norm's input, for statistics of the batch.
-    pub norm_input: Option<CubeTensor>,
-    /// Residual: the norm's output plus the residual is `v`.
-    pub residual: Option<CubeTensor>,
-    /// `v`, instead of a norm's input and a residual. For Relu, Relu6 and a LeakyRelu with a slope of 0 or more,
-    /// the op's output will do.
-    pub output: Option<CubeTensor>,
-    /// The activation.
-    pub activation: Activation,
-}
-
-impl PreActivation {
-    fn walk(&self, others: &[&CubeTensor], cubes: usize) -> Walk {
-        // The first tensor decides the layout: the norm's input, as the device's convolution wrote it.
-        let tensors: Vec<&CubeTensor> = self
-            .norm_input
-            .iter()
-            .chain([&self.output_grad])
-            .chain(self.added_residual())
-            .chain(self.masking_output())
-            .chain(others.iter().copied())
-            .collect();
-        let accumulator = accumulator_type(self.output_grad.dtype);
-        if self.pool.is_some() {
-            Walk::over_pixels(&tensors, accumulator.size(), cubes)
-        } else {
-            Walk::new(&tensors, accumulator.size(), cubes)
-        }
-    }
-
-    fn steps(&self, walk: &Walk) -> PreActivationStepsLaunch {
-        PreActivationStepsLaunch::new(
-            walk.steps(Some(&self.output_grad)),
-            walk.steps(self.norm_input.as_ref()),
-            walk.steps(self.added_residual()),
-            walk.steps(self.masking_output()),
-            match &self.pool {
-                Some(pool) => pool.extent(&self.output_grad),
-                None => no_extent(),
-            },
-        )
-    }
-
-    fn argmax(&self) -> Option<&CubeTensor> {
-        self.pool.as_ref().map(|pool| &pool.argmax)
-    }
-
-    /// The pool's window; without a pool, an unused one.
-    fn window(&self) -> PoolWindow {
-        let unread = PoolWindow {
-            kernel_size: [1; 2],
-            stride: [1; 2],
-            padding: [0; 2],
-        };
-        self.pool.as_ref().map_or(unread, |pool| pool.window)
-    }
-
-    /// The residual, if the activation's derivative depends on it.
-    fn added_residual(&self) -> Option<&CubeTensor> {
-        self.residual
-            .as_ref()
-            .filter(|_| self.activation != Activation::Identity && self.output.is_none())
-    }
-
-    /// The output, if the activation's derivative depends on it.
-    fn masking_output(&self) -> Option<&CubeTensor> {
-        self.output
-            .as_ref()
-            .filter(|_| self.activation != Activation::Identity)
-    }
-
-    fn elements(&self) -> [ElemType; 2] {
-        let dtype = self.output_grad.dtype;
-        [element_type(dtype), accumulator_type(dtype)]
-    }
-}
-
-/// Steps of a [`PreActivation`]'s tensors.
-#[derive(CubeType, CubeLaunch)]
-struct PreActivationSteps {
-    output_grad: Steps,
-    norm_input: Steps,
-    residual: Steps,
-    output: Steps,
-    pool: PoolExtent,
-}
-
-/// `g`, and `value - mean` of the norm's input, or 0 without one.
-#[derive(CubeType)]
-struct Grad<T: Float, N: Size> {
-    grad: Vector<T, N>,
-    deviation: Vector<T, N>,
-}
-
-#[cube]
-fn grad_at<E: Float, T: Float, N: Size>(
-    output_grad: &Tensor<Vector<E, N>>,
-    argmax: ComptimeOption<&Tensor<u32>>,
-    norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
-    residual: ComptimeOption<&Tensor<Vector<E, N>>>,
-    output: ComptimeOption<&Tensor<Vector<E, N>>>,
-    steps: &PreActivationSteps,
-    affine: &UnitAffine<T, N>,
-    at: &Sequence<usize>,
-    unit: &Unit,
-    #[comptime] activation: Activation,
-    #[comptime] window: PoolWindow,
-) -> Grad<T, N> {
-    #[comptime]
-    let grad = match argmax {
-        ComptimeOption::Some(argmax) => pooled_grad::<E, T, N>(
-            output_grad,
-            argmax,
-            &steps.output_grad,
-            &steps.pool,
-            at,
-            unit,
-            window,
-        ),
-        ComptimeOption::None => {
-            Vector::<T, N>::cast_from(output_grad[index(&steps.output_grad, at, unit)])
-        }
-    };
-    #[comptime]
-    let deviation = match norm_input {
-        ComptimeOption::Some(input) => {
-            Vector::<T, N>::cast_from(input[index(&steps.norm_input, at, unit)]) - affine.mean
-        }
-        ComptimeOption::None => Vector::<T, N>::zero(),
-    };
-    #[comptime]
-    let value = match output {
-        ComptimeOption::Some(output) => {
-            Vector::<T, N>::cast_from(output[index(&steps.output, at, unit)])
-        }
-        ComptimeOption::None => affine.scale * deviation + affine.shift,
-    };
-    #[comptime]
-    let value = match residual {
-        ComptimeOption::Some(residual) => {
-            value + Vector::<T, N>::cast_from(residual[index(&steps.residual, at, unit)])
-        }
-        ComptimeOption::None => value,
-    };
-    Grad::<T, N> {
-        grad: activation::backward(value, grad, activation),
-        deviation,
-    }
-}
 
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
@@ -203,8 +43,49 @@ fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
+    let sums = unit_sums::<E, T, P, N>(
+        output_grad,
+        argmax,
+        norm_input,
+        residual,
+        output,
+        mean,
+        variance,
+        gamma,
+        beta,
+        norm,
+        steps,
+        grid,
+        &unit,
+        activation,
+        window,
+        lanes,
+    );
+    write_partial(partials, &sums, &unit, grid.channels, lanes, Fold::Sums);
+}
+
+/// `sum(g)` and `sum(g * (value - mean))` over a cube's positions, in the unit of lane 0.
+#[cube]
+fn unit_sums<E: Float, T: Float, P: Float, N: Size>(
+    output_grad: &Tensor<Vector<E, N>>,
+    argmax: ComptimeOption<&Tensor<u32>>,
+    norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
+    residual: ComptimeOption<&Tensor<Vector<E, N>>>,
+    output: ComptimeOption<&Tensor<Vector<E, N>>>,
+    mean: ComptimeOption<&Tensor<T>>,
+    variance: ComptimeOption<&Tensor<T>>,
+    gamma: ComptimeOption<&Tensor<P>>,
+    beta: ComptimeOption<&Tensor<P>>,
+    norm: &NormArgs,
+    steps: &PreActivationSteps,
+    grid: &Grid,
+    unit: &Unit,
+    #[comptime] activation: Activation,
+    #[comptime] window: PoolWindow,
+    #[comptime] lanes: Lanes,
+) -> Partial<T, N> {
     // From the statistics: this launch waits for no table.
-    let affine = unit_norm::<T, P, N>(mean, variance, gamma, beta, norm, &unit, lanes);
+    let affine = unit_norm::<T, P, N>(mean, variance, gamma, beta, norm, unit, lanes);
     let mut sums = Partial::<T, N>::empty();
     for position in range_stepped(unit.start, unit.end, lanes.positions) {
         let at = coordinates(grid, position);
@@ -217,15 +98,87 @@ fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
             steps,
             &affine,
             &at,
-            &unit,
+            unit,
             activation,
             window,
         );
         sums.first += value.grad;
         sums.second += value.grad * value.deviation;
     }
-    fold_lanes(&mut sums, &unit, lanes, Fold::Sums);
+    fold_lanes(&mut sums, unit, lanes, Fold::Sums);
+    sums
+}
+
+/// As [`partial_sums_kernel`], and what `grads_kernel` makes of the sums, by the last cube.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn sums_kernel<E: Float, T: Float, P: Float, N: Size>(
+    output_grad: &Tensor<Vector<E, N>>,
+    argmax: ComptimeOption<&Tensor<u32>>,
+    norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
+    residual: ComptimeOption<&Tensor<Vector<E, N>>>,
+    output: ComptimeOption<&Tensor<Vector<E, N>>>,
+    mean: &Tensor<T>,
+    variance: &Tensor<T>,
+    gamma: ComptimeOption<&Tensor<P>>,
+    beta: ComptimeOption<&Tensor<P>>,
+    partials: &mut Tensor<T>,
+    arrivals: &mut [Atomic<u32>],
+    table: &mut Tensor<T>,
+    gamma_grad: &mut Tensor<P>,
+    beta_grad: &mut Tensor<P>,
+    norm: &NormArgs,
+    steps: &PreActivationSteps,
+    grid: &Grid,
+    #[comptime] activation: Activation,
+    #[comptime] window: PoolWindow,
+    #[comptime] is_of_batch: bool,
+    #[comptime] lanes: Lanes,
+    #[define(E, T, P)] _elements: [ElemType; 3],
+) {
+    if is_idle(grid) {
+        terminate!();
+    }
+    let unit = unit::<N>(grid, lanes);
+    let sums = unit_sums::<E, T, P, N>(
+        output_grad,
+        argmax,
+        norm_input,
+        residual,
+        output,
+        ComptimeOption::new_Some(mean),
+        ComptimeOption::new_Some(variance),
+        gamma,
+        beta,
+        norm,
+        steps,
+        grid,
+        &unit,
+        activation,
+        window,
+        lanes,
+    );
     write_partial(partials, &sums, &unit, grid.channels, lanes, Fold::Sums);
+    let whole = fold_of_all::<T, N>(&*partials, arrivals, &unit, lanes, Fold::Sums);
+    if whole.is_here {
+        #[unroll]
+        for component in 0..unit.width {
+            finish_channel_sums::<T, P>(
+                whole.partial.first.extract(component),
+                whole.partial.second.extract(component),
+                mean,
+                variance,
+                gamma,
+                beta,
+                table,
+                gamma_grad,
+                beta_grad,
+                norm,
+                unit.channel + component,
+                grid.channels,
+                is_of_batch,
+            );
+        }
+    }
 }
 
 /// Partial results of `sum(g)` and `sum(g * (value - mean))` for each channel.
@@ -243,7 +196,11 @@ fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
 /// }
 /// ```
 #[derive(Debug)]
-pub struct GradSums(Vec<CubeTensor>);
+pub struct GradSums {
+    partials: Vec<CubeTensor>,
+    /// What the launch made of them, if its last cube finished it.
+    finished: Option<SumsResults>,
+}
 
 impl GradSums {
     /// The sums over one chunk of the batch. A norm's input needs `table`.
@@ -252,53 +209,38 @@ impl GradSums {
     pub fn new(pre_activation: &PreActivation, table: Option<&ChannelTable>) -> Self {
         let walk = pre_activation.walk(&[], REDUCTION_CUBES);
         let output_grad = &pre_activation.output_grad;
-        let client = &output_grad.client;
         let partials = partial_table(output_grad, walk.chunks, walk.channels);
-        let [element, accumulator] = pre_activation.elements();
-        let parameters = table.map_or(accumulator, ChannelTable::parameter_type);
-        if walk.channels > 0 {
-            // SAFETY: `unit` keeps positions and channels below the tensors' common ones.
-            unsafe {
-                partial_sums_kernel::launch_unchecked(
-                    client,
-                    walk.cube_count(client),
-                    walk.lanes.cube_dim(),
-                    walk.address_type(),
-                    walk.vector_size,
-                    output_grad.clone().into_tensor_arg(),
-                    tensor_arg(pre_activation.argmax()).into(),
-                    tensor_arg(pre_activation.norm_input.as_ref()).into(),
-                    tensor_arg(pre_activation.added_residual()).into(),
-                    tensor_arg(pre_activation.masking_output()).into(),
-                    tensor_arg(table.map(|table| &table.moments.mean)).into(),
-                    tensor_arg(table.map(|table| &table.moments.variance)).into(),
-                    tensor_arg(table.and_then(|table| table.gamma.as_ref())).into(),
-                    tensor_arg(table.and_then(|table| table.beta.as_ref())).into(),
-                    partials.clone().into_tensor_arg(),
-                    table::args(table, accumulator),
-                    pre_activation.steps(&walk),
-                    walk.grid(),
-                    pre_activation.activation,
-                    pre_activation.window(),
-                    walk.lanes,
-                    [element, accumulator, parameters],
-                );
+        let normed = table.filter(|_| pre_activation.norm_input.is_some());
+        let finished = match normed {
+            Some(table) if last_cube::finishes(&walk, output_grad) => {
+                Some(launch_sums(pre_activation, table, &walk, &partials))
             }
+            _ => {
+                launch_partial_sums(pre_activation, table, &walk, &partials);
+                None
+            }
+        };
+        Self {
+            partials: vec![partials],
+            finished,
         }
-        Self(vec![partials])
     }
 
     /// The sums over two chunks.
     #[must_use]
     pub fn merge(mut self, other: Self) -> Self {
-        self.0.extend(other.0);
+        self.partials.extend(other.partials);
+        self.finished = None;
         self
     }
 
-    /// Gradients of the norm's parameters, in their dtype, or the accumulator's. Completes `table` for
-    /// [`norm_input_grad`].
-    pub fn finish(self, table: &ChannelTable) -> AffineGrads {
-        table::finish_sums(self.join(), table)
+    /// Gradients of the norm's parameters, in their dtype, or the accumulator's. Completes `table`, that of the sums,
+    /// for [`norm_input_grad`].
+    pub fn finish(mut self, table: &ChannelTable) -> AffineGrads {
+        match self.finished.take() {
+            Some(results) => results.complete(table),
+            None => table::finish_sums(self.join(), table),
+        }
     }
 
     /// `sum(g)`, `[channels]` in the accumulator's dtype.
@@ -307,21 +249,109 @@ impl GradSums {
     }
 
     fn join(mut self) -> CubeTensor {
-        if self.0.len() == 1 {
-            return self.0.remove(0);
+        if self.partials.len() == 1 {
+            return self.partials.remove(0);
         }
-        CubeBackend::float_cat(self.0, 1)
+        CubeBackend::float_cat(self.partials, 1)
     }
 }
 
+fn launch_partial_sums(
+    pre_activation: &PreActivation,
+    table: Option<&ChannelTable>,
+    walk: &Walk,
+    partials: &CubeTensor,
+) {
+    if walk.channels == 0 {
+        return;
+    }
+    let output_grad = &pre_activation.output_grad;
+    let client = &output_grad.client;
+    let [element, accumulator] = pre_activation.elements();
+    let parameters = table.map_or(accumulator, ChannelTable::parameter_type);
+    // SAFETY: `unit` keeps positions and channels below the tensors' common ones.
+    unsafe {
+        partial_sums_kernel::launch_unchecked(
+            client,
+            walk.cube_count(client),
+            walk.lanes.cube_dim(),
+            walk.address_type(),
+            walk.vector_size,
+            output_grad.clone().into_tensor_arg(),
+            tensor_arg(pre_activation.argmax()).into(),
+            tensor_arg(pre_activation.norm_input.as_ref()).into(),
+            tensor_arg(pre_activation.added_residual()).into(),
+            tensor_arg(pre_activation.masking_output()).into(),
+            tensor_arg(table.map(|table| &table.moments.mean)).into(),
+            tensor_arg(table.map(|table| &table.moments.variance)).into(),
+            tensor_arg(table.and_then(|table| table.gamma.as_ref())).into(),
+            tensor_arg(table.and_then(|table| table.beta.as_ref())).into(),
+            partials.clone().into_tensor_arg(),
+            table::args(table, accumulator),
+            pre_activation.steps(walk),
+            walk.grid(),
+            pre_activation.activation,
+            pre_activation.window(),
+            walk.lanes,
+            [element, accumulator, parameters],
+        );
+    }
+}
+
+/// The partial sums and what the last cube makes of them.
+fn launch_sums(
+    pre_activation: &PreActivation,
+    table: &ChannelTable,
+    walk: &Walk,
+    partials: &CubeTensor,
+) -> SumsResults {
+    let output_grad = &pre_activation.output_grad;
+    let client = &output_grad.client;
+    let [element, accumulator] = pre_activation.elements();
+    let results = SumsResults::new(partials, table, walk.channels);
+    // SAFETY: `unit` keeps positions and channels below the tensors' common ones, and those of the results.
+    unsafe {
+        sums_kernel::launch_unchecked(
+            client,
+            walk.cube_count(client),
+            walk.lanes.cube_dim(),
+            walk.address_type(),
+            walk.vector_size,
+            output_grad.clone().into_tensor_arg(),
+            tensor_arg(pre_activation.argmax()).into(),
+            tensor_arg(pre_activation.norm_input.as_ref()).into(),
+            tensor_arg(pre_activation.added_residual()).into(),
+            tensor_arg(pre_activation.masking_output()).into(),
+            table.moments.mean.clone().into_tensor_arg(),
+            table.moments.variance.clone().into_tensor_arg(),
+            tensor_arg(table.gamma.as_ref()).into(),
+            tensor_arg(table.beta.as_ref()).into(),
+            partials.clone().into_tensor_arg(),
+            last_cube::arrivals(output_grad).into_buffer_arg(),
+            results.rows.clone().into_tensor_arg(),
+            results.grads.gamma.clone().into_tensor_arg(),
+            results.grads.beta.clone().into_tensor_arg(),
+            table::args(Some(table), accumulator),
+            pre_activation.steps(walk),
+            walk.grid(),
+            pre_activation.activation,
+            pre_activation.window(),
+            table.is_of_batch,
+            walk.lanes,
+            [element, accumulator, table.parameter_type()],
+        );
+    }
+    results
+}
+
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
+fn norm_input_grad_kernel<E: Float, T: Float, N: Size, V: Size>(
     output_grad: &Tensor<Vector<E, N>>,
     argmax: ComptimeOption<&Tensor<u32>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
-    table: ComptimeOption<&Tensor<T>>,
+    table: ComptimeOption<&Tensor<Vector<T, V>>>,
     target: &mut Tensor<Vector<E, N>>,
     mut residual_grad: ComptimeOption<&mut Tensor<Vector<E, N>>>,
     steps: &PreActivationSteps,
@@ -338,14 +368,14 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size>(
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
-    let affine = unit_affine::<T, N>(table, grid, &unit, lanes);
+    let affine = unit_affine::<T, N, V>(table, grid, &unit, lanes);
     let mut slope = Vector::<T, N>::zero();
     let mut offset = Vector::<T, N>::zero();
     #[comptime]
     if let ComptimeOption::Some(table) = table {
         if comptime!(is_of_batch) {
-            slope = row(table, grid, &unit, rows::SLOPE, lanes);
-            offset = row(table, grid, &unit, rows::OFFSET, lanes);
+            slope = row::<T, N, V>(table, grid, &unit, rows::SLOPE, lanes);
+            offset = row::<T, N, V>(table, grid, &unit, rows::OFFSET, lanes);
         }
     }
     for position in range_stepped(unit.start, unit.end, lanes.positions) {
@@ -445,6 +475,7 @@ pub fn norm_input_grad(
             walk.lanes.cube_dim(),
             walk.address_type(),
             walk.vector_size,
+            walk.table_vector_size(),
             output_grad.clone().into_tensor_arg(),
             tensor_arg(pre_activation.argmax()).into(),
             tensor_arg(pre_activation.norm_input.as_ref()).into(),

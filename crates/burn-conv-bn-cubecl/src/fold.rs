@@ -24,6 +24,9 @@ pub(crate) type One = Const<1>;
 /// Planes of a table of partial results: the count, and two results.
 const PLANES: usize = 3;
 
+/// Rows of such a table that a unit reads before it folds them.
+const ROWS_AT_ONCE: usize = 4;
+
 /// Partial result over `count` values, for each component of a vector.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Partial<T: Float, N: Size> {
@@ -155,8 +158,7 @@ fn component<T: Float, N: Size>(
     }
 }
 
-/// Folds the rows of a table of partial results for one channel per unit, into the unit of lane 0. The table need
-/// not be contiguous: a concatenated one has the device's pitch.
+/// Folds the rows of a table of partial results for one channel per unit, into the unit of lane 0.
 #[cube]
 pub(crate) fn fold_rows<T: Float>(
     table: &Tensor<T>,
@@ -164,19 +166,104 @@ pub(crate) fn fold_rows<T: Float>(
     #[comptime] lanes: Lanes,
     #[comptime] fold: Fold,
 ) -> Partial<T, One> {
-    let plane = table.stride(0);
-    let mut result = Partial::<T, One>::empty();
-    for row in range_stepped(unit.start, unit.end, lanes.positions) {
-        let index = row * table.stride(1) + unit.channel * table.stride(2);
-        let other = Partial::<T, One> {
-            count: Vector::new(table[index]),
-            first: Vector::new(table[plane + index]),
-            second: Vector::new(table[2 * plane + index]),
-        };
-        absorb(&mut result, &other, fold);
-    }
+    let mut result = unit_rows::<T, One>(table, unit, unit.end, lanes, fold);
     fold_lanes(&mut result, unit, lanes, fold);
     result
+}
+
+/// Folds the rows of a unit's lane below `end` for its channels. The table need not be contiguous: a concatenated one
+/// has the device's pitch.
+#[cube]
+fn unit_rows<T: Float, N: Size>(
+    table: &Tensor<T>,
+    unit: &Unit,
+    end: usize,
+    #[comptime] lanes: Lanes,
+    #[comptime] fold: Fold,
+) -> Partial<T, N> {
+    let mut result = Partial::<T, N>::empty();
+    let stride = comptime!(lanes.positions * ROWS_AT_ONCE);
+    for first in range_stepped(unit.lane, end, stride) {
+        // One wait for several reads.
+        let mut others = Sequence::<Partial<T, N>>::new();
+        #[unroll]
+        for i in 0..ROWS_AT_ONCE {
+            let row = first + comptime!(i * lanes.positions);
+            others.push(read_row::<T, N>(table, row, end, unit));
+        }
+        #[unroll]
+        for i in 0..ROWS_AT_ONCE {
+            absorb(&mut result, others.index(i), fold);
+        }
+    }
+    result
+}
+
+/// One row for a unit's channels; at `end` and behind, the result over no values.
+#[cube]
+fn read_row<T: Float, N: Size>(
+    table: &Tensor<T>,
+    row: usize,
+    end: usize,
+    unit: &Unit,
+) -> Partial<T, N> {
+    let plane = table.stride(0);
+    let start = min(row, end - 1) * table.stride(1) + unit.channel * table.stride(2);
+    let is_there = row < end;
+    let zero = T::from_int(0);
+    let mut first = Vector::<T, N>::zero();
+    let mut second = Vector::<T, N>::zero();
+    #[unroll]
+    for component in 0..unit.width {
+        let index = start + component * table.stride(2);
+        first.insert(component, select(is_there, table[plane + index], zero));
+        second.insert(component, select(is_there, table[2 * plane + index], zero));
+    }
+    Partial::<T, N> {
+        // All channels of a row have the same count.
+        count: Vector::new(select(is_there, table[start], zero)),
+        first,
+        second,
+    }
+}
+
+/// The result over all cubes, where it is.
+#[derive(CubeType)]
+pub(crate) struct Whole<T: Float, N: Size> {
+    pub(crate) partial: Partial<T, N>,
+    /// Whether this unit has it: that of lane 0 in the last cube.
+    pub(crate) is_here: bool,
+}
+
+/// Folds the rows that all cubes with the same channels wrote by [`write_partial`], in the last of them. Each counts
+/// its arrival in `arrivals[unit.block]`, which is 0 before and after the launch.
+#[cube]
+pub(crate) fn fold_of_all<T: Float, N: Size>(
+    table: &Tensor<T>,
+    arrivals: &mut [Atomic<u32>],
+    unit: &Unit,
+    #[comptime] lanes: Lanes,
+    #[comptime] fold: Fold,
+) -> Whole<T, N> {
+    let mut arrived = Shared::<u32>::new();
+    // The row is written before the arrival is counted, and the last cube's reads come after.
+    sync_storage();
+    if UNIT_POS == 0 {
+        *arrived = arrivals[unit.block].fetch_add(1u32);
+    }
+    sync_storage();
+    let is_last = *arrived as usize + 1 == unit.chunks;
+    if is_last && UNIT_POS == 0 {
+        arrivals[unit.block].store(0u32);
+    }
+    // All cubes meet at the fold's barriers, most of them with nothing.
+    let rows = select(is_last && unit.has_channel, unit.chunks, 0usize);
+    let mut partial = unit_rows::<T, N>(table, unit, rows, lanes, fold);
+    fold_lanes(&mut partial, unit, lanes, fold);
+    Whole::<T, N> {
+        partial,
+        is_here: is_last && unit.has_channel && unit.lane == 0,
+    }
 }
 
 /// Table of `rows` partial results per channel, contiguous, without values.

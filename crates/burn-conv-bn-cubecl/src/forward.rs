@@ -6,15 +6,19 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use crate::activation::{self, Activation};
-use crate::element::{accumulator_type, element_type};
-use crate::fold::{Fold, Partial, fold_lanes, partial_table, write_partial};
-use crate::norm::{Norm, unit_affine};
-use crate::table::{self, Affine, ChannelTable, Moments};
+use crate::element::{accumulator_dtype, accumulator_type, element_type};
+use crate::fold::{Fold, Partial, fold_lanes, fold_of_all, partial_table, write_partial};
+use crate::last_cube;
+use crate::norm::{Norm, NormArgs, unit_affine};
+use crate::table::{self, Affine, ChannelTable, Moments, MomentsResults, finish_channel_moments};
 use crate::values_per_channel;
 use crate::walk::{
-    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Walk, coordinates, index, is_idle, is_sparse,
-    is_writable, tensor_arg, unit, written_arg, written_over,
+    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, coordinates, index, is_idle,
+    is_sparse, is_writable, tensor_arg, unit, written_arg, written_over,
 };
+
+/// Positions that a unit reads before it takes them into its moments.
+const POSITIONS_AT_ONCE: usize = 4;
 
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn partial_moments_kernel<E: Float, T: Float, N: Size>(
@@ -29,20 +33,7 @@ fn partial_moments_kernel<E: Float, T: Float, N: Size>(
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
-    let mut moments = Partial::<T, N>::empty();
-    let mut count = T::from_int(0);
-    // Welford's update keeps its digits however far the mean is from zero. All components have the same count:
-    // one division serves them.
-    for position in range_stepped(unit.start, unit.end, lanes.positions) {
-        let at = coordinates(grid, position);
-        let value = Vector::<T, N>::cast_from(input[index(input_steps, &at, &unit)]);
-        count += T::from_int(1);
-        let delta = value - moments.first;
-        moments.first += delta * Vector::new(T::from_int(1) / count);
-        moments.second += delta * (value - moments.first);
-    }
-    moments.count = Vector::new(count);
-    fold_lanes(&mut moments, &unit, lanes, Fold::Moments);
+    let moments = unit_moments::<E, T, N>(input, input_steps, grid, &unit, lanes);
     write_partial(
         partials,
         &moments,
@@ -51,6 +42,95 @@ fn partial_moments_kernel<E: Float, T: Float, N: Size>(
         lanes,
         Fold::Moments,
     );
+}
+
+/// Mean and squared deviations over a cube's positions, in the unit of lane 0.
+#[cube]
+fn unit_moments<E: Float, T: Float, N: Size>(
+    input: &Tensor<Vector<E, N>>,
+    input_steps: &Steps,
+    grid: &Grid,
+    unit: &Unit,
+    #[comptime] lanes: Lanes,
+) -> Partial<T, N> {
+    let mut moments = Partial::<T, N>::empty();
+    let mut count = T::from_int(0);
+    let stride = comptime!(lanes.positions * POSITIONS_AT_ONCE);
+    for first in range_stepped(unit.start, unit.end, stride) {
+        // One wait for several reads.
+        let mut values = Sequence::<Vector<T, N>>::new();
+        #[unroll]
+        for i in 0..POSITIONS_AT_ONCE {
+            let position = first + comptime!(i * lanes.positions);
+            let at = coordinates(grid, min(position, unit.end - 1));
+            values.push(Vector::cast_from(input[index(input_steps, &at, unit)]));
+        }
+        // Welford's update keeps its digits however far the mean is from zero. All components have the same count:
+        // one division serves them.
+        #[unroll]
+        for i in 0..POSITIONS_AT_ONCE {
+            if first + comptime!(i * lanes.positions) < unit.end {
+                count += T::from_int(1);
+                let value = *values.index(i);
+                let delta = value - moments.first;
+                moments.first += delta * Vector::new(T::from_int(1) / count);
+                moments.second += delta * (value - moments.first);
+            }
+        }
+    }
+    moments.count = Vector::new(count);
+    fold_lanes(&mut moments, unit, lanes, Fold::Moments);
+    moments
+}
+
+/// As [`partial_moments_kernel`], and what `moments_kernel` makes of the partial results, by the last cube.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn moments_of_all_kernel<E: Float, T: Float, P: Float, N: Size>(
+    input: &Tensor<Vector<E, N>>,
+    gamma: ComptimeOption<&Tensor<P>>,
+    beta: ComptimeOption<&Tensor<P>>,
+    partials: &mut Tensor<T>,
+    arrivals: &mut [Atomic<u32>],
+    mean: &mut Tensor<T>,
+    variance: &mut Tensor<T>,
+    table: &mut Tensor<T>,
+    input_steps: &Steps,
+    norm: &NormArgs,
+    grid: &Grid,
+    #[comptime] lanes: Lanes,
+    #[define(E, T, P)] _elements: [ElemType; 3],
+) {
+    if is_idle(grid) {
+        terminate!();
+    }
+    let unit = unit::<N>(grid, lanes);
+    let moments = unit_moments::<E, T, N>(input, input_steps, grid, &unit, lanes);
+    write_partial(
+        partials,
+        &moments,
+        &unit,
+        grid.channels,
+        lanes,
+        Fold::Moments,
+    );
+    let whole = fold_of_all::<T, N>(&*partials, arrivals, &unit, lanes, Fold::Moments);
+    if whole.is_here {
+        #[unroll]
+        for component in 0..unit.width {
+            finish_channel_moments::<T, P>(
+                whole.partial.first.extract(component),
+                whole.partial.second.extract(component),
+                gamma,
+                beta,
+                mean,
+                variance,
+                table,
+                norm,
+                unit.channel + component,
+                grid.channels,
+            );
+        }
+    }
 }
 
 /// Mean and biased variance of each channel of `[batch, channels, spatial..]`, and the table that
@@ -63,6 +143,38 @@ pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, Chan
     let walk = Walk::new(&[input], accumulator.size(), REDUCTION_CUBES);
     let partials = partial_table(input, walk.chunks, walk.channels);
     let client = &input.client;
+    let values = values_per_channel(input);
+    if last_cube::finishes(&walk, input) {
+        let results = MomentsResults::new(&partials, walk.channels);
+        // SAFETY: `unit` keeps positions and channels below the input's, and those of the results.
+        unsafe {
+            moments_of_all_kernel::launch_unchecked(
+                client,
+                walk.cube_count(client),
+                walk.lanes.cube_dim(),
+                walk.address_type(),
+                walk.vector_size,
+                input.clone().into_tensor_arg(),
+                tensor_arg(affine.gamma).into(),
+                tensor_arg(affine.beta).into(),
+                partials.into_tensor_arg(),
+                last_cube::arrivals(input).into_buffer_arg(),
+                results.mean.clone().into_tensor_arg(),
+                results.variance.clone().into_tensor_arg(),
+                results.rows.clone().into_tensor_arg(),
+                walk.steps(Some(input)),
+                norm.launch(values, accumulator),
+                walk.grid(),
+                walk.lanes,
+                [
+                    element_type(input.dtype),
+                    accumulator,
+                    element_type(affine.dtype(accumulator_dtype(input.dtype))),
+                ],
+            );
+        }
+        return results.into_table(affine, norm, values);
+    }
     if walk.channels > 0 {
         // SAFETY: `unit` keeps positions and channels below the input's.
         unsafe {
@@ -81,15 +193,14 @@ pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, Chan
             );
         }
     }
-    let values = values_per_channel(input);
     table::finish_moments(partials, affine, norm, values)
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn normalize_kernel<E: Float, T: Float, N: Size>(
+fn normalize_kernel<E: Float, T: Float, N: Size, V: Size>(
     input: &Tensor<Vector<E, N>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
-    table: ComptimeOption<&Tensor<T>>,
+    table: ComptimeOption<&Tensor<Vector<T, V>>>,
     output: &mut Tensor<Vector<E, N>>,
     input_steps: &Steps,
     residual_steps: &Steps,
@@ -103,7 +214,7 @@ fn normalize_kernel<E: Float, T: Float, N: Size>(
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
-    let affine = unit_affine::<T, N>(table, grid, &unit, lanes);
+    let affine = unit_affine::<T, N, V>(table, grid, &unit, lanes);
     for position in range_stepped(unit.start, unit.end, lanes.positions) {
         let at = coordinates(grid, position);
         let mut value = Vector::<T, N>::cast_from(input[index(input_steps, &at, &unit)]);
@@ -150,6 +261,7 @@ pub fn normalize(
             walk.lanes.cube_dim(),
             walk.address_type(),
             walk.vector_size,
+            walk.table_vector_size(),
             input.clone().into_tensor_arg(),
             tensor_arg(residual).into(),
             tensor_arg(rows.as_ref()).into(),

@@ -101,18 +101,23 @@ mod backward;
 mod element;
 mod fold;
 mod forward;
+mod last_cube;
 mod norm;
 mod pool;
+mod pre_activation;
 mod running;
 mod table;
 mod walk;
 
 pub use activation::{Activation, Parameter};
-pub use backward::{GradSums, NormInputGrad, PreActivation, norm_input_grad};
+pub use backward::{GradSums, NormInputGrad, norm_input_grad};
 pub use element::accumulator_dtype;
 pub use forward::{moments, normalize};
+#[doc(hidden)]
+pub use last_cube::with_last_cube;
 pub use norm::Norm;
 pub use pool::{MaxPooled, PoolArgmax, PoolWindow, max_pool, max_pool_backward};
+pub use pre_activation::PreActivation;
 pub use running::running_moments;
 pub use table::{Affine, AffineGrads, ChannelTable, Moments, channel_table};
 

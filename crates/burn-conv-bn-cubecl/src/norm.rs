@@ -54,8 +54,8 @@ pub(crate) struct UnitAffine<T: Float, N: Size> {
 }
 
 #[cube]
-pub(crate) fn unit_affine<T: Float, N: Size>(
-    table: ComptimeOption<&Tensor<T>>,
+pub(crate) fn unit_affine<T: Float, N: Size, V: Size>(
+    table: ComptimeOption<&Tensor<Vector<T, V>>>,
     grid: &Grid,
     unit: &Unit,
     #[comptime] lanes: Lanes,
@@ -63,9 +63,9 @@ pub(crate) fn unit_affine<T: Float, N: Size>(
     #[comptime]
     match table {
         ComptimeOption::Some(table) => UnitAffine::<T, N> {
-            mean: row(table, grid, unit, rows::MEAN, lanes),
-            scale: row(table, grid, unit, rows::SCALE, lanes),
-            shift: row(table, grid, unit, rows::SHIFT, lanes),
+            mean: row::<T, N, V>(table, grid, unit, rows::MEAN, lanes),
+            scale: row::<T, N, V>(table, grid, unit, rows::SCALE, lanes),
+            shift: row::<T, N, V>(table, grid, unit, rows::SHIFT, lanes),
         },
         ComptimeOption::None => UnitAffine::<T, N> {
             mean: Vector::zero(),

@@ -104,7 +104,7 @@ pub struct Affine<'a> {
 
 impl Affine<'_> {
     /// The parameters' dtype, or the accumulator's.
-    fn dtype(&self, accumulator: DType) -> DType {
+    pub(crate) fn dtype(&self, accumulator: DType) -> DType {
         let parameter = self.gamma.or(self.beta);
         parameter.map_or(accumulator, |tensor| tensor.dtype)
     }
@@ -140,14 +140,76 @@ fn moments_kernel<T: Float, P: Float>(
     let unit = unit::<One>(grid, lanes);
     let moments = fold_rows(partials, &unit, lanes, Fold::Moments);
     if unit.lane == 0 && unit.has_channel {
-        let channel = unit.channel;
-        let channel_mean = moments.first.extract(0usize);
-        let channel_variance = moments.second.extract(0usize) / norm.values.get::<T>();
-        mean[channel] = channel_mean;
-        variance[channel] = channel_variance;
-        let affine =
-            channel_affine::<T, P>(channel_mean, channel_variance, gamma, beta, norm, channel);
-        write_affine(table, &affine, channel, grid.channels);
+        finish_channel_moments::<T, P>(
+            moments.first.extract(0usize),
+            moments.second.extract(0usize),
+            gamma,
+            beta,
+            mean,
+            variance,
+            table,
+            norm,
+            unit.channel,
+            grid.channels,
+        );
+    }
+}
+
+/// Writes the moments of one channel, and the rows of `scale * (value - mean) + shift`, from its mean and its sum of
+/// squared deviations.
+#[cube]
+pub(crate) fn finish_channel_moments<T: Float, P: Float>(
+    channel_mean: T,
+    squares: T,
+    gamma: ComptimeOption<&Tensor<P>>,
+    beta: ComptimeOption<&Tensor<P>>,
+    mean: &mut Tensor<T>,
+    variance: &mut Tensor<T>,
+    table: &mut Tensor<T>,
+    norm: &NormArgs,
+    channel: usize,
+    channels: usize,
+) {
+    let channel_variance = squares / norm.values.get::<T>();
+    mean[channel] = channel_mean;
+    variance[channel] = channel_variance;
+    let affine = channel_affine::<T, P>(channel_mean, channel_variance, gamma, beta, norm, channel);
+    write_affine(table, &affine, channel, channels);
+}
+
+/// What a launch writes that finishes moments.
+pub(crate) struct MomentsResults {
+    pub(crate) mean: CubeTensor,
+    pub(crate) variance: CubeTensor,
+    /// Of `scale * (value - mean) + shift`.
+    pub(crate) rows: CubeTensor,
+}
+
+impl MomentsResults {
+    pub(crate) fn new(partials: &CubeTensor, channels: usize) -> Self {
+        let per_channel = |rows: usize| channel_values(partials, rows, channels);
+        Self {
+            mean: per_channel(1),
+            variance: per_channel(1),
+            rows: per_channel(rows::AFFINE),
+        }
+    }
+
+    pub(crate) fn into_table(
+        self,
+        affine: Affine,
+        norm: Norm,
+        values: usize,
+    ) -> (Moments, ChannelTable) {
+        let moments = Moments {
+            mean: self.mean,
+            variance: self.variance,
+        };
+        let table = ChannelTable {
+            rows: RefCell::new(Some(self.rows)),
+            ..channel_table(&moments, affine, norm, values)
+        };
+        (moments, table)
     }
 }
 
@@ -159,8 +221,7 @@ pub(crate) fn finish_moments(
     values: usize,
 ) -> (Moments, ChannelTable) {
     let walk = Walk::over_rows(&partials);
-    let per_channel = |rows: usize| channel_values(&partials, rows, walk.channels);
-    let (mean, variance, table) = (per_channel(1), per_channel(1), per_channel(rows::AFFINE));
+    let results = MomentsResults::new(&partials, walk.channels);
     let client = partials.client.clone();
     let dtype = element_type(partials.dtype);
     if !walk.is_empty() {
@@ -174,23 +235,17 @@ pub(crate) fn finish_moments(
                 partials.into_tensor_arg(),
                 tensor_arg(affine.gamma).into(),
                 tensor_arg(affine.beta).into(),
-                mean.clone().into_tensor_arg(),
-                variance.clone().into_tensor_arg(),
-                table.clone().into_tensor_arg(),
+                results.mean.clone().into_tensor_arg(),
+                results.variance.clone().into_tensor_arg(),
+                results.rows.clone().into_tensor_arg(),
                 norm.launch(values, dtype),
                 walk.grid(),
                 walk.lanes,
-                [dtype, element_type(affine.dtype(mean.dtype))],
+                [dtype, element_type(affine.dtype(results.mean.dtype))],
             );
         }
     }
-    let moments = Moments { mean, variance };
-    let rows = RefCell::new(Some(table));
-    let table = ChannelTable {
-        rows,
-        ..channel_table(&moments, affine, norm, values)
-    };
-    (moments, table)
+    results.into_table(affine, norm, values)
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -285,36 +340,67 @@ fn grads_kernel<T: Float, P: Float>(
     let unit = unit::<One>(grid, lanes);
     let sums = fold_rows(partials, &unit, lanes, Fold::Sums);
     if unit.lane == 0 && unit.has_channel {
-        let (channel, channels) = (unit.channel, grid.channels);
-        let (grad, grad_deviation) = (sums.first.extract(0usize), sums.second.extract(0usize));
-        let channel_variance = variance[channel * variance.stride(0)];
-        let affine = channel_affine::<T, P>(
-            mean[channel * mean.stride(0)],
-            channel_variance,
+        finish_channel_sums::<T, P>(
+            sums.first.extract(0usize),
+            sums.second.extract(0usize),
+            mean,
+            variance,
             gamma,
             beta,
+            table,
+            gamma_grad,
+            beta_grad,
             norm,
-            channel,
+            unit.channel,
+            grid.channels,
+            is_of_batch,
         );
-        write_affine(table, &affine, channel, channels);
-        let deviation = standard_deviation::<T>(channel_variance, norm);
-        let inverse = inverse_deviation::<T>(deviation, norm);
-        gamma_grad[channel] = P::cast_from(inverse * grad_deviation);
-        beta_grad[channel] = P::cast_from(grad);
+    }
+}
 
-        if comptime!(is_of_batch) {
-            // ds/dvar * 2 / (m - ddof)
-            let zero = T::from_int(0);
-            let slope = select(
-                deviation == zero,
-                zero,
-                -(inverse * inverse) / (deviation * norm.freedom.get::<T>()),
-            );
-            let slope = parameter::<T, P>(gamma, channel, 1) * slope;
-            table[rows::SLOPE * channels + channel] = slope * grad_deviation;
-            table[rows::OFFSET * channels + channel] =
-                -(affine.scale * grad) / norm.values.get::<T>();
-        }
+/// Writes all rows of one channel and its parameters' gradients, from `sum(g)` and `sum(g * (value - mean))`.
+#[cube]
+pub(crate) fn finish_channel_sums<T: Float, P: Float>(
+    grad: T,
+    grad_deviation: T,
+    mean: &Tensor<T>,
+    variance: &Tensor<T>,
+    gamma: ComptimeOption<&Tensor<P>>,
+    beta: ComptimeOption<&Tensor<P>>,
+    table: &mut Tensor<T>,
+    gamma_grad: &mut Tensor<P>,
+    beta_grad: &mut Tensor<P>,
+    norm: &NormArgs,
+    channel: usize,
+    channels: usize,
+    #[comptime] is_of_batch: bool,
+) {
+    let channel_variance = variance[channel * variance.stride(0)];
+    let affine = channel_affine::<T, P>(
+        mean[channel * mean.stride(0)],
+        channel_variance,
+        gamma,
+        beta,
+        norm,
+        channel,
+    );
+    write_affine(table, &affine, channel, channels);
+    let deviation = standard_deviation::<T>(channel_variance, norm);
+    let inverse = inverse_deviation::<T>(deviation, norm);
+    gamma_grad[channel] = P::cast_from(inverse * grad_deviation);
+    beta_grad[channel] = P::cast_from(grad);
+
+    if comptime!(is_of_batch) {
+        // ds/dvar * 2 / (m - ddof)
+        let zero = T::from_int(0);
+        let slope = select(
+            deviation == zero,
+            zero,
+            -(inverse * inverse) / (deviation * norm.freedom.get::<T>()),
+        );
+        let slope = parameter::<T, P>(gamma, channel, 1) * slope;
+        table[rows::SLOPE * channels + channel] = slope * grad_deviation;
+        table[rows::OFFSET * channels + channel] = -(affine.scale * grad) / norm.values.get::<T>();
     }
 }
 
@@ -327,24 +413,46 @@ pub struct AffineGrads {
     pub beta: CubeTensor,
 }
 
+/// What a launch writes that finishes the sums.
+#[derive(Clone, Debug)]
+pub(crate) struct SumsResults {
+    pub(crate) rows: CubeTensor,
+    pub(crate) grads: AffineGrads,
+}
+
+impl SumsResults {
+    pub(crate) fn new(partials: &CubeTensor, table: &ChannelTable, channels: usize) -> Self {
+        let grad = || {
+            empty_device_contiguous_dtype(
+                partials.client.clone(),
+                partials.device.clone(),
+                Shape::from(vec![channels]),
+                table.affine().dtype(partials.dtype),
+            )
+        };
+        Self {
+            rows: channel_values(partials, rows::ALL, channels),
+            grads: AffineGrads {
+                gamma: grad(),
+                beta: grad(),
+            },
+        }
+    }
+
+    /// Completes the table that the sums were taken with.
+    pub(crate) fn complete(self, table: &ChannelTable) -> AffineGrads {
+        table.rows.replace(Some(self.rows));
+        self.grads
+    }
+}
+
 /// Gradients of gamma and beta from partial sums, in the parameters' dtype, or the accumulator's. Writes all rows of
 /// `table`, under batch statistics with the coefficients of the input's gradient.
 pub(crate) fn finish_sums(partials: CubeTensor, table: &ChannelTable) -> AffineGrads {
     let walk = Walk::over_rows(&partials);
     let client = partials.client.clone();
     let dtype = element_type(partials.dtype);
-    let norm_dtype = table.affine().dtype(partials.dtype);
-    let rows = channel_values(&partials, rows::ALL, walk.channels);
-    table.rows.replace(Some(rows.clone()));
-    let grad = || {
-        empty_device_contiguous_dtype(
-            client.clone(),
-            partials.device.clone(),
-            Shape::from(vec![walk.channels]),
-            norm_dtype,
-        )
-    };
-    let (gamma_grad, beta_grad) = (grad(), grad());
+    let results = SumsResults::new(&partials, table, walk.channels);
     if !walk.is_empty() {
         // SAFETY: `unit` keeps the rows and channels below those of the table.
         unsafe {
@@ -358,21 +466,18 @@ pub(crate) fn finish_sums(partials: CubeTensor, table: &ChannelTable) -> AffineG
                 table.moments.variance.clone().into_tensor_arg(),
                 tensor_arg(table.gamma.as_ref()).into(),
                 tensor_arg(table.beta.as_ref()).into(),
-                rows.into_tensor_arg(),
-                gamma_grad.clone().into_tensor_arg(),
-                beta_grad.clone().into_tensor_arg(),
+                results.rows.clone().into_tensor_arg(),
+                results.grads.gamma.clone().into_tensor_arg(),
+                results.grads.beta.clone().into_tensor_arg(),
                 args(Some(table), dtype),
                 walk.grid(),
                 table.is_of_batch,
                 walk.lanes,
-                [dtype, element_type(norm_dtype)],
+                [dtype, table.parameter_type()],
             );
         }
     }
-    AffineGrads {
-        gamma: gamma_grad,
-        beta: beta_grad,
-    }
+    results.complete(table)
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]

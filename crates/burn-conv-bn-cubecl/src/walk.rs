@@ -81,12 +81,17 @@ pub(crate) struct Steps {
 /// The work of one unit.
 #[derive(CubeType)]
 pub(crate) struct Unit {
-    /// Index of the chunk of positions.
+    /// Index of the cube's channels, of as many as there are cubes for a chunk.
+    pub(crate) block: usize,
+    /// Number of chunks of positions, and the index of the cube's.
+    pub(crate) chunks: usize,
     pub(crate) chunk: usize,
     /// Index of the unit's channel, or vector of channels.
     vector: usize,
-    /// First channel of the unit's vectors.
+    /// First channel of the unit's vectors, and how many they have.
     pub(crate) channel: usize,
+    #[cube(comptime)]
+    pub(crate) width: usize,
     /// The unit's position lane.
     pub(crate) lane: usize,
     /// First position of the unit, and the end of its chunk; the same for a unit without a channel.
@@ -111,16 +116,20 @@ pub(crate) fn unit<N: Size>(grid: &Grid, #[comptime] lanes: Lanes) -> Unit {
     let vectors = grid.channels / width;
     let blocks = (vectors + comptime!(lanes.channels - 1)) / lanes.channels;
     let chunk = CUBE_POS / blocks;
+    let block = CUBE_POS % blocks;
     let unit = UNIT_POS as usize;
     let lane = unit / lanes.channels;
-    let vector = CUBE_POS % blocks * lanes.channels + unit % lanes.channels;
+    let vector = block * lanes.channels + unit % lanes.channels;
     let has_channel = vector < vectors;
     let start = chunk * grid.chunk + lane;
     let limit = min(chunk * grid.chunk + grid.chunk, grid.positions);
     Unit {
+        block,
+        chunks: grid.cubes / blocks,
         chunk,
         vector,
         channel: vector * width,
+        width,
         lane,
         start,
         end: select(has_channel, limit, start),
@@ -156,30 +165,23 @@ pub(crate) fn index(steps: &Steps, coordinates: &Sequence<usize>, unit: &Unit) -
     index
 }
 
-/// The values of one row of `[rows, channels]` for the components of a unit's vectors.
+/// The values of one row of `[rows, channels]` for the components of a unit's vectors. Vectors of the table are of
+/// [`Walk::table_vector_size`].
 #[cube]
-pub(crate) fn row<T: Float, N: Size>(
-    table: &Tensor<T>,
+pub(crate) fn row<T: Float, N: Size, V: Size>(
+    table: &Tensor<Vector<T, V>>,
     grid: &Grid,
     unit: &Unit,
     #[comptime] row: usize,
     #[comptime] lanes: Lanes,
 ) -> Vector<T, N> {
-    let start = row * grid.channels + unit.channel;
     let mut values = Vector::<T, N>::zero();
     if unit.has_channel {
-        match comptime!(lanes.axis) {
-            Axis::Positions => {
-                values = Vector::new(table[start]);
-            }
-            Axis::Channels =>
-            {
-                #[unroll]
-                for component in 0..N::value() {
-                    values.insert(component, table[start + component]);
-                }
-            }
-        }
+        let vector = table[(row * grid.channels + unit.channel) / unit.width];
+        values = match comptime!(lanes.axis) {
+            Axis::Positions => Vector::new(vector.extract(0usize)),
+            Axis::Channels => Vector::cast_from(vector),
+        };
     }
     values
 }
@@ -196,7 +198,9 @@ pub(crate) struct Walk {
     /// Chunks that the positions are cut into, at least one.
     pub(crate) chunks: usize,
     chunk: usize,
-    channel_blocks: usize,
+    pub(crate) channel_blocks: usize,
+    /// Shared memory that a fold across a cube takes.
+    pub(crate) shared_bytes: usize,
     address: AddressType,
 }
 
@@ -283,6 +287,7 @@ impl Walk {
             chunks: positions.div_ceil(chunk).max(1),
             chunk,
             channel_blocks,
+            shared_bytes: channel_lanes * position_lanes * unit_bytes,
             address: tensors
                 .iter()
                 .map(|tensor| tensor.required_address_type())
@@ -311,6 +316,7 @@ impl Walk {
             chunks: 1,
             chunk: rows,
             channel_blocks: channels.div_ceil(channel_lanes),
+            shared_bytes: 0,
             address: table.required_address_type(),
         }
     }
@@ -326,6 +332,14 @@ impl Walk {
 
     pub(crate) fn address_type(&self) -> AddressType {
         self.address
+    }
+
+    /// Components of a vector of a table that has values for each channel.
+    pub(crate) fn table_vector_size(&self) -> usize {
+        match self.lanes.axis {
+            Axis::Channels => self.vector_size,
+            Axis::Positions => 1,
+        }
     }
 
     pub(crate) fn grid(&self) -> GridLaunch {

@@ -10,7 +10,7 @@ use burn_backend::{DType, TensorData, bf16, f16};
 use burn_conv_bn_cubecl::{
     Activation, Affine, ChannelTable, GradSums, Moments, Norm, Parameter, PoolArgmax, PoolWindow,
     PreActivation, channel_table, max_pool, max_pool_backward, moments, norm_input_grad, normalize,
-    running_moments,
+    running_moments, with_last_cube,
 };
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
@@ -805,9 +805,51 @@ fn chunks_of_a_batch() {
         let sums = sums.reduce(GradSums::merge).expect("there are chunks");
         sums.finish(&table)
     };
-    let (whole, parts) = (grads(&[5]), grads(&[2, 2, 1]));
-    assert_close("gamma", &parts.gamma, &download(&whole.gamma), 1e-6);
-    assert_close("beta", &parts.beta, &download(&whole.beta), 1e-6);
+    let compare = || {
+        let (whole, parts) = (grads(&[5]), grads(&[2, 2, 1]));
+        assert_close("gamma", &parts.gamma, &download(&whole.gamma), 1e-6);
+        assert_close("beta", &parts.beta, &download(&whole.beta), 1e-6);
+    };
+    for finishes in [false, true] {
+        with_last_cube(finishes, compare);
+    }
+}
+
+/// Reductions that the last cube finishes where a second launch does by default, or the other way round. Where the
+/// device promises nothing the last cube is right all the same on a CPU, whose cores see each other's writes in order.
+#[test]
+fn reductions_in_one_launch_or_in_two() {
+    let device = CubeDevice::default();
+    let promises = device.client().properties().features.device_memory_scope;
+    println!("the last cube finishes reductions: {promises}");
+    let layouts = [
+        Layout::ChannelsFirst,
+        Layout::ChannelsLast,
+        Layout::Pitched(3),
+    ];
+    with_last_cube(!promises, || {
+        for layout in layouts {
+            // One chunk; many; several blocks of channels.
+            for shape in [[2, 3, 5, 1], [4, 8, 32, 33], [6, 200, 5, 5]] {
+                Case {
+                    residual: true,
+                    ..Case::new(&shape, layout)
+                }
+                .check(&device);
+            }
+        }
+        for dtype in dtypes(&device) {
+            let case = Case::new(&[4, 16, 16, 16], Layout::ChannelsLast);
+            Case { dtype, ..case }.check(&device);
+        }
+        Case {
+            norm: TUTORIAL,
+            affine: false,
+            mean: 3.0,
+            ..Case::new(&[8, 16, 20, 20], Layout::ChannelsLast)
+        }
+        .check(&device);
+    });
 }
 
 /// Given statistics: no norm's input, the gradient alone, and its sum.

@@ -29,6 +29,7 @@ tests! {
     kernels = "../../burn-conv-bn-cubecl/tests/kernels.rs",
     cube = "../../burn-conv-bn/tests/cube.rs",
     cube_property = "../../burn-conv-bn/tests/cube_property.rs",
+    cube_launches = "../../burn-conv-bn/tests/cube_launches.rs",
     cube_memory = "../../burn-conv-bn/tests/cube_memory.rs",
     cube_leaks = "../../burn-conv-bn/tests/cube_leaks.rs",
     cube_convergence = "../../burn-conv-bn-train/tests/cube_convergence.rs",

@@ -35,8 +35,29 @@ impl Layouts<CubeBackend> for Kernels {
         })
     }
 
+    // Burn's convolutions copy what they cannot see to be channels-last: `[n, 1, h, w]`, and `[n, c, 1, 1]`.
+    fn innermost_channels(tensor: CubeTensor) -> CubeTensor {
+        let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
+        if tensor.qparams.is_some() || (shape[1] != 1 && strides[1] != 1) {
+            return tensor;
+        }
+        with_axes(tensor, |axes| {
+            let inwards = (2..axes.len()).rev().chain([0]);
+            axes[1].1 = 1;
+            let mut row = axes[1].0;
+            for axis in inwards {
+                let (size, stride) = &mut axes[axis];
+                if *size == 1 {
+                    *stride = row;
+                }
+                row = *size * *stride;
+            }
+        })
+    }
+
     // Each of Burn's convolutions would copy it.
     fn shared_weight(weight: CubeTensor) -> CubeTensor {
+        let weight = Self::innermost_channels(weight);
         if weight.meta.strides()[1] == 1 {
             return weight;
         }

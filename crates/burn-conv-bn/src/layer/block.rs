@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use burn::module::{Module, RunningState};
+use burn::module::{Module, ModuleMapper, Param, RunningState};
 use burn::nn::BatchNorm;
 use burn::nn::conv::Conv2d;
 use burn::tensor::{DType, Shape, Tensor};
@@ -58,10 +58,23 @@ pub(super) fn update_running_statistics<const D: usize>(
         .into_iter()
         .zip(result.running(running, norm.momentum, factor))
     {
-        state.update(running);
-        // A pending update would overwrite a record that is loaded next.
-        take_pending(state);
+        set(state, running);
     }
+}
+
+/// Sets the value, of all clones of the state. [`RunningState::update`] leaves it pending, to be divided by the
+/// number of threads that updated it, and a pending update would overwrite a record that is loaded next.
+fn set(running: &RunningState<Tensor<1>>, value: Tensor<1>) {
+    struct Replace(Tensor<1>);
+
+    impl ModuleMapper for Replace {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let value = Tensor::from_dispatch(self.0.clone().into_dispatch());
+            Param::initialized(param.id, value)
+        }
+    }
+
+    drop(running.clone().map(&mut Replace(value)));
 }
 
 impl<C: Convolution<D>, const D: usize> ConvBnRef<'_, C, D> {

@@ -19,6 +19,7 @@ pub(crate) fn forward<B: Backend, L: Layouts<B>>(
     bias: Option<FloatTensor<B>>,
     spec: &ConvSpec,
 ) -> FloatTensor<B> {
+    let (input, weight) = (L::innermost_channels(input), L::innermost_channels(weight));
     match spec.rank() {
         1 => {
             let (input, weight) = (L::lift(input), L::lift(weight));
@@ -46,6 +47,8 @@ pub(crate) fn input_backward<B: Backend, L: Layouts<B>>(
         let grad = input_backward::<B, L>(&shape, weight, output_grad, &lift_spec(spec));
         return L::lower(grad);
     }
+    let weight = L::innermost_channels(weight);
+    let output_grad = L::innermost_channels(output_grad);
     // Burn's backward takes the input for its shape alone, and pads it when the padding is
     // asymmetric: hand it a stand-in without memory, padded already, and crop the result.
     let symmetric = is_symmetric(spec);

@@ -26,6 +26,12 @@ pub(crate) trait Layouts<B: Backend> {
         B::float_reshape(tensor, Shape::from(shape))
     }
 
+    /// The tensor, with strides of axes of length 1 by which convolutions see channels to be innermost in memory
+    /// where they are. No copy.
+    fn innermost_channels(tensor: FloatTensor<B>) -> FloatTensor<B> {
+        tensor
+    }
+
     /// A weight that several convolutions read, as the device's convolutions want it in memory.
     fn shared_weight(weight: FloatTensor<B>) -> FloatTensor<B> {
         weight

@@ -1,0 +1,193 @@
+//! Kernel launches of a training step for each kind of convolution in ResNet-18's blocks, on a CubeCL device.
+//!
+//! One test, so that no other launches at the same time.
+
+mod gpu;
+
+use std::collections::BTreeMap;
+
+use burn::backend::DispatchDevice;
+use burn::nn::PaddingConfig2d;
+use burn::tensor::{Device, Distribution, Tensor};
+use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig};
+use burn_conv_bn_memory::PoolMeter;
+use burn_cubecl::CubeDevice;
+
+const BATCH: usize = 2;
+
+/// Steps; the last one counts, when all is set up.
+const STEPS: usize = 3;
+
+/// A convolution of ResNet-18 with its norm, residual and activation, over few pixels.
+struct Block {
+    name: &'static str,
+    channels: [usize; 2],
+    kernel: usize,
+    stride: usize,
+    activation: Activation,
+    residual: bool,
+}
+
+impl Block {
+    fn init(&self, device: &Device) -> ConvBn2d {
+        let padding = self.kernel / 2;
+        ConvBn2dConfig::new(self.channels, [self.kernel; 2])
+            .with_stride([self.stride; 2])
+            .with_padding(PaddingConfig2d::Explicit(
+                padding, padding, padding, padding,
+            ))
+            .with_activation(self.activation)
+            .init(device)
+    }
+}
+
+/// Those of the blocks with a stride, and for each number of channels those of the others.
+fn blocks() -> Vec<Block> {
+    let block = |name, channels, kernel, stride, activation, residual| Block {
+        name,
+        channels,
+        kernel,
+        stride,
+        activation,
+        residual,
+    };
+    let (relu, identity) = (Activation::Relu, Activation::Identity);
+    let strided = [[64, 128], [128, 256], [256, 512]].into_iter();
+    let strided = strided.flat_map(|channels| {
+        [
+            block("3x3 / 2, ReLU", channels, 3, 2, relu, false),
+            block("1x1 / 2", channels, 1, 2, identity, false),
+        ]
+    });
+    let others = [64, 128, 256, 512].into_iter().flat_map(|channels| {
+        [
+            block("3x3, ReLU", [channels; 2], 3, 1, relu, false),
+            block("3x3, residual, ReLU", [channels; 2], 3, 1, relu, true),
+        ]
+    });
+    others.chain(strided).collect()
+}
+
+/// Launches by whose they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Launches {
+    /// The kernels of `burn-conv-bn-cubecl`.
+    ours: usize,
+    /// Burn's convolutions.
+    convolutions: usize,
+    /// Changes of layout for these.
+    copies: usize,
+    fills: usize,
+    /// The rest: Burn's operations element by element, fused or not.
+    others: usize,
+}
+
+impl Launches {
+    fn of(kernels: &BTreeMap<&'static str, usize>) -> Self {
+        let mut launches = Self::default();
+        for (kernel, count) in kernels {
+            let kind = if kernel.contains("burn_conv_bn") {
+                &mut launches.ours
+            } else if kernel.contains("contiguous") {
+                &mut launches.copies
+            } else if kernel.contains("conv") {
+                &mut launches.convolutions
+            } else if kernel.contains("full_kernel") {
+                &mut launches.fills
+            } else {
+                &mut launches.others
+            };
+            *kind += count;
+        }
+        launches
+    }
+
+    fn total(self) -> usize {
+        self.ours + self.convolutions + self.copies + self.fills + self.others
+    }
+}
+
+/// An activation as a block before this one leaves it: channels innermost in memory.
+fn activation(channels: usize, size: usize, device: &Device) -> Tensor<4> {
+    let shape = [BATCH, size, size, channels];
+    let tensor = Tensor::<4>::random(shape, Distribution::Default, device);
+    tensor.permute([0, 3, 1, 2]).require_grad()
+}
+
+/// Launches of forward, and of backward from the output's gradient on.
+fn measure(block: &Block, device: &Device, meter: &PoolMeter) -> [Launches; 2] {
+    let tracked = device.clone().autodiff();
+    let layer = block.init(&tracked);
+    let sync = || device.sync().expect("the device works");
+    let size = 4;
+    let [channels_in, channels_out] = block.channels;
+    let x = activation(channels_in, size, &tracked);
+    let residual = activation(channels_out, size / block.stride, &tracked);
+    let mut counted = [Launches::default(); 2];
+    for _ in 0..STEPS {
+        sync();
+        meter.reset_peak();
+        let output = if block.residual {
+            layer.forward_residual(x.clone(), residual.clone())
+        } else {
+            layer.forward(x.clone())
+        };
+        sync();
+        meter.peak();
+        let forward = meter.launches();
+        meter.reset_peak();
+        let grads = output.backward();
+        sync();
+        meter.peak();
+        assert!(x.grad(&grads).is_some());
+        counted = [forward, meter.launches()].map(|kernels| Launches::of(&kernels));
+    }
+    // The output's gradient of ones.
+    counted[1].fills -= 1;
+    counted
+}
+
+fn cube(device: &Device) -> CubeDevice {
+    match device.as_dispatch() {
+        DispatchDevice::Cube(cube) => cube.clone(),
+        other => panic!("expected a CubeCL device, got {other:?}"),
+    }
+}
+
+#[test]
+fn launches_of_resnet_18() {
+    let device = gpu::device();
+    let client = cube(&device).client();
+    // Whether the last cube of a launch may finish what all of them reduced.
+    let finishes = client.properties().features.device_memory_scope;
+    let meter = PoolMeter::new(client);
+    println!(
+        "|                     |   channels | forward | backward | ours | convolutions | copies | others |"
+    );
+    for block in blocks() {
+        let [forward, backward] = measure(&block, &device, &meter);
+        let sum = |count: fn(Launches) -> usize| count(forward) + count(backward);
+        println!(
+            "| {:19} | {:3} -> {:3} | {:7} | {:8} | {:4} | {:12} | {:6} | {:6} |",
+            block.name,
+            block.channels[0],
+            block.channels[1],
+            forward.total(),
+            backward.total(),
+            sum(|launches| launches.ours),
+            sum(|launches| launches.convolutions),
+            sum(|launches| launches.copies),
+            sum(|launches| launches.others),
+        );
+        // Two sweeps forward and two backward, each pair with a launch between unless the last cube does its work,
+        // and the running statistics, which Burn's fusion makes a launch of Burn's.
+        let sweeps = if finishes { 4 } else { 6 };
+        assert_eq!(sum(|launches| launches.ours + launches.others), sweeps + 1);
+        // Forward, recomputation and two gradients.
+        assert_eq!(sum(|launches| launches.convolutions), 4);
+        assert_eq!(sum(|launches| launches.fills), 0);
+        // The weight, forward and backward, unless its layouts are one; both operands of its gradient.
+        let weights = if block.kernel == 1 { 0 } else { 2 };
+        assert!(sum(|launches| launches.copies) <= weights + 2);
+    }
+}
