@@ -103,6 +103,8 @@ mod scratch;
 mod simd;
 
 pub use activation::Activation;
+#[doc(hidden)]
+pub use conv::Method;
 pub use element::Element;
 pub use geometry::{Geometry, GeometryError};
 pub use norm::affine::Affine;

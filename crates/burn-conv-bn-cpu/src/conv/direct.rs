@@ -2,6 +2,7 @@
 //! [`layout`](super::layout).
 
 use std::mem::MaybeUninit;
+use std::ops::RangeInclusive;
 
 use pulp::Arch;
 
@@ -23,6 +24,8 @@ const LEAST_POSITIONS: usize = 256;
 /// Most positions of a tile: those of six channels of gradients, which a block of the weight's gradient
 /// reads again and again, are 24 KiB in single precision, three quarters of a first-level cache of 32 KiB.
 const MOST_POSITIONS: usize = 1024;
+
+const TILE_POSITIONS: RangeInclusive<usize> = LEAST_POSITIONS..=MOST_POSITIONS;
 
 /// A convolution prepared for any number of blocks of images.
 #[derive(Debug)]
@@ -62,7 +65,26 @@ pub(crate) struct Scratch<T> {
 impl<'a, T: Real> Direct<'a, T> {
     /// Planes and tiles, without the weight.
     pub(crate) fn new(geometry: &'a Geometry) -> Self {
-        let layout = Layout::new(geometry, LEAST_POSITIONS..=MOST_POSITIONS);
+        Self::of(geometry, Layout::new(geometry, TILE_POSITIONS))
+    }
+
+    /// Shifted planes, whatever the gaps.
+    pub(crate) fn shifted(geometry: &'a Geometry) -> Self {
+        Self::of(geometry, Layout::shifted(geometry))
+    }
+
+    /// Planes without gaps, unless they are too large.
+    pub(crate) fn dense(geometry: &'a Geometry) -> Option<Self> {
+        let layout = Layout::dense(geometry, TILE_POSITIONS)?;
+        Some(Self::of(geometry, layout))
+    }
+
+    /// Whether there is a plane for each tap.
+    pub(crate) fn is_dense(&self) -> bool {
+        !self.layout.copies().is_empty()
+    }
+
+    fn of(geometry: &'a Geometry, layout: Layout<'a>) -> Self {
         let channels = geometry.group_in();
         let bytes = (layout.phases() * channels + geometry.group_out()) * size_of::<T>();
         // Room for an image that is not too large: its channels are contiguous, which reads faster than

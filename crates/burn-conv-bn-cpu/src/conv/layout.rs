@@ -115,26 +115,22 @@ pub(crate) enum Source {
 }
 
 impl<'a> Layout<'a> {
-    /// The layout for a geometry, with a range for the positions of a tile.
+    /// The layout that is likely to be faster, with a range for the positions of a tile.
     pub(crate) fn new(geometry: &'a Geometry, tile: RangeInclusive<usize>) -> Self {
         let shifted = Self::shifted(geometry);
-        let positions = geometry.positions();
-        let gaps = shifted.wide.iter().product::<usize>() - positions;
-        let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
-        let planes = shifted.taps.len().saturating_mul(group_in.max(group_out));
-        let values = planes.saturating_mul(positions.max(*tile.start()));
-        if gaps * GAPS >= positions
-            && positions <= *tile.end()
-            && group_in.min(group_out) >= LEAST_CHANNELS
-            && values <= MOST_VALUES
-        {
-            return Self::dense(geometry);
-        }
-        shifted
+        let outweighs = shifted.gaps() * GAPS >= geometry.positions()
+            && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS;
+        let dense = outweighs.then(|| Self::dense(geometry, tile)).flatten();
+        dense.unwrap_or(shifted)
+    }
+
+    /// Positions of an image that are no output.
+    fn gaps(&self) -> usize {
+        self.wide.iter().product::<usize>() - self.geometry.positions()
     }
 
     /// A plane for each phase, with the taps' shifts.
-    fn shifted(geometry: &'a Geometry) -> Self {
+    pub(crate) fn shifted(geometry: &'a Geometry) -> Self {
         let (stride, kernel, dilation) = (geometry.stride, geometry.kernel, geometry.dilation);
         let each = [0, 1, 2].map(|dim| remainders(geometry, dim));
         let phases = combined(&each);
@@ -178,15 +174,23 @@ impl<'a> Layout<'a> {
         }
     }
 
-    /// A plane for each tap, without gaps.
-    fn dense(geometry: &'a Geometry) -> Self {
+    /// A plane for each tap, unless there are no gaps anyway, images are larger than a tile or planes too large.
+    pub(crate) fn dense(geometry: &'a Geometry, tile: RangeInclusive<usize>) -> Option<Self> {
+        let positions = geometry.positions();
+        let taps = geometry.kernel.iter().product::<usize>();
+        let planes = taps.saturating_mul(geometry.group_in().max(geometry.group_out()));
+        let values = planes.saturating_mul(positions.max(*tile.start()));
+        let has_gaps = Self::shifted(geometry).gaps() > 0;
+        if !has_gaps || positions > *tile.end() || values > MOST_VALUES {
+            return None;
+        }
         let offsets = [0, 1, 2].map(|dim| {
             (0..geometry.kernel[dim])
                 .map(|tap| tap * geometry.dilation[dim])
                 .collect()
         });
         let phases = combined(&offsets);
-        Self {
+        Some(Self {
             geometry,
             wide: geometry.output,
             taps: (0..phases.len()).map(|tap| (tap, 0)).collect(),
@@ -194,7 +198,7 @@ impl<'a> Layout<'a> {
             phases,
             reaches: [0; 3],
             reach: 0,
-        }
+        })
     }
 
     /// Copies of the output's gradient, in a layout without gaps.

@@ -151,10 +151,14 @@ pub(super) fn winograd_tile<E: Element>(geometry: &Geometry) -> usize {
     forward.min(backward) / THREADS / 6 * 5
 }
 
-/// Winograd's algorithm by slices, with the largest parts that fit, where it is faster than packed products.
-pub(super) fn slices<E: Element>(geometry: &Geometry) -> Option<Slices<'_>> {
+/// Whether there are enough tiles for Winograd's algorithm by slices to be faster than packed products.
+pub(super) fn has_tiles(geometry: &Geometry) -> bool {
     let [_, rows, columns] = geometry.output().map(|len| len.div_ceil(2));
-    let is_faster = geometry.positions() > 1 && geometry.batch() * rows * columns >= LEAST_TILES;
+    geometry.positions() > 1 && geometry.batch() * rows * columns >= LEAST_TILES
+}
+
+/// Winograd's algorithm by slices, with the largest parts that fit.
+pub(super) fn slices<E: Element>(geometry: &Geometry) -> Option<Slices<'_>> {
     let fitting = |(tiles, channels)| {
         let slices = Slices::new(geometry, tiles, channels);
         let bytes = |gradients| slices.bytes(size_of::<E::Real>(), THREADS, gradients);
@@ -162,5 +166,5 @@ pub(super) fn slices<E: Element>(geometry: &Geometry) -> Option<Slices<'_>> {
             && bytes(true) <= backward_limit::<E>(geometry);
         fits.then_some(slices)
     };
-    SLICES.into_iter().find_map(fitting).filter(|_| is_faster)
+    SLICES.into_iter().find_map(fitting)
 }

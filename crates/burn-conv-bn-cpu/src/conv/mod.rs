@@ -7,17 +7,19 @@ pub(crate) mod tile;
 mod direct;
 mod layout;
 mod limit;
+mod method;
 mod packed;
 mod winograd;
 
 pub(crate) use self::limit::weight_blocks;
+pub use self::method::Method;
 
 use self::direct::Direct;
-use self::limit::{fits, is_alone, is_deep, slices, winograd_tile};
+use self::limit::{fits, has_tiles, is_alone, is_deep, slices, winograd_tile};
 use self::packed::Packed;
 use self::tile::Transposed;
 use self::winograd::{Slices, Winograd};
-use crate::{Element, Geometry};
+use crate::{Element, Geometry, Real};
 
 /// Fewest channels, in and out, for which Winograd's savings outweigh its transforms.
 const LEAST_CHANNELS: usize = 16;
@@ -30,6 +32,17 @@ pub(crate) enum Chosen<'a, T> {
     Slices(Slices<'a>),
 }
 
+impl<T: Real> Chosen<'_, T> {
+    /// Prepares each of the weights if it is needed, by algorithms that hold copies of them.
+    fn with_weights(self, weight: Option<&[T]>, transposed: Option<Transposed<'_, T>>) -> Self {
+        match self {
+            Self::Direct(direct) => Self::Direct(direct.with_weights(weight, transposed)),
+            Self::Winograd(winograd) => Self::Winograd(winograd.with_weights(weight, transposed)),
+            Self::Packed(_) | Self::Slices(_) => self,
+        }
+    }
+}
+
 /// Prepares the algorithm for a geometry, each of the weights if it is needed. A function of the geometry and the
 /// type alone, so that forward and backward are by the same algorithm.
 pub(crate) fn choose<'a, E: Element>(
@@ -37,21 +50,22 @@ pub(crate) fn choose<'a, E: Element>(
     weight: Option<&[E::Real]>,
     transposed: Option<Transposed<'_, E::Real>>,
 ) -> Chosen<'a, E::Real> {
-    let plain = geometry.kernel == [1, 3, 3]
-        && geometry.stride == [1; 3]
-        && geometry.dilation == [1; 3]
-        && geometry.input[0] == 1
-        && geometry.padding[0] == (0, 0)
-        && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS;
+    let forced = geometry.method.and_then(|method| method.of::<E>(geometry));
+    let chosen = forced.unwrap_or_else(|| rule::<E>(geometry));
+    chosen.with_weights(weight, transposed)
+}
+
+/// The algorithm that is likely to be the fastest of those that fit the limits.
+fn rule<E: Element>(geometry: &Geometry) -> Chosen<'_, E::Real> {
     let is_alone = is_alone::<E>(geometry);
-    if plain {
-        let slices = slices::<E>(geometry);
+    if is_for_winograd(geometry) {
+        let slices = slices::<E>(geometry).filter(|_| has_tiles(geometry));
         if let Some(slices) = slices.filter(|_| is_alone || is_deep(geometry)) {
             return Chosen::Slices(slices);
         }
         let winograd = Winograd::new(geometry, winograd_tile::<E>(geometry));
         if fits::<E, _>(&winograd) {
-            return Chosen::Winograd(winograd.with_weights(weight, transposed));
+            return Chosen::Winograd(winograd);
         }
         if let Some(slices) = slices {
             return Chosen::Slices(slices);
@@ -59,10 +73,19 @@ pub(crate) fn choose<'a, E: Element>(
     } else if !is_alone {
         let direct = Direct::new(geometry);
         if fits::<E, _>(&direct) {
-            return Chosen::Direct(direct.with_weights(weight, transposed));
+            return Chosen::Direct(direct);
         }
     }
     Chosen::Packed(Packed::new(geometry, size_of::<E::Real>()))
+}
+
+fn is_for_winograd(geometry: &Geometry) -> bool {
+    geometry.kernel == [1, 3, 3]
+        && geometry.stride == [1; 3]
+        && geometry.dilation == [1; 3]
+        && geometry.input[0] == 1
+        && geometry.padding[0] == (0, 0)
+        && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS
 }
 
 /// Panics if a slice is not of the geometry's size.
@@ -90,7 +113,6 @@ mod tests {
     use super::channels::{ByChannels, Rows};
     use super::tile::{Algorithm, BlockGrads, TileScratch, Work};
     use super::*;
-    use crate::Real;
 
     fn random(len: usize, seed: u64) -> Vec<f64> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
