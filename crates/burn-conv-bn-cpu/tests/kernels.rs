@@ -4,8 +4,8 @@ use std::fmt::Debug;
 
 use burn_conv_bn_cpu::{
     Activation, Affine, Backward, ConvOutput, Element, Geometry, GeometryError, GradSums,
-    Gradients, InputGradCoefficients, OutputGrad, Real, backward, conv, conv_moments, grad_sums,
-    normalize,
+    Gradients, InputGradCoefficients, Moments, OutputGrad, Real, backward, conv, conv_moments,
+    grad_sums, normalize,
 };
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
@@ -47,7 +47,7 @@ fn cases() -> impl Iterator<Item = Case> {
             ..case
         })
     };
-    geometries().into_iter().flat_map(bounded)
+    geometries().into_iter().chain(bands()).flat_map(bounded)
 }
 
 /// Ugly on purpose: one channel, 65 of them, one pixel, odd strides, asymmetric padding, dilation,
@@ -355,6 +355,77 @@ fn geometries() -> Vec<Case> {
             padding: padded,
             bound: Some(3 << 19),
             ..PLAIN
+        },
+    ]
+}
+
+/// A large image of few channels, in bands: stride 1 and 2, taps that leave out some of the input, a stride in rows
+/// alone, groups, one and three dimensions, padding of more than a band's reach; then by Winograd's algorithm with
+/// odd sizes, and with padding on one side.
+fn bands() -> Vec<Case> {
+    let padded = [(0, 0), (1, 1), (1, 1)];
+    let large = Case {
+        batch: 1,
+        input: [1, 40, 41],
+        ..PLAIN
+    };
+    vec![
+        Case {
+            padding: padded,
+            ..large
+        },
+        Case {
+            input: [1, 83, 70],
+            stride: [1, 2, 2],
+            padding: [(0, 0), (0, 2), (1, 0)],
+            ..large
+        },
+        Case {
+            input: [1, 131, 130],
+            kernel: [1, 2, 2],
+            stride: [1, 3, 3],
+            ..large
+        },
+        Case {
+            input: [1, 95, 40],
+            kernel: [1, 5, 3],
+            stride: [1, 3, 1],
+            padding: [(0, 0), (30, 31), (0, 4)],
+            dilation: [1, 2, 1],
+            ..large
+        },
+        Case {
+            channels: [6, 9],
+            groups: 3,
+            padding: padded,
+            ..large
+        },
+        Case {
+            input: [1, 1, 3001],
+            kernel: [1, 1, 5],
+            stride: [1, 1, 2],
+            padding: [(0, 0), (0, 0), (2, 2)],
+            ..large
+        },
+        Case {
+            input: [41, 9, 10],
+            kernel: [3, 3, 2],
+            stride: [2, 1, 1],
+            padding: [(1, 1), (1, 1), (0, 1)],
+            ..large
+        },
+        Case {
+            channels: [16, 17],
+            input: [1, 47, 45],
+            padding: padded,
+            ..large
+        },
+        Case {
+            channels: [32, 34],
+            groups: 2,
+            input: [1, 50, 41],
+            padding: [(0, 0), (2, 0), (0, 3)],
+            ..large
         },
     ]
 }
@@ -1045,69 +1116,100 @@ fn nothing_is_recomputed_without_the_weight() {
     grad_sums(&pass, ConvOutput::Recompute);
 }
 
+/// The results of a training step.
+#[derive(PartialEq)]
+struct Results {
+    moments: Moments,
+    sums: GradSums,
+    z: Vec<f32>,
+    input_grad: Vec<f32>,
+    weight_grad: Vec<f32>,
+}
+
+/// The step of a case with ReLU; the first images are the same for any batch.
+fn step(case: &Case) -> Results {
+    let geometry = case.geometry();
+    let input = rounded::<f32>(&random(case.batch * geometry.input_len(), 1));
+    let weight = rounded::<f32>(&random(geometry.weight_len(), 2));
+    let mut z = vec![0.0; case.batch * geometry.output_len()];
+    let moments = conv_moments(&geometry, &input, &weight, &mut z);
+    let output_grad = rounded::<f32>(&random(z.len(), 3));
+    let ones = vec![1.0; geometry.channels_out()];
+    let affine = Affine {
+        mean: &ones,
+        scale: &ones,
+        shift: &ones,
+    };
+    let pass = Backward {
+        geometry: &geometry,
+        input: Some(&input),
+        weight: Some(&weight),
+        output_grad: OutputGrad::Whole(&output_grad),
+        affine,
+        activation: Activation::Relu,
+        residual: None,
+        output: None,
+    };
+    let sums = grad_sums(&pass, ConvOutput::Recompute);
+    let (mut input_grad, mut weight_grad) = (Vec::new(), Vec::new());
+    let coefficients = InputGradCoefficients {
+        scale: &ones,
+        slope: &ones,
+        offset: &ones,
+    };
+    let gradients = Gradients {
+        input: Some((&mut input_grad, &weight)),
+        weight: Some(&mut weight_grad),
+        residual: None,
+    };
+    backward(&pass, None, Some(coefficients), gradients);
+    Results {
+        moments,
+        sums,
+        z,
+        input_grad,
+        weight_grad,
+    }
+}
+
 #[test]
 fn the_number_of_threads_changes_no_bit() {
-    for (channels, stride, bound) in algorithms() {
-        let case = Case {
-            bound,
-            batch: 37,
-            channels,
-            stride,
-            input: [1, 9, 9],
-            padding: [(0, 0), (1, 1), (1, 1)],
-            ..PLAIN
-        };
-        let run = || {
-            let geometry = case.geometry();
-            let channels = geometry.channels_out();
-            let input = rounded::<f32>(&random(case.batch * geometry.input_len(), 1));
-            let weight = rounded::<f32>(&random(geometry.weight_len(), 2));
-            let mut z = vec![0.0; case.batch * geometry.output_len()];
-            let moments = conv_moments(&geometry, &input, &weight, &mut z);
-            let output_grad = rounded::<f32>(&random(z.len(), 3));
-            let ones = vec![1.0; channels];
-            let affine = Affine {
-                mean: &ones,
-                scale: &ones,
-                shift: &ones,
+    // Many small images, and a larger one in bands.
+    for (batch, input) in [(37, [1, 9, 9]), (1, [1, 90, 91])] {
+        for (channels, stride, bound) in algorithms() {
+            let case = Case {
+                bound,
+                batch,
+                channels,
+                stride,
+                input,
+                padding: [(0, 0), (1, 1), (1, 1)],
+                ..PLAIN
             };
-            let pass = Backward {
-                geometry: &geometry,
-                input: Some(&input),
-                weight: Some(&weight),
-                output_grad: OutputGrad::Whole(&output_grad),
-                affine,
-                activation: Activation::Relu,
-                residual: None,
-                output: None,
+            let on = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new()
+                    .num_threads(threads)
+                    .build()
+                    .unwrap();
+                pool.install(|| step(&case))
             };
-            let sums = grad_sums(&pass, ConvOutput::Recompute);
-            let mut input_grad = vec![0.0; input.len()];
-            let mut weight_grad = vec![0.0; weight.len()];
-            let coefficients = InputGradCoefficients {
-                scale: &ones,
-                slope: &ones,
-                offset: &ones,
-            };
-            let gradients = Gradients {
-                input: Some((&mut input_grad, &weight)),
-                weight: Some(&mut weight_grad),
-                residual: None,
-            };
-            backward(&pass, None, Some(coefficients), gradients);
-            (moments, sums, z, input_grad, weight_grad)
-        };
-        let on = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .build()
-                .unwrap();
-            pool.install(run)
-        };
-        let one = on(1);
-        for threads in [2, 3, 8] {
-            assert!(on(threads) == one, "{case:?}: {threads} threads");
+            let one = on(1);
+            for threads in [2, 3, 8] {
+                assert!(on(threads) == one, "{case:?}: {threads} threads");
+            }
         }
+    }
+}
+
+/// One image is divided into bands, one of twenty is not.
+#[test]
+fn bands_change_no_bit() {
+    for case in bands() {
+        let one = step(&Case { batch: 1, ..case });
+        let many = step(&Case { batch: 20, ..case });
+        let (z, grad) = (one.z.len(), one.input_grad.len());
+        assert!(one.z == many.z[..z], "{case:?}");
+        assert!(one.input_grad == many.input_grad[..grad], "{case:?}");
     }
 }
 

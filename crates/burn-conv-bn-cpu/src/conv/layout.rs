@@ -24,6 +24,7 @@ use std::ops::{Range, RangeInclusive};
 
 use super::tile::Piece;
 use crate::Geometry;
+use crate::blocks::Block;
 
 /// Fewest channels, in and out, for which a layout without gaps outweighs its copies.
 const LEAST_CHANNELS: usize = 16;
@@ -84,7 +85,7 @@ struct DensePhase {
 pub(crate) struct Run {
     /// Offset in the wide range.
     pub(crate) wide: usize,
-    /// Offset of channel 0 from the block's first value in memory.
+    /// Offset of channel 0 from the first value of the block's images in memory.
     pub(crate) dense: usize,
     pub(crate) len: usize,
 }
@@ -92,8 +93,10 @@ pub(crate) struct Run {
 /// The values of a range of wide positions in memory.
 #[derive(Debug)]
 pub(crate) struct Tile {
-    /// Wide positions of the output, from the block's first on.
+    /// Wide positions of the output, from the first of the block's images on.
     pub(crate) range: Range<usize>,
+    /// Whether it is the block's first.
+    pub(crate) is_first: bool,
     /// Of the input, for each phase: the inputs of the tile's outputs.
     pub(crate) input: Vec<Vec<Run>>,
     /// Of the output.
@@ -294,39 +297,64 @@ impl<'a> Layout<'a> {
         last_row * pitch + output[2]
     }
 
-    /// The tiles of a block of images, of at most `len` wide positions each.
-    pub(crate) fn tiles(&self, images: usize, len: usize) -> Vec<Tile> {
-        let (positions, unit) = (self.positions(images), self.unit());
-        let units = positions.div_ceil(unit);
+    /// Wide positions of a block, from the first of its images on.
+    fn range(&self, block: &Block) -> Range<usize> {
+        let end = self.positions(block.images.len());
+        let Some(band) = &block.band else {
+            return 0..end;
+        };
+        let dim = self.geometry.outermost();
+        let line: usize = self.wide[dim + 1..].iter().product();
+        let is_last = band.lines.end == self.geometry.output[dim];
+        let band_end = band.lines.end * line;
+        band.lines.start * line..if is_last { end } else { band_end }
+    }
+
+    /// The tiles of a block, of at most `len` wide positions each.
+    pub(crate) fn tiles(&self, block: &Block, len: usize) -> Vec<Tile> {
+        let (range, unit) = (self.range(block), self.unit());
+        let units = range.len().div_ceil(unit);
         let count = units.div_ceil((len / unit).max(1));
         let len = units.div_ceil(count) * unit;
-        (0..positions)
+        range
+            .clone()
             .step_by(len)
             .map(|start| {
-                let range = start..(start + len).min(positions);
-                let reached = range.start..range.end + self.reach;
-                let last = range.end == positions;
-                let grad = match &self.copies {
-                    Some(copies) => {
-                        copies.runs(self.geometry, range.start / unit..range.end / unit)
-                    }
-                    None => {
-                        let end = if last { reached.end } else { range.end };
-                        self.input_runs(images, &(range.start..end))
-                    }
-                };
-                let output = self.output_runs(images, &range);
-                let (pieces, runs) = pieces(&output);
-                Tile {
-                    input: self.input_runs(images, &reached),
-                    pieces,
-                    runs,
-                    output,
-                    grad,
-                    range,
-                }
+                let tile = start..(start + len).min(range.end);
+                self.tile(block.images.len(), tile, start == range.start)
             })
             .collect()
+    }
+
+    /// The positions before a band whose gradients its shifts reach.
+    pub(crate) fn halo(&self, block: &Block) -> Option<Tile> {
+        let end = self.range(block).start;
+        let range = end.saturating_sub(self.reach)..end;
+        (!range.is_empty()).then(|| self.tile(block.images.len(), range, false))
+    }
+
+    fn tile(&self, images: usize, range: Range<usize>, is_first: bool) -> Tile {
+        let unit = self.unit();
+        let reached = range.start..range.end + self.reach;
+        let grad = match &self.copies {
+            Some(copies) => copies.runs(self.geometry, range.start / unit..range.end / unit),
+            None => {
+                let is_last = range.end == self.positions(images);
+                let end = if is_last { reached.end } else { range.end };
+                self.input_runs(images, &(range.start..end))
+            }
+        };
+        let output = self.output_runs(images, &range);
+        let (pieces, runs) = pieces(&output);
+        Tile {
+            input: self.input_runs(images, &reached),
+            is_first,
+            pieces,
+            runs,
+            output,
+            grad,
+            range,
+        }
     }
 
     /// Each wide row that has positions in `range`: image, slice, row and columns.

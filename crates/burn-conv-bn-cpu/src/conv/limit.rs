@@ -102,14 +102,28 @@ fn backward_bytes<E: Element, A: Algorithm<E>>(algorithm: &A) -> usize {
     filters::<E>(algorithm.geometry()) * filter_bytes::<E, A>(algorithm)
         + THREADS * algorithm.tile_bytes(true)
         + algorithm.offset_bytes(true)
+        + share_bytes(algorithm.geometry())
+}
+
+/// Bytes of the lists of bands' channels, of input, output and residual.
+fn share_bytes(geometry: &Geometry) -> usize {
+    let blocks = geometry.blocks(BLOCKS);
+    match blocks.len() > geometry.batch() {
+        true => {
+            blocks.len()
+                * (geometry.channels[0] + 2 * geometry.channels_out())
+                * size_of::<&mut [u8]>()
+        }
+        false => 0,
+    }
 }
 
 /// Whether an algorithm fits the limits of its geometry, with two blocks' sums of the weight's gradient.
 pub(super) fn fits<E: Element, A: Algorithm<E>>(algorithm: &A) -> bool {
     let geometry = algorithm.geometry();
     let filter = filter_bytes::<E, A>(algorithm);
-    let blocks = geometry.batch().div_ceil(geometry.images_per_block(BLOCKS));
-    let moments = blocks * geometry.channels_out() * MOMENTS_BYTES;
+    let blocks = geometry.blocks(BLOCKS).len();
+    let moments = blocks * geometry.channels_out() * MOMENTS_BYTES + share_bytes(geometry);
     let tiles = THREADS * algorithm.tile_bytes(false);
     let forward = filter + tiles + algorithm.offset_bytes(false) + moments;
     let backward = backward_bytes::<E, A>(algorithm) + LEAST_BLOCKS * filter;

@@ -113,6 +113,7 @@ mod tests {
     use super::channels::{ByChannels, Rows};
     use super::tile::{Algorithm, BlockGrads, TileScratch, Work};
     use super::*;
+    use crate::blocks::{Block, Share};
 
     fn random(len: usize, seed: u64) -> Vec<f64> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -143,13 +144,18 @@ mod tests {
         let mut sums = vec![E::ZERO; algorithm.weight_grad_len()];
         // An unwritten value shows.
         let mut input_grad = vec![MaybeUninit::new(E::from_f64(f64::NAN)); input.len()];
+        let mut input_share = Share::whole(&mut input_grad);
+        let block = Block {
+            images: 0..geometry.batch(),
+            band: None,
+        };
         let work = Work {
-            images: geometry.batch(),
+            block: &block,
             input: Some(&input),
             convolves: true,
             grads: Some(BlockGrads {
                 weight: Some(&mut sums),
-                input: Some(&mut input_grad),
+                input: Some(&mut input_share),
             }),
         };
         let mut scratch = TileScratch::<A::Scratch, E>::default();
