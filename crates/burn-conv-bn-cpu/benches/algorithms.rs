@@ -134,9 +134,12 @@ fn layers() -> Vec<Layer> {
         layer("ResNet", [512, 512], 7, 3),
         layer("ResNet", [512, 2048], 7, 1),
         layer("ResNeXt", [128, 128], 56, 3).groups(32),
+        layer("ResNeXt", [256, 256], 28, 3).groups(32),
         layer("ResNeXt", [512, 512], 14, 3).groups(32),
         layer("ResNet-32px", [3, 64], 32, 3),
         layer("ResNet-32px", [16, 16], 32, 3),
+        layer("ResNet-32px", [32, 32], 16, 3),
+        layer("ResNet-32px", [64, 64], 8, 3),
         layer("ResNet-32px", [64, 64], 32, 3),
         layer("ResNet-32px", [64, 128], 32, 3).stride(2),
         layer("ResNet-32px", [128, 128], 16, 3),
@@ -218,9 +221,10 @@ fn step(geometry: &Geometry, data: &mut Data) {
         output: None,
     };
     let stores = geometry.is_worth_storing(size_of_val(output));
-    let conv_output = match stores {
-        true => ConvOutput::Store(&mut data.stored),
-        false => ConvOutput::Recompute,
+    let conv_output = if stores {
+        ConvOutput::Store(&mut data.stored)
+    } else {
+        ConvOutput::Recompute
     };
     black_box(grad_sums(&pass, conv_output));
     let coefficients = InputGradCoefficients {

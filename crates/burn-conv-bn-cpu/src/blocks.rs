@@ -206,3 +206,96 @@ pub(crate) fn split<T>(all: Option<&mut [T]>, len: usize, blocks: usize) -> Vec<
         None => (0..blocks).map(|_| None).collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn square(batch: usize, channels: usize, size: usize) -> Geometry {
+        let padding = [(0, 0), (1, 1), (1, 1)];
+        let channels = [channels; 2];
+        Geometry::new(
+            batch,
+            channels,
+            1,
+            [1, size, size],
+            [1, 3, 3],
+            [1; 3],
+            padding,
+            [1; 3],
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn few_large_images_are_divided() {
+        let blocks = |batch, channels, size| square(batch, channels, size).blocks(BLOCKS).len();
+        assert_eq!(blocks(1, 64, 256), 16);
+        assert_eq!(blocks(3, 64, 256), 3 * 4);
+        assert_eq!(blocks(8, 64, 256), 8);
+        // Few positions, or few values for the weight.
+        assert_eq!(blocks(1, 8, 32), 1);
+        assert_eq!(blocks(1, 512, 56), 1);
+        // As many weight gradients as there is room for.
+        assert_eq!(square(1, 64, 256).blocks(5).len(), 4);
+    }
+
+    #[test]
+    fn bands_make_an_image() {
+        for padding in [0, 1, 40] {
+            let rows = (padding, padding);
+            let geometry = Geometry::new(
+                2,
+                [3, 4],
+                1,
+                [1, 200, 50],
+                [1, 3, 1],
+                [1, 3, 1],
+                [(0, 0), rows, (0, 0)],
+                [1; 3],
+            )
+            .unwrap();
+            let [mut outputs, mut inputs] = [0, 0];
+            let blocks = geometry.blocks(BLOCKS);
+            assert!(blocks.len() > 2);
+            for band in blocks
+                .iter()
+                .take(blocks.len() / 2)
+                .flat_map(|block| &block.band)
+            {
+                assert_eq!([band.outputs.start, band.inputs.start], [outputs, inputs]);
+                [outputs, inputs] = [band.outputs.end, band.inputs.end];
+            }
+            assert_eq!([outputs, inputs], [geometry.positions(), 200 * 50]);
+        }
+    }
+
+    #[test]
+    fn shares_are_parts_of_each_channel() {
+        let geometry = square(2, 4, 64);
+        let blocks = geometry.blocks(BLOCKS);
+        let plane = geometry.positions();
+        let mut tensor: Vec<usize> = (0..2 * 4 * plane).collect();
+        let all = shares(&mut tensor, &blocks, [4, plane], |band| {
+            band.outputs.clone()
+        });
+        for (block, mut share) in blocks.iter().zip(all) {
+            let outputs = &block.band.as_ref().expect("two large images").outputs;
+            let first = block.images.start * 4 * plane;
+            for channel in 0..4 {
+                let start = channel * plane + outputs.start;
+                let part = share.get(start..start + outputs.len()).unwrap();
+                assert!(
+                    part.iter()
+                        .copied()
+                        .eq(first + start..first + start + outputs.len())
+                );
+                if outputs.start > 0 {
+                    assert!(share.get(start - 1..start).is_none());
+                }
+                let (part, at) = share.channel(channel * plane);
+                assert_eq!((part[0], at), (first + start, outputs.start));
+            }
+        }
+    }
+}

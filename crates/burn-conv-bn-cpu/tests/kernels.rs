@@ -4,8 +4,8 @@ use std::fmt::Debug;
 
 use burn_conv_bn_cpu::{
     Activation, Affine, Backward, ConvOutput, Element, Geometry, GeometryError, GradSums,
-    Gradients, InputGradCoefficients, Moments, OutputGrad, Real, backward, conv, conv_moments,
-    grad_sums, normalize,
+    Gradients, InputGradCoefficients, Method, Moments, OutputGrad, Real, backward, conv,
+    conv_moments, grad_sums, normalize,
 };
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
@@ -22,8 +22,10 @@ struct Case {
     stride: [usize; 3],
     padding: [(usize, usize); 3],
     dilation: [usize; 3],
-    /// On scratch: 0 leaves the packed products alone.
+    /// On scratch.
     bound: Option<usize>,
+    /// None for that of the rule.
+    method: Option<Method>,
 }
 
 const PLAIN: Case = Case {
@@ -36,18 +38,19 @@ const PLAIN: Case = Case {
     padding: [(0, 0); 3],
     dilation: [1; 3],
     bound: None,
+    method: None,
 };
 
-/// The cases with each algorithm: that of their geometry, and packed products.
+/// The cases with the algorithm of the rule, and with each that applies.
 fn cases() -> impl Iterator<Item = Case> {
-    let bounds = [None, Some(0)];
-    let bounded = move |case: Case| {
-        bounds.map(|bound| Case {
-            bound: bound.or(case.bound),
-            ..case
-        })
+    let by_methods = |case: Case| {
+        let geometry = case.geometry();
+        let applies = move |method: &Method| geometry.fits::<f32>(*method).is_some();
+        let methods = Method::ALL.into_iter().filter(applies).map(Some);
+        let by_method = move |method| Case { method, ..case };
+        [None].into_iter().chain(methods).map(by_method)
     };
-    geometries().into_iter().chain(bands()).flat_map(bounded)
+    geometries().into_iter().chain(bands()).flat_map(by_methods)
 }
 
 /// Ugly on purpose: one channel, 65 of them, one pixel, odd strides, asymmetric padding, dilation,
@@ -430,25 +433,27 @@ fn bands() -> Vec<Case> {
     ]
 }
 
-/// Channels and stride for shifted planes, for Winograd, for planes without gaps, for Winograd by slices, and for
-/// packed products, the latter two with a bound.
-fn algorithms() -> [([usize; 2], [usize; 3], Option<usize>); 5] {
+/// Channels and stride for each algorithm.
+fn algorithms() -> [([usize; 2], [usize; 3], Method); 5] {
     [
-        ([5, 6], [1; 3], None),
-        ([16, 17], [1; 3], None),
-        ([70, 61], [1; 3], Some(2 << 20)),
-        ([16, 17], [1, 2, 2], None),
-        ([50, 61], [1, 2, 2], Some(0)),
+        ([5, 6], [1; 3], Method::Planes),
+        ([16, 17], [1; 3], Method::Winograd),
+        ([70, 61], [1; 3], Method::Slices),
+        ([16, 17], [1, 2, 2], Method::WithoutGaps),
+        ([50, 61], [1, 2, 2], Method::Packed),
     ]
 }
 
 impl Case {
     fn geometry(&self) -> Geometry {
-        let geometry = self.unbounded();
-        match self.bound {
-            Some(bytes) => geometry.with_max_scratch(bytes),
-            None => geometry,
+        let mut geometry = self.unbounded();
+        if let Some(bytes) = self.bound {
+            geometry = geometry.with_max_scratch(bytes);
         }
+        if let Some(method) = self.method {
+            geometry = geometry.with_method(method);
+        }
+        geometry
     }
 
     fn unbounded(&self) -> Geometry {
@@ -900,11 +905,11 @@ fn compare_half<E: Element<Real = f32> + PartialEq>(case: &Case, tolerance: f64)
 #[test]
 fn closed_activations_pass_nothing() {
     fn check_all<E: Element<Real: Debug> + PartialEq + Debug>() {
-        let shapes = algorithms().map(|(channels, stride, bound)| (channels, stride, bound, 1));
-        let grouped = ([4, 4], [1; 3], None, 4);
-        for (channels, stride, bound, groups) in shapes.into_iter().chain([grouped]) {
+        let shapes = algorithms().map(|(channels, stride, method)| (channels, stride, method, 1));
+        let grouped = ([4, 4], [1; 3], Method::Planes, 4);
+        for (channels, stride, method, groups) in shapes.into_iter().chain([grouped]) {
             let case = Case {
-                bound,
+                method: Some(method),
                 channels,
                 stride,
                 groups,
@@ -1026,9 +1031,9 @@ fn check_closed<E: Element<Real: Debug> + PartialEq + Debug>(
 /// What a kept output makes superfluous may be left out, and changes nothing.
 #[test]
 fn a_kept_output_takes_neither_weight_nor_input() {
-    for (channels, stride, bound) in algorithms() {
+    for (channels, stride, method) in algorithms() {
         let case = Case {
-            bound,
+            method: Some(method),
             channels,
             stride,
             padding: [(0, 0), (1, 1), (1, 1)],
@@ -1176,9 +1181,9 @@ fn step(case: &Case) -> Results {
 fn the_number_of_threads_changes_no_bit() {
     // Many small images, and a larger one in bands.
     for (batch, input) in [(37, [1, 9, 9]), (1, [1, 90, 91])] {
-        for (channels, stride, bound) in algorithms() {
+        for (channels, stride, method) in algorithms() {
             let case = Case {
-                bound,
+                method: Some(method),
                 batch,
                 channels,
                 stride,

@@ -6,7 +6,8 @@ use std::ops::RangeInclusive;
 
 use pulp::Arch;
 
-use super::layout::{Copy, Layout, Run, Source, Tile};
+use super::layout::{Copy, Layout, Source, Tile};
+use super::phases::Run;
 use super::tile::{Algorithm, Piece, Transposed};
 use crate::blocks::{Block, Share};
 use crate::scratch::Aligned;

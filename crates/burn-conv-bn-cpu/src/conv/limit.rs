@@ -20,8 +20,8 @@ const THREADS: usize = 2;
 const LEAST_TAPS: usize = 64;
 const LEAST_CHANNELS: usize = 24;
 
-/// Activations, in weights, from which on its copies pay: measured at 128 to 512 channels.
-const DEEP: usize = 4;
+/// Activations of a single image, in weights, below which packed products are faster on two threads and more.
+const ALONE: usize = 4;
 
 /// Bytes of one channel's moments in one block.
 const MOMENTS_BYTES: usize = 24;
@@ -107,15 +107,12 @@ fn backward_bytes<E: Element, A: Algorithm<E>>(algorithm: &A) -> usize {
 
 /// Bytes of the lists of bands' channels, of input, output and residual.
 fn share_bytes(geometry: &Geometry) -> usize {
-    let blocks = geometry.blocks(BLOCKS);
-    match blocks.len() > geometry.batch() {
-        true => {
-            blocks.len()
-                * (geometry.channels[0] + 2 * geometry.channels_out())
-                * size_of::<&mut [u8]>()
-        }
-        false => 0,
+    let blocks = geometry.blocks(BLOCKS).len();
+    if blocks <= geometry.batch() {
+        return 0;
     }
+    let channels = geometry.channels[0] + 2 * geometry.channels_out();
+    blocks * channels * size_of::<&mut [u8]>()
 }
 
 /// Whether an algorithm fits the limits of its geometry, with two blocks' sums of the weight's gradient.
@@ -130,19 +127,19 @@ pub(super) fn fits<E: Element, A: Algorithm<E>>(algorithm: &A) -> bool {
     forward <= forward_limit::<E>(geometry) && backward <= backward_limit::<E>(geometry)
 }
 
-/// Whether threads are better divided by channels: a small image is alone, and has products enough for all.
-pub(super) fn is_alone<E: Element>(geometry: &Geometry) -> bool {
-    let bytes = Bytes::new::<E>(geometry);
+/// Whether threads are better divided by channels: an image is alone, smaller than a few weights, and has products
+/// enough for all.
+pub(super) fn is_alone(geometry: &Geometry) -> bool {
     geometry.batch() == 1
+        && is_deep(geometry, ALONE)
         && geometry.depth() >= LEAST_TAPS
         && geometry.group_out() >= LEAST_CHANNELS
-        && bytes.input + bytes.output <= GRANTED
 }
 
-/// Whether the activations are few for the weight: slices are then faster than Winograd's algorithm with copies of it.
-pub(super) fn is_deep(geometry: &Geometry) -> bool {
+/// Whether the activations have fewer values than `weights` weights.
+pub(super) fn is_deep(geometry: &Geometry, weights: usize) -> bool {
     let activations = geometry.batch() * (geometry.input_len() + geometry.output_len());
-    activations < DEEP * geometry.weight_len()
+    activations < weights * geometry.weight_len()
 }
 
 /// Blocks of images of the weight's gradient, for an algorithm that fits: as many as have room for their sums.

@@ -78,3 +78,35 @@ impl Geometry {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What docs/cpu.md measured.
+    #[test]
+    fn the_rule_chooses_what_is_fast_and_fits() {
+        let chosen = |batch: usize, [into, out, size]: [usize; 3], stride: usize, groups: usize| {
+            let padding = [(0, 0), (1, 1), (1, 1)];
+            let stride = [1, stride, stride];
+            let (input, kernel) = ([1, size, size], [1, 3, 3]);
+            let channels = [into, out];
+            Geometry::new(
+                batch, channels, groups, input, kernel, stride, padding, [1; 3],
+            )
+            .unwrap()
+            .method::<f32>()
+        };
+        assert_eq!(chosen(8, [64, 64, 56], 1, 1), Method::Winograd);
+        assert_eq!(chosen(8, [16, 16, 32], 1, 1), Method::Winograd);
+        // Few channels in short rows.
+        assert_eq!(chosen(8, [512, 512, 14], 1, 32), Method::Planes);
+        // A weight that outweighs the activations, with tiles enough and too few.
+        assert_eq!(chosen(32, [512, 512, 7], 1, 1), Method::Slices);
+        assert_eq!(chosen(1, [512, 512, 7], 1, 1), Method::Packed);
+        // Planes without gaps, where they fit the limits.
+        assert_eq!(chosen(32, [256, 256, 28], 2, 1), Method::WithoutGaps);
+        assert_eq!(chosen(8, [256, 256, 28], 2, 1), Method::Planes);
+        assert_eq!(chosen(8, [256, 512, 8], 2, 1), Method::Packed);
+    }
+}

@@ -9,6 +9,7 @@ mod layout;
 mod limit;
 mod method;
 mod packed;
+mod phases;
 mod winograd;
 
 pub(crate) use self::limit::weight_blocks;
@@ -21,8 +22,16 @@ use self::tile::Transposed;
 use self::winograd::{Slices, Winograd};
 use crate::{Element, Geometry, Real};
 
-/// Fewest channels, in and out, for which Winograd's savings outweigh its transforms.
+/// Fewest channels of a group, in and out, for which Winograd's savings outweigh its transforms: in rows of [`WIDE`]
+/// outputs, and in any.
 const LEAST_CHANNELS: usize = 16;
+const MANY_CHANNELS: usize = 32;
+const WIDE: usize = 28;
+
+/// Activations, in weights, below which slices are faster than Winograd's algorithm with copies of the weight, and
+/// than sums of planes.
+const DEEP: usize = 4;
+const DEEP_FOR_PLANES: usize = 8;
 
 /// The algorithm for a geometry.
 pub(crate) enum Chosen<'a, T> {
@@ -55,30 +64,38 @@ pub(crate) fn choose<'a, E: Element>(
     chosen.with_weights(weight, transposed)
 }
 
-/// The algorithm that is likely to be the fastest of those that fit the limits.
-fn rule<E: Element>(geometry: &Geometry) -> Chosen<'_, E::Real> {
-    let is_alone = is_alone::<E>(geometry);
-    if is_for_winograd(geometry) {
-        let slices = slices::<E>(geometry).filter(|_| has_tiles(geometry));
-        if let Some(slices) = slices.filter(|_| is_alone || is_deep(geometry)) {
-            return Chosen::Slices(slices);
-        }
+/// The algorithm that is likely to be the fastest of those that fit the limits. docs/cpu.md has the measurements.
+fn rule<'a, E: Element>(geometry: &'a Geometry) -> Chosen<'a, E::Real> {
+    let is_for_winograd = is_for_winograd(geometry);
+    let has_many_channels = geometry.group_in().min(geometry.group_out()) >= MANY_CHANNELS;
+    let is_deep = |weights| has_many_channels && is_deep(geometry, weights);
+    let slices = slices::<E>(geometry).filter(|_| is_for_winograd && has_tiles(geometry));
+    if let Some(slices) = slices.filter(|_| is_deep(DEEP)) {
+        return Chosen::Slices(slices);
+    }
+    if is_for_winograd && (has_many_channels || geometry.output[2] >= WIDE) {
         let winograd = Winograd::new(geometry, winograd_tile::<E>(geometry));
         if fits::<E, _>(&winograd) {
             return Chosen::Winograd(winograd);
         }
-        if let Some(slices) = slices {
-            return Chosen::Slices(slices);
-        }
-    } else if !is_alone {
-        let direct = Direct::new(geometry);
-        if fits::<E, _>(&direct) {
+    }
+    if let Some(slices) = slices.filter(|_| is_deep(DEEP_FOR_PLANES)) {
+        return Chosen::Slices(slices);
+    }
+    if !is_alone(geometry) {
+        let layouts: [fn(&'a Geometry) -> Direct<'a, E::Real>; 2] = [Direct::new, Direct::shifted];
+        let mut direct = layouts.into_iter().map(|new| new(geometry));
+        if let Some(direct) = direct.find(fits::<E, _>) {
             return Chosen::Direct(direct);
         }
     }
-    Chosen::Packed(Packed::new(geometry, size_of::<E::Real>()))
+    match slices {
+        Some(slices) => Chosen::Slices(slices),
+        None => Chosen::Packed(Packed::new(geometry, size_of::<E::Real>())),
+    }
 }
 
+/// Whether Winograd's algorithm applies, to channels enough for its savings to outweigh its transforms.
 fn is_for_winograd(geometry: &Geometry) -> bool {
     geometry.kernel == [1, 3, 3]
         && geometry.stride == [1; 3]

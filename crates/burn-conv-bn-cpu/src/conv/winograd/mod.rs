@@ -49,7 +49,7 @@ use crate::{Element, Geometry, Real};
 const TILE_BYTES: usize = 6 << 20;
 
 /// Fewest positions of a tile: the filters of 512 channels are 16 MiB, read from main memory for each tile,
-/// and have to be used often enough.
+/// and have to be used often enough. Half of them where scratch is short.
 const LEAST_POSITIONS: usize = 128;
 
 /// Most positions of a tile: a plane of that many values of 64 channels is half of a core's
@@ -122,7 +122,7 @@ pub(crate) struct Scratch<T> {
 }
 
 impl<'a, T: Real> Winograd<'a, T> {
-    /// Planes and tiles of about `tile_bytes` or [`TILE_BYTES`], without the weight.
+    /// Planes and tiles of about [`TILE_BYTES`], `tile_bytes` at most, without the weight.
     pub(crate) fn new(geometry: &'a Geometry, tile_bytes: usize) -> Self {
         let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
         let [_, height, width] = geometry.output();
@@ -130,9 +130,11 @@ impl<'a, T: Real> Winograd<'a, T> {
         let bytes = E * E * (2 * group_in + group_out) * size_of::<T>();
         // A row of the preceding tile, and the values written behind the last position.
         let margin = columns + slack(group_in).max(slack(group_out));
-        let positions = (TILE_BYTES.min(tile_bytes) / bytes)
-            .saturating_sub(margin)
-            .clamp(LEAST_POSITIONS, MOST_POSITIONS);
+        let positions = |tile_bytes: usize| (tile_bytes / bytes).saturating_sub(margin);
+        let positions = positions(TILE_BYTES)
+            .clamp(LEAST_POSITIONS, MOST_POSITIONS)
+            .min(positions(tile_bytes))
+            .max(LEAST_POSITIONS / 2);
         // Small batches have small blocks, which would leave large planes empty.
         let blocks = geometry.blocks(BLOCKS);
         let block = blocks
