@@ -28,10 +28,13 @@ use crate::Geometry;
 use crate::blocks::Block;
 
 /// Fewest channels, in and out, for which a layout without gaps outweighs its copies.
-const LEAST_CHANNELS: usize = 16;
+const LEAST_CHANNELS: usize = 64;
 
 /// Most outputs for each position in a gap for which the layout without gaps outweighs its copies.
 const GAPS: usize = 16;
+
+/// Fewest outputs for each position in a gap for which shifted planes are faster than packed products.
+const FEW_GAPS: usize = 4;
 
 /// Most values of a tile's planes without gaps, and of its copies: 8 MiB of each in single precision.
 /// Every thread has a tile; many taps of many channels would make it larger than the activations.
@@ -505,6 +508,11 @@ impl Copies {
     }
 }
 
+/// Whether shifted planes are mostly outputs.
+pub(super) fn has_few_gaps(geometry: &Geometry) -> bool {
+    Layout::shifted(geometry).gaps() * FEW_GAPS <= geometry.positions()
+}
+
 /// Pieces of contiguous runs, and the range of runs of each.
 fn pieces(runs: &[Run]) -> (Vec<Piece>, Vec<Range<usize>>) {
     let mut pieces: Vec<Piece> = Vec::new();
@@ -543,12 +551,12 @@ mod tests {
 
     #[test]
     fn small_images_of_many_channels_lie_without_gaps() {
-        assert!(!has_gaps(&geometry([16, 16], [1, 64, 64], [1, 3, 3])));
+        assert!(!has_gaps(&geometry([64, 64], [1, 64, 64], [1, 3, 3])));
         assert!(!has_gaps(&geometry([512, 512], [1, 14, 14], [1, 3, 3])));
         // Larger images, few channels, and no gaps.
-        assert!(has_gaps(&geometry([16, 16], [1, 66, 64], [1, 3, 3])));
-        assert!(has_gaps(&geometry([16, 15], [1, 64, 64], [1, 3, 3])));
-        assert!(has_gaps(&geometry([16, 16], [1, 16, 16], [1, 1, 1])));
+        assert!(has_gaps(&geometry([64, 64], [1, 66, 64], [1, 3, 3])));
+        assert!(has_gaps(&geometry([64, 63], [1, 64, 64], [1, 3, 3])));
+        assert!(has_gaps(&geometry([64, 64], [1, 16, 16], [1, 1, 1])));
     }
 
     #[test]

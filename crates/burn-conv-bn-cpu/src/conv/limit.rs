@@ -18,7 +18,7 @@ const THREADS: usize = 2;
 
 /// Fewest taps, and output channels of a group, for which packed products are as fast as sums of planes.
 const LEAST_TAPS: usize = 64;
-const LEAST_CHANNELS: usize = 24;
+const LEAST_CHANNELS: usize = 64;
 
 /// Activations of a single image, in weights, below which packed products are faster on two threads and more.
 const ALONE: usize = 4;

@@ -16,6 +16,7 @@ pub(crate) use self::limit::weight_blocks;
 pub use self::method::Method;
 
 use self::direct::Direct;
+use self::layout::has_few_gaps;
 use self::limit::{fits, has_tiles, is_alone, is_deep, slices, winograd_tile};
 use self::packed::Packed;
 use self::tile::Transposed;
@@ -27,6 +28,9 @@ use crate::{Element, Geometry, Real};
 const LEAST_CHANNELS: usize = 16;
 const MANY_CHANNELS: usize = 32;
 const WIDE: usize = 28;
+
+/// Fewest channels of a group, in and out, for slices to be faster than Winograd's algorithm over rows.
+const SLICE_CHANNELS: usize = 64;
 
 /// Activations, in weights, below which slices are faster than Winograd's algorithm with copies of the weight, and
 /// than sums of planes.
@@ -65,15 +69,15 @@ pub(crate) fn choose<'a, E: Element>(
 }
 
 /// The algorithm that is likely to be the fastest of those that fit the limits. docs/cpu.md has the measurements.
-fn rule<'a, E: Element>(geometry: &'a Geometry) -> Chosen<'a, E::Real> {
+fn rule<E: Element>(geometry: &Geometry) -> Chosen<'_, E::Real> {
     let is_for_winograd = is_for_winograd(geometry);
-    let has_many_channels = geometry.group_in().min(geometry.group_out()) >= MANY_CHANNELS;
-    let is_deep = |weights| has_many_channels && is_deep(geometry, weights);
+    let channels = geometry.group_in().min(geometry.group_out());
+    let is_deep = |weights| channels >= SLICE_CHANNELS && is_deep(geometry, weights);
     let slices = slices::<E>(geometry).filter(|_| is_for_winograd && has_tiles(geometry));
     if let Some(slices) = slices.filter(|_| is_deep(DEEP)) {
         return Chosen::Slices(slices);
     }
-    if is_for_winograd && (has_many_channels || geometry.output[2] >= WIDE) {
+    if is_for_winograd && (channels >= MANY_CHANNELS || geometry.output[2] >= WIDE) {
         let winograd = Winograd::new(geometry, winograd_tile::<E>(geometry));
         if fits::<E, _>(&winograd) {
             return Chosen::Winograd(winograd);
@@ -83,9 +87,11 @@ fn rule<'a, E: Element>(geometry: &'a Geometry) -> Chosen<'a, E::Real> {
         return Chosen::Slices(slices);
     }
     if !is_alone(geometry) {
-        let layouts: [fn(&'a Geometry) -> Direct<'a, E::Real>; 2] = [Direct::new, Direct::shifted];
-        let mut direct = layouts.into_iter().map(|new| new(geometry));
-        if let Some(direct) = direct.find(fits::<E, _>) {
+        let mut direct = Direct::new(geometry);
+        if direct.is_dense() && !fits::<E, _>(&direct) && has_few_gaps(geometry) {
+            direct = Direct::shifted(geometry);
+        }
+        if fits::<E, _>(&direct) {
             return Chosen::Direct(direct);
         }
     }

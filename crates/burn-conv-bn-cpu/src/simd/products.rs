@@ -14,9 +14,6 @@ use crate::Real;
 /// Rows of a block of sums; operands are readable to a multiple of them.
 pub(crate) const ROWS: usize = 6;
 
-/// Bytes of `b` that a block of columns reads again for each block of rows: half of a first-level cache.
-const BLOCK_BYTES: usize = 16 << 10;
-
 /// Registers of the larger units: AVX-512, NEON.
 const MANY_REGISTERS: usize = 32;
 
@@ -93,28 +90,22 @@ impl<T: Real> Sums<'_, T> {
     #[inline(always)]
     #[allow(unsafe_code)]
     fn columns<S: Simd, const N: usize>(&mut self, simd: S, column: usize) {
-        let most = BLOCK_BYTES / (N * size_of::<T::Vector<S>>());
-        let step = self.depth.div_ceil(self.depth.div_ceil(most));
-        for start in (0..self.depth).step_by(step) {
-            let depth = step.min(self.depth - start);
-            for row in (0..self.rows).step_by(ROWS) {
-                // SAFETY: `run` checked that `a` holds whole blocks of rows, that the target does, of `pitch`
-                // values, and `b` `depth` rows of as many, of which these are some; the vectors end by a multiple
-                // of `WIDEST` columns.
-                unsafe {
-                    let a = self.a.as_ptr().add(row * self.row + start * self.step);
-                    let b = self.b.as_ptr().add(start * self.pitch + column);
-                    let target = self.target.as_mut_ptr().add(row * self.pitch + column);
-                    sums::<S, T, N>(
-                        simd,
-                        (a, self.row, self.step),
-                        b,
-                        depth,
-                        target,
-                        self.pitch,
-                        self.adds || start > 0,
-                    );
-                }
+        for row in (0..self.rows).step_by(ROWS) {
+            // SAFETY: `run` checked that `a` holds whole blocks of rows, that the target does, of `pitch`
+            // values, and `b` `depth` rows of as many; the vectors end by a multiple of `WIDEST` columns.
+            unsafe {
+                let a = self.a.as_ptr().add(row * self.row);
+                let b = self.b.as_ptr().add(column);
+                let target = self.target.as_mut_ptr().add(row * self.pitch + column);
+                sums::<S, T, N>(
+                    simd,
+                    (a, self.row, self.step),
+                    b,
+                    self.depth,
+                    target,
+                    self.pitch,
+                    self.adds,
+                );
             }
         }
     }
@@ -190,14 +181,7 @@ mod tests {
 
     #[test]
     fn products_of_any_size() {
-        let sizes: [[usize; 3]; 6] = [
-            [1, 1, 1],
-            [6, 4, 16],
-            [7, 5, 17],
-            [13, 66, 40],
-            [7, 70, 600],
-            [2, 3, 0],
-        ];
+        let sizes: [[usize; 3]; 5] = [[1, 1, 1], [6, 4, 16], [7, 5, 17], [13, 66, 40], [2, 3, 0]];
         for [rows, columns, depth] in sizes {
             let pitch = columns.next_multiple_of(WIDEST);
             let padded = rows.next_multiple_of(ROWS);
