@@ -1,3 +1,5 @@
+use crate::conv::Method;
+
 /// Most taps of an output value that is recomputed faster than stored and loaded: depthwise convolutions,
 /// and first layers of one or three channels.
 const FEW_TAPS: usize = 32;
@@ -76,6 +78,7 @@ pub struct Geometry {
     pub(crate) dilation: [usize; 3],
     pub(crate) max_scratch: usize,
     pub(crate) has_given_statistics: bool,
+    pub(crate) method: Option<Method>,
 }
 
 impl Geometry {
@@ -140,6 +143,7 @@ impl Geometry {
             dilation,
             max_scratch: usize::MAX,
             has_given_statistics: false,
+            method: None,
         })
     }
 

@@ -27,7 +27,7 @@
 //! All tensors are contiguous, `[batch, channels, depth, height, width]`. Allocations are room for results, in
 //! the caller's buffers, tiles for each thread, and copies of the weight as far as they are small beside the
 //! activations ([`Geometry::with_max_scratch`] bounds them). Results do not depend on the number of threads: sums
-//! run over fixed blocks of images, in order. A recomputed output has the bits of the first.
+//! run over fixed blocks of images, or of bands of one, in order. A recomputed output has the bits of the first.
 //!
 //! The kernels are the same for all variants of batch norm: the caller passes mean, scale and shift, and the
 //! coefficients of the gradient, per channel.
@@ -103,6 +103,8 @@ mod scratch;
 mod simd;
 
 pub use activation::Activation;
+#[doc(hidden)]
+pub use conv::Method;
 pub use element::Element;
 pub use geometry::{Geometry, GeometryError};
 pub use norm::affine::Affine;

@@ -4,8 +4,8 @@ use std::fmt::Debug;
 
 use burn_conv_bn_cpu::{
     Activation, Affine, Backward, ConvOutput, Element, Geometry, GeometryError, GradSums,
-    Gradients, InputGradCoefficients, OutputGrad, Real, backward, conv, conv_moments, grad_sums,
-    normalize,
+    Gradients, InputGradCoefficients, Method, Moments, OutputGrad, Real, backward, conv,
+    conv_moments, grad_sums, normalize,
 };
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
@@ -22,8 +22,10 @@ struct Case {
     stride: [usize; 3],
     padding: [(usize, usize); 3],
     dilation: [usize; 3],
-    /// On scratch: 0 leaves the packed products alone.
+    /// On scratch.
     bound: Option<usize>,
+    /// None for that of the rule.
+    method: Option<Method>,
 }
 
 const PLAIN: Case = Case {
@@ -36,18 +38,19 @@ const PLAIN: Case = Case {
     padding: [(0, 0); 3],
     dilation: [1; 3],
     bound: None,
+    method: None,
 };
 
-/// The cases with each algorithm: that of their geometry, and packed products.
+/// The cases with the algorithm of the rule, and with each that applies.
 fn cases() -> impl Iterator<Item = Case> {
-    let bounds = [None, Some(0)];
-    let bounded = move |case: Case| {
-        bounds.map(|bound| Case {
-            bound: bound.or(case.bound),
-            ..case
-        })
+    let by_methods = |case: Case| {
+        let geometry = case.geometry();
+        let applies = move |method: &Method| geometry.fits::<f32>(*method).is_some();
+        let methods = Method::ALL.into_iter().filter(applies).map(Some);
+        let by_method = move |method| Case { method, ..case };
+        [None].into_iter().chain(methods).map(by_method)
     };
-    geometries().into_iter().flat_map(bounded)
+    geometries().into_iter().chain(bands()).flat_map(by_methods)
 }
 
 /// Ugly on purpose: one channel, 65 of them, one pixel, odd strides, asymmetric padding, dilation,
@@ -359,25 +362,98 @@ fn geometries() -> Vec<Case> {
     ]
 }
 
-/// Channels and stride for shifted planes, for Winograd, for planes without gaps, for Winograd by slices, and for
-/// packed products, the latter two with a bound.
-fn algorithms() -> [([usize; 2], [usize; 3], Option<usize>); 5] {
+/// A large image of few channels, in bands: stride 1 and 2, taps that leave out some of the input, a stride in rows
+/// alone, groups, one and three dimensions, padding of more than a band's reach; then by Winograd's algorithm with
+/// odd sizes, and with padding on one side.
+fn bands() -> Vec<Case> {
+    let padded = [(0, 0), (1, 1), (1, 1)];
+    let large = Case {
+        batch: 1,
+        input: [1, 40, 41],
+        ..PLAIN
+    };
+    vec![
+        Case {
+            padding: padded,
+            ..large
+        },
+        Case {
+            input: [1, 83, 70],
+            stride: [1, 2, 2],
+            padding: [(0, 0), (0, 2), (1, 0)],
+            ..large
+        },
+        Case {
+            input: [1, 131, 130],
+            kernel: [1, 2, 2],
+            stride: [1, 3, 3],
+            ..large
+        },
+        Case {
+            input: [1, 95, 40],
+            kernel: [1, 5, 3],
+            stride: [1, 3, 1],
+            padding: [(0, 0), (30, 31), (0, 4)],
+            dilation: [1, 2, 1],
+            ..large
+        },
+        Case {
+            channels: [6, 9],
+            groups: 3,
+            padding: padded,
+            ..large
+        },
+        Case {
+            input: [1, 1, 3001],
+            kernel: [1, 1, 5],
+            stride: [1, 1, 2],
+            padding: [(0, 0), (0, 0), (2, 2)],
+            ..large
+        },
+        Case {
+            input: [41, 9, 10],
+            kernel: [3, 3, 2],
+            stride: [2, 1, 1],
+            padding: [(1, 1), (1, 1), (0, 1)],
+            ..large
+        },
+        Case {
+            channels: [16, 17],
+            input: [1, 47, 45],
+            padding: padded,
+            ..large
+        },
+        Case {
+            channels: [32, 34],
+            groups: 2,
+            input: [1, 50, 41],
+            padding: [(0, 0), (2, 0), (0, 3)],
+            ..large
+        },
+    ]
+}
+
+/// Channels and stride for each algorithm.
+fn algorithms() -> [([usize; 2], [usize; 3], Method); 5] {
     [
-        ([5, 6], [1; 3], None),
-        ([16, 17], [1; 3], None),
-        ([70, 61], [1; 3], Some(2 << 20)),
-        ([16, 17], [1, 2, 2], None),
-        ([50, 61], [1, 2, 2], Some(0)),
+        ([5, 6], [1; 3], Method::Planes),
+        ([16, 17], [1; 3], Method::Winograd),
+        ([70, 61], [1; 3], Method::Slices),
+        ([16, 17], [1, 2, 2], Method::WithoutGaps),
+        ([50, 61], [1, 2, 2], Method::Packed),
     ]
 }
 
 impl Case {
     fn geometry(&self) -> Geometry {
-        let geometry = self.unbounded();
-        match self.bound {
-            Some(bytes) => geometry.with_max_scratch(bytes),
-            None => geometry,
+        let mut geometry = self.unbounded();
+        if let Some(bytes) = self.bound {
+            geometry = geometry.with_max_scratch(bytes);
         }
+        if let Some(method) = self.method {
+            geometry = geometry.with_method(method);
+        }
+        geometry
     }
 
     fn unbounded(&self) -> Geometry {
@@ -829,11 +905,11 @@ fn compare_half<E: Element<Real = f32> + PartialEq>(case: &Case, tolerance: f64)
 #[test]
 fn closed_activations_pass_nothing() {
     fn check_all<E: Element<Real: Debug> + PartialEq + Debug>() {
-        let shapes = algorithms().map(|(channels, stride, bound)| (channels, stride, bound, 1));
-        let grouped = ([4, 4], [1; 3], None, 4);
-        for (channels, stride, bound, groups) in shapes.into_iter().chain([grouped]) {
+        let shapes = algorithms().map(|(channels, stride, method)| (channels, stride, method, 1));
+        let grouped = ([4, 4], [1; 3], Method::Planes, 4);
+        for (channels, stride, method, groups) in shapes.into_iter().chain([grouped]) {
             let case = Case {
-                bound,
+                method: Some(method),
                 channels,
                 stride,
                 groups,
@@ -955,9 +1031,9 @@ fn check_closed<E: Element<Real: Debug> + PartialEq + Debug>(
 /// What a kept output makes superfluous may be left out, and changes nothing.
 #[test]
 fn a_kept_output_takes_neither_weight_nor_input() {
-    for (channels, stride, bound) in algorithms() {
+    for (channels, stride, method) in algorithms() {
         let case = Case {
-            bound,
+            method: Some(method),
             channels,
             stride,
             padding: [(0, 0), (1, 1), (1, 1)],
@@ -1045,69 +1121,100 @@ fn nothing_is_recomputed_without_the_weight() {
     grad_sums(&pass, ConvOutput::Recompute);
 }
 
+/// The results of a training step.
+#[derive(PartialEq)]
+struct Results {
+    moments: Moments,
+    sums: GradSums,
+    z: Vec<f32>,
+    input_grad: Vec<f32>,
+    weight_grad: Vec<f32>,
+}
+
+/// The step of a case with ReLU; the first images are the same for any batch.
+fn step(case: &Case) -> Results {
+    let geometry = case.geometry();
+    let input = rounded::<f32>(&random(case.batch * geometry.input_len(), 1));
+    let weight = rounded::<f32>(&random(geometry.weight_len(), 2));
+    let mut z = vec![0.0; case.batch * geometry.output_len()];
+    let moments = conv_moments(&geometry, &input, &weight, &mut z);
+    let output_grad = rounded::<f32>(&random(z.len(), 3));
+    let ones = vec![1.0; geometry.channels_out()];
+    let affine = Affine {
+        mean: &ones,
+        scale: &ones,
+        shift: &ones,
+    };
+    let pass = Backward {
+        geometry: &geometry,
+        input: Some(&input),
+        weight: Some(&weight),
+        output_grad: OutputGrad::Whole(&output_grad),
+        affine,
+        activation: Activation::Relu,
+        residual: None,
+        output: None,
+    };
+    let sums = grad_sums(&pass, ConvOutput::Recompute);
+    let (mut input_grad, mut weight_grad) = (Vec::new(), Vec::new());
+    let coefficients = InputGradCoefficients {
+        scale: &ones,
+        slope: &ones,
+        offset: &ones,
+    };
+    let gradients = Gradients {
+        input: Some((&mut input_grad, &weight)),
+        weight: Some(&mut weight_grad),
+        residual: None,
+    };
+    backward(&pass, None, Some(coefficients), gradients);
+    Results {
+        moments,
+        sums,
+        z,
+        input_grad,
+        weight_grad,
+    }
+}
+
 #[test]
 fn the_number_of_threads_changes_no_bit() {
-    for (channels, stride, bound) in algorithms() {
-        let case = Case {
-            bound,
-            batch: 37,
-            channels,
-            stride,
-            input: [1, 9, 9],
-            padding: [(0, 0), (1, 1), (1, 1)],
-            ..PLAIN
-        };
-        let run = || {
-            let geometry = case.geometry();
-            let channels = geometry.channels_out();
-            let input = rounded::<f32>(&random(case.batch * geometry.input_len(), 1));
-            let weight = rounded::<f32>(&random(geometry.weight_len(), 2));
-            let mut z = vec![0.0; case.batch * geometry.output_len()];
-            let moments = conv_moments(&geometry, &input, &weight, &mut z);
-            let output_grad = rounded::<f32>(&random(z.len(), 3));
-            let ones = vec![1.0; channels];
-            let affine = Affine {
-                mean: &ones,
-                scale: &ones,
-                shift: &ones,
+    // Many small images, and a larger one in bands.
+    for (batch, input) in [(37, [1, 9, 9]), (1, [1, 90, 91])] {
+        for (channels, stride, method) in algorithms() {
+            let case = Case {
+                method: Some(method),
+                batch,
+                channels,
+                stride,
+                input,
+                padding: [(0, 0), (1, 1), (1, 1)],
+                ..PLAIN
             };
-            let pass = Backward {
-                geometry: &geometry,
-                input: Some(&input),
-                weight: Some(&weight),
-                output_grad: OutputGrad::Whole(&output_grad),
-                affine,
-                activation: Activation::Relu,
-                residual: None,
-                output: None,
+            let on = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new()
+                    .num_threads(threads)
+                    .build()
+                    .unwrap();
+                pool.install(|| step(&case))
             };
-            let sums = grad_sums(&pass, ConvOutput::Recompute);
-            let mut input_grad = vec![0.0; input.len()];
-            let mut weight_grad = vec![0.0; weight.len()];
-            let coefficients = InputGradCoefficients {
-                scale: &ones,
-                slope: &ones,
-                offset: &ones,
-            };
-            let gradients = Gradients {
-                input: Some((&mut input_grad, &weight)),
-                weight: Some(&mut weight_grad),
-                residual: None,
-            };
-            backward(&pass, None, Some(coefficients), gradients);
-            (moments, sums, z, input_grad, weight_grad)
-        };
-        let on = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .build()
-                .unwrap();
-            pool.install(run)
-        };
-        let one = on(1);
-        for threads in [2, 3, 8] {
-            assert!(on(threads) == one, "{case:?}: {threads} threads");
+            let one = on(1);
+            for threads in [2, 3, 8] {
+                assert!(on(threads) == one, "{case:?}: {threads} threads");
+            }
         }
+    }
+}
+
+/// One image is divided into bands, one of twenty is not.
+#[test]
+fn bands_change_no_bit() {
+    for case in bands() {
+        let one = step(&Case { batch: 1, ..case });
+        let many = step(&Case { batch: 20, ..case });
+        let (z, grad) = (one.z.len(), one.input_grad.len());
+        assert!(one.z == many.z[..z], "{case:?}");
+        assert!(one.input_grad == many.input_grad[..grad], "{case:?}");
     }
 }
 

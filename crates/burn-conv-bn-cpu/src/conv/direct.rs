@@ -2,11 +2,14 @@
 //! [`layout`](super::layout).
 
 use std::mem::MaybeUninit;
+use std::ops::RangeInclusive;
 
 use pulp::Arch;
 
-use super::layout::{Copy, Layout, Run, Source, Tile};
+use super::layout::{Copy, Layout, Source, Tile};
+use super::phases::Run;
 use super::tile::{Algorithm, Piece, Transposed};
+use crate::blocks::{Block, Share};
 use crate::scratch::Aligned;
 use crate::simd::planes::{Filter, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache};
 use crate::simd::sweeps::{self, Sweep, zero};
@@ -23,6 +26,8 @@ const LEAST_POSITIONS: usize = 256;
 /// Most positions of a tile: those of six channels of gradients, which a block of the weight's gradient
 /// reads again and again, are 24 KiB in single precision, three quarters of a first-level cache of 32 KiB.
 const MOST_POSITIONS: usize = 1024;
+
+const TILE_POSITIONS: RangeInclusive<usize> = LEAST_POSITIONS..=MOST_POSITIONS;
 
 /// A convolution prepared for any number of blocks of images.
 #[derive(Debug)]
@@ -62,7 +67,26 @@ pub(crate) struct Scratch<T> {
 impl<'a, T: Real> Direct<'a, T> {
     /// Planes and tiles, without the weight.
     pub(crate) fn new(geometry: &'a Geometry) -> Self {
-        let layout = Layout::new(geometry, LEAST_POSITIONS..=MOST_POSITIONS);
+        Self::of(geometry, Layout::new(geometry, TILE_POSITIONS))
+    }
+
+    /// Shifted planes, whatever the gaps.
+    pub(crate) fn shifted(geometry: &'a Geometry) -> Self {
+        Self::of(geometry, Layout::shifted(geometry))
+    }
+
+    /// Planes without gaps, unless they are too large.
+    pub(crate) fn dense(geometry: &'a Geometry) -> Option<Self> {
+        let layout = Layout::dense(geometry, TILE_POSITIONS)?;
+        Some(Self::of(geometry, layout))
+    }
+
+    /// Whether there is a plane for each tap.
+    pub(crate) fn is_dense(&self) -> bool {
+        !self.layout.copies().is_empty()
+    }
+
+    fn of(geometry: &'a Geometry, layout: Layout<'a>) -> Self {
         let channels = geometry.group_in();
         let bytes = (layout.phases() * channels + geometry.group_out()) * size_of::<T>();
         // Room for an image that is not too large: its channels are contiguous, which reads faster than
@@ -205,8 +229,12 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
         (self.offsets.len() + transposed) * size_of::<usize>()
     }
 
-    fn tiles(&self, images: usize) -> Vec<Tile> {
-        self.layout.tiles(images, self.tile)
+    fn tiles(&self, block: &Block) -> Vec<Tile> {
+        self.layout.tiles(block, self.tile)
+    }
+
+    fn halo(&self, block: &Block) -> Option<Tile> {
+        self.layout.halo(block)
     }
 
     fn pieces<'a>(&self, tile: &'a Tile) -> &'a [Piece] {
@@ -331,14 +359,34 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
         scratch: &mut Self::Scratch,
         group: usize,
         tile: &Tile,
-        grad: &mut [MaybeUninit<E>],
+        grad: Option<&mut Share<'_, MaybeUninit<E>>>,
+    ) {
+        if let Some(grad) = grad {
+            if group == 0 && tile.is_first && !self.layout.covers_input() {
+                grad.fill(MaybeUninit::new(E::default()));
+            }
+            self.write_input_grad(scratch, group, tile, grad);
+        }
+        // The next tile's shifts reach back into this one.
+        let (reach, end) = (self.layout.reach(), tile.range.len());
+        for plane in scratch.output.chunks_exact_mut(self.pitch) {
+            plane.copy_within(end..end + reach, 0);
+        }
+    }
+}
+
+impl<T: Real> Direct<'_, T> {
+    /// The part of [`Algorithm::input_grad`] that writes.
+    fn write_input_grad<E: Element<Real = T>>(
+        &self,
+        scratch: &mut Scratch<T>,
+        group: usize,
+        tile: &Tile,
+        grad: &mut Share<'_, MaybeUninit<E>>,
     ) {
         let (channels, plane) = (self.geometry.group_in(), self.geometry.input_plane());
-        if group == 0 && tile.range.start == 0 && !self.layout.covers_input() {
-            grad.fill(MaybeUninit::new(E::default()));
-        }
         let len = channels * self.pitch;
-        scratch.input_grad.resize(len, E::Real::ZERO);
+        scratch.input_grad.resize(len, T::ZERO);
         let source = match self.layout.copies() {
             [] => &scratch.output,
             _ => {
@@ -356,18 +404,9 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
                 runs.last().map_or(0, |run| run.wide + run.len),
             );
             for (index, values) in scratch.input_grad.chunks_exact(self.pitch).enumerate() {
-                store_runs(
-                    values,
-                    runs,
-                    self.layout.step(),
-                    &mut grad[(group * channels + index) * plane..],
-                );
+                let target = grad.channel((group * channels + index) * plane);
+                store_runs(values, runs, self.layout.step(), target);
             }
-        }
-        // The next tile's shifts reach back into this one.
-        let (reach, end) = (self.layout.reach(), tile.range.len());
-        for plane in scratch.output.chunks_exact_mut(self.pitch) {
-            plane.copy_within(end..end + reach, 0);
         }
     }
 }
@@ -467,19 +506,19 @@ fn spread<T: Real>(source: &[T], step: usize, target: &mut [T]) {
     }
 }
 
-/// Stores a plane's runs to every `step`-th value.
+/// Stores a plane's runs to every `step`-th value of a target that starts at `first`.
 fn store_runs<E: Element>(
     source: &[E::Real],
     runs: &[Run],
     step: usize,
-    target: &mut [MaybeUninit<E>],
+    (target, first): (&mut [MaybeUninit<E>], usize),
 ) {
     Arch::new().dispatch(Sweep(
         #[inline(always)]
         || {
             for run in runs {
                 let source = &source[run.wide..][..run.len];
-                let target = &mut target[run.dense..][..(run.len - 1) * step + 1];
+                let target = &mut target[run.dense - first..][..(run.len - 1) * step + 1];
                 match step {
                     1 => E::write(source, target),
                     _ => {

@@ -22,14 +22,19 @@
 
 use std::ops::{Range, RangeInclusive};
 
+use super::phases::{Run, combined, filled, push, remainders};
 use super::tile::Piece;
 use crate::Geometry;
+use crate::blocks::Block;
 
 /// Fewest channels, in and out, for which a layout without gaps outweighs its copies.
-const LEAST_CHANNELS: usize = 16;
+const LEAST_CHANNELS: usize = 64;
 
 /// Most outputs for each position in a gap for which the layout without gaps outweighs its copies.
 const GAPS: usize = 16;
+
+/// Fewest outputs for each position in a gap for which shifted planes are faster than packed products.
+const FEW_GAPS: usize = 4;
 
 /// Most values of a tile's planes without gaps, and of its copies: 8 MiB of each in single precision.
 /// Every thread has a tile; many taps of many channels would make it larger than the activations.
@@ -79,21 +84,13 @@ struct DensePhase {
     taps: Vec<(usize, usize)>,
 }
 
-/// Values that are neighbours in the wide layout and evenly spaced in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Run {
-    /// Offset in the wide range.
-    pub(crate) wide: usize,
-    /// Offset of channel 0 from the block's first value in memory.
-    pub(crate) dense: usize,
-    pub(crate) len: usize,
-}
-
 /// The values of a range of wide positions in memory.
 #[derive(Debug)]
 pub(crate) struct Tile {
-    /// Wide positions of the output, from the block's first on.
+    /// Wide positions of the output, from the first of the block's images on.
     pub(crate) range: Range<usize>,
+    /// Whether it is the block's first.
+    pub(crate) is_first: bool,
     /// Of the input, for each phase: the inputs of the tile's outputs.
     pub(crate) input: Vec<Vec<Run>>,
     /// Of the output.
@@ -115,26 +112,22 @@ pub(crate) enum Source {
 }
 
 impl<'a> Layout<'a> {
-    /// The layout for a geometry, with a range for the positions of a tile.
+    /// The layout that is likely to be faster, with a range for the positions of a tile.
     pub(crate) fn new(geometry: &'a Geometry, tile: RangeInclusive<usize>) -> Self {
         let shifted = Self::shifted(geometry);
-        let positions = geometry.positions();
-        let gaps = shifted.wide.iter().product::<usize>() - positions;
-        let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
-        let planes = shifted.taps.len().saturating_mul(group_in.max(group_out));
-        let values = planes.saturating_mul(positions.max(*tile.start()));
-        if gaps * GAPS >= positions
-            && positions <= *tile.end()
-            && group_in.min(group_out) >= LEAST_CHANNELS
-            && values <= MOST_VALUES
-        {
-            return Self::dense(geometry);
-        }
-        shifted
+        let outweighs = shifted.gaps() * GAPS >= geometry.positions()
+            && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS;
+        let dense = outweighs.then(|| Self::dense(geometry, tile)).flatten();
+        dense.unwrap_or(shifted)
+    }
+
+    /// Positions of an image that are no output.
+    fn gaps(&self) -> usize {
+        self.wide.iter().product::<usize>() - self.geometry.positions()
     }
 
     /// A plane for each phase, with the taps' shifts.
-    fn shifted(geometry: &'a Geometry) -> Self {
+    pub(crate) fn shifted(geometry: &'a Geometry) -> Self {
         let (stride, kernel, dilation) = (geometry.stride, geometry.kernel, geometry.dilation);
         let each = [0, 1, 2].map(|dim| remainders(geometry, dim));
         let phases = combined(&each);
@@ -178,15 +171,23 @@ impl<'a> Layout<'a> {
         }
     }
 
-    /// A plane for each tap, without gaps.
-    fn dense(geometry: &'a Geometry) -> Self {
+    /// A plane for each tap, unless there are no gaps anyway, images are larger than a tile or planes too large.
+    pub(crate) fn dense(geometry: &'a Geometry, tile: RangeInclusive<usize>) -> Option<Self> {
+        let positions = geometry.positions();
+        let taps = geometry.kernel.iter().product::<usize>();
+        let planes = taps.saturating_mul(geometry.group_in().max(geometry.group_out()));
+        let values = planes.saturating_mul(positions.max(*tile.start()));
+        let has_gaps = Self::shifted(geometry).gaps() > 0;
+        if !has_gaps || positions > *tile.end() || values > MOST_VALUES {
+            return None;
+        }
         let offsets = [0, 1, 2].map(|dim| {
             (0..geometry.kernel[dim])
                 .map(|tap| tap * geometry.dilation[dim])
                 .collect()
         });
         let phases = combined(&offsets);
-        Self {
+        Some(Self {
             geometry,
             wide: geometry.output,
             taps: (0..phases.len()).map(|tap| (tap, 0)).collect(),
@@ -194,7 +195,7 @@ impl<'a> Layout<'a> {
             phases,
             reaches: [0; 3],
             reach: 0,
-        }
+        })
     }
 
     /// Copies of the output's gradient, in a layout without gaps.
@@ -290,39 +291,64 @@ impl<'a> Layout<'a> {
         last_row * pitch + output[2]
     }
 
-    /// The tiles of a block of images, of at most `len` wide positions each.
-    pub(crate) fn tiles(&self, images: usize, len: usize) -> Vec<Tile> {
-        let (positions, unit) = (self.positions(images), self.unit());
-        let units = positions.div_ceil(unit);
+    /// Wide positions of a block, from the first of its images on.
+    fn range(&self, block: &Block) -> Range<usize> {
+        let end = self.positions(block.images.len());
+        let Some(band) = &block.band else {
+            return 0..end;
+        };
+        let dim = self.geometry.outermost();
+        let line: usize = self.wide[dim + 1..].iter().product();
+        let is_last = band.lines.end == self.geometry.output[dim];
+        let band_end = band.lines.end * line;
+        band.lines.start * line..if is_last { end } else { band_end }
+    }
+
+    /// The tiles of a block, of at most `len` wide positions each.
+    pub(crate) fn tiles(&self, block: &Block, len: usize) -> Vec<Tile> {
+        let (range, unit) = (self.range(block), self.unit());
+        let units = range.len().div_ceil(unit);
         let count = units.div_ceil((len / unit).max(1));
         let len = units.div_ceil(count) * unit;
-        (0..positions)
+        range
+            .clone()
             .step_by(len)
             .map(|start| {
-                let range = start..(start + len).min(positions);
-                let reached = range.start..range.end + self.reach;
-                let last = range.end == positions;
-                let grad = match &self.copies {
-                    Some(copies) => {
-                        copies.runs(self.geometry, range.start / unit..range.end / unit)
-                    }
-                    None => {
-                        let end = if last { reached.end } else { range.end };
-                        self.input_runs(images, &(range.start..end))
-                    }
-                };
-                let output = self.output_runs(images, &range);
-                let (pieces, runs) = pieces(&output);
-                Tile {
-                    input: self.input_runs(images, &reached),
-                    pieces,
-                    runs,
-                    output,
-                    grad,
-                    range,
-                }
+                let tile = start..(start + len).min(range.end);
+                self.tile(block.images.len(), tile, start == range.start)
             })
             .collect()
+    }
+
+    /// The positions before a band whose gradients its shifts reach.
+    pub(crate) fn halo(&self, block: &Block) -> Option<Tile> {
+        let end = self.range(block).start;
+        let range = end.saturating_sub(self.reach)..end;
+        (!range.is_empty()).then(|| self.tile(block.images.len(), range, false))
+    }
+
+    fn tile(&self, images: usize, range: Range<usize>, is_first: bool) -> Tile {
+        let unit = self.unit();
+        let reached = range.start..range.end + self.reach;
+        let grad = match &self.copies {
+            Some(copies) => copies.runs(self.geometry, range.start / unit..range.end / unit),
+            None => {
+                let is_last = range.end == self.positions(images);
+                let end = if is_last { reached.end } else { range.end };
+                self.input_runs(images, &(range.start..end))
+            }
+        };
+        let output = self.output_runs(images, &range);
+        let (pieces, runs) = pieces(&output);
+        Tile {
+            input: self.input_runs(images, &reached),
+            is_first,
+            pieces,
+            runs,
+            output,
+            grad,
+            range,
+        }
     }
 
     /// Each wide row that has positions in `range`: image, slice, row and columns.
@@ -482,49 +508,9 @@ impl Copies {
     }
 }
 
-/// The remainders of the taps' offsets by the stride in one dimension.
-fn remainders(geometry: &Geometry, dim: usize) -> Vec<usize> {
-    let mut remainders: Vec<usize> = (0..geometry.kernel[dim])
-        .map(|tap| tap * geometry.dilation[dim] % geometry.stride[dim])
-        .collect();
-    remainders.sort_unstable();
-    remainders.dedup();
-    remainders
-}
-
-/// The product of the dimensions' values, the last dimension's fastest.
-fn combined(each: &[Vec<usize>; 3]) -> Vec<[usize; 3]> {
-    let mut all = Vec::new();
-    for depth in &each[0] {
-        for row in &each[1] {
-            for column in &each[2] {
-                all.push([*depth, *row, *column]);
-            }
-        }
-    }
-    all
-}
-
-/// The positions of one phase, in one dimension, that hold values of the input rather than padding.
-fn filled(geometry: &Geometry, dim: usize, phase: usize) -> Range<usize> {
-    let (stride, padding) = (geometry.stride[dim], geometry.padding[dim].0);
-    let place = |position: usize| position.saturating_sub(phase).div_ceil(stride);
-    place(padding)..place(geometry.input[dim] + padding)
-}
-
-/// Appends a run, or extends the last one if that ends where it starts.
-fn push(runs: &mut Vec<Run>, run: Run, step: usize) {
-    if run.len == 0 {
-        return;
-    }
-    match runs.last_mut() {
-        Some(last)
-            if last.wide + last.len == run.wide && last.dense + last.len * step == run.dense =>
-        {
-            last.len += run.len;
-        }
-        _ => runs.push(run),
-    }
+/// Whether shifted planes are mostly outputs.
+pub(super) fn has_few_gaps(geometry: &Geometry) -> bool {
+    Layout::shifted(geometry).gaps() * FEW_GAPS <= geometry.positions()
 }
 
 /// Pieces of contiguous runs, and the range of runs of each.
@@ -565,12 +551,12 @@ mod tests {
 
     #[test]
     fn small_images_of_many_channels_lie_without_gaps() {
-        assert!(!has_gaps(&geometry([16, 16], [1, 64, 64], [1, 3, 3])));
+        assert!(!has_gaps(&geometry([64, 64], [1, 64, 64], [1, 3, 3])));
         assert!(!has_gaps(&geometry([512, 512], [1, 14, 14], [1, 3, 3])));
         // Larger images, few channels, and no gaps.
-        assert!(has_gaps(&geometry([16, 16], [1, 66, 64], [1, 3, 3])));
-        assert!(has_gaps(&geometry([16, 15], [1, 64, 64], [1, 3, 3])));
-        assert!(has_gaps(&geometry([16, 16], [1, 16, 16], [1, 1, 1])));
+        assert!(has_gaps(&geometry([64, 64], [1, 66, 64], [1, 3, 3])));
+        assert!(has_gaps(&geometry([64, 63], [1, 64, 64], [1, 3, 3])));
+        assert!(has_gaps(&geometry([64, 64], [1, 16, 16], [1, 1, 1])));
     }
 
     #[test]

@@ -18,10 +18,10 @@ const THREADS: usize = 2;
 
 /// Fewest taps, and output channels of a group, for which packed products are as fast as sums of planes.
 const LEAST_TAPS: usize = 64;
-const LEAST_CHANNELS: usize = 24;
+const LEAST_CHANNELS: usize = 64;
 
-/// Activations, in weights, from which on its copies pay: measured at 128 to 512 channels.
-const DEEP: usize = 4;
+/// Activations of a single image, in weights, below which packed products are faster on two threads and more.
+const ALONE: usize = 4;
 
 /// Bytes of one channel's moments in one block.
 const MOMENTS_BYTES: usize = 24;
@@ -102,33 +102,44 @@ fn backward_bytes<E: Element, A: Algorithm<E>>(algorithm: &A) -> usize {
     filters::<E>(algorithm.geometry()) * filter_bytes::<E, A>(algorithm)
         + THREADS * algorithm.tile_bytes(true)
         + algorithm.offset_bytes(true)
+        + share_bytes(algorithm.geometry())
+}
+
+/// Bytes of the lists of bands' channels, of input, output and residual.
+fn share_bytes(geometry: &Geometry) -> usize {
+    let blocks = geometry.blocks(BLOCKS).len();
+    if blocks <= geometry.batch() {
+        return 0;
+    }
+    let channels = geometry.channels[0] + 2 * geometry.channels_out();
+    blocks * channels * size_of::<&mut [u8]>()
 }
 
 /// Whether an algorithm fits the limits of its geometry, with two blocks' sums of the weight's gradient.
 pub(super) fn fits<E: Element, A: Algorithm<E>>(algorithm: &A) -> bool {
     let geometry = algorithm.geometry();
     let filter = filter_bytes::<E, A>(algorithm);
-    let blocks = geometry.batch().div_ceil(geometry.images_per_block(BLOCKS));
-    let moments = blocks * geometry.channels_out() * MOMENTS_BYTES;
+    let blocks = geometry.blocks(BLOCKS).len();
+    let moments = blocks * geometry.channels_out() * MOMENTS_BYTES + share_bytes(geometry);
     let tiles = THREADS * algorithm.tile_bytes(false);
     let forward = filter + tiles + algorithm.offset_bytes(false) + moments;
     let backward = backward_bytes::<E, A>(algorithm) + LEAST_BLOCKS * filter;
     forward <= forward_limit::<E>(geometry) && backward <= backward_limit::<E>(geometry)
 }
 
-/// Whether threads are better divided by channels: a small image is alone, and has products enough for all.
-pub(super) fn is_alone<E: Element>(geometry: &Geometry) -> bool {
-    let bytes = Bytes::new::<E>(geometry);
+/// Whether threads are better divided by channels: an image is alone, smaller than a few weights, and has products
+/// enough for all.
+pub(super) fn is_alone(geometry: &Geometry) -> bool {
     geometry.batch() == 1
+        && is_deep(geometry, ALONE)
         && geometry.depth() >= LEAST_TAPS
         && geometry.group_out() >= LEAST_CHANNELS
-        && bytes.input + bytes.output <= GRANTED
 }
 
-/// Whether the activations are few for the weight: slices are then faster than Winograd's algorithm with copies of it.
-pub(super) fn is_deep(geometry: &Geometry) -> bool {
+/// Whether the activations have fewer values than `weights` weights.
+pub(super) fn is_deep(geometry: &Geometry, weights: usize) -> bool {
     let activations = geometry.batch() * (geometry.input_len() + geometry.output_len());
-    activations < DEEP * geometry.weight_len()
+    activations < weights * geometry.weight_len()
 }
 
 /// Blocks of images of the weight's gradient, for an algorithm that fits: as many as have room for their sums.
@@ -151,10 +162,14 @@ pub(super) fn winograd_tile<E: Element>(geometry: &Geometry) -> usize {
     forward.min(backward) / THREADS / 6 * 5
 }
 
-/// Winograd's algorithm by slices, with the largest parts that fit, where it is faster than packed products.
-pub(super) fn slices<E: Element>(geometry: &Geometry) -> Option<Slices<'_>> {
+/// Whether there are enough tiles for Winograd's algorithm by slices to be faster than packed products.
+pub(super) fn has_tiles(geometry: &Geometry) -> bool {
     let [_, rows, columns] = geometry.output().map(|len| len.div_ceil(2));
-    let is_faster = geometry.positions() > 1 && geometry.batch() * rows * columns >= LEAST_TILES;
+    geometry.positions() > 1 && geometry.batch() * rows * columns >= LEAST_TILES
+}
+
+/// Winograd's algorithm by slices, with the largest parts that fit.
+pub(super) fn slices<E: Element>(geometry: &Geometry) -> Option<Slices<'_>> {
     let fitting = |(tiles, channels)| {
         let slices = Slices::new(geometry, tiles, channels);
         let bytes = |gradients| slices.bytes(size_of::<E::Real>(), THREADS, gradients);
@@ -162,5 +177,5 @@ pub(super) fn slices<E: Element>(geometry: &Geometry) -> Option<Slices<'_>> {
             && bytes(true) <= backward_limit::<E>(geometry);
         fits.then_some(slices)
     };
-    SLICES.into_iter().find_map(fitting).filter(|_| is_faster)
+    SLICES.into_iter().find_map(fitting)
 }

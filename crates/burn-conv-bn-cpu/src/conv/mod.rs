@@ -7,20 +7,35 @@ pub(crate) mod tile;
 mod direct;
 mod layout;
 mod limit;
+mod method;
 mod packed;
+mod phases;
 mod winograd;
 
 pub(crate) use self::limit::weight_blocks;
+pub use self::method::Method;
 
 use self::direct::Direct;
-use self::limit::{fits, is_alone, is_deep, slices, winograd_tile};
+use self::layout::has_few_gaps;
+use self::limit::{fits, has_tiles, is_alone, is_deep, slices, winograd_tile};
 use self::packed::Packed;
 use self::tile::Transposed;
 use self::winograd::{Slices, Winograd};
-use crate::{Element, Geometry};
+use crate::{Element, Geometry, Real};
 
-/// Fewest channels, in and out, for which Winograd's savings outweigh its transforms.
+/// Fewest channels of a group, in and out, for which Winograd's savings outweigh its transforms: in rows of [`WIDE`]
+/// outputs, and in any.
 const LEAST_CHANNELS: usize = 16;
+const MANY_CHANNELS: usize = 32;
+const WIDE: usize = 28;
+
+/// Fewest channels of a group, in and out, for slices to be faster than Winograd's algorithm over rows.
+const SLICE_CHANNELS: usize = 64;
+
+/// Activations, in weights, below which slices are faster than Winograd's algorithm with copies of the weight, and
+/// than sums of planes.
+const DEEP: usize = 4;
+const DEEP_FOR_PLANES: usize = 8;
 
 /// The algorithm for a geometry.
 pub(crate) enum Chosen<'a, T> {
@@ -30,6 +45,17 @@ pub(crate) enum Chosen<'a, T> {
     Slices(Slices<'a>),
 }
 
+impl<T: Real> Chosen<'_, T> {
+    /// Prepares each of the weights if it is needed, by algorithms that hold copies of them.
+    fn with_weights(self, weight: Option<&[T]>, transposed: Option<Transposed<'_, T>>) -> Self {
+        match self {
+            Self::Direct(direct) => Self::Direct(direct.with_weights(weight, transposed)),
+            Self::Winograd(winograd) => Self::Winograd(winograd.with_weights(weight, transposed)),
+            Self::Packed(_) | Self::Slices(_) => self,
+        }
+    }
+}
+
 /// Prepares the algorithm for a geometry, each of the weights if it is needed. A function of the geometry and the
 /// type alone, so that forward and backward are by the same algorithm.
 pub(crate) fn choose<'a, E: Element>(
@@ -37,32 +63,52 @@ pub(crate) fn choose<'a, E: Element>(
     weight: Option<&[E::Real]>,
     transposed: Option<Transposed<'_, E::Real>>,
 ) -> Chosen<'a, E::Real> {
-    let plain = geometry.kernel == [1, 3, 3]
+    let forced = geometry.method.and_then(|method| method.of::<E>(geometry));
+    let chosen = forced.unwrap_or_else(|| rule::<E>(geometry));
+    chosen.with_weights(weight, transposed)
+}
+
+/// The algorithm that is likely to be the fastest of those that fit the limits. docs/cpu.md has the measurements.
+fn rule<E: Element>(geometry: &Geometry) -> Chosen<'_, E::Real> {
+    let is_for_winograd = is_for_winograd(geometry);
+    let channels = geometry.group_in().min(geometry.group_out());
+    let is_deep = |weights| channels >= SLICE_CHANNELS && is_deep(geometry, weights);
+    let slices = slices::<E>(geometry).filter(|_| is_for_winograd && has_tiles(geometry));
+    if let Some(slices) = slices.filter(|_| is_deep(DEEP)) {
+        return Chosen::Slices(slices);
+    }
+    if is_for_winograd && (channels >= MANY_CHANNELS || geometry.output[2] >= WIDE) {
+        let winograd = Winograd::new(geometry, winograd_tile::<E>(geometry));
+        if fits::<E, _>(&winograd) {
+            return Chosen::Winograd(winograd);
+        }
+    }
+    if let Some(slices) = slices.filter(|_| is_deep(DEEP_FOR_PLANES)) {
+        return Chosen::Slices(slices);
+    }
+    if !is_alone(geometry) {
+        let mut direct = Direct::new(geometry);
+        if direct.is_dense() && !fits::<E, _>(&direct) && has_few_gaps(geometry) {
+            direct = Direct::shifted(geometry);
+        }
+        if fits::<E, _>(&direct) {
+            return Chosen::Direct(direct);
+        }
+    }
+    match slices {
+        Some(slices) => Chosen::Slices(slices),
+        None => Chosen::Packed(Packed::new(geometry, size_of::<E::Real>())),
+    }
+}
+
+/// Whether Winograd's algorithm applies, to channels enough for its savings to outweigh its transforms.
+fn is_for_winograd(geometry: &Geometry) -> bool {
+    geometry.kernel == [1, 3, 3]
         && geometry.stride == [1; 3]
         && geometry.dilation == [1; 3]
         && geometry.input[0] == 1
         && geometry.padding[0] == (0, 0)
-        && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS;
-    let is_alone = is_alone::<E>(geometry);
-    if plain {
-        let slices = slices::<E>(geometry);
-        if let Some(slices) = slices.filter(|_| is_alone || is_deep(geometry)) {
-            return Chosen::Slices(slices);
-        }
-        let winograd = Winograd::new(geometry, winograd_tile::<E>(geometry));
-        if fits::<E, _>(&winograd) {
-            return Chosen::Winograd(winograd.with_weights(weight, transposed));
-        }
-        if let Some(slices) = slices {
-            return Chosen::Slices(slices);
-        }
-    } else if !is_alone {
-        let direct = Direct::new(geometry);
-        if fits::<E, _>(&direct) {
-            return Chosen::Direct(direct.with_weights(weight, transposed));
-        }
-    }
-    Chosen::Packed(Packed::new(geometry, size_of::<E::Real>()))
+        && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS
 }
 
 /// Panics if a slice is not of the geometry's size.
@@ -90,7 +136,7 @@ mod tests {
     use super::channels::{ByChannels, Rows};
     use super::tile::{Algorithm, BlockGrads, TileScratch, Work};
     use super::*;
-    use crate::Real;
+    use crate::blocks::{Block, Share};
 
     fn random(len: usize, seed: u64) -> Vec<f64> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -121,13 +167,18 @@ mod tests {
         let mut sums = vec![E::ZERO; algorithm.weight_grad_len()];
         // An unwritten value shows.
         let mut input_grad = vec![MaybeUninit::new(E::from_f64(f64::NAN)); input.len()];
+        let mut input_share = Share::whole(&mut input_grad);
+        let block = Block {
+            images: 0..geometry.batch(),
+            band: None,
+        };
         let work = Work {
-            images: geometry.batch(),
+            block: &block,
             input: Some(&input),
             convolves: true,
             grads: Some(BlockGrads {
                 weight: Some(&mut sums),
-                input: Some(&mut input_grad),
+                input: Some(&mut input_share),
             }),
         };
         let mut scratch = TileScratch::<A::Scratch, E>::default();

@@ -3,6 +3,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use crate::blocks::{Block, Share};
 use crate::{Element, Geometry, Real};
 
 /// An algorithm that convolves blocks of images, tile by tile, and carries gradients back.
@@ -24,13 +25,16 @@ pub(crate) trait Algorithm<E: Element>: Sync {
     /// Bytes of the tables that all threads share.
     fn offset_bytes(&self, gradients: bool) -> usize;
 
-    /// The tiles of a block of images, in the order of the calls.
-    fn tiles(&self, images: usize) -> Vec<Self::Tile>;
+    /// The tiles of a block, in the order of the calls.
+    fn tiles(&self, block: &Block) -> Vec<Self::Tile>;
+
+    /// The tile before a band whose outputs' gradients its input's gradient depends on.
+    fn halo(&self, block: &Block) -> Option<Self::Tile>;
 
     /// The contiguous parts of a tile.
     fn pieces<'a>(&self, tile: &'a Self::Tile) -> &'a [Piece];
 
-    /// Copies a tile of one group from `input`, a block of images, into scratch.
+    /// Copies a tile of one group from `input`, the images of a block, into scratch.
     fn load(&self, scratch: &mut Self::Scratch, input: &[E], group: usize, tile: &Self::Tile);
 
     /// Computes the output of the loaded tile.
@@ -72,14 +76,14 @@ pub(crate) trait Algorithm<E: Element>: Sync {
     /// Overwrites `grad` with the weight's gradient, from the sums over all tiles.
     fn weight_grad(&self, sums: Vec<E::Real>, grad: &mut Vec<E::Real>);
 
-    /// Writes what this tile completes of the input's gradient, in one group of the block `grad`. All of
-    /// it is written after the last tile of the last group.
+    /// Writes what this tile completes of the input's gradient, in one group of the block's share `grad`. All of
+    /// it is written after the last tile of the last group. Of a halo, without `grad`, the next tile's part is kept.
     fn input_grad(
         &self,
         scratch: &mut Self::Scratch,
         group: usize,
         tile: &Self::Tile,
-        grad: &mut [MaybeUninit<E>],
+        grad: Option<&mut Share<'_, MaybeUninit<E>>>,
     );
 }
 
@@ -99,24 +103,23 @@ pub(crate) struct Piece {
     pub(crate) len: usize,
 }
 
-/// What to do with a block of images.
-pub(crate) struct Work<'a, E: Element> {
-    /// Images of the block.
-    pub(crate) images: usize,
-    /// The block's input; required for the output and for the weight's gradient.
+/// What to do with a block.
+pub(crate) struct Work<'a, 'b, E: Element> {
+    pub(crate) block: &'a Block,
+    /// The input of the block's images; required for the output and for the weight's gradient.
     pub(crate) input: Option<&'a [E]>,
     /// Whether the output is computed.
     pub(crate) convolves: bool,
     /// Whether each line is replaced by its gradient, and what is made of these.
-    pub(crate) grads: Option<BlockGrads<'a, E>>,
+    pub(crate) grads: Option<BlockGrads<'a, 'b, E>>,
 }
 
 /// Buffers for a block's requested gradients.
-pub(crate) struct BlockGrads<'a, E: Element> {
+pub(crate) struct BlockGrads<'a, 'b, E: Element> {
     /// All groups' sums, in the algorithm's own form; added to.
     pub(crate) weight: Option<&'a mut [E::Real]>,
     /// Overwritten.
-    pub(crate) input: Option<&'a mut [MaybeUninit<E>]>,
+    pub(crate) input: Option<&'a mut Share<'b, MaybeUninit<E>>>,
 }
 
 /// Buffers of one thread.
@@ -129,19 +132,20 @@ pub(crate) struct TileScratch<S, E: Element> {
 }
 
 impl<S: Default, E: Element> TileScratch<S, E> {
-    /// Runs an algorithm over a block of images.
+    /// Runs an algorithm over a block.
     ///
-    /// `visit` gets each piece of each channel: the channel, the range of its values in the block's
-    /// output, and a line. The line holds these values, rounded as they are stored, if the output is
-    /// computed. With gradients, `visit` leaves the output's gradient in the line.
+    /// `visit` gets each piece of each channel: the channel, the range of its values in the output of the
+    /// block's images, and a line. The line holds these values, rounded as they are stored, if the output is
+    /// computed. With gradients, `visit` leaves the output's gradient in the line; pieces of the halo, before the
+    /// band, come first.
     pub(crate) fn run<A: Algorithm<E, Scratch = S>>(
         &mut self,
         algorithm: &A,
-        work: Work<'_, E>,
+        work: Work<'_, '_, E>,
         mut visit: impl FnMut(usize, Range<usize>, &mut Vec<E::Real>),
     ) {
         let Work {
-            images,
+            block,
             input,
             convolves,
             mut grads,
@@ -149,13 +153,16 @@ impl<S: Default, E: Element> TileScratch<S, E> {
         let geometry = algorithm.geometry();
         let (group_out, positions) = (geometry.group_out(), geometry.positions());
         let group_sums = algorithm.weight_grad_len() / geometry.groups();
-        let tiles = algorithm.tiles(images);
+        let tiles = algorithm.tiles(block);
+        let has_halo = matches!(&grads, Some(BlockGrads { input: Some(_), .. }));
+        let halo = has_halo.then(|| algorithm.halo(block)).flatten();
         for group in 0..geometry.groups() {
             if grads.is_some() {
                 algorithm.begin(&mut self.algorithm);
             }
-            for tile in &tiles {
-                if let Some(input) = input {
+            let halo = halo.iter().map(|tile| (tile, true));
+            for (tile, is_halo) in halo.chain(tiles.iter().map(|tile| (tile, false))) {
+                if let Some(input) = input.filter(|_| convolves || !is_halo) {
                     algorithm.load(&mut self.algorithm, input, group, tile);
                 }
                 if convolves {
@@ -188,11 +195,12 @@ impl<S: Default, E: Element> TileScratch<S, E> {
                 let Some(grads) = &mut grads else {
                     continue;
                 };
-                if let Some(sums) = &mut grads.weight {
+                if let Some(sums) = grads.weight.as_mut().filter(|_| !is_halo) {
                     let sums = &mut sums[group * group_sums..][..group_sums];
                     algorithm.add_weight_grad(&mut self.algorithm, tile, sums);
                 }
                 if let Some(grad) = &mut grads.input {
+                    let grad = (!is_halo).then_some(&mut **grad);
                     algorithm.input_grad(&mut self.algorithm, group, tile, grad);
                 }
             }

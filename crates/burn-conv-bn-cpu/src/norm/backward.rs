@@ -1,7 +1,6 @@
 //! Backward kernels, parallel over blocks of images: the norm's two sums, then the gradients.
 
 use std::mem::MaybeUninit;
-use std::ops::Range;
 
 use pulp::Arch;
 use rayon::prelude::*;
@@ -9,7 +8,7 @@ use rayon::prelude::*;
 use super::channels;
 use super::gradient::{Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients};
 use super::lines::{Converted, Source, Step, conv_output_grad, sums_of, write_residual_grad};
-use crate::blocks::{BLOCKS, split};
+use crate::blocks::{BLOCKS, Block, Share, shares};
 use crate::conv::span::Span;
 use crate::conv::tile::{Algorithm, BlockGrads, TileScratch, Transposed, Work};
 use crate::conv::{Chosen, choose, weight_blocks};
@@ -69,7 +68,7 @@ pub fn grad_sums<E: Element>(pass: &Backward<'_, E>, conv_output: ConvOutput<'_,
         }
         ConvOutput::Store(buffer) => {
             let sums = sum(pass, Source::Store(room(buffer, len)));
-            // SAFETY: there is room for `len` values, all of which belong to the blocks; and a
+            // SAFETY: there is room for `len` values, all of which belong to the blocks' shares; and a
             // block's tiles have pieces for all of its channels and positions, which `sum_block`
             // writes.
             unsafe { buffer.set_len(len) };
@@ -94,27 +93,43 @@ fn sum_blocks<E: Element, A: Algorithm<E>>(
     source: Source<'_, E>,
 ) -> GradSums {
     let geometry = pass.geometry;
-    let images = geometry.images_per_block(BLOCKS);
-    let len = images * geometry.output_len();
-    let blocks = geometry.blocks(images);
-    let sources: Vec<Source<'_, E>> = match source {
-        Source::Recompute => blocks.iter().map(|_| Source::Recompute).collect(),
-        Source::Store(all) => all.chunks_mut(len).map(Source::Store).collect(),
-        Source::Kept(all) => all.chunks(len).map(Source::Kept).collect(),
+    let blocks = geometry.blocks(BLOCKS);
+    let (kept, stored) = match source {
+        Source::Recompute => (None, None),
+        Source::Store(all) => (None, Some(all)),
+        Source::Kept(all) => (Some(all), None),
     };
     let pool = ScratchPool::<Scratch<A::Scratch, E>>::new();
     let parts: Vec<GradSums> = blocks
-        .into_par_iter()
-        .zip(sources)
-        .map(|(images, source)| {
+        .par_iter()
+        .zip(output_shares(pass, stored, &blocks))
+        .map(|(block, stored)| {
             pool.with(|scratch| {
                 let mut sums = GradSums::new(geometry.channels_out());
-                scratch.sum_block(pass, algorithm, &images, source, &mut sums);
+                scratch.sum_block(pass, algorithm, block, (kept, stored), &mut sums);
                 sums
             })
         })
         .collect();
     GradSums::total(geometry.channels_out(), &parts)
+}
+
+/// Each block's share of a tensor of the output's shape, if there is one.
+fn output_shares<'a, E: Element>(
+    pass: &Backward<'_, E>,
+    tensor: Option<&'a mut [MaybeUninit<E>]>,
+    blocks: &[Block],
+) -> Vec<Option<Share<'a, MaybeUninit<E>>>> {
+    let planes = [pass.geometry.channels_out(), pass.geometry.positions()];
+    let of_tensor = |all| shares(all, blocks, planes, |band| band.outputs.clone());
+    optional(tensor.map(of_tensor), blocks)
+}
+
+fn optional<S>(shares: Option<Vec<S>>, blocks: &[Block]) -> Vec<Option<S>> {
+    match shares {
+        Some(shares) => shares.into_iter().map(Some).collect(),
+        None => blocks.iter().map(|_| None).collect(),
+    }
 }
 
 /// Second step of the backward pass: the gradients, from the norm's coefficients. The convolution's output
@@ -177,39 +192,33 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
         Some(_) => algorithm.weight_grad_len(),
         None => 0,
     };
-    let images = geometry.images_per_block(match sums_len {
+    let blocks = geometry.blocks(match sums_len {
         0 => BLOCKS,
         _ => weight_blocks::<E, A>(algorithm),
     });
-    let blocks = geometry.blocks(images);
-    let (input_len, output_len) = (geometry.input_len(), geometry.output_len());
-    let batch = geometry.batch();
+    let input_len = geometry.batch() * geometry.input_len();
     let input = gradients.input.as_mut();
-    let input = input.map(|(grad, _)| room(grad, batch * input_len));
-    let input_blocks = split(input, images * input_len, blocks.len());
+    let input = input.map(|(grad, _)| room(grad, input_len));
+    let planes = [geometry.channels[0], geometry.input_plane()];
+    let of_input = |all| shares(all, &blocks, planes, |band| band.inputs.clone());
+    let input_shares = optional(input.map(of_input), &blocks);
     let residual = gradients.residual.as_mut();
-    let residual = residual.map(|grad| room(grad, batch * output_len));
-    let residual_blocks = split(residual, images * output_len, blocks.len());
+    let residual = residual.map(|grad| room(grad, pass.output_len()));
+    let residual_shares = output_shares(pass, residual, &blocks);
     let pool = ScratchPool::<Scratch<A::Scratch, E>>::new();
     let parts: Vec<Vec<E::Real>> = blocks
-        .into_par_iter()
-        .zip(input_blocks)
-        .zip(residual_blocks)
-        .map(|((images, input_grad), residual_grad)| {
+        .par_iter()
+        .zip(input_shares)
+        .zip(residual_shares)
+        .map(|((block, input_grad), residual_grad)| {
             pool.with(|scratch| {
                 let mut sums = vec![E::Real::ZERO; sums_len];
-                let outputs = images.start * output_len..images.end * output_len;
-                scratch.backward_block(
-                    &step,
-                    algorithm,
-                    Block {
-                        images,
-                        conv_output: kept.map(|kept| &kept[outputs]),
-                        input_grad,
-                        weight_grad: (!sums.is_empty()).then_some(sums.as_mut_slice()),
-                        residual_grad,
-                    },
-                );
+                let grads = BlockGradients {
+                    input: input_grad,
+                    weight: (!sums.is_empty()).then_some(sums.as_mut_slice()),
+                    residual: residual_grad,
+                };
+                scratch.backward_block(&step, algorithm, block, kept, grads);
                 sums
             })
         })
@@ -228,26 +237,23 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
         algorithm.weight_grad(sums, grad);
     }
     if let Some((grad, _)) = gradients.input {
-        // SAFETY: the capacity is at least this length, and every value belongs to a block; and of a
-        // block, all is written once the last tile of the last group is done.
-        unsafe { grad.set_len(batch * input_len) };
+        // SAFETY: the capacity is at least this length, and every value belongs to a block's share; and of a
+        // share, all is written once the last tile of the last group is done.
+        unsafe { grad.set_len(input_len) };
     }
     if let Some(grad) = gradients.residual {
-        // SAFETY: the capacity is at least this length, and every value belongs to a block; and a block's
-        // tiles have pieces for all of its channels and positions, which `conv_output_grad` writes.
-        unsafe { grad.set_len(batch * output_len) };
+        // SAFETY: the capacity is at least this length, and every value belongs to a block's share; and a block's
+        // tiles have pieces for all of its channels and positions, which `write_residual_grad` writes.
+        unsafe { grad.set_len(pass.output_len()) };
     }
 }
 
-/// A block of images and its share of [`Gradients`].
-struct Block<'a, E: Element> {
-    images: Range<usize>,
-    /// The convolution's output, if it was kept.
-    conv_output: Option<&'a [E]>,
-    input_grad: Option<&'a mut [MaybeUninit<E>]>,
+/// A block's share of [`Gradients`].
+struct BlockGradients<'a, 'b, E: Element> {
+    input: Option<Share<'b, MaybeUninit<E>>>,
     /// In the algorithm's own form; added to.
-    weight_grad: Option<&'a mut [E::Real]>,
-    residual_grad: Option<&'a mut [MaybeUninit<E>]>,
+    weight: Option<&'a mut [E::Real]>,
+    residual: Option<Share<'b, MaybeUninit<E>>>,
 }
 
 /// Buffers of one thread.
@@ -264,29 +270,28 @@ impl<S: Default, E: Element> Scratch<S, E> {
         &mut self,
         pass: &Backward<'_, E>,
         algorithm: &A,
-        images: &Range<usize>,
-        mut source: Source<'_, E>,
+        block: &Block,
+        (kept, mut stored): (Option<&[E]>, Option<Share<'_, MaybeUninit<E>>>),
         sums: &mut GradSums,
     ) {
-        let start = images.start * pass.geometry.output_len();
-        let recomputes = !matches!(source, Source::Kept(_));
+        let start = block.images.start * pass.geometry.output_len();
+        let recomputes = kept.is_none();
         let work = Work {
-            images: images.len(),
-            input: recomputes.then(|| pass.input(images)),
+            block,
+            input: recomputes.then(|| pass.input(&block.images)),
             convolves: recomputes,
             grads: None,
         };
         let converted = &mut self.converted;
         self.tiles.run(algorithm, work, |channel, range, line| {
             let at = start + range.start;
-            let values: &[E::Real] = match &mut source {
-                Source::Kept(block) => E::read(&block[range], line),
-                Source::Recompute => line,
-                Source::Store(block) => {
-                    E::write(line, &mut block[range]);
-                    line
-                }
+            let values: &[E::Real] = match kept {
+                Some(kept) => E::read(&kept[at..at + range.len()], line),
+                None => line,
             };
+            if let Some(stored) = &mut stored {
+                E::write(values, stored.get(range).expect("there is no halo"));
+            }
             let span = Span::of_tensor(pass.geometry, at, values.len());
             sums.add(channel, sums_of(pass, channel, span, values, converted));
         });
@@ -296,45 +301,33 @@ impl<S: Default, E: Element> Scratch<S, E> {
         &mut self,
         step: &Step<'_, E>,
         algorithm: &A,
-        block: Block<'_, E>,
+        block: &Block,
+        kept: Option<&[E]>,
+        mut grads: BlockGradients<'_, '_, E>,
     ) {
-        let Block {
-            images,
-            conv_output,
-            input_grad,
-            weight_grad,
-            mut residual_grad,
-        } = block;
-        let start = images.start * step.pass.geometry.output_len();
-        let loads = conv_output.is_none() || weight_grad.is_some();
+        let start = block.images.start * step.pass.geometry.output_len();
+        let loads = kept.is_none() || grads.weight.is_some();
         let work = Work {
-            images: images.len(),
-            input: loads.then(|| step.pass.input(&images)),
-            convolves: conv_output.is_none(),
+            block,
+            input: loads.then(|| step.pass.input(&block.images)),
+            convolves: kept.is_none(),
             grads: Some(BlockGrads {
-                weight: weight_grad,
-                input: input_grad,
+                weight: grads.weight,
+                input: grads.input.as_mut(),
             }),
         };
         let (converted, masked) = (&mut self.converted, &mut self.residual_grad);
         self.tiles.run(algorithm, work, |channel, range, line| {
             let at = start + range.start;
-            if let Some(kept) = conv_output {
+            if let Some(kept) = kept {
                 line.resize(range.len(), E::Real::ZERO);
-                E::load(&kept[range.clone()], line);
+                E::load(&kept[at..at + range.len()], line);
             }
             let span = Span::of_tensor(step.pass.geometry, at, range.len());
-            if let Some(grad) = residual_grad.as_deref_mut() {
-                let pass = step.pass;
-                write_residual_grad(
-                    pass,
-                    channel,
-                    span,
-                    line,
-                    &mut grad[range],
-                    converted,
-                    masked,
-                );
+            let residual = grads.residual.as_mut();
+            // The halo's belongs to the band before.
+            if let Some(grad) = residual.and_then(|grad| grad.get(range)) {
+                write_residual_grad(step.pass, channel, span, line, grad, converted, masked);
             }
             conv_output_grad(step, channel, span, line, converted);
         });

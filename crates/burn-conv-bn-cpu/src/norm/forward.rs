@@ -6,7 +6,7 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::channels;
-use crate::blocks::BLOCKS;
+use crate::blocks::{BLOCKS, shares};
 use crate::conv::channels::ByChannels;
 use crate::conv::tile::{Algorithm, TileScratch, Work};
 use crate::conv::{Chosen, check, choose};
@@ -78,7 +78,7 @@ fn conv_seeing<E: Element, S: Send>(
         Chosen::Packed(algorithm) => vec![conv_chunks(&algorithm, input, weight, room, new, see)],
         Chosen::Slices(algorithm) => vec![conv_chunks(&algorithm, input, weight, room, new, see)],
     };
-    // SAFETY: there is room for `len` values, all of which belong to the blocks; and a block's tiles
+    // SAFETY: there is room for `len` values, all of which belong to the blocks' shares; and a block's tiles
     // have pieces for all of its channels and positions, which `conv_blocks` writes. `channels::conv` writes
     // every channel of its chunks, which are all positions.
     unsafe { output.set_len(len) };
@@ -108,22 +108,26 @@ fn conv_blocks<E: Element, A: Algorithm<E>, S: Send>(
     see: impl Fn(&mut S, usize, &[E::Real]) + Sync,
 ) -> Vec<S> {
     let geometry = algorithm.geometry();
-    let images = geometry.images_per_block(BLOCKS);
+    let blocks = geometry.blocks(BLOCKS);
+    let planes = [geometry.channels_out(), geometry.positions()];
+    let outputs = shares(output, &blocks, planes, |band| band.outputs.clone());
+    let len = geometry.input_len();
     let pool = ScratchPool::<TileScratch<A::Scratch, E>>::new();
-    output
-        .par_chunks_mut(images * geometry.output_len())
-        .zip(input.par_chunks(images * geometry.input_len()))
-        .map(|(output, input)| {
+    blocks
+        .par_iter()
+        .zip(outputs)
+        .map(|(block, mut output)| {
             let mut seen = new();
             let work = Work {
-                images: input.len() / geometry.input_len(),
-                input: Some(input),
+                block,
+                input: Some(&input[block.images.start * len..block.images.end * len]),
                 convolves: true,
                 grads: None,
             };
             pool.with(|scratch| {
                 scratch.run(algorithm, work, |channel, range, line| {
-                    E::write(line, &mut output[range]);
+                    let output = output.get(range).expect("there is no halo");
+                    E::write(line, output);
                     see(&mut seen, channel, line);
                 });
             });

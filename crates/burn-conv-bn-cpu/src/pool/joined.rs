@@ -1,7 +1,5 @@
 //! Norm, activation and max pool as one op: no tensor between them in forward, nor its gradient in backward.
 
-use std::ops::Range;
-
 use pulp::Arch;
 use rayon::prelude::*;
 
@@ -145,18 +143,19 @@ pub fn pooled_grad_sums<E: Element>(pass: &Backward<'_, E>, output: &[E]) -> Gra
         other => panic!("the output of {other:?} does not tell what went into it"),
     };
     let geometry = pass.geometry;
-    let images = geometry.images_per_block(BLOCKS);
+    let (batch, step) = (geometry.batch(), geometry.images_per_block(BLOCKS));
+    let images = (0..batch).into_par_iter().step_by(step);
     let pool = ScratchPool::<(Vec<E::Real>, Vec<E::Real>)>::new();
-    let sum = |images: Range<usize>| {
+    let sum = |start: usize| {
         pool.with(|scratch| {
             let mut sums = GradSums::new(geometry.channels_out());
-            for image in images {
+            for image in start..(start + step).min(batch) {
                 add_image(&mut sums, pass, pooled, output, image, is_masked, scratch);
             }
             sums
         })
     };
-    let parts: Vec<GradSums> = geometry.blocks(images).into_par_iter().map(sum).collect();
+    let parts: Vec<GradSums> = images.map(sum).collect();
     let mut sums = GradSums::total(geometry.channels_out(), &parts);
     for (sum, scale) in sums.grad_deviation.iter_mut().zip(pass.affine.scale) {
         *sum /= scale.to_f64();

@@ -36,7 +36,7 @@ use rayon::prelude::*;
 
 use self::transforms::{E, STEP, filter_transposed, output, output_transposed, transformed};
 use super::tile::{Algorithm, Piece, Transposed};
-use crate::blocks::BLOCKS;
+use crate::blocks::{BLOCKS, Block, Share};
 use crate::scratch::{Aligned, room};
 use crate::simd::chunk::{CHUNK, Chunk, copy_short, deinterleave, interleave};
 use crate::simd::planes::{
@@ -49,7 +49,7 @@ use crate::{Element, Geometry, Real};
 const TILE_BYTES: usize = 6 << 20;
 
 /// Fewest positions of a tile: the filters of 512 channels are 16 MiB, read from main memory for each tile,
-/// and have to be used often enough.
+/// and have to be used often enough. Half of them where scratch is short.
 const LEAST_POSITIONS: usize = 128;
 
 /// Most positions of a tile: a plane of that many values of 64 channels is half of a core's
@@ -122,7 +122,7 @@ pub(crate) struct Scratch<T> {
 }
 
 impl<'a, T: Real> Winograd<'a, T> {
-    /// Planes and tiles of about `tile_bytes` or [`TILE_BYTES`], without the weight.
+    /// Planes and tiles of about [`TILE_BYTES`], `tile_bytes` at most, without the weight.
     pub(crate) fn new(geometry: &'a Geometry, tile_bytes: usize) -> Self {
         let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
         let [_, height, width] = geometry.output();
@@ -130,12 +130,18 @@ impl<'a, T: Real> Winograd<'a, T> {
         let bytes = E * E * (2 * group_in + group_out) * size_of::<T>();
         // A row of the preceding tile, and the values written behind the last position.
         let margin = columns + slack(group_in).max(slack(group_out));
-        let positions = (TILE_BYTES.min(tile_bytes) / bytes)
-            .saturating_sub(margin)
-            .clamp(LEAST_POSITIONS, MOST_POSITIONS);
+        let positions = |tile_bytes: usize| (tile_bytes / bytes).saturating_sub(margin);
+        let positions = positions(TILE_BYTES)
+            .clamp(LEAST_POSITIONS, MOST_POSITIONS)
+            .min(positions(tile_bytes))
+            .max(LEAST_POSITIONS / 2);
         // Small batches have small blocks, which would leave large planes empty.
-        let block = rows * geometry.images_per_block(BLOCKS);
-        let tile = (positions / columns).clamp(1, block);
+        let blocks = geometry.blocks(BLOCKS);
+        let block = blocks
+            .iter()
+            .map(|block| block_rows(rows, block).len())
+            .max();
+        let tile = (positions / columns).clamp(1, block.unwrap_or(1));
         let plane = plane_len(margin + tile * columns);
         let starts = |channels: usize| (0..channels).map(|channel| channel * plane).collect();
         Self {
@@ -150,6 +156,31 @@ impl<'a, T: Real> Winograd<'a, T> {
             outputs: starts(group_out),
             filters: Vec::new(),
             transposed: Vec::new(),
+        }
+    }
+
+    /// A tile of some rows of pairs, from the first of a block's images on.
+    fn tile(&self, all: Range<usize>) -> Tile {
+        let [_, height, width] = self.geometry.output();
+        let (mut parts, mut pieces) = (Vec::new(), Vec::new());
+        for image in all.start / self.rows..all.end.div_ceil(self.rows) {
+            let first = image * self.rows;
+            let rows = all.start.max(first) - first..all.end.min(first + self.rows) - first;
+            let lines = 2 * rows.start..(2 * rows.end).min(height);
+            pieces.push(Piece {
+                start: image * self.geometry.output_len() + lines.start * width,
+                len: lines.len() * width,
+            });
+            parts.push(Part {
+                image,
+                position: (first + rows.start - all.start) * self.columns,
+                rows,
+            });
+        }
+        Tile {
+            positions: all.len() * self.columns,
+            parts,
+            pieces,
         }
     }
 
@@ -218,6 +249,14 @@ impl<'a, T: Real> Winograd<'a, T> {
     }
 }
 
+/// Rows of pairs of a block, of `rows` in an image, from the first of its images on.
+fn block_rows(rows: usize, block: &Block) -> Range<usize> {
+    match &block.band {
+        Some(band) => band.lines.start / 2..band.lines.end.div_ceil(2),
+        None => 0..block.images.len() * rows,
+    }
+}
+
 /// Distance of the products' planes: the same position of each falls in another set of the first-level
 /// cache.
 fn product_len(len: usize) -> usize {
@@ -243,36 +282,19 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
         (self.inputs.len() + self.outputs.len()) * size_of::<usize>()
     }
 
-    fn tiles(&self, images: usize) -> Vec<Tile> {
-        let [_, height, width] = self.geometry.output();
-        let all = images * self.rows;
-        let count = all.div_ceil(self.tile);
-        let step = all.div_ceil(count);
-        let mut tiles = Vec::new();
-        for start in (0..all).step_by(step) {
-            let end = (start + step).min(all);
-            let mut tile = Tile {
-                positions: (end - start) * self.columns,
-                parts: Vec::new(),
-                pieces: Vec::new(),
-            };
-            for image in start / self.rows..end.div_ceil(self.rows) {
-                let first = image * self.rows;
-                let rows = start.max(first) - first..end.min(first + self.rows) - first;
-                let lines = 2 * rows.start..(2 * rows.end).min(height);
-                tile.pieces.push(Piece {
-                    start: image * self.geometry.output_len() + lines.start * width,
-                    len: lines.len() * width,
-                });
-                tile.parts.push(Part {
-                    image,
-                    position: (first + rows.start - start) * self.columns,
-                    rows,
-                });
-            }
-            tiles.push(tile);
-        }
-        tiles
+    fn tiles(&self, block: &Block) -> Vec<Tile> {
+        let all = block_rows(self.rows, block);
+        let count = all.len().div_ceil(self.tile);
+        let step = all.len().div_ceil(count);
+        all.clone()
+            .step_by(step)
+            .map(|start| self.tile(start..(start + step).min(all.end)))
+            .collect()
+    }
+
+    fn halo(&self, block: &Block) -> Option<Tile> {
+        let end = block_rows(self.rows, block).start;
+        (end > 0).then(|| self.tile(end - 1..end))
     }
 
     fn pieces<'a>(&self, tile: &'a Tile) -> &'a [Piece] {
@@ -473,12 +495,10 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
         scratch: &mut Self::Scratch,
         group: usize,
         tile: &Tile,
-        grad: &mut [MaybeUninit<F>],
+        grad: Option<&mut Share<'_, MaybeUninit<F>>>,
     ) {
-        let group_in = self.geometry.group_in();
         let len = E * E * self.input_product;
         scratch.input_grad.resize(len, F::Real::ZERO);
-        self.reserve(&mut scratch.lines);
         let filters = &self.transposed[group * E * E..][..E * E];
         for ((filter, source), target) in filters
             .iter()
@@ -488,30 +508,9 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
             let (outputs, target) = (&self.outputs, &mut target[self.columns..]);
             correlate(filter, source, outputs, target, self.plane, tile.positions);
         }
-        let plane = self.geometry.input_plane();
-        // Before each line stands a zero, which `store_rows` reads and does not write; `load_part`
-        // lays other lines out in this buffer.
-        let lines = STEP * E * self.store_pitch();
-        scratch.lines.rows[..lines].fill(F::Real::ZERO);
-        Arch::new().dispatch(Sweep(
-            #[inline(always)]
-            || {
-                for part in &tile.parts {
-                    let image = part.image * self.geometry.input_len();
-                    let last = part.rows.end + usize::from(part.rows.end == self.rows);
-                    for channel in 0..group_in {
-                        let start = image + (group * group_in + channel) * plane;
-                        let grad = &mut grad[start..][..plane];
-                        for row in part.rows.start..last {
-                            let position = part.position + (row - part.rows.start) * self.columns;
-                            let position = position + channel * self.plane;
-                            let (planes, lines) = (&scratch.input_grad, &mut scratch.lines);
-                            self.store_rows(planes, row, position, grad, lines);
-                        }
-                    }
-                }
-            },
-        ));
+        if let Some(grad) = grad {
+            self.store_tile(scratch, group, tile, grad);
+        }
         for product in scratch.input_grad.chunks_exact_mut(self.input_product) {
             for plane in product.chunks_exact_mut(self.plane) {
                 plane.copy_within(tile.positions..tile.positions + self.columns, 0);

@@ -2,10 +2,13 @@
 
 use std::mem::MaybeUninit;
 
+use pulp::Arch;
+
 use super::transforms::{E, N, STEP, input, input_transposed, sums};
-use super::{Lines, Part, Winograd};
+use super::{Lines, Part, Scratch, Tile, Winograd};
+use crate::blocks::Share;
 use crate::simd::chunk::{CHUNK, Chunk, deinterleave, interleave};
-use crate::simd::sweeps::zero;
+use crate::simd::sweeps::{Sweep, zero};
 use crate::{Element, Real};
 
 impl<T: Real> Winograd<'_, T> {
@@ -95,15 +98,51 @@ impl<T: Real> Winograd<'_, T> {
         }
     }
 
+    /// Writes what a tile completes of the input's gradient.
+    pub(super) fn store_tile<F: Element<Real = T>>(
+        &self,
+        scratch: &mut Scratch<T>,
+        group: usize,
+        tile: &Tile,
+        grad: &mut Share<'_, MaybeUninit<F>>,
+    ) {
+        let (channels, plane) = (self.geometry.group_in(), self.geometry.input_plane());
+        self.reserve(&mut scratch.lines);
+        // Before each line stands a zero, which `store_rows` reads and does not write; `load_part`
+        // lays other lines out in this buffer.
+        let lines = STEP * E * self.store_pitch();
+        scratch.lines.rows[..lines].fill(T::ZERO);
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                for part in &tile.parts {
+                    let image = part.image * self.geometry.input_len();
+                    let last = part.rows.end + usize::from(part.rows.end == self.rows);
+                    for channel in 0..channels {
+                        let start = image + (group * channels + channel) * plane;
+                        let (grad, first) = grad.channel(start);
+                        for row in part.rows.start..last {
+                            let position = part.position + (row - part.rows.start) * self.columns;
+                            let position = position + channel * self.plane;
+                            let (planes, lines) = (&scratch.input_grad, &mut scratch.lines);
+                            self.store_rows(planes, row, position, (grad, first), lines);
+                        }
+                    }
+                }
+            },
+        ));
+    }
+
     /// Writes the rows of the input's gradient that a row of pairs begins: the inputs of `row` and of the
-    /// one before. `planes` has the row at `position`, less than a row after the one before.
+    /// one before. `planes` has the row at `position`, less than a row after the one before. The gradient is that of
+    /// a channel from its value `first` on.
     #[inline(always)]
-    pub(super) fn store_rows<F: Element<Real = T>>(
+    fn store_rows<F: Element<Real = T>>(
         &self,
         planes: &[T],
         row: usize,
         position: usize,
-        grad: &mut [MaybeUninit<F>],
+        (grad, first): (&mut [MaybeUninit<F>], usize),
         lines: &mut Lines<T>,
     ) {
         let columns = self.padded_columns();
@@ -153,7 +192,7 @@ impl<T: Real> Winograd<'_, T> {
             interleave(&lines.phases, pitch, &mut lines.padded[..left + width]);
             F::write(
                 &lines.padded[left..][..width],
-                &mut grad[at * width..][..width],
+                &mut grad[at * width - first..][..width],
             );
         }
     }

@@ -187,6 +187,22 @@ impl<'a> Slices<'a> {
             });
     }
 
+    /// The input's tiles, of some channels from `first` on, in panels.
+    fn pack_input<F: Element>(
+        &self,
+        panels: &mut Aligned<F::Real>,
+        threads: &ScratchPool<Buffers<F::Real>>,
+        places: &Places,
+        input: &[F],
+        (first, channels): (usize, usize),
+    ) {
+        let size = (places.images * places.len, channels);
+        let read = |channel: usize, line: &mut [F::Real]| {
+            read_input(self.geometry, places, input, first + channel, line);
+        };
+        self.pack_all(panels, threads, &places.inputs, size, read, self::input);
+    }
+
     /// Sums of products over all panels, of the grid's columns: a row of kernels for each of the panels' channels.
     fn multiply<T: Real>(
         &self,
@@ -321,15 +337,10 @@ impl<F: Element> ByChannels<F> for Slices<'_> {
             threads,
         } = scratch;
         places.find(geometry, chunk);
-        let len = places.images * places.len;
         for group in 0..geometry.groups() {
             for (first, channels) in self.parts(group_in) {
-                let read = |channel: usize, line: &mut [F::Real]| {
-                    let channel = group * group_in + first + channel;
-                    read_input(geometry, places, input, channel, line);
-                };
-                let size = (len, channels);
-                self.pack_all(panels, threads, &places.inputs, size, read, self::input);
+                let part = (group * group_in + first, channels);
+                self.pack_input(panels, threads, places, input, part);
                 rows.values[group * group_out * pitch..][..group_out * pitch]
                     .par_chunks_mut(SLICE * pitch)
                     .enumerate()
@@ -389,15 +400,10 @@ impl<F: Element> ByChannels<F> for Slices<'_> {
             threads,
         } = scratch;
         places.find(geometry, chunk);
-        let len = places.images * places.len;
         for (group, kernels) in kernels.chunks_exact_mut(group_out * group_in).enumerate() {
             for (first, channels) in self.parts(group_in) {
-                let read = |channel: usize, line: &mut [F::Real]| {
-                    let channel = group * group_in + first + channel;
-                    read_input(geometry, places, input, channel, line);
-                };
-                let size = (len, channels);
-                self.pack_all(panels, threads, &places.inputs, size, read, self::input);
+                let part = (group * group_in + first, channels);
+                self.pack_input(panels, threads, places, input, part);
                 kernels
                     .par_chunks_mut(GRAD_SLICE * group_in)
                     .enumerate()
