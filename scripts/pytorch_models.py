@@ -147,6 +147,10 @@ def write(name, out):
     state = contiguous(net.state_dict())
     torch.save(state, out / f"{name}.pt")
     save_file(state, out / f"{name}.safetensors")
+    if name == "resnet18":
+        # As a program that trains on several GPUs writes it.
+        parallel = {f"module.{key}": value for key, value in state.items()}
+        torch.save({"epoch": 3, "state_dict": parallel}, out / f"{name}.checkpoint.pt")
 
     values = {
         "images": torch.randn(BATCH, 3, SIZE, SIZE, dtype=torch.float64),

@@ -22,6 +22,8 @@ use burn::nn::loss::CrossEntropyLossConfig;
 use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_conv_bn::{ConvBnModule, RunningVariance};
+#[cfg(feature = "pytorch")]
+use burn_conv_bn_models::weights;
 use burn_conv_bn_models::{
     DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form, MobileNetV2,
     MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
@@ -369,6 +371,21 @@ fn resnet18() {
         |device| config.init(device),
         ResNet::forward,
     );
+}
+
+#[cfg(feature = "pytorch")]
+#[test]
+fn a_checkpoint_of_several_gpus_is_the_network() {
+    let Some(folder) = files() else { return };
+    let [plain, parallel] = ["resnet18.pt", "resnet18.checkpoint.pt"].map(|file| {
+        let network = weights::load_resnet(folder.join(file), &Device::flex()).unwrap();
+        let variance = network.conv1.norm.running_var.value_sync();
+        [network.fc.weight.val().into_data(), variance.into_data()]
+    });
+    assert_eq!(plain[0].shape[1], CLASSES);
+    for (plain, parallel) in plain.iter().zip(&parallel) {
+        plain.assert_eq(parallel, true);
+    }
 }
 
 #[test]
