@@ -361,13 +361,8 @@ mod tests {
         let network = network([1; 4]).train();
         let norms = ParamGroup::from_predicate("norm.");
         let frozen = network.freeze_group(norms.clone());
-        assert!(!frozen.layer1[0].conv2.norm.training.val());
-        assert!(
-            frozen.unfreeze_group(norms).layer1[0]
-                .conv2
-                .norm
-                .training
-                .val()
-        );
+        let is_training = |network: &ResNet| network.layer1[0].conv2.norm.training.is_enabled();
+        assert!(!is_training(&frozen));
+        assert!(is_training(&frozen.unfreeze_group(norms)));
     }
 }

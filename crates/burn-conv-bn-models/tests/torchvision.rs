@@ -382,7 +382,7 @@ fn a_checkpoint_of_several_gpus_is_the_network() {
         let variance = network.conv1.norm.running_var.value_sync();
         [network.fc.weight.val().into_data(), variance.into_data()]
     });
-    assert_eq!(plain[0].shape[1], CLASSES);
+    assert_eq!(plain[0].shape()[1], CLASSES);
     for (plain, parallel) in plain.iter().zip(&parallel) {
         plain.assert_eq(parallel, true);
     }
