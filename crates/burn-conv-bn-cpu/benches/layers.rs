@@ -36,7 +36,8 @@ fn random(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
 }
 
-/// The layers of the catalogue, those of ResNet-50 at batch 8, and deep ones: small images of many channels.
+/// The layers of the catalogue, those of ResNet-50 at batch 8, deep ones (small images of many channels), and dilated
+/// ones.
 fn all_layers() -> Vec<(String, Layer)> {
     let mut layers = Vec::new();
     for entry in catalogue(false) {
@@ -85,6 +86,26 @@ fn all_layers() -> Vec<(String, Layer)> {
             channels[0], channels[1]
         );
         layers.push((id, Layer::new(batch, channels, size, kernel)));
+    }
+    // The catalogue's dilated entry; then those of DeepLab, whose last stages keep the size, and odd sizes.
+    for (batch, channels, size, dilation) in [
+        (32, [128, 128], 28, 2),
+        (8, [256, 256], 28, 2),
+        (8, [512, 512], 28, 4),
+        (4, [256, 256], 33, 6),
+        (4, [256, 256], 33, 12),
+        (4, [64, 64], 65, 2),
+    ] {
+        let id = format!(
+            "dilated-{batch}x{}x{size}-{}-d{dilation}",
+            channels[0], channels[1]
+        );
+        let layer = Layer {
+            dilation,
+            padding: dilation,
+            ..Layer::new(batch, channels, size, 3)
+        };
+        layers.push((id, layer));
     }
     layers
 }

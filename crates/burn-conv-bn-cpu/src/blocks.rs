@@ -35,7 +35,7 @@ pub(crate) struct Block {
 /// A part of an image along the outermost dimension.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Band {
-    /// Slices, rows or columns of the output: an even number of them before the band.
+    /// Slices, rows or columns of the output: before the band a multiple of twice the dilation.
     pub(crate) lines: Range<usize>,
     /// Positions of each channel of the output.
     pub(crate) outputs: Range<usize>,
@@ -92,7 +92,9 @@ impl Geometry {
         if count < 2 {
             return vec![None];
         }
-        let step = extent.div_ceil(1 << count.ilog2()).next_multiple_of(2);
+        let step = extent
+            .div_ceil(1 << count.ilog2())
+            .next_multiple_of(2 * self.dilation[dim]);
         let output: usize = self.output[dim + 1..].iter().product();
         let input: usize = self.input[dim + 1..].iter().product();
         let inputs = |line: usize| match line {
@@ -242,7 +244,7 @@ mod tests {
 
     #[test]
     fn bands_make_an_image() {
-        for padding in [0, 1, 40] {
+        for (padding, dilation) in [(0, 1), (1, 2), (40, 5)] {
             let rows = (padding, padding);
             let geometry = Geometry::new(
                 2,
@@ -252,7 +254,7 @@ mod tests {
                 [1, 3, 1],
                 [1, 3, 1],
                 [(0, 0), rows, (0, 0)],
-                [1; 3],
+                [1, dilation, 1],
             )
             .unwrap();
             let [mut outputs, mut inputs] = [0, 0];
@@ -264,6 +266,7 @@ mod tests {
                 .flat_map(|block| &block.band)
             {
                 assert_eq!([band.outputs.start, band.inputs.start], [outputs, inputs]);
+                assert!(band.lines.start.is_multiple_of(2 * dilation));
                 [outputs, inputs] = [band.outputs.end, band.inputs.end];
             }
             assert_eq!([outputs, inputs], [geometry.positions(), 200 * 50]);

@@ -185,6 +185,63 @@ fn geometries() -> Vec<Case> {
             padding: padded,
             ..PLAIN
         },
+        // Winograd with dilation: one that does not divide the size, nor is the padding, alike in rows and columns or
+        // not, of one of them alone; beyond a chunk of columns; groups, an image smaller than two dilations, several tiles.
+        Case {
+            channels: [17, 16],
+            input: [1, 13, 11],
+            padding: [(0, 0), (2, 2), (2, 2)],
+            dilation: [1, 2, 2],
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 19],
+            input: [1, 20, 23],
+            padding: [(0, 0), (3, 0), (1, 7)],
+            dilation: [1, 3, 5],
+            batch: 3,
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 16],
+            input: [1, 9, 43],
+            padding: [(0, 0), (0, 1), (0, 0)],
+            dilation: [1, 1, 9],
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 16],
+            input: [1, 25, 9],
+            padding: [(0, 0), (9, 8), (1, 1)],
+            dilation: [1, 8, 1],
+            ..PLAIN
+        },
+        Case {
+            channels: [32, 48],
+            groups: 2,
+            input: [1, 7, 9],
+            padding: [(0, 0), (4, 4), (4, 4)],
+            dilation: [1, 4, 4],
+            batch: 5,
+            ..PLAIN
+        },
+        Case {
+            batch: 1,
+            channels: [32, 32],
+            groups: 2,
+            input: [1, 70, 67],
+            padding: [(0, 0), (2, 2), (2, 2)],
+            dilation: [1, 2, 2],
+            ..PLAIN
+        },
+        // More rows and columns of pairs than outputs are worth: shifted planes.
+        Case {
+            channels: [16, 17],
+            input: [1, 4, 3],
+            padding: [(0, 0), (3, 3), (3, 3)],
+            dilation: [1, 3, 3],
+            ..PLAIN
+        },
         // As many channels with a stride, for which small images lie without gaps: odd and even sizes,
         // padding on one side, and an image too large for it, in several tiles.
         Case {
@@ -359,12 +416,32 @@ fn geometries() -> Vec<Case> {
             bound: Some(3 << 19),
             ..PLAIN
         },
+        // The same with dilation.
+        Case {
+            batch: 5,
+            channels: [140, 142],
+            groups: 2,
+            input: [1, 7, 10],
+            padding: [(0, 0), (3, 2), (1, 4)],
+            dilation: [1, 2, 3],
+            bound: Some(2 << 20),
+            ..PLAIN
+        },
+        Case {
+            batch: 1,
+            channels: [300, 17],
+            input: [1, 27, 18],
+            padding: [(0, 0), (2, 2), (2, 2)],
+            dilation: [1, 2, 2],
+            bound: Some(3 << 19),
+            ..PLAIN
+        },
     ]
 }
 
 /// A large image of few channels, in bands: stride 1 and 2, taps that leave out some of the input, a stride in rows
 /// alone, groups, one and three dimensions, padding of more than a band's reach; then by Winograd's algorithm with
-/// odd sizes, and with padding on one side.
+/// odd sizes, and with padding on one side; the same with dilation that does not divide the bands.
 fn bands() -> Vec<Case> {
     let padded = [(0, 0), (1, 1), (1, 1)];
     let large = Case {
@@ -428,6 +505,21 @@ fn bands() -> Vec<Case> {
             groups: 2,
             input: [1, 50, 41],
             padding: [(0, 0), (2, 0), (0, 3)],
+            ..large
+        },
+        Case {
+            channels: [16, 17],
+            input: [1, 67, 45],
+            padding: [(0, 0), (2, 2), (3, 3)],
+            dilation: [1, 2, 3],
+            ..large
+        },
+        Case {
+            channels: [32, 34],
+            groups: 2,
+            input: [1, 63, 41],
+            padding: [(0, 0), (5, 0), (0, 3)],
+            dilation: [1, 3, 2],
             ..large
         },
     ]
@@ -1179,16 +1271,19 @@ fn step(case: &Case) -> Results {
 
 #[test]
 fn the_number_of_threads_changes_no_bit() {
+    let dilated = algorithms().map(|algorithm| [(algorithm, 1), (algorithm, 2)]);
     // Many small images, and a larger one in bands.
     for (batch, input) in [(37, [1, 9, 9]), (1, [1, 90, 91])] {
-        for (channels, stride, method) in algorithms() {
+        for ((channels, stride, method), dilation) in dilated.into_iter().flatten() {
+            let padding = (dilation, dilation);
             let case = Case {
                 method: Some(method),
                 batch,
                 channels,
                 stride,
                 input,
-                padding: [(0, 0), (1, 1), (1, 1)],
+                padding: [(0, 0), padding, padding],
+                dilation: [1, dilation, dilation],
                 ..PLAIN
             };
             let on = |threads| {

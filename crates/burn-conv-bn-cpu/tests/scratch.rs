@@ -183,8 +183,9 @@ fn scratch_is_within_the_limit() {
         let channels = [octaves(3.0, 1024.0), octaves(3.0, 1024.0)];
         let (size, batch) = (octaves(1.0, 56.0), octaves(1.0, 32.0));
         let (kernel, stride) = (rng.random_range(1..=7), rng.random_range(1..=2));
-        let padding = rng.random_range(0..=kernel / 2);
-        let one = [1; 3];
+        // Most kernels have none.
+        let dilation = [1, 1, 1, 2, 6][rng.random_range(0..5)];
+        let padding = rng.random_range(0..=dilation * (kernel / 2));
         let geometry = Geometry::new(
             batch,
             channels,
@@ -193,7 +194,7 @@ fn scratch_is_within_the_limit() {
             [1, kernel, kernel],
             [1, stride, stride],
             [(0, 0), (padding, padding), (padding, padding)],
-            one,
+            [1, dilation, dilation],
         );
         let Ok(geometry) = geometry else {
             continue;

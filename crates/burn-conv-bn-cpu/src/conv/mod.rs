@@ -20,7 +20,7 @@ use self::layout::has_few_gaps;
 use self::limit::{fits, has_tiles, is_alone, is_deep, slices, winograd_tile};
 use self::packed::Packed;
 use self::tile::Transposed;
-use self::winograd::{Slices, Winograd};
+use self::winograd::{Slices, Winograd, saves_products};
 use crate::{Element, Geometry, Real};
 
 /// Fewest channels of a group, in and out, for which Winograd's savings outweigh its transforms: in rows of [`WIDE`]
@@ -101,14 +101,14 @@ fn rule<E: Element>(geometry: &Geometry) -> Chosen<'_, E::Real> {
     }
 }
 
-/// Whether Winograd's algorithm applies, to channels enough for its savings to outweigh its transforms.
+/// Whether Winograd's algorithm applies, and saves enough products on enough channels to outweigh its transforms.
 fn is_for_winograd(geometry: &Geometry) -> bool {
     geometry.kernel == [1, 3, 3]
         && geometry.stride == [1; 3]
-        && geometry.dilation == [1; 3]
         && geometry.input[0] == 1
         && geometry.padding[0] == (0, 0)
         && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS
+        && saves_products(geometry)
 }
 
 /// Panics if a slice is not of the geometry's size.
@@ -263,31 +263,60 @@ mod tests {
         Some(Transposed { weight, scale })
     }
 
-    #[test]
-    fn winograd_keeps_the_two_times_rule() {
-        let geometry = Geometry::new(
-            2,
+    fn square(batch: usize, size: usize, dilation: usize) -> Geometry {
+        let padding = (dilation, dilation);
+        Geometry::new(
+            batch,
             [64, 64],
             1,
-            [1, 28, 28],
+            [1, size, size],
             [1, 3, 3],
             [1; 3],
-            [(0, 0), (1, 1), (1, 1)],
-            [1; 3],
+            [(0, 0), padding, padding],
+            [1, dilation, dilation],
         )
-        .unwrap();
+        .unwrap()
+    }
+
+    #[test]
+    fn dilated_kernels_take_winograd_where_it_saves_products() {
+        for (size, dilation, is_winograd) in [
+            (28, 2, true),
+            (28, 4, true),
+            (33, 6, true),
+            (33, 12, false),
+            (8, 8, false),
+        ] {
+            let geometry = square(32, size, dilation);
+            let chosen = choose::<f32>(&geometry, None, None);
+            assert_eq!(
+                matches!(chosen, Chosen::Winograd(_)),
+                is_winograd,
+                "{geometry:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn winograd_keeps_the_two_times_rule() {
+        for dilation in [1, 2] {
+            keeps_the_two_times_rule(&square(2, 28, dilation));
+        }
+    }
+
+    fn keeps_the_two_times_rule(geometry: &Geometry) {
         let weight = random(geometry.weight_len(), 1);
         let input = random(2 * geometry.input_len(), 2);
         let grad = random(2 * geometry.output_len(), 3);
-        let exact = Direct::new(&geometry).with_weights(Some(&weight), transposed(&weight));
+        let exact = Direct::new(geometry).with_weights(Some(&weight), transposed(&weight));
         let exact = results::<f64, _>(&exact, &input, &grad);
         let weight = rounded::<f32>(&weight);
-        let direct = Direct::new(&geometry).with_weights(Some(&weight), transposed(&weight));
+        let direct = Direct::new(geometry).with_weights(Some(&weight), transposed(&weight));
         let direct = results::<f32, _>(&direct, &input, &grad);
-        let winograd = Winograd::new(&geometry, usize::MAX);
+        let winograd = Winograd::new(geometry, usize::MAX);
         let winograd = winograd.with_weights(Some(&weight), transposed(&weight));
         let winograd = results::<f32, _>(&winograd, &input, &grad);
-        let slices = Slices::new(&geometry, 128, 64);
+        let slices = Slices::new(geometry, 128, 64);
         let slices = slices_results(&slices, &weight, &input, &grad);
         for (how, got) in [("Winograd", winograd), ("slices", slices)] {
             for (index, what) in ["output", "weight gradient", "input gradient"]

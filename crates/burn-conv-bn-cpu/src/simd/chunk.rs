@@ -177,3 +177,37 @@ pub(crate) fn interleave<T: Real>(phases: &[T], pitch: usize, row: &mut [T]) {
         *last = *even;
     }
 }
+
+/// A row's even blocks of `len` values, and its odd ones from `pitch` on. Reads and writes up to a chunk beyond.
+#[inline(always)]
+pub(crate) fn split_blocks<T: Real>(row: &[T], len: usize, phases: &mut [T], pitch: usize) {
+    for phase in 0..PAIR {
+        for block in (0..pitch).step_by(len) {
+            let (from, to) = (PAIR * block + phase * len, phase * pitch + block);
+            for start in (0..len).step_by(CHUNK) {
+                // The next block overwrites values written behind this one.
+                Chunk::store(
+                    Chunk::load::<1>(row, from + start, 0),
+                    phases,
+                    to + start,
+                    0,
+                );
+            }
+        }
+    }
+}
+
+/// A row from its even blocks of `len` values and its odd ones, which are `pitch` behind: the inverse of
+/// [`split_blocks`].
+#[inline(always)]
+pub(crate) fn join_blocks<T: Real>(phases: &[T], pitch: usize, len: usize, row: &mut [T]) {
+    for (index, to) in (0..row.len()).step_by(len).enumerate() {
+        let from = index / PAIR * len + index % PAIR * pitch;
+        for start in (0..len.min(row.len() - to)).step_by(CHUNK) {
+            let chunks = Chunk::load::<1>(phases, from + start, 0);
+            let len = row.len() - to - start;
+            // The next block overwrites values written behind this one.
+            Chunk::store_part(chunks, row, to + start, 0, len);
+        }
+    }
+}

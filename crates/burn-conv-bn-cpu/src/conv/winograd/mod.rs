@@ -15,6 +15,9 @@
 //! up to 1.5 times as large, as the test of `conv` measures. Larger tiles of outputs would save more and lose
 //! digits.
 //!
+//! A dilated convolution is undilated ones over every `d`-th row and column. Pairs of outputs are `d` apart then: a
+//! strip of `2 d` rows has `d` rows of pairs, each of its first rows with the one `d` below, and likewise for columns.
+//!
 //! For each of the products, the sum over channels is a matrix product, by the kernels for shifted planes
 //! with shift 0.
 
@@ -34,11 +37,11 @@ use std::ops::Range;
 use pulp::Arch;
 use rayon::prelude::*;
 
-use self::transforms::{E, STEP, filter_transposed, output, output_transposed, transformed};
+use self::transforms::{E, STEP, filter_transposed, output, output_transposed, pairs, transformed};
 use super::tile::{Algorithm, Piece, Transposed};
 use crate::blocks::{BLOCKS, Block, Share};
 use crate::scratch::{Aligned, room};
-use crate::simd::chunk::{CHUNK, Chunk, copy_short, deinterleave, interleave};
+use crate::simd::chunk::{CHUNK, Chunk, copy_short, deinterleave};
 use crate::simd::planes::{
     CHANNELS, Filter, LINE, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache,
 };
@@ -73,11 +76,11 @@ struct Lines<T> {
 /// A prepared convolution. Its positions are pairs of rows by pairs of columns of the output.
 pub(crate) struct Winograd<'a, T> {
     geometry: &'a Geometry,
-    /// Pairs of output rows.
-    rows: usize,
+    /// Strips of an image: as many pairs of output rows as the dilation, each row with the one that far below.
+    strips: usize,
     /// Pairs of output columns.
     columns: usize,
-    /// Rows of pairs of a tile.
+    /// Strips of a tile.
     tile: usize,
     /// Distance of the planes.
     plane: usize,
@@ -93,7 +96,7 @@ pub(crate) struct Winograd<'a, T> {
     transposed: Vec<Filter<T>>,
 }
 
-/// Rows of pairs, of one image or of several.
+/// Strips, of one image or of several.
 #[derive(Debug)]
 pub(crate) struct Tile {
     positions: usize,
@@ -101,11 +104,11 @@ pub(crate) struct Tile {
     pieces: Vec<Piece>,
 }
 
-/// Rows of pairs of one image.
+/// Strips of one image.
 #[derive(Debug)]
 struct Part {
     image: usize,
-    rows: Range<usize>,
+    strips: Range<usize>,
     /// Their offset in the tile.
     position: usize,
 }
@@ -116,7 +119,7 @@ pub(crate) struct Scratch<T> {
     input: Aligned<T>,
     /// The products' sums, then `A' dy A`.
     output: Aligned<T>,
-    /// The products of the input's gradient; a row of the preceding tile before those of this one.
+    /// The products of the input's gradient; a strip of the preceding tile before those of this one.
     input_grad: Aligned<T>,
     lines: Lines<T>,
 }
@@ -126,10 +129,12 @@ impl<'a, T: Real> Winograd<'a, T> {
     pub(crate) fn new(geometry: &'a Geometry, tile_bytes: usize) -> Self {
         let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
         let [_, height, width] = geometry.output();
-        let (rows, columns) = (height.div_ceil(2), width.div_ceil(2));
+        let [_, down, across] = geometry.dilation;
+        let (strips, columns) = (height.div_ceil(2 * down), pairs(width, across));
+        let strip = down * columns;
         let bytes = E * E * (2 * group_in + group_out) * size_of::<T>();
-        // A row of the preceding tile, and the values written behind the last position.
-        let margin = columns + slack(group_in).max(slack(group_out));
+        // A strip of the preceding tile, and the values written behind the last position.
+        let margin = strip + slack(group_in).max(slack(group_out));
         let positions = |tile_bytes: usize| (tile_bytes / bytes).saturating_sub(margin);
         let positions = positions(TILE_BYTES)
             .clamp(LEAST_POSITIONS, MOST_POSITIONS)
@@ -139,14 +144,14 @@ impl<'a, T: Real> Winograd<'a, T> {
         let blocks = geometry.blocks(BLOCKS);
         let block = blocks
             .iter()
-            .map(|block| block_rows(rows, block).len())
+            .map(|block| block_strips(geometry, block).len())
             .max();
-        let tile = (positions / columns).clamp(1, block.unwrap_or(1));
-        let plane = plane_len(margin + tile * columns);
+        let tile = (positions / strip).clamp(1, block.unwrap_or(1));
+        let plane = plane_len(margin + tile * strip);
         let starts = |channels: usize| (0..channels).map(|channel| channel * plane).collect();
         Self {
             geometry,
-            rows,
+            strips,
             columns,
             tile,
             plane,
@@ -159,26 +164,32 @@ impl<'a, T: Real> Winograd<'a, T> {
         }
     }
 
-    /// A tile of some rows of pairs, from the first of a block's images on.
+    /// Positions of a strip.
+    fn strip_len(&self) -> usize {
+        self.geometry.dilation[1] * self.columns
+    }
+
+    /// A tile of some strips, from the first of a block's images on.
     fn tile(&self, all: Range<usize>) -> Tile {
         let [_, height, width] = self.geometry.output();
+        let lines_of_strip = STEP * self.geometry.dilation[1];
         let (mut parts, mut pieces) = (Vec::new(), Vec::new());
-        for image in all.start / self.rows..all.end.div_ceil(self.rows) {
-            let first = image * self.rows;
-            let rows = all.start.max(first) - first..all.end.min(first + self.rows) - first;
-            let lines = 2 * rows.start..(2 * rows.end).min(height);
+        for image in all.start / self.strips..all.end.div_ceil(self.strips) {
+            let first = image * self.strips;
+            let strips = all.start.max(first) - first..all.end.min(first + self.strips) - first;
+            let lines = lines_of_strip * strips.start..(lines_of_strip * strips.end).min(height);
             pieces.push(Piece {
                 start: image * self.geometry.output_len() + lines.start * width,
                 len: lines.len() * width,
             });
             parts.push(Part {
                 image,
-                position: (first + rows.start - all.start) * self.columns,
-                rows,
+                position: (first + strips.start - all.start) * self.strip_len(),
+                strips,
             });
         }
         Tile {
-            positions: all.len() * self.columns,
+            positions: all.len() * self.strip_len(),
             parts,
             pieces,
         }
@@ -249,11 +260,36 @@ impl<'a, T: Real> Winograd<'a, T> {
     }
 }
 
-/// Rows of pairs of a block, of `rows` in an image, from the first of its images on.
-fn block_rows(rows: usize, block: &Block) -> Range<usize> {
+/// The pairs at a line's start. It may be shorter than a chunk of them.
+#[inline(always)]
+fn first_pairs<T: Real>(line: &[T]) -> [Chunk<T>; STEP] {
+    let pairs = match line.first_chunk::<{ STEP * CHUNK }>() {
+        Some(line) => *line,
+        None => {
+            let mut pairs = [T::ZERO; STEP * CHUNK];
+            copy_short(line, &mut pairs);
+            pairs
+        }
+    };
+    deinterleave(&pairs, 0)
+}
+
+/// Whether there are enough fewer products than in a direct sum to outweigh the transforms. With dilation some pairs of
+/// rows or columns lack the second: few in a large image.
+pub(crate) fn saves_products(geometry: &Geometry) -> bool {
+    let [_, height, width] = geometry.output;
+    let [_, down, across] = geometry.dilation;
+    let positions = height.div_ceil(STEP * down) * down * pairs(width, across);
+    let direct = 9 * geometry.positions();
+    [down, across] == [1, 1] || 4 * E * E * positions <= 3 * direct
+}
+
+/// Strips of a block, from the first of its images on.
+fn block_strips(geometry: &Geometry, block: &Block) -> Range<usize> {
+    let lines = STEP * geometry.dilation[1];
     match &block.band {
-        Some(band) => band.lines.start / 2..band.lines.end.div_ceil(2),
-        None => 0..block.images.len() * rows,
+        Some(band) => band.lines.start / lines..band.lines.end.div_ceil(lines),
+        None => 0..block.images.len() * geometry.output[1].div_ceil(lines),
     }
 }
 
@@ -275,7 +311,8 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
 
     fn tile_bytes(&self, gradients: bool) -> usize {
         let inputs = if gradients { 2 } else { 1 };
-        E * E * (inputs * self.input_product + self.output_product) * size_of::<F::Real>()
+        let planes = E * E * (inputs * self.input_product + self.output_product);
+        (planes + self.lines_len().iter().sum::<usize>()) * size_of::<F::Real>()
     }
 
     fn offset_bytes(&self, _: bool) -> usize {
@@ -283,7 +320,7 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
     }
 
     fn tiles(&self, block: &Block) -> Vec<Tile> {
-        let all = block_rows(self.rows, block);
+        let all = block_strips(self.geometry, block);
         let count = all.len().div_ceil(self.tile);
         let step = all.len().div_ceil(count);
         all.clone()
@@ -293,7 +330,7 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
     }
 
     fn halo(&self, block: &Block) -> Option<Tile> {
-        let end = block_rows(self.rows, block).start;
+        let end = block_strips(self.geometry, block).start;
         (end > 0).then(|| self.tile(end - 1..end))
     }
 
@@ -353,15 +390,15 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
         channel: usize,
         line: &mut [F::Real],
     ) {
-        let width = self.geometry.output[2];
+        let (width, down) = (self.geometry.output[2], self.geometry.dilation[1]);
         let part = &tile.parts[piece];
         let (planes, phases) = (&scratch.output, &mut scratch.lines.phases);
-        let pitch = self.padded_columns();
+        let pitch = self.phases_pitch();
         phases.resize(self.phases_len(), F::Real::ZERO);
         Arch::new().dispatch(Sweep(
             #[inline(always)]
             || {
-                for (index, lines) in line.chunks_mut(2 * width).enumerate() {
+                for index in 0..part.strips.len() * down {
                     let first = channel * self.plane + part.position + index * self.columns;
                     for start in (0..self.columns).step_by(CHUNK) {
                         let mut rows = [[Chunk::ZERO; E]; 2];
@@ -375,8 +412,9 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
                         }
                     }
                     let phases = phases.chunks_exact(STEP * pitch);
-                    for (line, phases) in lines.chunks_exact_mut(width).zip(phases) {
-                        interleave(phases, pitch, line);
+                    let lines = line.chunks_exact_mut(width).skip(self.line(index));
+                    for (line, phases) in lines.step_by(down).zip(phases.take(2)) {
+                        self.join_row(phases, pitch, line);
                     }
                 }
             },
@@ -386,6 +424,7 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
     fn begin(&self, scratch: &mut Self::Scratch) {
         let len = E * E * self.output_product;
         scratch.output.resize(len, F::Real::ZERO);
+        self.reserve(&mut scratch.lines);
     }
 
     fn scatter(
@@ -396,27 +435,31 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
         channel: usize,
         line: &[F::Real],
     ) {
-        let width = self.geometry.output[2];
+        let (width, [_, down, across]) = (self.geometry.output[2], self.geometry.dilation);
         let part = &tile.parts[piece];
-        let planes = &mut scratch.output;
+        let (planes, laid) = (&mut scratch.output, &mut scratch.lines);
+        let pitch = self.phases_pitch();
         Arch::new().dispatch(Sweep(
             #[inline(always)]
             || {
-                for (index, lines) in line.chunks(2 * width).enumerate() {
+                for index in 0..part.strips.len() * down {
                     let first = channel * self.plane + part.position + index * self.columns;
+                    let lines = line.chunks_exact(width).skip(self.line(index));
+                    let lines = lines.step_by(down).take(2).enumerate();
+                    if across > 1 {
+                        for (row, line) in lines.clone() {
+                            self.split_line(line, row, laid);
+                        }
+                    }
                     for start in (0..self.columns).step_by(CHUNK) {
                         let mut rows = [[Chunk::ZERO; E]; 2];
-                        for (line, row) in lines.chunks_exact(width).zip(&mut rows) {
-                            let line = &line[2 * start..];
-                            let pairs = match line.first_chunk::<{ 2 * CHUNK }>() {
-                                Some(line) => *line,
-                                None => {
-                                    let mut pairs = [F::Real::ZERO; 2 * CHUNK];
-                                    copy_short(line, &mut pairs);
-                                    pairs
-                                }
+                        for (row, line) in lines.clone() {
+                            let pairs = if across > 1 {
+                                Chunk::load(&laid.phases, row * STEP * pitch + start, pitch)
+                            } else {
+                                first_pairs(&line[2 * start..])
                             };
-                            *row = output_transposed(deinterleave(&pairs, 0));
+                            rows[row] = output_transposed(pairs);
                         }
                         for column in 0..E {
                             let values = output_transposed([rows[0][column], rows[1][column]]);
@@ -505,7 +548,7 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
             .zip(scratch.output.chunks_exact(self.output_product))
             .zip(scratch.input_grad.chunks_exact_mut(self.input_product))
         {
-            let (outputs, target) = (&self.outputs, &mut target[self.columns..]);
+            let (outputs, target) = (&self.outputs, &mut target[self.strip_len()..]);
             correlate(filter, source, outputs, target, self.plane, tile.positions);
         }
         if let Some(grad) = grad {
@@ -513,7 +556,7 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
         }
         for product in scratch.input_grad.chunks_exact_mut(self.input_product) {
             for plane in product.chunks_exact_mut(self.plane) {
-                plane.copy_within(tile.positions..tile.positions + self.columns, 0);
+                plane.copy_within(tile.positions..tile.positions + self.strip_len(), 0);
             }
         }
     }

@@ -7,7 +7,7 @@ use pulp::Arch;
 use super::transforms::{E, N, STEP, input, input_transposed, sums};
 use super::{Lines, Part, Scratch, Tile, Winograd};
 use crate::blocks::Share;
-use crate::simd::chunk::{CHUNK, Chunk, deinterleave, interleave};
+use crate::simd::chunk::{CHUNK, Chunk, deinterleave, interleave, join_blocks, split_blocks};
 use crate::simd::sweeps::{Sweep, zero};
 use crate::{Element, Real};
 
@@ -17,10 +17,19 @@ impl<T: Real> Winograd<'_, T> {
         self.columns.next_multiple_of(CHUNK)
     }
 
-    /// Distance of the lines of [`store_rows`](Self::store_rows), with a chunk of zeros on either side of
-    /// each.
+    /// Zeros on either side of a line: the columns' dilation in whole chunks.
+    fn margin(&self) -> usize {
+        self.geometry.dilation[2].next_multiple_of(CHUNK)
+    }
+
+    /// Distance of the lines of [`store_rows`](Self::store_rows), with zeros on either side of each.
     pub(super) fn store_pitch(&self) -> usize {
-        self.padded_columns() + 2 * CHUNK
+        self.padded_columns() + 2 * self.margin()
+    }
+
+    /// Distance of the even and the odd values of a row to be transformed.
+    pub(super) fn phases_pitch(&self) -> usize {
+        self.padded_columns() + self.margin()
     }
 
     /// Even and odd values of two rows.
@@ -34,18 +43,54 @@ impl<T: Real> Winograd<'_, T> {
         (STEP * self.store_pitch()).max(before + self.geometry.input[2])
     }
 
+    /// Splits a padded row into the first and the second values of its pairs.
+    #[inline(always)]
+    pub(super) fn split_row(&self, padded: &[T], phases: &mut [T]) {
+        let pitch = self.phases_pitch();
+        match self.geometry.dilation[2] {
+            1 => {
+                for start in (0..pitch).step_by(CHUNK) {
+                    Chunk::store(deinterleave(padded, STEP * start), phases, start, pitch);
+                }
+            }
+            len => split_blocks(padded, len, phases, pitch),
+        }
+    }
+
+    /// A row from the first and the second values of its pairs, which are `pitch` behind.
+    #[inline(always)]
+    pub(super) fn join_row(&self, phases: &[T], pitch: usize, row: &mut [T]) {
+        match self.geometry.dilation[2] {
+            1 => interleave(phases, pitch, row),
+            len => join_blocks(phases, pitch, len, row),
+        }
+    }
+
+    /// Splits a row of the output's gradient, the first or the second of a pair.
+    #[inline(always)]
+    pub(super) fn split_line(&self, line: &[T], row: usize, lines: &mut Lines<T>) {
+        let (padded, _) = lines.padded.split_at_mut(self.padded_pitch());
+        padded[..line.len()].copy_from_slice(line);
+        zero(&mut padded[line.len()..]);
+        let at = row * STEP * self.phases_pitch();
+        self.split_row(padded, &mut lines.phases[at..]);
+    }
+
+    /// Line of the first row of a pair. In a strip, the pairs' first rows lie before the second ones.
+    pub(super) fn line(&self, row: usize) -> usize {
+        row + row / self.geometry.dilation[1] * self.geometry.dilation[1]
+    }
+
     /// One padded row of the input, transformed along the columns: `E` lines of `rows`.
     #[inline(always)]
     fn load_row(&self, padded: &[T], phases: &mut [T], rows: &mut [T]) {
-        let columns = self.padded_columns();
+        let (columns, pitch) = (self.padded_columns(), self.phases_pitch());
+        let across = self.geometry.dilation[2];
         // By way of memory: the compiler does not vectorize deinterleaving and sums in one expression.
-        let pitch = columns + CHUNK;
-        for start in (0..pitch).step_by(CHUNK) {
-            Chunk::store(deinterleave(padded, STEP * start), phases, start, pitch);
-        }
+        self.split_row(padded, phases);
         for start in (0..columns).step_by(CHUNK) {
             let [x0, x1] = Chunk::load(phases, start, pitch);
-            let [x2, x3] = Chunk::load(phases, start + 1, pitch);
+            let [x2, x3] = Chunk::load(phases, start + across, pitch);
             Chunk::store(input([x0, x1, x2, x3]), rows, start, columns);
         }
     }
@@ -65,7 +110,8 @@ impl<T: Real> Winograd<'_, T> {
         let pitch = E * columns;
         let padded = self.padded_pitch();
         let [_, (above, _), (left, _)] = self.geometry.padding;
-        let count = (part.rows.len() - 1) * STEP + N;
+        let down = self.geometry.dilation[1];
+        let count = self.lines(part.strips.len());
         // All rows first, one after the other: many cache lines are in flight at a time.
         for (line, padded) in lines
             .padded
@@ -74,7 +120,7 @@ impl<T: Real> Winograd<'_, T> {
             .enumerate()
         {
             let target = &mut padded[left..][..width];
-            match (part.rows.start * STEP + line).checked_sub(above) {
+            match (part.strips.start * STEP * down + line).checked_sub(above) {
                 Some(at) if at < height => F::load(&source[at * width..][..width], target),
                 _ => zero(target),
             }
@@ -84,12 +130,12 @@ impl<T: Real> Winograd<'_, T> {
             self.load_row(padded, &mut lines.phases, rows);
         }
         let first = channel * self.plane + part.position;
-        for row in 0..part.rows.len() {
+        for row in 0..part.strips.len() * down {
             for column in 0..E {
-                let source = row * STEP * pitch + column * columns;
+                let source = self.line(row) * pitch + column * columns;
                 let target = first + row * self.columns + column * self.input_product;
                 for start in (0..columns).step_by(CHUNK) {
-                    let values = Chunk::load::<N>(&lines.rows, source + start, pitch);
+                    let values = Chunk::load::<N>(&lines.rows, source + start, down * pitch);
                     // The next row overwrites values written behind this one.
                     let products = input(values);
                     Chunk::store(products, planes, target + start, E * self.input_product);
@@ -117,15 +163,19 @@ impl<T: Real> Winograd<'_, T> {
             || {
                 for part in &tile.parts {
                     let image = part.image * self.geometry.input_len();
-                    let last = part.rows.end + usize::from(part.rows.end == self.rows);
+                    let last = part.strips.end + usize::from(part.strips.end == self.strips);
                     for channel in 0..channels {
                         let start = image + (group * channels + channel) * plane;
                         let (grad, first) = grad.channel(start);
-                        for row in part.rows.start..last {
-                            let position = part.position + (row - part.rows.start) * self.columns;
-                            let position = position + channel * self.plane;
-                            let (planes, lines) = (&scratch.input_grad, &mut scratch.lines);
-                            self.store_rows(planes, row, position, (grad, first), lines);
+                        for strip in part.strips.start..last {
+                            let position = (strip - part.strips.start) * self.strip_len();
+                            let position = channel * self.plane + part.position + position;
+                            for row in 0..self.geometry.dilation[1] {
+                                let position = position + row * self.columns;
+                                let (planes, lines) = (&scratch.input_grad, &mut scratch.lines);
+                                let (at, grad) = ((strip, row), (&mut *grad, first));
+                                self.store_rows(planes, at, position, grad, lines);
+                            }
                         }
                     }
                 }
@@ -133,31 +183,32 @@ impl<T: Real> Winograd<'_, T> {
         ));
     }
 
-    /// Writes the rows of the input's gradient that a row of pairs begins: the inputs of `row` and of the
-    /// one before. `planes` has the row at `position`, less than a row after the one before. The gradient is that of
-    /// a channel from its value `first` on.
+    /// Writes the rows of the input's gradient that a row of pairs begins: the inputs of the `row` of a strip and of
+    /// that of the strip before. `planes` has the latter at `position`. The gradient is that of a channel from its
+    /// value `first` on.
     #[inline(always)]
     fn store_rows<F: Element<Real = T>>(
         &self,
         planes: &[T],
-        row: usize,
+        (strip, row): (usize, usize),
         position: usize,
         (grad, first): (&mut [MaybeUninit<F>], usize),
         lines: &mut Lines<T>,
     ) {
         let columns = self.padded_columns();
-        let pitch = self.store_pitch();
+        let (pitch, margin) = (self.store_pitch(), self.margin());
+        let [_, down, across] = self.geometry.dilation;
         let product = E * self.input_product;
         for column in 0..E {
-            let line = column * pitch + CHUNK;
+            let line = column * pitch + margin;
             let from = position + column * self.input_product;
             for start in (0..columns).step_by(CHUNK) {
-                let this = if row < self.rows {
-                    Chunk::load::<E>(planes, from + self.columns + start, product)
+                let this = if strip < self.strips {
+                    Chunk::load::<E>(planes, from + self.strip_len() + start, product)
                 } else {
                     [Chunk::ZERO; E]
                 };
-                let before = if row > 0 {
+                let before = if strip > 0 {
                     Chunk::load::<E>(planes, from + start, product)
                 } else {
                     [Chunk::ZERO; E]
@@ -169,27 +220,27 @@ impl<T: Real> Winograd<'_, T> {
             }
             for n in 0..STEP {
                 let line = line + n * E * pitch;
-                zero(&mut lines.rows[line + self.columns..line + columns + CHUNK]);
+                zero(&mut lines.rows[line + self.columns..line + columns + margin]);
             }
         }
         let [_, height, width] = self.geometry.input;
         let [_, (above, _), (left, _)] = self.geometry.padding;
         for n in 0..STEP {
-            let Some(at) = (row * STEP + n)
+            let Some(at) = ((strip * STEP + n) * down + row)
                 .checked_sub(above)
                 .filter(|at| *at < height)
             else {
                 continue;
             };
-            let line = n * E * pitch + CHUNK;
-            for start in (0..columns + CHUNK).step_by(CHUNK) {
+            let line = n * E * pitch + margin;
+            for start in (0..columns + margin).step_by(CHUNK) {
                 let this = Chunk::load::<E>(&lines.rows, line + start, pitch);
-                let before = Chunk::load::<E>(&lines.rows, line + start - 1, pitch);
+                let before = Chunk::load::<E>(&lines.rows, line + start - across, pitch);
                 let this = input_transposed(this);
                 let before = input_transposed(before);
                 Chunk::store(sums(this, before), &mut lines.phases, start, pitch);
             }
-            interleave(&lines.phases, pitch, &mut lines.padded[..left + width]);
+            self.join_row(&lines.phases, pitch, &mut lines.padded[..left + width]);
             F::write(
                 &lines.padded[left..][..width],
                 &mut grad[at * width - first..][..width],
@@ -198,12 +249,21 @@ impl<T: Real> Winograd<'_, T> {
     }
 
     pub(super) fn reserve(&self, lines: &mut Lines<T>) {
-        let len = self.store_pitch();
-        let most_rows = (self.tile.min(self.rows) - 1) * STEP + N;
-        lines.rows.resize(most_rows * E * len, T::ZERO);
-        lines
-            .padded
-            .resize(most_rows * self.padded_pitch(), T::ZERO);
-        lines.phases.resize(self.phases_len(), T::ZERO);
+        let [rows, padded, phases] = self.lines_len();
+        lines.rows.resize(rows, T::ZERO);
+        lines.padded.resize(padded, T::ZERO);
+        lines.phases.resize(phases, T::ZERO);
+    }
+
+    /// Values of each of [`Lines`].
+    pub(super) fn lines_len(&self) -> [usize; 3] {
+        let count = self.lines(self.tile.min(self.strips));
+        let row = E * self.store_pitch();
+        [count * row, count * self.padded_pitch(), self.phases_len()]
+    }
+
+    /// Rows of the input that some strips read.
+    fn lines(&self, strips: usize) -> usize {
+        (strips * STEP + N - STEP) * self.geometry.dilation[1]
     }
 }

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use super::tiles::{
     Grid, LANES, Places, Steps, TAPS, add_kernels, lay, pick, restore, transform, transform_kernels,
 };
-use super::transforms::{E, input, input_transposed, output, output_transposed};
+use super::transforms::{E, input, input_transposed, output, output_transposed, pairs};
 use crate::conv::channels::{ByChannels, Rows};
 use crate::conv::span::Span;
 use crate::scratch::{Aligned, ScratchPool};
@@ -40,9 +40,9 @@ const FACTORS: usize = E * E * PANEL * SLICE;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slices<'a> {
     geometry: &'a Geometry,
-    /// Images of a block, and pairs of rows of a chunk, all unless the block is of one image.
+    /// Images of a block, and strips of a chunk, all unless the block is of one image.
     images: usize,
-    pairs: usize,
+    strips: usize,
     /// Most tiles of a chunk, padded to whole blocks of sums.
     tiles: usize,
     /// Channels whose tiles are transformed at a time, whole panels.
@@ -82,17 +82,18 @@ impl<'a> Slices<'a> {
     /// Chunks of about `tiles` tiles, transformed for `channels` at a time.
     pub(crate) fn new(geometry: &'a Geometry, tiles: usize, channels: usize) -> Self {
         let [_, height, width] = geometry.output();
-        let (rows, columns) = (height.div_ceil(2), width.div_ceil(2));
+        let [_, down, across] = geometry.dilation;
+        let (all, strip) = (height.div_ceil(2 * down), down * pairs(width, across));
         let batch = geometry.batch();
-        let images = (tiles / (rows * columns)).clamp(1, batch);
+        let images = (tiles / (all * strip)).clamp(1, batch);
         let images = batch.div_ceil(batch.div_ceil(images));
-        let pairs = (tiles / columns).clamp(1, rows);
-        let pairs = rows.div_ceil(rows.div_ceil(pairs));
+        let strips = (tiles / strip).clamp(1, all);
+        let strips = all.div_ceil(all.div_ceil(strips));
         Self {
             geometry,
             images,
-            pairs,
-            tiles: (images * pairs * columns).next_multiple_of(ROWS),
+            strips,
+            tiles: (images * strips * strip).next_multiple_of(ROWS),
             channels: channels.next_multiple_of(PANEL),
         }
     }
@@ -121,7 +122,8 @@ impl<'a> Slices<'a> {
     /// Most positions of a chunk.
     fn chunk_len(&self) -> usize {
         let [_, height, width] = self.geometry.output();
-        self.images * (2 * self.pairs).min(height) * width
+        let lines = 2 * self.geometry.dilation[1] * self.strips;
+        self.images * lines.min(height) * width
     }
 
     /// Distances in a panel of `channels`.

@@ -1,6 +1,6 @@
 //! Winograd's maps with channels side by side: a *pixel* has the values of [`LANES`] channels at one place.
 
-use super::transforms::{E, N, filter_lanes, filter_lanes_transposed};
+use super::transforms::{E, N, filter_lanes, filter_lanes_transposed, pairs};
 use crate::Geometry;
 use crate::Real;
 use crate::conv::span::Span;
@@ -34,11 +34,12 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// Finds the places of a chunk: whole images, or pairs of rows of one.
+    /// Finds the places of a chunk: whole images, or strips of one.
     pub(super) fn find(&mut self, geometry: &Geometry, chunk: Span) {
         let [_, height, width] = geometry.input;
         let [_, _, columns] = geometry.output;
         let [_, (above, _), (left, _)] = geometry.padding;
+        let [_, down, across] = geometry.dilation;
         let positions = geometry.positions();
         self.first = chunk.start / positions;
         self.images = chunk.len.div_ceil(positions);
@@ -47,23 +48,23 @@ impl Places {
             chunk.len / self.images / columns,
         );
         let row = |row: usize| row.saturating_sub(above).min(height);
-        let read = row(top)..row(top + rows.next_multiple_of(2) + N - 2);
+        let read = row(top)..row(top + rows.next_multiple_of(2 * down) + (N - 2) * down);
         (self.start, self.len) = (read.start * width, read.len() * width);
         let (behind_inputs, behind_outputs) = (self.images * self.len, chunk.len);
         self.inputs.clear();
         self.outputs.clear();
         for image in 0..self.images {
-            for (y, x) in (0..rows)
-                .step_by(2)
-                .flat_map(|y| (0..columns).step_by(2).map(move |x| (y, x)))
+            for (y, x) in first_of_pairs(rows, down)
+                .flat_map(|y| first_of_pairs(columns, across).map(move |x| (y, x)))
             {
                 let input = |n: usize, m: usize| {
-                    let y = (top + y + n).checked_sub(above).filter(|y| *y < height)?;
-                    let x = (x + m).checked_sub(left).filter(|x| *x < width)?;
+                    let y = (top + y + n * down).checked_sub(above);
+                    let x = (x + m * across).checked_sub(left);
+                    let (y, x) = (y.filter(|y| *y < height)?, x.filter(|x| *x < width)?);
                     Some(image * self.len + y * width + x - self.start)
                 };
                 let output = |n: usize, m: usize| {
-                    let (y, x) = (y + n, x + m);
+                    let (y, x) = (y + n * down, x + m * across);
                     (y < rows && x < columns).then_some((image * rows + y) * columns + x)
                 };
                 let place = |place: Option<usize>, behind: usize| place.unwrap_or(behind) as u32;
@@ -76,6 +77,11 @@ impl Places {
             }
         }
     }
+}
+
+/// First values of a line's pairs, each pair a value and the one `distance` behind.
+fn first_of_pairs(len: usize, distance: usize) -> impl Iterator<Item = usize> {
+    (0..pairs(len, distance)).map(move |pair| pair + pair / distance * distance)
 }
 
 /// Sets one channel of the pixels.

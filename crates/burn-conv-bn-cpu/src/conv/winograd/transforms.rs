@@ -13,6 +13,11 @@ pub(super) const E: usize = 4;
 /// Distance of the pairs of outputs, in inputs.
 pub(super) const STEP: usize = 2;
 
+/// Pairs of values of a line, each with the one `distance` behind. The last may lack their second value.
+pub(super) fn pairs(len: usize, distance: usize) -> usize {
+    len / (2 * distance) * distance + (len % (2 * distance)).min(distance)
+}
+
 /// `B x`.
 #[inline(always)]
 pub(super) fn input<T: Real>([x0, x1, x2, x3]: [Chunk<T>; N]) -> [Chunk<T>; E] {
