@@ -17,7 +17,7 @@
 //! let network = network.unfreeze_group(norms);
 //! weights::save(&network, ResNet::TO_PYTORCH_KEYS, "resnet18-mine.safetensors")?;
 //!
-//! let vgg = VggConfig::vgg16(Form::Fused).init(&device);
+//! let vgg = VggConfig::vgg16_bn(Form::Fused).init(&device);
 //! let vgg = weights::load(vgg, Vgg::PYTORCH_KEYS, "vgg16_bn.pth")?;
 //! # }
 //! # Ok::<(), burn_conv_bn_models::weights::WeightsError>(())

@@ -23,8 +23,8 @@ use self::tile::Transposed;
 use self::winograd::{Slices, Winograd, saves_products};
 use crate::{Element, Geometry, Real};
 
-/// Fewest channels of a group, in and out, for which Winograd's savings outweigh its transforms: in rows of [`WIDE`]
-/// outputs, and in any.
+/// Fewest channels, in and out, for which Winograd's savings outweigh its transforms, and fewest of one of several
+/// groups in rows shorter than [`WIDE`].
 const LEAST_CHANNELS: usize = 16;
 const MANY_CHANNELS: usize = 32;
 const WIDE: usize = 28;
@@ -77,7 +77,8 @@ fn rule<E: Element>(geometry: &Geometry) -> Chosen<'_, E::Real> {
     if let Some(slices) = slices.filter(|_| is_deep(DEEP)) {
         return Chosen::Slices(slices);
     }
-    if is_for_winograd && (channels >= MANY_CHANNELS || geometry.output[2] >= WIDE) {
+    let is_narrow = geometry.groups() > 1 && channels < MANY_CHANNELS && geometry.output[2] < WIDE;
+    if is_for_winograd && !is_narrow {
         let winograd = Winograd::new(geometry, winograd_tile::<E>(geometry));
         if fits::<E, _>(&winograd) {
             return Chosen::Winograd(winograd);
