@@ -1,5 +1,3 @@
-use crate::conv::Method;
-
 /// Most taps of an output value that is recomputed faster than stored and loaded: depthwise convolutions,
 /// and first layers of one or three channels.
 const FEW_TAPS: usize = 32;
@@ -266,4 +264,25 @@ impl Geometry {
     pub(crate) fn depth(&self) -> usize {
         self.group_in() * self.kernel.iter().product::<usize>()
     }
+}
+
+/// An algorithm of the convolution.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    Planes,
+    WithoutGaps,
+    Winograd,
+    Slices,
+    Packed,
+}
+
+impl Method {
+    pub const ALL: [Self; 5] = [
+        Self::Planes,
+        Self::WithoutGaps,
+        Self::Winograd,
+        Self::Slices,
+        Self::Packed,
+    ];
 }

@@ -104,8 +104,9 @@ mod simd;
 
 pub use activation::Activation;
 #[doc(hidden)]
-pub use conv::Method;
 pub use element::Element;
+#[doc(hidden)]
+pub use geometry::Method;
 pub use geometry::{Geometry, GeometryError};
 pub use norm::affine::Affine;
 pub use norm::alone::{

@@ -5,28 +5,9 @@ use super::limit::{fits, slices, winograd_tile};
 use super::packed::Packed;
 use super::winograd::Winograd;
 use super::{Chosen, is_for_winograd, rule};
-use crate::{Element, Geometry};
-
-/// An algorithm of the convolution.
-#[doc(hidden)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Method {
-    Planes,
-    WithoutGaps,
-    Winograd,
-    Slices,
-    Packed,
-}
+use crate::{Element, Geometry, Method};
 
 impl Method {
-    pub const ALL: [Self; 5] = [
-        Self::Planes,
-        Self::WithoutGaps,
-        Self::Winograd,
-        Self::Slices,
-        Self::Packed,
-    ];
-
     /// This algorithm for a geometry, if it applies.
     pub(super) fn of<E: Element>(self, geometry: &Geometry) -> Option<Chosen<'_, E::Real>> {
         let is_for_winograd = is_for_winograd(geometry);

@@ -13,7 +13,6 @@ mod phases;
 mod winograd;
 
 pub(crate) use self::limit::weight_blocks;
-pub use self::method::Method;
 
 use self::direct::Direct;
 use self::layout::has_few_gaps;

@@ -468,7 +468,7 @@ fn which_windows_join_a_block() {
     ] {
         let saved = config()
             .init(&device())
-            .saved_for_backward_max_pool([2, 4, 32, 32], &pool.init());
+            .saved_for_backward_max_pool([2, 4, 32, 32], pool.init());
         let has_pooled = saved.iter().any(|tensor| tensor.name == "pooled");
         assert_eq!(has_pooled, joins, "{pool:?}: {saved:?}");
     }
