@@ -128,8 +128,9 @@ impl Geometry {
 #[derive(Debug)]
 pub(crate) struct Share<'a, T> {
     parts: Vec<&'a mut [T]>,
-    /// Values of a channel, of which the parts start at `first`.
+    /// Values of a channel.
     plane: usize,
+    /// The first of these in each part.
     first: usize,
 }
 
@@ -164,7 +165,8 @@ impl<'a, T> Share<'a, T> {
     }
 }
 
-/// Each block's share of a tensor of images of `planes` planes of `plane` values, of which `range` returns a band's.
+/// Each block's share of a tensor. An image has `planes` planes of `plane` values; `range` returns a band's part of a
+/// plane.
 pub(crate) fn shares<'a, T>(
     mut tensor: &'a mut [T],
     blocks: &[Block],

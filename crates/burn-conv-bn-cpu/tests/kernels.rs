@@ -24,7 +24,7 @@ struct Case {
     dilation: [usize; 3],
     /// On scratch.
     bound: Option<usize>,
-    /// None for that of the rule.
+    /// The algorithm; the rule's without one.
     method: Option<Method>,
 }
 

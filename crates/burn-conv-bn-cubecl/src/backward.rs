@@ -234,7 +234,7 @@ impl GradSums {
         self
     }
 
-    /// Gradients of the norm's parameters, in their dtype, or the accumulator's. Completes `table`, that of the sums,
+    /// Gradients of the norm's parameters, in their dtype, or the accumulator's without any. Completes the sums' `table`
     /// for [`norm_input_grad`].
     pub fn finish(mut self, table: &ChannelTable) -> AffineGrads {
         match self.finished.take() {

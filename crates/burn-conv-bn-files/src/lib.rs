@@ -64,7 +64,7 @@ pub fn check(path: &Path) -> Result<(), OutputError> {
     }
 }
 
-/// As [`check`], of outputs, each with the name of its option, no two of which may be one regular file.
+/// As [`check`], of several outputs with the names of their options. Two may not be one regular file.
 ///
 /// # Errors
 ///

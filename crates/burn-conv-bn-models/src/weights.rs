@@ -89,8 +89,8 @@ pub enum WeightsError {
 
 /// Loads a file into a network, by the network's table of keys.
 ///
-/// The file is told by its content: safetensors, or `torch.save`'s of a `state_dict`, of a dict that has one under
-/// `state_dict`, or of a whole model. A prefix `module.`, as of `DistributedDataParallel`, is dropped. Tensors have the
+/// The content decides the format: safetensors or `torch.save`'s. The latter may hold a `state_dict`, a dict with one under
+/// the key `state_dict`, or a whole model. A prefix `module.`, as of `DistributedDataParallel`, is dropped. Tensors have the
 /// file's dtype: [`with_precision`](ConvBnModule::with_precision) casts those in half. To train on as PyTorch would, set
 /// [`RunningVariance::Unbiased`].
 ///

@@ -68,7 +68,7 @@ pub fn grad_sums<E: Element>(pass: &Backward<'_, E>, conv_output: ConvOutput<'_,
         }
         ConvOutput::Store(buffer) => {
             let sums = sum(pass, Source::Store(room(buffer, len)));
-            // SAFETY: there is room for `len` values, all of which belong to the blocks' shares; and a
+            // SAFETY: there is room for `len` values. Each belongs to a block's share, and a
             // block's tiles have pieces for all of its channels and positions, which `sum_block`
             // writes.
             unsafe { buffer.set_len(len) };

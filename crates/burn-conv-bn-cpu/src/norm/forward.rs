@@ -78,7 +78,7 @@ fn conv_seeing<E: Element, S: Send>(
         Chosen::Packed(algorithm) => vec![conv_chunks(&algorithm, input, weight, room, new, see)],
         Chosen::Slices(algorithm) => vec![conv_chunks(&algorithm, input, weight, room, new, see)],
     };
-    // SAFETY: there is room for `len` values, all of which belong to the blocks' shares; and a block's tiles
+    // SAFETY: there is room for `len` values. Each belongs to a block's share, and a block's tiles
     // have pieces for all of its channels and positions, which `conv_blocks` writes. `channels::conv` writes
     // every channel of its chunks, which are all positions.
     unsafe { output.set_len(len) };

@@ -48,7 +48,7 @@ pub fn is_statistic(name: &str) -> bool {
     name.contains(".running_")
 }
 
-/// A network's tensors, or the gradients of its parameters, every one of which has to be there.
+/// A network's tensors, or the gradients of its parameters. Panics if a gradient is missing.
 pub fn collect<M: Module>(network: &M, gradients: Option<&Gradients>) -> Named {
     let mut collect = Collect {
         gradients,

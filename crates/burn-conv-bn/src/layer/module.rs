@@ -192,7 +192,7 @@ fn layers<M: Module>(module: &M) -> Vec<(Vec<String>, ConvBnSettings)> {
     layers.found
 }
 
-/// The same, of which there must be one.
+/// As [`layers`]; panics if there is none.
 #[track_caller]
 fn require_layers<M: Module>(module: &M) -> Vec<(Vec<String>, ConvBnSettings)> {
     let layers = layers(module);

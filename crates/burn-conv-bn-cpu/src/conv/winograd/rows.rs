@@ -183,9 +183,9 @@ impl<T: Real> Winograd<'_, T> {
         ));
     }
 
-    /// Writes the rows of the input's gradient that a row of pairs begins: the inputs of the `row` of a strip and of
-    /// that of the strip before. `planes` has the latter at `position`. The gradient is that of a channel from its
-    /// value `first` on.
+    /// Writes the rows of the input's gradient that a row of pairs begins. These are the inputs of the `row` of a strip
+    /// and of the same row of the strip before, which `planes` has at `position`. `first` is the channel's first value
+    /// in the gradient.
     #[inline(always)]
     fn store_rows<F: Element<Real = T>>(
         &self,
