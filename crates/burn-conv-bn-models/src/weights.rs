@@ -52,6 +52,12 @@ pub enum WeightsError {
         /// The system's error.
         source: io::Error,
     },
+    /// A file to be written has another ending, by which PyTorch's users would call `torch.load`.
+    #[error("{}: the file would be safetensors; name it .safetensors", file.display())]
+    NotSafetensors {
+        /// The file.
+        file: PathBuf,
+    },
     /// burn-store cannot read or write the file, or tensors are missing or of other shapes.
     #[error("{}: {message}", file.display())]
     Store {
@@ -131,17 +137,25 @@ pub fn load_resnet(file: impl AsRef<Path>, device: &Device) -> Result<ResNet, We
 
 /// Saves a network as safetensors under PyTorch's names, by a table such as [`ResNet::TO_PYTORCH_KEYS`].
 ///
-/// A strict `load_state_dict` takes the file, `num_batches_tracked` being made by PyTorch.
+/// A strict `load_state_dict` of `safetensors.torch.load_file(..)` takes it, `num_batches_tracked` being made by PyTorch.
 ///
 /// # Errors
 ///
-/// A file that cannot be written.
+/// A name that does not end in `.safetensors`, and a file that is there already or cannot be written.
 pub fn save<M: Module>(
     network: &M,
     keys: Keys<'_>,
     file: impl AsRef<Path>,
 ) -> Result<(), WeightsError> {
     let file = file.as_ref();
+    if !file
+        .extension()
+        .is_some_and(|ending| ending.eq_ignore_ascii_case("safetensors"))
+    {
+        return Err(WeightsError::NotSafetensors {
+            file: file.to_path_buf(),
+        });
+    }
     let mut store = SafetensorsStore::from_file(file)
         .with_to_adapter(BurnToPyTorchAdapter)
         .remap(remapper(keys.iter().copied(), file)?);
@@ -249,6 +263,8 @@ fn resnet_of<S: ModuleStore>(
 
 #[cfg(all(test, feature = "flex"))]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     use burn::module::ParamGroup;
@@ -263,12 +279,31 @@ mod tests {
     /// A file of that network, its names with a prefix.
     fn saved(network: &ResNet, prefix: &str) -> (TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
-        // The content tells what it is.
-        let file = folder.path().join("resnet.pth");
+        let written = folder.path().join("resnet.safetensors");
         let mut keys = ResNet::TO_PYTORCH_KEYS.to_vec();
         keys.push(("^", prefix));
-        save(network, &keys, &file).unwrap();
+        save(network, &keys, &written).unwrap();
+        // The content tells what it is.
+        let file = folder.path().join("resnet.pth");
+        fs::rename(written, &file).unwrap();
         (folder, file)
+    }
+
+    #[test]
+    fn no_file_is_saved_under_another_formats_name_or_over_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let network = network([1, 1, 1, 1]);
+        let file = folder.path().join("resnet.pth");
+        let error = save(&network, ResNet::TO_PYTORCH_KEYS, &file).unwrap_err();
+        assert!(
+            matches!(error, WeightsError::NotSafetensors { .. }),
+            "{error}"
+        );
+        let file = folder.path().join("resnet.safetensors");
+        fs::write(&file, "mine").unwrap();
+        let error = save(&network, ResNet::TO_PYTORCH_KEYS, &file).unwrap_err();
+        assert!(matches!(error, WeightsError::Store { .. }), "{error}");
+        assert_eq!(fs::read(&file).unwrap(), b"mine");
     }
 
     #[test]

@@ -82,8 +82,16 @@ impl Network {
     }
 }
 
-/// The memory of a step, and the accuracy after so many steps on images that the network has not seen.
-fn train(forward: fn(&Network, Tensor<4>) -> Tensor<2>, steps: u64) -> (StepMemory, f64) {
+/// Results of a training.
+struct Trained {
+    memory: StepMemory,
+    /// Loss and accuracy on images that the network has not seen.
+    loss: f64,
+    accuracy: f64,
+}
+
+/// Trains for so many steps, and measures one more.
+fn train(forward: fn(&Network, Tensor<4>) -> Tensor<2>, steps: u64) -> Trained {
     let device = Device::flex().autodiff();
     device.seed(1);
     let mut network = Network::new(&device);
@@ -97,7 +105,9 @@ fn train(forward: fn(&Network, Tensor<4>) -> Tensor<2>, steps: u64) -> (StepMemo
     }
 
     let (images, classes) = stripes::batch(&stripes::examples(512, u64::MAX), &Device::flex());
-    let accuracy = stripes::accuracy(forward(&network.valid(), images), classes);
+    let scores = forward(&network.valid(), images);
+    let unseen = loss.forward(scores.clone(), classes.clone());
+    let accuracy = stripes::accuracy(scores, classes);
 
     let (images, classes) = stripes::batch(&stripes::examples(MEASURED, steps), &device);
     let memory = measure_step(
@@ -106,27 +116,35 @@ fn train(forward: fn(&Network, Tensor<4>) -> Tensor<2>, steps: u64) -> (StepMemo
         || loss.forward(forward(&network, images), classes),
         |error| error.backward(),
     );
-    (memory, accuracy)
+    Trained {
+        memory,
+        loss: unseen.into_scalar::<f64>(),
+        accuracy,
+    }
 }
 
 /// Before and after the edit.
-fn compare(steps: u64) -> [(StepMemory, f64); 2] {
+fn compare(steps: u64) -> [Trained; 2] {
     let title = format!("A step of {MEASURED} images");
-    say!("{title:<33} kept by forward  peak of the step  accuracy");
+    say!("{title:<33} kept by forward  peak of the step  accuracy  loss");
     type Forward = fn(&Network, Tensor<4>) -> Tensor<2>;
     let forms: [(&str, Forward); 2] = [
         ("relu(bn.forward(conv.forward(x)))", Network::before),
         ("fuse(&conv, &bn)", Network::after),
     ];
     forms.map(|(name, forward)| {
-        let (memory, accuracy) = train(forward, steps);
-        let [kept, peak] =
-            [memory.forward_end_bytes, memory.peak_bytes].map(|bytes| bytes as f64 / 1024.0);
+        let trained = train(forward, steps);
+        let StepMemory {
+            forward_end_bytes,
+            peak_bytes,
+        } = trained.memory;
+        let [kept, peak] = [forward_end_bytes, peak_bytes].map(|bytes| bytes as f64 / 1024.0);
         say!(
-            "{name:<33} {kept:>11.0} KiB {peak:>13.0} KiB {:>7.1} %",
-            100.0 * accuracy
+            "{name:<33} {kept:>11.0} KiB {peak:>13.0} KiB {:>7.1} % {:>9.6}",
+            100.0 * trained.accuracy,
+            trained.loss
         );
-        (memory, accuracy)
+        trained
     })
 }
 
@@ -138,8 +156,10 @@ fn main() {
 mod tests {
     #[test]
     fn the_edited_lines_learn_the_same_and_keep_less() {
-        let [(before, unfused), (after, fused)] = super::compare(60);
-        assert!(unfused > 0.9 && fused > 0.9, "{unfused} and {fused}");
+        let [unfused, fused] = super::compare(60);
+        let accuracies = [unfused.accuracy, fused.accuracy];
+        assert!(accuracies.iter().all(|&part| part > 0.9), "{accuracies:?}");
+        let (before, after) = (unfused.memory, fused.memory);
         assert!(
             2 * after.forward_end_bytes < before.forward_end_bytes
                 && after.peak_bytes < before.peak_bytes,

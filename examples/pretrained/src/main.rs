@@ -50,12 +50,27 @@ struct Args {
     /// pixel of an image.
     #[arg(long, default_value_t = 40, value_parser = value_parser!(u32).range(33..=512))]
     size: u32,
-    /// File for the trained network: safetensors with torchvision's names, which PyTorch loads.
-    #[arg(long, value_name = "FILE")]
+    /// New file for the trained network, named .safetensors: torchvision's names, which PyTorch loads.
+    #[arg(long, value_name = "FILE", value_parser = new_file)]
     save: Option<PathBuf>,
     /// Epochs of each training.
     #[arg(long, default_value_t = 5, value_parser = value_parser!(u16).range(1..))]
     epochs: u16,
+}
+
+/// Refuses a file that could not be written when all is trained.
+fn new_file(name: &str) -> Result<PathBuf, String> {
+    let file = PathBuf::from(name);
+    if file.exists() {
+        return Err("it exists already".into());
+    }
+    if !file
+        .extension()
+        .is_some_and(|ending| ending == "safetensors")
+    {
+        return Err("name it .safetensors".into());
+    }
+    Ok(file)
 }
 
 #[derive(Module, Debug)]
