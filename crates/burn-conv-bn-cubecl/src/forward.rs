@@ -9,8 +9,10 @@ use crate::activation::{self, Activation};
 use crate::element::{accumulator_dtype, accumulator_type, element_type};
 use crate::fold::{Fold, Partial, fold_lanes, fold_of_all, partial_table, write_partial};
 use crate::last_cube;
+use crate::moments::{MomentsResults, Statistics, finish_channel_moments, finish_moments};
 use crate::norm::{Norm, NormArgs, unit_affine};
-use crate::table::{self, Affine, ChannelTable, Moments, MomentsResults, finish_channel_moments};
+use crate::running::{Running, RunningArgs};
+use crate::table::{Affine, ChannelTable, Moments};
 use crate::values_per_channel;
 use crate::walk::{
     Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, coordinates, index, is_idle,
@@ -85,7 +87,7 @@ fn unit_moments<E: Float, T: Float, N: Size>(
 
 /// As [`partial_moments_kernel`], and what `moments_kernel` makes of the partial results, by the last cube.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn moments_of_all_kernel<E: Float, T: Float, P: Float, N: Size>(
+fn moments_of_all_kernel<E: Float, T: Float, P: Float, R: Float, N: Size>(
     input: &Tensor<Vector<E, N>>,
     gamma: ComptimeOption<&Tensor<P>>,
     beta: ComptimeOption<&Tensor<P>>,
@@ -94,11 +96,12 @@ fn moments_of_all_kernel<E: Float, T: Float, P: Float, N: Size>(
     mean: &mut Tensor<T>,
     variance: &mut Tensor<T>,
     table: &mut Tensor<T>,
+    running: &mut ComptimeOption<RunningArgs<R>>,
     input_steps: &Steps,
     norm: &NormArgs,
     grid: &Grid,
     #[comptime] lanes: Lanes,
-    #[define(E, T, P)] _elements: [ElemType; 3],
+    #[define(E, T, P, R)] _elements: [ElemType; 4],
 ) {
     if is_idle(grid) {
         terminate!();
@@ -117,7 +120,7 @@ fn moments_of_all_kernel<E: Float, T: Float, P: Float, N: Size>(
     if whole.is_here {
         #[unroll]
         for component in 0..unit.width {
-            finish_channel_moments::<T, P>(
+            finish_channel_moments::<T, P, R>(
                 whole.partial.first.extract(component),
                 whole.partial.second.extract(component),
                 gamma,
@@ -125,6 +128,7 @@ fn moments_of_all_kernel<E: Float, T: Float, P: Float, N: Size>(
                 mean,
                 variance,
                 table,
+                running,
                 norm,
                 unit.channel + component,
                 grid.channels,
@@ -139,13 +143,25 @@ fn moments_of_all_kernel<E: Float, T: Float, P: Float, N: Size>(
 /// One read of the input. Partial results are means and squared deviations in f32 (f64 for f64): a mean far from
 /// zero costs no digits. The variance of an empty tensor is NaN.
 pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, ChannelTable) {
+    let statistics = moments_and_running(input, affine, norm, None);
+    (statistics.moments, statistics.table)
+}
+
+/// As [`moments`], and running statistics after this batch, without a launch for them: as
+/// [`running_moments`](crate::running_moments), in a dtype that is not larger than the accumulator's.
+pub fn moments_and_running(
+    input: &CubeTensor,
+    affine: Affine,
+    norm: Norm,
+    running: Option<&Running>,
+) -> Statistics {
     let accumulator = accumulator_type(input.dtype);
     let walk = Walk::new(&[input], accumulator.size(), REDUCTION_CUBES);
     let partials = partial_table(input, walk.chunks, walk.channels);
     let client = &input.client;
     let values = values_per_channel(input);
     if last_cube::finishes(&walk, input) {
-        let results = MomentsResults::new(&partials, walk.channels);
+        let results = MomentsResults::new(&partials, walk.channels, running);
         // SAFETY: `unit` keeps positions and channels below the input's, and those of the results.
         unsafe {
             moments_of_all_kernel::launch_unchecked(
@@ -162,6 +178,7 @@ pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, Chan
                 results.mean.clone().into_tensor_arg(),
                 results.variance.clone().into_tensor_arg(),
                 results.rows.clone().into_tensor_arg(),
+                results.running(running).into(),
                 walk.steps(Some(input)),
                 norm.launch(values, accumulator),
                 walk.grid(),
@@ -170,10 +187,11 @@ pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, Chan
                     element_type(input.dtype),
                     accumulator,
                     element_type(affine.dtype(accumulator_dtype(input.dtype))),
+                    running.map_or(accumulator, Running::element),
                 ],
             );
         }
-        return results.into_table(affine, norm, values);
+        return results.into_statistics(affine, norm, values);
     }
     if walk.channels > 0 {
         // SAFETY: `unit` keeps positions and channels below the input's.
@@ -193,7 +211,7 @@ pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, Chan
             );
         }
     }
-    table::finish_moments(partials, affine, norm, values)
+    finish_moments(partials, affine, norm, values, running)
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]

@@ -1,7 +1,6 @@
 //! Reductions that the last cube of a launch finishes, so that no launch of their own has to.
 
-use std::cell::Cell;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn_backend::{DType, StreamId};
 use burn_cubecl::CubeDevice;
@@ -16,17 +15,22 @@ use crate::walk::{REDUCTION_CUBES, Walk};
 /// Streams whose counters are kept, at most: 2 KiB each.
 const STREAMS: usize = 64;
 
-thread_local! {
-    static CHOICE: Cell<Option<bool>> = const { Cell::new(None) };
+/// Of all threads: Burn's fusion launches on one of its own.
+static CHOICE: Mutex<Option<bool>> = Mutex::new(None);
+
+fn choice() -> MutexGuard<'static, Option<bool>> {
+    CHOICE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs launches whose reductions are finished in the last cube or by a second launch, whatever the device promises.
 /// For tests: on a device that promises nothing the last cube may read what is not there yet.
 #[doc(hidden)]
 pub fn with_last_cube<R>(finishes: bool, launches: impl FnOnce() -> R) -> R {
-    let before = CHOICE.replace(Some(finishes));
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    *choice() = Some(finishes);
     let result = launches();
-    CHOICE.set(before);
+    *choice() = None;
     result
 }
 
@@ -41,7 +45,7 @@ pub(crate) fn finishes(walk: &Walk, like: &CubeTensor) -> bool {
     // Twice the units' partial results: of their own positions, and of all cubes'.
     let fits = 2 * walk.shared_bytes <= properties.hardware.max_shared_memory_size;
     let is_counted = walk.channels > 0 && walk.channel_blocks <= REDUCTION_CUBES;
-    is_counted && fits && CHOICE.get().unwrap_or_else(counts)
+    is_counted && fits && choice().unwrap_or_else(counts)
 }
 
 /// Zeros of type u32 for [`fold_of_all`](crate::fold::fold_of_all), which leaves zeros. Launches on one stream of a

@@ -5,7 +5,8 @@
 //! launch, without copies:
 //!
 //! - [`moments`]: mean and variance of each channel;
-//! - [`running_moments`]: running mean and variance after a batch;
+//! - [`moments_and_running`]: the same with running mean and variance, by the same launches;
+//! - [`running_moments`]: running mean and variance after a batch, in a launch of their own;
 //! - [`normalize`]: norm, residual and activation, in place on the convolution's output;
 //! - [`GradSums`]: the two sums per channel that determine all gradients of the norm;
 //! - [`norm_input_grad`]: the gradient of the convolution's output, in place on the recomputed
@@ -102,6 +103,7 @@ mod element;
 mod fold;
 mod forward;
 mod last_cube;
+mod moments;
 mod norm;
 mod pool;
 mod pre_activation;
@@ -112,13 +114,14 @@ mod walk;
 pub use activation::{Activation, Parameter};
 pub use backward::{GradSums, NormInputGrad, norm_input_grad};
 pub use element::accumulator_dtype;
-pub use forward::{moments, normalize};
+pub use forward::{moments, moments_and_running, normalize};
 #[doc(hidden)]
 pub use last_cube::with_last_cube;
+pub use moments::Statistics;
 pub use norm::Norm;
 pub use pool::{MaxPooled, PoolArgmax, PoolWindow, max_pool, max_pool_backward};
 pub use pre_activation::PreActivation;
-pub use running::running_moments;
+pub use running::{Running, running_moments};
 pub use table::{Affine, AffineGrads, ChannelTable, Moments, channel_table};
 
 /// Doc tests of the README.

@@ -45,6 +45,11 @@ impl ChannelTable {
         element_type(self.affine().dtype(self.moments.mean.dtype))
     }
 
+    pub(crate) fn with_rows(self, rows: CubeTensor) -> Self {
+        self.rows.replace(Some(rows));
+        self
+    }
+
     fn affine(&self) -> Affine<'_> {
         Affine {
             gamma: self.gamma.as_ref(),
@@ -119,133 +124,6 @@ pub(crate) fn args(table: Option<&ChannelTable>, dtype: ElemType) -> NormArgsLau
     };
     let (norm, values) = table.map_or((unread, 1), |table| (table.norm, table.values));
     norm.launch(values, dtype)
-}
-
-#[cube(launch_unchecked, address_type = "dynamic")]
-fn moments_kernel<T: Float, P: Float>(
-    partials: &Tensor<T>,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
-    mean: &mut Tensor<T>,
-    variance: &mut Tensor<T>,
-    table: &mut Tensor<T>,
-    norm: &NormArgs,
-    grid: &Grid,
-    #[comptime] lanes: Lanes,
-    #[define(T, P)] _elements: [ElemType; 2],
-) {
-    if is_idle(grid) {
-        terminate!();
-    }
-    let unit = unit::<One>(grid, lanes);
-    let moments = fold_rows(partials, &unit, lanes, Fold::Moments);
-    if unit.lane == 0 && unit.has_channel {
-        finish_channel_moments::<T, P>(
-            moments.first.extract(0usize),
-            moments.second.extract(0usize),
-            gamma,
-            beta,
-            mean,
-            variance,
-            table,
-            norm,
-            unit.channel,
-            grid.channels,
-        );
-    }
-}
-
-/// Writes the moments of one channel, and the rows of `scale * (value - mean) + shift`, from its mean and its sum of
-/// squared deviations.
-#[cube]
-pub(crate) fn finish_channel_moments<T: Float, P: Float>(
-    channel_mean: T,
-    squares: T,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
-    mean: &mut Tensor<T>,
-    variance: &mut Tensor<T>,
-    table: &mut Tensor<T>,
-    norm: &NormArgs,
-    channel: usize,
-    channels: usize,
-) {
-    let channel_variance = squares / norm.values.get::<T>();
-    mean[channel] = channel_mean;
-    variance[channel] = channel_variance;
-    let affine = channel_affine::<T, P>(channel_mean, channel_variance, gamma, beta, norm, channel);
-    write_affine(table, &affine, channel, channels);
-}
-
-/// What a launch writes that finishes moments.
-pub(crate) struct MomentsResults {
-    pub(crate) mean: CubeTensor,
-    pub(crate) variance: CubeTensor,
-    /// Of `scale * (value - mean) + shift`.
-    pub(crate) rows: CubeTensor,
-}
-
-impl MomentsResults {
-    pub(crate) fn new(partials: &CubeTensor, channels: usize) -> Self {
-        let per_channel = |rows: usize| channel_values(partials, rows, channels);
-        Self {
-            mean: per_channel(1),
-            variance: per_channel(1),
-            rows: per_channel(rows::AFFINE),
-        }
-    }
-
-    pub(crate) fn into_table(
-        self,
-        affine: Affine,
-        norm: Norm,
-        values: usize,
-    ) -> (Moments, ChannelTable) {
-        let moments = Moments {
-            mean: self.mean,
-            variance: self.variance,
-        };
-        let table = ChannelTable {
-            rows: RefCell::new(Some(self.rows)),
-            ..channel_table(&moments, affine, norm, values)
-        };
-        (moments, table)
-    }
-}
-
-/// Moments from partial ones over `values` values per channel, and the rows of `scale * (value - mean) + shift`.
-pub(crate) fn finish_moments(
-    partials: CubeTensor,
-    affine: Affine,
-    norm: Norm,
-    values: usize,
-) -> (Moments, ChannelTable) {
-    let walk = Walk::over_rows(&partials);
-    let results = MomentsResults::new(&partials, walk.channels);
-    let client = partials.client.clone();
-    let dtype = element_type(partials.dtype);
-    if !walk.is_empty() {
-        // SAFETY: `unit` keeps the rows and channels below those of the table.
-        unsafe {
-            moments_kernel::launch_unchecked(
-                &client,
-                walk.cube_count(&client),
-                walk.lanes.cube_dim(),
-                walk.address_type(),
-                partials.into_tensor_arg(),
-                tensor_arg(affine.gamma).into(),
-                tensor_arg(affine.beta).into(),
-                results.mean.clone().into_tensor_arg(),
-                results.variance.clone().into_tensor_arg(),
-                results.rows.clone().into_tensor_arg(),
-                norm.launch(values, dtype),
-                walk.grid(),
-                walk.lanes,
-                [dtype, element_type(affine.dtype(results.mean.dtype))],
-            );
-        }
-    }
-    results.into_table(affine, norm, values)
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]

@@ -9,8 +9,8 @@ use burn_backend::ops::FloatTensorOps;
 use burn_backend::{DType, TensorData, bf16, f16};
 use burn_conv_bn_cubecl::{
     Activation, Affine, ChannelTable, GradSums, Moments, Norm, Parameter, PoolArgmax, PoolWindow,
-    PreActivation, channel_table, max_pool, max_pool_backward, moments, norm_input_grad, normalize,
-    running_moments, with_last_cube,
+    PreActivation, Running, channel_table, max_pool, max_pool_backward, moments,
+    moments_and_running, norm_input_grad, normalize, running_moments, with_last_cube,
 };
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
@@ -1092,13 +1092,50 @@ fn running_statistics() {
             mean: upload_channels(&mean, dtype, &device),
             variance: upload_channels(&variance, dtype, &device),
         };
-        let running = moments([[0.5, -1.0, 2.0], [4.0, 0.25, 1.0]], dtype);
         let batch = moments([[1.5, 0.5, -4.0], [2.0, 1.0, 0.5]], accumulator);
         for (factor, variance) in [(1.0, [3.5, 0.4375, 0.875]), (1.5, [3.75, 0.5625, 0.9375])] {
-            let got = running_moments(&running, &batch, 0.25, factor);
+            let running = Running {
+                moments: moments([[0.5, -1.0, 2.0], [4.0, 0.25, 1.0]], dtype),
+                momentum: 0.25,
+                factor,
+            };
+            let got = running_moments(&running, &batch);
             assert_eq!(got.mean.dtype, dtype);
             assert_eq!(download(&got.mean), [0.75, -0.625, 0.5], "{dtype:?}");
             assert_eq!(download(&got.variance), variance, "{dtype:?}");
+        }
+    }
+}
+
+/// Running statistics by the launches of the batch's have the bits of those by a launch of their own.
+#[test]
+fn running_statistics_along_with_the_batch() {
+    let device = CubeDevice::default();
+    for (layout, channels) in [(Layout::ChannelsFirst, 3), (Layout::ChannelsLast, 40)] {
+        let shape = [4, channels, 33, 32];
+        let input = Host::random(&shape, &mut ChaCha8Rng::seed_from_u64(7), 2.0, 3.0);
+        let input = input.upload(layout, DType::F32, &device);
+        let running = Running {
+            moments: Moments {
+                mean: upload_channels(&vec![0.5; channels], DType::F32, &device),
+                variance: upload_channels(&vec![1.5; channels], DType::F32, &device),
+            },
+            momentum: 0.1,
+            factor: 1.25,
+        };
+        for finishes in [false, true] {
+            let got = with_last_cube(finishes, || {
+                moments_and_running(&input, Affine::default(), BATCH_NORM, Some(&running))
+            });
+            let alone = running_moments(&running, &got.moments);
+            let got = got.running.expect("running statistics were given");
+            assert_eq!(download(&got.mean), download(&alone.mean), "{layout:?}");
+            assert_eq!(
+                download(&got.variance),
+                download(&alone.variance),
+                "{layout:?}"
+            );
+            assert_ne!(download(&got.mean), vec![0.5; channels]);
         }
     }
 }

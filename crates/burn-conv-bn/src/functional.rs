@@ -32,6 +32,7 @@
 mod cat;
 mod check;
 mod max_pool;
+mod running;
 
 use burn::backend::Dispatch;
 use burn::tensor::Tensor;
@@ -40,9 +41,10 @@ use burn::tensor::ops::MaxPoolOptions;
 pub use self::cat::cat_channels;
 use self::check::Check;
 pub use self::max_pool::max_pool2d;
+pub(crate) use self::running::Running;
 use crate::backend::{
-    ChannelMoments, ConvBnBackend, ConvBnInputs, NormInputs, NormOutput, NormStatistics,
-    OptionalTensor, Statistics,
+    ConvBnBackend, ConvBnInputs, NormInputs, NormOutput, NormStatistics, OptionalTensor,
+    RunningStatistics, Statistics,
 };
 use crate::spec::{
     BatchNormOptions, ConvBnError, ConvBnOptions, ConvBnProblem, ConvSpec, MaxPoolProblem,
@@ -61,6 +63,8 @@ pub struct Normalized<const D: usize> {
     /// Biased variance of the norm's input (sum of squared deviations over the number of
     /// values), `[channels]`, in f32 or f64. Constant to autodiff.
     pub variance: Tensor<1>,
+    /// Mean and variance of the given [`Running`] after this batch, if the op updated them.
+    pub(crate) running: Option<[Tensor<1>; 2]>,
 }
 
 impl<const D: usize> Normalized<D> {
@@ -69,24 +73,13 @@ impl<const D: usize> Normalized<D> {
             output: Tensor::from_dispatch(result.output),
             mean: Tensor::from_dispatch(result.mean),
             variance: Tensor::from_dispatch(result.variance),
+            running: match result.running {
+                RunningStatistics::Absent => None,
+                RunningStatistics::Present { mean, variance, .. } => {
+                    Some([mean, variance].map(Tensor::from_dispatch))
+                }
+            },
         }
-    }
-
-    /// Running mean and variance after this batch, its variance times `factor`. Constant to autodiff.
-    pub(crate) fn running(
-        &self,
-        [mean, variance]: [Tensor<1>; 2],
-        momentum: f64,
-        factor: f64,
-    ) -> [Tensor<1>; 2] {
-        let moments = |mean: Tensor<1>, variance: Tensor<1>| ChannelMoments::<Dispatch> {
-            mean: mean.into_dispatch(),
-            variance: variance.into_dispatch(),
-        };
-        let running = moments(mean, variance);
-        let batch = moments(self.mean.clone(), self.variance.clone());
-        let running = Dispatch::running_moments(running, batch, momentum, factor);
-        [running.mean, running.variance].map(Tensor::from_dispatch)
     }
 }
 
@@ -309,7 +302,16 @@ pub fn batch_norm<const D: usize>(
     params: BatchNormParams,
     options: impl Into<BatchNormOptions>,
 ) -> Result<Normalized<D>, ConvBnError> {
-    let options = options.into();
+    batch_norm_running(input, params, options.into(), None)
+}
+
+/// [`batch_norm`], and running statistics after the batch where the op updates them. Only with the batch's.
+pub(crate) fn batch_norm_running<const D: usize>(
+    input: Tensor<D>,
+    params: BatchNormParams,
+    options: BatchNormOptions,
+    running: Option<Running>,
+) -> Result<Normalized<D>, ConvBnError> {
     check_epsilon(options.norm.epsilon, params.statistics.is_none())?;
     check_activation(options.activation)?;
     let input = input.dequantize();
@@ -350,6 +352,7 @@ pub fn batch_norm<const D: usize>(
                 output: check.empty(shape),
                 mean: mean.cast(dtype).detach(),
                 variance: variance.cast(dtype).detach(),
+                running: None,
             });
         }
         Some((mean, variance)) => NormStatistics::Fixed {
@@ -363,6 +366,7 @@ pub fn batch_norm<const D: usize>(
         gamma: optional(gamma),
         beta: optional(beta),
         statistics,
+        running: Running::into_statistics(running, check.dtype),
     };
     let result = Dispatch::batch_normalize(inputs, options);
     Ok(Normalized::new(result))
@@ -409,7 +413,17 @@ pub fn conv_bn<const D: usize>(
     params: ConvBnParams<D>,
     options: ConvBnOptions,
 ) -> Result<Normalized<D>, ConvBnError> {
-    let (inputs, problem) = checked(input, params, &options)?;
+    conv_bn_running(input, params, options, None)
+}
+
+/// [`conv_bn`], and running statistics after the batch where the op updates them. Only with the batch's.
+pub(crate) fn conv_bn_running<const D: usize>(
+    input: Tensor<D>,
+    params: ConvBnParams<D>,
+    options: ConvBnOptions,
+    running: Option<Running>,
+) -> Result<Normalized<D>, ConvBnError> {
+    let (inputs, problem) = checked(input, params, &options, running)?;
     Ok(normalized(inputs, &problem, options))
 }
 
@@ -430,6 +444,7 @@ fn normalized<const D: usize>(
                 output: check.empty(problem.output.clone()),
                 mean,
                 variance,
+                running: None,
             }
         }
         _ => Normalized::new(Dispatch::conv_bn(inputs, options)),
@@ -493,7 +508,18 @@ pub fn conv_bn_max_pool2d(
     options: ConvBnOptions,
     pool: MaxPoolOptions<2>,
 ) -> Result<Normalized<4>, ConvBnError> {
-    let (inputs, problem) = checked(input, params, &options)?;
+    conv_bn_max_pool2d_running(input, params, options, pool, None)
+}
+
+/// [`conv_bn_max_pool2d`], and running statistics as of [`conv_bn_running`].
+pub(crate) fn conv_bn_max_pool2d_running(
+    input: Tensor<4>,
+    params: ConvBnParams<4>,
+    options: ConvBnOptions,
+    pool: MaxPoolOptions<2>,
+    running: Option<Running>,
+) -> Result<Normalized<4>, ConvBnError> {
+    let (inputs, problem) = checked(input, params, &options, running)?;
     let pooled = MaxPoolProblem::new(problem.output.clone(), pool.clone())?;
     if pooled.is_regular() {
         let result = Dispatch::conv_bn_max_pool(inputs, options, pool);
@@ -511,6 +537,7 @@ fn checked<const D: usize>(
     input: Tensor<D>,
     params: ConvBnParams<D>,
     options: &ConvBnOptions,
+    running: Option<Running>,
 ) -> Result<(ConvBnInputs<Dispatch>, ConvBnProblem), ConvBnError> {
     let input = input.dequantize();
     let params = params.dequantize();
@@ -539,6 +566,8 @@ fn checked<const D: usize>(
         check.shape("residual", residual, problem.output.clone())?;
         check.data("residual", residual)?;
     }
+    // The op's mean is without the bias.
+    let running = running.filter(|_| params.bias.is_none());
     let inputs = ConvBnInputs {
         input: input.into_dispatch(),
         weight: params.weight.into_dispatch(),
@@ -553,6 +582,7 @@ fn checked<const D: usize>(
             },
             None => Statistics::Batch,
         },
+        running: Running::into_statistics(running, check.dtype),
     };
     Ok((inputs, problem))
 }

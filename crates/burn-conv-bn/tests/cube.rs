@@ -3,10 +3,18 @@
 
 mod gpu;
 
+use std::thread;
+
+use burn::module::Param;
+use burn::nn::BatchNorm;
+use burn::nn::PaddingConfig2d;
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_conv_bn::functional::{ConvBnParams, batch_norm, conv_bn, conv_bn_max_pool2d, max_pool2d};
-use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, NormSpec, NormVariant, Recompute};
+use burn_conv_bn::{
+    Activation, BatchNormActivationConfig, ConvBn2d, ConvBn2dConfig, ConvBnOptions, ConvSpec,
+    MaxPool2dConfig, NormSpec, NormVariant, Recompute, RunningVariance,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -454,6 +462,104 @@ fn norm_alone() {
         for (got, wanted) in got.iter().zip(&wanted) {
             assert!((got - wanted).abs() < 2e-5, "got {got}, wanted {wanted}");
         }
+    }
+}
+
+/// Running mean and variance.
+fn running(norm: &BatchNorm) -> [Vec<f64>; 2] {
+    [&norm.running_mean, &norm.running_var].map(|state| host(state.value()))
+}
+
+/// A block of 5 channels to 6, with the same weights on every device.
+fn block(device: &Device, bias: bool, recompute: Recompute) -> ConvBn2d {
+    let mut block = ConvBn2dConfig::new([5, 6], [3, 3])
+        .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
+        .with_bias(bias)
+        .with_momentum(0.25)
+        .with_running_variance(RunningVariance::Unbiased)
+        .with_recompute(recompute)
+        .init(device);
+    let weight = Tensor::from_data(random(&[6, 5, 3, 3], 7), (device, DType::F32));
+    block.conv.weight = Param::from_tensor(weight);
+    if bias {
+        let bias = Tensor::from_data(random(&[6], 8), (device, DType::F32));
+        block.conv.bias = Some(Param::from_tensor(bias));
+    }
+    block
+}
+
+/// The running statistics of every layer after two batches: of those whose kernels update them, and of one that has a
+/// bias.
+#[test]
+fn running_statistics() {
+    let run = |device: &Device| {
+        let device = device.clone().autodiff();
+        let batch = |seed| {
+            let data = random(&[3, 5, 8, 6], seed);
+            Tensor::<4>::from_data(data, (&device, DType::F32)).require_grad()
+        };
+        let [plain, rebuilt, biased, pooled, residual] = [
+            (false, Recompute::Conv),
+            (false, Recompute::Norm),
+            (true, Recompute::Conv),
+            (false, Recompute::Conv),
+            (false, Recompute::Never),
+        ]
+        .map(|(bias, recompute)| block(&device, bias, recompute));
+        let alone = BatchNormActivationConfig::new(5)
+            .with_momentum(0.25)
+            .with_running_variance(RunningVariance::Unbiased)
+            .init(&device);
+        let pool = MaxPool2dConfig::new([2, 2]).init();
+        for x in [batch(1), batch(2)] {
+            let y = plain.forward(x.clone());
+            rebuilt.forward(x.clone());
+            biased.forward(x.clone());
+            pooled.forward_max_pool(x.clone(), &pool);
+            residual.forward_residual(x.clone(), y);
+            alone.forward(x);
+        }
+        let blocks = [plain, rebuilt, biased, pooled, residual];
+        let norms = blocks.iter().map(|block| &block.norm).chain([&alone.norm]);
+        norms.flat_map(running).collect::<Vec<_>>()
+    };
+    let (got, wanted) = (run(&gpu::device()), run(&Device::flex()));
+    for (index, (got, wanted)) in got.iter().zip(&wanted).enumerate() {
+        let distance = distance(got, wanted);
+        assert!(
+            distance < 1e-5,
+            "{index}: {distance}, got {got:?}, wanted {wanted:?}"
+        );
+    }
+}
+
+/// Threads that train clones of a layer lose no update of its statistics.
+#[test]
+fn running_statistics_take_every_threads_update() {
+    const UPDATES: usize = 8;
+    let device = gpu::device().autodiff();
+    let x = Tensor::<4>::from_data(random(&[3, 5, 8, 6], 1), (&device, DType::F32));
+    let trained = |threads: usize| {
+        let layer = block(&device, false, Recompute::Conv);
+        thread::scope(|scope| {
+            for _ in 0..threads {
+                let (layer, x) = (layer.clone(), x.clone());
+                scope.spawn(move || {
+                    for _ in 0..UPDATES / threads {
+                        layer.forward(x.clone());
+                    }
+                });
+            }
+        });
+        running(&layer.norm)
+    };
+    // The threads see the same batch: the order of their updates makes no difference.
+    for (got, wanted) in trained(4).iter().zip(&trained(1)) {
+        let distance = distance(got, wanted);
+        assert!(
+            distance < 1e-5,
+            "{distance}, got {got:?}, wanted {wanted:?}"
+        );
     }
 }
 

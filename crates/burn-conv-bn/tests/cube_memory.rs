@@ -14,7 +14,7 @@ use burn::nn::{Relu, pool};
 use burn::tensor::{Device, Shape, Tensor, TensorData};
 use burn_conv_bn::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnGrads, ConvBnInputs, ConvBnSaved, OptionalTensor,
-    Parents, Statistics, StatisticsKind,
+    Parents, RunningStatistics, Statistics, StatisticsKind,
 };
 use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, MaxPool2dConfig, Recompute};
 use burn_conv_bn_memory::PoolMeter;
@@ -385,6 +385,7 @@ fn one_dimension_copies_nothing() {
             beta: OptionalTensor::Absent,
             residual: OptionalTensor::Absent,
             statistics: Statistics::Batch,
+            running: RunningStatistics::Absent,
         };
         let level = meter.reset_peak();
         let result = CubeBackend::conv_bn_forward(inputs, layer.options(), false);

@@ -7,12 +7,14 @@ use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
 
-use super::parents::{inner, is_tracked, node_or_untracked, retrieve, untracked};
+use super::parents::{
+    inner, inner_running, is_tracked, node_or_untracked, retrieve, untracked, untracked_running,
+};
 use super::{conv, max_pool, norm};
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnInputs,
     ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved, NormOutput, OptionalTensor,
-    Statistics,
+    RunningStatistics, Statistics,
 };
 use crate::portable::{bias_shift, shifted_mean};
 use crate::spec::{BatchNormOptions, ConvBnOptions, Parents, SavePlan, StatisticsKind};
@@ -131,11 +133,13 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
             state.keep(&plan, &forward.output, &forward.mean, &forward.variance);
             state.conv_output = forward.conv_output.into_option();
             let mean = shifted_mean::<B>(forward.mean, shift);
-            normalized(prep.finish(state, forward.output), mean, forward.variance)
+            let statistics = (mean, forward.variance, forward.running);
+            normalized(prep.finish(state, forward.output), statistics)
         }
         OpsKind::UnTracked(prep) => {
             let result = B::conv_bn(inner_inputs(inputs), options);
-            normalized(prep.finish(result.output), result.mean, result.variance)
+            let statistics = (result.mean, result.variance, result.running);
+            normalized(prep.finish(result.output), statistics)
         }
     }
 }
@@ -143,13 +147,13 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
 /// An output from a node, with statistics that are not differentiated.
 fn normalized<B: ConvBnBackend, C: CheckpointStrategy>(
     output: FloatTensor<Autodiff<B, C>>,
-    mean: FloatTensor<B>,
-    variance: FloatTensor<B>,
+    (mean, variance, running): (FloatTensor<B>, FloatTensor<B>, RunningStatistics<B>),
 ) -> NormOutput<Autodiff<B, C>> {
     NormOutput {
         output,
         mean: untracked::<B, C>(mean),
         variance: untracked::<B, C>(variance),
+        running: untracked_running::<B, C>(running),
     }
 }
 
@@ -185,6 +189,7 @@ fn register_rebuilt<B: ConvBnBackend, C: CheckpointStrategy>(
         output: forward.output,
         mean: forward.mean,
         variance: forward.variance,
+        running: forward.running,
     };
     let activated = BatchNormOptions::new(options.norm).with_activation(options.activation);
     let statistics = (StatisticsKind::Batch, norm_dtype);
@@ -218,6 +223,7 @@ pub(super) fn register_max_pool<B: ConvBnBackend, C: CheckpointStrategy>(
                 argmax,
                 mean,
                 variance,
+                running,
                 conv_output,
                 inverts,
             } = forward
@@ -240,11 +246,12 @@ pub(super) fn register_max_pool<B: ConvBnBackend, C: CheckpointStrategy>(
                 options: pool,
             });
             let mean = shifted_mean::<B>(mean, shift);
-            normalized(prep.finish(state, output), mean, variance)
+            normalized(prep.finish(state, output), (mean, variance, running))
         }
         OpsKind::UnTracked(prep) => {
             let result = B::conv_bn_max_pool(inner_inputs(inputs), options, pool);
-            normalized(prep.finish(result.output), result.mean, result.variance)
+            let statistics = (result.mean, result.variance, result.running);
+            normalized(prep.finish(result.output), statistics)
         }
     }
 }
@@ -278,6 +285,7 @@ fn inner_inputs<B: ConvBnBackend, C: CheckpointStrategy>(
                 variance: variance.into_primitive(),
             },
         },
+        running: inner_running::<B, C>(inputs.running),
     }
 }
 

@@ -14,10 +14,12 @@ use burn_autodiff::checkpoint::strategy::{BalancedCheckpointing, CheckpointStrat
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
-use super::parents::{inner, is_tracked, node_or_untracked, retrieve, untracked};
+use super::parents::{
+    inner, inner_running, is_tracked, node_or_untracked, retrieve, untracked, untracked_running,
+};
 use crate::backend::{
     BatchNormBackwardOptions, ConvBnBackend, NormInputs, NormOutput, NormSaved, NormStatistics,
-    OptionalTensor,
+    OptionalTensor, RunningStatistics,
 };
 use crate::spec::{BatchNormOptions, Parents, StatisticsKind};
 
@@ -115,6 +117,7 @@ impl<B: ConvBnBackend> RetroForward for Rebuild<B> {
                 StatisticsKind::Batch => NormStatistics::Known { mean, variance },
                 StatisticsKind::Fixed => NormStatistics::Fixed { mean, variance },
             },
+            running: RunningStatistics::Absent,
         };
         let output = B::batch_normalize_forward(inputs, self.options).output;
         states.save(out_node, output);
@@ -178,12 +181,14 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
             variance: variance.into_primitive(),
         },
     };
+    let running = inner_running::<B, C>(inputs.running);
     let forward = |input, gamma, beta| {
         let inputs = NormInputs {
             input,
             gamma: OptionalTensor::from(inner::<B, C>(gamma)),
             beta: OptionalTensor::from(inner::<B, C>(beta)),
             statistics: given,
+            running,
         };
         B::batch_normalize_forward(inputs, options)
     };
@@ -254,6 +259,7 @@ pub(super) fn attach<B: ConvBnBackend, C: CheckpointStrategy>(
         output: prep.finish(state, forward.output),
         mean: untracked::<B, C>(forward.mean),
         variance: untracked::<B, C>(forward.variance),
+        running: untracked_running::<B, C>(forward.running),
     }
 }
 
@@ -264,5 +270,6 @@ fn untracked_output<B: ConvBnBackend, C: CheckpointStrategy>(
         output: untracked::<B, C>(result.output),
         mean: untracked::<B, C>(result.mean),
         variance: untracked::<B, C>(result.variance),
+        running: untracked_running::<B, C>(result.running),
     }
 }

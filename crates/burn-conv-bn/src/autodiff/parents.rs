@@ -6,7 +6,7 @@ use burn_autodiff::checkpoint::base::Checkpointer;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_autodiff::{NodeId, ops::NodeGuard};
 
-use crate::backend::OptionalTensor;
+use crate::backend::{OptionalTensor, RunningStatistics};
 
 /// The node of an input that may be missing; for a missing one, an untracked node that wants no
 /// gradient.
@@ -36,6 +36,44 @@ pub(super) fn inner<B: Backend, C: CheckpointStrategy>(
     tensor: OptionalTensor<Autodiff<B, C>>,
 ) -> Option<FloatTensor<B>> {
     tensor.into_option().map(|tensor| tensor.into_primitive())
+}
+
+pub(super) fn inner_running<B: Backend, C: CheckpointStrategy>(
+    running: RunningStatistics<Autodiff<B, C>>,
+) -> RunningStatistics<B> {
+    match running {
+        RunningStatistics::Absent => RunningStatistics::Absent,
+        RunningStatistics::Present {
+            mean,
+            variance,
+            momentum,
+            factor,
+        } => RunningStatistics::Present {
+            mean: mean.into_primitive(),
+            variance: variance.into_primitive(),
+            momentum,
+            factor,
+        },
+    }
+}
+
+pub(super) fn untracked_running<B: Backend, C: CheckpointStrategy>(
+    running: RunningStatistics<B>,
+) -> RunningStatistics<Autodiff<B, C>> {
+    match running {
+        RunningStatistics::Absent => RunningStatistics::Absent,
+        RunningStatistics::Present {
+            mean,
+            variance,
+            momentum,
+            factor,
+        } => RunningStatistics::Present {
+            mean: untracked::<B, C>(mean),
+            variance: untracked::<B, C>(variance),
+            momentum,
+            factor,
+        },
+    }
 }
 
 pub(super) fn retrieve<B: Backend>(

@@ -44,6 +44,8 @@ pub(crate) fn batch_normalize_forward(
         output,
         mean: channels.clone(),
         variance: channels,
+        // Burn's `Fusion` wraps CubeCL's backend alone, whose kernels update them.
+        running: inputs.running.clone(),
     }
 }
 
@@ -84,6 +86,7 @@ pub(crate) fn conv_bn_forward(
         output,
         mean: channels.clone(),
         variance: channels,
+        running: inputs.running.clone(),
     }
 }
 
@@ -148,6 +151,7 @@ pub(crate) fn conv_bn_max_pool_forward(
                 argmax,
                 mean: block.mean,
                 variance: block.variance,
+                running: block.running,
                 conv_output: block.conv_output,
                 inverts: false,
             }

@@ -18,7 +18,8 @@ pub use self::tensors::{
     BatchNormBackwardOptions, ChannelMoments, ConvBackwardOptions, ConvBnBackwardOptions,
     ConvBnForward, ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward,
     ConvBnSaved, ConvGrads, ConvSaved, MaxPoolBackwardOptions, MaxPoolForward, NormGrads,
-    NormInputs, NormOutput, NormSaved, NormStatistics, OptionalTensor, Statistics, Tensors,
+    NormInputs, NormOutput, NormSaved, NormStatistics, OptionalTensor, RunningStatistics,
+    Statistics, Tensors,
 };
 pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
 
@@ -52,7 +53,7 @@ pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
 /// use burn::tensor::TensorData;
 /// use burn_conv_bn::backend::{
 ///     ConvBnBackend, ConvBnBackwardOptions, ConvBnInputs, ConvBnSaved, OptionalTensor, Parents,
-///     SavePlan, Statistics,
+///     RunningStatistics, SavePlan, Statistics,
 /// };
 /// use burn_conv_bn::{ConvBnOptions, ConvSpec};
 ///
@@ -69,6 +70,7 @@ pub use crate::spec::{ConvBnProblem, Parents, SavePlan, StatisticsKind};
 ///     beta: OptionalTensor::Absent,
 ///     residual: OptionalTensor::Absent,
 ///     statistics: Statistics::Batch,
+///     running: RunningStatistics::Absent,
 /// };
 /// let options = ConvBnOptions::new(ConvSpec::unit(2));
 /// let wanted = Parents {
@@ -228,6 +230,7 @@ pub trait ConvBnBackend: Backend {
             output: forward.output,
             mean: portable::shifted_mean::<Self>(forward.mean, shift),
             variance: forward.variance,
+            running: forward.running,
         }
     }
 
@@ -307,11 +310,13 @@ pub trait ConvBnBackend: Backend {
                 output,
                 mean,
                 variance,
+                running,
                 ..
             } => NormOutput {
                 output,
                 mean: portable::shifted_mean::<Self>(mean, shift),
                 variance,
+                running,
             },
             ConvBnMaxPoolForward::Unsupported => {
                 let normalized = Self::conv_bn(inputs, options);

@@ -168,6 +168,28 @@ pub struct ChannelMoments<B: Backend> {
     pub variance: FloatTensor<B>,
 }
 
+/// Running statistics that an op updates with those of its batch: before it in its inputs, after it in its results.
+///
+/// As in [`running_moments`](crate::backend::ConvBnBackend::running_moments), and by the launches that take the batch's
+/// statistics. A backend without such launches returns none.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub enum RunningStatistics<B: Backend> {
+    /// None.
+    Absent,
+    /// In one dtype, not larger than the accumulator's. Given with batch statistics alone, and without a bias.
+    Present {
+        /// `[channels]`.
+        mean: FloatTensor<B>,
+        /// `[channels]`.
+        variance: FloatTensor<B>,
+        /// Weight of the batch.
+        momentum: f64,
+        /// Of the batch's biased variance.
+        factor: f64,
+    },
+}
+
 /// Tensors of a norm on its own.
 ///
 /// Gamma, beta and fixed statistics are of the input's dtype, or f32 where that is f16 or bf16.
@@ -185,6 +207,9 @@ pub struct NormInputs<B: Backend> {
     /// Where mean and variance come from.
     #[extension_type]
     pub statistics: NormStatistics<B>,
+    /// Running statistics to update.
+    #[extension_type]
+    pub running: RunningStatistics<B>,
 }
 
 impl<B: Backend> NormInputs<B> {
@@ -338,6 +363,9 @@ pub struct ConvBnInputs<B: Backend> {
     /// Where mean and variance come from.
     #[extension_type]
     pub statistics: Statistics<B>,
+    /// Running statistics to update.
+    #[extension_type]
+    pub running: RunningStatistics<B>,
 }
 
 impl<B: Backend> ConvBnInputs<B> {
@@ -370,6 +398,9 @@ pub struct NormOutput<B: Backend> {
     /// Biased variance of the norm's input (sum of squared deviations over the number of
     /// values), `[channels]`, in f32 or f64. Not differentiable.
     pub variance: FloatTensor<B>,
+    /// Running statistics after the batch, if the backend updates them with it. Not differentiable.
+    #[extension_type]
+    pub running: RunningStatistics<B>,
 }
 
 /// Results of `conv_bn_forward`.
@@ -384,6 +415,9 @@ pub struct ConvBnForward<B: Backend> {
     /// `[channels_out]`, f32 or f64: with batch statistics the biased variance, otherwise the
     /// given variance.
     pub variance: FloatTensor<B>,
+    /// As [`NormOutput::running`].
+    #[extension_type]
+    pub running: RunningStatistics<B>,
     /// The convolution's output without its bias, if requested.
     #[extension_type]
     pub conv_output: OptionalTensor<B>,
@@ -543,6 +577,9 @@ pub enum ConvBnMaxPoolForward<B: Backend> {
         mean: FloatTensor<B>,
         /// As [`ConvBnForward::variance`].
         variance: FloatTensor<B>,
+        /// As [`NormOutput::running`].
+        #[extension_type]
+        running: RunningStatistics<B>,
         /// As [`ConvBnForward::conv_output`].
         #[extension_type]
         conv_output: OptionalTensor<B>,

@@ -3,13 +3,13 @@
 use burn::tensor::ops::MaxPoolOptions;
 use burn_conv_bn_cubecl::{
     Activation as KernelActivation, Affine as KernelAffine, PoolArgmax, PoolWindow, max_pool,
-    max_pool_backward, moments,
+    max_pool_backward,
 };
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::untile;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::sweeps::{Kernels, kernel_activation, kernel_norm};
+use super::sweeps::{Kernels, batch_statistics, kernel_activation};
 use crate::backend::{
     ConvBnGrads, ConvBnInputs, ConvBnMaxPoolBackwardOptions, ConvBnMaxPoolForward, ConvBnSaved,
     MaxPoolBackwardOptions, MaxPoolForward,
@@ -72,14 +72,15 @@ pub(super) fn joined_forward(
         gamma: inputs.gamma.as_option(),
         beta: inputs.beta.as_option(),
     };
-    let (moments, table) = moments(&conv_output, affine, kernel_norm(options.norm));
+    let statistics = batch_statistics(&conv_output, affine, options.norm, inputs.running);
     let activation = kernel_activation(options.activation);
-    let pooled = max_pool(&conv_output, Some(&table), activation, window);
+    let pooled = max_pool(&conv_output, Some(&statistics.table), activation, window);
     ConvBnMaxPoolForward::Pooled {
         output: pooled.output,
         argmax: pooled.argmax,
-        mean: moments.mean,
-        variance: moments.variance,
+        mean: statistics.moments.mean,
+        variance: statistics.moments.variance,
+        running: statistics.running,
         conv_output: keep_conv_output.then_some(conv_output).into(),
         // z is recomputed for its gradient, and the sums read it on the way.
         inverts: false,

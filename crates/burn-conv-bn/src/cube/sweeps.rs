@@ -4,12 +4,14 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Shape};
 use burn_conv_bn_cubecl::{
     Activation as KernelActivation, Affine as KernelAffine, ChannelTable, GradSums,
-    Moments as KernelMoments, Norm as KernelNorm, Parameter, PoolArgmax, PreActivation,
-    channel_table, moments, norm_input_grad, normalize, running_moments as kernel_running_moments,
+    Moments as KernelMoments, Norm as KernelNorm, Parameter, PoolArgmax, PreActivation, Running,
+    channel_table, moments_and_running, norm_input_grad, normalize,
+    running_moments as kernel_running_moments,
 };
 use burn_cubecl::CubeBackend;
+use burn_cubecl::tensor::CubeTensor;
 
-use crate::backend::{ChannelMoments, NormOutput};
+use crate::backend::{ChannelMoments, NormOutput, RunningStatistics};
 use crate::portable;
 use crate::portable::sweeps::{Affine, Argument, Moments, Sweeps};
 use crate::spec::{Activation, NormSpec, NormVariant, StatisticsKind, values_per_channel};
@@ -29,17 +31,15 @@ impl Sweeps<CubeBackend> for Kernels {
         residual: Option<FloatTensor<CubeBackend>>,
         norm: NormSpec,
         function: Activation,
+        running: RunningStatistics<CubeBackend>,
     ) -> NormOutput<CubeBackend> {
-        let (moments, table) = moments(&input, kernel_affine(&affine), kernel_norm(norm));
+        let statistics = batch_statistics(&input, kernel_affine(&affine), norm, running);
+        let function = kernel_activation(function);
         NormOutput {
-            output: normalize(
-                input,
-                Some(&table),
-                residual.as_ref(),
-                kernel_activation(function),
-            ),
-            mean: moments.mean,
-            variance: moments.variance,
+            output: normalize(input, Some(&statistics.table), residual.as_ref(), function),
+            mean: statistics.moments.mean,
+            variance: statistics.moments.variance,
+            running: statistics.running,
         }
     }
 
@@ -154,6 +154,48 @@ impl Sweeps<CubeBackend> for Kernels {
     }
 }
 
+/// The batch's statistics, and the running ones after it.
+pub(super) struct BatchStatistics {
+    pub(super) moments: KernelMoments,
+    pub(super) table: ChannelTable,
+    pub(super) running: RunningStatistics<CubeBackend>,
+}
+
+pub(super) fn batch_statistics(
+    input: &CubeTensor,
+    affine: KernelAffine,
+    norm: NormSpec,
+    running: RunningStatistics<CubeBackend>,
+) -> BatchStatistics {
+    let running = match running {
+        RunningStatistics::Absent => None,
+        RunningStatistics::Present {
+            mean,
+            variance,
+            momentum,
+            factor,
+        } => Some(Running {
+            moments: KernelMoments { mean, variance },
+            momentum,
+            factor,
+        }),
+    };
+    let statistics = moments_and_running(input, affine, kernel_norm(norm), running.as_ref());
+    let updated = running.zip(statistics.running);
+    BatchStatistics {
+        moments: statistics.moments,
+        table: statistics.table,
+        running: updated.map_or(RunningStatistics::Absent, |(before, after)| {
+            RunningStatistics::Present {
+                mean: after.mean,
+                variance: after.variance,
+                momentum: before.momentum,
+                factor: before.factor,
+            }
+        }),
+    }
+}
+
 /// In one launch, unless the dtypes are such that the kernel would round: statistics of an f64 model over data
 /// in f32.
 pub(super) fn running_moments(
@@ -170,8 +212,12 @@ pub(super) fn running_moments(
         mean: moments.mean,
         variance: moments.variance,
     };
-    let (running, batch) = (kernel_moments(running), kernel_moments(batch));
-    let updated = kernel_running_moments(&running, &batch, momentum, factor);
+    let running = Running {
+        moments: kernel_moments(running),
+        momentum,
+        factor,
+    };
+    let updated = kernel_running_moments(&running, &kernel_moments(batch));
     ChannelMoments {
         mean: updated.mean,
         variance: updated.variance,

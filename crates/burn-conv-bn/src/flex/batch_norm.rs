@@ -12,7 +12,7 @@ use super::norm::{HostNorm, channel_grad, rounded, times};
 use super::tensor::{Kernel, contiguous, host, kernel_activation, slice, tensor, updated};
 use crate::backend::{
     BatchNormBackwardOptions, NormGrads, NormInputs, NormOutput, NormSaved, NormStatistics,
-    OptionalTensor,
+    OptionalTensor, RunningStatistics,
 };
 use crate::portable;
 use crate::spec::{BatchNormOptions, StatisticsKind};
@@ -93,6 +93,7 @@ pub(super) fn forward<E: Kernel>(
         output: tensor(output, &shape),
         mean: tensor(mean, &per_channel),
         variance: tensor(variance, &per_channel),
+        running: RunningStatistics::Absent,
     }
 }
 

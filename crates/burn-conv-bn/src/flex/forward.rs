@@ -14,7 +14,9 @@ use super::norm::{HostNorm, center, rounded};
 use super::tensor::{
     Kernel, contiguous, geometry, host, kernel_activation, numbers, output_shape, slice, tensor,
 };
-use crate::backend::{ConvBnForward, ConvBnInputs, ConvBnMaxPoolForward, Statistics};
+use crate::backend::{
+    ConvBnForward, ConvBnInputs, ConvBnMaxPoolForward, RunningStatistics, Statistics,
+};
 use crate::spec::{ConvBnOptions, NormSpec, SavePlan};
 
 /// Results of the forward pass. With a pool behind the block, output and argmax are the pool's.
@@ -36,6 +38,7 @@ pub(super) fn kernel_forward<E: Kernel>(
         output: forward.output,
         mean: forward.mean,
         variance: forward.variance,
+        running: RunningStatistics::Absent,
         conv_output: forward.conv_output.into(),
     }
 }
@@ -56,6 +59,7 @@ pub(super) fn kernel_forward_max_pool<E: Kernel>(
         argmax: forward.argmax.expect("there is a pool"),
         mean: forward.mean,
         variance: forward.variance,
+        running: RunningStatistics::Absent,
         conv_output: forward.conv_output.into(),
         inverts: true,
     }

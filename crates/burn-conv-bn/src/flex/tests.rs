@@ -15,7 +15,7 @@ use super::tensor::{geometry, host, output_shape, slice, tensor};
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs,
     ConvBnMaxPoolBackwardOptions, ConvBnSaved, MaxPoolBackwardOptions, MaxPoolForward,
-    OptionalTensor, Statistics,
+    OptionalTensor, RunningStatistics, Statistics,
 };
 use crate::portable::{self, cast};
 use crate::spec::{
@@ -189,6 +189,7 @@ fn compare(
         } else {
             Statistics::Batch
         },
+        running: RunningStatistics::Absent,
     };
     let statistics = inputs.statistics.kind();
     let present = inputs.present();
@@ -311,6 +312,7 @@ impl Given {
                 mean: channel(self.mean),
                 variance: channel(self.variance),
             },
+            running: RunningStatistics::Absent,
         };
         let present = inputs.present();
         let wanted = if wants_all {

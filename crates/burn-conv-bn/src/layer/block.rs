@@ -5,20 +5,20 @@ use std::sync::{Mutex, PoisonError};
 use burn::module::{Module, ModuleMapper, Param, RunningState};
 use burn::nn::BatchNorm;
 use burn::nn::conv::Conv2d;
-use burn::tensor::{DType, Shape, Tensor};
+use burn::tensor::{DType, Device, Shape, Tensor};
 
 use super::borrowed::ConvBnRef;
 use super::convolution::Convolution;
 use super::error::or_panic;
 use super::{MaxPool2d, RunningVariance};
-use crate::functional::{ConvBnParams, Normalized};
+use crate::functional::{ConvBnParams, Normalized, Running};
 use crate::spec::{
     ConvBnError, ConvBnOptions, ConvBnProblem, NormSpec, Parents, SavePlan, SavedTensor,
     StatisticsKind,
 };
 
-/// Held while running statistics are read and written.
-static UPDATE: Mutex<()> = Mutex::new(());
+/// Updates so far of all running statistics; held while they are read and written.
+static UPDATES: Mutex<u64> = Mutex::new(0);
 
 /// Makes the updates of all threads part of the value.
 ///
@@ -33,32 +33,68 @@ pub(super) fn current(running: &RunningState<Tensor<1>>) -> Tensor<1> {
     running.value()
 }
 
-/// The one place where running statistics are written. `values` is how many values of a channel the result's
-/// statistics are taken of.
-pub(super) fn update_running_statistics<const D: usize>(
-    norm: &BatchNorm,
-    kind: RunningVariance,
-    result: &Normalized<D>,
-    values: impl FnOnce() -> usize,
-) {
-    let factor = match kind {
-        RunningVariance::Biased => 1.0,
-        RunningVariance::Unbiased => {
-            let values = values() as f64;
-            values / (values - 1.0)
+/// Running statistics between a forward pass's start and its end: the one place where they are written.
+///
+/// The op may update what was read at its start, if no other update came between.
+pub(super) struct RunningUpdate<'a> {
+    norm: &'a BatchNorm,
+    factor: f64,
+    device: Device,
+    /// [`UPDATES`] when they were read.
+    updates: u64,
+}
+
+impl<'a> RunningUpdate<'a> {
+    /// Reads the statistics. `values` is how many values of a channel the batch's are taken of.
+    pub(super) fn start(
+        norm: &'a BatchNorm,
+        kind: RunningVariance,
+        device: Device,
+        values: impl FnOnce() -> usize,
+    ) -> (Self, Running) {
+        let factor = match kind {
+            RunningVariance::Biased => 1.0,
+            RunningVariance::Unbiased => {
+                let values = values() as f64;
+                values / (values - 1.0)
+            }
+        };
+        let updates = UPDATES.lock().unwrap_or_else(PoisonError::into_inner);
+        let update = Self {
+            norm,
+            factor,
+            device,
+            updates: *updates,
+        };
+        let running = update.read();
+        (update, running)
+    }
+
+    /// Writes them after a batch.
+    pub(super) fn finish<const D: usize>(self, batch: &Normalized<D>) {
+        // Threads that train clones of a layer share its statistics: no update is lost between reading
+        // and writing. The tensors are too small for Flex to run another task of this thread meanwhile.
+        let mut updates = UPDATES.lock().unwrap_or_else(PoisonError::into_inner);
+        let [mean, variance] = match &batch.running {
+            Some(running) if *updates == self.updates => running.clone(),
+            _ => self
+                .read()
+                .after(batch.mean.clone(), batch.variance.clone()),
+        };
+        set(&self.norm.running_mean, mean);
+        set(&self.norm.running_var, variance);
+        *updates += 1;
+    }
+
+    fn read(&self) -> Running {
+        let [mean, variance] = [&self.norm.running_mean, &self.norm.running_var]
+            .map(|state| current(state).dequantize().to_device(&self.device));
+        Running {
+            mean,
+            variance,
+            momentum: self.norm.momentum,
+            factor: self.factor,
         }
-    };
-    let device = result.mean.device();
-    let states = [&norm.running_mean, &norm.running_var];
-    // Threads that train clones of a layer share its statistics: no update is lost between reading
-    // and writing. The tensors are too small for Flex to run another task of this thread meanwhile.
-    let _guard = UPDATE.lock().unwrap_or_else(PoisonError::into_inner);
-    let running = states.map(|state| current(state).dequantize().to_device(&device));
-    for (state, running) in states
-        .into_iter()
-        .zip(result.running(running, norm.momentum, factor))
-    {
-        set(state, running);
     }
 }
 
@@ -84,7 +120,12 @@ impl<C: Convolution<D>, const D: usize> ConvBnRef<'_, C, D> {
         &self,
         input: Tensor<D>,
         residual: Option<Tensor<D>>,
-        op: impl FnOnce(Tensor<D>, ConvBnParams<D>, ConvBnOptions) -> Result<Normalized<D>, ConvBnError>,
+        op: impl FnOnce(
+            Tensor<D>,
+            ConvBnParams<D>,
+            ConvBnOptions,
+            Option<Running>,
+        ) -> Result<Normalized<D>, ConvBnError>,
     ) -> Tensor<D> {
         let weight = self.conv.weight().val();
         let bias = self.conv.bias().map(|bias| bias.val());
@@ -109,14 +150,18 @@ impl<C: Convolution<D>, const D: usize> ConvBnRef<'_, C, D> {
         };
         let shape = input.shape();
         let options = self.options(&shape);
-        let result = or_panic(op(input, params, options));
-        if training && self.settings.track_running_stats {
-            let kind = self.settings.running_variance;
-            update_running_statistics(self.norm, kind, &result, || {
-                // Not of the result, which may be pooled.
-                let problem = self.problem(shape, StatisticsKind::Batch);
-                problem.values_per_channel()
-            });
+        let (update, running) = (training && self.settings.track_running_stats)
+            .then(|| {
+                let kind = self.settings.running_variance;
+                RunningUpdate::start(self.norm, kind, input.device(), || {
+                    let problem = self.problem(shape, StatisticsKind::Batch);
+                    problem.values_per_channel()
+                })
+            })
+            .unzip();
+        let result = or_panic(op(input, params, options, running));
+        if let Some(update) = update {
+            update.finish(&result);
         }
         result.output
     }

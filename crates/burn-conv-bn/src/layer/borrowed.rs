@@ -6,7 +6,7 @@ use burn::tensor::{Shape, Tensor};
 
 use super::convolution::Convolution;
 use super::{ConvBnSettings, MaxPool2d, RunningVariance};
-use crate::functional::{conv_bn, conv_bn_max_pool2d};
+use crate::functional::{conv_bn_max_pool2d_running, conv_bn_running};
 use crate::spec::{Activation, NormVariant, Recompute, StatisticsKind};
 
 /// Fuses a convolution and the norm after it where they are: in a struct of the user's, whose fields,
@@ -132,7 +132,7 @@ impl<C: Convolution<D>, const D: usize> ConvBnRef<'_, C, D> {
     /// statistics an empty batch gives an empty output.
     #[track_caller]
     pub fn forward(&self, input: Tensor<D>) -> Tensor<D> {
-        self.run(input, None, conv_bn)
+        self.run(input, None, conv_bn_running)
     }
 
     /// `activation(norm(conv(input)) + residual)`, with a residual of the output's shape.
@@ -142,7 +142,7 @@ impl<C: Convolution<D>, const D: usize> ConvBnRef<'_, C, D> {
     /// As [`forward`](Self::forward).
     #[track_caller]
     pub fn forward_residual(&self, input: Tensor<D>, residual: Tensor<D>) -> Tensor<D> {
-        self.run(input, Some(residual), conv_bn)
+        self.run(input, Some(residual), conv_bn_running)
     }
 
     /// Shape of the output for an input of that shape.
@@ -160,7 +160,7 @@ impl<C: Convolution<D>, const D: usize> ConvBnRef<'_, C, D> {
 
 impl ConvBnRef<'_, Conv2d, 4> {
     /// `max_pool(activation(norm(conv(input))))`: [`forward`](Self::forward) and [`MaxPool2d::forward`], as
-    /// one op where [`conv_bn_max_pool2d`] is one. `pool` is a reference to a [`MaxPool2d`] of this crate or of Burn.
+    /// one op where [`conv_bn_max_pool2d`](crate::functional::conv_bn_max_pool2d) is one. `pool` is a reference to a [`MaxPool2d`] of this crate or of Burn.
     ///
     /// # Panics
     ///
@@ -170,8 +170,8 @@ impl ConvBnRef<'_, Conv2d, 4> {
         // What the statistics ask of the shape, the op checks.
         let output = self.problem(input.shape(), StatisticsKind::Fixed).output;
         let pool = pool.into().options(&output);
-        self.run(input, None, |input, params, options| {
-            conv_bn_max_pool2d(input, params, options, pool)
+        self.run(input, None, |input, params, options, running| {
+            conv_bn_max_pool2d_running(input, params, options, pool, running)
         })
     }
 }

@@ -5,10 +5,10 @@ use burn::module::{Content, DisplaySettings, Module, ModuleDisplay};
 use burn::nn::{BatchNorm, BatchNormConfig};
 use burn::tensor::{DType, Device, Shape, Tensor};
 
-use super::block::{current, update_running_statistics};
+use super::block::{RunningUpdate, current};
 use super::error::or_panic;
 use super::{ConvBnSettings, RunningVariance};
-use crate::functional::{BatchNormParams, batch_norm};
+use crate::functional::{BatchNormParams, batch_norm_running};
 use crate::spec::{
     Activation, BatchNormOptions, NormSpec, NormVariant, SavedTensor, accumulator_dtype,
     check_epsilon, check_momentum, values_per_channel,
@@ -161,10 +161,15 @@ impl BatchNormActivation {
         let values = values_per_channel(&input.shape());
         let norm = NormSpec::new(settings.norm_variant, self.norm.epsilon);
         let options = BatchNormOptions::new(norm).with_activation(settings.activation);
-        let result = or_panic(batch_norm(input, params, options));
-        if training && settings.track_running_stats {
-            let kind = settings.running_variance;
-            update_running_statistics(&self.norm, kind, &result, || values);
+        let (update, running) = (training && settings.track_running_stats)
+            .then(|| {
+                let kind = settings.running_variance;
+                RunningUpdate::start(&self.norm, kind, input.device(), || values)
+            })
+            .unzip();
+        let result = or_panic(batch_norm_running(input, params, options, running));
+        if let Some(update) = update {
+            update.finish(&result);
         }
         result.output
     }

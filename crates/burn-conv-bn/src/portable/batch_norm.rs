@@ -7,7 +7,7 @@ use super::cast;
 use super::sweeps::{Affine, Argument, Composed, Moments, Sweeps};
 use crate::backend::tensors::{
     BatchNormBackwardOptions, NormGrads, NormInputs, NormOutput, NormSaved, NormStatistics,
-    OptionalTensor,
+    OptionalTensor, RunningStatistics,
 };
 use crate::spec::{BatchNormOptions, StatisticsKind, accumulator_dtype};
 
@@ -38,7 +38,9 @@ pub(crate) fn forward_by<B: Backend, S: Sweeps<B>>(
     let BatchNormOptions { norm, activation } = options;
     let kind = inputs.statistics.kind();
     match inputs.statistics {
-        NormStatistics::Batch => S::normalize(inputs.input, affine, None, norm, activation),
+        NormStatistics::Batch => {
+            S::normalize(inputs.input, affine, None, norm, activation, inputs.running)
+        }
         NormStatistics::Known { mean, variance } | NormStatistics::Fixed { mean, variance } => {
             let accumulator = accumulator_dtype(inputs.input.dtype());
             let [mean, variance] = [mean, variance].map(|tensor| cast::<B>(tensor, accumulator));
@@ -51,6 +53,7 @@ pub(crate) fn forward_by<B: Backend, S: Sweeps<B>>(
                 output: S::normalize_by(&norm, inputs.input, None, activation),
                 mean,
                 variance,
+                running: RunningStatistics::Absent,
             }
         }
     }

@@ -14,7 +14,7 @@ use super::workspace::Costs;
 use super::{cast, channels, conv};
 use crate::backend::tensors::{
     ConvBackwardOptions, ConvBnBackwardOptions, ConvBnForward, ConvBnGrads, ConvBnInputs,
-    ConvBnSaved, ConvGrads, ConvSaved, OptionalTensor, Statistics,
+    ConvBnSaved, ConvGrads, ConvSaved, OptionalTensor, RunningStatistics, Statistics,
 };
 use crate::spec::{ConvBnOptions, Derivative, NormSpec, StatisticsKind, accumulator_dtype};
 
@@ -99,11 +99,13 @@ pub(crate) fn forward_by<B: Backend, S: Sweeps<B>>(
                 residual,
                 options.norm,
                 options.activation,
+                inputs.running,
             );
             ConvBnForward {
                 output: normalized.output,
                 mean: normalized.mean,
                 variance: normalized.variance,
+                running: normalized.running,
                 conv_output: kept.into(),
             }
         }
@@ -128,6 +130,7 @@ pub(crate) fn forward_by<B: Backend, S: Sweeps<B>>(
                 output,
                 mean: cast::<B>(mean, accumulator_dtype(dtype)),
                 variance: cast::<B>(variance, accumulator_dtype(dtype)),
+                running: RunningStatistics::Absent,
                 conv_output: kept.into(),
             }
         }

@@ -9,7 +9,7 @@ use burn::tensor::{DType, Shape};
 use super::layout::Layouts;
 use super::norm::{self, ChannelNorm, GradSums, InputGrad};
 use super::{activation, broadcast, cast, channels};
-use crate::backend::tensors::NormOutput;
+use crate::backend::tensors::{NormOutput, RunningStatistics};
 use crate::spec::{Activation, NormSpec, StatisticsKind, accumulator_dtype, values_per_channel};
 
 /// The passes over activations of forward and backward, by backend.
@@ -25,13 +25,15 @@ pub(crate) trait Sweeps<B: Backend>: Layouts<B> {
     /// A max pool behind the block, as its gradient needs it.
     type Pool;
 
-    /// `activation(norm(input) + residual)` with the statistics of `input`, which are returned too.
+    /// `activation(norm(input) + residual)` with the statistics of `input`, which are returned too, and the running
+    /// ones after them where that takes no other launch.
     fn normalize(
         input: FloatTensor<B>,
         affine: Affine<B>,
         residual: Option<FloatTensor<B>>,
         norm: NormSpec,
         function: Activation,
+        running: RunningStatistics<B>,
     ) -> NormOutput<B>;
 
     /// `activation(norm(input) + residual)` with a known norm.
@@ -174,6 +176,7 @@ impl<B: Backend> Sweeps<B> for Composed {
         residual: Option<FloatTensor<B>>,
         norm: NormSpec,
         function: Activation,
+        _running: RunningStatistics<B>,
     ) -> NormOutput<B> {
         let dtype = input.dtype();
         let values = values_per_channel(&input.shape());
@@ -187,6 +190,7 @@ impl<B: Backend> Sweeps<B> for Composed {
             ),
             mean: channels::<B>(centered.mean),
             variance: channels::<B>(centered.variance),
+            running: RunningStatistics::Absent,
         }
     }
 

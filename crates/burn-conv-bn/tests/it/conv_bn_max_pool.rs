@@ -6,7 +6,8 @@ use burn::nn::PaddingConfig2d;
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_conv_bn::backend::{
-    ConvBnBackend, ConvBnInputs, ConvBnMaxPoolForward, OptionalTensor, Statistics,
+    ConvBnBackend, ConvBnInputs, ConvBnMaxPoolForward, OptionalTensor, RunningStatistics,
+    Statistics,
 };
 use burn_conv_bn::functional::{ConvBnParams, conv_bn_max_pool2d};
 use burn_conv_bn::{
@@ -371,6 +372,7 @@ fn the_kernel_takes_what_the_documentation_says() {
             beta: OptionalTensor::Absent,
             residual: OptionalTensor::Absent,
             statistics: Statistics::Batch,
+            running: RunningStatistics::Absent,
         };
         let options = ConvBnOptions::new(ConvSpec::unit(2)).with_recompute(recompute);
         let forward = Dispatch::conv_bn_max_pool_forward(inputs, options, pool, false);

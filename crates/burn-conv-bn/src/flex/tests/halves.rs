@@ -7,7 +7,7 @@ use burn::tensor::DType;
 use super::{ACTIVATIONS, assert_all_close, assert_close, geometries, random};
 use crate::backend::{
     BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackend, ConvBnGrads, ConvSaved,
-    NormInputs, NormSaved, NormStatistics, OptionalTensor,
+    NormInputs, NormSaved, NormStatistics, OptionalTensor, RunningStatistics,
 };
 use crate::flex::tensor::{geometry, host, output_shape};
 use crate::portable;
@@ -77,6 +77,7 @@ fn norms_alone_agree() {
                 gamma: Some(random(&[4], 2)).into(),
                 beta: Some(random(&[4], 3)).into(),
                 statistics,
+                running: RunningStatistics::Absent,
             };
             let given = |mean, variance| {
                 if fixed {
