@@ -86,8 +86,7 @@ fn announce(report: &Report, lab: &Lab<'_>, args: &Bench) {
     }
     if args.device != FLEX {
         note!(
-            "bench: kernels are compiled and autotuned first, which may take minutes for each entry; \
-             CubeCL prints a line for each tuned shape if cubecl.toml has `autotune.logger.stderr = true`"
+            "bench: kernels are compiled and autotuned first, which may take minutes for each entry"
         );
     }
 }

@@ -119,16 +119,18 @@ pub fn tests(strict: bool, fusion: Fusion) -> Command {
     command
 }
 
-/// The test program with autotuning, on WebGPU: of every candidate, and without CubeCL's probes of the device's
+/// The test programs with autotuning, on WebGPU: of every candidate, and without CubeCL's probes of the device's
 /// bandwidth, which take 256 MiB and end a tuning early.
 pub fn tuned_tests(strict: bool, fusion: Fusion) -> Command {
     let mut command = cargo(&["test"]);
     command.args(webgpu(fusion));
     command.args([
         "--features",
-        "burn-conv-bn/autotune",
+        "burn-conv-bn/autotune,burn-conv-bn-train/autotune",
         "--test",
         "cube_tuned",
+        "--test",
+        "tuning",
     ]);
     command.env("CUBECL_AUTOTUNE_LEVEL", "full");
     set_up(&mut command, strict);

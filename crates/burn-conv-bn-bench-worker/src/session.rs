@@ -3,12 +3,16 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+#[cfg(feature = "cubecl")]
+use std::time::Duration;
 
 use anyhow::{Context, Error, Result};
 use burn_conv_bn_bench::catalogue::Work;
 use burn_conv_bn_bench::precision::Precision;
 use burn_conv_bn_bench::protocol::{Checked, Contender, Reply, Request, Software, StepMemory};
 use burn_conv_bn_memory::CountingAllocator;
+#[cfg(feature = "cubecl")]
+use burn_conv_bn_memory::TuningMeter;
 use burn_conv_bn_train::device::DeviceError;
 use burn_conv_bn_train::report::BURN_VERSION;
 
@@ -18,6 +22,8 @@ use crate::kernels;
 use crate::layer;
 use crate::network::{self, NetworkWork, Spec};
 use crate::precision::Computing;
+#[cfg(feature = "cubecl")]
+use crate::send;
 use crate::workload::Workload;
 
 /// An error as a reply: `Unavailable` where the device lacks something.
@@ -32,13 +38,21 @@ pub fn explain(error: Error) -> Reply {
 pub struct Session {
     allocator: &'static CountingAllocator,
     workload: Option<(Contender, Box<dyn Workload>)>,
+    #[cfg(feature = "cubecl")]
+    tuning: Option<TuningMeter>,
 }
+
+/// Time between two reports of tuned kernels.
+#[cfg(feature = "cubecl")]
+const TUNING_PERIOD: Duration = Duration::from_secs(10);
 
 impl Session {
     pub fn new(allocator: &'static CountingAllocator) -> Self {
         Self {
             allocator,
             workload: None,
+            #[cfg(feature = "cubecl")]
+            tuning: None,
         }
     }
 
@@ -72,6 +86,14 @@ impl Session {
                 data_dir,
                 threads: _,
             } => {
+                #[cfg(feature = "cubecl")]
+                if self.workload.is_none() {
+                    let decisions = data_dir.join(format!("decisions-{}", std::process::id()));
+                    self.tuning = TuningMeter::start(decisions, TUNING_PERIOD, |kernels| {
+                        // A driver that is gone is noticed at its next request.
+                        drop(send(&Reply::Tuned { kernels }));
+                    });
+                }
                 let workload = load(&entry.work, variant, &device, precision, &data_dir)?;
                 self.workload = Some((variant, workload));
                 return Ok(Reply::Done {});

@@ -1,5 +1,5 @@
 //! Messages between the driver and a contender's process: a [`Request`] a line on the process's standard
-//! input, and a [`Reply`] a line on its standard output for each. Tensors are
+//! input, and a [`Reply`] a line on its standard output for each, besides any number of [`Reply::Tuned`]. Tensors are
 //! [files](crate::tensor_file) in folders that requests name.
 
 use std::collections::BTreeMap;
@@ -150,6 +150,11 @@ pub enum Reply {
     Unavailable {
         /// The lack, for people.
         reason: String,
+    },
+    /// Before the answer to any request, or between two: the process tunes kernels.
+    Tuned {
+        /// Number of them so far.
+        kernels: usize,
     },
     /// To any request: a failure.
     Failed {

@@ -3,12 +3,16 @@
 
 #[cfg(feature = "wgpu")]
 mod bindings;
+#[cfg(any(feature = "cubecl", test))]
+mod lines;
 #[cfg(feature = "cubecl")]
 mod pool;
 #[cfg(feature = "burn")]
 mod step;
 #[cfg(any(feature = "wgpu", test))]
 mod trace;
+#[cfg(feature = "cubecl")]
+mod tuning;
 
 #[cfg(feature = "wgpu")]
 pub use bindings::{BindingError, BindingMeter};
@@ -18,6 +22,8 @@ pub use pool::PoolMeter;
 pub use step::{MemoryProbe, StepMemory, measure_step};
 #[cfg(feature = "wgpu")]
 pub use trace::{Launch, TraceError};
+#[cfg(feature = "cubecl")]
+pub use tuning::TuningMeter;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::AtomicUsize;

@@ -72,8 +72,7 @@ impl DeviceChoice {
         (autotunes && self != Self::Flex).then(|| {
             format!(
                 "Tuning: the first steps on {name} try several kernels for each shape, which may take \
-                 minutes. {kept}. CubeCL prints a line for each shape that is tuned if cubecl.toml has \
-                 `autotune.logger.stderr = true`."
+                 minutes. {kept}."
             )
         })
     }
@@ -162,7 +161,6 @@ mod tests {
         let notice = DeviceChoice::Cuda.tuning_notice(true).unwrap();
         assert!(notice.contains("first steps on cuda"), "{notice}");
         assert!(notice.contains("next run"), "{notice}");
-        assert!(notice.contains("autotune.logger.stderr"), "{notice}");
     }
 
     #[cfg(not(feature = "rocm"))]

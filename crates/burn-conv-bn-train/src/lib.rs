@@ -17,6 +17,8 @@ mod predict;
 mod print;
 mod run;
 mod step;
+#[cfg(feature = "cubecl")]
+pub mod tuning;
 
 pub use measure::{estimate, memory, report};
 pub use run::{job, renderer};

@@ -190,6 +190,8 @@ fn train(args: &Args, folder: &Path, out: impl Write + Send + Sync + 'static) ->
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    #[cfg(feature = "cuda")]
+    let _tuning = burn_conv_bn_train::tuning::print_tuning();
     let folder = tempfile::tempdir()?;
     let accuracy = train(&args, folder.path(), std::io::stdout())?;
     // Removed before the last line, which ends the program if nobody reads it.

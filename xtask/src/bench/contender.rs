@@ -14,6 +14,7 @@ use burn_conv_bn_bench::protocol::{Contender, Reply, Request};
 
 use super::report::{ContenderReport, Problem, ProblemKind};
 use crate::interrupt::Guarded;
+use crate::say::note;
 
 /// Reported lines of a dead process's standard error.
 const LAST_LINES: usize = 8;
@@ -89,22 +90,29 @@ impl Process {
     ) -> Result<T, Problem> {
         let failed = |reason: String| Problem::new(ProblemKind::Failed, reason);
         let line = serde_json::to_string(request).map_err(|error| failed(error.to_string()))?;
-        let mut answer = String::new();
         let sent = writeln!(self.requests, "{line}").and_then(|()| self.requests.flush());
-        let read = sent.and_then(|()| self.replies.read_line(&mut answer));
-        if read.is_err() || answer.is_empty() {
-            return Err(failed(self.death()));
-        }
-        let answer = answer.trim_end();
-        match serde_json::from_str(answer) {
-            Ok(Reply::Unavailable { reason }) => {
-                Err(Problem::new(ProblemKind::Unavailable, reason))
+        sent.map_err(|_| failed(self.death()))?;
+        loop {
+            let mut answer = String::new();
+            let read = self.replies.read_line(&mut answer);
+            if read.is_err() || answer.is_empty() {
+                return Err(failed(self.death()));
             }
-            Ok(Reply::Failed { reason }) => Err(failed(reason)),
-            Ok(reply) => {
-                take(reply).ok_or_else(|| failed(format!("{answer} does not answer {line}")))
-            }
-            Err(_) => Err(failed(format!("{} said {answer:?}", self.name))),
+            let answer = answer.trim_end();
+            return match serde_json::from_str(answer) {
+                Ok(Reply::Tuned { kernels }) => {
+                    note!("bench: {} tuned {kernels} kernels so far", self.name);
+                    continue;
+                }
+                Ok(Reply::Unavailable { reason }) => {
+                    Err(Problem::new(ProblemKind::Unavailable, reason))
+                }
+                Ok(Reply::Failed { reason }) => Err(failed(reason)),
+                Ok(reply) => {
+                    take(reply).ok_or_else(|| failed(format!("{answer} does not answer {line}")))
+                }
+                Err(_) => Err(failed(format!("{} said {answer:?}", self.name))),
+            };
         }
     }
 
@@ -267,6 +275,16 @@ mod tests {
             assert_eq!((report.problem, report.steps.len()), (None, 1));
             assert_eq!(report.kernels.len(), count);
         }
+    }
+
+    #[test]
+    fn tuned_kernels_are_told_before_the_answer() {
+        let tuned = |kernels| format!(r#"{{"tuned":{{"kernels":{kernels}}}}}"#);
+        let answer = format!("{}\n{}\n{RAN}", tuned(1), tuned(12));
+        let mut running = running(&[DONE, &answer]);
+        running.timed_step();
+        let report = running.report;
+        assert_eq!((report.problem, report.steps.len()), (None, 1));
     }
 
     #[test]

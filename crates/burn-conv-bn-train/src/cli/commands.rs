@@ -30,6 +30,9 @@ pub(super) fn execute(invocation: Invocation, allocator: &'static CountingAlloca
         options,
         stored,
     } = invocation;
+    // Before a device is used.
+    #[cfg(feature = "cubecl")]
+    let _tuning = crate::tuning::print_tuning();
     let trains = matches!(command, Subcommands::Train(_));
     let interrupter = interrupt::listen(trains).context("cannot listen for Ctrl-C")?;
     match command {

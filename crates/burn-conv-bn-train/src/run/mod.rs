@@ -10,5 +10,5 @@ pub mod job;
 pub(crate) mod parity;
 mod record;
 pub mod renderer;
-mod terminal;
+pub(crate) mod terminal;
 pub(crate) mod worker;
