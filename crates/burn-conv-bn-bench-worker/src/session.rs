@@ -39,7 +39,7 @@ pub struct Session {
     allocator: &'static CountingAllocator,
     workload: Option<(Contender, Box<dyn Workload>)>,
     #[cfg(feature = "cubecl")]
-    tuning: Option<TuningMeter>,
+    _tuning: Option<TuningMeter>,
 }
 
 /// Time between two reports of tuned kernels.
@@ -52,7 +52,7 @@ impl Session {
             allocator,
             workload: None,
             #[cfg(feature = "cubecl")]
-            tuning: None,
+            _tuning: None,
         }
     }
 
@@ -89,7 +89,7 @@ impl Session {
                 #[cfg(feature = "cubecl")]
                 if self.workload.is_none() {
                     let decisions = data_dir.join(format!("decisions-{}", std::process::id()));
-                    self.tuning = TuningMeter::start(decisions, TUNING_PERIOD, |kernels| {
+                    self._tuning = TuningMeter::start(decisions, TUNING_PERIOD, |kernels| {
                         // A driver that is gone is noticed at its next request.
                         drop(send(&Reply::Tuned { kernels }));
                     });
