@@ -101,8 +101,8 @@ impl<T> DerefMut for Aligned<T> {
 /// Scratch for each thread that asks for it at a time.
 ///
 /// Rayon's `map_init` makes scratch at each split of its work, more often than there are threads, and
-/// fresh memory costs more than the work in it.
-pub(crate) struct ScratchPool<S>(Mutex<Vec<S>>);
+/// fresh memory costs more than the work in it. Boxes: a channel's line may take less time than its scratch takes to move.
+pub(crate) struct ScratchPool<S>(Mutex<Vec<Box<S>>>);
 
 impl<S: Default> ScratchPool<S> {
     pub(crate) fn new() -> Self {

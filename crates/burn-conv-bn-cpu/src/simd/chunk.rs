@@ -130,6 +130,23 @@ impl<T: Real> Neg for Chunk<T> {
     }
 }
 
+/// Values of a line of a square.
+pub(crate) const SIDE: usize = 4;
+
+/// A square with its lines as columns. Compilers use vectors for this size, and for none that is larger.
+#[inline(always)]
+pub(crate) fn transposed<T: Real>(lines: [[T; SIDE]; SIDE]) -> [[T; SIDE]; SIDE] {
+    std::array::from_fn(
+        #[inline(always)]
+        |column| {
+            std::array::from_fn(
+                #[inline(always)]
+                |line| lines[line][column],
+            )
+        },
+    )
+}
+
 /// Copies as many values as both slices hold, fewer than two chunks.
 #[inline(always)]
 pub(crate) fn copy_short<T: Real>(source: &[T], target: &mut [T]) {

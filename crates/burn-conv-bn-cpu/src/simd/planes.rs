@@ -13,6 +13,7 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::products::accumulate_columns;
 use crate::Real;
 
 /// Values that [`correlate`] may read behind a plane's last position, and write behind a target's: a
@@ -44,6 +45,10 @@ pub(crate) const CHANNELS: usize = 6;
 
 /// Vectors of positions of a block of sums, by its number of channels; of a full block at 0.
 const VECTORS: [usize; CHANNELS] = [2, 8, 4, 3, 2, 2];
+
+/// Most positions, for each channel of gradients, for which it is faster to transpose the planes once than to take a sum
+/// across lanes for each channel.
+const FEW_POSITIONS: usize = 2;
 
 /// The next length that is an odd number of cache lines: planes a power of two apart would share a few
 /// sets of a cache.
@@ -357,7 +362,13 @@ pub(crate) fn accumulate<T: Real>(
     let last = offsets.iter().max().copied().unwrap_or(0);
     assert!(last + positions + WIDEST <= source.len());
     assert!((channels - 1) * pitch + positions + WIDEST <= grads.len());
+    let done = if positions <= FEW_POSITIONS * channels {
+        accumulate_columns(sums, (grads, pitch), source, offsets, positions)
+    } else {
+        0
+    };
     Arch::new().dispatch(Accumulate {
+        done,
         sums,
         grads,
         pitch,
@@ -368,6 +379,8 @@ pub(crate) fn accumulate<T: Real>(
 }
 
 struct Accumulate<'a, T> {
+    /// Offsets that are done.
+    done: usize,
     sums: &'a mut [T],
     grads: &'a [T],
     pitch: usize,
@@ -387,7 +400,7 @@ impl<T: Real> WithSimd for Accumulate<'_, T> {
         let block = (BLOCK_BYTES / plane)
             .next_multiple_of(BLOCK_TAPS)
             .max(BLOCK_TAPS);
-        for start in (0..self.offsets.len()).step_by(block) {
+        for start in (self.done..self.offsets.len()).step_by(block) {
             let taps = start..(start + block).min(self.offsets.len());
             for channel in (0..full).step_by(CHANNELS) {
                 self.taps::<S, CHANNELS, 2>(simd, channel, taps.clone());

@@ -1,26 +1,28 @@
 //! The microkernel of packed products: sums of rows.
 //!
-//! Blocks of sums are six rows by as many vectors as the registers hold: two of sixteen, four of 32. Operands
-//! are padded to whole blocks, and what comes of the padding is dropped.
+//! Blocks of sums are six rows by as many vectors as the registers hold: two of sixteen, four of 32.
 
 // Blocks of registers are addressed by their place in the block.
 #![allow(clippy::needless_range_loop)]
 
 use pulp::{Arch, Simd, WithSimd};
 
+use super::chunk::{SIDE, transposed};
 use super::planes::WIDEST;
+use super::prefetch;
+use super::sweeps::Sweep;
 use crate::Real;
 
-/// Rows of a block of sums; operands are readable to a multiple of them.
+/// Rows of a block of sums.
 pub(crate) const ROWS: usize = 6;
 
 /// Registers of the larger units: AVX-512, NEON.
 const MANY_REGISTERS: usize = 32;
 
-/// `target[m][n] = sum over k of a[m * row + k * step] * b[k][n]`, added to what is there if `adds`.
+/// `target[m][n] = sum over k of a[m * row + k * step] * b[k * pitch + n]`, added to what is there if `adds`.
 ///
-/// The rows of `b` and of the target are `pitch` apart. Columns to the next multiple of [`WIDEST`], and the
-/// target's rows to the next of [`ROWS`], are overwritten with unspecified numbers.
+/// The target's rows are `target_pitch` apart. Its columns to the next multiple of [`WIDEST`] are overwritten with
+/// unspecified numbers.
 pub(crate) struct Sums<'a, T> {
     pub(crate) rows: usize,
     pub(crate) columns: usize,
@@ -31,6 +33,7 @@ pub(crate) struct Sums<'a, T> {
     pub(crate) b: &'a [T],
     pub(crate) pitch: usize,
     pub(crate) target: &'a mut [T],
+    pub(crate) target_pitch: usize,
     pub(crate) adds: bool,
 }
 
@@ -41,17 +44,18 @@ impl<T: Real> Sums<'_, T> {
     ///
     /// Panics if the slices are too short.
     pub(crate) fn run(self) {
-        let rows = self.rows.next_multiple_of(ROWS);
         if self.depth == 0 && !self.adds {
-            self.target[..rows * self.pitch].fill(T::ZERO);
+            for target in self.target.chunks_mut(self.target_pitch).take(self.rows) {
+                target[..self.columns].fill(T::ZERO);
+            }
         }
-        if rows * self.columns * self.depth == 0 {
+        if self.rows * self.columns * self.depth == 0 {
             return;
         }
-        assert!(self.columns.next_multiple_of(WIDEST) <= self.pitch);
-        assert!((rows - 1) * self.row + (self.depth - 1) * self.step < self.a.len());
-        assert!(self.depth * self.pitch <= self.b.len());
-        assert!(rows * self.pitch <= self.target.len());
+        let columns = self.columns.next_multiple_of(WIDEST);
+        assert!((self.rows - 1) * self.row + (self.depth - 1) * self.step < self.a.len());
+        assert!((self.depth - 1) * self.pitch + columns <= self.b.len());
+        assert!((self.rows - 1) * self.target_pitch + columns <= self.target.len());
         Arch::new().dispatch(self);
     }
 }
@@ -91,22 +95,48 @@ impl<T: Real> Sums<'_, T> {
     #[allow(unsafe_code)]
     fn columns<S: Simd, const N: usize>(&mut self, simd: S, column: usize) {
         for row in (0..self.rows).step_by(ROWS) {
-            // SAFETY: `run` checked that `a` holds whole blocks of rows, that the target does, of `pitch`
-            // values, and `b` `depth` rows of as many; the vectors end by a multiple of `WIDEST` columns.
+            // SAFETY: `run` checked that `a` holds all rows, that the target does, and `b` `depth` rows, each up to
+            // the next multiple of `WIDEST` columns, by which the vectors end.
             unsafe {
-                let a = self.a.as_ptr().add(row * self.row);
-                let b = self.b.as_ptr().add(column);
-                let target = self.target.as_mut_ptr().add(row * self.pitch + column);
-                sums::<S, T, N>(
-                    simd,
-                    (a, self.row, self.step),
-                    b,
-                    self.depth,
-                    target,
-                    self.pitch,
-                    self.adds,
-                );
+                match self.rows - row {
+                    1 => self.block::<S, 1, N>(simd, row, column),
+                    2 => self.block::<S, 2, N>(simd, row, column),
+                    3 => self.block::<S, 3, N>(simd, row, column),
+                    4 => self.block::<S, 4, N>(simd, row, column),
+                    5 => self.block::<S, 5, N>(simd, row, column),
+                    _ => self.block::<S, ROWS, N>(simd, row, column),
+                }
             }
+        }
+    }
+
+    /// `M` rows of `N` vectors of columns.
+    ///
+    /// # Safety
+    ///
+    /// `a` and the target must hold the rows, `b` and the target the vectors' columns.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn block<S: Simd, const M: usize, const N: usize>(
+        &mut self,
+        simd: S,
+        row: usize,
+        column: usize,
+    ) {
+        let target_pitch = self.target_pitch;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let a = self.a.as_ptr().add(row * self.row);
+            let b = self.b.as_ptr().add(column);
+            let target = self.target.as_mut_ptr().add(row * target_pitch + column);
+            sums::<S, T, M, N>(
+                simd,
+                (a, self.row, self.step),
+                (b, self.pitch),
+                self.depth,
+                (target, target_pitch),
+                self.adds,
+            );
         }
     }
 }
@@ -115,39 +145,43 @@ impl<T: Real> Sums<'_, T> {
 ///
 /// # Safety
 ///
-/// `a.0 + m * a.1 + k * a.2` must be good for reading a value, `b + k * pitch` for `N` vectors, and `target + m
-/// * pitch` for reading and writing `N` vectors, for each `m < ROWS` and `k < depth`.
+/// `a + m * row + k * step` must be good for reading a value, `b + k * pitch` for `N` vectors, and `target + m *
+/// target_pitch` for reading and writing `N` vectors, for each `m < M` and `k < depth`.
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn sums<S: Simd, T: Real, const N: usize>(
+unsafe fn sums<S: Simd, T: Real, const M: usize, const N: usize>(
     simd: S,
     (a, row, step): (*const T, usize, usize),
-    b: *const T,
+    (b, pitch): (*const T, usize),
     depth: usize,
-    target: *mut T,
-    pitch: usize,
+    (target, target_pitch): (*mut T, usize),
     adds: bool,
 ) {
     let lanes = size_of::<T::Vector<S>>() / size_of::<T>();
-    let mut sums = [[T::splat(simd, T::ZERO); N]; ROWS];
+    let mut sums = [[T::splat(simd, T::ZERO); N]; M];
     let one = T::splat(simd, T::ONE);
     // SAFETY: the caller's promise; `lanes` values are a vector, read and written unaligned.
     unsafe {
+        for m in 0..M {
+            for n in 0..N {
+                prefetch(target.add(m * target_pitch + n * lanes));
+            }
+        }
         for k in 0..depth {
             let mut values = [T::splat(simd, T::ZERO); N];
             for n in 0..N {
                 values[n] = load::<S, T>(b.add(k * pitch + n * lanes));
             }
-            for m in 0..ROWS {
+            for m in 0..M {
                 let factor = T::splat(simd, *a.add(m * row + k * step));
                 for n in 0..N {
                     sums[m][n] = T::mul_add(simd, factor, values[n], sums[m][n]);
                 }
             }
         }
-        for m in 0..ROWS {
+        for m in 0..M {
             for n in 0..N {
-                let at = target.add(m * pitch + n * lanes);
+                let at = target.add(m * target_pitch + n * lanes);
                 // Last: short sums that are added up lose less than a long one.
                 if adds {
                     sums[m][n] = T::mul_add(simd, one, sums[m][n], load::<S, T>(at));
@@ -156,6 +190,64 @@ unsafe fn sums<S: Simd, T: Real, const N: usize>(
             }
         }
     }
+}
+
+/// Columns, and products, of a block of [`accumulate_columns`]: 12 KiB in single precision, and sums that are short
+/// enough to keep their digits.
+const BLOCK_COLUMNS: usize = 64;
+const BLOCK_DEPTH: usize = 48;
+
+/// As [`accumulate`](super::planes::accumulate), with vectors over offsets instead of positions: no sum is taken across
+/// lanes. Returns how many of the offsets are done: whole vectors.
+pub(super) fn accumulate_columns<T: Real>(
+    sums: &mut [T],
+    (grads, pitch): (&[T], usize),
+    source: &[T],
+    offsets: &[usize],
+    positions: usize,
+) -> usize {
+    let taps = offsets.len();
+    let whole = taps / WIDEST * WIDEST;
+    let step = positions.div_ceil(positions.div_ceil(BLOCK_DEPTH).max(1));
+    let mut block = [T::ZERO; BLOCK_COLUMNS * BLOCK_DEPTH];
+    for (index, offsets) in offsets[..whole].chunks(BLOCK_COLUMNS).enumerate() {
+        for start in (0..positions).step_by(step) {
+            let depth = step.min(positions - start);
+            Arch::new().dispatch(Sweep(
+                #[inline(always)]
+                || {
+                    for (group, offsets) in offsets.as_chunks::<SIDE>().0.iter().enumerate() {
+                        for first in (0..depth).step_by(SIDE) {
+                            let mut square = [[T::ZERO; SIDE]; SIDE];
+                            for (line, offset) in square.iter_mut().zip(offsets) {
+                                line.copy_from_slice(&source[offset + start + first..][..SIDE]);
+                            }
+                            let targets = block[first * BLOCK_COLUMNS + group * SIDE..]
+                                .chunks_mut(BLOCK_COLUMNS);
+                            for (target, line) in targets.zip(transposed(square)) {
+                                target[..SIDE].copy_from_slice(&line);
+                            }
+                        }
+                    }
+                },
+            ));
+            Sums {
+                rows: sums.len() / taps,
+                columns: offsets.len(),
+                depth,
+                a: &grads[start..],
+                row: pitch,
+                step: 1,
+                b: &block,
+                pitch: BLOCK_COLUMNS,
+                target: &mut sums[index * BLOCK_COLUMNS..],
+                target_pitch: taps,
+                adds: true,
+            }
+            .run();
+        }
+    }
+    whole
 }
 
 /// # Safety
@@ -184,12 +276,12 @@ mod tests {
         let sizes: [[usize; 3]; 5] = [[1, 1, 1], [6, 4, 16], [7, 5, 17], [13, 66, 40], [2, 3, 0]];
         for [rows, columns, depth] in sizes {
             let pitch = columns.next_multiple_of(WIDEST);
-            let padded = rows.next_multiple_of(ROWS);
+            let target_pitch = pitch + 3;
             // By rows, and by columns.
-            for (row, step) in [(depth, 1), (1, padded)] {
+            for (row, step) in [(depth, 1), (1, rows)] {
                 for adds in [false, true] {
-                    let (a, b) = (values(padded * depth, 1), values(depth * pitch, 2));
-                    let start = values(padded * pitch, 3);
+                    let (a, b) = (values(rows * depth, 1), values(depth * pitch, 2));
+                    let start = values(rows * target_pitch, 3);
                     let mut got = start.clone();
                     Sums {
                         rows,
@@ -201,12 +293,13 @@ mod tests {
                         b: &b,
                         pitch,
                         target: &mut got,
+                        target_pitch,
                         adds,
                     }
                     .run();
                     for m in 0..rows {
                         for n in 0..columns {
-                            let at = m * pitch + n;
+                            let at = m * target_pitch + n;
                             let products =
                                 (0..depth).map(|k| a[m * row + k * step] * b[k * pitch + n]);
                             let before = if adds { start[at] } else { 0.0 };

@@ -17,7 +17,8 @@ use rayon::prelude::*;
 use super::channels::{ByChannels, Rows};
 use super::span::Span;
 use crate::scratch::{Aligned, ScratchPool};
-use crate::simd::planes::{WIDEST, plane_len};
+use crate::simd::planes::{LINE, WIDEST, plane_len};
+use crate::simd::prefetch;
 use crate::simd::products::{ROWS, Sums};
 use crate::simd::sweeps;
 use crate::{Element, Geometry, Real};
@@ -42,6 +43,9 @@ const WEIGHT_COLUMNS: usize = 144;
 
 /// Rows of the weight of the same.
 const WEIGHT_ROWS: usize = 128;
+
+/// Rows by which a piece of the weight is asked for before it is copied: hardware does not foresee the next row's.
+const AHEAD: usize = 8;
 
 /// Fewest parts of the channels: as many threads are busy with any layer.
 const PARTS: usize = 16;
@@ -107,12 +111,18 @@ impl<'a> Packed<'a> {
         let values = PATCH_BYTES / size;
         let columns = taps.len().max(1);
         let most = (values / columns).min(ROW_BYTES / size / geometry.channels_out());
+        let most = (most / WIDEST * WIDEST).max(WIDEST);
         let positions = (geometry.batch() * geometry.positions())
             .min(POSITIONS)
-            .min(most.max(1));
+            .min(most);
         let channels = ((values / positions).min(WIDTH) / columns).clamp(1, group_in);
-        let channels = group_in.div_ceil(group_in.div_ceil(channels));
+        let channels = match channels / WIDEST * WIDEST {
+            whole if channels < group_in && whole > 0 => whole,
+            _ => channels,
+        };
         let parts = |channels: usize, unit: usize| channels.div_ceil(PARTS).next_multiple_of(unit);
+        // Parts change no bit, and rows of the weight are read in longer pieces where threads are few.
+        let threads = (2 * rayon::current_num_threads()).min(PARTS);
         Self {
             geometry,
             positions,
@@ -120,7 +130,9 @@ impl<'a> Packed<'a> {
             pitch: plane_len(channels * columns),
             row_pitch: plane_len(positions),
             outputs: parts(group_out, ROWS).min(CHANNELS),
-            inputs: parts(group_in, WIDEST)
+            inputs: group_in
+                .div_ceil(threads)
+                .next_multiple_of(WIDEST)
                 .min(WEIGHT_COLUMNS / columns)
                 .clamp(1, group_in),
             taps,
@@ -170,35 +182,33 @@ impl<E: Element> ByChannels<E> for Packed<'_> {
                         threads.with(|buffers| {
                             let start = group * group_out + index * self.outputs;
                             let rows = target.len() / pitch;
-                            let (factors, sums) = (&mut buffers.weight, &mut buffers.sums);
-                            factors.resize(self.outputs * self.pitch, E::Real::ZERO);
-                            sums.resize(self.outputs * self.row_pitch, E::Real::ZERO);
-                            for (row, factors) in
-                                factors.chunks_exact_mut(self.pitch).enumerate().take(rows)
-                            {
-                                self.copy_weight(weight, start + row, first, depth, factors);
-                            }
+                            let (a, row) = if self.has_all_taps() {
+                                let from = start * self.geometry.depth() + first * self.kernel();
+                                (&weight[from..], self.geometry.depth())
+                            } else {
+                                let factors = &mut buffers.weight;
+                                factors.resize(self.outputs * self.pitch, E::Real::ZERO);
+                                let targets = factors.chunks_exact_mut(self.pitch).take(rows);
+                                for (row, factors) in targets.enumerate() {
+                                    self.copy_weight(weight, start + row, first, depth, factors);
+                                }
+                                (&factors[..], self.pitch)
+                            };
                             Sums {
                                 rows,
                                 columns: chunk.len,
                                 depth,
-                                a: factors,
-                                row: self.pitch,
+                                a,
+                                row,
                                 step: 1,
                                 b: patches,
                                 pitch: self.row_pitch,
-                                target: sums,
-                                adds: false,
+                                // Chunks are whole vectors but for the last, behind which a row has room.
+                                target: &mut target[column..],
+                                target_pitch: pitch,
+                                adds: first > 0,
                             }
                             .run();
-                            let sums = sums.chunks_exact(self.row_pitch);
-                            for (target, sums) in target.chunks_exact_mut(pitch).zip(sums) {
-                                let target = &mut target[column..][..chunk.len];
-                                match first {
-                                    0 => target.copy_from_slice(&sums[..chunk.len]),
-                                    _ => sweeps::add(Arch::new(), target, &sums[..chunk.len]),
-                                }
-                            }
                         });
                     });
             }
@@ -225,9 +235,7 @@ impl<E: Element> ByChannels<E> for Packed<'_> {
                     .for_each(|(index, target)| {
                         threads.with(|buffers| {
                             let start = group * group_out + index * self.outputs;
-                            let sums = &mut buffers.sums;
-                            sums.resize(self.outputs * self.pitch, E::Real::ZERO);
-                            Sums {
+                            let sums = Sums {
                                 rows: target.len() / depth,
                                 columns,
                                 depth: chunk.len,
@@ -236,11 +244,26 @@ impl<E: Element> ByChannels<E> for Packed<'_> {
                                 step: 1,
                                 b: patches,
                                 pitch: self.pitch,
-                                target: sums,
+                                target: &mut [],
+                                target_pitch: depth,
+                                adds: true,
+                            };
+                            if self.has_all_taps() && columns.is_multiple_of(WIDEST) {
+                                let target = &mut target[first * self.kernel()..];
+                                return Sums { target, ..sums }.run();
+                            }
+                            let target_pitch = self.pitch;
+                            buffers
+                                .sums
+                                .resize(self.outputs * target_pitch, E::Real::ZERO);
+                            Sums {
+                                target: &mut buffers.sums,
+                                target_pitch,
                                 adds: false,
+                                ..sums
                             }
                             .run();
-                            let sums = sums.chunks_exact(self.pitch);
+                            let sums = buffers.sums.chunks_exact(target_pitch);
                             for (target, sums) in target.chunks_exact_mut(depth).zip(sums) {
                                 self.add_to_weight(&sums[..columns], first, target);
                             }
@@ -311,6 +334,11 @@ impl Packed<'_> {
                 .enumerate()
                 .take(depth)
             {
+                let ahead = (first + row + AHEAD) * self.geometry.depth();
+                let from = ahead + part.first * self.kernel();
+                if let Some(row) = weight.get(from..from + part.channels * self.kernel()) {
+                    row.chunks(LINE).for_each(|line| prefetch(line.as_ptr()));
+                }
                 self.copy_weight(weight, first + row, part.first, columns, target);
                 if let Some(scale) = scale {
                     let scale = scale[first + row];
@@ -329,6 +357,7 @@ impl Packed<'_> {
                 b: &buffers.weight,
                 pitch,
                 target: &mut buffers.sums,
+                target_pitch: pitch,
                 adds: start > 0,
             }
             .run();
@@ -375,7 +404,7 @@ impl Packed<'_> {
     ) {
         let kernel = self.kernel();
         let row = &weight[channel * self.geometry.depth() + first * kernel..];
-        if kernel == self.taps.len() {
+        if self.has_all_taps() {
             target[..len].copy_from_slice(&row[..len]);
             return;
         }
@@ -391,7 +420,7 @@ impl Packed<'_> {
     fn add_to_weight<T: Real>(&self, sums: &[T], first: usize, row: &mut [T]) {
         let kernel = self.kernel();
         let row = &mut row[first * kernel..];
-        if kernel == self.taps.len() {
+        if self.has_all_taps() {
             sweeps::add(Arch::new(), &mut row[..sums.len()], sums);
             return;
         }
@@ -401,6 +430,11 @@ impl Packed<'_> {
                 row[*tap] += *sum;
             }
         }
+    }
+
+    /// Whether every tap meets the input.
+    fn has_all_taps(&self) -> bool {
+        self.kernel() == self.taps.len()
     }
 
     fn kernel(&self) -> usize {

@@ -17,6 +17,7 @@ use crate::conv::channels::{ByChannels, Rows};
 use crate::conv::span::Span;
 use crate::scratch::{Aligned, ScratchPool};
 use crate::simd::chunk::Chunk;
+use crate::simd::planes::LINE;
 use crate::simd::products::{ROWS, Sums};
 use crate::simd::sweeps::{self, Sweep};
 use crate::{Element, Geometry, Real};
@@ -33,8 +34,11 @@ const GRAD_SLICE: usize = 24;
 /// Tiles that are summed up in registers: longer sums lose digits.
 const GRAD_TILES: usize = 48;
 
+/// Distance of the products of a thread's part of the weight: a power of two would map all to one set of a cache.
+const FACTOR_PRODUCT: usize = PANEL * SLICE + LINE;
+
 /// Values of a thread's part of the weight, or of its gradient.
-const FACTORS: usize = E * E * PANEL * SLICE;
+const FACTORS: usize = E * E * FACTOR_PRODUCT;
 
 /// A convolution prepared for any chunk of positions.
 #[derive(Clone, Copy, Debug)]
@@ -140,7 +144,7 @@ impl<'a> Slices<'a> {
         places: &[[[u32; A]; A]],
         (len, channels): (usize, usize),
         read: impl Fn(usize, &mut [T]),
-        map: impl Fn([Chunk<T>; A]) -> [Chunk<T>; E],
+        map: impl Fn([Chunk<T>; A]) -> [Chunk<T>; E] + Copy,
         (line, pixels): (&mut Vec<T>, &mut Aligned<T>),
         (panel, steps): (&mut [T], Steps),
     ) {
@@ -154,7 +158,7 @@ impl<'a> Slices<'a> {
             }
             Arch::new().dispatch(Sweep(
                 #[inline(always)]
-                || transform(places, pixels, &map, &mut panel[start..], steps),
+                || transform(places, pixels, map, &mut panel[start..], steps),
             ));
         }
     }
@@ -167,7 +171,7 @@ impl<'a> Slices<'a> {
         places: &[[[u32; A]; A]],
         (len, channels): (usize, usize),
         read: impl Fn(usize, &mut [T]) + Sync,
-        map: impl Fn([Chunk<T>; A]) -> [Chunk<T>; E] + Sync,
+        map: impl Fn([Chunk<T>; A]) -> [Chunk<T>; E] + Copy + Sync,
     ) {
         let panel = E * E * self.tiles * PANEL;
         panels.resize(channels.div_ceil(PANEL) * panel, T::ZERO);
@@ -181,7 +185,7 @@ impl<'a> Slices<'a> {
                         places,
                         (len, PANEL.min(channels - first)),
                         |channel, line| read(first + channel, line),
-                        &map,
+                        map,
                         (line, pixels),
                         (panel, self.steps(PANEL)),
                     );
@@ -217,7 +221,7 @@ impl<'a> Slices<'a> {
         factors.resize(FACTORS, T::ZERO);
         sums.resize(E * E * self.tiles * SLICE, T::ZERO);
         let factor_steps = Steps {
-            product: PANEL * SLICE,
+            product: FACTOR_PRODUCT,
             tile: SLICE,
         };
         for (index, panel) in panels.chunks_exact(E * E * self.tiles * PANEL).enumerate() {
@@ -230,7 +234,7 @@ impl<'a> Slices<'a> {
             ));
             for ((panel, factors), target) in panel
                 .chunks_exact(self.tiles * PANEL)
-                .zip(factors.chunks_exact(PANEL * SLICE))
+                .zip(factors.chunks_exact(FACTOR_PRODUCT))
                 .zip(sums.chunks_exact_mut(self.tiles * SLICE))
             {
                 Sums {
@@ -243,6 +247,7 @@ impl<'a> Slices<'a> {
                     b: factors,
                     pitch: SLICE,
                     target,
+                    target_pitch: SLICE,
                     adds: index > 0,
                 }
                 .run();
@@ -255,7 +260,7 @@ impl<'a> Slices<'a> {
         &self,
         places: &[[[u32; B]; B]],
         (len, channels): (usize, usize),
-        map: impl Fn([Chunk<T>; E]) -> [Chunk<T>; B],
+        map: impl Fn([Chunk<T>; E]) -> [Chunk<T>; B] + Copy,
         (line, pixels, sums): (&mut Vec<T>, &mut Aligned<T>, &[T]),
         mut add: impl FnMut(usize, &[T]),
     ) {
@@ -265,7 +270,7 @@ impl<'a> Slices<'a> {
             pixels.fill(T::ZERO);
             Arch::new().dispatch(Sweep(
                 #[inline(always)]
-                || restore(places, pixels, &map, &sums[start..], self.steps(SLICE)),
+                || restore(places, pixels, map, &sums[start..], self.steps(SLICE)),
             ));
             for lane in 0..LANES.min(channels - start) {
                 pick(pixels, lane, line);
@@ -535,7 +540,7 @@ impl Slices<'_> {
             (tiles, self.steps(GRAD_SLICE)),
         );
         let steps = Steps {
-            product: GRAD_SLICE * PANEL,
+            product: GRAD_SLICE * PANEL + LINE,
             tile: PANEL,
         };
         let count = places.outputs.len();
@@ -564,6 +569,7 @@ impl Slices<'_> {
                         b: &panel[start * PANEL..],
                         pitch: PANEL,
                         target,
+                        target_pitch: PANEL,
                         adds: start > 0,
                     }
                     .run();

@@ -5,6 +5,7 @@ use crate::Geometry;
 use crate::Real;
 use crate::conv::span::Span;
 use crate::simd::chunk::{CHUNK, Chunk};
+use crate::simd::prefetch;
 
 /// Channels that are transformed at a time.
 pub(super) const LANES: usize = CHUNK;
@@ -102,7 +103,7 @@ pub(super) fn pick<T: Real>(pixels: &[T], lane: usize, line: &mut [T]) {
 #[inline(always)]
 fn nested<T: Real, const A: usize, const B: usize>(
     values: [[Chunk<T>; A]; A],
-    map: impl Fn([Chunk<T>; A]) -> [Chunk<T>; B],
+    map: impl Fn([Chunk<T>; A]) -> [Chunk<T>; B] + Copy,
 ) -> [[Chunk<T>; B]; B] {
     let mut down = [[Chunk::ZERO; A]; B];
     for column in 0..A {
@@ -122,16 +123,24 @@ fn nested<T: Real, const A: usize, const B: usize>(
     result
 }
 
+/// Tiles by which their places in a panel are asked for before they are written.
+const AHEAD: usize = 4;
+
 /// The products' factors of each tile, from its pixels.
 #[inline(always)]
 pub(super) fn transform<T: Real, const A: usize>(
     places: &[[[u32; A]; A]],
     pixels: &[T],
-    map: impl Fn([Chunk<T>; A]) -> [Chunk<T>; E],
+    map: impl Fn([Chunk<T>; A]) -> [Chunk<T>; E] + Copy,
     panel: &mut [T],
     steps: Steps,
 ) {
     for (tile, places) in places.iter().enumerate() {
+        let ahead = panel.get((tile + AHEAD) * steps.tile..).unwrap_or_default();
+        ahead
+            .iter()
+            .step_by(steps.product)
+            .for_each(|value| prefetch(value));
         let mut values = [[Chunk::ZERO; A]; A];
         for row in 0..A {
             for column in 0..A {
@@ -139,7 +148,7 @@ pub(super) fn transform<T: Real, const A: usize>(
                 [values[row][column]] = Chunk::load(pixels, place, 0);
             }
         }
-        for (row, values) in nested(values, &map).into_iter().enumerate() {
+        for (row, values) in nested(values, map).into_iter().enumerate() {
             let at = row * E * steps.product + tile * steps.tile;
             Chunk::store(values, panel, at, steps.product);
         }
@@ -151,7 +160,7 @@ pub(super) fn transform<T: Real, const A: usize>(
 pub(super) fn restore<T: Real, const B: usize>(
     places: &[[[u32; B]; B]],
     pixels: &mut [T],
-    map: impl Fn([Chunk<T>; E]) -> [Chunk<T>; B],
+    map: impl Fn([Chunk<T>; E]) -> [Chunk<T>; B] + Copy,
     panel: &[T],
     steps: Steps,
 ) {
@@ -161,7 +170,7 @@ pub(super) fn restore<T: Real, const B: usize>(
             let at = row * E * steps.product + tile * steps.tile;
             values[row] = Chunk::load(panel, at, steps.product);
         }
-        let values = nested(values, &map);
+        let values = nested(values, map);
         for row in 0..B {
             for column in 0..B {
                 let place = places[row][column] as usize * LANES;
@@ -179,6 +188,16 @@ pub(super) struct Grid {
     pub(super) row: usize,
     pub(super) columns: usize,
     pub(super) column: usize,
+}
+
+impl Grid {
+    /// Asks for a kernel, if there is one: hardware does not foresee the next of many short pieces.
+    #[inline(always)]
+    fn prefetch<T>(&self, kernels: &[[T; TAPS]], row: usize, column: usize) {
+        if row < self.rows {
+            prefetch(&kernels[row * self.row + column * self.column]);
+        }
+    }
 }
 
 /// Rows of kernels that are laid side by side at a time.
@@ -201,6 +220,7 @@ pub(super) fn transform_kernels<T: Real>(
             for lane in 0..LANES {
                 let column = (start + lane).min(grid.columns - 1);
                 for row in rows.clone() {
+                    grid.prefetch(kernels, row + 2 * ROWS, column);
                     let kernel = &kernels[row * grid.row + column * grid.column];
                     let laid = &mut laid[(row - first) * LANES + lane..];
                     for (tap, value) in kernel.iter().enumerate() {
@@ -240,6 +260,7 @@ pub(super) fn add_kernels<T: Real>(
             }
             let values = nested(values, filter_lanes_transposed);
             for lane in 0..LANES.min(grid.columns - start) {
+                grid.prefetch(kernels, row + 1, start + lane);
                 let kernel = &mut kernels[row * grid.row + (start + lane) * grid.column];
                 for tap in 0..TAPS {
                     kernel[tap] += values[tap / 3][tap % 3].get(lane);
