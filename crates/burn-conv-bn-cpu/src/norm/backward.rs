@@ -1,6 +1,8 @@
 //! Backward kernels, parallel over blocks of images: the norm's two sums, then the gradients.
 
+use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pulp::Arch;
 use rayon::prelude::*;
@@ -15,9 +17,6 @@ use crate::conv::{Chosen, choose, weight_blocks};
 use crate::scratch::{ScratchPool, room};
 use crate::simd::sweeps;
 use crate::{Element, Real};
-
-/// Values of the weight's gradient that a thread reduces at a time: 64 KiB in single precision.
-const SUMS: usize = 16 << 10;
 
 /// First step of the backward pass: the sums of `g` and of `g * (z - mean)`, with the convolution's
 /// output `z` recomputed or kept. [The crate's example](crate) shows both steps.
@@ -206,35 +205,29 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
     let residual = residual.map(|grad| room(grad, pass.output_len()));
     let residual_shares = output_shares(pass, residual, &blocks);
     let pool = ScratchPool::<Scratch<A::Scratch, E>>::new();
-    let parts: Vec<Vec<E::Real>> = blocks
-        .par_iter()
-        .zip(input_shares)
-        .zip(residual_shares)
-        .map(|((block, input_grad), residual_grad)| {
+    let total = Mutex::new(InOrder::<E::Real>::default());
+    // In order, unlike rayon's halves: few blocks' sums wait for the one before.
+    let queue = blocks.iter().zip(input_shares).zip(residual_shares);
+    let queue = Mutex::new(queue.enumerate());
+    let next = || lock(&queue).next();
+    (0..rayon::current_num_threads().min(blocks.len()))
+        .into_par_iter()
+        .for_each(|_| {
             pool.with(|scratch| {
-                let mut sums = vec![E::Real::ZERO; sums_len];
-                let grads = BlockGradients {
-                    input: input_grad,
-                    weight: (!sums.is_empty()).then_some(sums.as_mut_slice()),
-                    residual: residual_grad,
-                };
-                scratch.backward_block(&step, algorithm, block, kept, grads);
-                sums
-            })
-        })
-        .collect();
-    if let Some(grad) = gradients.weight {
-        let mut parts = parts.into_iter();
-        let mut sums = parts.next().unwrap_or_default();
-        let parts: Vec<_> = parts.collect();
-        sums.par_chunks_mut(SUMS)
-            .enumerate()
-            .for_each(|(index, sums)| {
-                for part in &parts {
-                    sweeps::add(Arch::new(), sums, &part[index * SUMS..][..sums.len()]);
+                while let Some((index, ((block, input), residual))) = next() {
+                    let mut sums = vec![E::Real::ZERO; sums_len];
+                    let grads = BlockGradients {
+                        input,
+                        weight: (!sums.is_empty()).then_some(sums.as_mut_slice()),
+                        residual,
+                    };
+                    scratch.backward_block(&step, algorithm, block, kept, grads);
+                    lock(&total).add(index, sums);
                 }
             });
-        algorithm.weight_grad(sums, grad);
+        });
+    if let Some(grad) = gradients.weight {
+        algorithm.weight_grad(std::mem::take(&mut lock(&total).sums), grad);
     }
     if let Some((grad, _)) = gradients.input {
         // SAFETY: the capacity is at least this length, and every value belongs to a block's share; and of a
@@ -245,6 +238,34 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
         // SAFETY: the capacity is at least this length, and every value belongs to a block's share; and a block's
         // tiles have pieces for all of its channels and positions, which `write_residual_grad` writes.
         unsafe { grad.set_len(pass.output_len()) };
+    }
+}
+
+/// A panic elsewhere leaves nothing behind that is read.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Sums of blocks, added in the blocks' order as they are made.
+#[derive(Default)]
+struct InOrder<T> {
+    sums: Vec<T>,
+    /// Blocks that are added, and the sums of later ones.
+    added: usize,
+    waiting: BTreeMap<usize, Vec<T>>,
+}
+
+impl<T: Real> InOrder<T> {
+    fn add(&mut self, index: usize, sums: Vec<T>) {
+        self.waiting.insert(index, sums);
+        while let Some(sums) = self.waiting.remove(&self.added) {
+            if self.added == 0 {
+                self.sums = sums;
+            } else {
+                sweeps::add(Arch::new(), &mut self.sums, &sums);
+            }
+            self.added += 1;
+        }
     }
 }
 
