@@ -4,6 +4,7 @@ use std::mem::take;
 use std::ops::Range;
 
 use crate::Geometry;
+use crate::simd::prefetch_range;
 
 /// Most blocks of a batch: enough for the threads of large machines.
 pub(crate) const BLOCKS: usize = 64;
@@ -149,6 +150,13 @@ impl<'a, T> Share<'a, T> {
         let (channel, at) = (range.start / self.plane, range.start % self.plane);
         let at = at.checked_sub(self.first)?;
         Some(&mut self.parts[channel][at..at + range.len()])
+    }
+
+    /// Asks for a channel's values that follow a range of the one before, in an image of `plane` values a channel.
+    pub(crate) fn prefetch_next(&self, range: &Range<usize>, plane: usize) {
+        if let [image] = &self.parts[..] {
+            prefetch_range(image, range.start + plane..range.end + plane);
+        }
     }
 
     /// The values of a channel that starts at `start`, from the block's first on, and the place of that.

@@ -4,6 +4,8 @@ use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, PoisonError};
 
+use crate::simd::CACHE_LINE;
+
 /// Smallest buffer, in bytes, that asks for huge pages: it holds some whole ones.
 const LEAST_BYTES: usize = 8 << 20;
 
@@ -46,9 +48,6 @@ fn ask_for_huge_pages<T>(room: &mut [MaybeUninit<T>]) {
 #[cfg(not(target_os = "linux"))]
 fn ask_for_huge_pages<T>(_: &mut [MaybeUninit<T>]) {}
 
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
 /// Values aligned to a cache line. Allocators align to 16 bytes, where every other vector crosses a line,
 /// and takes as long as two loads.
 #[derive(Debug)]
@@ -72,12 +71,19 @@ impl<T: Copy> Aligned<T> {
     /// As [`Vec::resize`]: new values are `value`.
     pub(crate) fn resize(&mut self, len: usize, value: T) {
         let (start, kept) = (self.start, self.len.min(len));
-        self.values.resize(self.start + kept, value);
-        self.values.resize(len + LINE / size_of::<T>(), value);
+        let room = len + CACHE_LINE / size_of::<T>();
+        if kept == 0 {
+            // Zeros that are fresh from the system are not written again.
+            self.values = Vec::new();
+            self.values = vec![value; room];
+        } else {
+            self.values.resize(start + kept, value);
+            self.values.resize(room, value);
+        }
         // Another allocation may be aligned otherwise.
-        self.start = self.values.as_ptr().align_offset(LINE);
+        self.start = self.values.as_ptr().align_offset(CACHE_LINE);
         self.len = len;
-        if self.start != start {
+        if kept > 0 && self.start != start {
             self.values.copy_within(start..start + kept, self.start);
             self[kept..].fill(value);
         }
@@ -137,7 +143,7 @@ mod tests {
             aligned.resize(len, index as f32);
             wanted.resize(len, index as f32);
             assert_eq!(&aligned[..], &wanted[..]);
-            assert!(aligned.as_ptr().addr().is_multiple_of(LINE));
+            assert!(aligned.as_ptr().addr().is_multiple_of(CACHE_LINE));
             aligned[len / 2] = -1.0;
             wanted[len / 2] = -1.0;
             neighbours.push(vec![index as f32; len]);

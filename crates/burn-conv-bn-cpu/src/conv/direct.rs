@@ -12,6 +12,7 @@ use super::tile::{Algorithm, Piece, Transposed};
 use crate::blocks::{Block, Share};
 use crate::scratch::Aligned;
 use crate::simd::planes::{Filter, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache};
+use crate::simd::prefetch_range;
 use crate::simd::sweeps::{self, Sweep, zero};
 use crate::{Element, Geometry, Real};
 
@@ -253,6 +254,11 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
                 let step = self.layout.step();
                 for channel in 0..channels {
                     let source = &input[first + channel * plane..];
+                    // The next channel's lines, of several phases those of the first.
+                    for run in tile.input.iter().take(1).flatten() {
+                        let start = plane + run.dense;
+                        prefetch_range(source, start..start + (run.len - 1) * step + 1);
+                    }
                     let start = channel * tile.input.len() * self.plane;
                     let targets = scratch.planes[start..].chunks_exact_mut(self.plane);
                     for (runs, target) in tile.input.iter().zip(targets) {

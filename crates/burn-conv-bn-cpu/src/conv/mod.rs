@@ -31,13 +31,13 @@ const WIDE: usize = 28;
 /// Fewest channels of a group, in and out, for slices to be faster than Winograd's algorithm over rows.
 const SLICE_CHANNELS: usize = 64;
 
-/// Activations, in weights, below which slices are faster than Winograd's algorithm with copies of the weight: fewer
-/// where their parts of the channels are few for the threads of large machines.
+/// Activations, in weights, below which slices are faster than Winograd's algorithm with copies of the weight. Less for
+/// fewer channels than [`SLICES`], whose parts keep fewer threads busy.
 const DEEP: usize = 4;
 const DEEP_OF_MANY: usize = 8;
 const SLICES: usize = 256;
 
-/// The same than sums of planes.
+/// As [`DEEP`], below which slices are faster than sums of planes.
 const DEEP_FOR_PLANES: usize = 8;
 
 /// The algorithm for a geometry.
@@ -77,7 +77,10 @@ fn rule<E: Element>(geometry: &Geometry) -> Chosen<'_, E::Real> {
     let channels = geometry.group_in().min(geometry.group_out());
     let is_deep = |weights| channels >= SLICE_CHANNELS && is_deep(geometry, weights);
     let slices = slices::<E>(geometry).filter(|_| is_for_winograd && has_tiles(geometry));
-    let deep = if channels < SLICES { DEEP } else { DEEP_OF_MANY };
+    let deep = match channels {
+        ..SLICES => DEEP,
+        _ => DEEP_OF_MANY,
+    };
     if let Some(slices) = slices.filter(|_| is_deep(deep)) {
         return Chosen::Slices(slices);
     }

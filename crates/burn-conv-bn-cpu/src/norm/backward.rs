@@ -8,14 +8,16 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::channels;
-use super::gradient::{Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients};
+use super::gradient::{
+    Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, OutputGrad,
+};
 use super::lines::{Converted, Source, Step, conv_output_grad, sums_of, write_residual_grad};
 use crate::blocks::{BLOCKS, Block, Share, shares};
 use crate::conv::span::Span;
 use crate::conv::tile::{Algorithm, BlockGrads, TileScratch, Transposed, Work};
 use crate::conv::{Chosen, choose, weight_blocks};
 use crate::scratch::{ScratchPool, room};
-use crate::simd::sweeps;
+use crate::simd::{prefetch_range, sweeps};
 use crate::{Element, Real};
 
 /// First step of the backward pass: the sums of `g` and of `g * (z - mean)`, with the convolution's
@@ -246,6 +248,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Asks for the next channel's values where a line starts at `at`.
+fn prefetch_next<E: Element>(pass: &Backward<'_, E>, kept: Option<&[E]>, at: usize, len: usize) {
+    let next = at + pass.geometry.positions();
+    if let OutputGrad::Whole(all) = pass.output_grad {
+        prefetch_range(all, next..next + len);
+    }
+    if let Some(kept) = kept {
+        prefetch_range(kept, next..next + len);
+    }
+}
+
 /// Sums of blocks, added in the blocks' order as they are made.
 #[derive(Default)]
 struct InOrder<T> {
@@ -306,11 +319,13 @@ impl<S: Default, E: Element> Scratch<S, E> {
         let converted = &mut self.converted;
         self.tiles.run(algorithm, work, |channel, range, line| {
             let at = start + range.start;
+            prefetch_next(pass, kept, at, range.len());
             let values: &[E::Real] = match kept {
                 Some(kept) => E::read(&kept[at..at + range.len()], line),
                 None => line,
             };
             if let Some(stored) = &mut stored {
+                stored.prefetch_next(&range, pass.geometry.positions());
                 E::write(values, stored.get(range).expect("there is no halo"));
             }
             let span = Span::of_tensor(pass.geometry, at, values.len());
@@ -340,6 +355,7 @@ impl<S: Default, E: Element> Scratch<S, E> {
         let (converted, masked) = (&mut self.converted, &mut self.residual_grad);
         self.tiles.run(algorithm, work, |channel, range, line| {
             let at = start + range.start;
+            prefetch_next(step.pass, kept, at, range.len());
             if let Some(kept) = kept {
                 line.resize(range.len(), E::Real::ZERO);
                 E::load(&kept[at..at + range.len()], line);

@@ -126,6 +126,7 @@ fn conv_blocks<E: Element, A: Algorithm<E>, S: Send>(
             };
             pool.with(|scratch| {
                 scratch.run(algorithm, work, |channel, range, line| {
+                    output.prefetch_next(&range, geometry.positions());
                     let output = output.get(range).expect("there is no halo");
                     E::write(line, output);
                     see(&mut seen, channel, line);

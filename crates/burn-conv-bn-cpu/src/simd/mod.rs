@@ -5,6 +5,11 @@ pub(crate) mod planes;
 pub(crate) mod products;
 pub(crate) mod sweeps;
 
+use std::ops::Range;
+
+/// Bytes of a cache line.
+pub(crate) const CACHE_LINE: usize = 64;
+
 /// Asks for the cache line of a value that is needed soon: a hint, for any address.
 #[inline(always)]
 #[allow(unsafe_code)]
@@ -17,4 +22,13 @@ pub(crate) fn prefetch<T>(at: *const T) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;
+}
+
+/// Asks for the lines of a range, if the values have it: hardware does not foresee the next of many short pieces.
+#[inline(always)]
+pub(crate) fn prefetch_range<T>(values: &[T], range: Range<usize>) {
+    let lines = values.get(range).unwrap_or_default();
+    for line in lines.chunks(CACHE_LINE / size_of::<T>()) {
+        prefetch(line.as_ptr());
+    }
 }

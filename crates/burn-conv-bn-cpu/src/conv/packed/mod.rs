@@ -17,8 +17,8 @@ use rayon::prelude::*;
 use super::channels::{ByChannels, Rows};
 use super::span::Span;
 use crate::scratch::{Aligned, ScratchPool};
-use crate::simd::planes::{LINE, WIDEST, plane_len};
-use crate::simd::prefetch;
+use crate::simd::planes::{WIDEST, plane_len};
+use crate::simd::prefetch_range;
 use crate::simd::products::{ROWS, Sums};
 use crate::simd::sweeps;
 use crate::{Element, Geometry, Real};
@@ -336,9 +336,7 @@ impl Packed<'_> {
             {
                 let ahead = (first + row + AHEAD) * self.geometry.depth();
                 let from = ahead + part.first * self.kernel();
-                if let Some(row) = weight.get(from..from + part.channels * self.kernel()) {
-                    row.chunks(LINE).for_each(|line| prefetch(line.as_ptr()));
-                }
+                prefetch_range(weight, from..from + part.channels * self.kernel());
                 self.copy_weight(weight, first + row, part.first, columns, target);
                 if let Some(scale) = scale {
                     let scale = scale[first + row];
