@@ -13,13 +13,12 @@ mod tensors;
 mod upstream;
 mod workload;
 
-use std::io::{BufRead, Write, stdin, stdout};
+use std::io::{BufRead, stdin};
 
 use anyhow::{Context, Result};
-use burn_conv_bn_bench::protocol::Reply;
 use burn_conv_bn_memory::CountingAllocator;
 
-use crate::session::{Session, explain};
+use crate::session::{Session, explain, send};
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator::new();
@@ -32,13 +31,4 @@ fn main() -> Result<()> {
         send(&session.answer(request).unwrap_or_else(explain))?;
     }
     Ok(())
-}
-
-/// Writes a reply, whole whatever other threads write.
-fn send(reply: &Reply) -> Result<()> {
-    let mut line = serde_json::to_vec(reply)?;
-    line.push(b'\n');
-    let mut output = stdout().lock();
-    output.write_all(&line).context("cannot reply")?;
-    output.flush().context("cannot reply")
 }

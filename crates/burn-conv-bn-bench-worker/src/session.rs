@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{Write, stdout};
 use std::path::Path;
 #[cfg(feature = "cubecl")]
 use std::time::Duration;
@@ -22,8 +23,6 @@ use crate::kernels;
 use crate::layer;
 use crate::network::{self, NetworkWork, Spec};
 use crate::precision::Computing;
-#[cfg(feature = "cubecl")]
-use crate::send;
 use crate::workload::Workload;
 
 /// An error as a reply: `Unavailable` where the device lacks something.
@@ -33,6 +32,15 @@ pub fn explain(error: Error) -> Reply {
         Some(DeviceError::Precision { .. }) => Reply::Unavailable { reason },
         _ => Reply::Failed { reason },
     }
+}
+
+/// Writes a reply, whole whatever other threads write.
+pub fn send(reply: &Reply) -> Result<()> {
+    let mut line = serde_json::to_vec(reply)?;
+    line.push(b'\n');
+    let mut output = stdout().lock();
+    output.write_all(&line).context("cannot reply")?;
+    output.flush().context("cannot reply")
 }
 
 pub struct Session {
