@@ -234,6 +234,95 @@ fn geometries() -> Vec<Case> {
             dilation: [1, 2, 2],
             ..PLAIN
         },
+        // Winograd in three dimensions: several slices in a tile and parts of one, padding on one side or more than the
+        // kernel's reach, slices of padding alone; groups, dilation, several images; a kernel flat in depth.
+        Case {
+            channels: [17, 16],
+            input: [5, 6, 7],
+            kernel: [3; 3],
+            padding: [(1, 1); 3],
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 19],
+            input: [4, 9, 12],
+            kernel: [2, 3, 3],
+            padding: [(3, 0), (0, 2), (3, 1)],
+            batch: 3,
+            ..PLAIN
+        },
+        Case {
+            channels: [32, 36],
+            groups: 2,
+            input: [7, 8, 9],
+            kernel: [3; 3],
+            padding: [(2, 3), (2, 0), (1, 2)],
+            dilation: [2, 1, 2],
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 17],
+            input: [4, 44, 45],
+            kernel: [3; 3],
+            padding: [(1, 1); 3],
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 16],
+            input: [3, 9, 8],
+            padding: [(0, 1), (1, 1), (1, 1)],
+            ..PLAIN
+        },
+        // Kernels of more parts than one: five and seven taps, in rows, columns or both, odd sizes, padding on one side
+        // and none; groups, dilation, several tiles, three dimensions.
+        Case {
+            channels: [17, 16],
+            input: [1, 14, 15],
+            kernel: [1, 5, 5],
+            padding: [(0, 0), (2, 2), (2, 2)],
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 19],
+            input: [1, 17, 20],
+            kernel: [1, 7, 7],
+            padding: [(0, 0), (3, 0), (0, 3)],
+            batch: 3,
+            ..PLAIN
+        },
+        Case {
+            channels: [32, 36],
+            groups: 2,
+            input: [1, 18, 21],
+            kernel: [1, 3, 5],
+            dilation: [1, 2, 3],
+            padding: [(0, 0), (2, 2), (6, 5)],
+            ..PLAIN
+        },
+        Case {
+            channels: [32, 32],
+            groups: 2,
+            input: [1, 21, 25],
+            kernel: [1, 7, 3],
+            dilation: [1, 2, 1],
+            padding: [(0, 0), (6, 6), (1, 0)],
+            ..PLAIN
+        },
+        Case {
+            channels: [32, 32],
+            groups: 2,
+            input: [1, 69, 66],
+            kernel: [1, 5, 5],
+            padding: [(0, 0), (2, 2), (2, 2)],
+            ..PLAIN
+        },
+        Case {
+            channels: [16, 17],
+            input: [6, 13, 14],
+            kernel: [3, 5, 5],
+            padding: [(1, 1), (2, 2), (2, 2)],
+            ..PLAIN
+        },
         // More rows and columns of pairs than outputs are worth: shifted planes.
         Case {
             channels: [16, 17],
@@ -441,7 +530,8 @@ fn geometries() -> Vec<Case> {
 
 /// A large image of few channels, in bands: stride 1 and 2, taps that leave out some of the input, a stride in rows
 /// alone, groups, one and three dimensions, padding of more than a band's reach; then by Winograd's algorithm with
-/// odd sizes, and with padding on one side; the same with dilation that does not divide the bands.
+/// odd sizes, and with padding on one side; the same with dilation that does not divide the bands; in three dimensions,
+/// and with kernels of more than three taps.
 fn bands() -> Vec<Case> {
     let padded = [(0, 0), (1, 1), (1, 1)];
     let large = Case {
@@ -520,6 +610,35 @@ fn bands() -> Vec<Case> {
             input: [1, 63, 41],
             padding: [(0, 0), (5, 0), (0, 3)],
             dilation: [1, 3, 2],
+            ..large
+        },
+        Case {
+            channels: [16, 17],
+            input: [19, 15, 14],
+            kernel: [3; 3],
+            padding: [(1, 1); 3],
+            ..large
+        },
+        Case {
+            channels: [16, 17],
+            input: [22, 16, 16],
+            kernel: [2, 3, 5],
+            padding: [(0, 3), (1, 1), (2, 2)],
+            dilation: [2, 1, 1],
+            ..large
+        },
+        Case {
+            channels: [16, 17],
+            input: [1, 71, 45],
+            kernel: [1, 5, 5],
+            padding: [(0, 0), (2, 2), (2, 2)],
+            ..large
+        },
+        Case {
+            channels: [16, 16],
+            input: [1, 83, 46],
+            kernel: [1, 7, 3],
+            padding: [(0, 0), (0, 5), (1, 0)],
             ..large
         },
     ]

@@ -234,8 +234,8 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
         self.layout.tiles(block, self.tile)
     }
 
-    fn halo(&self, block: &Block) -> Option<Tile> {
-        self.layout.halo(block)
+    fn halo(&self, block: &Block) -> Vec<Tile> {
+        self.layout.halo(block).into_iter().collect()
     }
 
     fn pieces<'a>(&self, tile: &'a Tile) -> &'a [Piece] {

@@ -5,7 +5,7 @@
 //! depthwise kernels, and unpadded ones over one dimension, nothing.
 
 use super::tile::Algorithm;
-use super::winograd::Slices;
+use super::winograd::{Slices, transformed_len};
 use crate::blocks::BLOCKS;
 use crate::{Element, Geometry};
 
@@ -153,7 +153,7 @@ pub(crate) fn weight_blocks<E: Element, A: Algorithm<E>>(algorithm: &A) -> usize
 
 /// Bytes of a thread's tile that the limits of a geometry leave to Winograd's algorithm.
 pub(super) fn winograd_tile<E: Element>(geometry: &Geometry) -> usize {
-    let filter = geometry.weight_len() / 9 * 16 * size_of::<E::Real>();
+    let filter = transformed_len(geometry) * size_of::<E::Real>();
     // A tile has three planes for each product: forward uses two of them.
     let forward = forward_limit::<E>(geometry).saturating_sub(filter) / 2 * 3;
     let filters = (filters::<E>(geometry) + LEAST_BLOCKS) * filter;

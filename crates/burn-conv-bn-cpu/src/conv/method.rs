@@ -4,21 +4,20 @@ use super::direct::Direct;
 use super::limit::{fits, slices, winograd_tile};
 use super::packed::Packed;
 use super::winograd::Winograd;
-use super::{Chosen, is_for_winograd, rule};
+use super::{Chosen, is_for_slices, is_for_winograd, rule};
 use crate::{Element, Geometry, Method};
 
 impl Method {
     /// This algorithm for a geometry, if it applies.
     pub(super) fn of<E: Element>(self, geometry: &Geometry) -> Option<Chosen<'_, E::Real>> {
-        let is_for_winograd = is_for_winograd(geometry);
         match self {
             Self::Planes => Some(Chosen::Direct(Direct::shifted(geometry))),
             Self::WithoutGaps => Direct::dense(geometry).map(Chosen::Direct),
-            Self::Winograd => is_for_winograd.then(|| {
+            Self::Winograd => is_for_winograd(geometry).then(|| {
                 let tile = winograd_tile::<E>(geometry);
                 Chosen::Winograd(Winograd::new(geometry, tile))
             }),
-            Self::Slices if is_for_winograd => slices::<E>(geometry).map(Chosen::Slices),
+            Self::Slices if is_for_slices(geometry) => slices::<E>(geometry).map(Chosen::Slices),
             Self::Slices => None,
             Self::Packed => {
                 let packed = Packed::new(geometry, size_of::<E::Real>());

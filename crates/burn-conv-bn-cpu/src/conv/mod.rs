@@ -76,7 +76,7 @@ fn rule<E: Element>(geometry: &Geometry) -> Chosen<'_, E::Real> {
     let is_for_winograd = is_for_winograd(geometry);
     let channels = geometry.group_in().min(geometry.group_out());
     let is_deep = |weights| channels >= SLICE_CHANNELS && is_deep(geometry, weights);
-    let slices = slices::<E>(geometry).filter(|_| is_for_winograd && has_tiles(geometry));
+    let slices = slices::<E>(geometry).filter(|_| is_for_slices(geometry) && has_tiles(geometry));
     let deep = match channels {
         ..SLICES => DEEP,
         _ => DEEP_OF_MANY,
@@ -109,12 +109,17 @@ fn rule<E: Element>(geometry: &Geometry) -> Chosen<'_, E::Real> {
     }
 }
 
+/// Whether Winograd's algorithm by slices applies, and saves enough as well.
+fn is_for_slices(geometry: &Geometry) -> bool {
+    geometry.kernel == [1, 3, 3] && geometry.outermost() > 0 && is_for_winograd(geometry)
+}
+
 /// Whether Winograd's algorithm applies, and saves enough products on enough channels to outweigh its transforms.
 fn is_for_winograd(geometry: &Geometry) -> bool {
-    geometry.kernel == [1, 3, 3]
+    geometry.kernel[1..]
+        .iter()
+        .all(|len| matches!(len, 3 | 5 | 7))
         && geometry.stride == [1; 3]
-        && geometry.input[0] == 1
-        && geometry.padding[0] == (0, 0)
         && geometry.group_in().min(geometry.group_out()) >= LEAST_CHANNELS
         && saves_products(geometry)
 }

@@ -28,8 +28,8 @@ pub(crate) trait Algorithm<E: Element>: Sync {
     /// The tiles of a block, in the order of the calls.
     fn tiles(&self, block: &Block) -> Vec<Self::Tile>;
 
-    /// The tile before a band whose outputs' gradients its input's gradient depends on.
-    fn halo(&self, block: &Block) -> Option<Self::Tile>;
+    /// The tiles before a band whose outputs' gradients its input's gradient depends on.
+    fn halo(&self, block: &Block) -> Vec<Self::Tile>;
 
     /// The contiguous parts of a tile.
     fn pieces<'a>(&self, tile: &'a Self::Tile) -> &'a [Piece];
@@ -155,7 +155,11 @@ impl<S: Default, E: Element> TileScratch<S, E> {
         let group_sums = algorithm.weight_grad_len() / geometry.groups();
         let tiles = algorithm.tiles(block);
         let has_halo = matches!(&grads, Some(BlockGrads { input: Some(_), .. }));
-        let halo = has_halo.then(|| algorithm.halo(block)).flatten();
+        let halo = if has_halo {
+            algorithm.halo(block)
+        } else {
+            Vec::new()
+        };
         for group in 0..geometry.groups() {
             if grads.is_some() {
                 algorithm.begin(&mut self.algorithm);

@@ -82,7 +82,8 @@ impl<T: Real> Filter<T> {
         block: usize,
         factors: impl Fn(usize) -> F + Sync,
     ) -> Self {
-        let [filter] = Self::several(channels, taps, block, |tap, channels| {
+        let all = |_, _| true;
+        let [filter] = Self::several(channels, taps, 1, block, all, |tap, _, channels| {
             let factor = factors(tap);
             let last = channels.end - 1;
             [std::array::from_fn(
@@ -93,21 +94,27 @@ impl<T: Real> Filter<T> {
         filter
     }
 
-    /// Filters of one shape, computed together: `factors` returns each filter's, for one tap and some
-    /// neighbouring channels, [`CHANNELS`] or the few of the remainder.
+    /// Filters over `sources` planes, computed together: `factors` returns each filter's, for one of a plane's `taps`
+    /// and some neighbouring channels, [`CHANNELS`] or the few of the remainder. Filter `k` has the taps of which
+    /// `has(tap, k)`, in blocks of `block` planes.
     #[allow(unsafe_code)]
     pub(crate) fn several<const K: usize>(
         channels: usize,
+        sources: usize,
         taps: usize,
         block: usize,
-        factors: impl Fn(usize, Range<usize>) -> [[T; CHANNELS]; K] + Sync,
+        has: impl Fn(usize, usize) -> bool + Sync,
+        factors: impl Fn(usize, usize, Range<usize>) -> [[T; CHANNELS]; K] + Sync,
     ) -> [Self; K] {
-        let len = channels * taps;
-        let mut lists: [Vec<T>; K] = std::array::from_fn(|_| Vec::with_capacity(len));
-        let mut rests = lists
-            .each_mut()
-            .map(|list| list.spare_capacity_mut()[..len].chunks_mut(block * channels));
-        let blocks: Vec<[&mut [MaybeUninit<T>]; K]> = (0..taps.div_ceil(block))
+        let counts: [usize; K] =
+            std::array::from_fn(|k| (0..taps).filter(|tap| has(*tap, k)).count());
+        let mut lists = counts.map(|count| Vec::with_capacity(channels * sources * count));
+        let mut counted = counts.iter();
+        let mut rests = lists.each_mut().map(|list| {
+            let len = channels * counted.next().expect("each filter is counted");
+            list.spare_capacity_mut()[..sources * len].chunks_mut(block * len)
+        });
+        let blocks: Vec<[&mut [MaybeUninit<T>]; K]> = (0..sources.div_ceil(block))
             .map(|_| {
                 rests
                     .each_mut()
@@ -117,29 +124,36 @@ impl<T: Real> Filter<T> {
         blocks
             .into_par_iter()
             .enumerate()
-            .for_each(|(index, mut targets)| {
+            .for_each(|(index, targets)| {
                 let start = index * block;
-                let end = (start + block).min(taps);
-                let mut at = 0;
+                let end = (start + block).min(sources);
+                let mut ends = [0; K];
                 for first in (0..channels).step_by(CHANNELS) {
                     let last = (first + CHANNELS).min(channels);
-                    for tap in start..end {
-                        let to = at + last - first;
-                        for (target, values) in targets.iter_mut().zip(factors(tap, first..last)) {
-                            write(&mut target[at..to], values);
+                    for (source, tap) in
+                        (start..end).flat_map(|source| (0..taps).map(move |tap| (source, tap)))
+                    {
+                        let values = factors(source, tap, first..last);
+                        for (k, values) in values.into_iter().enumerate() {
+                            if has(tap, k) {
+                                let at = ends[k];
+                                ends[k] += last - first;
+                                write(&mut targets[k][at..ends[k]], values);
+                            }
                         }
-                        at = to;
                     }
                 }
             });
+        let mut counted = counts.iter();
         lists.map(|mut factors| {
-            // SAFETY: the blocks are all of the first `len` values, and each of a block's values, a
-            // channel's factor of a tap, was written.
-            unsafe { factors.set_len(len) };
+            let count = counted.next().expect("each filter is counted");
+            // SAFETY: the blocks are all of the first values, as many as the filter has, and each of a block's values,
+            // a channel's factor of a tap, was written.
+            unsafe { factors.set_len(channels * sources * count) };
             Self {
                 channels,
-                taps,
-                block,
+                taps: sources * count,
+                block: block * count,
                 factors,
             }
         })

@@ -26,25 +26,28 @@
 
 mod rows;
 mod slices;
+mod taps;
 mod tiles;
 mod transforms;
+mod window;
 
 pub(crate) use self::slices::Slices;
+pub(crate) use self::taps::transformed_len;
+pub(crate) use self::window::saves_products;
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use pulp::Arch;
-use rayon::prelude::*;
 
-use self::transforms::{E, STEP, filter_transposed, output, output_transposed, pairs, transformed};
+use self::taps::Taps;
+use self::transforms::{E, STEP, output, output_transposed};
+use self::window::{Shape, Tile};
 use super::tile::{Algorithm, Piece, Transposed};
 use crate::blocks::{BLOCKS, Block, Share};
 use crate::scratch::{Aligned, room};
 use crate::simd::chunk::{CHUNK, Chunk, copy_short, deinterleave};
-use crate::simd::planes::{
-    CHANNELS, Filter, LINE, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache,
-};
+use crate::simd::planes::{Filter, LINE, WIDEST, accumulate, correlate, plane_len, slack};
 use crate::simd::sweeps::{Sweep, zero};
 use crate::{Element, Geometry, Real};
 
@@ -73,51 +76,32 @@ struct Lines<T> {
     rows: Aligned<T>,
 }
 
-/// A prepared convolution. Its positions are pairs of rows by pairs of columns of the output.
+/// A prepared convolution. Its positions are pairs of rows by pairs of columns.
 pub(crate) struct Winograd<'a, T> {
     geometry: &'a Geometry,
-    /// Strips of an image: as many pairs of output rows as the dilation, each row with the one that far below.
-    strips: usize,
-    /// Pairs of output columns.
-    columns: usize,
-    /// Strips of a tile.
+    shape: Shape,
+    /// Most strips of a tile, and those that a window has room for beside what is behind them.
     tile: usize,
-    /// Distance of the planes.
+    room: usize,
+    /// Distance of the planes, and of those of the input's gradient.
     plane: usize,
-    /// Distance of the products' planes, of the input and of the output.
+    grad_plane: usize,
+    /// Distance of the products' planes, of the input, the output and the input's gradient.
     input_product: usize,
     output_product: usize,
-    /// Offsets of the input's, and of the output's, channels in a product's planes.
-    inputs: Vec<usize>,
-    outputs: Vec<usize>,
+    grad_product: usize,
+    taps: Taps,
     /// For each group, and each of the `E * E` products.
     filters: Vec<Filter<T>>,
     /// The same for the input's gradient, if requested.
     transposed: Vec<Filter<T>>,
 }
 
-/// Strips, of one image or of several.
-#[derive(Debug)]
-pub(crate) struct Tile {
-    positions: usize,
-    parts: Vec<Part>,
-    pieces: Vec<Piece>,
-}
-
-/// Strips of one image.
-#[derive(Debug)]
-struct Part {
-    image: usize,
-    strips: Range<usize>,
-    /// Their offset in the tile.
-    position: usize,
-}
-
 #[derive(Default)]
 pub(crate) struct Scratch<T> {
-    /// `B x B'`: a plane for each product and channel.
+    /// `B x B'`: a plane for each product and channel, of a window of positions.
     input: Aligned<T>,
-    /// The products' sums, then `A' dy A`.
+    /// The products' sums, then `A' dy A`; before a tile's, those of as many positions as the kernel reaches.
     output: Aligned<T>,
     /// The products of the input's gradient; a strip of the preceding tile before those of this one.
     input_grad: Aligned<T>,
@@ -128,71 +112,51 @@ impl<'a, T: Real> Winograd<'a, T> {
     /// Planes and tiles of about [`TILE_BYTES`], `tile_bytes` at most, without the weight.
     pub(crate) fn new(geometry: &'a Geometry, tile_bytes: usize) -> Self {
         let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
-        let [_, height, width] = geometry.output();
-        let [_, down, across] = geometry.dilation;
-        let (strips, columns) = (height.div_ceil(2 * down), pairs(width, across));
-        let strip = down * columns;
-        let bytes = E * E * (2 * group_in + group_out) * size_of::<T>();
+        let shape = Shape::new(geometry);
+        let (strip, reach) = (shape.strip, shape.reach());
+        let product = E * E * size_of::<T>();
+        let bytes = product * (2 * group_in + group_out);
+        let window = product * (group_in + group_out) * reach;
+        let slack = slack(group_in).max(slack(group_out));
         // A strip of the preceding tile, and the values written behind the last position.
-        let margin = strip + slack(group_in).max(slack(group_out));
+        let margin = strip + slack;
         let positions = |tile_bytes: usize| (tile_bytes / bytes).saturating_sub(margin);
         let positions = positions(TILE_BYTES)
             .clamp(LEAST_POSITIONS, MOST_POSITIONS)
-            .min(positions(tile_bytes))
+            .min(positions(tile_bytes.saturating_sub(2 * window)))
             .max(LEAST_POSITIONS / 2);
         // Small batches have small blocks, which would leave large planes empty.
         let blocks = geometry.blocks(BLOCKS);
         let block = blocks
             .iter()
-            .map(|block| block_strips(geometry, block).len())
+            .map(|block| shape.of(geometry, block).len())
             .max();
         let tile = (positions / strip).clamp(1, block.unwrap_or(1));
-        let plane = plane_len(margin + tile * strip);
-        let starts = |channels: usize| (0..channels).map(|channel| channel * plane).collect();
+        // Less than a position is moved for each one that is added.
+        let room = reach.div_ceil(tile * strip).max(1) * tile;
+        let plane = plane_len(room * strip + reach + slack);
+        let grad_plane = plane_len((1 + tile) * strip + slack);
         Self {
             geometry,
-            strips,
-            columns,
+            shape,
             tile,
+            room,
             plane,
+            grad_plane,
             input_product: product_len(group_in * plane),
             output_product: product_len(group_out * plane),
-            inputs: starts(group_in),
-            outputs: starts(group_out),
+            grad_product: product_len(group_in * grad_plane),
+            taps: Taps::new(geometry, shape, plane),
             filters: Vec::new(),
             transposed: Vec::new(),
         }
     }
 
-    /// Positions of a strip.
-    fn strip_len(&self) -> usize {
-        self.geometry.dilation[1] * self.columns
-    }
-
-    /// A tile of some strips, from the first of a block's images on.
-    fn tile(&self, all: Range<usize>) -> Tile {
-        let [_, height, width] = self.geometry.output();
-        let lines_of_strip = STEP * self.geometry.dilation[1];
-        let (mut parts, mut pieces) = (Vec::new(), Vec::new());
-        for image in all.start / self.strips..all.end.div_ceil(self.strips) {
-            let first = image * self.strips;
-            let strips = all.start.max(first) - first..all.end.min(first + self.strips) - first;
-            let lines = lines_of_strip * strips.start..(lines_of_strip * strips.end).min(height);
-            pieces.push(Piece {
-                start: image * self.geometry.output_len() + lines.start * width,
-                len: lines.len() * width,
-            });
-            parts.push(Part {
-                image,
-                position: (first + strips.start - all.start) * self.strip_len(),
-                strips,
-            });
-        }
-        Tile {
-            positions: all.len() * self.strip_len(),
-            parts,
-            pieces,
-        }
+    /// Tiles of some of a block's strips.
+    fn cut(&self, block: &Block, strips: Range<usize>) -> Vec<Tile> {
+        let strips = (block.images.len(), strips);
+        self.shape
+            .tiles(self.geometry, strips, (self.tile, self.room))
     }
 
     /// Prepares the convolution, and that of its input's gradient, each if it is needed.
@@ -202,61 +166,41 @@ impl<'a, T: Real> Winograd<'a, T> {
         transposed: Option<Transposed<'_, T>>,
     ) -> Self {
         if let Some(weight) = weight {
-            self.filters = Self::filters(self.geometry, weight, false, None);
+            self.filters = self.taps.filters(self.geometry, weight, false, None);
         }
         if let Some(Transposed { weight, scale }) = transposed {
-            self.transposed = Self::filters(self.geometry, weight, true, scale);
+            self.transposed = self.taps.filters(self.geometry, weight, true, scale);
         }
         self
     }
+}
 
-    /// `G w G'` of each group, from input channels to output channels or, `transposed`, back, where the output
-    /// channels may be scaled.
-    fn filters(
-        geometry: &Geometry,
-        weight: &[T],
-        transposed: bool,
-        scale: Option<&[T]>,
-    ) -> Vec<Filter<T>> {
-        let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
-        let (channels, taps, channel_step, tap_step) = if transposed {
-            (group_in, group_out, 1, group_in)
-        } else {
-            (group_out, group_in, group_in, 1)
-        };
-        let (kernels, _) = weight.as_chunks::<9>();
-        kernels
-            .chunks_exact(group_out * group_in)
-            .enumerate()
-            .flat_map(|(group, kernels)| {
-                let scale = scale.map(|scale| &scale[group * group_out..]);
-                let block = taps_in_cache(taps, 1, 1);
-                let arch = Arch::new();
-                Filter::several(channels, taps, block, |tap, channels| {
-                    let last = channels.end - 1;
-                    let kernels: [&[T; 9]; CHANNELS] = std::array::from_fn(|lane| {
-                        let channel = (channels.start + lane).min(last);
-                        &kernels[channel * channel_step + tap * tap_step]
-                    });
-                    let scale = scale.map_or(T::ONE, |scale| scale[tap]);
-                    arch.dispatch(Sweep(
-                        #[inline(always)]
-                        || {
-                            let factors: [[T; CHANNELS]; E * E] = transformed(&kernels);
-                            factors.map(
-                                #[inline(always)]
-                                |factors| {
-                                    factors.map(
-                                        #[inline(always)]
-                                        |factor| factor * scale,
-                                    )
-                                },
-                            )
-                        },
-                    ))
-                })
-            })
-            .collect()
+impl<T: Real> Winograd<'_, T> {
+    /// Places in the windows of input and output of the first position that is an output.
+    fn active(&self, tile: &Tile) -> (usize, usize) {
+        let from = tile.at + tile.active.start;
+        (from, from + self.shape.reach())
+    }
+
+    /// Place of a position in a channel's plane of the output.
+    fn first_output(&self, tile: &Tile, position: usize, channel: usize) -> usize {
+        channel * self.plane + self.shape.reach() + tile.at + position
+    }
+
+    #[inline(always)]
+    fn zero_input(&self, planes: &mut [T], channel: usize, position: usize, len: usize) {
+        for product in planes.chunks_exact_mut(self.input_product) {
+            zero(&mut product[channel * self.plane + position..][..len]);
+        }
+    }
+}
+
+/// Moves a range of all planes to their start.
+fn slide<T: Real>(planes: &mut [T], product: usize, plane: usize, range: Range<usize>) {
+    for product in planes.chunks_exact_mut(product) {
+        for plane in product.chunks_exact_mut(plane) {
+            plane.copy_within(range.clone(), 0);
+        }
     }
 }
 
@@ -272,25 +216,6 @@ fn first_pairs<T: Real>(line: &[T]) -> [Chunk<T>; STEP] {
         }
     };
     deinterleave(&pairs, 0)
-}
-
-/// Whether there are enough fewer products than in a direct sum to outweigh the transforms. With dilation some pairs of
-/// rows or columns lack the second: few in a large image.
-pub(crate) fn saves_products(geometry: &Geometry) -> bool {
-    let [_, height, width] = geometry.output;
-    let [_, down, across] = geometry.dilation;
-    let positions = height.div_ceil(STEP * down) * down * pairs(width, across);
-    let direct = 9 * geometry.positions();
-    [down, across] == [1, 1] || 4 * E * E * positions <= 3 * direct
-}
-
-/// Strips of a block, from the first of its images on.
-fn block_strips(geometry: &Geometry, block: &Block) -> Range<usize> {
-    let lines = STEP * geometry.dilation[1];
-    match &block.band {
-        Some(band) => band.lines.start / lines..band.lines.end.div_ceil(lines),
-        None => 0..block.images.len() * geometry.output[1].div_ceil(lines),
-    }
 }
 
 /// Distance of the products' planes: the same position of each falls in another set of the first-level
@@ -310,28 +235,22 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
     }
 
     fn tile_bytes(&self, gradients: bool) -> usize {
-        let inputs = if gradients { 2 } else { 1 };
-        let planes = E * E * (inputs * self.input_product + self.output_product);
+        let grad = if gradients { self.grad_product } else { 0 };
+        let planes = E * E * (self.input_product + self.output_product + grad);
         (planes + self.lines_len().iter().sum::<usize>()) * size_of::<F::Real>()
     }
 
     fn offset_bytes(&self, _: bool) -> usize {
-        (self.inputs.len() + self.outputs.len()) * size_of::<usize>()
+        self.taps.offsets() * size_of::<usize>()
     }
 
     fn tiles(&self, block: &Block) -> Vec<Tile> {
-        let all = block_strips(self.geometry, block);
-        let count = all.len().div_ceil(self.tile);
-        let step = all.len().div_ceil(count);
-        all.clone()
-            .step_by(step)
-            .map(|start| self.tile(start..(start + step).min(all.end)))
-            .collect()
+        self.cut(block, self.shape.of(self.geometry, block))
     }
 
-    fn halo(&self, block: &Block) -> Option<Tile> {
-        let end = block_strips(self.geometry, block).start;
-        (end > 0).then(|| self.tile(end - 1..end))
+    fn halo(&self, block: &Block) -> Vec<Tile> {
+        let start = self.shape.of(self.geometry, block).start;
+        self.cut(block, self.shape.halo(start))
     }
 
     fn pieces<'a>(&self, tile: &'a Tile) -> &'a [Piece] {
@@ -340,29 +259,43 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
 
     fn load(&self, scratch: &mut Self::Scratch, input: &[F], group: usize, tile: &Tile) {
         let channels = self.geometry.group_in();
-        let plane = self.geometry.input_plane();
+        let [depth, height, width] = self.geometry.input;
         scratch
             .input
             .resize(E * E * self.input_product, F::Real::ZERO);
         self.reserve(&mut scratch.lines);
         scratch.lines.padded.fill(F::Real::ZERO);
+        if let Some(from) = tile.before {
+            slide(
+                &mut scratch.input,
+                self.input_product,
+                self.plane,
+                from..from + self.shape.kept(),
+            );
+        }
         Arch::new().dispatch(Sweep(
             #[inline(always)]
             || {
-                for part in &tile.parts {
+                for part in &tile.loads {
                     let image = &input[part.image * self.geometry.input_len()..];
+                    let slice = part.slice.checked_sub(self.geometry.padding[0].0);
+                    let slice = slice.filter(|slice| *slice < depth);
                     for channel in 0..channels {
-                        let source = &image[(group * channels + channel) * plane..][..plane];
-                        let (planes, lines) = (&mut scratch.input, &mut scratch.lines);
-                        self.load_part(source, part, channel, planes, lines);
+                        let planes = &mut scratch.input;
+                        let Some(slice) = slice else {
+                            let len = part.strips.len() * self.shape.strip;
+                            self.zero_input(planes, channel, part.position, len);
+                            continue;
+                        };
+                        let plane = ((group * channels + channel) * depth + slice) * height * width;
+                        let source = &image[plane..][..height * width];
+                        self.load_part(source, part, channel, planes, &mut scratch.lines);
                     }
                 }
                 // The weight's gradient multiplies what follows the last position by zeros, and what
                 // another tile left there need not be finite.
-                for product in scratch.input.chunks_exact_mut(self.input_product) {
-                    for start in &self.inputs {
-                        zero(&mut product[start + tile.positions..][..WIDEST]);
-                    }
+                for channel in 0..channels {
+                    self.zero_input(&mut scratch.input, channel, tile.loaded, WIDEST);
                 }
             },
         ));
@@ -371,14 +304,26 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
     fn convolve(&self, scratch: &mut Self::Scratch, group: usize, tile: &Tile) {
         let len = E * E * self.output_product;
         scratch.output.resize(len, F::Real::ZERO);
-        let filters = &self.filters[group * E * E..][..E * E];
-        for ((filter, source), target) in filters
+        if tile.active.is_empty() {
+            return;
+        }
+        let (from, to) = self.active(tile);
+        for (product, ((filter, source), target)) in self.filters[group * E * E..]
             .iter()
             .zip(scratch.input.chunks_exact(self.input_product))
             .zip(scratch.output.chunks_exact_mut(self.output_product))
+            .enumerate()
         {
-            let inputs = &self.inputs;
-            correlate(filter, source, inputs, target, self.plane, tile.positions);
+            let (inputs, target) = (&self.taps.of(product).inputs, &mut target[to..]);
+            let positions = tile.active.len();
+            correlate(
+                filter,
+                &source[from..],
+                inputs,
+                target,
+                self.plane,
+                positions,
+            );
         }
     }
 
@@ -391,7 +336,8 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
         line: &mut [F::Real],
     ) {
         let (width, down) = (self.geometry.output[2], self.geometry.dilation[1]);
-        let part = &tile.parts[piece];
+        let part = &tile.outputs[piece];
+        let first = self.first_output(tile, part.position, channel);
         let (planes, phases) = (&scratch.output, &mut scratch.lines.phases);
         let pitch = self.phases_pitch();
         phases.resize(self.phases_len(), F::Real::ZERO);
@@ -399,8 +345,8 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
             #[inline(always)]
             || {
                 for index in 0..part.strips.len() * down {
-                    let first = channel * self.plane + part.position + index * self.columns;
-                    for start in (0..self.columns).step_by(CHUNK) {
+                    let first = first + index * self.shape.columns;
+                    for start in (0..self.shape.output_columns).step_by(CHUNK) {
                         let mut rows = [[Chunk::ZERO; E]; 2];
                         for column in 0..E {
                             let from = first + start + column * self.output_product;
@@ -424,6 +370,11 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
     fn begin(&self, scratch: &mut Self::Scratch) {
         let len = E * E * self.output_product;
         scratch.output.resize(len, F::Real::ZERO);
+        for product in scratch.output.chunks_exact_mut(self.output_product) {
+            for plane in product.chunks_exact_mut(self.plane) {
+                plane[..self.shape.reach()].fill(F::Real::ZERO);
+            }
+        }
         self.reserve(&mut scratch.lines);
     }
 
@@ -436,14 +387,16 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
         line: &[F::Real],
     ) {
         let (width, [_, down, across]) = (self.geometry.output[2], self.geometry.dilation);
-        let part = &tile.parts[piece];
+        let part = &tile.outputs[piece];
+        let first = self.first_output(tile, part.position, channel);
+        let columns = self.shape.columns;
         let (planes, laid) = (&mut scratch.output, &mut scratch.lines);
         let pitch = self.phases_pitch();
         Arch::new().dispatch(Sweep(
             #[inline(always)]
             || {
                 for index in 0..part.strips.len() * down {
-                    let first = channel * self.plane + part.position + index * self.columns;
+                    let first = first + index * columns;
                     let lines = line.chunks_exact(width).skip(self.line(index));
                     let lines = lines.step_by(down).take(2).enumerate();
                     if across > 1 {
@@ -451,13 +404,13 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
                             self.split_line(line, row, laid);
                         }
                     }
-                    for start in (0..self.columns).step_by(CHUNK) {
+                    for start in (0..columns).step_by(CHUNK) {
                         let mut rows = [[Chunk::ZERO; E]; 2];
                         for (row, line) in lines.clone() {
                             let pairs = if across > 1 {
                                 Chunk::load(&laid.phases, row * STEP * pitch + start, pitch)
                             } else {
-                                first_pairs(&line[2 * start..])
+                                first_pairs(line.get(STEP * start..).unwrap_or_default())
                             };
                             rows[row] = output_transposed(pairs);
                         }
@@ -465,7 +418,7 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
                             let values = output_transposed([rows[0][column], rows[1][column]]);
                             let to = first + start + column * self.output_product;
                             // Beyond the row, the next one's output may still be needed.
-                            let len = self.columns - start;
+                            let len = columns - start;
                             Chunk::store_part(values, planes, to, E * self.output_product, len);
                         }
                     }
@@ -475,61 +428,52 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
     }
 
     fn seal(&self, scratch: &mut Self::Scratch, tile: &Tile, channel: usize) {
-        for product in 0..E * E {
-            let plane = product * self.output_product + channel * self.plane;
-            zero(&mut scratch.output[plane + tile.positions..][..WIDEST]);
+        for product in scratch.output.chunks_exact_mut(self.output_product) {
+            let first = self.first_output(tile, 0, channel);
+            for gap in &tile.gaps {
+                zero(&mut product[first + gap.start..first + gap.end]);
+            }
+            zero(&mut product[first + tile.positions..][..WIDEST]);
         }
     }
 
     fn weight_grad_len(&self) -> usize {
-        self.geometry.weight_len() / 9 * E * E
+        transformed_len(self.geometry)
     }
 
     fn add_weight_grad(&self, scratch: &mut Self::Scratch, tile: &Tile, sums: &mut [F::Real]) {
-        let (group_in, group_out) = (self.geometry.group_in(), self.geometry.group_out());
-        for ((sums, grads), source) in sums
-            .chunks_exact_mut(group_in * group_out)
-            .zip(scratch.output.chunks_exact(self.output_product))
+        if tile.active.is_empty() {
+            return;
+        }
+        let (from, to) = self.active(tile);
+        let mut rest = sums;
+        for (product, (grads, source)) in scratch
+            .output
+            .chunks_exact(self.output_product)
             .zip(scratch.input.chunks_exact(self.input_product))
+            .enumerate()
         {
-            let inputs = &self.inputs;
-            accumulate(sums, grads, self.plane, source, inputs, tile.positions);
+            let inputs = &self.taps.of(product).inputs;
+            let sums = rest
+                .split_off_mut(..inputs.len() * self.geometry.group_out())
+                .expect("each product has sums");
+            let (grads, source) = (&grads[to..], &source[from..]);
+            accumulate(sums, grads, self.plane, source, inputs, tile.active.len());
         }
     }
 
     #[allow(unsafe_code)]
     fn weight_grad(&self, sums: Vec<F::Real>, grad: &mut Vec<F::Real>) {
-        let len = self.geometry.weight_len();
-        let kernels = self.geometry.group_in() * self.geometry.group_out();
+        let geometry = self.geometry;
+        let (len, groups) = (geometry.weight_len(), geometry.groups());
         for (sums, grad) in sums
-            .chunks_exact(E * E * kernels)
-            .zip(room(grad, len).chunks_exact_mut(9 * kernels))
+            .chunks_exact(transformed_len(geometry) / groups)
+            .zip(room(grad, len).chunks_exact_mut(len / groups))
         {
-            let (grad, _) = grad.as_chunks_mut::<9>();
-            grad.par_chunks_mut(KERNELS)
-                .enumerate()
-                .for_each(|(index, grad)| {
-                    let sums = |product: usize| &sums[product * kernels + index * KERNELS..];
-                    let sums: [_; E * E] = std::array::from_fn(sums);
-                    for (index, grad) in grad.iter_mut().enumerate() {
-                        let row = |row: usize| {
-                            filter_transposed(std::array::from_fn(|column| {
-                                sums[row * E + column][index].to_f64()
-                            }))
-                        };
-                        let rows: [[f64; 3]; E] = std::array::from_fn(row);
-                        for column in 0..3 {
-                            let down =
-                                filter_transposed(std::array::from_fn(|row| rows[row][column]));
-                            for (row, value) in down.into_iter().enumerate() {
-                                grad[row * 3 + column].write(F::Real::from_f64(value));
-                            }
-                        }
-                    }
-                });
+            self.taps.kernels(geometry, sums, grad);
         }
-        // SAFETY: there is room for `len` values, which are whole groups of whole kernels, and each
-        // row and column of each kernel was written.
+        // SAFETY: there is room for `len` values, which are whole groups of whole kernels, and each value of each
+        // kernel was written.
         unsafe { grad.set_len(len) };
     }
 
@@ -540,24 +484,41 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
         tile: &Tile,
         grad: Option<&mut Share<'_, MaybeUninit<F>>>,
     ) {
-        let len = E * E * self.input_product;
+        let (strip, reach) = (self.shape.strip, self.shape.reach());
+        let len = E * E * self.grad_product;
         scratch.input_grad.resize(len, F::Real::ZERO);
-        let filters = &self.transposed[group * E * E..][..E * E];
-        for ((filter, source), target) in filters
+        // Of a halo, the next tile's part is the last strip.
+        let first = match grad {
+            Some(_) => 0,
+            None => tile.positions - strip,
+        };
+        for (product, ((filter, source), target)) in self.transposed[group * E * E..]
             .iter()
             .zip(scratch.output.chunks_exact(self.output_product))
-            .zip(scratch.input_grad.chunks_exact_mut(self.input_product))
+            .zip(scratch.input_grad.chunks_exact_mut(self.grad_product))
+            .enumerate()
         {
-            let (outputs, target) = (&self.outputs, &mut target[self.strip_len()..]);
-            correlate(filter, source, outputs, target, self.plane, tile.positions);
+            let (outputs, source) = (&self.taps.of(product).outputs, &source[tile.at + first..]);
+            let (target, positions) = (&mut target[strip + first..], tile.positions - first);
+            correlate(filter, source, outputs, target, self.grad_plane, positions);
         }
         if let Some(grad) = grad {
             self.store_tile(scratch, group, tile, grad);
         }
-        for product in scratch.input_grad.chunks_exact_mut(self.input_product) {
-            for plane in product.chunks_exact_mut(self.plane) {
-                plane.copy_within(tile.positions..tile.positions + self.strip_len(), 0);
-            }
+        let last = tile.positions..tile.positions + strip;
+        slide(
+            &mut scratch.input_grad,
+            self.grad_product,
+            self.grad_plane,
+            last,
+        );
+        if let Some(from) = tile.after {
+            slide(
+                &mut scratch.output,
+                self.output_product,
+                self.plane,
+                from..from + reach,
+            );
         }
     }
 }

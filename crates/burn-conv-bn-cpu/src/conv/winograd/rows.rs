@@ -5,7 +5,8 @@ use std::mem::MaybeUninit;
 use pulp::Arch;
 
 use super::transforms::{E, N, STEP, input, input_transposed, sums};
-use super::{Lines, Part, Scratch, Tile, Winograd};
+use super::window::Part;
+use super::{Lines, Scratch, Tile, Winograd};
 use crate::blocks::Share;
 use crate::simd::chunk::{CHUNK, Chunk, deinterleave, interleave, join_blocks, split_blocks};
 use crate::simd::sweeps::{Sweep, zero};
@@ -14,7 +15,7 @@ use crate::{Element, Real};
 impl<T: Real> Winograd<'_, T> {
     /// Columns, rounded up to whole chunks.
     pub(super) fn padded_columns(&self) -> usize {
-        self.columns.next_multiple_of(CHUNK)
+        self.shape.columns.next_multiple_of(CHUNK)
     }
 
     /// Zeros on either side of a line: the columns' dilation in whole chunks.
@@ -133,7 +134,7 @@ impl<T: Real> Winograd<'_, T> {
         for row in 0..part.strips.len() * down {
             for column in 0..E {
                 let source = self.line(row) * pitch + column * columns;
-                let target = first + row * self.columns + column * self.input_product;
+                let target = first + row * self.shape.columns + column * self.input_product;
                 for start in (0..columns).step_by(CHUNK) {
                     let values = Chunk::load::<N>(&lines.rows, source + start, down * pitch);
                     // The next row overwrites values written behind this one.
@@ -153,6 +154,7 @@ impl<T: Real> Winograd<'_, T> {
         grad: &mut Share<'_, MaybeUninit<F>>,
     ) {
         let (channels, plane) = (self.geometry.group_in(), self.geometry.input_plane());
+        let [depth, height, _] = self.geometry.input;
         self.reserve(&mut scratch.lines);
         // Before each line stands a zero, which `store_rows` reads and does not write; `load_part`
         // lays other lines out in this buffer.
@@ -161,19 +163,24 @@ impl<T: Real> Winograd<'_, T> {
         Arch::new().dispatch(Sweep(
             #[inline(always)]
             || {
-                for part in &tile.parts {
+                for part in &tile.inputs {
                     let image = part.image * self.geometry.input_len();
-                    let last = part.strips.end + usize::from(part.strips.end == self.strips);
+                    let slice = part.slice.checked_sub(self.geometry.padding[0].0);
+                    let Some(slice) = slice.filter(|slice| *slice < depth) else {
+                        continue;
+                    };
+                    let last = part.strips.end + usize::from(part.strips.end == self.shape.strips);
                     for channel in 0..channels {
                         let start = image + (group * channels + channel) * plane;
                         let (grad, first) = grad.channel(start);
                         for strip in part.strips.start..last {
-                            let position = (strip - part.strips.start) * self.strip_len();
-                            let position = channel * self.plane + part.position + position;
+                            let position = (strip - part.strips.start) * self.shape.strip;
+                            let position = channel * self.grad_plane + part.position + position;
                             for row in 0..self.geometry.dilation[1] {
-                                let position = position + row * self.columns;
+                                let position = position + row * self.shape.columns;
                                 let (planes, lines) = (&scratch.input_grad, &mut scratch.lines);
-                                let (at, grad) = ((strip, row), (&mut *grad, first));
+                                let at = (slice * height, strip, row);
+                                let grad = (&mut *grad, first);
                                 self.store_rows(planes, at, position, grad, lines);
                             }
                         }
@@ -184,13 +191,13 @@ impl<T: Real> Winograd<'_, T> {
     }
 
     /// Writes the rows of the input's gradient that a row of pairs begins. These are the inputs of the `row` of a strip
-    /// and of the same row of the strip before, which `planes` has at `position`. `first` is the channel's first value
-    /// in the gradient.
+    /// and of the same row of the strip before, which `planes` has at `position`. `slice_row` is the number of the slice's
+    /// first row, `first` the channel's first value in the gradient.
     #[inline(always)]
     fn store_rows<F: Element<Real = T>>(
         &self,
         planes: &[T],
-        (strip, row): (usize, usize),
+        (slice_row, strip, row): (usize, usize, usize),
         position: usize,
         (grad, first): (&mut [MaybeUninit<F>], usize),
         lines: &mut Lines<T>,
@@ -198,13 +205,13 @@ impl<T: Real> Winograd<'_, T> {
         let columns = self.padded_columns();
         let (pitch, margin) = (self.store_pitch(), self.margin());
         let [_, down, across] = self.geometry.dilation;
-        let product = E * self.input_product;
+        let product = E * self.grad_product;
         for column in 0..E {
             let line = column * pitch + margin;
-            let from = position + column * self.input_product;
+            let from = position + column * self.grad_product;
             for start in (0..columns).step_by(CHUNK) {
-                let this = if strip < self.strips {
-                    Chunk::load::<E>(planes, from + self.strip_len() + start, product)
+                let this = if strip < self.shape.strips {
+                    Chunk::load::<E>(planes, from + self.shape.strip + start, product)
                 } else {
                     [Chunk::ZERO; E]
                 };
@@ -220,7 +227,7 @@ impl<T: Real> Winograd<'_, T> {
             }
             for n in 0..STEP {
                 let line = line + n * E * pitch;
-                zero(&mut lines.rows[line + self.columns..line + columns + margin]);
+                zero(&mut lines.rows[line + self.shape.columns..line + columns + margin]);
             }
         }
         let [_, height, width] = self.geometry.input;
@@ -243,7 +250,7 @@ impl<T: Real> Winograd<'_, T> {
             self.join_row(&lines.phases, pitch, &mut lines.padded[..left + width]);
             F::write(
                 &lines.padded[left..][..width],
-                &mut grad[at * width - first..][..width],
+                &mut grad[(slice_row + at) * width - first..][..width],
             );
         }
     }
@@ -257,7 +264,7 @@ impl<T: Real> Winograd<'_, T> {
 
     /// Values of each of [`Lines`].
     pub(super) fn lines_len(&self) -> [usize; 3] {
-        let count = self.lines(self.tile.min(self.strips));
+        let count = self.lines(self.tile.min(self.shape.strips));
         let row = E * self.store_pitch();
         [count * row, count * self.padded_pitch(), self.phases_len()]
     }
