@@ -254,15 +254,16 @@ fn geometries() -> Vec<Case> {
         Case {
             channels: [32, 36],
             groups: 2,
-            input: [7, 8, 9],
+            input: [5, 7, 8],
             kernel: [3; 3],
             padding: [(2, 3), (2, 0), (1, 2)],
             dilation: [2, 1, 2],
             ..PLAIN
         },
         Case {
-            channels: [16, 17],
-            input: [4, 44, 45],
+            batch: 1,
+            channels: [16, 16],
+            input: [3, 24, 25],
             kernel: [3; 3],
             padding: [(1, 1); 3],
             ..PLAIN
@@ -309,16 +310,17 @@ fn geometries() -> Vec<Case> {
             ..PLAIN
         },
         Case {
-            channels: [32, 32],
-            groups: 2,
-            input: [1, 69, 66],
+            batch: 1,
+            channels: [16, 16],
+            input: [1, 67, 66],
             kernel: [1, 5, 5],
             padding: [(0, 0), (2, 2), (2, 2)],
             ..PLAIN
         },
         Case {
+            batch: 1,
             channels: [16, 17],
-            input: [6, 13, 14],
+            input: [4, 11, 10],
             kernel: [3, 5, 5],
             padding: [(1, 1), (2, 2), (2, 2)],
             ..PLAIN
@@ -614,14 +616,14 @@ fn bands() -> Vec<Case> {
         },
         Case {
             channels: [16, 17],
-            input: [19, 15, 14],
+            input: [19, 11, 10],
             kernel: [3; 3],
             padding: [(1, 1); 3],
             ..large
         },
         Case {
             channels: [16, 17],
-            input: [22, 16, 16],
+            input: [12, 22, 30],
             kernel: [2, 3, 5],
             padding: [(0, 3), (1, 1), (2, 2)],
             dilation: [2, 1, 1],

@@ -230,12 +230,17 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
         (self.offsets.len() + transposed) * size_of::<usize>()
     }
 
-    fn tiles(&self, block: &Block) -> Vec<Tile> {
-        self.layout.tiles(block, self.tile)
-    }
-
-    fn halo(&self, block: &Block) -> Vec<Tile> {
-        self.layout.halo(block).into_iter().collect()
+    fn tiles(&self, block: &Block, has_halo: bool) -> Vec<(Tile, bool)> {
+        let halo = if has_halo {
+            self.layout.halo(block)
+        } else {
+            None
+        };
+        let own = self.layout.tiles(block, self.tile).into_iter();
+        halo.map(|tile| (tile, true))
+            .into_iter()
+            .chain(own.map(|tile| (tile, false)))
+            .collect()
     }
 
     fn pieces<'a>(&self, tile: &'a Tile) -> &'a [Piece] {

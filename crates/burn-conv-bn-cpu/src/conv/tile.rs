@@ -25,11 +25,9 @@ pub(crate) trait Algorithm<E: Element>: Sync {
     /// Bytes of the tables that all threads share.
     fn offset_bytes(&self, gradients: bool) -> usize;
 
-    /// The tiles of a block, in the order of the calls.
-    fn tiles(&self, block: &Block) -> Vec<Self::Tile>;
-
-    /// The tiles before a band whose outputs' gradients its input's gradient depends on.
-    fn halo(&self, block: &Block) -> Vec<Self::Tile>;
+    /// The tiles of a block, in the order of the calls; with `has_halo` also, as `true`, those before a band whose
+    /// outputs' gradients its input's gradient depends on.
+    fn tiles(&self, block: &Block, has_halo: bool) -> Vec<(Self::Tile, bool)>;
 
     /// The contiguous parts of a tile.
     fn pieces<'a>(&self, tile: &'a Self::Tile) -> &'a [Piece];
@@ -136,8 +134,8 @@ impl<S: Default, E: Element> TileScratch<S, E> {
     ///
     /// `visit` gets each piece of each channel: the channel, the range of its values in the output of the
     /// block's images, and a line. The line holds these values, rounded as they are stored, if the output is
-    /// computed. With gradients, `visit` leaves the output's gradient in the line; pieces of the halo, before the
-    /// band, come first.
+    /// computed. With gradients, `visit` leaves the output's gradient in the line; pieces of the halo, before
+    /// the band, come too.
     pub(crate) fn run<A: Algorithm<E, Scratch = S>>(
         &mut self,
         algorithm: &A,
@@ -153,19 +151,14 @@ impl<S: Default, E: Element> TileScratch<S, E> {
         let geometry = algorithm.geometry();
         let (group_out, positions) = (geometry.group_out(), geometry.positions());
         let group_sums = algorithm.weight_grad_len() / geometry.groups();
-        let tiles = algorithm.tiles(block);
         let has_halo = matches!(&grads, Some(BlockGrads { input: Some(_), .. }));
-        let halo = if has_halo {
-            algorithm.halo(block)
-        } else {
-            Vec::new()
-        };
+        let tiles = algorithm.tiles(block, has_halo);
         for group in 0..geometry.groups() {
             if grads.is_some() {
                 algorithm.begin(&mut self.algorithm);
             }
-            let halo = halo.iter().map(|tile| (tile, true));
-            for (tile, is_halo) in halo.chain(tiles.iter().map(|tile| (tile, false))) {
+            for (tile, is_halo) in &tiles {
+                let is_halo = *is_halo;
                 if let Some(input) = input.filter(|_| convolves || !is_halo) {
                     algorithm.load(&mut self.algorithm, input, group, tile);
                 }

@@ -62,6 +62,11 @@ const LEAST_POSITIONS: usize = 128;
 /// second-level cache.
 const MOST_POSITIONS: usize = 1024;
 
+/// Most positions of a tile whose kernel extends over slices, and of a slice's part: the planes of three such parts, of
+/// all sixteen products, are read again for the next slice, from the second-level cache or not far from it.
+const MOST_IN_DEPTH: usize = 256;
+const COURSE_POSITIONS: usize = 128;
+
 /// Kernels whose gradients a thread transforms at a time.
 const KERNELS: usize = 1024;
 
@@ -80,6 +85,8 @@ struct Lines<T> {
 pub(crate) struct Winograd<'a, T> {
     geometry: &'a Geometry,
     shape: Shape,
+    /// Values of the strips of the input's gradient before a course, in all slices.
+    course_grad: usize,
     /// Most strips of a tile, and those that a window has room for beside what is behind them.
     tile: usize,
     room: usize,
@@ -105,6 +112,8 @@ pub(crate) struct Scratch<T> {
     output: Aligned<T>,
     /// The products of the input's gradient; a strip of the preceding tile before those of this one.
     input_grad: Aligned<T>,
+    /// The last strips of a course in it, for each slice, channel and product.
+    course_grad: Aligned<T>,
     lines: Lines<T>,
 }
 
@@ -112,7 +121,7 @@ impl<'a, T: Real> Winograd<'a, T> {
     /// Planes and tiles of about [`TILE_BYTES`], `tile_bytes` at most, without the weight.
     pub(crate) fn new(geometry: &'a Geometry, tile_bytes: usize) -> Self {
         let (group_in, group_out) = (geometry.group_in(), geometry.group_out());
-        let shape = Shape::new(geometry);
+        let shape = Shape::new(geometry).in_courses(COURSE_POSITIONS);
         let (strip, reach) = (shape.strip, shape.reach());
         let product = E * E * size_of::<T>();
         let bytes = product * (2 * group_in + group_out);
@@ -121,8 +130,12 @@ impl<'a, T: Real> Winograd<'a, T> {
         // A strip of the preceding tile, and the values written behind the last position.
         let margin = strip + slack;
         let positions = |tile_bytes: usize| (tile_bytes / bytes).saturating_sub(margin);
+        let most = match geometry.kernel[0] {
+            1 => MOST_POSITIONS,
+            _ => MOST_IN_DEPTH,
+        };
         let positions = positions(TILE_BYTES)
-            .clamp(LEAST_POSITIONS, MOST_POSITIONS)
+            .clamp(LEAST_POSITIONS, most)
             .min(positions(tile_bytes.saturating_sub(2 * window)))
             .max(LEAST_POSITIONS / 2);
         // Small batches have small blocks, which would leave large planes empty.
@@ -136,9 +149,14 @@ impl<'a, T: Real> Winograd<'a, T> {
         let room = reach.div_ceil(tile * strip).max(1) * tile;
         let plane = plane_len(room * strip + reach + slack);
         let grad_plane = plane_len((1 + tile) * strip + slack);
+        let course_grad = match shape.has_courses() {
+            true => shape.slices * group_in * E * E * strip + WIDEST,
+            false => 0,
+        };
         Self {
             geometry,
             shape,
+            course_grad,
             tile,
             room,
             plane,
@@ -150,13 +168,6 @@ impl<'a, T: Real> Winograd<'a, T> {
             filters: Vec::new(),
             transposed: Vec::new(),
         }
-    }
-
-    /// Tiles of some of a block's strips.
-    fn cut(&self, block: &Block, strips: Range<usize>) -> Vec<Tile> {
-        let strips = (block.images.len(), strips);
-        self.shape
-            .tiles(self.geometry, strips, (self.tile, self.room))
     }
 
     /// Prepares the convolution, and that of its input's gradient, each if it is needed.
@@ -185,6 +196,30 @@ impl<T: Real> Winograd<'_, T> {
     /// Place of a position in a channel's plane of the output.
     fn first_output(&self, tile: &Tile, position: usize, channel: usize) -> usize {
         channel * self.plane + self.shape.reach() + tile.at + position
+    }
+
+    /// Keeps the last strips of a course of the input's gradient for the next course.
+    fn keep_course(&self, scratch: &mut Scratch<T>, tile: &Tile) {
+        let (strip, channels) = (self.shape.strip, self.geometry.group_in());
+        for part in &tile.inputs {
+            if !self.shape.follows_course(part.strips.end) {
+                continue;
+            }
+            for channel in 0..channels {
+                let from = channel * self.grad_plane + part.position + part.strips.len() * strip;
+                let to = self.kept_strip(part.slice, channel);
+                let kept = scratch.course_grad[to..].chunks_exact_mut(strip);
+                let products = scratch.input_grad.chunks_exact(self.grad_product);
+                for (kept, product) in kept.zip(products) {
+                    kept.copy_from_slice(&product[from..][..strip]);
+                }
+            }
+        }
+    }
+
+    /// Place of a strip that [`keep_course`](Self::keep_course) keeps.
+    fn kept_strip(&self, slice: usize, channel: usize) -> usize {
+        (slice * self.geometry.group_in() + channel) * E * E * self.shape.strip
     }
 
     #[inline(always)]
@@ -235,8 +270,10 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
     }
 
     fn tile_bytes(&self, gradients: bool) -> usize {
-        let grad = if gradients { self.grad_product } else { 0 };
-        let planes = E * E * (self.input_product + self.output_product + grad);
+        let mut planes = E * E * (self.input_product + self.output_product);
+        if gradients {
+            planes += E * E * self.grad_product + self.course_grad;
+        }
         (planes + self.lines_len().iter().sum::<usize>()) * size_of::<F::Real>()
     }
 
@@ -244,13 +281,16 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
         self.taps.offsets() * size_of::<usize>()
     }
 
-    fn tiles(&self, block: &Block) -> Vec<Tile> {
-        self.cut(block, self.shape.of(self.geometry, block))
-    }
-
-    fn halo(&self, block: &Block) -> Vec<Tile> {
-        let start = self.shape.of(self.geometry, block).start;
-        self.cut(block, self.shape.halo(start))
+    fn tiles(&self, block: &Block, has_halo: bool) -> Vec<(Tile, bool)> {
+        let sizes = (self.tile, self.room);
+        let tiles = self.shape.tiles(self.geometry, block, has_halo, sizes);
+        tiles
+            .into_iter()
+            .map(|tile| {
+                let is_halo = tile.is_halo;
+                (tile, is_halo)
+            })
+            .collect()
     }
 
     fn pieces<'a>(&self, tile: &'a Tile) -> &'a [Piece] {
@@ -370,11 +410,6 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
     fn begin(&self, scratch: &mut Self::Scratch) {
         let len = E * E * self.output_product;
         scratch.output.resize(len, F::Real::ZERO);
-        for product in scratch.output.chunks_exact_mut(self.output_product) {
-            for plane in product.chunks_exact_mut(self.plane) {
-                plane[..self.shape.reach()].fill(F::Real::ZERO);
-            }
-        }
         self.reserve(&mut scratch.lines);
     }
 
@@ -430,6 +465,9 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
     fn seal(&self, scratch: &mut Self::Scratch, tile: &Tile, channel: usize) {
         for product in scratch.output.chunks_exact_mut(self.output_product) {
             let first = self.first_output(tile, 0, channel);
+            if tile.is_first {
+                zero(&mut product[channel * self.plane..first]);
+            }
             for gap in &tile.gaps {
                 zero(&mut product[first + gap.start..first + gap.end]);
             }
@@ -503,7 +541,9 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
             correlate(filter, source, outputs, target, self.grad_plane, positions);
         }
         if let Some(grad) = grad {
+            scratch.course_grad.resize(self.course_grad, F::Real::ZERO);
             self.store_tile(scratch, group, tile, grad);
+            self.keep_course(scratch, tile);
         }
         let last = tile.positions..tile.positions + strip;
         slide(

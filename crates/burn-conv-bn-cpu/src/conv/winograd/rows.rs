@@ -8,6 +8,7 @@ use super::transforms::{E, N, STEP, input, input_transposed, sums};
 use super::window::Part;
 use super::{Lines, Scratch, Tile, Winograd};
 use crate::blocks::Share;
+use crate::scratch::Aligned;
 use crate::simd::chunk::{CHUNK, Chunk, deinterleave, interleave, join_blocks, split_blocks};
 use crate::simd::sweeps::{Sweep, zero};
 use crate::{Element, Real};
@@ -178,10 +179,20 @@ impl<T: Real> Winograd<'_, T> {
                             let position = channel * self.grad_plane + part.position + position;
                             for row in 0..self.geometry.dilation[1] {
                                 let position = position + row * self.shape.columns;
-                                let (planes, lines) = (&scratch.input_grad, &mut scratch.lines);
+                                let lines = &mut scratch.lines;
                                 let at = (slice * height, strip, row);
+                                let planes = &scratch.input_grad;
+                                let product = self.grad_product;
+                                let this = (planes, position + self.shape.strip, product);
+                                let before = if self.shape.follows_course(strip) {
+                                    let kept = self.kept_strip(part.slice, channel);
+                                    let kept = kept + row * self.shape.columns;
+                                    (&scratch.course_grad, kept, self.shape.strip)
+                                } else {
+                                    (planes, position, product)
+                                };
                                 let grad = (&mut *grad, first);
-                                self.store_rows(planes, at, position, grad, lines);
+                                self.store_rows([this, before], at, grad, lines);
                             }
                         }
                     }
@@ -196,27 +207,27 @@ impl<T: Real> Winograd<'_, T> {
     #[inline(always)]
     fn store_rows<F: Element<Real = T>>(
         &self,
-        planes: &[T],
+        [this, before]: [(&Aligned<T>, usize, usize); 2],
         (slice_row, strip, row): (usize, usize, usize),
-        position: usize,
         (grad, first): (&mut [MaybeUninit<F>], usize),
         lines: &mut Lines<T>,
     ) {
         let columns = self.padded_columns();
         let (pitch, margin) = (self.store_pitch(), self.margin());
         let [_, down, across] = self.geometry.dilation;
-        let product = E * self.grad_product;
         for column in 0..E {
             let line = column * pitch + margin;
-            let from = position + column * self.grad_product;
             for start in (0..columns).step_by(CHUNK) {
+                let load = |(planes, from, product): (&Aligned<T>, usize, usize)| {
+                    Chunk::load::<E>(planes, from + column * product + start, E * product)
+                };
                 let this = if strip < self.shape.strips {
-                    Chunk::load::<E>(planes, from + self.shape.strip + start, product)
+                    load(this)
                 } else {
                     [Chunk::ZERO; E]
                 };
                 let before = if strip > 0 {
-                    Chunk::load::<E>(planes, from + start, product)
+                    load(before)
                 } else {
                     [Chunk::ZERO; E]
                 };

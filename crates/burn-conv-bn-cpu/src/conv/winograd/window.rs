@@ -16,8 +16,10 @@ use crate::conv::tile::Piece;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
     /// Slices and strips of the input.
-    slices: usize,
+    pub(super) slices: usize,
     pub(super) strips: usize,
+    /// Strips of a course: large slices are taken apart, and each course goes through all slices.
+    course: usize,
     /// Pairs of columns of the input.
     pub(super) columns: usize,
     /// The same of the output.
@@ -38,6 +40,10 @@ pub(crate) struct Tile {
     pub(super) at: usize,
     /// Positions from the first output to the last.
     pub(super) active: Range<usize>,
+    /// Whether nothing is before it in the window.
+    pub(super) is_first: bool,
+    /// Whether only the input's gradient of the next tile depends on it.
+    pub(super) is_halo: bool,
     /// Where the window is moved to its start, before the tile and after it.
     pub(super) before: Option<usize>,
     pub(super) after: Option<usize>,
@@ -71,6 +77,7 @@ impl Shape {
         Self {
             slices: depth + slices * inward,
             strips,
+            course: strips,
             columns,
             output_slices: depth,
             output_strips,
@@ -80,10 +87,21 @@ impl Shape {
         }
     }
 
+    /// In courses of at most `positions` of a slice, if the kernel extends over slices and over one strip of each.
+    pub(super) fn in_courses(mut self, positions: usize) -> Self {
+        if self.slices > self.output_slices && self.strips == self.output_strips {
+            let most = (positions / self.strip).max(1);
+            let course = self.strips.div_ceil(self.strips.div_ceil(most));
+            self.behind = self.behind / self.course * course;
+            self.course = course;
+        }
+        self
+    }
+
     /// Place of what a part of the kernel reads.
     pub(super) fn offset(&self, geometry: &Geometry, [slice, row, column]: [usize; 3]) -> usize {
         let [inward, _, across] = geometry.dilation;
-        (slice * inward * self.strips + row) * self.strip + column * across
+        (slice * inward * self.course + row) * self.strip + column * across
     }
 
     /// The largest [`offset`](Self::offset).
@@ -101,18 +119,29 @@ impl Shape {
         self.behind * self.strip
     }
 
-    /// Strips of the input of some images.
+    /// Strips of a course of some images.
     fn all(&self, images: usize) -> usize {
-        images * self.slices * self.strips
+        images * self.slices * self.course
     }
 
-    /// Strips of a block, from the first of its images on.
+    /// Whether a strip is the first of a course, behind another one.
+    pub(super) fn follows_course(&self, strip: usize) -> bool {
+        strip > 0 && strip < self.strips && strip.is_multiple_of(self.course)
+    }
+
+    /// Whether there are several courses.
+    pub(super) fn has_courses(&self) -> bool {
+        self.course < self.strips
+    }
+
+    /// Strips of a block's courses, from the first of its images on.
     pub(super) fn of(&self, geometry: &Geometry, block: &Block) -> Range<usize> {
         let Some(band) = &block.band else {
-            return 0..self.all(block.images.len());
+            let images = block.images.len();
+            return 0..self.all(if self.has_courses() { 1 } else { images });
         };
         let (strips, lines) = match geometry.outermost() {
-            0 => (self.strips, 1),
+            0 => (self.course, 1),
             _ => (1, STEP * geometry.dilation[1]),
         };
         let end = if band.lines.end == geometry.output[geometry.outermost()] {
@@ -123,10 +152,48 @@ impl Shape {
         band.lines.start / lines * strips..end
     }
 
-    /// Tiles of at most `most` of some images' strips, in a window of `room` of them and what is behind.
+    /// Tiles of a block: of at most `most` strips, in a window of `room` of them and what is behind.
     pub(super) fn tiles(
         &self,
         geometry: &Geometry,
+        block: &Block,
+        has_halo: bool,
+        sizes: (usize, usize),
+    ) -> Vec<Tile> {
+        let strips = self.of(geometry, block);
+        let images = block.images.len();
+        let (windows, images) = match self.has_courses() {
+            true => (images, 1),
+            false => (1, images),
+        };
+        let mut tiles = Vec::new();
+        for image in 0..windows {
+            for course in 0..self.strips.div_ceil(self.course) {
+                let first = Part {
+                    image,
+                    slice: 0,
+                    strips: course * self.course..0,
+                    position: 0,
+                };
+                let mut halo = Vec::new();
+                if has_halo {
+                    halo = self.cut(geometry, &first, (images, self.halo(strips.start)), sizes);
+                }
+                halo.iter_mut().for_each(|tile| tile.is_halo = true);
+                let mut own = self.cut(geometry, &first, (images, strips.clone()), sizes);
+                own[0].is_first = halo.is_empty();
+                tiles.append(&mut halo);
+                tiles.append(&mut own);
+            }
+        }
+        tiles
+    }
+
+    /// Tiles of some strips of a course, of images that begin at `origin`.
+    fn cut(
+        &self,
+        geometry: &Geometry,
+        origin: &Part,
         (images, strips): (usize, Range<usize>),
         (most, room): (usize, usize),
     ) -> Vec<Tile> {
@@ -139,18 +206,20 @@ impl Shape {
             let end = (own.end + self.behind).min(self.all(images)).max(loaded);
             let loads = (loaded..end).step_by(most).flat_map(|first| {
                 let some = first..(first + most).min(end);
-                self.parts(some, place(first))
+                self.parts(origin, some, place(first))
             });
             let next = at + own.len();
             let is_full = next + step > room || own.end == strips.end;
             let mut tile = Tile {
                 positions: own.len() * self.strip,
                 at: place(start),
+                is_first: start == strips.start,
+                is_halo: false,
                 before,
                 after: is_full.then_some(next * self.strip),
                 loads: loads.collect(),
                 loaded: place(end),
-                inputs: self.parts(own, 0).collect(),
+                inputs: self.parts(origin, own, 0).collect(),
                 active: 0..0,
                 outputs: Vec::new(),
                 pieces: Vec::new(),
@@ -165,23 +234,29 @@ impl Shape {
     }
 
     /// The strips before a band whose outputs' gradients its input's gradient depends on.
-    pub(super) fn halo(&self, start: usize) -> Range<usize> {
+    fn halo(&self, start: usize) -> Range<usize> {
         let count = self.behind + 1 + usize::from(self.gap() > 0);
         start.saturating_sub(count)..start
     }
 
     /// Some strips by slices, with their places from `position` on.
-    fn parts(&self, strips: Range<usize>, position: usize) -> impl Iterator<Item = Part> + use<> {
+    fn parts(
+        &self,
+        origin: &Part,
+        strips: Range<usize>,
+        position: usize,
+    ) -> impl Iterator<Item = Part> + use<> {
         let Self { slices, strip, .. } = *self;
-        let (each, end) = (self.strips, strips.end);
+        let (each, end) = (self.course, strips.end);
+        let (image, course) = (origin.image, origin.strips.start);
         (strips.start / each..end.div_ceil(each)).map(move |index| {
             let first = index * each;
             let within = strips.start.max(first)..end.min(first + each);
             Part {
-                image: index / slices,
+                image: image + index / slices,
                 slice: index % slices,
                 position: position + (within.start - strips.start) * strip,
-                strips: within.start - first..within.end - first,
+                strips: course + within.start - first..course + within.end - first,
             }
         })
     }
@@ -190,6 +265,11 @@ impl Shape {
     fn add_outputs(&self, geometry: &Geometry, tile: &mut Tile) {
         let [_, height, width] = geometry.output();
         let lines_of_strip = STEP * geometry.dilation[1];
+        // A last course may have fewer strips.
+        for part in &mut tile.inputs {
+            part.strips.end = part.strips.end.min(self.strips);
+        }
+        tile.inputs.retain(|part| !part.strips.is_empty());
         let mut end = 0;
         for part in &tile.inputs {
             let strips = part.strips.start..part.strips.end.min(self.output_strips);
