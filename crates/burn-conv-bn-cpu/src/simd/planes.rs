@@ -108,6 +108,7 @@ impl<T: Real> Filter<T> {
     ) -> [Self; K] {
         let counts: [usize; K] =
             std::array::from_fn(|k| (0..taps).filter(|tap| has(*tap, k)).count());
+        let is_whole = counts == [taps; K];
         let mut lists = counts.map(|count| Vec::with_capacity(channels * sources * count));
         let mut counted = counts.iter();
         let mut rests = lists.each_mut().map(|list| {
@@ -124,23 +125,27 @@ impl<T: Real> Filter<T> {
         blocks
             .into_par_iter()
             .enumerate()
-            .for_each(|(index, targets)| {
+            .for_each(|(index, mut targets)| {
                 let start = index * block;
                 let end = (start + block).min(sources);
-                let mut ends = [0; K];
+                let (mut at, mut ends) = (0, [0; K]);
                 for first in (0..channels).step_by(CHANNELS) {
                     let last = (first + CHANNELS).min(channels);
                     for (source, tap) in
                         (start..end).flat_map(|source| (0..taps).map(move |tap| (source, tap)))
                     {
                         let values = factors(source, tap, first..last);
-                        for (k, values) in values.into_iter().enumerate() {
-                            if has(tap, k) {
-                                let at = ends[k];
-                                ends[k] += last - first;
-                                write(&mut targets[k][at..ends[k]], values);
+                        let to = at + last - first;
+                        for (k, (target, values)) in targets.iter_mut().zip(values).enumerate() {
+                            if is_whole {
+                                write(&mut target[at..to], values);
+                            } else if has(tap, k) {
+                                let end = ends[k] + last - first;
+                                write(&mut target[ends[k]..end], values);
+                                ends[k] = end;
                             }
                         }
+                        at = to;
                     }
                 }
             });

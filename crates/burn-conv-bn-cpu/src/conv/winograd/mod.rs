@@ -1,4 +1,4 @@
-//! Winograd's F(2x2, 3x3), for kernels of 3x3 and stride 1.
+//! Winograd's F(2x2, 3x3), for stride 1 and kernels of 3x3 or of parts of 3x3.
 //!
 //! Two neighbouring outputs share most of their inputs. A bilinear algorithm (Winograd, Arithmetic
 //! Complexity of Computations, 1980; Lavin and Gray, arXiv 1509.09308) adds inputs and taps first, and
@@ -18,8 +18,8 @@
 //! A dilated convolution is undilated ones over every `d`-th row and column. Pairs of outputs are `d` apart then: a
 //! strip of `2 d` rows has `d` rows of pairs, each of its first rows with the one `d` below, and likewise for columns.
 //!
-//! For each of the products, the sum over channels is a matrix product, by the kernels for shifted planes
-//! with shift 0.
+//! For each of the products, the sum over channels is a matrix product, by the kernels for shifted planes: with shift 0
+//! or, of kernels beyond 3x3, one shift for each part of them (`taps`).
 
 // Blocks of registers are addressed by their place in the block.
 #![allow(clippy::needless_range_loop)]
@@ -283,14 +283,7 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
 
     fn tiles(&self, block: &Block, has_halo: bool) -> Vec<(Tile, bool)> {
         let sizes = (self.tile, self.room);
-        let tiles = self.shape.tiles(self.geometry, block, has_halo, sizes);
-        tiles
-            .into_iter()
-            .map(|tile| {
-                let is_halo = tile.is_halo;
-                (tile, is_halo)
-            })
-            .collect()
+        self.shape.tiles(self.geometry, block, has_halo, sizes)
     }
 
     fn pieces<'a>(&self, tile: &'a Tile) -> &'a [Piece] {

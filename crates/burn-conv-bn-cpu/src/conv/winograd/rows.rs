@@ -8,10 +8,27 @@ use super::transforms::{E, N, STEP, input, input_transposed, sums};
 use super::window::Part;
 use super::{Lines, Scratch, Tile, Winograd};
 use crate::blocks::Share;
-use crate::scratch::Aligned;
 use crate::simd::chunk::{CHUNK, Chunk, deinterleave, interleave, join_blocks, split_blocks};
 use crate::simd::sweeps::{Sweep, zero};
 use crate::{Element, Real};
+
+/// A row of pairs, in each product's plane.
+#[derive(Clone, Copy)]
+struct Line<'a, T> {
+    planes: &'a [T],
+    start: usize,
+    /// Distance of the products.
+    product: usize,
+}
+
+impl<T: Real> Line<'_, T> {
+    /// Values of a column of products, from `start` on.
+    #[inline(always)]
+    fn load(&self, column: usize, start: usize) -> [Chunk<T>; E] {
+        let at = self.start + column * self.product + start;
+        Chunk::load(self.planes, at, E * self.product)
+    }
+}
 
 impl<T: Real> Winograd<'_, T> {
     /// Columns, rounded up to whole chunks.
@@ -181,18 +198,24 @@ impl<T: Real> Winograd<'_, T> {
                                 let position = position + row * self.shape.columns;
                                 let lines = &mut scratch.lines;
                                 let at = (slice * height, strip, row);
-                                let planes = &scratch.input_grad;
-                                let product = self.grad_product;
-                                let this = (planes, position + self.shape.strip, product);
+                                let own = Line {
+                                    planes: &scratch.input_grad,
+                                    start: position + self.shape.strip,
+                                    product: self.grad_product,
+                                };
                                 let before = if self.shape.follows_course(strip) {
                                     let kept = self.kept_strip(part.slice, channel);
-                                    let kept = kept + row * self.shape.columns;
-                                    (&scratch.course_grad, kept, self.shape.strip)
+                                    Line {
+                                        planes: &scratch.course_grad,
+                                        start: kept + row * self.shape.columns,
+                                        product: self.shape.strip,
+                                    }
                                 } else {
-                                    (planes, position, product)
+                                    let start = position;
+                                    Line { start, ..own }
                                 };
                                 let grad = (&mut *grad, first);
-                                self.store_rows([this, before], at, grad, lines);
+                                self.store_rows([own, before], at, grad, lines);
                             }
                         }
                     }
@@ -202,12 +225,12 @@ impl<T: Real> Winograd<'_, T> {
     }
 
     /// Writes the rows of the input's gradient that a row of pairs begins. These are the inputs of the `row` of a strip
-    /// and of the same row of the strip before, which `planes` has at `position`. `slice_row` is the number of the slice's
-    /// first row, `first` the channel's first value in the gradient.
+    /// and of the same row of the strip `before`. `slice_row` is the number of the slice's first row, `first` the
+    /// channel's first value in the gradient.
     #[inline(always)]
     fn store_rows<F: Element<Real = T>>(
         &self,
-        [this, before]: [(&Aligned<T>, usize, usize); 2],
+        [this, before]: [Line<'_, T>; 2],
         (slice_row, strip, row): (usize, usize, usize),
         (grad, first): (&mut [MaybeUninit<F>], usize),
         lines: &mut Lines<T>,
@@ -218,16 +241,13 @@ impl<T: Real> Winograd<'_, T> {
         for column in 0..E {
             let line = column * pitch + margin;
             for start in (0..columns).step_by(CHUNK) {
-                let load = |(planes, from, product): (&Aligned<T>, usize, usize)| {
-                    Chunk::load::<E>(planes, from + column * product + start, E * product)
-                };
                 let this = if strip < self.shape.strips {
-                    load(this)
+                    this.load(column, start)
                 } else {
                     [Chunk::ZERO; E]
                 };
                 let before = if strip > 0 {
-                    load(before)
+                    before.load(column, start)
                 } else {
                     [Chunk::ZERO; E]
                 };

@@ -5,6 +5,9 @@
 //! transformed back. The first of the four products of `0 w3 w4` vanishes, so that five taps take 7 products for each
 //! pair of outputs instead of 10, seven 10 instead of 14. Taps in depth are parts at offsets of whole slices.
 
+use std::mem::MaybeUninit;
+
+use pulp::Arch;
 use rayon::prelude::*;
 
 use super::KERNELS;
@@ -13,9 +16,6 @@ use super::window::Shape;
 use crate::simd::planes::{CHANNELS, Filter, taps_in_cache};
 use crate::simd::sweeps::Sweep;
 use crate::{Geometry, Real};
-
-use pulp::Arch;
-use std::mem::MaybeUninit;
 
 /// Values of a part of a kernel.
 const PART: usize = 9;
@@ -157,10 +157,18 @@ impl Taps {
                     |source, part, channels| {
                         let last = channels.end - 1;
                         let part = self.parts[part];
-                        let kernels: [[T; PART]; CHANNELS] = std::array::from_fn(|lane| {
+                        let kernel = |lane: usize| {
                             let channel = (channels.start + lane).min(last);
-                            let kernel = channel * channel_step + source * source_step;
-                            part_of(&kernels[kernel * len..][..len], geometry.kernel, part)
+                            &kernels[(channel * channel_step + source * source_step) * len..][..len]
+                        };
+                        let mut copies = [[T::ZERO; PART]; CHANNELS];
+                        if len > PART {
+                            copies = std::array::from_fn(|lane| {
+                                part_of(kernel(lane), geometry.kernel, part)
+                            });
+                        }
+                        let kernels: [&[T; PART]; CHANNELS] = std::array::from_fn(|lane| {
+                            kernel(lane).try_into().unwrap_or(&copies[lane])
                         });
                         let scale = scale.map_or(T::ONE, |scale| scale[source]);
                         arch.dispatch(Sweep(
@@ -192,44 +200,52 @@ impl Taps {
         sums: &[T],
         grad: &mut [MaybeUninit<T>],
     ) {
-        let [_, rows, columns] = geometry.kernel;
         let len: usize = geometry.kernel.iter().product();
         let count = geometry.group_in() * geometry.group_out();
         // Of each part, the place of its products' first sums and the distance of the next kernel's.
-        let mut places = vec![[None; E * E]; self.parts.len()];
+        let mut places = vec![[(sums.len(), 0); E * E]; self.parts.len()];
         let mut start = 0;
         for product in 0..E * E {
             let parts = &self.of(product).parts;
             for (rank, part) in parts.iter().enumerate() {
-                places[*part][product] = Some((start + rank, parts.len()));
+                places[*part][product] = (start + rank, parts.len());
             }
             start += count * parts.len();
         }
         grad.par_chunks_mut(KERNELS * len)
             .enumerate()
             .for_each(|(index, grad)| {
-                let kernels = grad.chunks_exact_mut(len).enumerate();
-                for (kernel, grad) in kernels.map(|(at, grad)| (index * KERNELS + at, grad)) {
-                    for ([depth, down, across], places) in self.parts.iter().zip(&places) {
+                for (part, places) in self.parts.iter().zip(&places) {
+                    let sums =
+                        places.map(|(start, step)| (&sums[start + index * KERNELS * step..], step));
+                    for (kernel, grad) in grad.chunks_exact_mut(len).enumerate() {
                         let lines: [[f64; 3]; E] = std::array::from_fn(|row| {
                             filter_transposed(std::array::from_fn(|column| {
-                                places[row * E + column].map_or(0.0, |(start, step)| {
-                                    sums[start + kernel * step].to_f64()
-                                })
+                                let (sums, step) = sums[row * E + column];
+                                sums.get(kernel * step).map_or(0.0, |sum| sum.to_f64())
                             }))
                         });
-                        let first = (depth * rows + 2 * down) * columns + 2 * across;
-                        for column in usize::from(*across > 0)..3 {
-                            let values =
-                                filter_transposed(std::array::from_fn(|row| lines[row][column]));
-                            for row in usize::from(*down > 0)..3 {
-                                let value = T::from_f64(values[row]);
-                                grad[first + row * columns + column].write(value);
-                            }
-                        }
+                        write_part(lines, geometry.kernel, *part, grad);
                     }
                 }
             });
+    }
+}
+
+/// Writes `G' u G` of a part to its place in a kernel, from its rows transformed along the columns.
+#[inline(always)]
+fn write_part<T: Real>(
+    lines: [[f64; 3]; E],
+    [_, rows, columns]: [usize; 3],
+    [depth, down, across]: [usize; 3],
+    grad: &mut [MaybeUninit<T>],
+) {
+    let first = (depth * rows + 2 * down) * columns + 2 * across;
+    for column in usize::from(across > 0)..3 {
+        let values = filter_transposed(std::array::from_fn(|row| lines[row][column]));
+        for row in usize::from(down > 0)..3 {
+            grad[first + row * columns + column].write(T::from_f64(values[row]));
+        }
     }
 }
 
@@ -240,9 +256,6 @@ fn part_of<T: Real>(
     size: [usize; 3],
     [depth, down, across]: [usize; 3],
 ) -> [T; PART] {
-    if let Ok(kernel) = kernel.try_into() {
-        return kernel;
-    }
     let [_, rows, columns] = size;
     let first = (depth * rows + 2 * down) * columns + 2 * across;
     std::array::from_fn(|tap| match [tap / 3, tap % 3] {

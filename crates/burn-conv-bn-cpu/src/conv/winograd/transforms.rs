@@ -79,7 +79,7 @@ pub(super) fn filter_transposed([u0, u1, u2, u3]: [f64; E]) -> [f64; 3] {
 
 /// `G w G'` of some kernels.
 #[inline(always)]
-pub(super) fn transformed<T: Real>(kernels: &[[T; 9]; CHANNELS]) -> [[T; CHANNELS]; E * E] {
+pub(super) fn transformed<T: Real>(kernels: &[&[T; 9]; CHANNELS]) -> [[T; CHANNELS]; E * E] {
     let columns: [[Lanes; E]; 3] = std::array::from_fn(
         #[inline(always)]
         |column| {

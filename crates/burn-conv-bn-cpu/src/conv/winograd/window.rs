@@ -42,8 +42,6 @@ pub(crate) struct Tile {
     pub(super) active: Range<usize>,
     /// Whether nothing is before it in the window.
     pub(super) is_first: bool,
-    /// Whether only the input's gradient of the next tile depends on it.
-    pub(super) is_halo: bool,
     /// Where the window is moved to its start, before the tile and after it.
     pub(super) before: Option<usize>,
     pub(super) after: Option<usize>,
@@ -152,14 +150,15 @@ impl Shape {
         band.lines.start / lines * strips..end
     }
 
-    /// Tiles of a block: of at most `most` strips, in a window of `room` of them and what is behind.
+    /// Tiles of a block, and as `true` those of a halo, by their most strips and those that the window has room for
+    /// beside what is behind them.
     pub(super) fn tiles(
         &self,
         geometry: &Geometry,
         block: &Block,
         has_halo: bool,
         sizes: (usize, usize),
-    ) -> Vec<Tile> {
+    ) -> Vec<(Tile, bool)> {
         let strips = self.of(geometry, block);
         let images = block.images.len();
         let (windows, images) = match self.has_courses() {
@@ -175,15 +174,13 @@ impl Shape {
                     strips: course * self.course..0,
                     position: 0,
                 };
-                let mut halo = Vec::new();
-                if has_halo {
-                    halo = self.cut(geometry, &first, (images, self.halo(strips.start)), sizes);
-                }
-                halo.iter_mut().for_each(|tile| tile.is_halo = true);
-                let mut own = self.cut(geometry, &first, (images, strips.clone()), sizes);
+                let cut = |strips| self.cut(geometry, &first, (images, strips), sizes);
+                let halo = has_halo.then(|| cut(self.halo(strips.start)));
+                let halo = halo.unwrap_or_default();
+                let mut own = cut(strips.clone());
                 own[0].is_first = halo.is_empty();
-                tiles.append(&mut halo);
-                tiles.append(&mut own);
+                tiles.extend(halo.into_iter().map(|tile| (tile, true)));
+                tiles.extend(own.into_iter().map(|tile| (tile, false)));
             }
         }
         tiles
@@ -214,7 +211,6 @@ impl Shape {
                 positions: own.len() * self.strip,
                 at: place(start),
                 is_first: start == strips.start,
-                is_halo: false,
                 before,
                 after: is_full.then_some(next * self.strip),
                 loads: loads.collect(),
