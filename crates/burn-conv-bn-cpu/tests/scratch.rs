@@ -35,6 +35,11 @@ fn square(
     .unwrap()
 }
 
+fn cube(channels: usize, input: [usize; 3]) -> Geometry {
+    let one = [1; 3];
+    Geometry::new(8, [channels; 2], 1, input, [3; 3], one, [(1, 1); 3], one).unwrap()
+}
+
 /// Bytes that forward, and backward, take at most, beyond their arguments, with the convolution's output stored
 /// between the two steps, where it is an argument too, or never.
 fn taken<E: Element>(geometry: &Geometry, stores: bool) -> [usize; 2] {
@@ -121,7 +126,7 @@ fn scratch_is_a_few_tiles_for_each_thread() {
         THREADS * (kib << 10) + copies * size_of::<f32>() * geometry.weight_len()
     };
     // KiB of tiles for each thread; copies of the weight: each of the eight images has a sum of its
-    // gradient, beside the weight's factors for both directions. With Winograd, each is 16/9 as large.
+    // gradient, beside the weight's factors for both directions. With Winograd, each is 16/9 as large, 49/25 for 5x5.
     for (name, geometry, kib, copies) in [
         ("3x3", square([64, 64], 160, [3, 1, 1, 1]), 8 << 10, 18),
         (
@@ -131,7 +136,8 @@ fn scratch_is_a_few_tiles_for_each_thread() {
             10,
         ),
         ("1x1", square([64, 64], 160, [1, 1, 0, 1]), 768, 10),
-        ("5x5", square([32, 64], 160, [5, 1, 2, 1]), 1536, 10),
+        ("5x5", square([32, 64], 160, [5, 1, 2, 1]), 8 << 10, 20),
+        ("3x3x3", cube(32, [16, 80, 80]), 6 << 10, 18),
         (
             "7x7, stride 2",
             square([3, 64], 320, [7, 2, 3, 1]),
@@ -186,15 +192,19 @@ fn scratch_is_within_the_limit() {
         // Most kernels have none.
         let dilation = [1, 1, 1, 2, 6][rng.random_range(0..5)];
         let padding = rng.random_range(0..=dilation * (kernel / 2));
+        // Of a quarter three dimensions.
+        let is_deep = rng.random_range(0..4) == 0;
+        let spread = |value: usize, flat: usize| [if is_deep { value } else { flat }, value, value];
+        let paddings = spread(padding, 0).map(|padding| (padding, padding));
         let geometry = Geometry::new(
             batch,
             channels,
             1,
-            [1, size, size],
-            [1, kernel, kernel],
-            [1, stride, stride],
-            [(0, 0), (padding, padding), (padding, padding)],
-            [1, dilation, dilation],
+            spread(size, 1),
+            spread(kernel, 1),
+            spread(stride, 1),
+            paddings,
+            spread(dilation, 1),
         );
         let Ok(geometry) = geometry else {
             continue;

@@ -89,4 +89,21 @@ mod tests {
         assert_eq!(chosen(8, [256, 256, 28], 2, 1), Method::Planes);
         assert_eq!(chosen(8, [256, 512, 8], 2, 1), Method::Packed);
     }
+
+    #[test]
+    fn larger_kernels_take_winograd_from_some_channels_on() {
+        for (batch, input, kernel) in [
+            (32, [1, 56, 56], [1, 5, 5]),
+            (32, [1, 56, 56], [1, 7, 3]),
+            (2, [64, 64, 64], [3, 3, 3]),
+        ] {
+            for (channels, method) in [(15, Method::Planes), (32, Method::Winograd)] {
+                let (channels, one) = ([channels; 2], [1; 3]);
+                let padding = kernel.map(|len| (len / 2, len / 2));
+                let geometry =
+                    Geometry::new(batch, channels, 1, input, kernel, one, padding, one).unwrap();
+                assert_eq!(geometry.method::<f32>(), method, "{geometry:?}");
+            }
+        }
+    }
 }

@@ -320,7 +320,7 @@ mod tests {
     #[test]
     fn winograd_keeps_the_two_times_rule_for_larger_kernels() {
         for kernel in [[1, 5, 5], [1, 7, 7], [3, 3, 3]] {
-            let input = [kernel[0] * 3, 28, 28];
+            let input = [3 * kernel[0] - 2, 28, 28];
             let padding = kernel.map(|len| (len / 2, len / 2));
             let one = [1; 3];
             let geometry = Geometry::new(2, [64, 64], 1, input, kernel, one, padding, one);
