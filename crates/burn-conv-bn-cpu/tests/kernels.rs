@@ -1407,18 +1407,41 @@ fn the_number_of_threads_changes_no_bit() {
                 dilation: [1, dilation, dilation],
                 ..PLAIN
             };
-            let on = |threads| {
-                let pool = rayon::ThreadPoolBuilder::new()
-                    .num_threads(threads)
-                    .build()
-                    .unwrap();
-                pool.install(|| step(&case))
-            };
-            let one = on(1);
-            for threads in [2, 3, 8] {
-                assert!(on(threads) == one, "{case:?}: {threads} threads");
-            }
+            threads_change_no_bit(&case);
         }
+    }
+    // Kernels of parts of 3x3 by Winograd: in bands and not, large slices in courses.
+    for (batch, input, kernel) in [
+        (1, [1, 71, 45], [1, 5, 5]),
+        (37, [1, 14, 15], [1, 7, 3]),
+        (1, [17, 24, 25], [3, 3, 3]),
+        (9, [4, 9, 9], [3, 3, 3]),
+    ] {
+        let case = Case {
+            method: Some(Method::Winograd),
+            batch,
+            channels: [16, 17],
+            input,
+            kernel,
+            padding: kernel.map(|len| (len / 2, len / 2)),
+            ..PLAIN
+        };
+        assert!(case.geometry().fits::<f32>(Method::Winograd).is_some());
+        threads_change_no_bit(&case);
+    }
+}
+
+fn threads_change_no_bit(case: &Case) {
+    let on = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| step(case))
+    };
+    let one = on(1);
+    for threads in [2, 3, 8] {
+        assert!(on(threads) == one, "{case:?}: {threads} threads");
     }
 }
 
