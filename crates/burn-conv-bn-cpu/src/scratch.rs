@@ -70,6 +70,9 @@ impl<T> Default for Aligned<T> {
 impl<T: Copy> Aligned<T> {
     /// As [`Vec::resize`]: new values are `value`.
     pub(crate) fn resize(&mut self, len: usize, value: T) {
+        if len == self.len {
+            return;
+        }
         let (start, kept) = (self.start, self.len.min(len));
         let room = len + CACHE_LINE / size_of::<T>();
         if kept == 0 {

@@ -269,6 +269,15 @@ fn geometries() -> Vec<Case> {
             ..PLAIN
         },
         Case {
+            batch: 1,
+            channels: [32, 34],
+            groups: 2,
+            input: [3, 24, 25],
+            kernel: [3; 3],
+            padding: [(1, 1); 3],
+            ..PLAIN
+        },
+        Case {
             channels: [16, 16],
             input: [3, 9, 8],
             padding: [(0, 1), (1, 1), (1, 1)],
@@ -1429,6 +1438,16 @@ fn the_number_of_threads_changes_no_bit() {
         assert!(case.geometry().fits::<f32>(Method::Winograd).is_some());
         threads_change_no_bit(&case);
     }
+    // Packed products whose parts of the inputs depend on the number of threads.
+    threads_change_no_bit(&Case {
+        method: Some(Method::Packed),
+        batch: 3,
+        channels: [200, 48],
+        input: [1, 9, 9],
+        kernel: [1; 3],
+        padding: [(0, 0); 3],
+        ..PLAIN
+    });
 }
 
 fn threads_change_no_bit(case: &Case) {

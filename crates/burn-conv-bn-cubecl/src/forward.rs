@@ -11,7 +11,7 @@ use crate::fold::{Fold, Partial, fold_lanes, fold_of_all, partial_table, write_p
 use crate::last_cube;
 use crate::moments::{MomentsResults, Statistics, finish_channel_moments, finish_moments};
 use crate::norm::{Norm, NormArgs, unit_affine};
-use crate::running::{Running, RunningArgs};
+use crate::running::{Running, RunningArgs, running_moments};
 use crate::table::{Affine, ChannelTable, Moments};
 use crate::values_per_channel;
 use crate::walk::{
@@ -137,6 +137,9 @@ fn moments_of_all_kernel<E: Float, T: Float, P: Float, R: Float, N: Size>(
     }
 }
 
+/// Tensors of `moments_of_all_kernel`, which has most.
+const BINDINGS: u32 = 12;
+
 /// Mean and biased variance of each channel of `[batch, channels, spatial..]`, and the table that
 /// [`normalize`] takes.
 ///
@@ -148,17 +151,31 @@ pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, Chan
 }
 
 /// As [`moments`], and running statistics after this batch, without a launch for them: as
-/// [`running_moments`](crate::running_moments), in a dtype that is not larger than the accumulator's.
+/// [`running_moments`], in a dtype that is not larger than the accumulator's. On a device that binds fewer than
+/// twelve tensors to a kernel, they take a launch.
+///
+/// # Panics
+///
+/// Panics if `running` has another number of channels than the input.
 pub fn moments_and_running(
     input: &CubeTensor,
     affine: Affine,
     norm: Norm,
     running: Option<&Running>,
 ) -> Statistics {
+    let client = &input.client;
+    let is_short = client.properties().hardware.max_bindings < BINDINGS;
+    if let Some(running) = running.filter(|_| is_short) {
+        let statistics = moments_and_running(input, affine, norm, None);
+        let running = running_moments(running, &statistics.moments);
+        return Statistics {
+            running: Some(running),
+            ..statistics
+        };
+    }
     let accumulator = accumulator_type(input.dtype);
     let walk = Walk::new(&[input], accumulator.size(), REDUCTION_CUBES);
     let partials = partial_table(input, walk.chunks, walk.channels);
-    let client = &input.client;
     let values = values_per_channel(input);
     if last_cube::finishes(&walk, input) {
         let results = MomentsResults::new(&partials, walk.channels, running);

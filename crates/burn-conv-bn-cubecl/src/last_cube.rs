@@ -23,15 +23,23 @@ fn choice() -> MutexGuard<'static, Option<bool>> {
 }
 
 /// Runs launches whose reductions are finished in the last cube or by a second launch, whatever the device promises.
-/// For tests: on a device that promises nothing the last cube may read what is not there yet.
+/// For tests, and not nested: on a device that promises nothing the last cube may read what is not there yet.
 #[doc(hidden)]
 pub fn with_last_cube<R>(finishes: bool, launches: impl FnOnce() -> R) -> R {
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     *choice() = Some(finishes);
-    let result = launches();
-    *choice() = None;
-    result
+    let _reset = Reset;
+    launches()
+}
+
+/// Ends a choice, also where the launches panic.
+struct Reset;
+
+impl Drop for Reset {
+    fn drop(&mut self) {
+        *choice() = None;
+    }
 }
 
 /// Whether the last cube of a reduction finishes it: if the device promises that it sees what the other cubes wrote.

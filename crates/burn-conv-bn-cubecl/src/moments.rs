@@ -91,7 +91,7 @@ impl MomentsResults {
             mean: per_channel(1),
             variance: per_channel(1),
             rows: per_channel(rows::AFFINE),
-            running: running.map(Running::results),
+            running: running.map(|running| running.results(channels)),
         }
     }
 

@@ -21,9 +21,20 @@ pub struct Running {
 
 impl Running {
     /// Updated moments without values.
-    pub(crate) fn results(&self) -> Moments {
+    ///
+    /// # Panics
+    ///
+    /// Panics unless there is a value for each channel of the batch, as kernels rely on.
+    pub(crate) fn results(&self, channels: usize) -> Moments {
         let like = &self.moments.mean;
-        let channel_values = || channel_values(like, 1, like.meta.num_elements());
+        for (what, tensor) in [("mean", like), ("variance", &self.moments.variance)] {
+            let got = tensor.meta.num_elements();
+            assert_eq!(
+                got, channels,
+                "running {what}: expected {channels} values, got {got}"
+            );
+        }
+        let channel_values = || channel_values(like, 1, channels);
         Moments {
             mean: channel_values(),
             variance: channel_values(),
@@ -107,14 +118,18 @@ fn running_moments_kernel<T: Float, R: Float>(
 /// [`moments_and_running`](crate::moments_and_running) needs none.
 ///
 /// The dtype of `batch` is the accumulator's.
+///
+/// # Panics
+///
+/// Panics if `running` has another number of channels than `batch`.
 pub fn running_moments(running: &Running, batch: &Moments) -> Moments {
     let channels = batch.mean.meta.num_elements();
-    let results = running.results();
+    let results = running.results(channels);
     let client = batch.mean.client.clone();
     let accumulator = element_type(batch.mean.dtype);
     let cube_dim = CubeDim::new(&client, channels.max(1));
     if channels > 0 {
-        // SAFETY: the kernel stops at the last channel.
+        // SAFETY: the kernel stops at the last channel, of which all tensors have as many.
         unsafe {
             running_moments_kernel::launch_unchecked(
                 &client,

@@ -12,7 +12,7 @@ pub(crate) struct Lines {
 }
 
 impl Lines {
-    /// Of the lines that it has, none counts.
+    /// Lines already there are not counted.
     pub(crate) fn behind(file: &Path) -> Self {
         Self {
             end: file.metadata().map_or(0, |metadata| metadata.len()),

@@ -16,7 +16,7 @@ const PERIOD: Duration = Duration::from_secs(5);
 #[must_use = "it prints until it is dropped"]
 pub struct TuningLines {
     _meter: TuningMeter,
-    /// Of the file that the meter reads.
+    /// Folder of the meter's file.
     _folder: TempDir,
 }
 

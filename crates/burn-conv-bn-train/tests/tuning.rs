@@ -18,7 +18,7 @@ fn tuned_kernels_are_counted() {
         .args(ARGUMENTS.split_whitespace())
         .current_dir(&folder)
         .env(OFFLINE, "1")
-        // Of what it leaves when it is killed.
+        // The killed process leaves its temporary folder here.
         .env("TMPDIR", folder.path())
         .stdin(Stdio::null())
         .stdout(Stdio::null())

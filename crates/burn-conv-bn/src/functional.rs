@@ -345,6 +345,7 @@ pub(crate) fn batch_norm_running<const D: usize>(
     ] {
         check.norm_channels(what, tensor.as_ref(), shape[1])?;
     }
+    check.running(running.as_ref(), shape[1])?;
     let statistics = match mean.zip(variance) {
         Some((mean, variance)) if shape[0] == 0 => {
             let dtype = accumulator_dtype(check.dtype);
@@ -562,6 +563,7 @@ fn checked<const D: usize>(
     ] {
         check.norm_channels(what, tensor.as_ref(), channels_out)?;
     }
+    check.running(running.as_ref(), channels_out)?;
     if let Some(residual) = &params.residual {
         check.shape("residual", residual, problem.output.clone())?;
         check.data("residual", residual)?;

@@ -66,9 +66,13 @@ fn new_file(name: &str) -> Result<PathBuf, String> {
     }
     if !file
         .extension()
-        .is_some_and(|ending| ending == "safetensors")
+        .is_some_and(|ending| ending.eq_ignore_ascii_case("safetensors"))
     {
         return Err("name it .safetensors".into());
+    }
+    let folder = file.parent().filter(|folder| *folder != Path::new(""));
+    if folder.is_some_and(|folder| !folder.is_dir()) {
+        return Err("its folder does not exist".into());
     }
     Ok(file)
 }

@@ -229,7 +229,8 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
             });
         });
     if let Some(grad) = gradients.weight {
-        algorithm.weight_grad(std::mem::take(&mut lock(&total).sums), grad);
+        let sums = std::mem::take(&mut lock(&total).sums);
+        algorithm.weight_grad(sums, grad);
     }
     if let Some((grad, _)) = gradients.input {
         // SAFETY: the capacity is at least this length, and every value belongs to a block's share; and of a

@@ -95,8 +95,8 @@ impl<T: Real> Filter<T> {
     }
 
     /// Filters over `sources` planes, computed together: `factors` returns each filter's, for one of a plane's `taps`
-    /// and some neighbouring channels, [`CHANNELS`] or the few of the remainder. Filter `k` has the taps of which
-    /// `has(tap, k)`, in blocks of `block` planes.
+    /// and some neighbouring channels, [`CHANNELS`] or the few of the remainder. Filter `k` takes the
+    /// taps with `has(tap, k)`, in blocks of `block` planes.
     #[allow(unsafe_code)]
     pub(crate) fn several<const K: usize>(
         channels: usize,

@@ -7,9 +7,7 @@ use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
 
-use super::parents::{
-    inner, inner_running, is_tracked, node_or_untracked, retrieve, untracked, untracked_running,
-};
+use super::parents::{inner, is_tracked, node_or_untracked, retrieve, untracked};
 use super::{conv, max_pool, norm};
 use crate::backend::{
     ConvBnBackend, ConvBnBackwardOptions, ConvBnForward, ConvBnInputs,
@@ -153,7 +151,7 @@ fn normalized<B: ConvBnBackend, C: CheckpointStrategy>(
         output,
         mean: untracked::<B, C>(mean),
         variance: untracked::<B, C>(variance),
-        running: untracked_running::<B, C>(running),
+        running: running.map(untracked::<B, C>),
     }
 }
 
@@ -285,7 +283,7 @@ fn inner_inputs<B: ConvBnBackend, C: CheckpointStrategy>(
                 variance: variance.into_primitive(),
             },
         },
-        running: inner_running::<B, C>(inputs.running),
+        running: inputs.running.map(|tensor| tensor.into_primitive()),
     }
 }
 

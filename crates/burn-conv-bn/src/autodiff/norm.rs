@@ -14,9 +14,7 @@ use burn_autodiff::checkpoint::strategy::{BalancedCheckpointing, CheckpointStrat
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
-use super::parents::{
-    inner, inner_running, is_tracked, node_or_untracked, retrieve, untracked, untracked_running,
-};
+use super::parents::{inner, is_tracked, node_or_untracked, retrieve, untracked};
 use crate::backend::{
     BatchNormBackwardOptions, ConvBnBackend, NormInputs, NormOutput, NormSaved, NormStatistics,
     OptionalTensor, RunningStatistics,
@@ -181,7 +179,7 @@ pub(super) fn register<B: ConvBnBackend, C: CheckpointStrategy>(
             variance: variance.into_primitive(),
         },
     };
-    let running = inner_running::<B, C>(inputs.running);
+    let running = inputs.running.map(|tensor| tensor.into_primitive());
     let forward = |input, gamma, beta| {
         let inputs = NormInputs {
             input,
@@ -259,7 +257,7 @@ pub(super) fn attach<B: ConvBnBackend, C: CheckpointStrategy>(
         output: prep.finish(state, forward.output),
         mean: untracked::<B, C>(forward.mean),
         variance: untracked::<B, C>(forward.variance),
-        running: untracked_running::<B, C>(forward.running),
+        running: forward.running.map(untracked::<B, C>),
     }
 }
 
@@ -270,6 +268,6 @@ fn untracked_output<B: ConvBnBackend, C: CheckpointStrategy>(
         output: untracked::<B, C>(result.output),
         mean: untracked::<B, C>(result.mean),
         variance: untracked::<B, C>(result.variance),
-        running: untracked_running::<B, C>(result.running),
+        running: result.running.map(untracked::<B, C>),
     }
 }

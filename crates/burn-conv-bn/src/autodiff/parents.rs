@@ -38,41 +38,26 @@ pub(super) fn inner<B: Backend, C: CheckpointStrategy>(
     tensor.into_option().map(|tensor| tensor.into_primitive())
 }
 
-pub(super) fn inner_running<B: Backend, C: CheckpointStrategy>(
-    running: RunningStatistics<Autodiff<B, C>>,
-) -> RunningStatistics<B> {
-    match running {
-        RunningStatistics::Absent => RunningStatistics::Absent,
-        RunningStatistics::Present {
-            mean,
-            variance,
-            momentum,
-            factor,
-        } => RunningStatistics::Present {
-            mean: mean.into_primitive(),
-            variance: variance.into_primitive(),
-            momentum,
-            factor,
-        },
-    }
-}
-
-pub(super) fn untracked_running<B: Backend, C: CheckpointStrategy>(
-    running: RunningStatistics<B>,
-) -> RunningStatistics<Autodiff<B, C>> {
-    match running {
-        RunningStatistics::Absent => RunningStatistics::Absent,
-        RunningStatistics::Present {
-            mean,
-            variance,
-            momentum,
-            factor,
-        } => RunningStatistics::Present {
-            mean: untracked::<B, C>(mean),
-            variance: untracked::<B, C>(variance),
-            momentum,
-            factor,
-        },
+impl<B: Backend> RunningStatistics<B> {
+    /// The same with another backend's tensors.
+    pub(super) fn map<C: Backend>(
+        self,
+        tensor: impl Fn(FloatTensor<B>) -> FloatTensor<C>,
+    ) -> RunningStatistics<C> {
+        match self {
+            Self::Absent => RunningStatistics::Absent,
+            Self::Present {
+                mean,
+                variance,
+                momentum,
+                factor,
+            } => RunningStatistics::Present {
+                mean: tensor(mean),
+                variance: tensor(variance),
+                momentum,
+                factor,
+            },
+        }
     }
 }
 

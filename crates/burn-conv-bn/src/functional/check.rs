@@ -1,6 +1,7 @@
 use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Device, Shape, Tensor};
 
+use super::Running;
 use crate::spec::ConvBnError;
 
 /// Checks tensors against the op's input.
@@ -82,6 +83,19 @@ impl Check {
             DType::F16 | DType::BF16 => self.dtype_among(what, tensor, &[self.dtype, DType::F32]),
             dtype => self.dtype_among(what, tensor, &[dtype]),
         }
+    }
+
+    /// Running statistics are of any dtype.
+    pub(super) fn running(
+        &self,
+        running: Option<&Running>,
+        channels: usize,
+    ) -> Result<(), ConvBnError> {
+        let Some(Running { mean, variance, .. }) = running else {
+            return Ok(());
+        };
+        self.shape("running mean", mean, Shape::new([channels]))?;
+        self.shape("running variance", variance, Shape::new([channels]))
     }
 
     pub(super) fn shape<const D: usize>(

@@ -160,7 +160,8 @@ impl<C: Convolution<D>, const D: usize> ConvBnRef<'_, C, D> {
 
 impl ConvBnRef<'_, Conv2d, 4> {
     /// `max_pool(activation(norm(conv(input))))`: [`forward`](Self::forward) and [`MaxPool2d::forward`], as
-    /// one op where [`conv_bn_max_pool2d`](crate::functional::conv_bn_max_pool2d) is one. `pool` is a reference to a [`MaxPool2d`] of this crate or of Burn.
+    /// one op where [`conv_bn_max_pool2d`](crate::functional::conv_bn_max_pool2d) is one. `pool` is a reference to a
+    /// [`MaxPool2d`] of this crate or of Burn.
     ///
     /// # Panics
     ///

@@ -8,8 +8,8 @@ use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::activation::relu;
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn_conv_bn::{
-    Activation, ConvBn2d, ConvBnModule, ConvBnSettings, Convolution, MaxPool2dConfig, NormVariant,
-    Recompute, RunningVariance, fuse,
+    Activation, BatchNormActivation, ConvBn2d, ConvBnModule, ConvBnSettings, Convolution,
+    MaxPool2dConfig, NormVariant, Recompute, RunningVariance, fuse,
 };
 
 use crate::common::{assert_close, device, panic_message, random, tensor, values};
@@ -250,4 +250,25 @@ fn burns_own_max_pool_is_joined() {
         block.saved_for_backward_max_pool([2, 3, 9, 9], &burns),
         block.saved_for_backward_max_pool([2, 3, 9, 9], &ours)
     );
+}
+
+/// Running statistics of another width than the convolution's output are an error, though no gamma tells.
+#[test]
+fn a_norm_of_another_width_is_an_error_without_its_affine() {
+    let device = device();
+    let network = Network::new(&device);
+    let biased = Conv2dConfig::new([3, CHANNELS], [3, 3]).init(&device);
+    let x = tensor::<4>(random(&[2, 3, 5, 5], 1), DType::F32);
+    for channels in [1, CHANNELS - 2, CHANNELS + 2] {
+        let norm = BatchNormConfig::new(channels).init(&device);
+        for conv in [&network.conv1, &biased] {
+            let block = fuse(conv, &norm).with_affine(false);
+            let message = panic_message(|| block.forward(x.clone()));
+            assert!(message.contains("running mean"), "{message}");
+        }
+        let mut alone = BatchNormActivation::from_parts(norm, Activation::Relu);
+        alone.settings.affine = false;
+        let message = panic_message(|| alone.forward(x.clone()));
+        assert!(message.contains("running mean"), "{message}");
+    }
 }

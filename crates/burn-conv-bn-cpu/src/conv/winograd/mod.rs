@@ -108,7 +108,7 @@ pub(crate) struct Winograd<'a, T> {
 pub(crate) struct Scratch<T> {
     /// `B x B'`: a plane for each product and channel, of a window of positions.
     input: Aligned<T>,
-    /// The products' sums, then `A' dy A`; before a tile's, those of as many positions as the kernel reaches.
+    /// The products' sums, then `A' dy A`, preceded by the last `reach` positions of the tile before.
     output: Aligned<T>,
     /// The products of the input's gradient; a strip of the preceding tile before those of this one.
     input_grad: Aligned<T>,
@@ -126,6 +126,10 @@ impl<'a, T: Real> Winograd<'a, T> {
         let product = E * E * size_of::<T>();
         let bytes = product * (2 * group_in + group_out);
         let window = product * (group_in + group_out) * reach;
+        let course_grad = match shape.has_courses() {
+            true => shape.slices * group_in * E * E * strip + WIDEST,
+            false => 0,
+        };
         let slack = slack(group_in).max(slack(group_out));
         // A strip of the preceding tile, and the values written behind the last position.
         let margin = strip + slack;
@@ -136,7 +140,9 @@ impl<'a, T: Real> Winograd<'a, T> {
         };
         let positions = positions(TILE_BYTES)
             .clamp(LEAST_POSITIONS, most)
-            .min(positions(tile_bytes.saturating_sub(2 * window)))
+            .min(positions(
+                tile_bytes.saturating_sub(2 * window + course_grad * size_of::<T>()),
+            ))
             .max(LEAST_POSITIONS / 2);
         // Small batches have small blocks, which would leave large planes empty.
         let blocks = geometry.blocks(BLOCKS);
@@ -149,10 +155,6 @@ impl<'a, T: Real> Winograd<'a, T> {
         let room = reach.div_ceil(tile * strip).max(1) * tile;
         let plane = plane_len(room * strip + reach + slack);
         let grad_plane = plane_len((1 + tile) * strip + slack);
-        let course_grad = match shape.has_courses() {
-            true => shape.slices * group_in * E * E * strip + WIDEST,
-            false => 0,
-        };
         Self {
             geometry,
             shape,

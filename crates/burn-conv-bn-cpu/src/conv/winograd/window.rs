@@ -45,7 +45,7 @@ pub(crate) struct Tile {
     /// Where the window is moved to its start, before the tile and after it.
     pub(super) before: Option<usize>,
     pub(super) after: Option<usize>,
-    /// What the tile is the first to read, by its place in the window, and the end of it.
+    /// Parts that this tile loads, by their place in the window, and the end of what is loaded.
     pub(super) loads: Vec<Part>,
     pub(super) loaded: usize,
     /// The input's strips, and the output's, by their place in the tile.
@@ -257,7 +257,7 @@ impl Shape {
         })
     }
 
-    /// The outputs among a tile's strips, and what is none.
+    /// Finds a tile's output strips, and the gaps between them.
     fn add_outputs(&self, geometry: &Geometry, tile: &mut Tile) {
         let [_, height, width] = geometry.output();
         let lines_of_strip = STEP * geometry.dilation[1];
