@@ -92,6 +92,10 @@
     )
 )]
 #![cfg(feature = "runtime")]
+#![allow(
+    clippy::collapsible_if,
+    reason = "a kernel's condition is a `let` or an expression, not both"
+)]
 #![expect(
     unsafe_code,
     reason = "launches without bounds checks: kernels check bounds themselves"

@@ -7,6 +7,9 @@ use std::ops::{Add, Neg, Sub};
 
 use crate::Real;
 
+/// Values of the widest unit's vectors.
+pub(crate) const WIDEST: usize = 16;
+
 /// Values of a chunk.
 pub(crate) const CHUNK: usize = 8;
 

@@ -13,6 +13,7 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+pub(crate) use super::chunk::WIDEST;
 use super::products::accumulate_columns;
 use crate::Real;
 
@@ -22,9 +23,6 @@ pub(crate) fn slack(channels: usize) -> usize {
     let full = if channels < CHANNELS { 0 } else { VECTORS[0] };
     full.max(VECTORS[channels % CHANNELS]) * WIDEST
 }
-
-/// Values of the widest unit's vectors.
-pub(crate) const WIDEST: usize = 16;
 
 /// Values of a cache line in single precision.
 pub(crate) const LINE: usize = 16;

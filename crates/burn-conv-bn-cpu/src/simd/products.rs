@@ -7,8 +7,7 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-use super::chunk::{SIDE, transposed};
-use super::planes::WIDEST;
+use super::chunk::{SIDE, WIDEST, transposed};
 use super::prefetch;
 use super::sweeps::Sweep;
 use crate::Real;

@@ -174,6 +174,7 @@ pub struct ChannelMoments<B: Backend> {
 /// statistics. A backend without such launches returns none.
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
+#[allow(clippy::large_enum_variant, reason = "there is one a call")]
 pub enum RunningStatistics<B: Backend> {
     /// None.
     Absent,
@@ -564,6 +565,7 @@ pub struct MaxPoolBackwardOptions {
 /// Results of `conv_bn_max_pool_forward`.
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
+#[allow(clippy::large_enum_variant, reason = "there is one a call")]
 pub enum ConvBnMaxPoolForward<B: Backend> {
     /// No kernel for these inputs and options: the two ops run one after the other.
     Unsupported,

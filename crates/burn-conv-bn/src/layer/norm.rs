@@ -83,7 +83,7 @@ impl BatchNormActivationConfig {
 /// backward pass.
 ///
 /// The output is rebuilt for every layer that needs it in the backward pass, Burn's own included; see
-/// [`batch_norm`]. Norm, activation and convolution, in the order of pre-activation networks, keep one
+/// [`batch_norm`](crate::functional::batch_norm). Norm, activation and convolution, in the order of pre-activation networks, keep one
 /// activation where Burn's layers keep three.
 ///
 /// It holds Burn's own [`BatchNorm`], as the field `norm`: a record of a model with a plain `BatchNorm` in

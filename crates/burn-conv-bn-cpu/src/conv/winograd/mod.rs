@@ -67,9 +67,6 @@ const MOST_POSITIONS: usize = 1024;
 const MOST_IN_DEPTH: usize = 256;
 const COURSE_POSITIONS: usize = 128;
 
-/// Kernels whose gradients a thread transforms at a time.
-const KERNELS: usize = 1024;
-
 /// Rows in transformation.
 #[derive(Default)]
 struct Lines<T> {

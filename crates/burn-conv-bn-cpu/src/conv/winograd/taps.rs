@@ -10,32 +10,22 @@ use std::mem::MaybeUninit;
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::KERNELS;
 use super::transforms::{E, filter_transposed, transformed};
-use super::window::Shape;
+use super::window::{Shape, parts, products};
 use crate::simd::planes::{CHANNELS, Filter, taps_in_cache};
 use crate::simd::sweeps::Sweep;
 use crate::{Geometry, Real};
 
+/// Kernels whose gradients a thread transforms at a time.
+const KERNELS: usize = 1024;
+
 /// Values of a part of a kernel.
 const PART: usize = 9;
-
-/// Parts of a kernel in each dimension.
-pub(super) fn parts(geometry: &Geometry) -> [usize; 3] {
-    let [depth, rows, columns] = geometry.kernel;
-    [depth, (rows - 1) / 2, (columns - 1) / 2]
-}
 
 /// Values of the transformed weight.
 pub(crate) fn transformed_len(geometry: &Geometry) -> usize {
     let kernels = geometry.channels_out() * geometry.group_in();
     kernels * products(geometry)
-}
-
-/// Products of a tile with a kernel, for one depth slice of outputs.
-pub(super) fn products(geometry: &Geometry) -> usize {
-    let [depth, down, across] = parts(geometry);
-    depth * (1 + (E - 1) * down) * (1 + (E - 1) * across)
 }
 
 /// The parts of a kernel, and which of them each product has.

@@ -6,11 +6,22 @@
 
 use std::ops::Range;
 
-use super::taps::{parts, products};
-use super::transforms::{STEP, pairs};
+use super::transforms::{E, STEP, pairs};
 use crate::Geometry;
 use crate::blocks::Block;
 use crate::conv::tile::Piece;
+
+/// Parts of a kernel in each dimension.
+pub(super) fn parts(geometry: &Geometry) -> [usize; 3] {
+    let [depth, rows, columns] = geometry.kernel;
+    [depth, (rows - 1) / 2, (columns - 1) / 2]
+}
+
+/// Products of a tile with a kernel, for one depth slice of outputs.
+pub(super) fn products(geometry: &Geometry) -> usize {
+    let [depth, down, across] = parts(geometry);
+    depth * (1 + (E - 1) * down) * (1 + (E - 1) * across)
+}
 
 /// Extents of an image's planes.
 #[derive(Clone, Copy, Debug)]
