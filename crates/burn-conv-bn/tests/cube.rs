@@ -627,15 +627,14 @@ fn pooled_block(
         affine: Some((gamma.clone(), beta.clone())),
         ..ConvBnParams::new(weight.clone())
     };
+    let valid = "the case is valid";
     let result = if joined {
-        conv_bn_max_pool2d(x.clone(), params, options.clone(), pool.clone())
+        conv_bn_max_pool2d(x.clone(), params, options.clone(), pool.clone()).expect(valid)
     } else {
-        conv_bn(x.clone(), params, options.clone()).and_then(|mut result| {
-            result.output = max_pool2d(result.output, pool.clone())?;
-            Ok(result)
-        })
+        let mut result = conv_bn(x.clone(), params, options.clone()).expect(valid);
+        result.output = max_pool2d(result.output, pool.clone()).expect(valid);
+        result
     };
-    let result = result.expect("the case is valid");
     let upstream = random(&result.output.dims(), 6);
     let upstream = Tensor::<4>::from_data(upstream, (&device, dtype));
     let grads = (result.output.clone() * upstream).sum().backward();

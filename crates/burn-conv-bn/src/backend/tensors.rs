@@ -1,5 +1,7 @@
 //! The structs and enums of tensors that pass through the trait.
 
+#![allow(clippy::large_enum_variant, reason = "there is one a call")]
+
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{
     Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind,
@@ -174,7 +176,6 @@ pub struct ChannelMoments<B: Backend> {
 /// statistics. A backend without such launches returns none.
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
-#[allow(clippy::large_enum_variant, reason = "there is one a call")]
 pub enum RunningStatistics<B: Backend> {
     /// None.
     Absent,
@@ -565,7 +566,6 @@ pub struct MaxPoolBackwardOptions {
 /// Results of `conv_bn_max_pool_forward`.
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
-#[allow(clippy::large_enum_variant, reason = "there is one a call")]
 pub enum ConvBnMaxPoolForward<B: Backend> {
     /// No kernel for these inputs and options: the two ops run one after the other.
     Unsupported,
