@@ -313,7 +313,10 @@ fn a_training_whose_terminal_is_gone_ends() {
     };
     session.terminal = None;
     let ended = session.end();
-    assert_eq!(ended.status.signal(), Some(Signal::HUP.as_raw()));
+    // It aborts if it writes before the signal arrives: a line that cannot be written is a panic, also in a panic.
+    let signals = [Signal::HUP, Signal::ABORT].map(|signal| Some(signal.as_raw()));
+    let signal = ended.status.signal();
+    assert!(signals.contains(&signal), "{signal:?}");
     assert!(newest_checkpoint(ended.folder.path()) > Some(0));
 }
 
