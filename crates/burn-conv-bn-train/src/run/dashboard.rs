@@ -41,6 +41,7 @@ impl Dashboard {
         // Before the dashboard's thread does, which then leaves the mode as it is.
         enable_raw_mode().ok()?;
         keep_ctrl_c();
+        hang_up_with_terminal();
         let checkpoint = Some(finished).filter(|&epoch| epoch > 0);
         let tui = TuiMetricsRendererWrapper::new(interrupter.clone(), checkpoint);
         Some(Self {
@@ -108,6 +109,26 @@ fn keep_ctrl_c() {
 /// Elsewhere Ctrl-C stays a key, which the dashboard ignores.
 #[cfg(not(unix))]
 fn keep_ctrl_c() {}
+
+/// Ends the process as by its terminal's SIGHUP if a panic finds the terminal gone before that signal arrives. Otherwise the
+/// dashboard's terminal prints an error while the panic unwinds, which is a second panic, and the process aborts.
+#[cfg(unix)]
+fn hang_up_with_terminal() {
+    use rustix::process::{Signal, getpid, kill_process};
+    use rustix::termios::tcgetattr;
+
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        if tcgetattr(io::stdin()).is_err() {
+            let _ = kill_process(getpid(), Signal::HUP);
+        }
+        hook(info);
+    }));
+}
+
+/// Elsewhere a terminal sends no signal.
+#[cfg(not(unix))]
+fn hang_up_with_terminal() {}
 
 /// Methods that pass an event on.
 macro_rules! shown {
