@@ -121,15 +121,20 @@ fn running_moments_kernel<T: Float, R: Float>(
 ///
 /// # Panics
 ///
-/// Panics if `running` has another number of channels than `batch`.
+/// Panics if one of the means and variances has another number of channels.
 pub fn running_moments(running: &Running, batch: &Moments) -> Moments {
     let channels = batch.mean.meta.num_elements();
     let results = running.results(channels);
+    let got = batch.variance.meta.num_elements();
+    assert_eq!(
+        got, channels,
+        "batch variance: expected {channels} values, got {got}"
+    );
     let client = batch.mean.client.clone();
     let accumulator = element_type(batch.mean.dtype);
     let cube_dim = CubeDim::new(&client, channels.max(1));
     if channels > 0 {
-        // SAFETY: the kernel stops at the last channel, of which all tensors have as many.
+        // SAFETY: the kernel stops at the last channel, and each tensor has a value for it.
         unsafe {
             running_moments_kernel::launch_unchecked(
                 &client,

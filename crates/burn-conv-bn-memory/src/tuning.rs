@@ -12,8 +12,9 @@ use crate::lines::Lines;
 /// Reports how many kernels the process has tuned so far, one for each shape of an operation, until it is dropped.
 ///
 /// CubeCL 0.11.3 reports its tuning only in logs: this reads the file to which `autotune.decisions` of `cubecl.toml`
-/// directs them, or one of its own. What CubeCL finds in its cache is not tuned, and not counted. Lines of other processes in that file are, and none
-/// of a file that is there already if `autotune.decisions.append` is off. CubeCL panics where it cannot write the file.
+/// directs them, or one of its own. What CubeCL finds in its cache is not tuned, and not counted. Other processes' lines in
+/// that file are counted. A file that exists is not counted at all if `autotune.decisions.append` is off. CubeCL panics
+/// where it cannot write the file.
 ///
 /// ```
 /// use std::time::Duration;

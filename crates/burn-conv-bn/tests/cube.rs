@@ -524,13 +524,7 @@ fn running_statistics() {
         norms.flat_map(running).collect::<Vec<_>>()
     };
     let (got, wanted) = (run(&gpu::device()), run(&Device::flex()));
-    for (index, (got, wanted)) in got.iter().zip(&wanted).enumerate() {
-        let distance = distance(got, wanted);
-        assert!(
-            distance < 1e-5,
-            "{index}: {distance}, got {got:?}, wanted {wanted:?}"
-        );
-    }
+    assert_near("two batches", &got, &wanted, 1e-5);
 }
 
 /// Threads that train clones of a layer lose no update of its statistics.
@@ -554,13 +548,7 @@ fn running_statistics_take_every_threads_update() {
         running(&layer.norm)
     };
     // The threads see the same batch: the order of their updates makes no difference.
-    for (got, wanted) in trained(4).iter().zip(&trained(1)) {
-        let distance = distance(got, wanted);
-        assert!(
-            distance < 1e-5,
-            "{distance}, got {got:?}, wanted {wanted:?}"
-        );
-    }
+    assert_near("four threads", &trained(4), &trained(1), 1e-5);
 }
 
 /// The pool alone, over windows that keep an argmax and one that is Burn's.
@@ -651,6 +639,18 @@ fn pooled_block(
     ]
 }
 
+/// Asserts that each result is less than `tolerance` of its length away.
+fn assert_near(what: &str, got: &[Vec<f64>], wanted: &[Vec<f64>], tolerance: f64) {
+    assert_eq!(got.len(), wanted.len(), "{what}");
+    for (index, (got, wanted)) in got.iter().zip(wanted).enumerate() {
+        let distance = distance(got, wanted);
+        assert!(
+            distance < tolerance,
+            "result {index} of {what}: {distance:.1e}"
+        );
+    }
+}
+
 /// Difference of two vectors over the length of the second.
 fn distance(got: &[f64], wanted: &[f64]) -> f64 {
     assert_eq!(got.len(), wanted.len());
@@ -684,11 +684,7 @@ fn max_pool_behind_a_block() {
         ] {
             let got = pooled_block(&gpu::device(), DType::F32, &options, &pool, true);
             let wanted = pooled_block(&Device::flex(), DType::F32, &options, &pool, false);
-            for (index, (got, wanted)) in got.iter().zip(&wanted).enumerate() {
-                let distance = distance(got, wanted);
-                let what = format!("result {index} of {options:?} and {pool:?}");
-                assert!(distance <= 1e-4, "{what}: {distance:.1e}");
-            }
+            assert_near(&format!("{options:?} and {pool:?}"), &got, &wanted, 1e-4);
         }
     }
 }
@@ -703,11 +699,8 @@ fn max_pool_behind_a_block_in_half_precision() {
         }
         for pool in [window(2, 2, 0), window(3, 2, 1)] {
             let run = |joined| pooled_block(&gpu::device(), dtype, &options, &pool, joined);
-            for (index, (got, wanted)) in run(true).iter().zip(&run(false)).enumerate() {
-                let distance = distance(got, wanted);
-                let what = format!("result {index} of {dtype:?} and {pool:?}");
-                assert!(distance <= 2e-2, "{what}: {distance:.1e}");
-            }
+            let what = format!("{dtype:?} and {pool:?}");
+            assert_near(&what, &run(true), &run(false), 2e-2);
         }
     }
 }

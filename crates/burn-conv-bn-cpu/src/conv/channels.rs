@@ -3,7 +3,6 @@
 use super::span::Span;
 use crate::scratch::Aligned;
 use crate::simd::planes::plane_len;
-use crate::simd::products::ROWS;
 use crate::{Element, Geometry, Real};
 
 /// An algorithm whose threads divide the channels and not the images.
@@ -66,19 +65,15 @@ pub(crate) struct Rows<T> {
 }
 
 impl<T: Real> Rows<T> {
-    /// Makes room for `channels` rows of `len` values, with what the products read behind them.
+    /// Makes room for `channels` rows of `len` values, each up to whole vectors.
     pub(crate) fn resize(&mut self, channels: usize, len: usize) {
-        self.pitch = Self::pitch(len);
+        self.pitch = plane_len(len);
         self.values.resize(Self::room(channels, len), T::ZERO);
     }
 
     /// Values of `channels` rows of `len`.
     pub(crate) fn room(channels: usize, len: usize) -> usize {
-        (channels + ROWS) * Self::pitch(len)
-    }
-
-    fn pitch(len: usize) -> usize {
-        plane_len(len + ROWS)
+        channels * plane_len(len)
     }
 
     /// The rows of `channels`.

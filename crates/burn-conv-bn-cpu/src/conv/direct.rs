@@ -231,11 +231,7 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
     }
 
     fn tiles(&self, block: &Block, has_halo: bool) -> Vec<(Tile, bool)> {
-        let halo = if has_halo {
-            self.layout.halo(block)
-        } else {
-            None
-        };
+        let halo = has_halo.then(|| self.layout.halo(block)).flatten();
         let own = self.layout.tiles(block, self.tile).into_iter();
         halo.map(|tile| (tile, true))
             .into_iter()

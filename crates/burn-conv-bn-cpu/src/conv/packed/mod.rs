@@ -322,8 +322,7 @@ impl Packed<'_> {
         let group_out = self.geometry.group_out();
         let columns = part.channels * self.taps.len();
         let pitch = plane_len(self.inputs * self.taps.len());
-        let padded = self.positions.next_multiple_of(ROWS);
-        buffers.sums.resize(padded * pitch, E::Real::ZERO);
+        buffers.sums.resize(self.positions * pitch, E::Real::ZERO);
         buffers.weight.resize(WEIGHT_ROWS * pitch, E::Real::ZERO);
         for start in (0..group_out).step_by(WEIGHT_ROWS) {
             let depth = WEIGHT_ROWS.min(group_out - start);
