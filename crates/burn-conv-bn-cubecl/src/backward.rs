@@ -206,7 +206,12 @@ impl GradSums {
     /// The sums over one chunk of the batch. A norm's input needs `table`.
     ///
     /// One read of each tensor.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the tensors do not fit each other, or `table` has another number of channels.
     pub fn new(pre_activation: &PreActivation, table: Option<&ChannelTable>) -> Self {
+        pre_activation.assert_fits(table);
         let walk = pre_activation.walk(&[], REDUCTION_CUBES);
         let output_grad = &pre_activation.output_grad;
         let partials = partial_table(output_grad, walk.chunks, walk.channels);
@@ -236,7 +241,13 @@ impl GradSums {
 
     /// Gradients of the norm's parameters, in their dtype, or the accumulator's without any. Completes the sums' `table`
     /// for [`norm_input_grad`].
+    ///
+    /// # Panics
+    ///
+    /// Panics if `table` has another number of channels than the sums.
     pub fn finish(mut self, table: &ChannelTable) -> AffineGrads {
+        // Partial results are `[planes, rows, channels]`.
+        table.assert_channels(self.partials[0].meta.shape()[2]);
         match self.finished.take() {
             Some(results) => results.complete(table),
             None => table::finish_sums(self.join(), table),
@@ -426,11 +437,17 @@ pub struct NormInputGrad {
 ///
 /// It overwrites the norm's input, or without one the output's gradient, if that is the only handle; otherwise it
 /// is a new buffer of the same layout. One read of each tensor.
+///
+/// # Panics
+///
+/// Panics if the tensors do not fit each other, if `table` has another number of channels, or if it is of the batch's
+/// statistics and no sums completed it.
 pub fn norm_input_grad(
     pre_activation: PreActivation,
     table: Option<&ChannelTable>,
     wants_residual_grad: bool,
 ) -> NormInputGrad {
+    pre_activation.assert_fits(table);
     let output_grad = &pre_activation.output_grad;
     let is_unchanged = pre_activation.activation == Activation::Identity;
     if table.is_none() && is_unchanged {
@@ -465,7 +482,7 @@ pub fn norm_input_grad(
         };
     }
     let client = output_grad.client.clone();
-    let rows = table.map(ChannelTable::rows);
+    let rows = table.map(ChannelTable::grad_rows);
     // SAFETY: `unit` keeps positions and channels below the tensors' common ones, and each vector
     // of the target is written by one unit, which has read the inputs there.
     unsafe {

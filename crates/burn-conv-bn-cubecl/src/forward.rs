@@ -13,11 +13,11 @@ use crate::moments::{MomentsResults, Statistics, finish_channel_moments, finish_
 use crate::norm::{Norm, NormArgs, unit_affine};
 use crate::running::{Running, RunningArgs, running_moments};
 use crate::table::{Affine, ChannelTable, Moments};
-use crate::values_per_channel;
 use crate::walk::{
     Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, coordinates, index, is_idle,
     is_sparse, is_writable, tensor_arg, unit, written_arg, written_over,
 };
+use crate::{assert_shape, values_per_channel};
 
 /// Positions that a unit reads before it takes them into its moments.
 const POSITIONS_AT_ONCE: usize = 4;
@@ -145,6 +145,10 @@ const BINDINGS: u32 = 12;
 ///
 /// One read of the input. Partial results are means and squared deviations in f32 (f64 for f64): a mean far from
 /// zero costs no digits. The variance of an empty tensor is NaN.
+///
+/// # Panics
+///
+/// Panics if gamma or beta has another number of channels than the input, or beta another dtype than gamma.
 pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, ChannelTable) {
     let statistics = moments_and_running(input, affine, norm, None);
     (statistics.moments, statistics.table)
@@ -156,13 +160,14 @@ pub fn moments(input: &CubeTensor, affine: Affine, norm: Norm) -> (Moments, Chan
 ///
 /// # Panics
 ///
-/// Panics if `running` has another number of channels than the input.
+/// Panics if gamma, beta or `running` has another number of channels than the input, or beta another dtype than gamma.
 pub fn moments_and_running(
     input: &CubeTensor,
     affine: Affine,
     norm: Norm,
     running: Option<&Running>,
 ) -> Statistics {
+    affine.assert_channels(input.meta.shape()[1]);
     let client = &input.client;
     let is_short = client.properties().hardware.max_bindings < BINDINGS;
     if let Some(running) = running.filter(|_| is_short) {
@@ -271,12 +276,22 @@ fn normalize_kernel<E: Float, T: Float, N: Size, V: Size>(
 ///
 /// `residual` has the input's shape and dtype. The output overwrites the input if that is the only handle and at
 /// most a tenth of it is padding; otherwise it is a new buffer of the same layout without gaps.
+///
+/// # Panics
+///
+/// Panics if `table` has another number of channels than the input, or `residual` another shape.
 pub fn normalize(
     input: CubeTensor,
     table: Option<&ChannelTable>,
     residual: Option<&CubeTensor>,
     activation: Activation,
 ) -> CubeTensor {
+    if let Some(table) = table {
+        table.assert_channels(input.meta.shape()[1]);
+    }
+    if let Some(residual) = residual {
+        assert_shape("residual", residual, input.meta.shape());
+    }
     let accumulator = accumulator_type(input.dtype);
     let in_place = is_writable(&input) && !is_sparse(&input);
     let output = written_over(&input, in_place);

@@ -133,7 +133,34 @@ pub use table::{Affine, AffineGrads, ChannelTable, Moments, channel_table};
 #[doc = include_str!("../README.md")]
 mod readme {}
 
+use core::fmt::Display;
+
 use burn_cubecl::tensor::CubeTensor;
+
+/// Panics unless the tensor has that many values, as kernels rely on.
+pub(crate) fn assert_values(what: impl Display, tensor: &CubeTensor, wanted: usize) {
+    let got = tensor.meta.num_elements();
+    assert_eq!(got, wanted, "{what}: expected {wanted} values, got {got}");
+}
+
+/// Panics unless the tensor has that shape, as kernels rely on.
+pub(crate) fn assert_shape(what: &str, tensor: &CubeTensor, wanted: &[usize]) {
+    let got = tensor.meta.shape().to_vec();
+    assert_eq!(
+        got, wanted,
+        "{what}: expected shape {wanted:?}, got {got:?}"
+    );
+}
+
+/// Panics unless the tensor is `[batch, channels, height, width]`.
+pub(crate) fn assert_is_2d(what: &str, tensor: &CubeTensor) {
+    let shape = tensor.meta.shape().to_vec();
+    assert_eq!(
+        shape.len(),
+        4,
+        "{what}: expected [batch, channels, height, width], got shape {shape:?}"
+    );
+}
 
 /// Batch times spatial size of `[batch, channels, spatial..]`.
 pub(crate) fn values_per_channel(tensor: &CubeTensor) -> usize {

@@ -20,6 +20,7 @@ use crate::table::ChannelTable;
 use crate::walk::{
     Grid, Lanes, MAP_CUBES, Steps, Unit, Walk, coordinates, index, is_idle, tensor_arg, unit,
 };
+use crate::{assert_is_2d, assert_shape};
 
 /// Argmaxes in one word.
 const PLACES: usize = 4;
@@ -52,10 +53,18 @@ pub struct PoolWindow {
 
 impl PoolWindow {
     /// Height and width of the output for an input of that height and width.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the window is larger than the padded input.
     pub fn output(&self, input: [usize; 2]) -> [usize; 2] {
         [0, 1].map(|dim| {
-            let padded = input[dim] + 2 * self.padding[dim];
-            (padded - self.kernel_size[dim]) / self.stride[dim] + 1
+            let (padded, size) = (input[dim] + 2 * self.padding[dim], self.kernel_size[dim]);
+            assert!(
+                size <= padded,
+                "window: expected at most the padded input's {padded} pixels, got {size}"
+            );
+            (padded - size) / self.stride[dim] + 1
         })
     }
 }
@@ -256,13 +265,22 @@ fn max_pool_kernel<E: Float, T: Float, N: Size>(
 ///     (max_pool(z, Some(&table), Activation::Relu, window), statistics)
 /// }
 /// ```
+///
+/// # Panics
+///
+/// Panics if the input has no height and width, if the window is larger than the padded input, or if `table` has
+/// another number of channels.
 pub fn max_pool(
     input: &CubeTensor,
     table: Option<&ChannelTable>,
     activation: Activation,
     window: PoolWindow,
 ) -> MaxPooled {
+    assert_is_2d("input", input);
     let (shape, strides) = (input.meta.shape(), input.meta.strides());
+    if let Some(table) = table {
+        table.assert_channels(shape[1]);
+    }
     let (channels, [height, width]) = (shape[1], [shape[2], shape[3]]);
     let [rows_out, columns_out] = window.output([height, width]);
     let output = channels_last(input, [shape[0], channels, rows_out, columns_out]);
@@ -328,6 +346,29 @@ pub(crate) struct PoolExtent {
 }
 
 impl PoolArgmax {
+    /// Panics unless the output of an input of that shape has the gradient's shape.
+    pub(crate) fn assert_pools(&self, what: &str, input: &[usize], output_grad: &CubeTensor) {
+        let &[images, channels, height, width] = input else {
+            panic!("{what}: expected [batch, channels, height, width], got shape {input:?}");
+        };
+        let [rows, columns] = self.window.output([height, width]);
+        let wanted = [images, channels, rows, columns];
+        assert_shape("output gradient", output_grad, &wanted);
+    }
+
+    /// Panics unless the argmax has a place for each value of the output's gradient.
+    pub(crate) fn assert_covers(&self, output_grad: &CubeTensor) {
+        assert_is_2d("output gradient", output_grad);
+        let shape = output_grad.meta.shape();
+        let images = self.first_image + shape[0];
+        let wanted = (images * shape[1] * shape[2] * shape[3]).div_ceil(PLACES);
+        let got = self.argmax.meta.num_elements();
+        assert!(
+            got >= wanted,
+            "argmax: expected at least {wanted} values, got {got}"
+        );
+    }
+
     pub(crate) fn extent(&self, output_grad: &CubeTensor) -> PoolExtentLaunch {
         let shape = output_grad.meta.shape();
         PoolExtentLaunch::new(shape[2], shape[3], shape[1], self.first_image)
@@ -469,13 +510,21 @@ fn max_pool_backward_kernel<E: Float, T: Float, N: Size>(
 ///     (pooled.output, max_pool_backward(output_grad, &argmax, size))
 /// }
 /// ```
+///
+/// # Panics
+///
+/// Panics if the output's gradient has another shape than the pool's output, or the argmax is shorter.
 pub fn max_pool_backward(
     output_grad: &CubeTensor,
     pool: &PoolArgmax,
     [height, width]: [usize; 2],
 ) -> CubeTensor {
+    assert_is_2d("output gradient", output_grad);
     let shape = output_grad.meta.shape();
-    let input_grad = channels_last(output_grad, [shape[0], shape[1], height, width]);
+    let input_shape = [shape[0], shape[1], height, width];
+    pool.assert_pools("input", &input_shape, output_grad);
+    pool.assert_covers(output_grad);
+    let input_grad = channels_last(output_grad, input_shape);
     let accumulator = accumulator_type(output_grad.dtype);
     let tensors = [&input_grad, output_grad];
     let walk = Walk::over_pixels(&tensors, accumulator.size(), MAP_CUBES);

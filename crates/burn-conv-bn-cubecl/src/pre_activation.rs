@@ -6,9 +6,11 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use crate::activation::{self, Activation};
+use crate::assert_shape;
 use crate::element::{accumulator_type, element_type};
 use crate::norm::UnitAffine;
 use crate::pool::{PoolArgmax, PoolExtent, PoolWindow, no_extent, pooled_grad};
+use crate::table::ChannelTable;
 use crate::walk::{Steps, Unit, Walk, index};
 
 /// Operands of the gradient at the pre-activation `v`: `g = output_grad * activation'(v)`.
@@ -34,6 +36,40 @@ pub struct PreActivation {
 }
 
 impl PreActivation {
+    /// Panics unless the tensors that a kernel reads fit each other, and `table` their channels.
+    pub(crate) fn assert_fits(&self, table: Option<&ChannelTable>) {
+        let output_grad = &self.output_grad;
+        if let Some(table) = table {
+            table.assert_channels(output_grad.meta.shape()[1]);
+        }
+        // A pool's gradient alone does not tell the shape of the other tensors.
+        let like = match (&self.norm_input, &self.pool) {
+            (Some(norm_input), Some(pool)) => {
+                pool.assert_pools("norm input", norm_input.meta.shape(), output_grad);
+                Some(norm_input)
+            }
+            (norm_input, None) => Some(norm_input.as_ref().unwrap_or(output_grad)),
+            (None, Some(_)) => None,
+        };
+        if let Some(pool) = &self.pool {
+            pool.assert_covers(output_grad);
+        }
+        let Some(like) = like else { return };
+        let others = [
+            (
+                "output gradient",
+                Some(output_grad).filter(|_| self.pool.is_none()),
+            ),
+            ("residual", self.added_residual()),
+            ("output", self.masking_output()),
+        ];
+        for (what, tensor) in others {
+            if let Some(tensor) = tensor {
+                assert_shape(what, tensor, like.meta.shape());
+            }
+        }
+    }
+
     pub(crate) fn walk(&self, others: &[&CubeTensor], cubes: usize) -> Walk {
         // The first tensor decides the layout: the norm's input, as the device's convolution wrote it.
         let tensors: Vec<&CubeTensor> = self

@@ -5,6 +5,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
+use crate::assert_values;
 use crate::element::element_type;
 use crate::table::{Moments, channel_values};
 
@@ -28,11 +29,7 @@ impl Running {
     pub(crate) fn results(&self, channels: usize) -> Moments {
         let like = &self.moments.mean;
         for (what, tensor) in [("mean", like), ("variance", &self.moments.variance)] {
-            let got = tensor.meta.num_elements();
-            assert_eq!(
-                got, channels,
-                "running {what}: expected {channels} values, got {got}"
-            );
+            assert_values(format_args!("running {what}"), tensor, channels);
         }
         let channel_values = || channel_values(like, 1, channels);
         Moments {
@@ -125,11 +122,7 @@ fn running_moments_kernel<T: Float, R: Float>(
 pub fn running_moments(running: &Running, batch: &Moments) -> Moments {
     let channels = batch.mean.meta.num_elements();
     let results = running.results(channels);
-    let got = batch.variance.meta.num_elements();
-    assert_eq!(
-        got, channels,
-        "batch variance: expected {channels} values, got {got}"
-    );
+    assert_values("batch variance", &batch.variance, channels);
     let client = batch.mean.client.clone();
     let accumulator = element_type(batch.mean.dtype);
     let cube_dim = CubeDim::new(&client, channels.max(1));

@@ -10,6 +10,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::zspace::Shape;
 
+use crate::assert_values;
 use crate::element::element_type;
 use crate::fold::{Fold, One, fold_rows};
 use crate::norm::{
@@ -38,6 +39,29 @@ impl ChannelTable {
     pub(crate) fn rows(&self) -> CubeTensor {
         let mut rows = self.rows.borrow_mut();
         rows.get_or_insert_with(|| affine_rows(self)).clone()
+    }
+
+    /// As [`rows`](Self::rows), for the gradient of a norm's input.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the statistics are the batch's and no sums completed the table.
+    pub(crate) fn grad_rows(&self) -> CubeTensor {
+        let rows = self.rows();
+        if self.is_of_batch {
+            let wanted = rows::ALL * self.moments.mean.meta.num_elements();
+            let got = rows.meta.num_elements();
+            assert_eq!(
+                got, wanted,
+                "channel table: expected {wanted} values, got {got}: complete it with `GradSums::finish`"
+            );
+        }
+        rows
+    }
+
+    /// Panics unless the table is of that many channels, as kernels rely on.
+    pub(crate) fn assert_channels(&self, channels: usize) {
+        assert_values("mean", &self.moments.mean, channels);
     }
 
     /// Type of gamma and beta, or the accumulator's.
@@ -113,6 +137,22 @@ impl Affine<'_> {
         let parameter = self.gamma.or(self.beta);
         parameter.map_or(accumulator, |tensor| tensor.dtype)
     }
+
+    /// Panics unless both have that many values, of one dtype, as kernels rely on.
+    pub(crate) fn assert_channels(&self, channels: usize) {
+        for (what, tensor) in [("gamma", self.gamma), ("beta", self.beta)] {
+            if let Some(tensor) = tensor {
+                assert_values(what, tensor, channels);
+            }
+        }
+        if let Some((gamma, beta)) = self.gamma.zip(self.beta) {
+            let (wanted, got) = (gamma.dtype, beta.dtype);
+            assert_eq!(
+                got, wanted,
+                "beta: expected {wanted:?} as gamma, got {got:?}"
+            );
+        }
+    }
 }
 
 /// A table's norm for a kernel; without a table, an unused one.
@@ -154,7 +194,14 @@ fn affine_kernel<T: Float, P: Float>(
 
 /// The table for a backward pass, from the forward pass's moments over `values` values per channel. No launch:
 /// [`GradSums::finish`](crate::GradSums::finish) completes it.
+///
+/// # Panics
+///
+/// Panics if variance, gamma or beta has another number of values than the mean, or beta another dtype than gamma.
 pub fn channel_table(moments: &Moments, affine: Affine, norm: Norm, values: usize) -> ChannelTable {
+    let channels = moments.mean.meta.num_elements();
+    assert_values("variance", &moments.variance, channels);
+    affine.assert_channels(channels);
     ChannelTable {
         moments: moments.clone(),
         gamma: affine.gamma.cloned(),

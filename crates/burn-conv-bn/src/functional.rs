@@ -337,14 +337,8 @@ pub(crate) fn batch_norm_running<const D: usize>(
     }
     let check = Check::new(&input);
     check.backend()?;
-    for (what, tensor) in [
-        ("gamma", &gamma),
-        ("beta", &beta),
-        ("mean", &mean),
-        ("variance", &variance),
-    ] {
-        check.norm_channels(what, tensor.as_ref(), shape[1])?;
-    }
+    let vectors = [&gamma, &beta, &mean, &variance].map(Option::as_ref);
+    check.norm(vectors, shape[1])?;
     check.running(running.as_ref(), shape[1])?;
     let statistics = match mean.zip(variance) {
         Some((mean, variance)) if shape[0] == 0 => {
@@ -555,14 +549,8 @@ fn checked<const D: usize>(
     check.backend()?;
     check.data("weight", &params.weight)?;
     check.data_channels("bias", params.bias.as_ref(), channels_out)?;
-    for (what, tensor) in [
-        ("gamma", &gamma),
-        ("beta", &beta),
-        ("mean", &mean),
-        ("variance", &variance),
-    ] {
-        check.norm_channels(what, tensor.as_ref(), channels_out)?;
-    }
+    let vectors = [&gamma, &beta, &mean, &variance].map(Option::as_ref);
+    check.norm(vectors, channels_out)?;
     check.running(running.as_ref(), channels_out)?;
     if let Some(residual) = &params.residual {
         check.shape("residual", residual, problem.output.clone())?;

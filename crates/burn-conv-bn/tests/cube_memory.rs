@@ -17,6 +17,7 @@ use burn_conv_bn::backend::{
     Parents, RunningStatistics, Statistics, StatisticsKind,
 };
 use burn_conv_bn::{Activation, ConvBnOptions, ConvSpec, MaxPool2dConfig, Recompute};
+use burn_conv_bn_cubecl::with_last_cube;
 use burn_conv_bn_memory::PoolMeter;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
@@ -24,6 +25,9 @@ use burn_cubecl::{CubeBackend, CubeDevice};
 use step::{ACTIVATION, OVERHEAD, STEPS, Step, config};
 
 type Launches = BTreeMap<&'static str, usize>;
+
+/// In `partial_sums_kernel`, and in `sums_kernel` where the last cube finishes the sums.
+const SUMS: &str = "sums_kernel";
 
 /// No other test allocates or launches at the same time.
 fn alone() -> MutexGuard<'static, ()> {
@@ -71,7 +75,7 @@ fn measure_step(step: &Step, name: &str, forward: impl Fn(Tensor<4>) -> Tensor<4
         result = Some((
             Measure {
                 launches: launches.values().sum(),
-                sums: count(&launches, "partial_sums_kernel"),
+                sums: count(&launches, SUMS),
                 forward_end,
                 peak,
             },
@@ -129,6 +133,14 @@ fn fewer_launches_less_kept_and_a_lower_peak() {
     );
     assert!(rebuilt.launches < ours.launches, "{rebuilt:?} {ours:?}");
     assert_eq!(rebuilt.sums, 1, "{rebuilt:?}");
+
+    // Under either name the sums are taken once; the last cube saves the launch that finishes them.
+    let [last, second] = [true, false].map(|last_cube| {
+        let name = format!("fused, last cube {last_cube}");
+        with_last_cube(last_cube, || measure(&device, &name, |x| fused.forward(x)))
+    });
+    assert_eq!([last.sums, second.sums], [1, 1], "{last:?} {second:?}");
+    assert!(last.launches < second.launches, "{last:?} {second:?}");
 }
 
 /// A max pool behind the layer keeps a byte for each output, alone or as one op with the layer; then neither the
@@ -314,7 +326,7 @@ fn gradients_in_chunks() {
         let (parts, peak, launches) = layer.backward(input_and_weight(), &device, &meter);
         println!("{size}x{size}, two images at a time: {peak} bytes of {bound}");
         print(&launches);
-        assert_eq!(count(&launches, "partial_sums_kernel"), 1);
+        assert_eq!(count(&launches, SUMS), 1);
         assert_eq!(count(&launches, "slice_assign_kernel"), 4);
         // Of the input and twice of z's gradient, for each of four chunks.
         let sliced = if aligned { 0 } else { 3 * 4 };

@@ -71,7 +71,7 @@ impl Peaks {
         }
     }
 
-    /// At most 0.6 of Burn's own layers' in the step that tunes, below theirs after it.
+    /// At most 0.6 of Burn's own layers' in the step that tunes, and after it.
     fn assert_below(&self, own: &Self) {
         let ratio = |ours: usize, own: usize| ours as f64 / own as f64;
         println!(
@@ -80,8 +80,7 @@ impl Peaks {
             ratio(self.after, own.after)
         );
         assert!(10 * self.tuning <= 6 * own.tuning, "{self:?} {own:?}");
-        // Whether Burn's layers take columns then is up to the device.
-        assert!(self.after < own.after, "{self:?} {own:?}");
+        assert!(10 * self.after <= 6 * own.after, "{self:?} {own:?}");
     }
 }
 

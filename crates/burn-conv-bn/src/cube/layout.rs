@@ -17,6 +17,7 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::sweeps::Kernels;
 use crate::portable::layout::{Layouts, image_slices};
+use crate::portable::workspace;
 
 impl Layouts<CubeBackend> for Kernels {
     const MAY_ALLOCATE_COLUMNS: bool = true;
@@ -102,8 +103,7 @@ impl Layouts<CubeBackend> for Kernels {
     fn images_of_a_view(tensor: &CubeTensor) -> Option<usize> {
         let alignment = tensor.client.properties().memory.alignment as usize;
         let stride = tensor.meta.strides()[0] * tensor.dtype.size();
-        // Both are powers of two.
-        Some(alignment / alignment.min(1usize << stride.trailing_zeros().min(31)))
+        workspace::images_of_a_view(tensor.meta.shape()[0], stride, alignment)
     }
 
     fn row_bytes(tensor: &CubeTensor, length: usize) -> usize {

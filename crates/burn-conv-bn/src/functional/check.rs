@@ -71,7 +71,33 @@ impl Check {
         self.data(what, tensor)
     }
 
-    pub(super) fn norm_channels(
+    /// The norm's gamma, beta, given mean and given variance.
+    pub(super) fn norm(
+        &self,
+        [gamma, beta, mean, variance]: [Option<&Tensor<1>>; 4],
+        channels: usize,
+    ) -> Result<(), ConvBnError> {
+        for (what, tensor) in [
+            ("gamma", gamma),
+            ("beta", beta),
+            ("mean", mean),
+            ("variance", variance),
+        ] {
+            self.norm_channels(what, tensor, channels)?;
+        }
+        // Kernels read both as one type.
+        match gamma.zip(beta) {
+            Some((gamma, beta)) if gamma.dtype() != beta.dtype() => Err(ConvBnError::DType {
+                what: "beta",
+                input: self.dtype,
+                expected: format!("{:?}, as gamma is", gamma.dtype()),
+                got: beta.dtype(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn norm_channels(
         &self,
         what: &'static str,
         tensor: Option<&Tensor<1>>,

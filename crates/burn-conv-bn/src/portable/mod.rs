@@ -11,7 +11,7 @@ pub(crate) mod layout;
 pub(crate) mod max_pool;
 pub(crate) mod norm;
 pub(crate) mod sweeps;
-mod workspace;
+pub(crate) mod workspace;
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};

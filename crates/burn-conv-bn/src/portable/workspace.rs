@@ -103,11 +103,23 @@ impl Costs {
         if chunk.len() * self.scratch <= bytes {
             return vec![chunk.clone()];
         }
+        // Slices of the whole batch begin and end with the chunk.
+        let view =
+            view.filter(|&view| chunk.start.is_multiple_of(view) && chunk.end.is_multiple_of(view));
         chunks(
             chunk.clone(),
             most(bytes, |is_view| self.chunk(is_view), view),
         )
     }
+}
+
+/// The number of images whose multiples are views of a batch with that many bytes from one image to the next. A view
+/// begins and ends at offsets of that alignment, a power of two, and what its end is counted from is the batch's.
+#[cfg(any(feature = "cubecl", test))]
+pub(crate) fn images_of_a_view(batch: usize, stride: usize, alignment: usize) -> Option<usize> {
+    // Both are powers of two.
+    let images = alignment / alignment.min(1usize << stride.trailing_zeros().min(31));
+    batch.is_multiple_of(images).then_some(images)
 }
 
 /// Most images that fit: a multiple of `view`, unless not even that fits, and at least one.
@@ -185,6 +197,33 @@ mod tests {
         };
         // z's gradient takes 16 MiB of it.
         assert_eq!([largest(1), largest(36), largest(160)], [1, 2, 16]);
+    }
+
+    #[test]
+    fn a_batch_that_ends_within_a_view_has_none() {
+        // Images of 64 bytes, four in an alignment of 256; of 256 and 1024, one.
+        assert_eq!(images_of_a_view(8, 64, 256), Some(4));
+        assert_eq!(images_of_a_view(10, 64, 256), None);
+        assert_eq!(images_of_a_view(3, 64, 256), None);
+        assert_eq!(images_of_a_view(10, 192, 256), None);
+        assert_eq!(images_of_a_view(10, 256, 256), Some(1));
+        assert_eq!(images_of_a_view(7, 1024, 256), Some(1));
+        // A repeated image has a stride of 0.
+        assert_eq!(images_of_a_view(7, 0, 256), Some(1));
+    }
+
+    #[test]
+    fn chunks_off_a_view_cost_their_copies() {
+        let largest = |chunk: Range<usize>| {
+            // 100 MiB beside z's gradient: ten images as views, eight with copies.
+            let bytes = Some((100 + chunk.len()) * MIB);
+            let chunks = costs().conv_chunks(&chunk, 64, bytes, true, Some(2));
+            assert_eq!(chunks.first().unwrap().start, chunk.start);
+            assert_eq!(chunks.last().unwrap().end, chunk.end);
+            chunks.into_iter().map(|chunk| chunk.len()).max().unwrap()
+        };
+        assert_eq!([largest(0..16), largest(16..32)], [10, 10]);
+        assert_eq!([largest(1..17), largest(16..31)], [8, 8]);
     }
 
     #[test]

@@ -235,6 +235,36 @@ fn an_empty_batch_is_fine_with_given_statistics() {
     assert!(matches!(error, ConvBnError::EmptyBatch { .. }));
 }
 
+#[test]
+fn gamma_and_beta_of_two_dtypes_are_refused() {
+    let pool = MaxPoolOptions::new([2, 2]);
+    for half in [DType::F16, DType::BF16] {
+        for (gamma, beta) in [(DType::F32, half), (half, DType::F32)] {
+            let input = || zeros::<4>([2, 3, 8, 8]).cast(half);
+            let vectors =
+                |channels: usize| (zeros([channels]).cast(gamma), zeros([channels]).cast(beta));
+            let params = || {
+                let (gamma, beta) = vectors(4);
+                ConvBnParams::new(zeros([4, 3, 3, 3]).cast(half)).with_affine(gamma, beta)
+            };
+            let options = || ConvBnOptions::new(ConvSpec::unit(2));
+            let (norm_gamma, norm_beta) = vectors(3);
+            let norm = BatchNormParams::default().with_affine(norm_gamma, norm_beta);
+            let errors = [
+                conv_bn(input(), params(), options()).unwrap_err(),
+                conv_bn_max_pool2d(input(), params(), options(), pool.clone()).unwrap_err(),
+                batch_norm(input(), norm, NormSpec::default()).unwrap_err(),
+            ];
+            let wanted =
+                format!("input is {half:?}, beta is {beta:?}: cast beta to {gamma:?}, as gamma is");
+            for error in errors {
+                assert!(matches!(error, ConvBnError::DType { what: "beta", .. }));
+                assert_eq!(error.to_string(), wanted);
+            }
+        }
+    }
+}
+
 thread_local! {
     static PANICKED_AT: RefCell<Option<(String, u32)>> = const { RefCell::new(None) };
 }
