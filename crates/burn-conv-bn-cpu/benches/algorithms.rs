@@ -237,12 +237,12 @@ fn step(geometry: &Geometry, data: &mut Data) {
         weight: Some(&mut data.weight_grad),
         residual: None,
     };
-    backward(
-        &pass,
-        stores.then_some(&data.stored[..]),
-        Some(coefficients),
-        gradients,
-    );
+    let conv_output = if stores {
+        ConvOutput::Store(&mut data.stored)
+    } else {
+        ConvOutput::Recompute
+    };
+    backward(&pass, conv_output, Some(coefficients), gradients);
     black_box((&data.output, &data.input_grad, &data.weight_grad));
 }
 

@@ -183,6 +183,7 @@ fn layers(criterion: &mut Criterion) {
                         weight: Some(&mut weight_grad),
                         residual: None,
                     };
+                    let kept = kept.map_or(ConvOutput::Recompute, ConvOutput::Kept);
                     backward(&pass, kept, Some(coefficients), gradients);
                     black_box((&input_grad, &weight_grad));
                 });

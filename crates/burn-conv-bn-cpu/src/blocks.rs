@@ -118,6 +118,17 @@ impl Geometry {
             .collect()
     }
 
+    /// Whether the input's gradient may be written over the output, block by block.
+    ///
+    /// Input and output have the same shape, and a gradient's place is never behind the outputs that it is made of: what
+    /// is overwritten has been read. A band reads outputs of the band before.
+    pub(crate) fn overwrites_output(&self) -> bool {
+        self.group_in() == self.group_out()
+            && self.input == self.output
+            && self.stride == [1; 3]
+            && self.blocks(BLOCKS).iter().all(|block| block.band.is_none())
+    }
+
     /// The first dimension that the convolution extends over.
     pub(crate) fn outermost(&self) -> usize {
         let is_flat = |dim: usize| self.input[dim] * self.kernel[dim] * self.output[dim] == 1;

@@ -80,7 +80,7 @@
 //!     weight: Some(&mut weight_grad),
 //!     residual: None,
 //! };
-//! backward(&pass, None, Some(coefficients), gradients);
+//! backward(&pass, ConvOutput::Recompute, Some(coefficients), gradients);
 //! assert!(weight_grad.iter().any(|grad| *grad != 0.0));
 //! # Ok::<(), burn_conv_bn_cpu::GeometryError>(())
 //! ```

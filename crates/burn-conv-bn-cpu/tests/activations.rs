@@ -164,7 +164,7 @@ fn run<E: Element>(
     let mut grad = vec![E::default(); z.len()];
     backward(
         &pass,
-        Some(&z),
+        ConvOutput::Kept(&z),
         None,
         Gradients {
             input: None,

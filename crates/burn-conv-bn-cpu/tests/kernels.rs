@@ -946,7 +946,10 @@ fn compare<T: Element<Real = T> + Real>(case: &Case, tolerance: f64) {
             let mut t_residual_grad = vec![T::ONE; z.len()];
             backward(
                 &pass,
-                stores.then_some(&stored[..]),
+                match stores {
+                    true => ConvOutput::Store(&mut stored),
+                    false => ConvOutput::Recompute,
+                },
                 Some(InputGradCoefficients {
                     scale: &t_scale,
                     slope: &t_slope,
@@ -1055,13 +1058,13 @@ fn compare_half<E: Element<Real = f32> + PartialEq>(case: &Case, tolerance: f64)
             1e-4,
         );
 
-        let grads = |kept: Option<&[E]>| {
+        let grads = |conv_output: ConvOutput<'_, E>| {
             let mut input_grad = vec![E::default(); input.len()];
             let mut weight_grad = vec![0.0; weight.len()];
             let mut residual_grad = vec![E::default(); residual.len()];
             backward(
                 &pass,
-                kept,
+                conv_output,
                 Some(coefficients),
                 Gradients {
                     input: Some((&mut input_grad, weight)),
@@ -1071,10 +1074,14 @@ fn compare_half<E: Element<Real = f32> + PartialEq>(case: &Case, tolerance: f64)
             );
             (input_grad, weight_grad, residual_grad)
         };
-        let all = grads(None);
+        let all = grads(ConvOutput::Recompute);
         assert!(
-            grads(Some(&stored[..])) == all,
+            grads(ConvOutput::Kept(&stored)) == all,
             "kept or recomputed: the same bits"
+        );
+        assert!(
+            grads(ConvOutput::Store(&mut stored)) == all,
+            "stored or recomputed: the same bits"
         );
         let (input_grad, weight_grad, residual_grad) = all;
         let values = [output, input_grad, residual_grad];
@@ -1213,6 +1220,7 @@ fn check_closed<E: Element<Real: Debug> + PartialEq + Debug>(
             weight: Some(&mut weight_grad),
             residual: Some(&mut g),
         };
+        let kept = kept.map_or(ConvOutput::Recompute, ConvOutput::Kept);
         backward(&pass, kept, is_of_batch.then_some(coefficients), gradients);
         (sums, (input_grad, weight_grad, g))
     };
@@ -1296,7 +1304,7 @@ fn a_kept_output_takes_neither_weight_nor_input() {
                 weight: wants_weight.then_some(&mut weight_grad),
                 residual: Some(&mut residual_grad),
             };
-            backward(pass, Some(&z), Some(coefficients), gradients);
+            backward(pass, ConvOutput::Kept(&z), Some(coefficients), gradients);
             (input_grad, residual_grad, weight_grad)
         };
         let (input_grad, residual_grad, weight_grad) = grads(&pass, true);
@@ -1355,6 +1363,11 @@ struct Results {
 
 /// The step of a case with ReLU; the first images are the same for any batch.
 fn step(case: &Case) -> Results {
+    step_with(case, None)
+}
+
+/// As [`step`], with the convolution's output in a buffer between the passes, or not.
+fn step_with(case: &Case, mut buffer: Option<&mut Vec<f32>>) -> Results {
     let geometry = case.geometry();
     let input = rounded::<f32>(&random(case.batch * geometry.input_len(), 1));
     let weight = rounded::<f32>(&random(geometry.weight_len(), 2));
@@ -1377,7 +1390,10 @@ fn step(case: &Case) -> Results {
         residual: None,
         output: None,
     };
-    let sums = grad_sums(&pass, ConvOutput::Recompute);
+    let conv_output = buffer
+        .as_deref_mut()
+        .map_or(ConvOutput::Recompute, ConvOutput::Store);
+    let sums = grad_sums(&pass, conv_output);
     let (mut input_grad, mut weight_grad) = (Vec::new(), Vec::new());
     let coefficients = InputGradCoefficients {
         scale: &ones,
@@ -1389,13 +1405,98 @@ fn step(case: &Case) -> Results {
         weight: Some(&mut weight_grad),
         residual: None,
     };
-    backward(&pass, None, Some(coefficients), gradients);
+    let conv_output = buffer
+        .as_deref_mut()
+        .map_or(ConvOutput::Recompute, ConvOutput::Store);
+    backward(&pass, conv_output, Some(coefficients), gradients);
     Results {
         moments,
         sums,
         z,
         input_grad,
         weight_grad,
+    }
+}
+
+/// Where the shapes are equal, the input's gradient replaces the output in its memory.
+#[test]
+fn the_input_gradient_takes_the_outputs_memory() {
+    let mut cases = Vec::new();
+    let square = |len| [1, len, len];
+    // Blocks of many small images, whole larger ones in several tiles, groups, dilation, uneven padding.
+    for (batch, input) in [(37, square(9)), (8, square(40)), (9, [5, 12, 11])] {
+        for (method, channels) in [
+            (Method::Planes, 12),
+            (Method::WithoutGaps, 64),
+            (Method::Winograd, 48),
+            (Method::Slices, 64),
+            (Method::Packed, 48),
+        ] {
+            for (groups, dilation, [before, after]) in [
+                (1, 1, [1, 1]),
+                (3, 1, [1, 1]),
+                (1, 2, [2, 2]),
+                (1, 1, [0, 2]),
+                (1, 1, [2, 0]),
+            ] {
+                let deep = usize::from(input[0] > 1);
+                let padding = (before, after);
+                cases.push(Case {
+                    method: Some(method),
+                    batch,
+                    channels: [channels / groups * groups; 2],
+                    groups,
+                    input,
+                    kernel: [1 + 2 * deep, 3, 3],
+                    padding: [(deep, deep), padding, padding],
+                    dilation: [1, dilation, dilation],
+                    ..PLAIN
+                });
+            }
+        }
+    }
+    let is_possible = |case: &Case| {
+        let method = case.method.expect("each case has one");
+        case.unbounded().fits::<f32>(method).is_some()
+    };
+    let count = cases.len();
+    cases.retain(is_possible);
+    assert!(2 * cases.len() > count, "{} of {count}", cases.len());
+    for case in &cases {
+        let mut buffer = vec![0.0; case.batch * case.geometry().output_len()];
+        let memory = buffer.as_ptr();
+        let results = step_with(case, Some(&mut buffer));
+        assert_eq!(results.input_grad.as_ptr(), memory, "{case:?}");
+        assert!(buffer.is_empty(), "{case:?}");
+        assert!(results == step(case), "{case:?}");
+    }
+}
+
+/// Other shapes, and bands, whose outputs their neighbours read, leave the buffer to the output.
+#[test]
+fn other_gradients_have_memory_of_their_own() {
+    let banded = Case {
+        batch: 1,
+        channels: [16, 16],
+        input: [1, 90, 91],
+        padding: [(0, 0), (1, 1), (1, 1)],
+        ..PLAIN
+    };
+    let wider = Case {
+        batch: 9,
+        channels: [16, 17],
+        ..banded
+    };
+    let larger = Case {
+        batch: 9,
+        padding: [(0, 0), (2, 2), (2, 2)],
+        ..banded
+    };
+    for case in [banded, wider, larger] {
+        let mut buffer = Vec::new();
+        let results = step_with(&case, Some(&mut buffer));
+        assert!(buffer == results.z, "{case:?}");
+        assert!(results == step(&case), "{case:?}");
     }
 }
 
@@ -1507,7 +1608,7 @@ fn given_statistics_scale_the_input_gradient() {
             weight: Some(&mut weight_grad),
             residual: None,
         };
-        backward(&pass, Some(&output_grad), None, gradients);
+        backward(&pass, ConvOutput::Kept(&output_grad), None, gradients);
         let mut wanted_input = vec![0.0; input.len()];
         let mut wanted_weight = vec![0.0; weight.len()];
         case.for_each_product(|x, w, y| {

@@ -201,7 +201,7 @@ fn check<E: Element>(case: &Case, activation: Activation, tolerance: f64) {
         let (mut input_grad, mut weight_grad) = (Vec::new(), Vec::new());
         backward(
             pass,
-            kept,
+            kept.map_or(ConvOutput::Recompute, ConvOutput::Kept),
             Some(InputGradCoefficients {
                 scale: &scale,
                 slope: &slope,
@@ -326,7 +326,7 @@ fn closed_relus_pass_nothing() {
                     weight: Some(&mut weight_grad),
                     residual: None,
                 };
-                backward(&pass, None, Some(coefficients), gradients);
+                backward(&pass, ConvOutput::Recompute, Some(coefficients), gradients);
                 let weight_grad = weight_grad.iter().map(|grad: &E::Real| grad.to_f64());
                 let grads = [loaded(&input_grad), weight_grad.collect()];
                 (pooled_grad_sums(&pass, &output), sums, grads)

@@ -79,7 +79,10 @@ fn taken<E: Element>(geometry: &Geometry, stores: bool) -> [usize; 2] {
     grad_sums(&pass, conv_output);
     backward(
         &pass,
-        stores.then_some(&stored[..]),
+        match stores {
+            true => ConvOutput::Store(&mut stored),
+            false => ConvOutput::Recompute,
+        },
         Some(InputGradCoefficients {
             scale: &ones,
             slope: &ones,

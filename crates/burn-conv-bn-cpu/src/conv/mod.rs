@@ -147,7 +147,7 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::channels::{ByChannels, Rows};
-    use super::tile::{Algorithm, BlockGrads, TileScratch, Work};
+    use super::tile::{Algorithm, BlockGrads, Output, TileScratch, Work};
     use super::*;
     use crate::blocks::{Block, Share};
 
@@ -188,7 +188,7 @@ mod tests {
         let work = Work {
             block: &block,
             input: Some(&input),
-            convolves: true,
+            output: Output::Computed,
             grads: Some(BlockGrads {
                 weight: Some(&mut sums),
                 input: Some(&mut input_share),

@@ -4,6 +4,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::blocks::{Block, Share};
+use crate::simd::prefetch_range;
 use crate::{Element, Geometry, Real};
 
 /// An algorithm that convolves blocks of images, tile by tile, and carries gradients back.
@@ -106,10 +107,21 @@ pub(crate) struct Work<'a, 'b, E: Element> {
     pub(crate) block: &'a Block,
     /// The input of the block's images; required for the output and for the weight's gradient.
     pub(crate) input: Option<&'a [E]>,
-    /// Whether the output is computed.
-    pub(crate) convolves: bool,
+    pub(crate) output: Output<'a, E>,
     /// Whether each line is replaced by its gradient, and what is made of these.
     pub(crate) grads: Option<BlockGrads<'a, 'b, E>>,
+}
+
+/// Where the output's values come from.
+#[derive(Clone, Copy)]
+pub(crate) enum Output<'a, E> {
+    /// The input.
+    Computed,
+    /// A tensor: all of it, or in [`Work`] that of the block's images.
+    Kept(&'a [E]),
+    /// The room for the input's gradient, which holds the output: every value is initialized, and has the place of
+    /// the input's. See [`Geometry::overwrites_output`].
+    Overwritten,
 }
 
 /// Buffers for a block's requested gradients.
@@ -133,9 +145,9 @@ impl<S: Default, E: Element> TileScratch<S, E> {
     /// Runs an algorithm over a block.
     ///
     /// `visit` gets each piece of each channel: the channel, the range of its values in the output of the
-    /// block's images, and a line. The line holds these values, rounded as they are stored, if the output is
-    /// computed. With gradients, `visit` leaves the output's gradient in the line; pieces of the halo, before
-    /// the band, come too.
+    /// block's images, and a line. The line holds these values, rounded as they are stored. With gradients, `visit`
+    /// leaves the output's gradient in the line; pieces of the halo, before the band, come too.
+    #[allow(unsafe_code)]
     pub(crate) fn run<A: Algorithm<E, Scratch = S>>(
         &mut self,
         algorithm: &A,
@@ -145,9 +157,10 @@ impl<S: Default, E: Element> TileScratch<S, E> {
         let Work {
             block,
             input,
-            convolves,
+            output,
             mut grads,
         } = work;
+        let convolves = matches!(output, Output::Computed);
         let geometry = algorithm.geometry();
         let (group_out, positions) = (geometry.group_out(), geometry.positions());
         let group_sums = algorithm.weight_grad_len() / geometry.groups();
@@ -168,19 +181,34 @@ impl<S: Default, E: Element> TileScratch<S, E> {
                 for index in 0..group_out {
                     let channel = group * group_out + index;
                     for (number, piece) in algorithm.pieces(tile).iter().enumerate() {
-                        if convolves {
-                            self.line.resize(piece.len, E::Real::ZERO);
-                            algorithm.gather(
-                                &mut self.algorithm,
-                                tile,
-                                number,
-                                index,
-                                &mut self.line,
-                            );
-                            E::round(&mut self.line, &mut self.rounded);
-                        }
                         let start = channel * positions + piece.start;
-                        visit(channel, start..start + piece.len, &mut self.line);
+                        let range = start..start + piece.len;
+                        self.line.resize(piece.len, E::Real::ZERO);
+                        let input_grad = grads.as_mut().and_then(|grads| grads.input.as_mut());
+                        match (output, input_grad) {
+                            (Output::Kept(values), _) => {
+                                prefetch_range(values, start + positions..range.end + positions);
+                                E::load(&values[range.clone()], &mut self.line);
+                            }
+                            (Output::Overwritten, Some(grad)) => {
+                                grad.prefetch_next(&range, positions);
+                                let values = grad.get(range.clone()).expect("there is no halo");
+                                // SAFETY: `Overwritten` promises that all values are initialized.
+                                let values = unsafe { values.assume_init_ref() };
+                                E::load(values, &mut self.line);
+                            }
+                            _ => {
+                                algorithm.gather(
+                                    &mut self.algorithm,
+                                    tile,
+                                    number,
+                                    index,
+                                    &mut self.line,
+                                );
+                                E::round(&mut self.line, &mut self.rounded);
+                            }
+                        }
+                        visit(channel, range, &mut self.line);
                         if grads.is_some() {
                             algorithm.scatter(&mut self.algorithm, tile, number, index, &self.line);
                         }

@@ -1,7 +1,7 @@
 //! Backward kernels, parallel over blocks of images: the norm's two sums, then the gradients.
 
 use std::collections::BTreeMap;
-use std::mem::MaybeUninit;
+use std::mem::{MaybeUninit, swap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pulp::Arch;
@@ -14,7 +14,7 @@ use super::gradient::{
 use super::lines::{Converted, Source, Step, conv_output_grad, sums_of, write_residual_grad};
 use crate::blocks::{BLOCKS, Block, Share, shares};
 use crate::conv::span::Span;
-use crate::conv::tile::{Algorithm, BlockGrads, TileScratch, Transposed, Work};
+use crate::conv::tile::{Algorithm, BlockGrads, Output, TileScratch, Transposed, Work};
 use crate::conv::{Chosen, choose, weight_blocks};
 use crate::scratch::{ScratchPool, room};
 use crate::simd::{prefetch_range, sweeps};
@@ -95,10 +95,10 @@ fn sum_blocks<E: Element, A: Algorithm<E>>(
 ) -> GradSums {
     let geometry = pass.geometry;
     let blocks = geometry.blocks(BLOCKS);
-    let (kept, stored) = match source {
-        Source::Recompute => (None, None),
-        Source::Store(all) => (None, Some(all)),
-        Source::Kept(all) => (Some(all), None),
+    let (output, stored) = match source {
+        Source::Recompute => (Output::Computed, None),
+        Source::Store(all) => (Output::Computed, Some(all)),
+        Source::Kept(all) => (Output::Kept(all), None),
     };
     let pool = ScratchPool::<Scratch<A::Scratch, E>>::new();
     let parts: Vec<GradSums> = blocks
@@ -107,7 +107,7 @@ fn sum_blocks<E: Element, A: Algorithm<E>>(
         .map(|(block, stored)| {
             pool.with(|scratch| {
                 let mut sums = GradSums::new(geometry.channels_out());
-                scratch.sum_block(pass, algorithm, block, (kept, stored), &mut sums);
+                scratch.sum_block(pass, algorithm, block, (output, stored), &mut sums);
                 sums
             })
         })
@@ -133,12 +133,17 @@ fn optional<S>(shares: Option<Vec<S>>, blocks: &[Block]) -> Vec<Option<S>> {
     }
 }
 
-/// Second step of the backward pass: the gradients, from the norm's coefficients. The convolution's output
-/// `z` is `kept` or recomputed. [The crate's example](crate) shows both steps.
+/// Second step of the backward pass: the gradients, from the norm's coefficients. [The crate's example](crate) shows
+/// both steps.
+///
+/// [`ConvOutput::Store`] is the buffer that [`grad_sums`] filled. If the convolution changes no shape and its input's
+/// gradient is requested, that gradient takes the buffer's memory: its values replace the output's, image by image,
+/// and the buffer has the memory of `gradients` instead. Blocks that are bands of an image read each other's output,
+/// and leave the buffer as it is.
 ///
 /// Under fixed statistics there are no coefficients. The input's gradient is formed from the norm's scale times
 /// `g`. The weight's gradient is formed from `g` alone: it is the gradient of the weight with the norm folded in.
-/// If the activation's derivative does not depend on `z` either, the values of `kept` are irrelevant.
+/// If the activation's derivative does not depend on `z` either, the values of `conv_output` are irrelevant.
 ///
 /// # Panics
 ///
@@ -146,17 +151,34 @@ fn optional<S>(shares: Option<Vec<S>>, blocks: &[Block]) -> Vec<Option<S>> {
 /// the weight, or if the weight's gradient is requested without the input.
 pub fn backward<E: Element>(
     pass: &Backward<'_, E>,
-    kept: Option<&[E]>,
+    conv_output: ConvOutput<'_, E>,
     coefficients: Option<InputGradCoefficients<'_, E::Real>>,
-    gradients: Gradients<'_, E>,
+    mut gradients: Gradients<'_, E>,
 ) {
     let geometry = pass.geometry;
-    pass.check(kept.is_none(), gradients.weight.is_some());
-    assert!(kept.is_none_or(|kept| kept.len() == pass.output_len()));
+    let recomputes = matches!(conv_output, ConvOutput::Recompute);
+    pass.check(recomputes, gradients.weight.is_some());
     if let Some((_, weight)) = &gradients.input {
         assert_eq!(weight.len(), geometry.weight_len());
     }
-    let weight = pass.weight.filter(|_| kept.is_none());
+    let output = match (conv_output, &mut gradients.input) {
+        (ConvOutput::Recompute, _) => Output::Computed,
+        (ConvOutput::Kept(kept), _) => {
+            assert_eq!(kept.len(), pass.output_len());
+            Output::Kept(kept)
+        }
+        (ConvOutput::Store(stored), input) => {
+            assert_eq!(stored.len(), pass.output_len());
+            match input {
+                Some((grad, _)) if geometry.overwrites_output() => {
+                    swap(*grad, stored);
+                    Output::Overwritten
+                }
+                _ => Output::Kept(stored),
+            }
+        }
+    };
+    let weight = pass.weight.filter(|_| recomputes);
     let scale = coefficients.is_none().then_some(pass.affine.scale);
     let transposed = gradients
         .input
@@ -164,31 +186,26 @@ pub fn backward<E: Element>(
         .map(|(_, weight)| Transposed { weight, scale });
     let step = Step { pass, coefficients };
     match choose::<E>(geometry, weight, transposed) {
-        Chosen::Direct(algorithm) => {
-            backward_blocks(pass, &algorithm, kept, coefficients, gradients);
-        }
-        Chosen::Winograd(algorithm) => {
-            backward_blocks(pass, &algorithm, kept, coefficients, gradients);
-        }
+        Chosen::Direct(algorithm) => backward_blocks(&step, &algorithm, output, gradients),
+        Chosen::Winograd(algorithm) => backward_blocks(&step, &algorithm, output, gradients),
         Chosen::Packed(algorithm) => {
-            channels::backward(&step, &algorithm, kept, scale, gradients);
+            channels::backward(&step, &algorithm, output, scale, gradients);
         }
         Chosen::Slices(algorithm) => {
-            channels::backward(&step, &algorithm, kept, scale, gradients);
+            channels::backward(&step, &algorithm, output, scale, gradients);
         }
     }
 }
 
 #[allow(unsafe_code)]
 fn backward_blocks<E: Element, A: Algorithm<E>>(
-    pass: &Backward<'_, E>,
+    step: &Step<'_, E>,
     algorithm: &A,
-    kept: Option<&[E]>,
-    coefficients: Option<InputGradCoefficients<'_, E::Real>>,
+    output: Output<'_, E>,
     mut gradients: Gradients<'_, E>,
 ) {
+    let pass = step.pass;
     let geometry = pass.geometry;
-    let step = Step { pass, coefficients };
     let sums_len = match &gradients.weight {
         Some(_) => algorithm.weight_grad_len(),
         None => 0,
@@ -223,7 +240,7 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
                         weight: (!sums.is_empty()).then_some(sums.as_mut_slice()),
                         residual,
                     };
-                    scratch.backward_block(&step, algorithm, block, kept, grads);
+                    scratch.backward_block(step, algorithm, block, output, grads);
                     lock(&total).add(index, sums);
                 }
             });
@@ -249,14 +266,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Asks for the next channel's values where a line starts at `at`.
-fn prefetch_next<E: Element>(pass: &Backward<'_, E>, kept: Option<&[E]>, at: usize, len: usize) {
+/// Asks for the next channel's gradients where a line starts at `at`.
+fn prefetch_next<E: Element>(pass: &Backward<'_, E>, at: usize, len: usize) {
     let next = at + pass.geometry.positions();
     if let OutputGrad::Whole(all) = pass.output_grad {
         prefetch_range(all, next..next + len);
-    }
-    if let Some(kept) = kept {
-        prefetch_range(kept, next..next + len);
     }
 }
 
@@ -306,31 +320,27 @@ impl<S: Default, E: Element> Scratch<S, E> {
         pass: &Backward<'_, E>,
         algorithm: &A,
         block: &Block,
-        (kept, mut stored): (Option<&[E]>, Option<Share<'_, MaybeUninit<E>>>),
+        (output, mut stored): (Output<'_, E>, Option<Share<'_, MaybeUninit<E>>>),
         sums: &mut GradSums,
     ) {
         let start = block.images.start * pass.geometry.output_len();
-        let recomputes = kept.is_none();
+        let recomputes = matches!(output, Output::Computed);
         let work = Work {
             block,
             input: recomputes.then(|| pass.input(&block.images)),
-            convolves: recomputes,
+            output: pass.of_images(output, &block.images),
             grads: None,
         };
         let converted = &mut self.converted;
         self.tiles.run(algorithm, work, |channel, range, line| {
             let at = start + range.start;
-            prefetch_next(pass, kept, at, range.len());
-            let values: &[E::Real] = match kept {
-                Some(kept) => E::read(&kept[at..at + range.len()], line),
-                None => line,
-            };
+            prefetch_next(pass, at, range.len());
             if let Some(stored) = &mut stored {
                 stored.prefetch_next(&range, pass.geometry.positions());
-                E::write(values, stored.get(range).expect("there is no halo"));
+                E::write(line, stored.get(range).expect("there is no halo"));
             }
-            let span = Span::of_tensor(pass.geometry, at, values.len());
-            sums.add(channel, sums_of(pass, channel, span, values, converted));
+            let span = Span::of_tensor(pass.geometry, at, line.len());
+            sums.add(channel, sums_of(pass, channel, span, line, converted));
         });
     }
 
@@ -339,15 +349,15 @@ impl<S: Default, E: Element> Scratch<S, E> {
         step: &Step<'_, E>,
         algorithm: &A,
         block: &Block,
-        kept: Option<&[E]>,
+        output: Output<'_, E>,
         mut grads: BlockGradients<'_, '_, E>,
     ) {
         let start = block.images.start * step.pass.geometry.output_len();
-        let loads = kept.is_none() || grads.weight.is_some();
+        let loads = matches!(output, Output::Computed) || grads.weight.is_some();
         let work = Work {
             block,
             input: loads.then(|| step.pass.input(&block.images)),
-            convolves: kept.is_none(),
+            output: step.pass.of_images(output, &block.images),
             grads: Some(BlockGrads {
                 weight: grads.weight,
                 input: grads.input.as_mut(),
@@ -356,11 +366,7 @@ impl<S: Default, E: Element> Scratch<S, E> {
         let (converted, masked) = (&mut self.converted, &mut self.residual_grad);
         self.tiles.run(algorithm, work, |channel, range, line| {
             let at = start + range.start;
-            prefetch_next(step.pass, kept, at, range.len());
-            if let Some(kept) = kept {
-                line.resize(range.len(), E::Real::ZERO);
-                E::load(&kept[at..at + range.len()], line);
-            }
+            prefetch_next(step.pass, at, range.len());
             let span = Span::of_tensor(step.pass.geometry, at, range.len());
             let residual = grads.residual.as_mut();
             // The halo's belongs to the band before.

@@ -8,6 +8,7 @@ use super::gradient::{Backward, GradSums, Gradients};
 use super::lines::{Converted, Source, Step, conv_output_grad, sums_of, write_residual_grad};
 use crate::conv::channels::{ByChannels, Rows};
 use crate::conv::span::Span;
+use crate::conv::tile::Output;
 use crate::scratch::{ScratchPool, room};
 use crate::{Element, Geometry, Real};
 
@@ -78,7 +79,7 @@ pub(super) fn sum<E: Element, P: ByChannels<E>>(
 pub(super) fn backward<E: Element, P: ByChannels<E>>(
     step: &Step<'_, E>,
     algorithm: &P,
-    kept: Option<&[E]>,
+    output: Output<'_, E>,
     scale: Option<&[E::Real]>,
     gradients: Gradients<'_, E>,
 ) {
@@ -105,6 +106,12 @@ pub(super) fn backward<E: Element, P: ByChannels<E>>(
     let lines = ScratchPool::<(Converted<E::Real>, Vec<E::Real>)>::new();
     for block in algorithm.blocks() {
         rows.resize(channels, block.len);
+        let kept = match (output, &input_grad) {
+            (Output::Kept(kept), _) => Some(kept),
+            // SAFETY: `Overwritten` promises that all values are initialized.
+            (Output::Overwritten, Some((grad, _))) => Some(unsafe { grad.assume_init_ref() }),
+            _ => None,
+        };
         for chunk in algorithm.chunks(block) {
             let column = chunk.start - block.start;
             compute(

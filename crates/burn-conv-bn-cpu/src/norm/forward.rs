@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::channels;
 use crate::blocks::{BLOCKS, shares};
 use crate::conv::channels::ByChannels;
-use crate::conv::tile::{Algorithm, TileScratch, Work};
+use crate::conv::tile::{Algorithm, Output, TileScratch, Work};
 use crate::conv::{Chosen, check, choose};
 use crate::scratch::{ScratchPool, room};
 use crate::simd::sweeps;
@@ -121,7 +121,7 @@ fn conv_blocks<E: Element, A: Algorithm<E>, S: Send>(
             let work = Work {
                 block,
                 input: Some(&input[block.images.start * len..block.images.end * len]),
-                convolves: true,
+                output: Output::Computed,
                 grads: None,
             };
             pool.with(|scratch| {

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::conv::check;
+use crate::conv::tile::Output;
 use crate::pool::backward::Routes;
 use crate::{Activation, Affine, Element, Geometry, PoolGeometry};
 
@@ -37,12 +38,13 @@ pub enum OutputGrad<'a, E> {
     Pooled(PooledGrad<'a, E>),
 }
 
-/// The convolution's output in [`grad_sums`](crate::grad_sums).
+/// The convolution's output in [`grad_sums`](crate::grad_sums) and [`backward`](crate::backward).
 #[derive(Debug)]
 pub enum ConvOutput<'a, T> {
     /// Recompute it, tile by tile, and store nothing.
     Recompute,
-    /// Recompute it into this buffer, for [`backward`](crate::backward); contents are overwritten.
+    /// A buffer between the two: `grad_sums` recomputes the output into it, `backward` reads it and may exchange its
+    /// memory for the input's gradient.
     Store(&'a mut Vec<T>),
     /// The output that forward kept.
     Kept(&'a [T]),
@@ -115,6 +117,19 @@ impl<'a, E: Element> Backward<'a, E> {
     pub(super) fn input(&self, images: &Range<usize>) -> &'a [E] {
         let len = self.geometry.input_len();
         &self.input.unwrap_or_default()[images.start * len..images.end * len]
+    }
+
+    /// Some images of the convolution's output.
+    pub(super) fn of_images<'b>(
+        &self,
+        output: Output<'b, E>,
+        images: &Range<usize>,
+    ) -> Output<'b, E> {
+        let len = self.geometry.output_len();
+        match output {
+            Output::Kept(all) => Output::Kept(&all[images.start * len..images.end * len]),
+            other => other,
+        }
     }
 }
 

@@ -188,7 +188,11 @@ pub(super) fn kernel_backward<E: Kernel>(
         });
         backward(
             &pass,
-            available.or(stores.then_some(&stored[..])),
+            match available {
+                Some(conv_output) => ConvOutput::Kept(conv_output),
+                None if stores => ConvOutput::Store(&mut stored),
+                None => ConvOutput::Recompute,
+            },
             coefficients
                 .as_ref()
                 .map(|[slope, offset]| InputGradCoefficients {

@@ -2,7 +2,7 @@
 
 use burn::backend::Flex;
 use burn_conv_bn_cpu::{
-    Activation, Affine, Backward, Gradients, OutputGrad, Real, backward as kernel,
+    Activation, Affine, Backward, ConvOutput, Gradients, OutputGrad, Real, backward as kernel,
 };
 
 use super::tensor::{Kernel, contiguous, geometry, numbers, slice, tensor};
@@ -49,7 +49,8 @@ pub(super) fn backward<E: Kernel>(
             weight: weight_grad.as_mut(),
             residual: None,
         };
-        kernel(&pass, Some(slice(&output_grad)), None, gradients);
+        let conv_output = ConvOutput::Kept(slice(&output_grad));
+        kernel(&pass, conv_output, None, gradients);
     }
     let bias = wanted
         .bias
