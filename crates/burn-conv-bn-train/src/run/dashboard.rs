@@ -114,12 +114,20 @@ fn keep_ctrl_c() {}
 /// dashboard's terminal prints an error while the panic unwinds, which is a second panic, and the process aborts.
 #[cfg(unix)]
 fn hang_up_with_terminal() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use rustix::process::{Signal, getpid, kill_process};
     use rustix::termios::tcgetattr;
 
+    // A terminal that is closing fails to be read, and is polled as hung up, before its attributes are refused.
+    let is_gone = || {
+        let stdin = io::stdin();
+        let mut states = [PollFd::new(&stdin, PollFlags::empty())];
+        let is_polled = poll(&mut states, Some(&Timespec::default())).is_ok();
+        (is_polled && states[0].revents().contains(PollFlags::HUP)) || tcgetattr(&stdin).is_err()
+    };
     let hook = panic::take_hook();
     panic::set_hook(Box::new(move |info| {
-        if tcgetattr(io::stdin()).is_err() {
+        if is_gone() {
             let _ = kill_process(getpid(), Signal::HUP);
         }
         hook(info);
