@@ -1405,9 +1405,7 @@ fn step_with(case: &Case, mut buffer: Option<&mut Vec<f32>>) -> Results {
         weight: Some(&mut weight_grad),
         residual: None,
     };
-    let conv_output = buffer
-        .as_deref_mut()
-        .map_or(ConvOutput::Recompute, ConvOutput::Store);
+    let conv_output = buffer.map_or(ConvOutput::Recompute, ConvOutput::Store);
     backward(&pass, conv_output, Some(coefficients), gradients);
     Results {
         moments,

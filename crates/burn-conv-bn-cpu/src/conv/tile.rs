@@ -124,6 +124,34 @@ pub(crate) enum Output<'a, E> {
     Overwritten,
 }
 
+impl<E: Element> Output<'_, E> {
+    /// Copies a range of the block's output that is not computed, and asks for the next channel's, `plane` behind.
+    #[allow(unsafe_code)]
+    fn load(
+        self,
+        input_grad: Option<&mut &mut Share<'_, MaybeUninit<E>>>,
+        range: &Range<usize>,
+        plane: usize,
+        line: &mut [E::Real],
+    ) {
+        match (self, input_grad) {
+            (Self::Kept(values), _) => {
+                prefetch_range(values, range.start + plane..range.end + plane);
+                E::load(&values[range.clone()], line);
+            }
+            (Self::Overwritten, Some(grad)) => {
+                grad.prefetch_next(range, plane);
+                let values = grad.get(range.clone()).expect("there is no halo");
+                // SAFETY: `Overwritten` promises that all values are initialized.
+                E::load(unsafe { values.assume_init_ref() }, line);
+            }
+            (Self::Overwritten, None) | (Self::Computed, _) => {
+                unreachable!("computed, or overwritten by a gradient that is requested")
+            }
+        }
+    }
+}
+
 /// Buffers for a block's requested gradients.
 pub(crate) struct BlockGrads<'a, 'b, E: Element> {
     /// All groups' sums, in the algorithm's own form; added to.
@@ -147,7 +175,6 @@ impl<S: Default, E: Element> TileScratch<S, E> {
     /// `visit` gets each piece of each channel: the channel, the range of its values in the output of the
     /// block's images, and a line. The line holds these values, rounded as they are stored. With gradients, `visit`
     /// leaves the output's gradient in the line; pieces of the halo, before the band, come too.
-    #[allow(unsafe_code)]
     pub(crate) fn run<A: Algorithm<E, Scratch = S>>(
         &mut self,
         algorithm: &A,
@@ -184,29 +211,18 @@ impl<S: Default, E: Element> TileScratch<S, E> {
                         let start = channel * positions + piece.start;
                         let range = start..start + piece.len;
                         self.line.resize(piece.len, E::Real::ZERO);
-                        let input_grad = grads.as_mut().and_then(|grads| grads.input.as_mut());
-                        match (output, input_grad) {
-                            (Output::Kept(values), _) => {
-                                prefetch_range(values, start + positions..range.end + positions);
-                                E::load(&values[range.clone()], &mut self.line);
-                            }
-                            (Output::Overwritten, Some(grad)) => {
-                                grad.prefetch_next(&range, positions);
-                                let values = grad.get(range.clone()).expect("there is no halo");
-                                // SAFETY: `Overwritten` promises that all values are initialized.
-                                let values = unsafe { values.assume_init_ref() };
-                                E::load(values, &mut self.line);
-                            }
-                            _ => {
-                                algorithm.gather(
-                                    &mut self.algorithm,
-                                    tile,
-                                    number,
-                                    index,
-                                    &mut self.line,
-                                );
-                                E::round(&mut self.line, &mut self.rounded);
-                            }
+                        if convolves {
+                            algorithm.gather(
+                                &mut self.algorithm,
+                                tile,
+                                number,
+                                index,
+                                &mut self.line,
+                            );
+                            E::round(&mut self.line, &mut self.rounded);
+                        } else {
+                            let input_grad = grads.as_mut().and_then(|grads| grads.input.as_mut());
+                            output.load(input_grad, &range, positions, &mut self.line);
                         }
                         visit(channel, range, &mut self.line);
                         if grads.is_some() {

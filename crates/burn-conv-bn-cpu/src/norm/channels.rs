@@ -106,24 +106,15 @@ pub(super) fn backward<E: Element, P: ByChannels<E>>(
     let lines = ScratchPool::<(Converted<E::Real>, Vec<E::Real>)>::new();
     for block in algorithm.blocks() {
         rows.resize(channels, block.len);
-        let kept = match (output, &input_grad) {
-            (Output::Kept(kept), _) => Some(kept),
-            // SAFETY: `Overwritten` promises that all values are initialized.
-            (Output::Overwritten, Some((grad, _))) => Some(unsafe { grad.assume_init_ref() }),
-            _ => None,
-        };
-        for chunk in algorithm.chunks(block) {
-            let column = chunk.start - block.start;
-            compute(
-                pass,
-                algorithm,
-                kept,
-                &mut scratch,
-                chunk,
-                &mut rows,
-                column,
-            );
-        }
+        let room = input_grad.as_ref().map(|(grad, _)| &**grad);
+        compute_block(
+            step,
+            algorithm,
+            (output, room),
+            &mut scratch,
+            block,
+            &mut rows,
+        );
         if let Some(grad) = &mut residual_grad {
             for_each_line(geometry, block, &rows, grad, |channel, span, row, grad| {
                 lines.with(|(converted, masked)| {
@@ -160,6 +151,28 @@ pub(super) fn backward<E: Element, P: ByChannels<E>>(
         // SAFETY: the capacity is at least this length, every value belongs to a block, and `for_each_line` passes
         // every channel of each of their images to `write_residual_grad`, which writes it.
         unsafe { grad.set_len(output_len) };
+    }
+}
+
+/// Fills the rows of a block with the convolution's output, which may lie in the room for the input's gradient.
+#[allow(unsafe_code)]
+fn compute_block<E: Element, P: ByChannels<E>>(
+    step: &Step<'_, E>,
+    algorithm: &P,
+    (output, room): (Output<'_, E>, Option<&[MaybeUninit<E>]>),
+    scratch: &mut P::Scratch,
+    block: Span,
+    rows: &mut Rows<E::Real>,
+) {
+    let kept = match output {
+        Output::Computed => None,
+        Output::Kept(kept) => Some(kept),
+        // SAFETY: `Overwritten` promises that all values are initialized.
+        Output::Overwritten => room.map(|room| unsafe { room.assume_init_ref() }),
+    };
+    for chunk in algorithm.chunks(block) {
+        let column = chunk.start - block.start;
+        compute(step.pass, algorithm, kept, scratch, chunk, rows, column);
     }
 }
 
