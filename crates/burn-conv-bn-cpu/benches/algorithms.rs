@@ -221,12 +221,12 @@ fn step(geometry: &Geometry, data: &mut Data) {
         output: None,
     };
     let stores = geometry.is_worth_storing(size_of_val(output));
-    let conv_output = if stores {
+    let mut conv_output = if stores {
         ConvOutput::Store(&mut data.stored)
     } else {
         ConvOutput::Recompute
     };
-    black_box(grad_sums(&pass, conv_output));
+    black_box(grad_sums(&pass, conv_output.reborrow()));
     let coefficients = InputGradCoefficients {
         scale: channels,
         slope: channels,
@@ -236,11 +236,6 @@ fn step(geometry: &Geometry, data: &mut Data) {
         input: Some((&mut data.input_grad, weight)),
         weight: Some(&mut data.weight_grad),
         residual: None,
-    };
-    let conv_output = if stores {
-        ConvOutput::Store(&mut data.stored)
-    } else {
-        ConvOutput::Recompute
     };
     backward(&pass, conv_output, Some(coefficients), gradients);
     black_box((&data.output, &data.input_grad, &data.weight_grad));

@@ -1363,11 +1363,11 @@ struct Results {
 
 /// The step of a case with ReLU; the first images are the same for any batch.
 fn step(case: &Case) -> Results {
-    step_with(case, None)
+    step_with(case, ConvOutput::Recompute)
 }
 
-/// As [`step`], with the convolution's output in a buffer between the passes, or not.
-fn step_with(case: &Case, mut buffer: Option<&mut Vec<f32>>) -> Results {
+/// As [`step`], with the convolution's output stored between the passes, or not.
+fn step_with(case: &Case, mut conv_output: ConvOutput<'_, f32>) -> Results {
     let geometry = case.geometry();
     let input = rounded::<f32>(&random(case.batch * geometry.input_len(), 1));
     let weight = rounded::<f32>(&random(geometry.weight_len(), 2));
@@ -1390,10 +1390,7 @@ fn step_with(case: &Case, mut buffer: Option<&mut Vec<f32>>) -> Results {
         residual: None,
         output: None,
     };
-    let conv_output = buffer
-        .as_deref_mut()
-        .map_or(ConvOutput::Recompute, ConvOutput::Store);
-    let sums = grad_sums(&pass, conv_output);
+    let sums = grad_sums(&pass, conv_output.reborrow());
     let (mut input_grad, mut weight_grad) = (Vec::new(), Vec::new());
     let coefficients = InputGradCoefficients {
         scale: &ones,
@@ -1405,7 +1402,6 @@ fn step_with(case: &Case, mut buffer: Option<&mut Vec<f32>>) -> Results {
         weight: Some(&mut weight_grad),
         residual: None,
     };
-    let conv_output = buffer.map_or(ConvOutput::Recompute, ConvOutput::Store);
     backward(&pass, conv_output, Some(coefficients), gradients);
     Results {
         moments,
@@ -1463,7 +1459,7 @@ fn the_input_gradient_takes_the_outputs_memory() {
     for case in &cases {
         let mut buffer = vec![0.0; case.batch * case.geometry().output_len()];
         let memory = buffer.as_ptr();
-        let results = step_with(case, Some(&mut buffer));
+        let results = step_with(case, ConvOutput::Store(&mut buffer));
         assert_eq!(results.input_grad.as_ptr(), memory, "{case:?}");
         assert!(buffer.is_empty(), "{case:?}");
         assert!(results == step(case), "{case:?}");
@@ -1492,7 +1488,7 @@ fn other_gradients_have_memory_of_their_own() {
     };
     for case in [banded, wider, larger] {
         let mut buffer = Vec::new();
-        let results = step_with(&case, Some(&mut buffer));
+        let results = step_with(&case, ConvOutput::Store(&mut buffer));
         assert!(buffer == results.z, "{case:?}");
         assert!(results == step(&case), "{case:?}");
     }

@@ -72,17 +72,14 @@ fn taken<E: Element>(geometry: &Geometry, stores: bool) -> [usize; 2] {
         residual: None,
         output: None,
     };
-    let conv_output = match stores {
+    let mut conv_output = match stores {
         true => ConvOutput::Store(&mut stored),
         false => ConvOutput::Recompute,
     };
-    grad_sums(&pass, conv_output);
+    grad_sums(&pass, conv_output.reborrow());
     backward(
         &pass,
-        match stores {
-            true => ConvOutput::Store(&mut stored),
-            false => ConvOutput::Recompute,
-        },
+        conv_output,
         Some(InputGradCoefficients {
             scale: &ones,
             slope: &ones,

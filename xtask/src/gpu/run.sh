@@ -162,8 +162,8 @@ fi
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
 
 # The prepared run: 560 s at most, which leaves 40 s of ten minutes for unpacking and packing. A part has
-# the seconds before its name. What it leaves of them is the next one's. A benchmark that is ended in between has no figures, but what
-# it tuned is kept.
+# the seconds before its name, and what the parts before it left. A benchmark that is ended has no figures,
+# but what it tuned is kept.
 if [ -n "$prepared" ]; then
     # 160 s: whether the results are right.
     part 60 kernels run_tests kernels

@@ -117,7 +117,7 @@ pub(crate) struct Work<'a, 'b, E: Element> {
 pub(crate) enum Output<'a, E> {
     /// The input.
     Computed,
-    /// A tensor: all of it, or in [`Work`] that of the block's images.
+    /// A tensor of the batch; in [`Work`], of the block's images.
     Kept(&'a [E]),
     /// The room for the input's gradient, which holds the output: every value is initialized, and has the place of
     /// the input's. See [`Geometry::overwrites_output`].
@@ -129,7 +129,7 @@ impl<E: Element> Output<'_, E> {
     #[allow(unsafe_code)]
     fn load(
         self,
-        input_grad: Option<&mut &mut Share<'_, MaybeUninit<E>>>,
+        input_grad: Option<&mut Share<'_, MaybeUninit<E>>>,
         range: &Range<usize>,
         plane: usize,
         line: &mut [E::Real],
@@ -221,7 +221,8 @@ impl<S: Default, E: Element> TileScratch<S, E> {
                             );
                             E::round(&mut self.line, &mut self.rounded);
                         } else {
-                            let input_grad = grads.as_mut().and_then(|grads| grads.input.as_mut());
+                            let input_grad =
+                                grads.as_mut().and_then(|grads| grads.input.as_deref_mut());
                             output.load(input_grad, &range, positions, &mut self.line);
                         }
                         visit(channel, range, &mut self.line);

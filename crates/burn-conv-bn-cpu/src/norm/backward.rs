@@ -11,7 +11,7 @@ use super::channels;
 use super::gradient::{
     Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, OutputGrad,
 };
-use super::lines::{Converted, Source, Step, conv_output_grad, sums_of, write_residual_grad};
+use super::lines::{Converted, Step, conv_output_grad, sums_of, write_residual_grad};
 use crate::blocks::{BLOCKS, Block, Share, shares};
 use crate::conv::span::Span;
 use crate::conv::tile::{Algorithm, BlockGrads, Output, TileScratch, Transposed, Work};
@@ -62,13 +62,13 @@ pub fn grad_sums<E: Element>(pass: &Backward<'_, E>, conv_output: ConvOutput<'_,
     pass.check(recomputes, false);
     let len = pass.output_len();
     match conv_output {
-        ConvOutput::Recompute => sum(pass, Source::Recompute),
+        ConvOutput::Recompute => sum(pass, Output::Computed, None),
         ConvOutput::Kept(values) => {
             assert_eq!(values.len(), len);
-            sum(pass, Source::Kept(values))
+            sum(pass, Output::Kept(values), None)
         }
         ConvOutput::Store(buffer) => {
-            let sums = sum(pass, Source::Store(room(buffer, len)));
+            let sums = sum(pass, Output::Computed, Some(room(buffer, len)));
             // SAFETY: there is room for `len` values. Each belongs to a block's share, and a
             // block's tiles have pieces for all of its channels and positions, which `sum_block`
             // writes.
@@ -78,28 +78,28 @@ pub fn grad_sums<E: Element>(pass: &Backward<'_, E>, conv_output: ConvOutput<'_,
     }
 }
 
-fn sum<E: Element>(pass: &Backward<'_, E>, source: Source<'_, E>) -> GradSums {
-    let weight = pass.weight.filter(|_| !matches!(source, Source::Kept(_)));
+fn sum<E: Element>(
+    pass: &Backward<'_, E>,
+    output: Output<'_, E>,
+    stored: Option<&mut [MaybeUninit<E>]>,
+) -> GradSums {
+    let weight = pass.weight.filter(|_| matches!(output, Output::Computed));
     match choose::<E>(pass.geometry, weight, None) {
-        Chosen::Direct(algorithm) => sum_blocks(pass, &algorithm, source),
-        Chosen::Winograd(algorithm) => sum_blocks(pass, &algorithm, source),
-        Chosen::Packed(algorithm) => channels::sum(pass, &algorithm, source),
-        Chosen::Slices(algorithm) => channels::sum(pass, &algorithm, source),
+        Chosen::Direct(algorithm) => sum_blocks(pass, &algorithm, output, stored),
+        Chosen::Winograd(algorithm) => sum_blocks(pass, &algorithm, output, stored),
+        Chosen::Packed(algorithm) => channels::sum(pass, &algorithm, output, stored),
+        Chosen::Slices(algorithm) => channels::sum(pass, &algorithm, output, stored),
     }
 }
 
 fn sum_blocks<E: Element, A: Algorithm<E>>(
     pass: &Backward<'_, E>,
     algorithm: &A,
-    source: Source<'_, E>,
+    output: Output<'_, E>,
+    stored: Option<&mut [MaybeUninit<E>]>,
 ) -> GradSums {
     let geometry = pass.geometry;
     let blocks = geometry.blocks(BLOCKS);
-    let (output, stored) = match source {
-        Source::Recompute => (Output::Computed, None),
-        Source::Store(all) => (Output::Computed, Some(all)),
-        Source::Kept(all) => (Output::Kept(all), None),
-    };
     let pool = ScratchPool::<Scratch<A::Scratch, E>>::new();
     let parts: Vec<GradSums> = blocks
         .par_iter()

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use rayon::prelude::*;
 
 use super::gradient::{Backward, GradSums, Gradients};
-use super::lines::{Converted, Source, Step, conv_output_grad, sums_of, write_residual_grad};
+use super::lines::{Converted, Step, conv_output_grad, sums_of, write_residual_grad};
 use crate::conv::channels::{ByChannels, Rows};
 use crate::conv::span::Span;
 use crate::conv::tile::Output;
@@ -40,8 +40,13 @@ pub(super) fn conv<E: Element, P: ByChannels<E>>(
 pub(super) fn sum<E: Element, P: ByChannels<E>>(
     pass: &Backward<'_, E>,
     algorithm: &P,
-    mut source: Source<'_, E>,
+    output: Output<'_, E>,
+    mut stored: Option<&mut [MaybeUninit<E>]>,
 ) -> GradSums {
+    let kept = match output {
+        Output::Kept(kept) => Some(kept),
+        _ => None,
+    };
     let geometry = pass.geometry;
     let channels = geometry.channels_out();
     let (mut scratch, mut rows) = (P::Scratch::default(), Rows::default());
@@ -49,12 +54,8 @@ pub(super) fn sum<E: Element, P: ByChannels<E>>(
     let mut sums = GradSums::new(channels);
     for chunk in algorithm.chunks(Span::all(geometry)) {
         rows.resize(channels, chunk.len);
-        let kept = match &source {
-            Source::Kept(kept) => Some(*kept),
-            _ => None,
-        };
         compute(pass, algorithm, kept, &mut scratch, chunk, &mut rows, 0);
-        if let Source::Store(stored) = &mut source {
+        if let Some(stored) = &mut stored {
             write(geometry, chunk, &rows, stored);
         }
         let pitch = rows.pitch;

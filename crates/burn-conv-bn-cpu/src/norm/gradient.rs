@@ -50,6 +50,17 @@ pub enum ConvOutput<'a, T> {
     Kept(&'a [T]),
 }
 
+impl<T> ConvOutput<'_, T> {
+    /// The same once more: for `grad_sums`, while `backward` is still to come.
+    pub fn reborrow(&mut self) -> ConvOutput<'_, T> {
+        match self {
+            Self::Recompute => ConvOutput::Recompute,
+            Self::Store(buffer) => ConvOutput::Store(buffer),
+            Self::Kept(values) => ConvOutput::Kept(values),
+        }
+    }
+}
+
 /// The two per-channel sums of the norm's gradient, `[channels_out]` each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GradSums {

@@ -10,13 +10,6 @@ use crate::pool::backward::Routes;
 use crate::simd::sweeps::{self, Argument, ChannelGrad, Gate};
 use crate::{Activation, Element, Real};
 
-/// [`ConvOutput`](super::gradient::ConvOutput) of all blocks, or of one.
-pub(super) enum Source<'a, E> {
-    Recompute,
-    Store(&'a mut [MaybeUninit<E>]),
-    Kept(&'a [E]),
-}
-
 /// Arguments that all blocks share.
 pub(super) struct Step<'a, E: Element> {
     pub(super) pass: &'a Backward<'a, E>,

@@ -118,7 +118,8 @@ fn hang_up_with_terminal() {
     use rustix::process::{Signal, getpid, kill_process};
     use rustix::termios::tcgetattr;
 
-    // A terminal that is closing fails to be read, and is polled as hung up, before its attributes are refused.
+    // A terminal that is closing fails to be read, and is polled as hung up, before its attributes are refused. macOS polls
+    // no devices.
     let is_gone = || {
         let stdin = io::stdin();
         let mut states = [PollFd::new(&stdin, PollFlags::empty())];

@@ -167,11 +167,14 @@ pub(super) fn kernel_backward<E: Kernel>(
         (None, false) => Some(slice(&output_grad)),
         (None, true) => None,
     };
-    let sums = match (invertible, available) {
-        (Some(pooled), _) => pooled_grad_sums(&pass, slice(pooled)),
-        (None, Some(conv_output)) => grad_sums(&pass, ConvOutput::Kept(conv_output)),
-        (None, None) if stores => grad_sums(&pass, ConvOutput::Store(&mut stored)),
-        (None, None) => grad_sums(&pass, ConvOutput::Recompute),
+    let mut conv_output = match available {
+        Some(conv_output) => ConvOutput::Kept(conv_output),
+        None if stores => ConvOutput::Store(&mut stored),
+        None => ConvOutput::Recompute,
+    };
+    let sums = match invertible {
+        Some(pooled) => pooled_grad_sums(&pass, slice(pooled)),
+        None => grad_sums(&pass, conv_output.reborrow()),
     };
 
     let wants_fixed_gamma = wanted.gamma && batch_norm.is_none();
@@ -188,11 +191,7 @@ pub(super) fn kernel_backward<E: Kernel>(
         });
         backward(
             &pass,
-            match available {
-                Some(conv_output) => ConvOutput::Kept(conv_output),
-                None if stores => ConvOutput::Store(&mut stored),
-                None => ConvOutput::Recompute,
-            },
+            conv_output,
             coefficients
                 .as_ref()
                 .map(|[slope, offset]| InputGradCoefficients {
