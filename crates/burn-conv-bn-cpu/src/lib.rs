@@ -15,6 +15,7 @@
 //! - [`grad_sums`]: recomputes the convolution, and computes the sums of the norm's gradient.
 //! - [`backward`]: recomputes the convolution again, or reads what [`grad_sums`] stored, and computes the
 //!   gradients.
+//! - [`ConvOutput::Gram`]: for both, products of the input in place of the convolution.
 //! - [`moments`], [`normalize_into`], [`norm_grad_sums`], [`norm_input_grad`]: the norm without a convolution.
 //! - [`PoolGeometry`], [`max_pool`], [`max_pool_backward`]: max pooling, with an argmax of one byte for each
 //!   output.
@@ -117,6 +118,7 @@ pub use norm::forward::{conv, conv_moments, normalize};
 pub use norm::gradient::{
     Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, OutputGrad, PooledGrad,
 };
+pub use norm::gram::Gram;
 pub use norm::moments::Moments;
 pub use pool::backward::max_pool_backward;
 pub use pool::forward::max_pool;

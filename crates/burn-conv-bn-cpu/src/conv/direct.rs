@@ -11,7 +11,9 @@ use super::phases::Run;
 use super::tile::{Algorithm, Piece, Transposed};
 use crate::blocks::{Block, Share};
 use crate::scratch::Aligned;
-use crate::simd::planes::{Filter, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache};
+use crate::simd::planes::{
+    Filter, WIDEST, accumulate, correlate, correlate_add, plane_len, slack, taps_in_cache,
+};
 use crate::simd::prefetch_range;
 use crate::simd::sweeps::{self, Sweep, zero};
 use crate::{Element, Geometry, Real};
@@ -48,6 +50,16 @@ pub(crate) struct Direct<'a, T> {
     /// For each group and phase, the taps of the input's gradient and their offsets in the output's
     /// gradient; empty if not requested.
     transposed: Vec<Vec<(Filter<T>, Vec<usize>)>>,
+    centered: Option<Centered<T>>,
+}
+
+/// A pointwise convolution's input less a value of each channel, and what [`norm::gram`](crate::norm::gram) makes of it.
+/// The weight's gradient is followed by the input's own products, `[channels_in, channels_in]`, and its sums.
+#[derive(Debug)]
+pub(crate) struct Centered<T> {
+    pub(crate) origin: Vec<T>,
+    /// Added to the input's gradient: a matrix times the input, and a constant of each channel.
+    pub(crate) correction: Option<(Filter<T>, Vec<T>)>,
 }
 
 /// Buffers of one thread, each for one tile.
@@ -120,7 +132,14 @@ impl<'a, T: Real> Direct<'a, T> {
             offsets,
             filters: Vec::new(),
             transposed: Vec::new(),
+            centered: None,
         }
+    }
+
+    /// Subtracts a value of each channel of the input of a pointwise convolution.
+    pub(crate) fn centered(mut self, centered: Centered<T>) -> Self {
+        self.centered = Some(centered);
+        self
     }
 
     /// Prepares the convolution, and that of its input's gradient, each if it is needed.
@@ -264,6 +283,12 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
                     let targets = scratch.planes[start..].chunks_exact_mut(self.plane);
                     for (runs, target) in tile.input.iter().zip(targets) {
                         load_runs(source, runs, step, target, &mut scratch.converted);
+                        if let Some(centered) = &self.centered {
+                            let origin = centered.origin[channel];
+                            for value in &mut target[..tile.range.len()] {
+                                *value = *value - origin;
+                            }
+                        }
                     }
                 }
             },
@@ -343,18 +368,47 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
     }
 
     fn weight_grad_len(&self) -> usize {
-        self.geometry.weight_len()
+        let channels = self.geometry.channels[0];
+        let of_input = match &self.centered {
+            Some(_) => channels * (channels + 1),
+            None => 0,
+        };
+        self.geometry.weight_len() + of_input
     }
 
     fn add_weight_grad(&self, scratch: &mut Self::Scratch, tile: &Tile, sums: &mut [E::Real]) {
+        let (weight, of_input) = sums.split_at_mut(match &self.centered {
+            Some(_) => self.geometry.weight_len(),
+            None => sums.len(),
+        });
+        let (planes, positions) = (&scratch.planes, tile.range.len());
+        let output = &scratch.output[self.layout.reach()..];
+        accumulate(weight, output, self.pitch, planes, &self.offsets, positions);
+        if of_input.is_empty() {
+            return;
+        }
+        let channels = self.geometry.channels[0];
+        let (products, sums) = of_input.split_at_mut(channels * channels);
         accumulate(
-            sums,
-            &scratch.output[self.layout.reach()..],
-            self.pitch,
-            &scratch.planes,
+            products,
+            planes,
+            self.plane,
+            planes,
             &self.offsets,
-            tile.range.len(),
+            positions,
         );
+        Arch::new().dispatch(Sweep(
+            #[inline(always)]
+            || {
+                for (sum, plane) in sums.iter_mut().zip(planes.chunks_exact(self.plane)) {
+                    *sum += sweeps::sum(&plane[..positions]);
+                }
+            },
+        ));
+    }
+
+    fn input_grad_reads_input(&self) -> bool {
+        self.centered.is_some()
     }
 
     fn weight_grad(&self, sums: Vec<E::Real>, grad: &mut Vec<E::Real>) {
@@ -401,15 +455,25 @@ impl<T: Real> Direct<'_, T> {
                 &scratch.copies
             }
         };
+        let correction = self
+            .centered
+            .as_ref()
+            .and_then(|centered| centered.correction.as_ref());
         for ((filter, offsets), runs) in self.transposed[group].iter().zip(&tile.grad) {
-            correlate(
-                filter,
-                source,
-                offsets,
-                &mut scratch.input_grad,
-                self.pitch,
-                runs.last().map_or(0, |run| run.wide + run.len),
-            );
+            let positions = runs.last().map_or(0, |run| run.wide + run.len);
+            let target = &mut scratch.input_grad;
+            match correction {
+                None => correlate(filter, source, offsets, target, self.pitch, positions),
+                Some((matrix, constants)) => {
+                    let rows = target.chunks_exact_mut(self.pitch);
+                    for (row, constant) in rows.zip(constants) {
+                        row[..positions].fill(*constant);
+                    }
+                    correlate_add(filter, source, offsets, target, self.pitch, positions);
+                    let planes = &scratch.planes;
+                    correlate_add(matrix, planes, &self.offsets, target, self.pitch, positions);
+                }
+            }
             for (index, values) in scratch.input_grad.chunks_exact(self.pitch).enumerate() {
                 let target = grad.channel((group * channels + index) * plane);
                 store_runs(values, runs, self.layout.step(), target);

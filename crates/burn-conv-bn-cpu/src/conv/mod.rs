@@ -1,10 +1,10 @@
 //! The convolution and its gradients, and the choice of the algorithm for a geometry.
 
 pub(crate) mod channels;
+pub(crate) mod direct;
 pub(crate) mod span;
 pub(crate) mod tile;
 
-mod direct;
 mod layout;
 mod limit;
 mod method;

@@ -75,6 +75,11 @@ pub(crate) trait Algorithm<E: Element>: Sync {
     /// Overwrites `grad` with the weight's gradient, from the sums over all tiles.
     fn weight_grad(&self, sums: Vec<E::Real>, grad: &mut Vec<E::Real>);
 
+    /// Whether [`input_grad`](Self::input_grad) reads the loaded tile.
+    fn input_grad_reads_input(&self) -> bool {
+        false
+    }
+
     /// Writes what this tile completes of the input's gradient, in one group of the block's share `grad`. All of
     /// it is written after the last tile of the last group. Of a halo, without `grad`, the next tile's part is kept.
     fn input_grad(

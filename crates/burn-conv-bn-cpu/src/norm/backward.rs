@@ -63,6 +63,10 @@ pub fn grad_sums<E: Element>(pass: &Backward<'_, E>, conv_output: ConvOutput<'_,
     let len = pass.output_len();
     match conv_output {
         ConvOutput::Recompute => sum(pass, Output::Computed, None),
+        ConvOutput::Gram(gram) => match gram.sum(pass) {
+            Some(sums) => sums,
+            None => sum(pass, Output::Computed, None),
+        },
         ConvOutput::Kept(values) => {
             assert_eq!(values.len(), len);
             sum(pass, Output::Kept(values), None)
@@ -156,13 +160,17 @@ pub fn backward<E: Element>(
     mut gradients: Gradients<'_, E>,
 ) {
     let geometry = pass.geometry;
-    let recomputes = matches!(conv_output, ConvOutput::Recompute);
+    let recomputes = matches!(conv_output, ConvOutput::Recompute | ConvOutput::Gram(_));
     pass.check(recomputes, gradients.weight.is_some());
     if let Some((_, weight)) = &gradients.input {
         assert_eq!(weight.len(), geometry.weight_len());
     }
     let output = match (conv_output, &mut gradients.input) {
-        (ConvOutput::Recompute, _) => Output::Computed,
+        (ConvOutput::Gram(gram), _) if gram.is_filled() => {
+            let coefficients = coefficients.expect("sums of products serve the batch's statistics");
+            return gram.backward(pass, coefficients, gradients);
+        }
+        (ConvOutput::Recompute | ConvOutput::Gram(_), _) => Output::Computed,
         (ConvOutput::Kept(kept), _) => {
             assert_eq!(kept.len(), pass.output_len());
             Output::Kept(kept)
@@ -198,7 +206,7 @@ pub fn backward<E: Element>(
 }
 
 #[allow(unsafe_code)]
-fn backward_blocks<E: Element, A: Algorithm<E>>(
+pub(super) fn backward_blocks<E: Element, A: Algorithm<E>>(
     step: &Step<'_, E>,
     algorithm: &A,
     output: Output<'_, E>,
@@ -224,29 +232,21 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
     let residual = residual.map(|grad| room(grad, pass.output_len()));
     let residual_shares = output_shares(pass, residual, &blocks);
     let pool = ScratchPool::<Scratch<A::Scratch, E>>::new();
-    let total = Mutex::new(InOrder::<E::Real>::default());
-    // In order, unlike rayon's halves: few blocks' sums wait for the one before.
-    let queue = blocks.iter().zip(input_shares).zip(residual_shares);
-    let queue = Mutex::new(queue.enumerate());
-    let next = || lock(&queue).next();
-    (0..rayon::current_num_threads().min(blocks.len()))
-        .into_par_iter()
-        .for_each(|_| {
-            pool.with(|scratch| {
-                while let Some((index, ((block, input), residual))) = next() {
-                    let mut sums = vec![E::Real::ZERO; sums_len];
-                    let grads = BlockGradients {
-                        input,
-                        weight: (!sums.is_empty()).then_some(sums.as_mut_slice()),
-                        residual,
-                    };
-                    scratch.backward_block(step, algorithm, block, output, grads);
-                    lock(&total).add(index, sums);
-                }
-            });
-        });
+    let items = blocks.iter().zip(input_shares).zip(residual_shares);
+    let sums = sum_in_order(
+        items,
+        blocks.len(),
+        sums_len,
+        |((block, input), residual), sums| {
+            let grads = BlockGradients {
+                input,
+                weight: (!sums.is_empty()).then_some(sums),
+                residual,
+            };
+            pool.with(|scratch| scratch.backward_block(step, algorithm, block, output, grads));
+        },
+    );
     if let Some(grad) = gradients.weight {
-        let sums = std::mem::take(&mut lock(&total).sums);
         algorithm.weight_grad(sums, grad);
     }
     if let Some((grad, _)) = gradients.input {
@@ -261,16 +261,46 @@ fn backward_blocks<E: Element, A: Algorithm<E>>(
     }
 }
 
+/// Calls `task` with the items of all blocks, on all threads, and with a block's sums; returns these added in order.
+pub(super) fn sum_in_order<I: Send, T: Real>(
+    items: impl Iterator<Item = I> + Send,
+    blocks: usize,
+    len: usize,
+    task: impl Fn(I, &mut [T]) + Sync,
+) -> Vec<T> {
+    let total = Mutex::new(InOrder::<T>::default());
+    // In order, unlike rayon's halves: few blocks' sums wait for the one before.
+    let queue = Mutex::new(items.enumerate());
+    let next = || lock(&queue).next();
+    (0..rayon::current_num_threads().min(blocks))
+        .into_par_iter()
+        .for_each(|_| {
+            while let Some((index, item)) = next() {
+                let mut sums = vec![T::ZERO; len];
+                task(item, &mut sums);
+                lock(&total).add(index, sums);
+            }
+        });
+    std::mem::take(&mut lock(&total).sums)
+}
+
 /// A panic elsewhere leaves nothing behind that is read.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Asks for the next channel's gradients where a line starts at `at`.
-fn prefetch_next<E: Element>(pass: &Backward<'_, E>, at: usize, len: usize) {
+/// Asks for the next channel's values of all tensors of the output's shape, where a line of `len` starts at `at`.
+pub(super) fn prefetch_next<E: Element>(pass: &Backward<'_, E>, at: usize, len: usize) {
     let next = at + pass.geometry.positions();
-    if let OutputGrad::Whole(all) = pass.output_grad {
-        prefetch_range(all, next..next + len);
+    let output_grad = match pass.output_grad {
+        OutputGrad::Whole(all) => Some(all),
+        OutputGrad::Pooled(_) => None,
+    };
+    for values in [output_grad, pass.output, pass.residual]
+        .into_iter()
+        .flatten()
+    {
+        prefetch_range(values, next..next + len);
     }
 }
 
@@ -353,7 +383,9 @@ impl<S: Default, E: Element> Scratch<S, E> {
         mut grads: BlockGradients<'_, '_, E>,
     ) {
         let start = block.images.start * step.pass.geometry.output_len();
-        let loads = matches!(output, Output::Computed) || grads.weight.is_some();
+        let loads = matches!(output, Output::Computed)
+            || grads.weight.is_some()
+            || (grads.input.is_some() && algorithm.input_grad_reads_input());
         let work = Work {
             block,
             input: loads.then(|| step.pass.input(&block.images)),
@@ -369,6 +401,9 @@ impl<S: Default, E: Element> Scratch<S, E> {
             prefetch_next(step.pass, at, range.len());
             let span = Span::of_tensor(step.pass.geometry, at, range.len());
             let residual = grads.residual.as_mut();
+            if let Some(grad) = &residual {
+                grad.prefetch_next(&range, step.pass.geometry.positions());
+            }
             // The halo's belongs to the band before.
             if let Some(grad) = residual.and_then(|grad| grad.get(range)) {
                 write_residual_grad(step.pass, channel, span, line, grad, converted, masked);

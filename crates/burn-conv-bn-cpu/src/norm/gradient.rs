@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::gram::Gram;
 use crate::conv::check;
 use crate::conv::tile::Output;
 use crate::pool::backward::Routes;
@@ -40,20 +41,24 @@ pub enum OutputGrad<'a, E> {
 
 /// The convolution's output in [`grad_sums`](crate::grad_sums) and [`backward`](crate::backward).
 #[derive(Debug)]
-pub enum ConvOutput<'a, T> {
+pub enum ConvOutput<'a, E: Element> {
     /// Recompute it, tile by tile, and store nothing.
     Recompute,
     /// A buffer between the two: `grad_sums` recomputes the output into it, `backward` reads it and may exchange its
     /// memory for the input's gradient.
-    Store(&'a mut Vec<T>),
+    Store(&'a mut Vec<E>),
     /// The output that forward kept.
-    Kept(&'a [T]),
+    Kept(&'a [E]),
+    /// None: its products with other tensors follow from those of the input, which `grad_sums` leaves in [`Gram`] for
+    /// `backward`. For passes that allow it ([`Backward::allows_gram`]), with coefficients.
+    Gram(&'a mut Gram<E::Real>),
 }
 
-impl<T> ConvOutput<'_, T> {
+impl<E: Element> ConvOutput<'_, E> {
     /// The same once more: for `grad_sums`, while `backward` is still to come.
-    pub fn reborrow(&mut self) -> ConvOutput<'_, T> {
+    pub fn reborrow(&mut self) -> ConvOutput<'_, E> {
         match self {
+            Self::Gram(gram) => ConvOutput::Gram(gram),
             Self::Recompute => ConvOutput::Recompute,
             Self::Store(buffer) => ConvOutput::Store(buffer),
             Self::Kept(values) => ConvOutput::Kept(values),

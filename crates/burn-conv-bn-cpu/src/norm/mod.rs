@@ -5,6 +5,7 @@ pub(crate) mod alone;
 pub(crate) mod backward;
 pub(crate) mod forward;
 pub(crate) mod gradient;
+pub(crate) mod gram;
 pub(crate) mod moments;
 
 mod channels;

@@ -192,6 +192,29 @@ pub(crate) fn correlate<T: Real>(
     pitch: usize,
     positions: usize,
 ) {
+    run_correlate(filter, (source, offsets), target, pitch, positions, false);
+}
+
+/// As [`correlate`], added to the target.
+pub(crate) fn correlate_add<T: Real>(
+    filter: &Filter<T>,
+    source: &[T],
+    offsets: &[usize],
+    target: &mut [T],
+    pitch: usize,
+    positions: usize,
+) {
+    run_correlate(filter, (source, offsets), target, pitch, positions, true);
+}
+
+fn run_correlate<T: Real>(
+    filter: &Filter<T>,
+    (source, offsets): (&[T], &[usize]),
+    target: &mut [T],
+    pitch: usize,
+    positions: usize,
+    adds: bool,
+) {
     assert_eq!(filter.factors.len(), filter.channels * filter.taps);
     assert_eq!(offsets.len(), filter.taps);
     let last = offsets.iter().max().copied().unwrap_or(0);
@@ -205,6 +228,7 @@ pub(crate) fn correlate<T: Real>(
         target,
         pitch,
         positions,
+        adds,
     });
 }
 
@@ -215,6 +239,8 @@ struct Correlate<'a, T> {
     target: &'a mut [T],
     pitch: usize,
     positions: usize,
+    /// Whether the first block of taps adds to the target, as the others do.
+    adds: bool,
 }
 
 impl<T: Real> WithSimd for Correlate<'_, T> {
@@ -281,7 +307,8 @@ impl<T: Real> Correlate<'_, T> {
                 unsafe {
                     let source = self.source.as_ptr().add(position);
                     let target = self.target.as_mut_ptr().add(first * self.pitch + position);
-                    let (factors, pitch, add) = (factors.as_ptr(), self.pitch, taps.start > 0);
+                    let (factors, pitch) = (factors.as_ptr(), self.pitch);
+                    let add = self.adds || taps.start > 0;
                     if is_short {
                         block::<S, T, M, LAST>(simd, factors, source, offsets, target, pitch, add);
                     } else {

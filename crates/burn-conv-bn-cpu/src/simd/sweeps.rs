@@ -195,59 +195,62 @@ pub(crate) fn grad_sums<T: Real>(
     affine: ChannelAffine<T>,
     gate: Gate<'_, T>,
 ) -> (T, T) {
+    /// `grad` returns `g` from a value of `gates` and the output's gradient.
     #[inline(always)]
     fn sweep<T: Real>(
         conv_output: &[T],
         output_grad: &[T],
+        gates: &[T],
         mean: T,
-        grad: impl Fn(usize, T, T) -> T,
+        grad: impl Fn(T, T) -> T,
     ) -> (T, T) {
         let mut grads = [T::ZERO; LANES];
         let mut products = [T::ZERO; LANES];
         let (z_chunks, z_rest) = conv_output.as_chunks::<LANES>();
         let (dy_chunks, dy_rest) = output_grad.as_chunks::<LANES>();
-        for (index, (z, dy)) in z_chunks.iter().zip(dy_chunks).enumerate() {
+        let (gate_chunks, gate_rest) = gates.as_chunks::<LANES>();
+        for ((z, dy), gate) in z_chunks.iter().zip(dy_chunks).zip(gate_chunks) {
             for lane in 0..LANES {
-                let g = grad(index * LANES + lane, z[lane], dy[lane]);
+                let g = grad(gate[lane], dy[lane]);
                 grads[lane] += g;
                 products[lane] += g * (z[lane] - mean);
             }
         }
-        let start = z_chunks.len() * LANES;
-        for (lane, (z, dy)) in z_rest.iter().zip(dy_rest).enumerate() {
-            let g = grad(start + lane, *z, *dy);
+        for (lane, ((z, dy), gate)) in z_rest.iter().zip(dy_rest).zip(gate_rest).enumerate() {
+            let g = grad(*gate, *dy);
             grads[lane] += g;
             products[lane] += g * (*z - mean);
         }
         (total(grads), total(products))
     }
+    let mean = affine.mean;
     arch.dispatch(Sweep(
         #[inline(always)]
         || match gate {
             Gate::Open => sweep(
                 conv_output,
                 output_grad,
-                affine.mean,
+                conv_output,
+                mean,
                 #[inline(always)]
-                |_, _, dy| dy,
+                |_, dy| dy,
             ),
             Gate::PreActivation => sweep(
                 conv_output,
                 output_grad,
-                affine.mean,
+                conv_output,
+                mean,
                 #[inline(always)]
-                |_, z, dy| Activation::Relu.backward(affine.apply(z), dy),
+                |z, dy| Activation::Relu.backward(affine.apply(z), dy),
             ),
-            Gate::Output(output) => {
-                let output = &output[..conv_output.len()];
-                sweep(
-                    conv_output,
-                    output_grad,
-                    affine.mean,
-                    #[inline(always)]
-                    |index, _, dy| Activation::Relu.backward(output[index], dy),
-                )
-            }
+            Gate::Output(output) => sweep(
+                conv_output,
+                output_grad,
+                output,
+                mean,
+                #[inline(always)]
+                |y, dy| Activation::Relu.backward(y, dy),
+            ),
         },
     ))
 }
@@ -366,6 +369,30 @@ pub(crate) fn conv_output_grad<T: Real>(
             ),
         },
     ));
+}
+
+/// Sum of the values, in the vector unit of the caller's dispatch.
+#[inline(always)]
+pub(crate) fn sum<T: Real>(values: &[T]) -> T {
+    let mut sums = [T::ZERO; LANES];
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            sums[lane] += chunk[lane];
+        }
+    }
+    for (sum, value) in sums.iter_mut().zip(rest) {
+        *sum += *value;
+    }
+    total(sums)
+}
+
+/// As [`sum`], with a dispatch of its own.
+pub(crate) fn total_of<T: Real>(arch: Arch, values: &[T]) -> T {
+    arch.dispatch(Sweep(
+        #[inline(always)]
+        || sum(values),
+    ))
 }
 
 /// `target += source`.

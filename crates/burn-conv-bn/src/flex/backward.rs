@@ -5,8 +5,8 @@ use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{DType, f16};
 use burn_conv_bn_cpu::{
-    Activation as KernelActivation, Affine, Backward, ConvOutput, Gradients, InputGradCoefficients,
-    OutputGrad, PooledGrad, Real, backward, grad_sums, pooled_grad_sums,
+    Activation as KernelActivation, Affine, Backward, ConvOutput, Gradients, Gram,
+    InputGradCoefficients, OutputGrad, PooledGrad, Real, backward, grad_sums, pooled_grad_sums,
 };
 
 use super::max_pool;
@@ -147,12 +147,13 @@ pub(super) fn kernel_backward<E: Kernel>(
         .as_ref()
         .filter(|_| joined.is_some() && inverts_norm::<E>(&variance, &scale, shift.as_deref()));
 
-    // The convolution's output: saved in forward, stored between the two steps if that saves time and fits the
-    // workspace, or recomputed in each step. Under given statistics only the activation may need it.
+    // The convolution's output: saved in forward, replaced by products of the input, stored between the two steps if that
+    // saves time and fits the workspace, or recomputed in each step. Under given statistics only the activation may need it.
     let is_needed =
         batch_norm.is_some() || options.options.activation.derivative() == Derivative::OfValue;
     let kept = conv_output.as_option().map(contiguous);
     let bytes = size_of::<E>() * conv_output_shape.num_elements();
+    let by_products = batch_norm.is_some() && pass.allows_gram();
     let stores = is_needed
         && kept.is_none()
         && invertible.is_none()
@@ -161,7 +162,7 @@ pub(super) fn kernel_backward<E: Kernel>(
             .options
             .max_workspace
             .is_none_or(|most| bytes <= most);
-    let mut stored = Vec::<E>::new();
+    let (mut stored, mut gram) = (Vec::<E>::new(), Gram::default());
     let available = match (&kept, is_needed) {
         (Some(kept), _) => Some(slice::<E>(kept)),
         (None, false) => Some(slice(&output_grad)),
@@ -169,6 +170,7 @@ pub(super) fn kernel_backward<E: Kernel>(
     };
     let mut conv_output = match available {
         Some(conv_output) => ConvOutput::Kept(conv_output),
+        None if by_products => ConvOutput::Gram(&mut gram),
         None if stores => ConvOutput::Store(&mut stored),
         None => ConvOutput::Recompute,
     };
