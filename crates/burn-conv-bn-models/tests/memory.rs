@@ -374,27 +374,7 @@ fn blocks(form: Form, device: &Device) {
         .with_padding(PaddingConfig2d::Same);
     let window = |size| MaxPool2dConfig::new([size; 2]).with_strides([2, 2]);
     let uneven = window(2).with_padding(PaddingConfig2d::Explicit(0, 0, 1, 1));
-    for activation in [
-        Activation::Identity,
-        Activation::Relu,
-        Activation::Relu6,
-        Activation::LeakyRelu {
-            negative_slope: 0.1,
-        },
-        Activation::Silu,
-        Activation::Gelu,
-        Activation::GeluApproximate,
-        Activation::HardSwish,
-        Activation::Sigmoid,
-        Activation::HardSigmoid {
-            alpha: 0.2,
-            beta: 0.5,
-        },
-        Activation::Tanh,
-        Activation::Elu { alpha: 0.75 },
-        Activation::Mish,
-        Activation::Softplus { beta: 1.5 },
-    ] {
+    for activation in Activation::SAMPLES {
         for config in [&config, &dilated] {
             for fixed in [false, true] {
                 let block = config.clone().with_activation(activation).init(device);
