@@ -61,7 +61,7 @@ fn run_compare(
     allocator: &'static CountingAllocator,
     interrupter: &Interrupter,
 ) -> Result<()> {
-    let threads = args.job.threads;
+    let threads = args.setup.threads;
     set_threads(threads)?;
     let time_limit = args.time_limit.map(|minutes| {
         // More than fits is as good as none.
@@ -86,7 +86,7 @@ fn train(
     if args.resume && args.overwrite {
         bail!("--resume goes on with the run that --overwrite removes; use one of them");
     }
-    set_threads(args.job.threads)?;
+    set_threads(args.setup.threads)?;
     let folder = RunFolder {
         path: args.artifacts,
         resume: args.resume,
@@ -175,11 +175,11 @@ pub(super) fn interruption(
 }
 
 fn parity(args: &ParityArgs, given: &Options, interrupter: &Interrupter) -> Result<()> {
-    set_threads(args.job.threads)?;
+    set_threads(args.setup.threads)?;
     let mut job = Job::of(given)?;
-    job.data.test_limit = Some(1);
+    job.learning.test_limit = Some(1);
     job.check()?;
-    Parity::check(job.precision)?;
+    Parity::check(job.setup.precision)?;
     let data = job.begin()?;
     Parity::measure(&job, Arc::new(data.train), args.steps, interrupter)?.judge()
 }
@@ -212,15 +212,15 @@ fn run_predict(args: Predict, given: &Options, interrupter: &Interrupter) -> Res
     }
     let damaged = || format!("{} is damaged", directory.join(RUN_FILE).display());
     let job = Job::of(&options).with_context(damaged)?;
-    job.device.open_for(job.precision)?;
+    job.setup.device.open_for(job.setup.precision)?;
     let variant = options.remove("variant").unwrap_or_default();
     let trained: Variant = serde_json::from_value(variant).with_context(damaged)?;
-    if args.images.is_some() && job.model.tracks_statistics() {
+    if args.images.is_some() && job.setup.model.tracks_statistics() {
         for option in &OTHERS[..3] {
             ensure!(
                 !given.contains_key(*option),
                 "--{option} is about test digits, of which {} needs none for pictures",
-                job.model.name()
+                job.setup.model.name()
             );
         }
     }

@@ -92,8 +92,8 @@ impl Invocation {
 /// Refuses options of fused blocks where there are none, or where the variant decides. Files may have the default, which
 /// `--print-config` prints.
 fn check_variant(args: &Train, on_line: impl Fn(&str) -> bool) -> Result<()> {
-    let recompute = args.job.recompute != RecomputePolicy::Conv;
-    let max_workspace = args.job.max_workspace.is_some();
+    let recompute = args.setup.recompute != RecomputePolicy::Conv;
+    let max_workspace = args.setup.max_workspace.is_some();
     for (option, is_set) in [("recompute", recompute), ("max-workspace", max_workspace)] {
         let reason = match (args.variant, option) {
             (Variant::Unfused, _) => "an option of fused blocks, and --variant unfused has none",

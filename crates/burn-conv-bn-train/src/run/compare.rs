@@ -10,7 +10,7 @@ use burn::train::Interrupter;
 use burn_conv_bn_memory::CountingAllocator;
 
 use crate::choice::Choice;
-use crate::data::{DataRequest, DatasetChoice, MnistData};
+use crate::data::{DatasetChoice, MnistData};
 use crate::measure::estimate::estimate;
 use crate::measure::plot::picture;
 use crate::measure::report::{EpochReport, Report, VariantReport};
@@ -57,7 +57,7 @@ pub(crate) fn compare(
     let mut data = job.begin()?;
     announce(&mut job, options, &mut data, allocator)?;
     // The variants' processes look for the data again: what they find must be the same.
-    job.data.dataset = if data.name == "synthetic" {
+    job.setup.data.dataset = if data.name == "synthetic" {
         DatasetChoice::Synthetic
     } else {
         DatasetChoice::Mnist
@@ -88,16 +88,11 @@ fn share(job: &Job, variant: Variant) -> Job {
     if Variant::TRAINED.contains(&variant) {
         return job.clone();
     }
-    let limit = job.data.train_limit.unwrap_or(usize::MAX);
-    Job {
-        epochs: 1,
-        data: DataRequest {
-            train_limit: Some(limit.min(MEASURED_STEPS * job.batch_size)),
-            test_limit: Some(1),
-            ..job.data.clone()
-        },
-        ..job.clone()
-    }
+    let mut job = job.clone();
+    let limit = job.setup.data.train_limit.unwrap_or(usize::MAX);
+    job.setup.data.train_limit = Some(limit.min(MEASURED_STEPS * job.setup.batch_size));
+    job.learning.test_limit = Some(1);
+    Job { epochs: 1, ..job }
 }
 
 /// Trains or measures the variants one after the other.
@@ -206,8 +201,8 @@ fn announce(
         && total > limit
     {
         let fraction = limit.as_secs_f64() / total.as_secs_f64();
-        let batches = data.train.len() as f64 * fraction / job.batch_size as f64;
-        let digits = (batches as usize).max(1) * job.batch_size;
+        let batches = data.train.len() as f64 * fraction / job.setup.batch_size as f64;
+        let digits = (batches as usize).max(1) * job.setup.batch_size;
         let digits = digits.min(data.train.len());
         say!(
             "That is {} in all; to stay under {}, both variants train on the first {digits} \
@@ -215,7 +210,7 @@ fn announce(
             minutes(total),
             minutes(limit)
         )?;
-        job.data.train_limit = Some(digits);
+        job.setup.data.train_limit = Some(digits);
         data.train.truncate(digits);
     }
     Ok(())
