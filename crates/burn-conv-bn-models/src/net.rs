@@ -44,12 +44,6 @@ pub struct NetConfig {
     /// Probability with which the hidden layer's values are dropped in training. Default: 0.5.
     #[config(default = 0.5)]
     pub dropout: f64,
-    /// Whether the fused blocks recompute their convolution. Default: they do.
-    #[config(default = "Recompute::Conv")]
-    pub recompute: Recompute,
-    /// Bound on the fused blocks' workspace in the backward pass, in bytes. Default: none.
-    #[config(default = "None")]
-    pub max_workspace: Option<usize>,
 }
 
 /// The network of the PyTorch tutorial "Fusing Convolution and Batch Norm using Custom
@@ -125,8 +119,6 @@ impl NetConfig {
                 .with_affine(false)
                 .with_track_running_stats(false)
                 .with_activation(Activation::Relu)
-                .with_recompute(self.recompute)
-                .with_max_workspace(self.max_workspace)
                 .init(device)
         };
         let pooled = (self.image_size - 4) / 2;

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use burn_conv_bn::{NormVariant, Recompute};
+use burn_conv_bn::{ConvBnModule, NormVariant, Recompute};
 use burn_conv_bn_models::{Form, Net, NetConfig};
 use serde::Deserialize;
 
@@ -96,10 +96,9 @@ impl File {
             .with_norm(norm)
             .with_channels([2, 3])
             .with_hidden(5)
-            .with_dropout(0.0)
-            .with_recompute(recompute);
+            .with_dropout(0.0);
         assert_eq!(config.epsilon(), variant.epsilon);
-        let net = self.net(config);
+        let net = self.net(config).with_recompute(recompute);
         let context = format!("{norm:?}, {form:?}, {recompute:?}");
         let compare = |what: &str, got: Vec<f64>, wanted: &[f64]| {
             assert_close(&format!("{context}: {what}"), &got, wanted, 1e-10, 1e-12);
