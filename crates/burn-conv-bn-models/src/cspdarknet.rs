@@ -255,11 +255,7 @@ impl CspDarknet {
 
     /// Sets [`Recompute::Norm`] for all convolutions but those whose output is an output of the network or gets a
     /// shortcut added: these get `ends`.
-    ///
-    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
-    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
-    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
-    /// recomputes none of them, and keeps less than if all were that.
+    /// See [the crate](crate#chains).
     #[must_use]
     pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
         for (name, block) in self.blocks_mut() {

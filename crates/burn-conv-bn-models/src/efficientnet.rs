@@ -250,56 +250,21 @@ impl EfficientNet {
     /// Patterns and replacements from the keys of torchvision's `efficientnet_b*` to the names here; see
     /// [the crate](crate#weights-of-pytorch).
     pub const PYTORCH_KEYS: &'static [(&'static str, &'static str)] = &[
-        (r"^features\.0\.0\.", "stem.conv."),
-        (r"^features\.0\.1\.", "stem.norm."),
-        (r"^features\.8\.0\.", "head.conv."),
-        (r"^features\.8\.1\.", "head.norm."),
+        (r"^features\.0\.", "stem."),
+        (r"^features\.8\.", "head."),
         // The first stage does not expand: its parts come one earlier.
+        (r"^features\.1\.(\d+)\.block\.0\.", "stage1.$1.depthwise."),
+        (r"^features\.1\.(\d+)\.block\.1\.", "stage1.$1.squeeze."),
+        (r"^features\.1\.(\d+)\.block\.2\.", "stage1.$1.project."),
+        (r"^features\.(\d)\.(\d+)\.block\.0\.", "stage$1.$2.expand."),
         (
-            r"^features\.1\.(\d+)\.block\.0\.0\.",
-            "stage1.$1.depthwise.conv.",
+            r"^features\.(\d)\.(\d+)\.block\.1\.",
+            "stage$1.$2.depthwise.",
         ),
-        (
-            r"^features\.1\.(\d+)\.block\.0\.1\.",
-            "stage1.$1.depthwise.norm.",
-        ),
-        (r"^features\.1\.(\d+)\.block\.1\.fc", "stage1.$1.squeeze.fc"),
-        (
-            r"^features\.1\.(\d+)\.block\.2\.0\.",
-            "stage1.$1.project.conv.",
-        ),
-        (
-            r"^features\.1\.(\d+)\.block\.2\.1\.",
-            "stage1.$1.project.norm.",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.0\.0\.",
-            "stage${1}.$2.expand.conv.",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.0\.1\.",
-            "stage${1}.$2.expand.norm.",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.1\.0\.",
-            "stage${1}.$2.depthwise.conv.",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.1\.1\.",
-            "stage${1}.$2.depthwise.norm.",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.2\.fc",
-            "stage${1}.$2.squeeze.fc",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.3\.0\.",
-            "stage${1}.$2.project.conv.",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.3\.1\.",
-            "stage${1}.$2.project.norm.",
-        ),
+        (r"^features\.(\d)\.(\d+)\.block\.2\.", "stage$1.$2.squeeze."),
+        (r"^features\.(\d)\.(\d+)\.block\.3\.", "stage$1.$2.project."),
+        (r"(stem|head|expand|depthwise|project)\.0\.", "$1.conv."),
+        (r"(stem|head|expand|depthwise|project)\.1\.", "$1.norm."),
         (r"\.norm\.weight$", ".norm.gamma"),
         (r"\.norm\.bias$", ".norm.beta"),
         (r"^classifier\.1\.", "classifier."),
@@ -327,8 +292,7 @@ impl EfficientNet {
 
     /// Sets [`Recompute::Norm`] for the stem and the convolutions that expand, and `ends` for all others:
     /// what squeeze and excitation scale, and what a block returns.
-    ///
-    /// See [`Recompute::Norm`]: inside a chain an output is rebuilt in the backward pass, without a convolution.
+    /// See [the crate](crate#chains).
     #[must_use]
     pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
         for (name, block) in self.blocks_mut() {

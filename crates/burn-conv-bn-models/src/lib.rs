@@ -17,6 +17,14 @@
 //!
 //! [`optim`] has what Burn lacks to train them: Adadelta, and loss scales for f16.
 //!
+//! # Chains
+//!
+//! `with_rebuilt_chains(ends)` of every network sets [`Recompute::Norm`](burn_conv_bn::Recompute::Norm) inside its chains of
+//! blocks, whose outputs are rebuilt in the backward pass without a convolution. With `ends` of `Recompute::Conv` the
+//! network keeps about as much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never`
+//! it recomputes none, and keeps less than if all were that.
+//! [`ConvBnModule`](burn_conv_bn::ConvBnModule) sets one policy for all blocks, and bounds their workspace.
+//!
 //! # Weights of PyTorch
 //!
 //! Each of torchvision's networks has a table `PYTORCH_KEYS` of `(pattern, replacement)`: regular

@@ -181,41 +181,19 @@ impl MobileNetV2 {
     /// see [the crate](crate#weights-of-pytorch).
     pub const PYTORCH_KEYS: &'static [(&'static str, &'static str)] = &[
         // The two plain convolutions.
-        (
-            r"^features\.(0|18)\.0\.weight$",
-            "features.$1.conv.0.conv.weight",
-        ),
-        (
-            r"^features\.(0|18)\.1\.(weight|bias|running_mean|running_var)$",
-            "features.$1.conv.0.norm.$2",
-        ),
-        // Convolutions with an activation are a sequence of their own, the last one's parts are
-        // not.
-        (
-            r"^features\.(\d+)\.conv\.(\d)\.0\.",
-            "features.$1.conv.$2.conv.",
-        ),
-        (
-            r"^features\.(\d+)\.conv\.(\d)\.1\.",
-            "features.$1.conv.$2.norm.",
-        ),
+        (r"^features\.(0|18)\.0\.", "features.$1.conv.0.conv."),
+        (r"^features\.(0|18)\.1\.", "features.$1.conv.0.norm."),
+        // Convolutions with an activation are a sequence of their own, the last one's parts are not.
+        (r"\.conv\.(\d)\.0\.", ".conv.$1.conv."),
+        (r"\.conv\.(\d)\.1\.", ".conv.$1.norm."),
         // The first inverted residual does not expand.
         (
             r"^features\.1\.conv\.1\.weight$",
             "features.1.conv.1.conv.weight",
         ),
-        (
-            r"^features\.1\.conv\.2\.(weight|bias|running_mean|running_var)$",
-            "features.1.conv.1.norm.$1",
-        ),
-        (
-            r"^features\.(\d+)\.conv\.2\.weight$",
-            "features.$1.conv.2.conv.weight",
-        ),
-        (
-            r"^features\.(\d+)\.conv\.3\.(weight|bias|running_mean|running_var)$",
-            "features.$1.conv.2.norm.$2",
-        ),
+        (r"^features\.1\.conv\.2\.", "features.1.conv.1.norm."),
+        (r"\.conv\.2\.weight$", ".conv.2.conv.weight"),
+        (r"\.conv\.3\.", ".conv.2.norm."),
         (r"\.norm\.weight$", ".norm.gamma"),
         (r"\.norm\.bias$", ".norm.beta"),
         (r"^classifier\.1\.", "classifier."),
@@ -240,11 +218,7 @@ impl MobileNetV2 {
     }
 
     /// Sets [`Recompute::Norm`] for all convolutions but those that add a shortcut, which get `ends`.
-    ///
-    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
-    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
-    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
-    /// recomputes none of them, and keeps less than if all were that.
+    /// See [the crate](crate#chains).
     #[must_use]
     pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
         for block in &mut self.features {

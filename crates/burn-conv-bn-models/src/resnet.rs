@@ -298,11 +298,7 @@ impl ResNet {
     /// Sets [`Recompute::Norm`] for the convolutions inside the residual blocks, and `ends` for those at their
     /// ends: the one that adds the shortcut, and the shortcut's own. The first convolution of the network,
     /// which is one op with the max pool or the first shortcut, is `Recompute::Conv`.
-    ///
-    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
-    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
-    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
-    /// recomputes none of them, and keeps less than if all were that.
+    /// See [the crate](crate#chains).
     #[must_use]
     pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
         self.conv1.settings.recompute = Recompute::Conv;

@@ -216,11 +216,7 @@ impl Vgg {
 
     /// Sets [`Recompute::Norm`] for the convolutions with another one behind, and `ends` for those that are one
     /// op with the max pool behind.
-    ///
-    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
-    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
-    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
-    /// recomputes none of them, and keeps less than if all were that.
+    /// See [the crate](crate#chains).
     #[must_use]
     pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
         let mut features = self.features.iter_mut();

@@ -109,7 +109,7 @@ macro_rules! lists {
 }
 
 lists! {
-    Net, |net, images| net.saved_for_backward(images[0], images[2]), Net::forward;
+    Net, |net, images| net.saved_for_backward(images), Net::forward;
     ResNet, |net, images| net.saved_for_backward(images), ResNet::forward;
     Vgg, |net, images| net.saved_for_backward(images), Vgg::forward;
     MobileNetV2, |net, images| net.saved_for_backward(images), MobileNetV2::forward;

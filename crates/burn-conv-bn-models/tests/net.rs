@@ -244,7 +244,7 @@ fn fused_blocks_keep_one_activation_and_unfused_ones_three() {
     for norm in NORMS {
         for (form, wanted) in [(Form::Fused, &fused), (Form::Unfused, &unfused)] {
             let net = init(NetConfig::new(form).with_norm(norm), 1);
-            let saved = net.saved_for_backward(BATCH, 28);
+            let saved = net.saved_for_backward([BATCH, 1, 28, 28]);
             let activations: Vec<_> = saved
                 .iter()
                 .map(|(layer, kept)| (layer.as_str(), kept.name, kept.bytes(), kept.shared))
