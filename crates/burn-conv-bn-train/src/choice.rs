@@ -2,6 +2,7 @@
 
 use clap::ValueEnum;
 
+pub(crate) const ON_RUN: &str = "Run";
 pub(crate) const ON_NETWORK: &str = "Network";
 pub(crate) const ON_TRAINING: &str = "Training";
 pub(crate) const ON_DATA: &str = "Data";

@@ -5,18 +5,16 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use serde::{Deserialize, Serialize};
 
-use crate::choice::{ON_COMPUTATION, ON_NETWORK, ON_OUTPUT, finite};
+use crate::choice::{ON_COMPUTATION, ON_NETWORK, ON_OUTPUT, ON_RUN};
 use crate::data::DatasetChoice;
 use crate::device::DeviceChoice;
 use crate::predict::PredictForm;
+use crate::run::compare::CompareOptions;
+use crate::run::folder::{RUN, RunFolder};
 use crate::run::job::{Learning, Setup, Variant};
 use crate::run::worker::WORKER;
 
-/// Where `train` keeps a run, and `predict` looks for it.
-const RUN: &str = "artifacts/train";
-
-/// Headings of these commands' own options.
-const ON_RUN: &str = "Run";
+/// Headings of `predict`'s own options.
 const ON_WHAT: &str = "What to classify";
 const ON_TRAINED: &str = "Trained model";
 const ON_DIGITS: &str = "Test digits";
@@ -101,21 +99,15 @@ pub(super) struct Compare {
     /// Epochs.
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = ON_RUN)]
     pub(super) epochs: usize,
-    /// Limit on the estimated duration, in minutes; above it, training is on fewer digits.
-    #[arg(long, value_name = "MINUTES", value_parser = finite, help_heading = ON_RUN)]
-    pub(super) time_limit: Option<f64>,
     #[command(flatten)]
     #[serde(flatten)]
     pub(super) setup: Setup,
     #[command(flatten)]
     #[serde(flatten)]
     pub(super) learning: Learning,
-    /// Write the results to this file.
-    #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
-    pub(super) json: Option<PathBuf>,
-    /// Draw memory over one training step, and the losses, to this SVG file.
-    #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
-    pub(super) plot: Option<PathBuf>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(super) options: CompareOptions,
 }
 
 #[derive(Args, Debug, Serialize, Deserialize)]
@@ -127,15 +119,9 @@ pub(super) struct Train {
     /// Stop when the test loss has not improved for N epochs.
     #[arg(long, value_name = "N", help_heading = ON_RUN)]
     pub(super) early_stopping: Option<usize>,
-    /// Folder for checkpoints.
-    #[arg(long, value_name = "DIR", default_value = RUN, help_heading = ON_RUN)]
-    pub(super) artifacts: PathBuf,
-    /// Resume the run in the folder from its newest complete checkpoint, with its options.
-    #[arg(long, conflicts_with = "overwrite", help_heading = ON_RUN)]
-    pub(super) resume: bool,
-    /// Remove an earlier run in the folder.
-    #[arg(long, help_heading = ON_RUN)]
-    pub(super) overwrite: bool,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(super) folder: RunFolder,
     /// Which form of the network.
     #[arg(long, value_enum, default_value = "fused", help_heading = ON_NETWORK)]
     pub(super) variant: Variant,

@@ -8,8 +8,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use burn::train::Interrupter;
 use burn_conv_bn_memory::CountingAllocator;
+use clap::Args;
+use serde::{Deserialize, Serialize};
 
-use crate::choice::Choice;
+use crate::choice::{Choice, ON_OUTPUT, ON_RUN, finite};
 use crate::data::{DatasetChoice, MnistData};
 use crate::measure::estimate::estimate;
 use crate::measure::plot::picture;
@@ -22,17 +24,26 @@ use crate::run::worker::{Task, spawn};
 /// Training steps of a variant that is measured and not trained.
 const MEASURED_STEPS: usize = 4;
 
-#[derive(Clone, Debug)]
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) struct CompareOptions {
-    /// Where the report goes.
+    /// Limit on the estimated duration, in minutes; above it, training is on fewer digits.
+    #[arg(long, value_name = "MINUTES", value_parser = finite, help_heading = ON_RUN)]
+    pub(crate) time_limit: Option<f64>,
+    /// Write the results to this file.
+    #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
     pub(crate) json: Option<PathBuf>,
-    /// Where the picture of memory over a step and of the losses goes, as SVG.
+    /// Draw memory over one training step, and the losses, to this SVG file.
+    #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
     pub(crate) plot: Option<PathBuf>,
-    /// If the estimate is longer, train on fewer digits, the same for both variants.
-    pub(crate) time_limit: Option<Duration>,
-    /// Threads of the CPU in the variants' processes; as many as the machine runs at once if not
-    /// given.
-    pub(crate) threads: Option<usize>,
+}
+
+impl CompareOptions {
+    fn limit(&self) -> Option<Duration> {
+        // More than fits is as good as none.
+        let limit = |minutes| Duration::try_from_secs_f64(60.0 * minutes).unwrap_or(Duration::MAX);
+        self.time_limit.map(limit)
+    }
 }
 
 /// Runs the comparison.
@@ -119,7 +130,7 @@ fn train_all(
             record: options.plot.is_some(),
             result: scratch.join(format!("{name}.json")),
         };
-        let mut result = spawn(&task, options.threads)?;
+        let mut result = spawn(&task)?;
         if !is_trained {
             result.epochs.clear();
         }
@@ -197,7 +208,7 @@ fn announce(
         data.train.len(),
         each.join("; ")
     )?;
-    if let Some(limit) = options.time_limit
+    if let Some(limit) = options.limit()
         && total > limit
     {
         let fraction = limit.as_secs_f64() / total.as_secs_f64();

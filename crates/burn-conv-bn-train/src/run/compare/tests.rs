@@ -29,7 +29,6 @@ fn an_interruption_says_what_became_of_each_variant() {
         json: None,
         plot: None,
         time_limit: None,
-        threads: None,
     };
     let mut report = Report {
         train_digits: 100,
