@@ -5,7 +5,6 @@ use std::fmt;
 use burn_conv_bn::{ConvBn2d, Recompute};
 
 use crate::walk::Walk;
-use crate::{CspDarknet, DenseNet, EfficientNet, MobileNetV2, Net, ResNet, Vgg};
 
 /// What a network's `with_memory_budget` chose, and what it counts on.
 ///
@@ -118,50 +117,12 @@ fn size(bytes: usize) -> String {
     }
 }
 
-macro_rules! budget {
-    ($($network:ty)*) => {
-        $(
-            impl $network {
-                /// Sets each block's [`Recompute`] so that a training step on images of that shape keeps at most so
-                /// many bytes at the end of the forward pass, and recomputes as little as it can.
-                ///
-                /// It starts from what keeps least, [`Recompute::Conv`] in every block, and turns blocks to
-                /// `Norm` and `Never` while that fits, those first that save most multiply-adds for a byte. Bytes
-                /// are those of the list `saved_for_backward`, in the network's form and in the type of its weights.
-                ///
-                /// # Errors
-                ///
-                /// [`BudgetError`] with the least possible, if that is more.
-                ///
-                /// # Panics
-                ///
-                /// As [`forward`](Self::forward), for the shape.
-                pub fn with_memory_budget(
-                    self,
-                    input_shape: [usize; 4],
-                    bytes: usize,
-                ) -> Result<(Self, MemoryPlan), BudgetError> {
-                    Search {
-                        network: self,
-                        input_shape,
-                        walk: Self::walk,
-                        blocks: Self::blocks_mut,
-                    }
-                    .fit(bytes)
-                }
-            }
-        )*
-    };
-}
-
-budget!(CspDarknet DenseNet EfficientNet MobileNetV2 Net ResNet Vgg);
-
 /// A network whose policies are looked for.
-struct Search<N> {
-    network: N,
-    input_shape: [usize; 4],
-    walk: fn(&N, [usize; 4]) -> Walk,
-    blocks: fn(&mut N) -> Vec<(String, &mut ConvBn2d)>,
+pub(crate) struct Search<N> {
+    pub(crate) network: N,
+    pub(crate) input_shape: [usize; 4],
+    pub(crate) walk: fn(&N, [usize; 4]) -> Walk,
+    pub(crate) blocks: fn(&mut N) -> Vec<(String, &mut ConvBn2d)>,
 }
 
 /// A change of a block's policy to one that recomputes less.
@@ -174,7 +135,7 @@ struct Upgrade {
 }
 
 impl<N> Search<N> {
-    fn fit(mut self, budget: usize) -> Result<(N, MemoryPlan), BudgetError> {
+    pub(crate) fn fit(mut self, budget: usize) -> Result<(N, MemoryPlan), BudgetError> {
         for (_, block) in (self.blocks)(&mut self.network) {
             block.settings.recompute = Recompute::Conv;
         }

@@ -31,12 +31,6 @@ pub struct CspDarknetConfig {
     /// Channels of the images. Default: 3.
     #[config(default = 3)]
     pub input_channels: usize,
-    /// Whether the fused blocks recompute their convolution. Default: they do.
-    #[config(default = "Recompute::Conv")]
-    pub recompute: Recompute,
-    /// Bound on the fused blocks' workspace in the backward pass, in bytes. Default: none.
-    #[config(default = "None")]
-    pub max_workspace: Option<usize>,
 }
 
 /// The backbone of the detector YOLOX ([Ge et al. 2021](https://arxiv.org/abs/2107.08430)) in its depthwise form,
@@ -157,16 +151,16 @@ impl CspDarknetConfig {
         let stage = |factor: usize, count: usize, is_last: bool| {
             let (input, output) = (factor * channels, 2 * factor * channels);
             CspDarknetStage {
-                down: self.separable([input, output], 2, device),
+                down: separable([input, output], 2, device),
                 spp: is_last.then(|| SppBottleneck {
-                    conv1: self.pointwise([output, output / 2], device),
-                    conv2: self.pointwise([output / 2 * (1 + WINDOWS.len()), output], device),
+                    conv1: pointwise([output, output / 2], device),
+                    conv2: pointwise([output / 2 * (1 + WINDOWS.len()), output], device),
                 }),
-                csp: self.csp(output, count, !is_last, device),
+                csp: csp(output, count, !is_last, device),
             }
         };
         CspDarknet {
-            stem: self.conv([4 * self.input_channels, channels], 3, 1, 1, device),
+            stem: conv([4 * self.input_channels, channels], 3, 1, 1, device),
             dark2: stage(1, count, false),
             dark3: stage(2, 3 * count, false),
             dark4: stage(4, 3 * count, false),
@@ -174,55 +168,52 @@ impl CspDarknetConfig {
             form: self.form,
         }
     }
+}
 
-    fn csp(&self, channels: usize, count: usize, residual: bool, device: &Device) -> CspLayer {
-        let hidden = channels / 2;
-        let bottleneck = |_| CspBottleneck {
-            conv1: self.pointwise([hidden, hidden], device),
-            conv2: self.separable([hidden, hidden], 1, device),
-            residual,
-        };
-        CspLayer {
-            conv1: self.pointwise([channels, hidden], device),
-            conv2: self.pointwise([channels, hidden], device),
-            conv3: self.pointwise([2 * hidden, channels], device),
-            m: (0..count).map(bottleneck).collect(),
-        }
+fn csp(channels: usize, count: usize, residual: bool, device: &Device) -> CspLayer {
+    let hidden = channels / 2;
+    let bottleneck = |_| CspBottleneck {
+        conv1: pointwise([hidden, hidden], device),
+        conv2: separable([hidden, hidden], 1, device),
+        residual,
+    };
+    CspLayer {
+        conv1: pointwise([channels, hidden], device),
+        conv2: pointwise([channels, hidden], device),
+        conv3: pointwise([2 * hidden, channels], device),
+        m: (0..count).map(bottleneck).collect(),
     }
+}
 
-    fn separable(&self, channels: [usize; 2], stride: usize, device: &Device) -> SeparableConv {
-        let input = channels[0];
-        SeparableConv {
-            dconv: self.conv([input, input], 3, stride, input, device),
-            pconv: self.pointwise(channels, device),
-        }
+fn separable(channels: [usize; 2], stride: usize, device: &Device) -> SeparableConv {
+    let input = channels[0];
+    SeparableConv {
+        dconv: conv([input, input], 3, stride, input, device),
+        pconv: pointwise(channels, device),
     }
+}
 
-    fn pointwise(&self, channels: [usize; 2], device: &Device) -> ConvBn2d {
-        self.conv(channels, 1, 1, 1, device)
-    }
+fn pointwise(channels: [usize; 2], device: &Device) -> ConvBn2d {
+    conv(channels, 1, 1, 1, device)
+}
 
-    /// A block with PyTorch's initial distribution and YOLOX's norm.
-    fn conv(
-        &self,
-        channels: [usize; 2],
-        kernel: usize,
-        stride: usize,
-        groups: usize,
-        device: &Device,
-    ) -> ConvBn2d {
-        let side = kernel / 2;
-        ConvBn2dConfig::new(channels, [kernel; 2])
-            .with_stride([stride; 2])
-            .with_padding(PaddingConfig2d::Explicit(side, side, side, side))
-            .with_groups(groups)
-            .with_epsilon(1e-3)
-            .with_momentum(0.03)
-            .with_activation(Activation::Silu)
-            .with_recompute(self.recompute)
-            .with_max_workspace(self.max_workspace)
-            .init(device)
-    }
+/// A block with PyTorch's initial distribution and YOLOX's norm.
+fn conv(
+    channels: [usize; 2],
+    kernel: usize,
+    stride: usize,
+    groups: usize,
+    device: &Device,
+) -> ConvBn2d {
+    let side = kernel / 2;
+    ConvBn2dConfig::new(channels, [kernel; 2])
+        .with_stride([stride; 2])
+        .with_padding(PaddingConfig2d::Explicit(side, side, side, side))
+        .with_groups(groups)
+        .with_epsilon(1e-3)
+        .with_momentum(0.03)
+        .with_activation(Activation::Silu)
+        .init(device)
 }
 
 impl CspDarknet {
@@ -264,11 +255,7 @@ impl CspDarknet {
 
     /// Sets [`Recompute::Norm`] for all convolutions but those whose output is an output of the network or gets a
     /// shortcut added: these get `ends`.
-    ///
-    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
-    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
-    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
-    /// recomputes none of them, and keeps less than if all were that.
+    /// See [the crate](crate#chains).
     #[must_use]
     pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
         for (name, block) in self.blocks_mut() {

@@ -6,8 +6,8 @@ use burn::tensor::module::{adaptive_avg_pool2d, avg_pool2d};
 use burn::tensor::ops::AvgPoolOptions;
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{
-    Activation, BatchNormActivation, BatchNormActivationConfig, ConvBn2d, ConvBn2dConfig,
-    MaxPool2d, MaxPool2dConfig, Recompute,
+    Activation, BatchNormActivation, BatchNormActivationConfig, ConvBn2d, MaxPool2d,
+    MaxPool2dConfig, Recompute,
 };
 
 use crate::Form;
@@ -39,13 +39,6 @@ pub struct DenseNetConfig {
     /// Channels of the images. Default: 3.
     #[config(default = 3)]
     pub input_channels: usize,
-    /// What the fused blocks, of a convolution and the norm behind it, recompute. `Norm` keeps as many bytes of a
-    /// dense layer's 1x1 convolution as `Conv`, and recomputes none. Default: their convolution.
-    #[config(default = "Recompute::Conv")]
-    pub recompute: Recompute,
-    /// Bound on the fused blocks' workspace in the backward pass, in bytes. Default: none.
-    #[config(default = "None")]
-    pub max_workspace: Option<usize>,
 }
 
 /// A densely connected network ([Huang et al. 2016](https://arxiv.org/abs/1608.06993)) with torchvision's
@@ -175,7 +168,7 @@ impl DenseNetConfig {
         let conv0 = block([self.input_channels, first], 7, 2, 1, Activation::Relu);
         let mut channels = first;
         let mut dense = |index: usize| {
-            let layer = |layer| self.layer(channels + layer * self.growth, device);
+            let layer = |index| layer(channels + index * self.growth, self.growth, device);
             let layers: Vec<_> = (0..self.blocks[index]).map(layer).collect();
             channels += layers.len() * self.growth;
             let all = channels;
@@ -190,7 +183,7 @@ impl DenseNetConfig {
         let mut classifier = LinearConfig::new(channels4, self.classes).init(device);
         classifier.bias = Some(zeros(self.classes, device));
         DenseNet {
-            conv0: self.block(conv0, device),
+            conv0: conv0.with_initializer(kaiming()).init(device),
             denseblock1,
             transition1: transition(channels1, device),
             denseblock2,
@@ -203,22 +196,15 @@ impl DenseNetConfig {
             form: self.form,
         }
     }
+}
 
-    fn layer(&self, channels: usize, device: &Device) -> DenseLayer {
-        let inner = 4 * self.growth;
-        DenseLayer {
-            norm1: norm(channels, device),
-            conv1: self.block(block([channels, inner], 1, 1, 1, Activation::Relu), device),
-            conv2: conv([inner, self.growth], 3, device),
-        }
-    }
-
-    fn block(&self, config: ConvBn2dConfig, device: &Device) -> ConvBn2d {
-        config
-            .with_initializer(kaiming())
-            .with_recompute(self.recompute)
-            .with_max_workspace(self.max_workspace)
-            .init(device)
+fn layer(channels: usize, growth: usize, device: &Device) -> DenseLayer {
+    let inner = 4 * growth;
+    let conv1 = block([channels, inner], 1, 1, 1, Activation::Relu);
+    DenseLayer {
+        norm1: norm(channels, device),
+        conv1: conv1.with_initializer(kaiming()).init(device),
+        conv2: conv([inner, growth], 3, device),
     }
 }
 

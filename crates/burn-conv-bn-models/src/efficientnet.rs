@@ -57,12 +57,6 @@ pub struct EfficientNetConfig {
     /// the first ([Huang et al. 2016](https://arxiv.org/abs/1603.09382)). Default: 0.2.
     #[config(default = 0.2)]
     pub stochastic_depth: f64,
-    /// Whether the fused blocks recompute their convolution. Default: they do.
-    #[config(default = "Recompute::Conv")]
-    pub recompute: Recompute,
-    /// Bound on the fused blocks' workspace in the backward pass, in bytes. Default: none.
-    #[config(default = "None")]
-    pub max_workspace: Option<usize>,
 }
 
 /// A network of inverted residuals with squeeze and excitation
@@ -200,7 +194,7 @@ impl EfficientNetConfig {
                 done += 1;
                 let shape = [channels, channels_out];
                 channels = channels_out;
-                self.inverted_residual(shape, expansion, [kernel, stride], skipped, device)
+                inverted_residual(shape, expansion, [kernel, stride], skipped, device)
             });
             blocks.collect()
         };
@@ -217,7 +211,7 @@ impl EfficientNetConfig {
         classifier.bias = Some(zeros(self.classes, device));
         let silu = Activation::Silu;
         EfficientNet {
-            stem: self.conv([self.input_channels, first], [3, 2], 1, silu, device),
+            stem: block([self.input_channels, first], 3, 2, 1, silu).init(device),
             stage1,
             stage2,
             stage3,
@@ -225,48 +219,30 @@ impl EfficientNetConfig {
             stage5,
             stage6,
             stage7,
-            head: self.conv([channels, last], [1, 1], 1, silu, device),
+            head: block([channels, last], 1, 1, 1, silu).init(device),
             dropout: DropoutConfig::new(self.dropout).init(),
             classifier,
             form: self.form,
         }
     }
+}
 
-    fn inverted_residual(
-        &self,
-        [channels_in, channels_out]: [usize; 2],
-        expansion: usize,
-        [kernel, stride]: [usize; 2],
-        skipped: f64,
-        device: &Device,
-    ) -> EfficientNetBlock {
-        let inner = rounded((channels_in * expansion) as f64);
-        let conv = |channels, geometry, groups, activation| {
-            self.conv(channels, geometry, groups, activation, device)
-        };
-        let silu = Activation::Silu;
-        EfficientNetBlock {
-            expand: (inner != channels_in).then(|| conv([channels_in, inner], [1, 1], 1, silu)),
-            depthwise: conv([inner, inner], [kernel, stride], inner, silu),
-            squeeze: SqueezeExcitation::new([inner, (channels_in / 4).max(1)], device),
-            project: conv([inner, channels_out], [1, 1], 1, Activation::Identity),
-            stochastic_depth: DropoutConfig::new(skipped).init(),
-            residual: stride == 1 && channels_in == channels_out,
-        }
-    }
-
-    fn conv(
-        &self,
-        channels: [usize; 2],
-        [kernel, stride]: [usize; 2],
-        groups: usize,
-        activation: Activation,
-        device: &Device,
-    ) -> ConvBn2d {
-        block(channels, kernel, stride, groups, activation)
-            .with_recompute(self.recompute)
-            .with_max_workspace(self.max_workspace)
-            .init(device)
+fn inverted_residual(
+    [channels_in, channels_out]: [usize; 2],
+    expansion: usize,
+    [kernel, stride]: [usize; 2],
+    skipped: f64,
+    device: &Device,
+) -> EfficientNetBlock {
+    let (inner, silu) = (rounded((channels_in * expansion) as f64), Activation::Silu);
+    let expand = (inner != channels_in).then(|| block([channels_in, inner], 1, 1, 1, silu));
+    EfficientNetBlock {
+        expand: expand.map(|expand| expand.init(device)),
+        depthwise: block([inner, inner], kernel, stride, inner, silu).init(device),
+        squeeze: SqueezeExcitation::new([inner, (channels_in / 4).max(1)], device),
+        project: block([inner, channels_out], 1, 1, 1, Activation::Identity).init(device),
+        stochastic_depth: DropoutConfig::new(skipped).init(),
+        residual: stride == 1 && channels_in == channels_out,
     }
 }
 
@@ -274,56 +250,21 @@ impl EfficientNet {
     /// Patterns and replacements from the keys of torchvision's `efficientnet_b*` to the names here; see
     /// [the crate](crate#weights-of-pytorch).
     pub const PYTORCH_KEYS: &'static [(&'static str, &'static str)] = &[
-        (r"^features\.0\.0\.", "stem.conv."),
-        (r"^features\.0\.1\.", "stem.norm."),
-        (r"^features\.8\.0\.", "head.conv."),
-        (r"^features\.8\.1\.", "head.norm."),
+        (r"^features\.0\.", "stem."),
+        (r"^features\.8\.", "head."),
         // The first stage does not expand: its parts come one earlier.
+        (r"^features\.1\.(\d+)\.block\.0\.", "stage1.$1.depthwise."),
+        (r"^features\.1\.(\d+)\.block\.1\.", "stage1.$1.squeeze."),
+        (r"^features\.1\.(\d+)\.block\.2\.", "stage1.$1.project."),
+        (r"^features\.(\d)\.(\d+)\.block\.0\.", "stage$1.$2.expand."),
         (
-            r"^features\.1\.(\d+)\.block\.0\.0\.",
-            "stage1.$1.depthwise.conv.",
+            r"^features\.(\d)\.(\d+)\.block\.1\.",
+            "stage$1.$2.depthwise.",
         ),
-        (
-            r"^features\.1\.(\d+)\.block\.0\.1\.",
-            "stage1.$1.depthwise.norm.",
-        ),
-        (r"^features\.1\.(\d+)\.block\.1\.fc", "stage1.$1.squeeze.fc"),
-        (
-            r"^features\.1\.(\d+)\.block\.2\.0\.",
-            "stage1.$1.project.conv.",
-        ),
-        (
-            r"^features\.1\.(\d+)\.block\.2\.1\.",
-            "stage1.$1.project.norm.",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.0\.0\.",
-            "stage${1}.$2.expand.conv.",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.0\.1\.",
-            "stage${1}.$2.expand.norm.",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.1\.0\.",
-            "stage${1}.$2.depthwise.conv.",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.1\.1\.",
-            "stage${1}.$2.depthwise.norm.",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.2\.fc",
-            "stage${1}.$2.squeeze.fc",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.3\.0\.",
-            "stage${1}.$2.project.conv.",
-        ),
-        (
-            r"^features\.([2-7])\.(\d+)\.block\.3\.1\.",
-            "stage${1}.$2.project.norm.",
-        ),
+        (r"^features\.(\d)\.(\d+)\.block\.2\.", "stage$1.$2.squeeze."),
+        (r"^features\.(\d)\.(\d+)\.block\.3\.", "stage$1.$2.project."),
+        (r"(stem|head|expand|depthwise|project)\.0\.", "$1.conv."),
+        (r"(stem|head|expand|depthwise|project)\.1\.", "$1.norm."),
         (r"\.norm\.weight$", ".norm.gamma"),
         (r"\.norm\.bias$", ".norm.beta"),
         (r"^classifier\.1\.", "classifier."),
@@ -351,8 +292,7 @@ impl EfficientNet {
 
     /// Sets [`Recompute::Norm`] for the stem and the convolutions that expand, and `ends` for all others:
     /// what squeeze and excitation scale, and what a block returns.
-    ///
-    /// See [`Recompute::Norm`]: inside a chain an output is rebuilt in the backward pass, without a convolution.
+    /// See [the crate](crate#chains).
     #[must_use]
     pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
         for (name, block) in self.blocks_mut() {

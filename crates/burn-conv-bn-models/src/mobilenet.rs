@@ -46,12 +46,6 @@ pub struct MobileNetV2Config {
     /// Probability with which the classifier's inputs are dropped in training. Default: 0.2.
     #[config(default = 0.2)]
     pub dropout: f64,
-    /// Whether the fused blocks recompute their convolution. Default: they do.
-    #[config(default = "Recompute::Conv")]
-    pub recompute: Recompute,
-    /// Bound on the fused blocks' workspace in the backward pass, in bytes. Default: none.
-    #[config(default = "None")]
-    pub max_workspace: Option<usize>,
 }
 
 /// A network of inverted residuals ([Sandler et al. 2018](https://arxiv.org/abs/1801.04381)) with
@@ -129,18 +123,18 @@ impl MobileNetV2Config {
             self.width
         );
         let mut channels = rounded(32.0 * self.width);
-        let mut features = vec![self.plain([self.input_channels, channels], 3, 2, device)];
+        let mut features = vec![plain([self.input_channels, channels], 3, 2, device)];
         for (expansion, channels_out, count, first_stride) in STAGES {
             let channels_out = rounded(channels_out as f64 * self.width);
             for index in 0..count {
                 let stride = if index == 0 { first_stride } else { 1 };
                 let shape = [channels, channels_out];
-                features.push(self.inverted_residual(shape, expansion, stride, device));
+                features.push(inverted_residual(shape, expansion, stride, device));
                 channels = channels_out;
             }
         }
         let last = rounded(1280.0 * self.width.max(1.0));
-        features.push(self.plain([channels, last], 1, 1, device));
+        features.push(plain([channels, last], 1, 1, device));
         let mut classifier = LinearConfig::new(last, self.classes)
             .with_initializer(Initializer::Normal {
                 mean: 0.0,
@@ -155,54 +149,30 @@ impl MobileNetV2Config {
             form: self.form,
         }
     }
+}
 
-    fn plain(
-        &self,
-        channels: [usize; 2],
-        kernel: usize,
-        stride: usize,
-        device: &Device,
-    ) -> MobileNetV2Block {
-        MobileNetV2Block {
-            conv: vec![self.conv(channels, kernel, stride, 1, Activation::Relu6, device)],
-            residual: false,
-        }
+fn plain(channels: [usize; 2], kernel: usize, stride: usize, device: &Device) -> MobileNetV2Block {
+    let conv = block(channels, kernel, stride, 1, Activation::Relu6);
+    MobileNetV2Block {
+        conv: vec![conv.init(device)],
+        residual: false,
     }
+}
 
-    fn inverted_residual(
-        &self,
-        [channels_in, channels_out]: [usize; 2],
-        expansion: usize,
-        stride: usize,
-        device: &Device,
-    ) -> MobileNetV2Block {
-        let inner = channels_in * expansion;
-        let conv = |channels, kernel, stride, groups, activation| {
-            self.conv(channels, kernel, stride, groups, activation, device)
-        };
-        let expand =
-            (expansion != 1).then(|| conv([channels_in, inner], 1, 1, 1, Activation::Relu6));
-        let depthwise = conv([inner, inner], 3, stride, inner, Activation::Relu6);
-        let project = conv([inner, channels_out], 1, 1, 1, Activation::Identity);
-        MobileNetV2Block {
-            conv: expand.into_iter().chain([depthwise, project]).collect(),
-            residual: stride == 1 && channels_in == channels_out,
-        }
-    }
-
-    fn conv(
-        &self,
-        channels: [usize; 2],
-        kernel: usize,
-        stride: usize,
-        groups: usize,
-        activation: Activation,
-        device: &Device,
-    ) -> ConvBn2d {
-        block(channels, kernel, stride, groups, activation)
-            .with_recompute(self.recompute)
-            .with_max_workspace(self.max_workspace)
-            .init(device)
+fn inverted_residual(
+    [channels_in, channels_out]: [usize; 2],
+    expansion: usize,
+    stride: usize,
+    device: &Device,
+) -> MobileNetV2Block {
+    let (inner, relu6) = (channels_in * expansion, Activation::Relu6);
+    let expand = (expansion != 1).then(|| block([channels_in, inner], 1, 1, 1, relu6));
+    let depthwise = block([inner, inner], 3, stride, inner, relu6);
+    let project = block([inner, channels_out], 1, 1, 1, Activation::Identity);
+    let convs = expand.into_iter().chain([depthwise, project]);
+    MobileNetV2Block {
+        conv: convs.map(|conv| conv.init(device)).collect(),
+        residual: stride == 1 && channels_in == channels_out,
     }
 }
 
@@ -211,41 +181,19 @@ impl MobileNetV2 {
     /// see [the crate](crate#weights-of-pytorch).
     pub const PYTORCH_KEYS: &'static [(&'static str, &'static str)] = &[
         // The two plain convolutions.
-        (
-            r"^features\.(0|18)\.0\.weight$",
-            "features.$1.conv.0.conv.weight",
-        ),
-        (
-            r"^features\.(0|18)\.1\.(weight|bias|running_mean|running_var)$",
-            "features.$1.conv.0.norm.$2",
-        ),
-        // Convolutions with an activation are a sequence of their own, the last one's parts are
-        // not.
-        (
-            r"^features\.(\d+)\.conv\.(\d)\.0\.",
-            "features.$1.conv.$2.conv.",
-        ),
-        (
-            r"^features\.(\d+)\.conv\.(\d)\.1\.",
-            "features.$1.conv.$2.norm.",
-        ),
+        (r"^features\.(0|18)\.0\.", "features.$1.conv.0.conv."),
+        (r"^features\.(0|18)\.1\.", "features.$1.conv.0.norm."),
+        // Convolutions with an activation are a sequence of their own, the last one's parts are not.
+        (r"\.conv\.(\d)\.0\.", ".conv.$1.conv."),
+        (r"\.conv\.(\d)\.1\.", ".conv.$1.norm."),
         // The first inverted residual does not expand.
         (
             r"^features\.1\.conv\.1\.weight$",
             "features.1.conv.1.conv.weight",
         ),
-        (
-            r"^features\.1\.conv\.2\.(weight|bias|running_mean|running_var)$",
-            "features.1.conv.1.norm.$1",
-        ),
-        (
-            r"^features\.(\d+)\.conv\.2\.weight$",
-            "features.$1.conv.2.conv.weight",
-        ),
-        (
-            r"^features\.(\d+)\.conv\.3\.(weight|bias|running_mean|running_var)$",
-            "features.$1.conv.2.norm.$2",
-        ),
+        (r"^features\.1\.conv\.2\.", "features.1.conv.1.norm."),
+        (r"\.conv\.2\.weight$", ".conv.2.conv.weight"),
+        (r"\.conv\.3\.", ".conv.2.norm."),
         (r"\.norm\.weight$", ".norm.gamma"),
         (r"\.norm\.bias$", ".norm.beta"),
         (r"^classifier\.1\.", "classifier."),
@@ -270,11 +218,7 @@ impl MobileNetV2 {
     }
 
     /// Sets [`Recompute::Norm`] for all convolutions but those that add a shortcut, which get `ends`.
-    ///
-    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
-    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
-    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
-    /// recomputes none of them, and keeps less than if all were that.
+    /// See [the crate](crate#chains).
     #[must_use]
     pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
         for block in &mut self.features {

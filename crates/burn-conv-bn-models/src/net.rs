@@ -5,7 +5,6 @@ use burn::tensor::activation::{log_softmax, relu};
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{
     Activation, ConvBn2d, ConvBn2dConfig, MaxPool2d, MaxPool2dConfig, NormVariant, Recompute,
-    SavedTensor,
 };
 
 use crate::Form;
@@ -44,12 +43,6 @@ pub struct NetConfig {
     /// Probability with which the hidden layer's values are dropped in training. Default: 0.5.
     #[config(default = 0.5)]
     pub dropout: f64,
-    /// Whether the fused blocks recompute their convolution. Default: they do.
-    #[config(default = "Recompute::Conv")]
-    pub recompute: Recompute,
-    /// Bound on the fused blocks' workspace in the backward pass, in bytes. Default: none.
-    #[config(default = "None")]
-    pub max_workspace: Option<usize>,
 }
 
 /// The network of the PyTorch tutorial "Fusing Convolution and Batch Norm using Custom
@@ -73,7 +66,7 @@ pub struct NetConfig {
 /// // What the second block keeps, and would keep as Burn's own layers.
 /// let bytes = |form| -> usize {
 ///     let saved = net.clone().with_form(form);
-///     let saved = saved.saved_for_backward(4, 28);
+///     let saved = saved.saved_for_backward([4, 1, 28, 28]);
 ///     let second = saved.iter().filter(|(block, _)| block == "conv2");
 ///     second.map(|(_, tensor)| tensor.bytes()).sum()
 /// };
@@ -125,8 +118,6 @@ impl NetConfig {
                 .with_affine(false)
                 .with_track_running_stats(false)
                 .with_activation(Activation::Relu)
-                .with_recompute(self.recompute)
-                .with_max_workspace(self.max_workspace)
                 .init(device)
         };
         let pooled = (self.image_size - 4) / 2;
@@ -158,36 +149,12 @@ impl Net {
 
     /// Sets [`Recompute::Norm`] for the first block, and `ends` for the second, which is one op with the max pool
     /// behind.
-    ///
-    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
-    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
-    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
-    /// recomputes none of them, and keeps less than if all were that.
+    /// See [the crate](crate#chains).
     #[must_use]
     pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
         self.conv1.settings.recompute = Recompute::Norm;
         self.conv2.settings.recompute = ends;
         self
-    }
-
-    /// What a training step keeps for the backward pass in this form, for a batch of that many images
-    /// of that height and width:
-    /// by layer, role and bytes. Each block's input counts as tracked.
-    ///
-    /// Each buffer is listed as its own (not [`shared`](SavedTensor::shared)) by the first that keeps it;
-    /// parameters and images are shared. On Flex, the sum of what is not shared is what the step has
-    /// allocated at the end of the forward pass, beside graph nodes and the result.
-    ///
-    /// # Panics
-    ///
-    /// As [`forward`](Self::forward), for the shape.
-    pub fn saved_for_backward(
-        &self,
-        batch: usize,
-        image_size: usize,
-    ) -> Vec<(String, SavedTensor)> {
-        let images = [batch, 1, image_size, image_size];
-        self.walk(images).into_saved()
     }
 
     /// Goes through the network in the order of [`forward`](Self::forward).

@@ -3,10 +3,11 @@
 use burn::module::Module;
 use burn_conv_bn::{FoldError, SavedTensor};
 
+use crate::budget::{BudgetError, MemoryPlan, Search};
 use crate::fold::fold;
 use crate::{CspDarknet, DenseNet, EfficientNet, Form, MobileNetV2, Net, ResNet, Vgg};
 
-macro_rules! forms {
+macro_rules! networks {
     ($($network:ty)*) => {
         $(
             impl $network {
@@ -37,17 +38,7 @@ macro_rules! forms {
                     fold(network.blocks_mut().into_iter().map(|(_, block)| block))?;
                     Ok(network)
                 }
-            }
-        )*
-    };
-}
 
-forms!(CspDarknet DenseNet EfficientNet MobileNetV2 Net ResNet Vgg);
-
-macro_rules! lists {
-    ($($network:ty)*) => {
-        $(
-            impl $network {
                 /// What a training step keeps for the backward pass in this form, for images of that shape,
                 /// `[batch, input_channels, height, width]`: by layer, as the network names it, role and bytes.
                 /// Each layer's input counts as tracked.
@@ -62,9 +53,37 @@ macro_rules! lists {
                 pub fn saved_for_backward(&self, input_shape: [usize; 4]) -> Vec<(String, SavedTensor)> {
                     self.walk(input_shape).into_saved()
                 }
+
+                /// Sets each block's [`Recompute`](burn_conv_bn::Recompute) so that a training step on images of that shape keeps at most so
+                /// many bytes at the end of the forward pass, and recomputes as little as it can.
+                ///
+                /// It starts from what keeps least, [`Recompute::Conv`](burn_conv_bn::Recompute::Conv) in every block, and turns blocks to
+                /// `Norm` and `Never` while that fits, those first that save most multiply-adds for a byte. Bytes
+                /// are those of the list `saved_for_backward`, in the network's form and in the type of its weights.
+                ///
+                /// # Errors
+                ///
+                /// [`BudgetError`] with the least possible, if that is more.
+                ///
+                /// # Panics
+                ///
+                /// As [`forward`](Self::forward), for the shape.
+                pub fn with_memory_budget(
+                    self,
+                    input_shape: [usize; 4],
+                    bytes: usize,
+                ) -> Result<(Self, MemoryPlan), BudgetError> {
+                    Search {
+                        network: self,
+                        input_shape,
+                        walk: Self::walk,
+                        blocks: Self::blocks_mut,
+                    }
+                    .fit(bytes)
+                }
             }
         )*
     };
 }
 
-lists!(CspDarknet DenseNet EfficientNet MobileNetV2 ResNet Vgg);
+networks!(CspDarknet DenseNet EfficientNet MobileNetV2 Net ResNet Vgg);

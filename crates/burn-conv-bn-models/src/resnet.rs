@@ -5,7 +5,7 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig, PaddingConfig2d};
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, MaxPool2d, MaxPool2dConfig, Recompute};
+use burn_conv_bn::{Activation, ConvBn2d, MaxPool2d, MaxPool2dConfig, Recompute};
 
 use crate::Form;
 use crate::head::rows;
@@ -72,12 +72,6 @@ pub struct ResNetConfig {
     /// ([Goyal et al. 2017](https://arxiv.org/abs/1706.02677), 5.1). Default: false.
     #[config(default = false)]
     pub zero_init_residual: bool,
-    /// Whether the fused blocks recompute their convolution. Default: they do.
-    #[config(default = "Recompute::Conv")]
-    pub recompute: Recompute,
-    /// Bound on the fused blocks' workspace in the backward pass, in bytes. Default: none.
-    #[config(default = "None")]
-    pub max_workspace: Option<usize>,
 }
 
 /// A residual network ([He et al. 2015](https://arxiv.org/abs/1512.03385)) with torchvision's
@@ -190,7 +184,7 @@ impl ResNetConfig {
         let conv1 = block(channels, kernel, stride, 1, Activation::Relu);
         let [layer1, layer2, layer3, layer4] = [0, 1, 2, 3].map(|layer| self.layer(layer, device));
         ResNet {
-            conv1: self.conv(conv1, device),
+            conv1: conv1.init(device),
             layer1,
             layer2,
             layer3,
@@ -222,7 +216,7 @@ impl ResNetConfig {
     ) -> ResNetBlock {
         let channels_out = width * self.kind.expansion();
         let conv = |channels, kernel, stride, activation| {
-            self.conv(block(channels, kernel, stride, 1, activation), device)
+            block(channels, kernel, stride, 1, activation).init(device)
         };
         let relu = |channels, kernel, stride| conv(channels, kernel, stride, Activation::Relu);
         let (conv1, mut conv2, mut conv3) = match self.kind {
@@ -251,13 +245,6 @@ impl ResNetConfig {
                 conv(channels, 1, stride, Activation::Identity)
             }),
         }
-    }
-
-    fn conv(&self, config: ConvBn2dConfig, device: &Device) -> ConvBn2d {
-        config
-            .with_recompute(self.recompute)
-            .with_max_workspace(self.max_workspace)
-            .init(device)
     }
 }
 
@@ -311,11 +298,7 @@ impl ResNet {
     /// Sets [`Recompute::Norm`] for the convolutions inside the residual blocks, and `ends` for those at their
     /// ends: the one that adds the shortcut, and the shortcut's own. The first convolution of the network,
     /// which is one op with the max pool or the first shortcut, is `Recompute::Conv`.
-    ///
-    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
-    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
-    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
-    /// recomputes none of them, and keeps less than if all were that.
+    /// See [the crate](crate#chains).
     #[must_use]
     pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
         self.conv1.settings.recompute = Recompute::Conv;

@@ -308,27 +308,7 @@ fn both_forms_of_a_block_agree_for_every_activation() {
         let distribution = Distribution::Normal(0.0, 3.0);
         Tensor::<4>::random([2, channels, 5, 5], distribution, &device)
     };
-    for activation in [
-        Activation::Identity,
-        Activation::Relu,
-        Activation::Relu6,
-        Activation::LeakyRelu {
-            negative_slope: 0.1,
-        },
-        Activation::Silu,
-        Activation::Gelu,
-        Activation::GeluApproximate,
-        Activation::HardSwish,
-        Activation::Sigmoid,
-        Activation::HardSigmoid {
-            alpha: 0.2,
-            beta: 0.5,
-        },
-        Activation::Tanh,
-        Activation::Elu { alpha: 0.75 },
-        Activation::Mish,
-        Activation::Softplus { beta: 1.5 },
-    ] {
+    for activation in Activation::SAMPLES {
         let block = ConvBn2dConfig::new([2, 3], [1, 1])
             .with_activation(activation)
             .init(&device);

@@ -44,12 +44,6 @@ pub struct VggConfig {
     /// Probability with which the hidden layers' values are dropped in training. Default: 0.5.
     #[config(default = 0.5)]
     pub dropout: f64,
-    /// Whether the fused blocks recompute their convolution. Default: they do.
-    #[config(default = "Recompute::Conv")]
-    pub recompute: Recompute,
-    /// Bound on the fused blocks' workspace in the backward pass, in bytes. Default: none.
-    #[config(default = "None")]
-    pub max_workspace: Option<usize>,
 }
 
 /// A network of 3x3 convolutions ([Simonyan and Zisserman 2014](https://arxiv.org/abs/1409.1556))
@@ -114,8 +108,6 @@ impl VggConfig {
             for _ in 0..count {
                 let mut conv = block([channels_in, channels], 3, 1, 1, Activation::Relu)
                     .with_bias(true)
-                    .with_recompute(self.recompute)
-                    .with_max_workspace(self.max_workspace)
                     .init(device);
                 conv.conv.bias = Some(zeros(channels, device));
                 features.push(conv);
@@ -224,11 +216,7 @@ impl Vgg {
 
     /// Sets [`Recompute::Norm`] for the convolutions with another one behind, and `ends` for those that are one
     /// op with the max pool behind.
-    ///
-    /// An output inside a chain is rebuilt in the backward pass from the convolution's own, without a
-    /// convolution; see [`Recompute::Norm`]. With `ends` of `Recompute::Conv` the network keeps about as
-    /// much as if all blocks were that, and recomputes fewer convolutions; with `Recompute::Never` it
-    /// recomputes none of them, and keeps less than if all were that.
+    /// See [the crate](crate#chains).
     #[must_use]
     pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
         let mut features = self.features.iter_mut();

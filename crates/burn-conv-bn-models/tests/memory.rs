@@ -109,7 +109,7 @@ macro_rules! lists {
 }
 
 lists! {
-    Net, |net, images| net.saved_for_backward(images[0], images[2]), Net::forward;
+    Net, |net, images| net.saved_for_backward(images), Net::forward;
     ResNet, |net, images| net.saved_for_backward(images), ResNet::forward;
     Vgg, |net, images| net.saved_for_backward(images), Vgg::forward;
     MobileNetV2, |net, images| net.saved_for_backward(images), MobileNetV2::forward;
@@ -153,13 +153,17 @@ fn blocks_and_networks_keep_what_they_list() {
         (Form::Fused, Recompute::Never),
     ] {
         let name = |network: &str| format!("{network}, {form:?}, {recompute:?}");
-        let net = NetConfig::new(form).with_recompute(recompute);
-        network(&name("tutorial"), net.init(&device), [16, 1, 28, 28]);
+        let net = NetConfig::new(form);
+        network(
+            &name("tutorial"),
+            net.init(&device).with_recompute(recompute),
+            [16, 1, 28, 28],
+        );
 
         let images = [2, 3, 64, 64];
         let resnet = |config: ResNetConfig| {
-            let config = config.with_classes(classes).with_recompute(recompute);
-            config.init(&device)
+            let network = config.with_classes(classes).init(&device);
+            network.with_recompute(recompute)
         };
         let resnet18 = resnet(ResNetConfig::resnet18(form));
         network(&name("ResNet-18"), resnet18, images);
@@ -169,25 +173,34 @@ fn blocks_and_networks_keep_what_they_list() {
         network(&name("ResNet-50"), resnet50, images);
         let vgg = VggConfig::vgg16_bn(form)
             .with_classes(classes)
-            .with_hidden(64)
-            .with_recompute(recompute);
-        network(&name("VGG-16"), vgg.init(&device), images);
-        let mobilenet = MobileNetV2Config::new(form)
-            .with_classes(classes)
-            .with_recompute(recompute);
-        network(&name("MobileNetV2"), mobilenet.init(&device), images);
-        let efficientnet = EfficientNetConfig::new(form)
-            .with_classes(classes)
-            .with_recompute(recompute);
-        network(&name("EfficientNet"), efficientnet.init(&device), images);
-        let densenet = DenseNetConfig::densenet121(form)
-            .with_classes(classes)
-            .with_recompute(recompute);
-        network(&name("DenseNet-121"), densenet.init(&device), images);
-        let cspdarknet = CspDarknetConfig::yolox_nano(form).with_recompute(recompute);
+            .with_hidden(64);
+        network(
+            &name("VGG-16"),
+            vgg.init(&device).with_recompute(recompute),
+            images,
+        );
+        let mobilenet = MobileNetV2Config::new(form).with_classes(classes);
+        network(
+            &name("MobileNetV2"),
+            mobilenet.init(&device).with_recompute(recompute),
+            images,
+        );
+        let efficientnet = EfficientNetConfig::new(form).with_classes(classes);
+        network(
+            &name("EfficientNet"),
+            efficientnet.init(&device).with_recompute(recompute),
+            images,
+        );
+        let densenet = DenseNetConfig::densenet121(form).with_classes(classes);
+        network(
+            &name("DenseNet-121"),
+            densenet.init(&device).with_recompute(recompute),
+            images,
+        );
+        let cspdarknet = CspDarknetConfig::yolox_nano(form);
         network(
             &name("CSPDarknet"),
-            cspdarknet.init(&device),
+            cspdarknet.init(&device).with_recompute(recompute),
             [2, 3, 128, 128],
         );
     }
@@ -374,27 +387,7 @@ fn blocks(form: Form, device: &Device) {
         .with_padding(PaddingConfig2d::Same);
     let window = |size| MaxPool2dConfig::new([size; 2]).with_strides([2, 2]);
     let uneven = window(2).with_padding(PaddingConfig2d::Explicit(0, 0, 1, 1));
-    for activation in [
-        Activation::Identity,
-        Activation::Relu,
-        Activation::Relu6,
-        Activation::LeakyRelu {
-            negative_slope: 0.1,
-        },
-        Activation::Silu,
-        Activation::Gelu,
-        Activation::GeluApproximate,
-        Activation::HardSwish,
-        Activation::Sigmoid,
-        Activation::HardSigmoid {
-            alpha: 0.2,
-            beta: 0.5,
-        },
-        Activation::Tanh,
-        Activation::Elu { alpha: 0.75 },
-        Activation::Mish,
-        Activation::Softplus { beta: 1.5 },
-    ] {
+    for activation in Activation::SAMPLES {
         for config in [&config, &dilated] {
             for fixed in [false, true] {
                 let block = config.clone().with_activation(activation).init(device);

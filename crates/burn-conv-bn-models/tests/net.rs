@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use burn_conv_bn::{NormVariant, Recompute};
+use burn_conv_bn::{ConvBnModule, NormVariant, Recompute};
 use burn_conv_bn_models::{Form, Net, NetConfig};
 use serde::Deserialize;
 
@@ -96,10 +96,9 @@ impl File {
             .with_norm(norm)
             .with_channels([2, 3])
             .with_hidden(5)
-            .with_dropout(0.0)
-            .with_recompute(recompute);
+            .with_dropout(0.0);
         assert_eq!(config.epsilon(), variant.epsilon);
-        let net = self.net(config);
+        let net = self.net(config).with_recompute(recompute);
         let context = format!("{norm:?}, {form:?}, {recompute:?}");
         let compare = |what: &str, got: Vec<f64>, wanted: &[f64]| {
             assert_close(&format!("{context}: {what}"), &got, wanted, 1e-10, 1e-12);
@@ -245,7 +244,7 @@ fn fused_blocks_keep_one_activation_and_unfused_ones_three() {
     for norm in NORMS {
         for (form, wanted) in [(Form::Fused, &fused), (Form::Unfused, &unfused)] {
             let net = init(NetConfig::new(form).with_norm(norm), 1);
-            let saved = net.saved_for_backward(BATCH, 28);
+            let saved = net.saved_for_backward([BATCH, 1, 28, 28]);
             let activations: Vec<_> = saved
                 .iter()
                 .map(|(layer, kept)| (layer.as_str(), kept.name, kept.bytes(), kept.shared))

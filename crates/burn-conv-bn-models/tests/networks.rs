@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Distribution, Tensor};
-use burn_conv_bn::{Recompute, SavedTensor};
+use burn_conv_bn::{ConvBnModule, Recompute, SavedTensor};
 use burn_conv_bn_models::{
     CspDarknet, CspDarknetConfig, DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form,
     MobileNetV2, MobileNetV2Config, ResNet, ResNetConfig, Vgg, VggConfig,
@@ -163,11 +163,12 @@ fn both_forms_of_resnet18_agree() {
         (Recompute::Norm, None),
         (Recompute::Never, None),
     ] {
-        let config = ResNetConfig::resnet18(Form::Fused)
-            .with_classes(CLASSES)
-            .with_recompute(recompute)
-            .with_max_workspace(max_workspace);
-        check(|device| config.init(device), 32);
+        let config = ResNetConfig::resnet18(Form::Fused).with_classes(CLASSES);
+        let init = |device: &Device| {
+            let network = config.init(device).with_recompute(recompute);
+            network.with_max_workspace(max_workspace)
+        };
+        check(init, 32);
     }
 }
 
@@ -217,9 +218,8 @@ fn both_forms_of_efficientnet_agree() {
             .with_width(0.5)
             .with_classes(CLASSES)
             .with_dropout(0.0)
-            .with_stochastic_depth(0.0)
-            .with_recompute(recompute);
-        check(|device| config.init(device), 32);
+            .with_stochastic_depth(0.0);
+        check(|device| config.init(device).with_recompute(recompute), 32);
     }
 }
 
@@ -227,8 +227,7 @@ fn both_forms_of_efficientnet_agree() {
 fn both_forms_of_cspdarknet_agree() {
     let config = CspDarknetConfig::yolox_nano(Form::Fused);
     for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
-        let config = config.clone().with_recompute(recompute);
-        check(|device| config.init(device), 46);
+        check(|device| config.init(device).with_recompute(recompute), 46);
     }
     check(
         |device| config.init(device).with_rebuilt_chains(Recompute::Conv),
@@ -265,9 +264,8 @@ fn both_forms_of_a_small_densenet_agree() {
     for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
         let config = DenseNetConfig::new(Form::Fused, [1, 2, 3, 2])
             .with_growth(6)
-            .with_classes(CLASSES)
-            .with_recompute(recompute);
-        check(|device| config.init(device), 59);
+            .with_classes(CLASSES);
+        check(|device| config.init(device).with_recompute(recompute), 59);
     }
 }
 

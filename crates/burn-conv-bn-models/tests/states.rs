@@ -142,7 +142,7 @@ network!(
         .with_hidden(8)
         .with_dropout(0.0)
         .init(device),
-    |network: &Net| bytes(network.saved_for_backward(4, 12))
+    |network: &Net| bytes(network.saved_for_backward([4, 1, 12, 12]))
 );
 network!(
     resnet,

@@ -1,6 +1,13 @@
-//! Choices by the names that they have on the command line and in files.
+//! Options of the command line: their values by name, and the headings that they stand under.
 
 use clap::ValueEnum;
+
+pub(crate) const ON_RUN: &str = "Run";
+pub(crate) const ON_NETWORK: &str = "Network";
+pub(crate) const ON_TRAINING: &str = "Training";
+pub(crate) const ON_DATA: &str = "Data";
+pub(crate) const ON_COMPUTATION: &str = "Computation";
+pub(crate) const ON_OUTPUT: &str = "Output";
 
 /// The name of an option's value.
 pub(crate) trait Choice: ValueEnum {
@@ -12,3 +19,12 @@ pub(crate) trait Choice: ValueEnum {
 }
 
 impl<T: ValueEnum> Choice for T {}
+
+/// A number that JSON has.
+pub(crate) fn finite(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() => Ok(number),
+        Ok(_) => Err("must be finite".to_string()),
+        Err(error) => Err(error.to_string()),
+    }
+}

@@ -10,7 +10,7 @@ pub mod data;
 pub mod device;
 mod measure;
 pub mod model;
-pub mod optim;
+mod optim;
 mod persist;
 mod precision;
 mod predict;

@@ -167,7 +167,7 @@ pub(crate) fn forward(network: &AnyNetwork, images: Tensor<4>) -> Tensor<2> {
 /// forward pass and stay because the first block keeps them, so they are its own.
 pub(crate) fn saved_for_backward(network: &AnyNetwork, batch: usize) -> Vec<(String, SavedTensor)> {
     if let AnyNetwork::Tutorial(net) = network {
-        return net.saved_for_backward(batch, SIDE);
+        return net.saved_for_backward([batch, 1, SIDE, SIDE]);
     }
     let side = SIDE + 2 * PADDING;
     let mut saved = network.saved_for_backward([batch, 1, side, side]);

@@ -5,14 +5,12 @@
 use burn::data::dataloader::batcher::Batcher;
 use burn::train::TrainStep;
 use burn_conv_bn_memory::CountingAllocator;
-use burn_conv_bn_train::data::{DataRequest, DatasetChoice, MnistBatcher};
-use burn_conv_bn_train::device::DeviceChoice;
+use burn_conv_bn_train::data::MnistBatcher;
 use burn_conv_bn_train::estimate::estimate;
-use burn_conv_bn_train::job::{Job, Norm, Precision, RecomputePolicy, Variant};
+use burn_conv_bn_train::job::{Job, Variant};
 use burn_conv_bn_train::memory::MemoryProbe;
-use burn_conv_bn_train::model::ModelChoice;
-use burn_conv_bn_train::optim::OptimizerChoice;
 use burn_dataset::Dataset;
+use serde_json::json;
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator::new();
@@ -21,28 +19,12 @@ static ALLOCATOR: CountingAllocator = CountingAllocator::new();
 fn the_estimated_peak_is_that_of_a_step() {
     // One that is measured as a whole, and one that is more than the largest sample.
     for batch_size in [96, 1024] {
-        let job = Job {
-            data: DataRequest {
-                dataset: DatasetChoice::Synthetic,
-                train_limit: Some(batch_size),
-                test_limit: Some(8),
-                seed: 1,
-                ..DataRequest::default()
-            },
-            epochs: 1,
-            batch_size,
-            model: ModelChoice::Tutorial,
-            optimizer: OptimizerChoice::Adadelta,
-            learning_rate: 1.0,
-            decay: 0.7,
-            norm: Norm::Burn,
-            dropout: 0.5,
-            precision: Precision::F32,
-            recompute: RecomputePolicy::Conv,
-            device: DeviceChoice::Flex,
-            max_workspace: None,
-            log_interval: 0,
-        };
+        let job: Job = serde_json::from_value(json!({
+            "epochs": 1, "model": "tutorial", "norm": "burn", "optimizer": "adadelta", "lr": 1.0, "dropout": 0.5,
+            "batch-size": batch_size, "dataset": "synthetic", "no-download": true, "seed": 1,
+            "train-limit": batch_size, "test-limit": 8, "device": "flex", "precision": "f32", "recompute": "conv",
+        }))
+        .unwrap();
         let data = job.data().unwrap();
         let items = data.train.get_many((0..batch_size).collect()).unwrap();
         for variant in [Variant::Fused, Variant::Unfused] {

@@ -5,13 +5,12 @@
 use burn::data::dataloader::batcher::Batcher;
 use burn::train::TrainStep;
 use burn_conv_bn_memory::CountingAllocator;
-use burn_conv_bn_train::data::{DataRequest, DatasetChoice, DigitItem, MnistBatcher, generate};
-use burn_conv_bn_train::device::DeviceChoice;
-use burn_conv_bn_train::job::{Job, Norm, Precision, RecomputePolicy, Variant};
+use burn_conv_bn_train::data::{DigitItem, MnistBatcher, generate};
+use burn_conv_bn_train::job::{Job, Precision, Variant};
 use burn_conv_bn_train::memory::MemoryProbe;
 use burn_conv_bn_train::model::ModelChoice;
-use burn_conv_bn_train::optim::OptimizerChoice;
 use burn_dataset::Dataset;
+use serde_json::json;
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator::new();
@@ -24,33 +23,21 @@ const MORE: usize = 8;
 const OVERHEAD: usize = 48 << 10;
 
 fn job(model: ModelChoice, precision: Precision, batch_size: usize) -> Job {
-    Job {
-        data: DataRequest {
-            dataset: DatasetChoice::Synthetic,
-            seed: 1,
-            ..DataRequest::default()
-        },
-        epochs: 1,
-        batch_size,
-        model,
-        optimizer: OptimizerChoice::Sgd,
-        learning_rate: 0.05,
-        decay: 0.7,
-        norm: Norm::Burn,
-        dropout: 0.0,
-        precision,
-        recompute: RecomputePolicy::Conv,
-        device: DeviceChoice::Flex,
-        max_workspace: None,
-        log_interval: 0,
-    }
+    serde_json::from_value(json!({
+        "epochs": 1, "model": model, "norm": "burn", "optimizer": "sgd", "batch-size": batch_size,
+        "dataset": "synthetic", "no-download": true, "seed": 1, "device": "flex", "precision": precision,
+        "recompute": "conv",
+    }))
+    .unwrap()
 }
 
 /// Bytes at the end of forward, above the level before it.
 fn kept(job: &Job, variant: Variant) -> usize {
     let classifier = job.classifier(variant, MemoryProbe::host(&ALLOCATOR));
-    let digits = generate(job.batch_size, 5);
-    let items: Vec<DigitItem> = digits.get_many((0..job.batch_size).collect()).unwrap();
+    let digits = generate(job.setup.batch_size, 5);
+    let items: Vec<DigitItem> = digits
+        .get_many((0..job.setup.batch_size).collect())
+        .unwrap();
     let batch = MnistBatcher::new(classifier.activations()).batch(items, &job.device());
     // The first run pays for running statistics, and any may for what a thread keeps from then on:
     // the least is without. The batch stays, though a network that pads it lets it go.

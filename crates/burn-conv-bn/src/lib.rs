@@ -1,25 +1,5 @@
-//! Convolution + batch norm + activation for training with [Burn](burn), as one layer that keeps
-//! one activation for the backward pass where Burn keeps three.
-//!
-//! A conv -> batch norm -> ReLU block normally keeps the convolution's input, its output (batch
-//! norm's input) and batch norm's output (ReLU's input). [`ConvBn2d`] keeps the first and runs
-//! the convolution again in the backward pass. The maths, the parameters and the records stay
-//! those of [`Conv2d`](burn::nn::conv::Conv2d) and [`BatchNorm`](burn::nn::BatchNorm).
-//!
-//! ```
-//! # #[cfg(feature = "flex")] {
-//! use burn::tensor::{Device, Distribution, Tensor};
-//! use burn_conv_bn::{Activation, ConvBn2dConfig};
-//!
-//! let device = Device::flex().autodiff();
-//! let block = ConvBn2dConfig::new([3, 8], [3, 3])
-//!     .with_activation(Activation::Relu)
-//!     .init(&device);
-//! let images = Tensor::<4>::random([2, 3, 16, 16], Distribution::Default, &device);
-//! let y = block.forward(images);
-//! assert_eq!(y.dims(), [2, 8, 14, 14]);
-//! # }
-//! ```
+#![cfg_attr(feature = "flex", doc = include_str!("../README.md"))]
+//! # Parts
 //!
 //! - [`fuse`]: the layer over a convolution and a norm that stay fields of a struct of yours.
 //! - [`ConvBn1d`], [`ConvBn2d`], [`ConvBn3d`] and their configurations: the layer over its own.
@@ -32,22 +12,6 @@
 //!   batch norm with an explicit backward pass each.
 //! - [`backend`]: the trait of a backend; for whoever writes one, or a kernel.
 //! - `gradcheck`: analytic against numerical gradients, behind the feature of that name.
-//!
-//! The op is differentiable once.
-//!
-//! # Features
-//!
-//! No backend is on by default. Each of the following forwards to Burn's feature of the same name:
-//!
-//! - `flex`: Burn's own CPU backend, with the kernels of `burn-conv-bn-cpu`.
-//! - `cpu`, `cuda`, `metal`, `rocm`, `vulkan`, `webgpu`, `wgpu`: CubeCL's runtimes, with the kernels
-//!   of `burn-conv-bn-cubecl` around Burn's convolutions. Each turns `cubecl` on, which alone
-//!   chooses no runtime.
-//! - `ndarray`, `tch`: the op composed of Burn's own.
-//! - `remote`: the same on a device of another process or machine; the server needs nothing of this crate.
-//! - `fusion`, on by default as in Burn: needed with a CubeCL runtime wherever Burn's own `fusion` is on.
-//!
-//! `gradcheck` is no backend, but turns on the module of that name. `remote-test` is for this crate's tests.
 //!
 //! # Versions
 //!
@@ -87,8 +51,3 @@ pub use spec::{
     Activation, ActivationError, BatchNormOptions, ConvBnError, ConvBnOptions, ConvSpec, NormSpec,
     NormVariant, Recompute, SavedTensor,
 };
-
-/// The code of the package's Markdown page.
-#[cfg(all(doctest, feature = "flex"))]
-#[doc = include_str!("../README.md")]
-mod readme {}

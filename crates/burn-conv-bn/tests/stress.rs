@@ -22,31 +22,6 @@ use reference::{Op, Tensors, rounded};
 
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
 
-const ACTIVATIONS: [Activation; 15] = [
-    Activation::Identity,
-    Activation::Relu,
-    Activation::Relu6,
-    Activation::LeakyRelu {
-        negative_slope: 0.1,
-    },
-    Activation::LeakyRelu {
-        negative_slope: -0.5,
-    },
-    Activation::Silu,
-    Activation::Gelu,
-    Activation::GeluApproximate,
-    Activation::HardSwish,
-    Activation::Sigmoid,
-    Activation::HardSigmoid {
-        alpha: 0.25,
-        beta: 0.375,
-    },
-    Activation::Tanh,
-    Activation::Elu { alpha: 0.75 },
-    Activation::Mish,
-    Activation::Softplus { beta: 1.5 },
-];
-
 const BATCH_NORM: NormSpec = NormSpec {
     variant: NormVariant::BatchNorm,
     epsilon: 1e-5,
@@ -590,7 +565,7 @@ fn given_variances_of_zero() {
 #[test]
 fn two_values_in_a_channel() {
     for norm in [BATCH_NORM, TUTORIAL] {
-        for activation in ACTIVATIONS {
+        for activation in Activation::SAMPLES {
             for (input, weight) in [
                 ([2, 3, 1, 1], [5, 3, 1, 1]),
                 ([1, 3, 1, 2], [5, 3, 1, 1]),
@@ -691,7 +666,7 @@ fn denormals() {
 /// different from a positive one.
 #[test]
 fn gammas_of_zero_and_below() {
-    for activation in ACTIVATIONS {
+    for activation in Activation::SAMPLES {
         for given_statistics in [false, true] {
             for residual in [false, true] {
                 for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
@@ -877,7 +852,7 @@ fn activations_far_out() {
         (DType::F16, 65504.0),
         (DType::BF16, 3.3e38),
     ] {
-        for activation in ACTIVATIONS {
+        for activation in Activation::SAMPLES {
             for magnitude in MAGNITUDES {
                 if magnitude > last {
                     continue;
@@ -1135,7 +1110,7 @@ fn a_poisoned_image_leaves_the_others_alone() {
         (strided(), [5, 16, 7, 7], [16, 16, 3, 3]),
         (ConvSpec::unit(2), [5, 1, 6, 6], [1, 1, 3, 3]),
     ] {
-        for activation in ACTIVATIONS {
+        for activation in Activation::SAMPLES {
             for image in [0, 2, 4] {
                 let case = Case {
                     activation,

@@ -5,24 +5,16 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use serde::{Deserialize, Serialize};
 
+use crate::choice::{ON_COMPUTATION, ON_NETWORK, ON_OUTPUT, ON_RUN};
 use crate::data::DatasetChoice;
 use crate::device::DeviceChoice;
-use crate::model::ModelChoice;
-use crate::optim::OptimizerChoice;
 use crate::predict::PredictForm;
-use crate::run::job::{Norm, Precision, RecomputePolicy, Variant};
+use crate::run::compare::CompareOptions;
+use crate::run::folder::{RUN, RunFolder};
+use crate::run::job::{Learning, Setup, Variant};
 use crate::run::worker::WORKER;
 
-/// Where `train` keeps a run, and `predict` looks for it.
-const RUN: &str = "artifacts/train";
-
-/// Headings of options.
-const ON_RUN: &str = "Run";
-const ON_OUTPUT: &str = "Output";
-const ON_NETWORK: &str = "Network";
-const ON_TRAINING: &str = "Training";
-const ON_DATA: &str = "Data";
-const ON_COMPUTATION: &str = "Computation";
+/// Headings of `predict`'s own options.
 const ON_WHAT: &str = "What to classify";
 const ON_TRAINED: &str = "Trained model";
 const ON_DIGITS: &str = "Test digits";
@@ -75,15 +67,16 @@ pub(super) enum Subcommands {
 impl Subcommands {
     /// Sets the options whose defaults depend on other options.
     pub(super) fn complete(&mut self) {
-        let (job, learning) = match self {
-            Self::Compare(args) => (&mut args.job, Some(&mut args.learning)),
-            Self::Train(args) => (&mut args.job, Some(&mut args.learning)),
-            Self::Parity(args) => (&mut args.job, None),
+        let (setup, learning) = match self {
+            Self::Compare(args) => (&mut args.setup, Some(&mut args.learning)),
+            Self::Train(args) => (&mut args.setup, Some(&mut args.learning)),
+            Self::Parity(args) => (&mut args.setup, None),
             Self::Predict(_) | Self::Worker => return,
         };
-        job.lr.get_or_insert(job.optimizer.default_learning_rate());
+        setup.lr = Some(setup.learning_rate());
         if let Some(learning) = learning {
-            learning.dropout.get_or_insert(job.model.default_dropout());
+            let default = setup.model.default_dropout();
+            learning.dropout.get_or_insert(default);
         }
     }
 }
@@ -102,96 +95,19 @@ pub(super) struct ConfigArgs {
 
 #[derive(Args, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) struct JobArgs {
-    /// Which network. Torchvision's take one channel, and digits padded with black to 32x32.
-    #[arg(long, value_enum, default_value = "tutorial", help_heading = ON_NETWORK)]
-    pub(super) model: ModelChoice,
-    /// Batch norm: Burn's, or the tutorial's (unbiased variance, epsilon outside the root).
-    #[arg(long, value_enum, default_value = "burn", help_heading = ON_NETWORK)]
-    pub(super) norm: Norm,
-    /// Which optimizer.
-    #[arg(long, value_enum, default_value = "adadelta", help_heading = ON_TRAINING)]
-    pub(super) optimizer: OptimizerChoice,
-    /// Learning rate of the first epoch [default: 1 for adadelta, 0.001 for adam and adamw, 0.05
-    /// for sgd].
-    #[arg(long, value_name = "RATE", value_parser = finite, help_heading = ON_TRAINING)]
-    pub(super) lr: Option<f64>,
-    /// Digits a step.
-    #[arg(long, value_name = "N", default_value_t = 2048, help_heading = ON_TRAINING)]
-    pub(super) batch_size: usize,
-    /// Seed of weights, order, dropout and built-in digits.
-    #[arg(long, default_value_t = 123_456, help_heading = ON_TRAINING)]
-    pub(super) seed: u64,
-    /// MNIST if it is found or downloaded and built-in digits otherwise, or one of the two.
-    #[arg(long, value_enum, default_value = "auto", help_heading = ON_DATA)]
-    pub(super) dataset: DatasetChoice,
-    /// Folder with MNIST's four IDX files, plain or .gz.
-    #[arg(long, value_name = "DIR", help_heading = ON_DATA)]
-    pub(super) data_dir: Option<PathBuf>,
-    /// Do not try to download MNIST.
-    #[arg(long, help_heading = ON_DATA)]
-    pub(super) no_download: bool,
-    /// Train on the first N digits only.
-    #[arg(long, value_name = "N", help_heading = ON_DATA)]
-    pub(super) train_limit: Option<usize>,
-    /// Device. Each needs Burn's feature of the same name in this build.
-    #[arg(long, value_enum, default_value = "flex", help_heading = ON_COMPUTATION)]
-    pub(super) device: DeviceChoice,
-    /// Element type. f16 and bf16 are mixed precision: convolutions and saved tensors in that type;
-    /// parameters, norms, linear layers and checkpoints in f32.
-    #[arg(long, value_enum, default_value = "f32", help_heading = ON_COMPUTATION)]
-    pub(super) precision: Precision,
-    /// CPU threads [default: one per hardware thread].
-    #[arg(long, value_name = "N", help_heading = ON_COMPUTATION)]
-    pub(super) threads: Option<usize>,
-    /// Whether fused blocks recompute the convolution's output in the backward pass, or keep it.
-    #[arg(long, value_enum, default_value = "conv", help_heading = ON_COMPUTATION)]
-    pub(super) recompute: RecomputePolicy,
-    /// Most bytes of workspace in the backward pass of a fused block.
-    #[arg(long, value_name = "BYTES", help_heading = ON_COMPUTATION)]
-    pub(super) max_workspace: Option<usize>,
-}
-
-/// Options of a training to its end, which `parity` has not.
-#[derive(Args, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(super) struct LearningArgs {
-    /// Probability of dropping a hidden value [default: 0.5 for tutorial and vgg16-bn, 0.2 for
-    /// mobilenet-v2 and efficientnet-b0; the others have no dropout].
-    #[arg(long, value_name = "P", value_parser = finite, help_heading = ON_NETWORK)]
-    pub(super) dropout: Option<f64>,
-    /// Factor on the learning rate after every epoch.
-    #[arg(long, value_name = "FACTOR", default_value_t = 0.7, value_parser = finite, help_heading = ON_TRAINING)]
-    pub(super) gamma: f64,
-    /// Test on the first N digits only.
-    #[arg(long, value_name = "N", help_heading = ON_DATA)]
-    pub(super) test_limit: Option<usize>,
-    /// Print the loss of every so many batches; 0 for none.
-    #[arg(long, value_name = "N", default_value_t = 2, help_heading = ON_OUTPUT)]
-    pub(super) log_interval: usize,
-}
-
-#[derive(Args, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
 pub(super) struct Compare {
     /// Epochs.
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = ON_RUN)]
     pub(super) epochs: usize,
-    /// Limit on the estimated duration, in minutes; above it, training is on fewer digits.
-    #[arg(long, value_name = "MINUTES", value_parser = finite, help_heading = ON_RUN)]
-    pub(super) time_limit: Option<f64>,
     #[command(flatten)]
     #[serde(flatten)]
-    pub(super) job: JobArgs,
+    pub(super) setup: Setup,
     #[command(flatten)]
     #[serde(flatten)]
-    pub(super) learning: LearningArgs,
-    /// Write the results to this file.
-    #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
-    pub(super) json: Option<PathBuf>,
-    /// Draw memory over one training step, and the losses, to this SVG file.
-    #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
-    pub(super) plot: Option<PathBuf>,
+    pub(super) learning: Learning,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(super) options: CompareOptions,
 }
 
 #[derive(Args, Debug, Serialize, Deserialize)]
@@ -203,24 +119,18 @@ pub(super) struct Train {
     /// Stop when the test loss has not improved for N epochs.
     #[arg(long, value_name = "N", help_heading = ON_RUN)]
     pub(super) early_stopping: Option<usize>,
-    /// Folder for checkpoints.
-    #[arg(long, value_name = "DIR", default_value = RUN, help_heading = ON_RUN)]
-    pub(super) artifacts: PathBuf,
-    /// Resume the run in the folder from its newest complete checkpoint, with its options.
-    #[arg(long, conflicts_with = "overwrite", help_heading = ON_RUN)]
-    pub(super) resume: bool,
-    /// Remove an earlier run in the folder.
-    #[arg(long, help_heading = ON_RUN)]
-    pub(super) overwrite: bool,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(super) folder: RunFolder,
     /// Which form of the network.
     #[arg(long, value_enum, default_value = "fused", help_heading = ON_NETWORK)]
     pub(super) variant: Variant,
     #[command(flatten)]
     #[serde(flatten)]
-    pub(super) job: JobArgs,
+    pub(super) setup: Setup,
     #[command(flatten)]
     #[serde(flatten)]
-    pub(super) learning: LearningArgs,
+    pub(super) learning: Learning,
     /// Print lines even on a terminal, where Burn's dashboard is shown otherwise.
     #[arg(long, help_heading = ON_OUTPUT)]
     pub(super) plain: bool,
@@ -237,7 +147,7 @@ pub(super) struct ParityArgs {
     pub(super) steps: usize,
     #[command(flatten)]
     #[serde(flatten)]
-    pub(super) job: JobArgs,
+    pub(super) setup: Setup,
 }
 
 #[derive(Args, Debug, Serialize, Deserialize)]
@@ -286,13 +196,4 @@ pub(super) struct Predict {
     /// Write the predictions to this file.
     #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
     pub(super) json: Option<PathBuf>,
-}
-
-/// A number that JSON has.
-fn finite(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(number) if number.is_finite() => Ok(number),
-        Ok(_) => Err("must be finite".to_string()),
-        Err(error) => Err(error.to_string()),
-    }
 }

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use burn::train::Interrupter;
@@ -16,9 +15,8 @@ use crate::persist::run_file::{DataIdentity, Options, RUN_FILE, RunFile};
 use crate::persist::{checkpoint, output};
 use crate::predict::{PredictForm, PredictOptions, predict};
 use crate::print::say;
-use crate::run::compare::{CompareOptions, compare};
+use crate::run::compare::compare;
 use crate::run::fit::{FitOutcome, RunOptions, run};
-use crate::run::folder::RunFolder;
 use crate::run::interrupt;
 use crate::run::job::{Job, Variant};
 use crate::run::parity::Parity;
@@ -61,19 +59,8 @@ fn run_compare(
     allocator: &'static CountingAllocator,
     interrupter: &Interrupter,
 ) -> Result<()> {
-    let threads = args.job.threads;
-    set_threads(threads)?;
-    let time_limit = args.time_limit.map(|minutes| {
-        // More than fits is as good as none.
-        Duration::try_from_secs_f64(60.0 * minutes).unwrap_or(Duration::MAX)
-    });
-    let options = CompareOptions {
-        json: args.json,
-        plot: args.plot,
-        time_limit,
-        threads,
-    };
-    compare(Job::of(given)?, &options, allocator, interrupter)
+    set_threads(args.setup.threads)?;
+    compare(Job::of(given)?, &args.options, allocator, interrupter)
 }
 
 fn train(
@@ -83,15 +70,11 @@ fn train(
     allocator: &'static CountingAllocator,
     interrupter: Interrupter,
 ) -> Result<()> {
-    if args.resume && args.overwrite {
+    let folder = args.folder;
+    if folder.resume && folder.overwrite {
         bail!("--resume goes on with the run that --overwrite removes; use one of them");
     }
-    set_threads(args.job.threads)?;
-    let folder = RunFolder {
-        path: args.artifacts,
-        resume: args.resume,
-        overwrite: args.overwrite,
-    };
+    set_threads(args.setup.threads)?;
     let directory = folder.path.clone();
     let json = args.json.as_deref();
     // Before the digits are drawn or downloaded.
@@ -175,11 +158,11 @@ pub(super) fn interruption(
 }
 
 fn parity(args: &ParityArgs, given: &Options, interrupter: &Interrupter) -> Result<()> {
-    set_threads(args.job.threads)?;
+    set_threads(args.setup.threads)?;
     let mut job = Job::of(given)?;
-    job.data.test_limit = Some(1);
+    job.learning.test_limit = Some(1);
     job.check()?;
-    Parity::check(job.precision)?;
+    Parity::check(job.setup.precision)?;
     let data = job.begin()?;
     Parity::measure(&job, Arc::new(data.train), args.steps, interrupter)?.judge()
 }
@@ -212,15 +195,15 @@ fn run_predict(args: Predict, given: &Options, interrupter: &Interrupter) -> Res
     }
     let damaged = || format!("{} is damaged", directory.join(RUN_FILE).display());
     let job = Job::of(&options).with_context(damaged)?;
-    job.device.open_for(job.precision)?;
+    job.setup.device.open_for(job.setup.precision)?;
     let variant = options.remove("variant").unwrap_or_default();
     let trained: Variant = serde_json::from_value(variant).with_context(damaged)?;
-    if args.images.is_some() && job.model.tracks_statistics() {
+    if args.images.is_some() && job.setup.model.tracks_statistics() {
         for option in &OTHERS[..3] {
             ensure!(
                 !given.contains_key(*option),
                 "--{option} is about test digits, of which {} needs none for pictures",
-                job.model.name()
+                job.setup.model.name()
             );
         }
     }

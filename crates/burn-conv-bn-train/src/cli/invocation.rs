@@ -44,7 +44,7 @@ impl Invocation {
         let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
         let mut command = cli.command;
         if let (true, Subcommands::Compare(args)) = (bare, &mut command) {
-            args.time_limit.get_or_insert(DEFAULT_TIME_LIMIT);
+            args.options.time_limit.get_or_insert(DEFAULT_TIME_LIMIT);
         }
         let mut layers = Layers::new(&command, matches.subcommand().map(|(_, given)| given))?;
         if let Err(error) = layers.check() {
@@ -61,14 +61,11 @@ impl Invocation {
             bail!("--dataset synthetic draws its digits, and reads none from --data-dir");
         }
         let mut stored = None;
-        if let Subcommands::Train(Train {
-            resume: true,
-            artifacts,
-            ..
-        }) = &command
-            && let Some(file) = stored_run(artifacts)?
+        if let Subcommands::Train(Train { folder, .. }) = &command
+            && folder.resume
+            && let Some(file) = stored_run(&folder.path)?
         {
-            let origin = artifacts.join(RUN_FILE).display().to_string();
+            let origin = folder.path.join(RUN_FILE).display().to_string();
             command = layers.add(&file.options, &origin)?;
             stored = Some(file);
         }
@@ -92,8 +89,8 @@ impl Invocation {
 /// Refuses options of fused blocks where there are none, or where the variant decides. Files may have the default, which
 /// `--print-config` prints.
 fn check_variant(args: &Train, on_line: impl Fn(&str) -> bool) -> Result<()> {
-    let recompute = args.job.recompute != RecomputePolicy::Conv;
-    let max_workspace = args.job.max_workspace.is_some();
+    let recompute = args.setup.recompute != RecomputePolicy::Conv;
+    let max_workspace = args.setup.max_workspace.is_some();
     for (option, is_set) in [("recompute", recompute), ("max-workspace", max_workspace)] {
         let reason = match (args.variant, option) {
             (Variant::Unfused, _) => "an option of fused blocks, and --variant unfused has none",

@@ -6,13 +6,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use super::download::{self, MIRRORS};
 use super::files::{self, FILES};
 use super::idx::Digits;
 use super::synthetic::generate;
+use crate::choice::{ON_DATA, ON_TRAINING};
 
 /// Environment variable that, unless empty or `0`, forbids the download.
 pub const OFFLINE: &str = "BURN_CONV_BN_OFFLINE";
@@ -40,21 +41,24 @@ pub enum DatasetChoice {
 }
 
 /// Which data to find.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct DataRequest {
-    /// Which data to train on.
-    pub dataset: DatasetChoice,
-    /// Folder with the four IDX files; with it, no other place is looked at.
-    pub data_dir: Option<PathBuf>,
-    /// Whether MNIST may not be downloaded; see also [`OFFLINE`].
-    pub no_download: bool,
-    /// Most training digits to keep, counted from the first.
-    pub train_limit: Option<usize>,
-    /// Most test digits to keep, counted from the first.
-    pub test_limit: Option<usize>,
-    /// Seed of drawn digits, and of what a job draws: weights, order, dropout.
+    /// Seed of weights, order, dropout and built-in digits.
+    #[arg(long, default_value_t = 123_456, help_heading = ON_TRAINING)]
     pub seed: u64,
+    /// MNIST if it is found or downloaded and built-in digits otherwise, or one of the two.
+    #[arg(long, value_enum, default_value = "auto", help_heading = ON_DATA)]
+    pub dataset: DatasetChoice,
+    /// Folder with MNIST's four IDX files, plain or .gz.
+    #[arg(long, value_name = "DIR", help_heading = ON_DATA)]
+    pub data_dir: Option<PathBuf>,
+    /// Do not try to download MNIST.
+    #[arg(long, help_heading = ON_DATA)]
+    pub no_download: bool,
+    /// Train on the first N digits only.
+    #[arg(long, value_name = "N", help_heading = ON_DATA)]
+    pub train_limit: Option<usize>,
 }
 
 /// The data and where they come from.
@@ -70,7 +74,7 @@ pub struct MnistData {
     pub origin: String,
 }
 
-/// Finds the data.
+/// Finds the data, with `test_limit` test digits at most.
 ///
 /// 1. [`DatasetChoice::Synthetic`] draws the digits.
 /// 2. A `data_dir` must hold the four IDX files, plain or gzip, itself or in
@@ -84,13 +88,13 @@ pub struct MnistData {
 ///
 /// If a given `data_dir` is not readable, complete and sound, or if
 /// [`DatasetChoice::Mnist`] cannot be fulfilled.
-pub(crate) fn resolve(request: &DataRequest) -> Result<MnistData> {
+pub(crate) fn resolve(request: &DataRequest, test_limit: Option<usize>) -> Result<MnistData> {
     let machine = Machine {
         cache: dirs::cache_dir(),
         offline: is_set(env::var_os(OFFLINE).as_deref()),
         mirrors: MIRRORS,
     };
-    resolve_on(&machine, request)
+    resolve_on(&machine, request, test_limit)
 }
 
 /// What [`resolve`] takes from the machine it runs on.
@@ -104,9 +108,13 @@ fn is_set(variable: Option<&OsStr>) -> bool {
     variable.is_some_and(|value| !value.is_empty() && value != "0")
 }
 
-fn resolve_on(machine: &Machine, request: &DataRequest) -> Result<MnistData> {
+fn resolve_on(
+    machine: &Machine,
+    request: &DataRequest,
+    test_limit: Option<usize>,
+) -> Result<MnistData> {
     let mut data = match (request.dataset, &request.data_dir) {
-        (DatasetChoice::Synthetic, _) => draw(request, "as requested"),
+        (DatasetChoice::Synthetic, _) => draw(request, test_limit, "as requested"),
         (_, Some(dir)) => from_folder(dir)?,
         (choice, None) => match search(machine, request.no_download) {
             Ok(data) => data,
@@ -114,21 +122,24 @@ fn resolve_on(machine: &Machine, request: &DataRequest) -> Result<MnistData> {
                 "no MNIST was found: {tried}; name a folder with its four IDX files, allow the \
                  download, or choose the synthetic digits"
             ),
-            Err(tried) => draw(request, &format!("because no MNIST was found: {tried}")),
+            Err(tried) => {
+                let reason = format!("because no MNIST was found: {tried}");
+                draw(request, test_limit, &reason)
+            }
         },
     };
     data.train
         .truncate(request.train_limit.unwrap_or(usize::MAX));
-    data.test.truncate(request.test_limit.unwrap_or(usize::MAX));
+    data.test.truncate(test_limit.unwrap_or(usize::MAX));
     Ok(data)
 }
 
-fn draw(request: &DataRequest, reason: &str) -> MnistData {
+fn draw(request: &DataRequest, test_limit: Option<usize>, reason: &str) -> MnistData {
     let count = |full: usize, limit: Option<usize>| limit.map_or(full, |limit| limit.min(full));
     let seed = request.seed;
     MnistData {
         train: generate(count(TRAIN_COUNT, request.train_limit), seed),
-        test: generate(count(TEST_COUNT, request.test_limit), seed ^ TEST_SEED),
+        test: generate(count(TEST_COUNT, test_limit), seed ^ TEST_SEED),
         name: "synthetic",
         origin: format!("built-in synthetic digits (seed {seed}), {reason}"),
     }

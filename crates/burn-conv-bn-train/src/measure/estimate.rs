@@ -45,21 +45,19 @@ pub fn estimate(
     data: &MnistData,
     allocator: &'static CountingAllocator,
 ) -> Estimate {
-    let batch = job.batch_size.min(data.train.len());
+    let batch = job.setup.batch_size.min(data.train.len());
     let sample = SAMPLE.min(batch);
     let items: Vec<DigitItem> = (0..sample).filter_map(|i| data.train.get(i).ok()).collect();
-    let batcher = MnistBatcher::new(job.precision.activations());
+    let batcher = MnistBatcher::new(job.setup.precision.activations());
     let digits = |count: usize, device: &Device| -> MnistBatch {
         batcher.batch(items.iter().take(count).cloned().collect(), device)
     };
 
     let device = job.device();
-    let classifier = Job {
-        // It bounds what is stored of a batch: as much for each digit.
-        max_workspace: workspace(job).map(|bytes| bytes / batch * sample),
-        ..job.clone()
-    }
-    .classifier(variant, MemoryProbe::of(&device, allocator));
+    let mut sampled = job.clone();
+    // It bounds what is stored of a batch: as much for each digit.
+    sampled.setup.max_workspace = workspace(job).map(|bytes| bytes / batch * sample);
+    let classifier = sampled.classifier(variant, MemoryProbe::of(&device, allocator));
     let step = |count| {
         let step = TrainStep::step(&classifier, digits(count, &device));
         step.item.measure.expect("a training step is measured")
@@ -93,6 +91,6 @@ pub fn estimate(
 
 /// The bound on the workspace of a whole batch, Flex's own included.
 fn workspace(job: &Job) -> Option<usize> {
-    let own = (job.device == DeviceChoice::Flex).then_some(LARGEST_STORED);
-    own.into_iter().chain(job.max_workspace).min()
+    let own = (job.setup.device == DeviceChoice::Flex).then_some(LARGEST_STORED);
+    own.into_iter().chain(job.setup.max_workspace).min()
 }

@@ -66,8 +66,8 @@ pub(crate) fn predict(
     };
     // Folding is refused by the model itself, which says why.
     let needs_statistics =
-        !testing && !job.model.tracks_statistics() && options.form != PredictForm::Folded;
-    let takes_none = options.form == PredictForm::Unfused && job.norm == Norm::Tutorial;
+        !testing && !job.setup.model.tracks_statistics() && options.form != PredictForm::Folded;
+    let takes_none = options.form == PredictForm::Unfused && job.setup.norm == Norm::Tutorial;
     ensure!(
         !(needs_statistics && takes_none),
         "the unfused form of the tutorial's norm takes statistics of whole batches alone, so that it \
@@ -81,9 +81,9 @@ pub(crate) fn predict(
     let predictor = load(job, options, data.as_ref().filter(|_| needs_statistics))?;
 
     let mut report = PredictionReport {
-        model: job.model.name(),
+        model: job.setup.model.name(),
         form: options.form.name(),
-        dtype: job.precision.dtype_name(),
+        dtype: job.setup.precision.dtype_name(),
         epoch: predictor.epoch,
         dataset: data.as_ref().map(|data| data.name.to_string()),
         test: None,
@@ -121,18 +121,18 @@ pub(crate) fn predict(
 fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result<Predictor> {
     let reference = data.map(|data| {
         let mut digits = data.test.clone();
-        digits.truncate(job.batch_size);
+        digits.truncate(job.setup.batch_size);
         digits
     });
     let (directory, form) = (&options.directory, options.form);
     let predictor = Predictor::load(job, directory, options.epoch, form, reference.as_ref())?;
     say!(
         "Model: {} of {} after epoch {}, {}, {}",
-        job.model.name(),
+        job.setup.model.name(),
         directory.display(),
         predictor.epoch,
         form.name(),
-        job.precision.describe()
+        job.setup.precision.describe()
     )?;
     if let Some(reference) = &reference {
         say!(
@@ -145,10 +145,11 @@ fn load(job: &Job, options: &PredictOptions, data: Option<&MnistData>) -> Result
 }
 
 fn test_digits(job: &Job, trained_on: &str) -> Result<MnistData> {
-    let data = resolve(&DataRequest {
+    let request = DataRequest {
         train_limit: Some(1),
-        ..job.data.clone()
-    })?;
+        ..job.setup.data.clone()
+    };
+    let data = resolve(&request, job.learning.test_limit)?;
     say!("Data: {}", data.origin)?;
     if data.name != trained_on {
         say!(
@@ -168,7 +169,7 @@ fn classify(
     interrupter: &Interrupter,
 ) -> Result<Vec<Prediction>> {
     let mut predictions = Vec::with_capacity(items.len());
-    for batch in items.chunks(job.batch_size) {
+    for batch in items.chunks(job.setup.batch_size) {
         if interrupter.should_stop() {
             bail!("interrupted: no prediction was printed, and no file was written");
         }

@@ -94,7 +94,7 @@ impl Predictor {
         form: PredictForm,
         statistics: Option<&Digits>,
     ) -> Result<Self> {
-        let model = job.model.name();
+        let model = job.setup.model.name();
         let (records, epoch) = records(directory, epoch)?;
         let variant = match form {
             PredictForm::Unfused => Variant::Unfused,
@@ -120,7 +120,7 @@ impl Predictor {
         Ok(Self {
             network,
             device: job.device().without_autodiff(),
-            activations: job.precision.activations(),
+            activations: job.setup.precision.activations(),
             epoch,
         })
     }
@@ -177,7 +177,7 @@ fn with_statistics(network: AnyNetwork, job: &Job, digits: &Digits) -> Result<An
         return Ok(network.valid());
     };
     let items: Vec<DigitItem> = digits.get_many((0..digits.len()).collect())?;
-    let batcher = MnistBatcher::new(job.precision.activations());
+    let batcher = MnistBatcher::new(job.setup.precision.activations());
     let images = batcher.batch(items, &job.device()).images;
     Ok(calibrated(net, images).into())
 }

@@ -8,9 +8,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use burn::train::Interrupter;
 use burn_conv_bn_memory::CountingAllocator;
+use clap::Args;
+use serde::{Deserialize, Serialize};
 
-use crate::choice::Choice;
-use crate::data::{DataRequest, DatasetChoice, MnistData};
+use crate::choice::{Choice, ON_OUTPUT, ON_RUN, finite};
+use crate::data::{DatasetChoice, MnistData};
 use crate::measure::estimate::estimate;
 use crate::measure::plot::picture;
 use crate::measure::report::{EpochReport, Report, VariantReport};
@@ -22,17 +24,26 @@ use crate::run::worker::{Task, spawn};
 /// Training steps of a variant that is measured and not trained.
 const MEASURED_STEPS: usize = 4;
 
-#[derive(Clone, Debug)]
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) struct CompareOptions {
-    /// Where the report goes.
+    /// Limit on the estimated duration, in minutes; above it, training is on fewer digits.
+    #[arg(long, value_name = "MINUTES", value_parser = finite, help_heading = ON_RUN)]
+    pub(crate) time_limit: Option<f64>,
+    /// Write the results to this file.
+    #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
     pub(crate) json: Option<PathBuf>,
-    /// Where the picture of memory over a step and of the losses goes, as SVG.
+    /// Draw memory over one training step, and the losses, to this SVG file.
+    #[arg(long, value_name = "FILE", help_heading = ON_OUTPUT)]
     pub(crate) plot: Option<PathBuf>,
-    /// If the estimate is longer, train on fewer digits, the same for both variants.
-    pub(crate) time_limit: Option<Duration>,
-    /// Threads of the CPU in the variants' processes; as many as the machine runs at once if not
-    /// given.
-    pub(crate) threads: Option<usize>,
+}
+
+impl CompareOptions {
+    fn limit(&self) -> Option<Duration> {
+        // More than fits is as good as none.
+        let limit = |minutes| Duration::try_from_secs_f64(60.0 * minutes).unwrap_or(Duration::MAX);
+        self.time_limit.map(limit)
+    }
 }
 
 /// Runs the comparison.
@@ -57,7 +68,7 @@ pub(crate) fn compare(
     let mut data = job.begin()?;
     announce(&mut job, options, &mut data, allocator)?;
     // The variants' processes look for the data again: what they find must be the same.
-    job.data.dataset = if data.name == "synthetic" {
+    job.setup.data.dataset = if data.name == "synthetic" {
         DatasetChoice::Synthetic
     } else {
         DatasetChoice::Mnist
@@ -88,16 +99,11 @@ fn share(job: &Job, variant: Variant) -> Job {
     if Variant::TRAINED.contains(&variant) {
         return job.clone();
     }
-    let limit = job.data.train_limit.unwrap_or(usize::MAX);
-    Job {
-        epochs: 1,
-        data: DataRequest {
-            train_limit: Some(limit.min(MEASURED_STEPS * job.batch_size)),
-            test_limit: Some(1),
-            ..job.data.clone()
-        },
-        ..job.clone()
-    }
+    let mut job = job.clone();
+    let limit = job.setup.data.train_limit.unwrap_or(usize::MAX);
+    job.setup.data.train_limit = Some(limit.min(MEASURED_STEPS * job.setup.batch_size));
+    job.learning.test_limit = Some(1);
+    Job { epochs: 1, ..job }
 }
 
 /// Trains or measures the variants one after the other.
@@ -124,7 +130,7 @@ fn train_all(
             record: options.plot.is_some(),
             result: scratch.join(format!("{name}.json")),
         };
-        let mut result = spawn(&task, options.threads)?;
+        let mut result = spawn(&task)?;
         if !is_trained {
             result.epochs.clear();
         }
@@ -202,12 +208,12 @@ fn announce(
         data.train.len(),
         each.join("; ")
     )?;
-    if let Some(limit) = options.time_limit
+    if let Some(limit) = options.limit()
         && total > limit
     {
         let fraction = limit.as_secs_f64() / total.as_secs_f64();
-        let batches = data.train.len() as f64 * fraction / job.batch_size as f64;
-        let digits = (batches as usize).max(1) * job.batch_size;
+        let batches = data.train.len() as f64 * fraction / job.setup.batch_size as f64;
+        let digits = (batches as usize).max(1) * job.setup.batch_size;
         let digits = digits.min(data.train.len());
         say!(
             "That is {} in all; to stay under {}, both variants train on the first {digits} \
@@ -215,7 +221,7 @@ fn announce(
             minutes(total),
             minutes(limit)
         )?;
-        job.data.train_limit = Some(digits);
+        job.setup.data.train_limit = Some(digits);
         data.train.truncate(digits);
     }
     Ok(())

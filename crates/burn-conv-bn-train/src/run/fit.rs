@@ -80,7 +80,7 @@ pub(crate) fn run(
     let outcome = fit(job, variant, options, classifier, train, test)?;
     let steps = outcome.epochs.iter().flat_map(|epoch| &epoch.train.steps);
     let steps: Vec<StepRecord> = steps.copied().collect();
-    let summary = summary(&steps, job.batch_size);
+    let summary = summary(&steps, job.setup.batch_size);
     let epochs = outcome.finished().map(|(epoch, test)| EpochReport {
         train_loss: epoch.train.evaluation.average_loss(),
         test_loss: test.average_loss(),
@@ -126,8 +126,8 @@ fn fit(
     test: Arc<Digits>,
 ) -> Result<FitOutcome> {
     // Burn's schedulers count steps where PyTorch's count epochs.
-    let schedule = StepLrSchedulerConfig::new(job.learning_rate, job.steps(train.len()))
-        .with_gamma(job.decay)
+    let schedule = StepLrSchedulerConfig::new(job.setup.learning_rate(), job.steps(train.len()))
+        .with_gamma(job.learning.gamma)
         .init()
         .map_err(|reason| anyhow!("invalid learning rate: {reason}"))?;
 
@@ -190,13 +190,13 @@ fn launch(
     let loaders: [BatchLoader; 2] = [
         Arc::new(EpochLoader::new(
             train,
-            job.batch_size,
+            job.setup.batch_size,
             activations,
             job.device(),
-            job.data.seed,
+            job.setup.data.seed,
             resumed as u64,
         )),
-        test_loader(test, job.batch_size, activations),
+        test_loader(test, job.setup.batch_size, activations),
     ];
     let dashboard = options
         .dashboard
@@ -206,7 +206,7 @@ fn launch(
         let mut training = training(job, options, loaders, &start.history)
             .renderer(match &dashboard {
                 Some(dashboard) => Box::new(dashboard.clone()),
-                None => Box::new(LineRenderer::new(job.log_interval)),
+                None => Box::new(LineRenderer::new(job.learning.log_interval)),
             })
             .label(&variant.name());
         if resumed > 0 {
@@ -215,7 +215,7 @@ fn launch(
         if let Some(store) = &start.store {
             training = with_checkpoints(training, store, start.records);
         }
-        let learner = Learner::new(start.classifier, job.optimizer.init(), start.schedule);
+        let learner = Learner::new(start.classifier, job.setup.optimizer.init(), start.schedule);
         let result = training.launch(learner);
         (result.interrupted, result.error)
     });
@@ -255,10 +255,10 @@ fn loaded(job: &Job, folder: &Path, set: &Set, classifier: Classifier) -> Result
         return Ok(classifier);
     };
     ensure!(
-        job.optimizer.restores(classifier.dtype()),
+        job.setup.optimizer.restores(classifier.dtype()),
         "cannot resume a training in double precision with {}: Burn restores the optimizer's state \
          in single precision",
-        job.optimizer.name()
+        job.setup.optimizer.name()
     );
     classifier.restored(records.model.clone()).with_context(|| {
         let path = checkpoint::model_file(folder, set.epoch);

@@ -7,7 +7,10 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use burn::module::Module;
 use burn::tensor::DType;
 use burn_conv_bn_files::{Lock, OutputError, Survives, check_room, sweep, write};
+use clap::Args;
+use serde::{Deserialize, Serialize};
 
+use crate::choice::ON_RUN;
 use crate::measure::history::{Epoch, History};
 use crate::persist::checkpoint::{self, Set, Store};
 use crate::persist::run_file::{RUN_FILE, RunFile};
@@ -20,14 +23,21 @@ const MIB: usize = 1 << 20;
 /// more than a moment.
 const MOST_ROOM: usize = 64 * MIB;
 
-/// Where a run has its checkpoints.
-#[derive(Clone, Debug)]
+/// Where `train` keeps a run, and `predict` looks for it.
+pub(crate) const RUN: &str = "artifacts/train";
+
+/// Where a run has its checkpoints. In a resumed one, files of later epochs stay until the run has come to them again.
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct RunFolder {
+    /// Folder for checkpoints.
+    #[arg(id = "artifacts", long, value_name = "DIR", default_value = RUN, help_heading = ON_RUN)]
+    #[serde(rename = "artifacts")]
     pub(crate) path: PathBuf,
-    /// Whether to resume the run in it from its newest complete checkpoint. Files of later epochs stay
-    /// until the run has come to them again.
+    /// Resume the run in the folder from its newest complete checkpoint, with its options.
+    #[arg(long, conflicts_with = "overwrite", help_heading = ON_RUN)]
     pub(crate) resume: bool,
-    /// Whether an earlier run in it may be removed.
+    /// Remove an earlier run in the folder.
+    #[arg(long, help_heading = ON_RUN)]
     pub(crate) overwrite: bool,
 }
 

@@ -4,11 +4,11 @@ use burn::module::Module;
 use burn::tensor::Device;
 use burn_conv_bn::{ConvBnModule, NormVariant, Recompute};
 use burn_conv_bn_models::{AnyNetwork, Form};
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::choice::Choice;
+use crate::choice::{Choice, ON_COMPUTATION, ON_DATA, ON_NETWORK, ON_OUTPUT, ON_TRAINING, finite};
 use crate::data::{DataRequest, MnistData, resolve};
 use crate::device::DeviceChoice;
 use crate::measure::memory::MemoryProbe;
@@ -79,45 +79,87 @@ pub enum RecomputePolicy {
     Never,
 }
 
-/// Everything that decides the result of a run, the same for all variants. As JSON, options of the command
-/// line by their long names; those that `parity` has not may be absent.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// What `parity` and a training have in common.
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Job {
-    /// Which data, and the seed.
+pub struct Setup {
+    /// Which network. Torchvision's take one channel, and digits padded with black to 32x32.
+    #[arg(long, value_enum, default_value = "tutorial", help_heading = ON_NETWORK)]
+    pub model: ModelChoice,
+    /// Batch norm: Burn's, or the tutorial's (unbiased variance, epsilon outside the root).
+    #[arg(long, value_enum, default_value = "burn", help_heading = ON_NETWORK)]
+    pub norm: Norm,
+    /// Which optimizer.
+    #[arg(long, value_enum, default_value = "adadelta", help_heading = ON_TRAINING)]
+    pub optimizer: OptimizerChoice,
+    /// Learning rate of the first epoch [default: 1 for adadelta, 0.001 for adam and adamw, 0.05
+    /// for sgd].
+    #[arg(long, value_name = "RATE", value_parser = finite, help_heading = ON_TRAINING)]
+    pub lr: Option<f64>,
+    /// Digits a step.
+    #[arg(long, value_name = "N", default_value_t = 2048, help_heading = ON_TRAINING)]
+    pub batch_size: usize,
+    #[command(flatten)]
     #[serde(flatten)]
+    #[allow(missing_docs, reason = "it would be the help of the command")]
     pub data: DataRequest,
+    /// Device. Each needs Burn's feature of the same name in this build.
+    #[arg(long, value_enum, default_value = "flex", help_heading = ON_COMPUTATION)]
+    pub device: DeviceChoice,
+    /// Element type. f16 and bf16 are mixed precision: convolutions and saved tensors in that type;
+    /// parameters, norms, linear layers and checkpoints in f32.
+    #[arg(long, value_enum, default_value = "f32", help_heading = ON_COMPUTATION)]
+    pub precision: Precision,
+    /// CPU threads [default: one per hardware thread].
+    #[arg(long, value_name = "N", help_heading = ON_COMPUTATION)]
+    pub threads: Option<usize>,
+    /// Whether fused blocks recompute the convolution's output in the backward pass, or keep it.
+    #[arg(long, value_enum, default_value = "conv", help_heading = ON_COMPUTATION)]
+    pub recompute: RecomputePolicy,
+    /// Most bytes of workspace in the backward pass of a fused block.
+    #[arg(long, value_name = "BYTES", help_heading = ON_COMPUTATION)]
+    pub max_workspace: Option<usize>,
+}
+
+/// What a training to its end has besides.
+#[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct Learning {
+    /// Probability of dropping a hidden value [default: 0.5 for tutorial and vgg16-bn, 0.2 for
+    /// mobilenet-v2 and efficientnet-b0; the others have no dropout].
+    #[arg(long, value_name = "P", value_parser = finite, help_heading = ON_NETWORK)]
+    pub dropout: Option<f64>,
+    /// Factor on the learning rate after every epoch.
+    #[arg(long, value_name = "FACTOR", default_value_t = 0.7, value_parser = finite, help_heading = ON_TRAINING)]
+    pub gamma: f64,
+    /// Test on the first N digits only.
+    #[arg(long, value_name = "N", help_heading = ON_DATA)]
+    pub test_limit: Option<usize>,
+    /// Print the loss of every so many batches; 0 for none.
+    #[arg(long, value_name = "N", default_value_t = 2, help_heading = ON_OUTPUT)]
+    pub log_interval: usize,
+}
+
+/// Everything that decides the result of a run, the same for all variants: options of the command line, in JSON by
+/// their long names.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Job {
     /// Epochs.
     #[serde(default)]
     pub epochs: usize,
-    /// Digits a step.
-    pub batch_size: usize,
-    /// Which network.
-    pub model: ModelChoice,
-    /// Which optimizer.
-    pub optimizer: OptimizerChoice,
-    /// Learning rate of the first epoch.
-    #[serde(rename = "lr")]
-    pub learning_rate: f64,
-    /// Factor on it after every epoch.
-    #[serde(default, rename = "gamma")]
-    pub decay: f64,
-    /// Which batch norm.
-    pub norm: Norm,
-    /// Probability of dropping a hidden value.
-    #[serde(default)]
-    pub dropout: f64,
-    /// Types of activations and parameters.
-    pub precision: Precision,
-    /// What fused blocks do with the convolution's output.
-    pub recompute: RecomputePolicy,
-    /// Where it is computed.
-    pub device: DeviceChoice,
-    /// Bound on the fused blocks' workspace, in bytes.
-    pub max_workspace: Option<usize>,
-    /// Print the loss of every so many batches; never if 0.
-    #[serde(default)]
-    pub log_interval: usize,
+    /// What `parity` has, too.
+    #[serde(flatten)]
+    pub setup: Setup,
+    /// What it has not.
+    #[serde(flatten)]
+    pub learning: Learning,
+}
+
+impl Setup {
+    /// The learning rate of the first epoch.
+    pub fn learning_rate(&self) -> f64 {
+        self.lr.unwrap_or(self.optimizer.default_learning_rate())
+    }
 }
 
 impl Job {
@@ -127,7 +169,7 @@ impl Job {
     ///
     /// Panics where [`DeviceChoice::open`] is an error.
     pub fn device(&self) -> Device {
-        let device = self.device.open();
+        let device = self.setup.device.open();
         device.unwrap_or_else(|error| panic!("{error}")).autodiff()
     }
 
@@ -138,8 +180,10 @@ impl Job {
 
     /// Checks that there is such a network, and such a device, which computes in the job's precision.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
-        self.device.open_for(self.precision)?;
-        self.model.check(self.norm.variant(), self.dropout)
+        self.setup.device.open_for(self.setup.precision)?;
+        self.setup
+            .model
+            .check(self.setup.norm.variant(), self.dropout())
     }
 
     /// Checks the job, and finds its data, which it names on standard output.
@@ -147,20 +191,26 @@ impl Job {
         self.check()?;
         let data = self.data()?;
         say!("Data: {}", data.origin)?;
-        if self.precision.is_mixed() {
-            say!("Precision: {}", self.precision.describe())?;
+        if self.setup.precision.is_mixed() {
+            say!("Precision: {}", self.setup.precision.describe())?;
         }
-        if let Some(notice) = self.device.tuning_notice(cfg!(feature = "autotune")) {
+        if let Some(notice) = self.setup.device.tuning_notice(cfg!(feature = "autotune")) {
             say!("{notice}")?;
         }
-        self.model
-            .check_batches(data.train.len(), self.batch_size)?;
+        self.setup
+            .model
+            .check_batches(data.train.len(), self.setup.batch_size)?;
         Ok(data)
+    }
+
+    /// Of a hidden value; 0 where the job has no such option.
+    fn dropout(&self) -> f64 {
+        self.learning.dropout.unwrap_or_default()
     }
 
     /// Training steps an epoch, on that many digits.
     pub(crate) fn steps(&self, digits: usize) -> usize {
-        digits.div_ceil(self.batch_size)
+        digits.div_ceil(self.setup.batch_size)
     }
 
     /// Finds the data.
@@ -169,7 +219,7 @@ impl Job {
     ///
     /// If they are not found or not sound.
     pub fn data(&self) -> anyhow::Result<MnistData> {
-        resolve(&self.data)
+        resolve(&self.setup.data, self.learning.test_limit)
     }
 
     /// A report on these data, without variants yet.
@@ -179,13 +229,13 @@ impl Job {
             dataset: data.name.to_string(),
             train_digits: data.train.len(),
             test_digits: data.test.len(),
-            device: self.device.name(),
-            dtype: self.precision.dtype_name(),
-            batch_size: self.batch_size,
-            model: self.model.name(),
-            optimizer: self.optimizer.name(),
-            norm: self.norm.name(),
-            seed: self.data.seed,
+            device: self.setup.device.name(),
+            dtype: self.setup.precision.dtype_name(),
+            batch_size: self.setup.batch_size,
+            model: self.setup.model.name(),
+            optimizer: self.setup.optimizer.name(),
+            norm: self.setup.norm.name(),
+            seed: self.setup.data.seed,
             threads: rayon::current_num_threads(),
             burn_version: BURN_VERSION.to_string(),
             version: env!("CARGO_PKG_VERSION").to_string(),
@@ -199,19 +249,20 @@ impl Job {
         let device = self.device();
         let host = DeviceChoice::host().and_then(|host| host.open().ok());
         let drawn_on = host.map_or(device.clone(), Device::autodiff);
-        drawn_on.seed(self.data.seed);
+        drawn_on.seed(self.setup.data.seed);
         // The dropout's draws are the device's own.
-        device.seed(self.data.seed);
-        let recompute = match self.recompute {
+        device.seed(self.setup.data.seed);
+        let recompute = match self.setup.recompute {
             RecomputePolicy::Conv => Recompute::Conv,
             RecomputePolicy::Norm => Recompute::Norm,
             RecomputePolicy::Never => Recompute::Never,
         };
-        self.model
-            .init(form, self.norm.variant(), self.dropout, &drawn_on)
+        self.setup
+            .model
+            .init(form, self.setup.norm.variant(), self.dropout(), &drawn_on)
             .fork(&device)
             .with_recompute(recompute)
-            .with_max_workspace(self.max_workspace)
+            .with_max_workspace(self.setup.max_workspace)
     }
 
     /// The network in its initial state, ready to be trained.
@@ -220,14 +271,14 @@ impl Job {
         if variant == Variant::NormConv {
             network = network.with_rebuilt_chains(Recompute::Conv);
         }
-        Classifier::new(network, probe, self.precision)
+        Classifier::new(network, probe, self.setup.precision)
     }
 
     /// Bytes of the tensors that a step of `batch_size` digits keeps for its backward pass, each once, as
     /// the network lists them: without digits, parameters and casts of these.
     pub fn saved_bytes(&self, variant: Variant) -> usize {
         let network = self.classifier(variant, MemoryProbe::off()).computing();
-        let saved = saved_for_backward(&network, self.batch_size);
+        let saved = saved_for_backward(&network, self.setup.batch_size);
         let own = saved.iter().filter(|(_, tensor)| !tensor.shared);
         own.map(|(_, tensor)| tensor.bytes()).sum()
     }

@@ -149,13 +149,11 @@ impl Parity {
     ) -> Result<Self> {
         // On the CPU where that was compiled in: double precision is no strength of GPUs, and
         // WGSL has no exponential of it.
-        let double = Job {
-            precision: Precision::F64,
-            device: DeviceChoice::host().unwrap_or(job.device),
-            ..job.clone()
-        };
-        Self::of_runs(job.precision, |precision, variant, order| {
-            let job = if precision == job.precision {
+        let mut double = job.clone();
+        double.setup.precision = Precision::F64;
+        double.setup.device = DeviceChoice::host().unwrap_or(job.setup.device);
+        Self::of_runs(job.setup.precision, |precision, variant, order| {
+            let job = if precision == job.setup.precision {
                 job
             } else {
                 &double
@@ -294,30 +292,26 @@ fn losses(
     reordering: Reordering,
     interrupter: &Interrupter,
 ) -> Result<Vec<f64>> {
-    let job = Job {
-        dropout: 0.0,
-        ..job.clone()
-    };
     let loader = EpochLoader::new(
         digits.clone(),
-        job.batch_size,
-        job.precision.activations(),
+        job.setup.batch_size,
+        job.setup.precision.activations(),
         job.device(),
-        job.data.seed,
+        job.setup.data.seed,
         0,
     );
-    let mut optimizer = job.optimizer.init();
-    let network = reordering.of_network(job.network(variant.form()), job.model);
-    let mut model = Classifier::new(network, MemoryProbe::off(), job.precision);
+    let mut optimizer = job.setup.optimizer.init();
+    let network = reordering.of_network(job.network(variant.form()), job.setup.model);
+    let mut model = Classifier::new(network, MemoryProbe::off(), job.setup.precision);
     let mut losses = Vec::with_capacity(steps);
     while losses.len() < steps {
         for batch in loader.iter().take(steps - losses.len()) {
             if interrupter.should_stop() {
                 bail!("interrupted");
             }
-            let output = TrainStep::step(&model, reordering.of_batch(batch?, job.model));
+            let output = TrainStep::step(&model, reordering.of_batch(batch?, job.setup.model));
             losses.push(output.item.loss.mean().into_scalar::<f64>());
-            model = optimizer.step(job.learning_rate, model, output.grads);
+            model = optimizer.step(job.setup.learning_rate(), model, output.grads);
         }
     }
     Ok(losses)

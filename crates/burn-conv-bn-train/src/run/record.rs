@@ -35,12 +35,12 @@ pub(crate) fn record(
     allocator: &'static CountingAllocator,
 ) -> Result<Timeline, DatasetError> {
     let device = job.device();
-    let count = job.batch_size.min(data.train.len());
+    let count = job.setup.batch_size.min(data.train.len());
     let items: Vec<DigitItem> = data.train.get_many((0..count).collect())?;
-    let batcher = MnistBatcher::new(job.precision.activations());
+    let batcher = MnistBatcher::new(job.setup.precision.activations());
     let probe = MemoryProbe::of(&device, allocator);
     let mut classifier = job.classifier(variant, MemoryProbe::off());
-    let mut optimizer = job.optimizer.init();
+    let mut optimizer = job.setup.optimizer.init();
     let mut timeline = Timeline::default();
     for _ in 0..2 {
         let batch = batcher.batch(items.clone(), &device);
@@ -49,7 +49,7 @@ pub(crate) fn record(
             let forward_end = now();
             let gradients = classifier.gradients(loss);
             let backward_end = now();
-            let classifier = optimizer.step(job.learning_rate, classifier, gradients);
+            let classifier = optimizer.step(job.setup.learning_rate(), classifier, gradients);
             ([forward_end, backward_end, now()], classifier)
         });
     }

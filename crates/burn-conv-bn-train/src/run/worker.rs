@@ -34,10 +34,10 @@ pub(super) struct Task {
 }
 
 /// Trains one variant in a fresh process of this program.
-pub(super) fn spawn(task: &Task, threads: Option<usize>) -> Result<VariantReport> {
+pub(super) fn spawn(task: &Task) -> Result<VariantReport> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let mut command = Command::new(program);
-    if let Some(threads) = threads {
+    if let Some(threads) = task.job.setup.threads {
         command.env("RAYON_NUM_THREADS", threads.to_string());
     }
     if !Variant::TRAINED.contains(&task.variant) {

@@ -8,17 +8,13 @@ use burn_dataset::Dataset;
 
 use crate::data::{DigitItem, MnistBatcher, generate};
 use crate::model::ModelChoice;
-use crate::run::job::tests::job;
-use crate::run::job::{Job, Variant};
+use crate::run::job::Variant;
+use crate::run::job::tests::job_of;
 
 const HALVES: [FloatDType; 2] = [FloatDType::F16, FloatDType::BF16];
 
 fn classifier(model: ModelChoice, variant: Variant) -> Classifier {
-    let job = Job {
-        model,
-        dropout: 0.0,
-        ..job(1, 16)
-    };
+    let job = job_of(model, Precision::F32, 16);
     job.classifier(variant, MemoryProbe::off())
 }
 

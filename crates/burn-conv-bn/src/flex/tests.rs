@@ -104,36 +104,11 @@ fn geometries() -> Vec<(ConvSpec, Vec<usize>, Vec<usize>)> {
     ]
 }
 
-const ACTIVATIONS: [Activation; 15] = [
-    Activation::Identity,
-    Activation::Relu,
-    Activation::Relu6,
-    Activation::LeakyRelu {
-        negative_slope: 0.1,
-    },
-    Activation::LeakyRelu {
-        negative_slope: -0.5,
-    },
-    Activation::Silu,
-    Activation::Gelu,
-    Activation::GeluApproximate,
-    Activation::HardSwish,
-    Activation::Sigmoid,
-    Activation::HardSigmoid {
-        alpha: 0.2,
-        beta: 0.5,
-    },
-    Activation::Tanh,
-    Activation::Elu { alpha: 0.75 },
-    Activation::Mish,
-    Activation::Softplus { beta: 1.5 },
-];
-
 #[test]
 fn kernels_and_portable_bodies_agree() {
     for (spec, input_shape, weight_shape) in geometries() {
         for variant in [NormVariant::BatchNorm, NormVariant::Tutorial] {
-            for activation in ACTIVATIONS {
+            for activation in Activation::SAMPLES {
                 for fixed in [false, true] {
                     for residual in [false, true] {
                         for recompute in [Recompute::Conv, Recompute::Never] {

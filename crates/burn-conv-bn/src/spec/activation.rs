@@ -77,6 +77,33 @@ pub(crate) enum Derivative {
 }
 
 impl Activation {
+    /// One of each, leaky ReLU with either sign of its slope, and no parameter at its default: for tests over all
+    /// activations.
+    pub const SAMPLES: [Self; 15] = [
+        Self::Identity,
+        Self::Relu,
+        Self::Relu6,
+        Self::LeakyRelu {
+            negative_slope: 0.25,
+        },
+        Self::LeakyRelu {
+            negative_slope: -0.5,
+        },
+        Self::Silu,
+        Self::Gelu,
+        Self::GeluApproximate,
+        Self::HardSwish,
+        Self::Sigmoid,
+        Self::HardSigmoid {
+            alpha: 0.25,
+            beta: 0.375,
+        },
+        Self::Tanh,
+        Self::Elu { alpha: 0.75 },
+        Self::Mish,
+        Self::Softplus { beta: 1.5 },
+    ];
+
     /// `activation(value)` with Burn's own ops, for use behind a folded convolution.
     pub fn forward<const D: usize>(self, value: Tensor<D>) -> Tensor<D> {
         match self {
@@ -128,5 +155,33 @@ impl Activation {
             | Self::Mish
             | Self::Softplus { .. } => Derivative::OfValue,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_of_every_activation() {
+        let place = |activation| match activation {
+            Activation::Identity => 0,
+            Activation::Relu => 1,
+            Activation::Relu6 => 2,
+            Activation::LeakyRelu { .. } => 3,
+            Activation::Silu => 4,
+            Activation::Gelu => 5,
+            Activation::GeluApproximate => 6,
+            Activation::HardSwish => 7,
+            Activation::Sigmoid => 8,
+            Activation::HardSigmoid { .. } => 9,
+            Activation::Tanh => 10,
+            Activation::Elu { .. } => 11,
+            Activation::Mish => 12,
+            Activation::Softplus { .. } => 13,
+        };
+        let mut places = Activation::SAMPLES.map(place).to_vec();
+        places.dedup();
+        assert!(places.into_iter().eq(0..14));
     }
 }

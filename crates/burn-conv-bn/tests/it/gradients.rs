@@ -332,28 +332,7 @@ fn fused_over_every_activation() {
         padding: vec![(1, 0), (0, 1)],
         ..ConvSpec::unit(2)
     };
-    for activation in [
-        Activation::Relu6,
-        Activation::LeakyRelu {
-            negative_slope: 0.1,
-        },
-        Activation::LeakyRelu {
-            negative_slope: -0.5,
-        },
-        Activation::Silu,
-        Activation::Gelu,
-        Activation::GeluApproximate,
-        Activation::HardSwish,
-        Activation::Sigmoid,
-        Activation::HardSigmoid {
-            alpha: 0.2,
-            beta: 0.5,
-        },
-        Activation::Tanh,
-        Activation::Elu { alpha: 0.75 },
-        Activation::Mish,
-        Activation::Softplus { beta: 1.5 },
-    ] {
+    for activation in Activation::SAMPLES {
         for recompute in [Recompute::Conv, Recompute::Norm, Recompute::Never] {
             for (residual, frozen) in [(false, false), (false, true), (true, false), (true, true)] {
                 for max_workspace in [None, Some(1)] {

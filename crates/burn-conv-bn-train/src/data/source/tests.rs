@@ -31,14 +31,13 @@ fn in_folder(dir: &Path) -> Result<MnistData> {
         offline: true,
         mirrors: &[],
     };
-    resolve_on(&machine, &request)
+    resolve_on(&machine, &request, None)
 }
 
 /// A request that is quick to fulfil by drawing.
 fn auto() -> DataRequest {
     DataRequest {
         train_limit: Some(12),
-        test_limit: Some(8),
         ..DataRequest::default()
     }
 }
@@ -158,11 +157,10 @@ fn limits_keep_the_first_digits() {
     let request = DataRequest {
         data_dir: Some(dir.path().into()),
         train_limit: Some(7),
-        test_limit: Some(1_000),
         no_download: true,
         ..DataRequest::default()
     };
-    let data = resolve_on(&offline(&dir), &request).unwrap();
+    let data = resolve_on(&offline(&dir), &request, Some(1_000)).unwrap();
     assert_eq!(data.train.labels(), &train.labels()[..7]);
     assert_eq!(data.test, test);
 }
@@ -175,7 +173,7 @@ fn draws_on_request_without_looking_around() {
         seed: 4,
         ..auto()
     };
-    let data = resolve_on(&offline(&dir), &request).unwrap();
+    let data = resolve_on(&offline(&dir), &request, Some(8)).unwrap();
     assert_eq!(data.train, generate(12, 4));
     assert_ne!(data.test, generate(8, 4), "the test digits must be new");
     assert_eq!(data.name, "synthetic");
@@ -188,7 +186,7 @@ fn draws_on_request_without_looking_around() {
 #[test]
 fn auto_draws_and_gives_the_reasons() {
     let dir = TempDir::new().unwrap();
-    let data = resolve_on(&offline(&dir), &auto()).unwrap();
+    let data = resolve_on(&offline(&dir), &auto(), Some(8)).unwrap();
     assert_eq!((data.train.len(), data.test.len()), (12, 8));
     let line = data.origin;
     let cache = dir.path().display();
@@ -210,7 +208,7 @@ fn mnist_on_demand_is_mnist_or_an_error() {
         no_download: true,
         ..auto()
     };
-    let error = resolve_on(&offline(&dir), &request).unwrap_err();
+    let error = resolve_on(&offline(&dir), &request, Some(8)).unwrap_err();
     assert!(
         error.to_string().contains("the download is not allowed"),
         "{error}"
@@ -228,7 +226,7 @@ fn fails_fast_without_a_network() {
         ..offline(&dir)
     };
     let start = Instant::now();
-    let data = resolve_on(&machine, &auto()).unwrap();
+    let data = resolve_on(&machine, &auto(), Some(8)).unwrap();
     assert!(
         start.elapsed() < Duration::from_secs(8),
         "{:?}",
@@ -246,7 +244,7 @@ fn a_system_without_a_cache_folder_draws() {
         offline: false,
         mirrors: &[],
     };
-    let line = resolve_on(&machine, &auto()).unwrap().origin;
+    let line = resolve_on(&machine, &auto(), Some(8)).unwrap().origin;
     assert!(
         line.ends_with("this system names no cache folder"),
         "{line}"
@@ -264,7 +262,7 @@ fn passes_over_unsound_or_foreign_files_in_the_caches() {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, gzip(&bytes)).unwrap();
     }
-    let line = resolve_on(&offline(&dir), &auto()).unwrap().origin;
+    let line = resolve_on(&offline(&dir), &auto(), Some(8)).unwrap().origin;
     // Burn's copy lacks the test part; the earlier download holds other digits.
     assert!(line.contains("test/t10k-images-idx3-ubyte"), "{line}");
     assert!(
@@ -278,7 +276,7 @@ fn uses_the_copy_that_burn_keeps() {
     let Some(real) = real_mnist() else { return };
     let dir = TempDir::new().unwrap();
     fill_burn_cache(dir.path(), &real);
-    let data = resolve_on(&offline(&dir), &auto()).unwrap();
+    let data = resolve_on(&offline(&dir), &auto(), Some(8)).unwrap();
     assert_eq!(data.train.labels()[..3], [5, 0, 4]);
     let path = dir.path().join("burn-dataset/mnist");
     let line = format!("MNIST from Burn's cache at {}", path.display());
@@ -304,11 +302,11 @@ fn downloads_once_and_tells_what_it_passed_over() {
         ..offline(&dir)
     };
 
-    let line = resolve_on(&online, &auto()).unwrap().origin;
+    let line = resolve_on(&online, &auto(), Some(8)).unwrap().origin;
     assert!(line.starts_with("MNIST downloaded to "), "{line}");
     assert!(line.contains("(passed over: the files in "), "{line}");
 
-    let line = resolve_on(&offline(&dir), &auto()).unwrap().origin;
+    let line = resolve_on(&offline(&dir), &auto(), Some(8)).unwrap().origin;
     assert!(
         line.starts_with("MNIST from an earlier download at "),
         "{line}"

@@ -30,11 +30,9 @@ fn images(count: usize, device: &Device) -> Tensor<4> {
 }
 
 fn net(norm: Norm, form: Form) -> Net {
-    let job = Job {
-        norm,
-        precision: Precision::F64,
-        ..job(1, 32)
-    };
+    let mut job = job(1, 32);
+    job.setup.norm = norm;
+    job.setup.precision = Precision::F64;
     let variant = match form {
         Form::Unfused => Variant::Unfused,
         _ => Variant::Fused,

@@ -29,7 +29,6 @@ fn an_interruption_says_what_became_of_each_variant() {
         json: None,
         plot: None,
         time_limit: None,
-        threads: None,
     };
     let mut report = Report {
         train_digits: 100,
@@ -101,15 +100,15 @@ fn a_variant_that_is_measured_stands_below_the_ratio() {
 #[test]
 fn a_measured_variant_takes_a_few_steps_of_the_job() {
     let mut job = crate::run::job::tests::job(3, 32);
-    job.data.train_limit = Some(1000);
+    job.setup.data.train_limit = Some(1000);
     let measured = share(&job, Variant::NormConv);
     assert_eq!(
-        (measured.data.train_limit, measured.epochs),
+        (measured.setup.data.train_limit, measured.epochs),
         (Some(4 * 32), 1)
     );
     let mut few = job.clone();
-    few.data.train_limit = Some(40);
-    let limit = |job, variant| share(job, variant).data.train_limit;
+    few.setup.data.train_limit = Some(40);
+    let limit = |job, variant| share(job, variant).setup.data.train_limit;
     assert_eq!(limit(&few, Variant::NormConv), Some(40));
     assert_eq!(limit(&job, Variant::Fused), Some(1000));
 }

@@ -5,27 +5,41 @@ use crate::data::DatasetChoice;
 /// A job on drawn digits.
 pub(crate) fn job(epochs: usize, batch_size: usize) -> Job {
     Job {
-        data: DataRequest {
-            dataset: DatasetChoice::Synthetic,
-            train_limit: Some(64),
-            test_limit: Some(32),
-            seed: 1,
-            ..DataRequest::default()
-        },
         epochs,
-        batch_size,
-        model: ModelChoice::Tutorial,
-        optimizer: OptimizerChoice::Adadelta,
-        learning_rate: 1.0,
-        decay: 0.7,
-        norm: Norm::Burn,
-        dropout: 0.5,
-        precision: Precision::F32,
-        recompute: RecomputePolicy::Conv,
-        device: DeviceChoice::Flex,
-        max_workspace: None,
-        log_interval: 0,
+        setup: Setup {
+            model: ModelChoice::Tutorial,
+            norm: Norm::Burn,
+            optimizer: OptimizerChoice::Adadelta,
+            lr: None,
+            batch_size,
+            data: DataRequest {
+                dataset: DatasetChoice::Synthetic,
+                train_limit: Some(64),
+                seed: 1,
+                ..DataRequest::default()
+            },
+            device: DeviceChoice::Flex,
+            precision: Precision::F32,
+            threads: None,
+            recompute: RecomputePolicy::Conv,
+            max_workspace: None,
+        },
+        learning: Learning {
+            dropout: Some(0.5),
+            gamma: 0.7,
+            test_limit: Some(32),
+            log_interval: 0,
+        },
     }
+}
+
+/// The same of a network and a precision, without dropout.
+pub(crate) fn job_of(model: ModelChoice, precision: Precision, batch_size: usize) -> Job {
+    let mut job = job(1, batch_size);
+    job.setup.model = model;
+    job.setup.precision = precision;
+    job.learning.dropout = None;
+    job
 }
 
 /// Bytes of the tutorial's network for a batch of two, with activations of `size` bytes.
@@ -53,11 +67,8 @@ fn what_is_saved_is_listed_in_every_precision() {
         (Precision::F32, 4),
         (Precision::F64, 8),
     ] {
-        let job = Job {
-            precision,
-            batch_size: 2,
-            ..job(1, 2)
-        };
+        let mut job = job(1, 2);
+        job.setup.precision = precision;
         let saved = [Variant::Fused, Variant::Unfused].map(|variant| job.saved_bytes(variant));
         assert_eq!(saved, saved_by_tutorial(size), "{precision:?}");
     }
@@ -65,12 +76,7 @@ fn what_is_saved_is_listed_in_every_precision() {
 
 #[test]
 fn what_the_images_of_a_padded_network_take_is_counted() {
-    let job = Job {
-        model: ModelChoice::Resnet18,
-        batch_size: 2,
-        dropout: 0.0,
-        ..job(1, 2)
-    };
+    let job = job_of(ModelChoice::Resnet18, Precision::F32, 2);
     job.check().expect("there is such a network");
     let [fused, unfused] =
         [Variant::Fused, Variant::Unfused].map(|variant| job.saved_bytes(variant));

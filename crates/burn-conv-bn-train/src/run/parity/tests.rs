@@ -4,7 +4,7 @@ use burn::tensor::{DType, Distribution, Tolerance};
 use burn_conv_bn_models::Form;
 
 use crate::data::SIDE;
-use crate::run::job::tests::job;
+use crate::run::job::tests::job_of;
 
 /// A reordering of a network is the same function, in training and in evaluation.
 #[test]
@@ -22,12 +22,7 @@ fn other_orders_compute_the_same() {
         (EfficientnetB0, both),
         (Densenet121, both),
     ] {
-        let job = Job {
-            model,
-            dropout: 0.0,
-            precision: Precision::F64,
-            ..job(1, 4)
-        };
+        let job = job_of(model, Precision::F64, 4);
         let device = job.device();
         let distribution = Distribution::Normal(0.0, 1.0);
         let images = Tensor::<4>::random([4, 1, SIDE, SIDE], distribution, &device);
@@ -40,7 +35,8 @@ fn other_orders_compute_the_same() {
             targets: batch.targets.without_autodiff(),
         };
         let output = |classifier: &Classifier, batch| classifier.classify(batch).scores;
-        let classifier = |network| Classifier::new(network, MemoryProbe::off(), job.precision);
+        let classifier =
+            |network| Classifier::new(network, MemoryProbe::off(), job.setup.precision);
 
         let straight = classifier(job.network(Form::Unfused));
         // Moves the running statistics, so that their order matters, too.

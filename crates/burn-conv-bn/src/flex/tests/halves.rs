@@ -4,14 +4,14 @@ use burn::backend::ops::FloatTensorOps;
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::DType;
 
-use super::{ACTIVATIONS, assert_all_close, assert_close, geometries, random};
+use super::{assert_all_close, assert_close, geometries, random};
 use crate::backend::{
     BatchNormBackwardOptions, ConvBackwardOptions, ConvBnBackend, ConvBnGrads, ConvSaved,
     NormInputs, NormSaved, NormStatistics, OptionalTensor, RunningStatistics,
 };
 use crate::flex::tensor::{geometry, host, output_shape};
 use crate::portable;
-use crate::spec::{BatchNormOptions, NormSpec, NormVariant, Parents};
+use crate::spec::{Activation, BatchNormOptions, NormSpec, NormVariant, Parents};
 
 /// Gradients of the fused op with those of one of its halves.
 fn grads_of([input, weight, bias, gamma, beta]: [OptionalTensor<Flex>; 5]) -> ConvBnGrads<Flex> {
@@ -64,7 +64,7 @@ fn backward_passes_of_convolutions_agree() {
 /// The norm's own passes, and its output from known statistics: the same bits.
 #[test]
 fn norms_alone_agree() {
-    for activation in ACTIVATIONS {
+    for activation in Activation::SAMPLES {
         for (variant, fixed) in [
             (NormVariant::BatchNorm, false),
             (NormVariant::Tutorial, false),
