@@ -116,9 +116,8 @@ pub use norm::alone::{
 pub use norm::backward::{backward, grad_sums};
 pub use norm::forward::{conv, conv_moments, normalize};
 pub use norm::gradient::{
-    Backward, ConvOutput, GradSums, Gradients, InputGradCoefficients, OutputGrad, PooledGrad,
+    Backward, ConvOutput, GradSums, Gradients, Gram, InputGradCoefficients, OutputGrad, PooledGrad,
 };
-pub use norm::gram::Gram;
 pub use norm::moments::Moments;
 pub use pool::backward::max_pool_backward;
 pub use pool::forward::max_pool;

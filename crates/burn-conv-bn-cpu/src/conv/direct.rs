@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use pulp::Arch;
 
 use super::layout::{Copy, Layout, Source, Tile};
-use super::phases::Run;
+use super::phases::{load_runs, store_runs, zero_gaps};
 use super::tile::{Algorithm, Piece, Transposed};
 use crate::blocks::{Block, Share};
 use crate::scratch::Aligned;
@@ -15,7 +15,7 @@ use crate::simd::planes::{
     Filter, WIDEST, accumulate, correlate, correlate_add, plane_len, slack, taps_in_cache,
 };
 use crate::simd::prefetch_range;
-use crate::simd::sweeps::{self, Sweep, zero};
+use crate::simd::sweeps::{self, Sweep};
 use crate::{Element, Geometry, Real};
 
 /// Target size of a tile's planes, of input and output together, in bytes: most of a core's second-level
@@ -53,7 +53,7 @@ pub(crate) struct Direct<'a, T> {
     centered: Option<Centered<T>>,
 }
 
-/// A pointwise convolution's input less a value of each channel, and what [`norm::gram`](crate::norm::gram) makes of it.
+/// A pointwise convolution's input less a value of each channel, for `norm/gram`.
 /// The weight's gradient is followed by the input's own products, `[channels_in, channels_in]`, and its sums.
 #[derive(Debug)]
 pub(crate) struct Centered<T> {
@@ -513,102 +513,4 @@ fn copy_shifted<T: Real>(
             }
         }
     }
-}
-
-/// Fills a plane from its runs, with zeros between and behind them.
-#[inline(always)]
-fn load_runs<E: Element>(
-    source: &[E],
-    runs: &[Run],
-    step: usize,
-    target: &mut [E::Real],
-    scratch: &mut Vec<E::Real>,
-) {
-    let mut end = 0;
-    for run in runs {
-        zero(&mut target[end..run.wide]);
-        end = run.wide + run.len;
-        let target = &mut target[run.wide..end];
-        let source = &source[run.dense..][..(run.len - 1) * step + 1];
-        match step {
-            1 => E::load(source, target),
-            2 => every_other(E::read(source, scratch), target),
-            _ => spread(E::read(source, scratch), step, target),
-        }
-    }
-    zero(&mut target[end..]);
-}
-
-/// Every other value, from the first to the last.
-#[inline(always)]
-fn every_other<T: Real>(source: &[T], target: &mut [T]) {
-    match target.len() {
-        9.. => every_other_by::<T, 8, 16>(source, target),
-        5.. => every_other_by::<T, 4, 8>(source, target),
-        _ => spread(source, 2, target),
-    }
-}
-
-/// As [`every_other`], `N` of `M = 2 N` values at a time, which vectors take apart.
-#[inline(always)]
-fn every_other_by<T: Real, const N: usize, const M: usize>(source: &[T], target: &mut [T]) {
-    let (targets, _) = target.as_chunks_mut::<N>();
-    let (sources, _) = source.as_chunks::<M>();
-    for (target, source) in targets.iter_mut().zip(sources) {
-        *target = std::array::from_fn(
-            #[inline(always)]
-            |index| source[2 * index],
-        );
-    }
-    // Remainder: redo the last full chunk, overlapping what is written; no value follows the last.
-    if let (Some(target), Some(source)) = (target.last_chunk_mut::<N>(), source.last_chunk::<M>()) {
-        *target = std::array::from_fn(
-            #[inline(always)]
-            |index| source[2 * index + 1],
-        );
-    }
-}
-
-/// Every `step`-th value.
-#[inline(always)]
-fn spread<T: Real>(source: &[T], step: usize, target: &mut [T]) {
-    for (target, source) in target.iter_mut().zip(source.chunks(step)) {
-        *target = source[0];
-    }
-}
-
-/// Stores a plane's runs to every `step`-th value of a target that starts at `first`.
-fn store_runs<E: Element>(
-    source: &[E::Real],
-    runs: &[Run],
-    step: usize,
-    (target, first): (&mut [MaybeUninit<E>], usize),
-) {
-    Arch::new().dispatch(Sweep(
-        #[inline(always)]
-        || {
-            for run in runs {
-                let source = &source[run.wide..][..run.len];
-                let target = &mut target[run.dense - first..][..(run.len - 1) * step + 1];
-                match step {
-                    1 => E::write(source, target),
-                    _ => {
-                        for (target, source) in target.chunks_mut(step).zip(source) {
-                            E::write_one(*source, &mut target[0]);
-                        }
-                    }
-                }
-            }
-        },
-    ));
-}
-
-/// Zeroes the gaps between and behind a tile's runs.
-fn zero_gaps<T: Real>(runs: &[Run], plane: &mut [T]) {
-    let mut end = 0;
-    for run in runs {
-        zero(&mut plane[end..run.wide]);
-        end = run.wide + run.len;
-    }
-    zero(&mut plane[end..]);
 }

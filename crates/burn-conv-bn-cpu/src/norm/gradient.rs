@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use super::gram::Gram;
 use crate::conv::check;
 use crate::conv::tile::Output;
 use crate::pool::backward::Routes;
@@ -52,6 +51,17 @@ pub enum ConvOutput<'a, E: Element> {
     /// None: its products with other tensors follow from those of the input, which `grad_sums` leaves in [`Gram`] for
     /// `backward`. For passes that allow it ([`Backward::allows_gram`]), with coefficients.
     Gram(&'a mut Gram<E::Real>),
+}
+
+/// The products of the input between the two steps of the backward pass: see [`ConvOutput::Gram`].
+#[derive(Clone, Debug, Default)]
+pub struct Gram<T> {
+    /// Of the input's channels.
+    pub(super) mean: Vec<T>,
+    /// `g x'`, `[channels_out, channels_in]`.
+    pub(super) output_grad: Vec<T>,
+    /// `x x'`, `[channels_in, channels_in]`.
+    pub(super) input: Vec<T>,
 }
 
 impl<E: Element> ConvOutput<'_, E> {

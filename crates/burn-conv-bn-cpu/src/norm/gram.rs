@@ -14,9 +14,9 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::backward::{backward_blocks, prefetch_next, sum_in_order};
-use super::gradient::{Backward, GradSums, Gradients, InputGradCoefficients, OutputGrad};
+use super::gradient::{Backward, GradSums, Gradients, Gram, InputGradCoefficients, OutputGrad};
 use super::lines::{Converted, Step, conv_output_grad};
+use super::tiles::{self, prefetch_next, sum_in_order};
 use crate::conv::direct::{Centered, Direct};
 use crate::conv::span::Span;
 use crate::conv::tile::{BlockGrads, Output, TileScratch, Transposed, Work};
@@ -35,17 +35,6 @@ const MOST_OPERATIONS: f64 = 1.25;
 
 /// Least and largest mean square of a channel of `x` whose products keep their digits in single precision.
 const SQUARES: [f64; 2] = [1e-24, 1e24];
-
-/// The products of the input between the two steps of the backward pass: see [`ConvOutput::Gram`](crate::ConvOutput).
-#[derive(Clone, Debug, Default)]
-pub struct Gram<T> {
-    /// Of the input's channels.
-    mean: Vec<T>,
-    /// `g x'`, `[channels_out, channels_in]`.
-    output_grad: Vec<T>,
-    /// `x x'`, `[channels_in, channels_in]`.
-    input: Vec<T>,
-}
 
 impl<E: Element> Backward<'_, E> {
     /// Whether [`ConvOutput::Gram`](crate::ConvOutput::Gram) applies and saves operations: to a pointwise convolution
@@ -241,7 +230,7 @@ impl<T: Real> Gram<T> {
         let algorithm = pass.centered(std::mem::take(&mut self.mean), correction, transposed);
         if gradients.input.is_some() || gradients.residual.is_some() {
             let output = Output::Kept(pass.whole_grad());
-            backward_blocks(&step, &algorithm, output, gradients);
+            tiles::backward(&step, &algorithm, output, gradients);
         }
     }
 }

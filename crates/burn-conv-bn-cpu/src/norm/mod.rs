@@ -5,8 +5,9 @@ pub(crate) mod alone;
 pub(crate) mod backward;
 pub(crate) mod forward;
 pub(crate) mod gradient;
-pub(crate) mod gram;
 pub(crate) mod moments;
 
 mod channels;
+mod gram;
 mod lines;
+mod tiles;
