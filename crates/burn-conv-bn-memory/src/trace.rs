@@ -10,19 +10,6 @@ use thiserror::Error;
 const READ: [&str; 3] = ["CreateBindGroup(", "CreateComputePipeline(", "Submit("];
 
 /// A kernel launch, as [`BindingMeter`](crate::BindingMeter) reports it.
-///
-/// ```
-/// use burn_conv_bn_memory::Launch;
-///
-/// /// The bytes that the launches of some kernels are bound to.
-/// fn bytes(launches: &[Launch], kernels: &str) -> u64 {
-///     let theirs = launches.iter().filter(|launch| launch.kernel.contains(kernels));
-///     theirs.map(|launch| launch.bytes).sum()
-/// }
-/// let launch = |kernel: &str, bytes| Launch { kernel: kernel.to_string(), bytes };
-/// let launches = [launch("normalize_kernel_f32", 64), launch("conv_f32", 96)];
-/// assert_eq!(bytes(&launches, "normalize"), 64);
-/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Launch {
     /// Name of the kernel's function, with the types that it was compiled for.

@@ -5,7 +5,6 @@ use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{Activation, ConvBn2d, ConvBn2dConfig, MaxPool2d, MaxPool2dConfig, Recompute};
 
 use crate::Form;
-use crate::init::draw;
 use crate::walk::Walk;
 
 /// Windows of the spatial pyramid's max pools.
@@ -129,17 +128,7 @@ impl CspDarknetConfig {
         Self::new(form, 0.25, 0.33)
     }
 
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the
-    /// same seed of the device gives the same weights whatever the form and however it is used.
-    ///
-    /// # Panics
-    ///
-    /// Panics if the width leaves less than one channel, or width or depth is not finite.
-    pub fn init(&self, device: &Device) -> CspDarknet {
-        draw(self.init_lazy(device))
-    }
-
-    /// As [`init`](Self::init), but each parameter is drawn on first use.
+    /// Each parameter is drawn on first use.
     pub(crate) fn init_lazy(&self, device: &Device) -> CspDarknet {
         let (width, depth) = (self.width, self.depth);
         assert!(

@@ -6,13 +6,12 @@ use burn::tensor::module::{adaptive_avg_pool2d, avg_pool2d};
 use burn::tensor::ops::AvgPoolOptions;
 use burn::tensor::{Device, Tensor};
 use burn_conv_bn::{
-    Activation, BatchNormActivation, BatchNormActivationConfig, ConvBn2d, MaxPool2d,
-    MaxPool2dConfig, Recompute,
+    Activation, BatchNormActivation, BatchNormActivationConfig, ConvBn2d, Recompute,
 };
 
 use crate::Form;
 use crate::head::rows;
-use crate::init::{block, draw, zeros};
+use crate::init::{block, stem_pool, zeros};
 use crate::walk::Walk;
 
 /// Configuration of [`DenseNet`], made by [`init`](Self::init).
@@ -146,17 +145,7 @@ impl DenseNetConfig {
         Self::new(form, [6, 12, 24, 16])
     }
 
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the same seed of
-    /// the device gives the same weights in every form.
-    ///
-    /// # Panics
-    ///
-    /// Panics if a block has no layers, or the growth is zero.
-    pub fn init(&self, device: &Device) -> DenseNet {
-        draw(self.init_lazy(device))
-    }
-
-    /// As [`init`](Self::init), but each parameter is drawn on first use.
+    /// Each parameter is drawn on first use.
     pub(crate) fn init_lazy(&self, device: &Device) -> DenseNet {
         assert!(
             self.growth > 0 && !self.blocks.contains(&0),
@@ -286,7 +275,7 @@ impl DenseNet {
     /// channel, as one image of 32x32 does.
     pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
         let form = self.form;
-        let mut x = form.forward_max_pool(&self.conv0, images, &pool());
+        let mut x = form.forward_max_pool(&self.conv0, images, &stem_pool());
         for (_, layers, transition) in self.blocks() {
             let mut features = vec![x];
             for layer in layers {
@@ -319,7 +308,7 @@ impl DenseNet {
     /// Goes through the network in the order of [`forward`](Self::forward).
     pub(crate) fn walk(&self, input_shape: [usize; 4]) -> Walk {
         let mut walk = Walk::new(self.form, input_shape, &self.conv0);
-        walk.block_max_pool("conv0", &self.conv0, &pool());
+        walk.block_max_pool("conv0", &self.conv0, &stem_pool());
         for (index, (name, layers, transition)) in (1..).zip(self.blocks()) {
             let mut features = vec![walk.current.clone()];
             for (layer, parts) in layers.iter().enumerate() {
@@ -401,12 +390,4 @@ impl Transition {
             }
         }
     }
-}
-
-/// Behind the first block.
-fn pool() -> MaxPool2d {
-    MaxPool2dConfig::new([3, 3])
-        .with_strides([2, 2])
-        .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
-        .init()
 }

@@ -9,7 +9,7 @@ use burn_conv_bn::{Activation, ConvBn2d, Recompute};
 
 use crate::Form;
 use crate::head::rows;
-use crate::init::{block, draw, rounded, zeros};
+use crate::init::{block, rounded, zeros};
 use crate::walk::Walk;
 
 /// Table 1 of the paper: expansion, kernel, stride of the first block, output channels, number of blocks.
@@ -162,17 +162,7 @@ pub struct SqueezeExcitation {
 }
 
 impl EfficientNetConfig {
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the same seed of
-    /// the device gives the same weights in every form.
-    ///
-    /// # Panics
-    ///
-    /// Panics if width or depth is not positive and finite, or a probability is not in `[0, 1)`.
-    pub fn init(&self, device: &Device) -> EfficientNet {
-        draw(self.init_lazy(device))
-    }
-
-    /// As [`init`](Self::init), but each parameter is drawn on first use.
+    /// Each parameter is drawn on first use.
     pub(crate) fn init_lazy(&self, device: &Device) -> EfficientNet {
         for (name, factor) in [("width", self.width), ("depth", self.depth)] {
             assert!(

@@ -3,7 +3,7 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::{Initializer, PaddingConfig2d};
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{Activation, ConvBn2dConfig};
+use burn_conv_bn::{Activation, ConvBn2dConfig, MaxPool2d, MaxPool2dConfig};
 
 /// A block with a square kernel of odd size, padded by half of it, as torchvision initializes its
 /// networks: Kaiming normal over the fan out, for ReLU.
@@ -29,6 +29,14 @@ pub(crate) fn block(
             fan_out_only: true,
         })
         .with_activation(activation)
+}
+
+/// Behind the first block of ResNet and DenseNet.
+pub(crate) fn stem_pool() -> MaxPool2d {
+    MaxPool2dConfig::new([3, 3])
+        .with_strides([2, 2])
+        .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
+        .init()
 }
 
 /// Multiple of 8 nearest to a number of channels, up by one step where that would take more than a

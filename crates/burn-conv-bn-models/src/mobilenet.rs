@@ -7,7 +7,7 @@ use burn_conv_bn::{Activation, ConvBn2d, Recompute};
 
 use crate::Form;
 use crate::head::rows;
-use crate::init::{block, draw, rounded, zeros};
+use crate::init::{block, rounded, zeros};
 use crate::walk::Walk;
 
 /// Table 2 of the paper: expansion, output channels, number of blocks, stride of the first.
@@ -105,17 +105,7 @@ pub struct MobileNetV2Block {
 }
 
 impl MobileNetV2Config {
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the same seed of
-    /// the device gives the same weights in every form.
-    ///
-    /// # Panics
-    ///
-    /// Panics if the width is not positive and finite, or the dropout is not in `[0, 1)`.
-    pub fn init(&self, device: &Device) -> MobileNetV2 {
-        draw(self.init_lazy(device))
-    }
-
-    /// As [`init`](Self::init), but each parameter is drawn on first use.
+    /// Each parameter is drawn on first use.
     pub(crate) fn init_lazy(&self, device: &Device) -> MobileNetV2 {
         assert!(
             self.width.is_finite() && self.width > 0.0,

@@ -9,7 +9,6 @@ use burn_conv_bn::{
 
 use crate::Form;
 use crate::head::rows;
-use crate::init::draw;
 use crate::walk::Walk;
 
 /// Configuration of [`Net`], made by [`init`](Self::init).
@@ -98,13 +97,8 @@ impl NetConfig {
         }
     }
 
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the same seed of
-    /// the device gives the same weights in every form.
-    ///
-    /// # Panics
-    ///
-    /// Panics if the image is smaller than 6 pixels or the dropout is not in `[0, 1)`.
-    pub fn init(&self, device: &Device) -> Net {
+    /// Each parameter is drawn on first use.
+    pub(crate) fn init_lazy(&self, device: &Device) -> Net {
         assert!(
             self.image_size >= 6,
             "images must be at least 6 pixels wide, got {}",
@@ -121,14 +115,14 @@ impl NetConfig {
                 .init(device)
         };
         let pooled = (self.image_size - 4) / 2;
-        draw(Net {
+        Net {
             conv1: block([1, first]),
             conv2: block([first, second]),
             fc1: LinearConfig::new(second * pooled * pooled, self.hidden).init(device),
             dropout: DropoutConfig::new(self.dropout).init(),
             fc2: LinearConfig::new(self.hidden, self.classes).init(device),
             form: self.form,
-        })
+        }
     }
 }
 

@@ -1,15 +1,32 @@
 //! What all networks have in common.
 
 use burn::module::Module;
+use burn::tensor::Device;
 use burn_conv_bn::{FoldError, SavedTensor};
 
 use crate::budget::{BudgetError, MemoryPlan, Search};
 use crate::fold::fold;
-use crate::{CspDarknet, DenseNet, EfficientNet, Form, MobileNetV2, Net, ResNet, Vgg};
+use crate::init::draw;
+use crate::{
+    CspDarknet, CspDarknetConfig, DenseNet, DenseNetConfig, EfficientNet, EfficientNetConfig, Form,
+    MobileNetV2, MobileNetV2Config, Net, NetConfig, ResNet, ResNetConfig, Vgg, VggConfig,
+};
 
 macro_rules! networks {
-    ($($network:ty)*) => {
+    ($($config:ty => $network:ty, $panics:literal;)*) => {
         $(
+            impl $config {
+                /// Initializes a network, and draws its parameters at once in the order of its fields: the same
+                /// seed of the device gives the same weights in every form.
+                ///
+                /// # Panics
+                ///
+                #[doc = concat!("Panics if ", $panics)]
+                pub fn init(&self, device: &Device) -> $network {
+                    draw(self.init_lazy(device))
+                }
+            }
+
             impl $network {
                 /// How the blocks run.
                 pub fn form(&self) -> Form {
@@ -86,4 +103,15 @@ macro_rules! networks {
     };
 }
 
-networks!(CspDarknet DenseNet EfficientNet MobileNetV2 Net ResNet Vgg);
+networks! {
+    CspDarknetConfig => CspDarknet,
+    "the width leaves less than one channel, or width or depth is not finite.";
+    DenseNetConfig => DenseNet, "a block has no layers, or the growth is zero.";
+    EfficientNetConfig => EfficientNet,
+    "width or depth is not positive and finite, or a probability is not in `[0, 1)`.";
+    MobileNetV2Config => MobileNetV2,
+    "the width is not positive and finite, or the dropout is not in `[0, 1)`.";
+    NetConfig => Net, "the image is smaller than 6 pixels or the dropout is not in `[0, 1)`.";
+    ResNetConfig => ResNet, "a layer has no blocks.";
+    VggConfig => Vgg, "there are no convolutions before a pool, or the dropout is not in `[0, 1)`.";
+}

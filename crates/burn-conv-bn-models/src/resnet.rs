@@ -2,14 +2,14 @@ use std::mem::replace;
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::nn::{Linear, LinearConfig, PaddingConfig2d};
+use burn::nn::{Linear, LinearConfig};
 use burn::tensor::module::adaptive_avg_pool2d;
 use burn::tensor::{Device, Tensor};
-use burn_conv_bn::{Activation, ConvBn2d, MaxPool2d, MaxPool2dConfig, Recompute};
+use burn_conv_bn::{Activation, ConvBn2d, Recompute};
 
 use crate::Form;
 use crate::head::rows;
-use crate::init::{block, draw, zeros};
+use crate::init::{block, stem_pool, zeros};
 use crate::walk::Walk;
 
 /// What the blocks of a [`ResNet`] are made of.
@@ -162,17 +162,7 @@ impl ResNetConfig {
         Self::new(form, ResNetBlockKind::Bottleneck, [3, 4, 23, 3])
     }
 
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the same seed of
-    /// the device gives the same weights in every form.
-    ///
-    /// # Panics
-    ///
-    /// Panics if a layer has no blocks.
-    pub fn init(&self, device: &Device) -> ResNet {
-        draw(self.init_lazy(device))
-    }
-
-    /// As [`init`](Self::init), but each parameter is drawn on first use.
+    /// Each parameter is drawn on first use.
     pub(crate) fn init_lazy(&self, device: &Device) -> ResNet {
         assert!(
             !self.blocks.contains(&0),
@@ -284,7 +274,8 @@ impl ResNet {
         let x = if self.small_images {
             self.form.forward(&self.conv1, images)
         } else {
-            self.form.forward_max_pool(&self.conv1, images, &pool())
+            self.form
+                .forward_max_pool(&self.conv1, images, &stem_pool())
         };
         let x = self
             .layers()
@@ -301,21 +292,14 @@ impl ResNet {
     /// See [the crate](crate#chains).
     #[must_use]
     pub fn with_rebuilt_chains(mut self, ends: Recompute) -> Self {
-        self.conv1.settings.recompute = Recompute::Conv;
-        let layers = [
-            &mut self.layer1,
-            &mut self.layer2,
-            &mut self.layer3,
-            &mut self.layer4,
-        ];
-        for block in layers.into_iter().flatten() {
-            for (_, conv) in block.convs() {
-                conv.settings.recompute = ends;
-            }
-            block.conv1.settings.recompute = Recompute::Norm;
-            if block.conv3.is_some() {
-                block.conv2.settings.recompute = Recompute::Norm;
-            }
+        let is_bottleneck = self.layer1[0].conv3.is_some();
+        for (name, block) in self.blocks_mut() {
+            block.settings.recompute = match name.rsplit_once('.') {
+                None => Recompute::Conv,
+                Some((_, "conv1")) => Recompute::Norm,
+                Some((_, "conv2")) if is_bottleneck => Recompute::Norm,
+                _ => ends,
+            };
         }
         self
     }
@@ -326,7 +310,7 @@ impl ResNet {
         if self.small_images {
             walk.block("conv1", &self.conv1);
         } else {
-            walk.block_max_pool("conv1", &self.conv1, &pool());
+            walk.block_max_pool("conv1", &self.conv1, &stem_pool());
         }
         for (name, layer) in self.layers() {
             for (index, block) in layer.iter().enumerate() {
@@ -367,14 +351,6 @@ impl ResNet {
             ("layer4", &self.layer4),
         ]
     }
-}
-
-/// Behind the first block.
-fn pool() -> MaxPool2d {
-    MaxPool2dConfig::new([3, 3])
-        .with_strides([2, 2])
-        .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
-        .init()
 }
 
 impl ResNetBlock {

@@ -8,7 +8,7 @@ use burn_conv_bn::{Activation, ConvBn2d, MaxPool2d, MaxPool2dConfig, Recompute};
 
 use crate::Form;
 use crate::head::rows;
-use crate::init::{block, draw, zeros};
+use crate::init::{block, zeros};
 use crate::walk::Walk;
 
 /// Channels of the convolutions between two pools.
@@ -85,17 +85,7 @@ impl VggConfig {
         Self::new(form, [2, 2, 3, 3, 3])
     }
 
-    /// Initializes a network, and draws its parameters at once in the order of its fields: the same seed of
-    /// the device gives the same weights in every form.
-    ///
-    /// # Panics
-    ///
-    /// Panics if there are no convolutions before a pool, or the dropout is not in `[0, 1)`.
-    pub fn init(&self, device: &Device) -> Vgg {
-        draw(self.init_lazy(device))
-    }
-
-    /// As [`init`](Self::init), but each parameter is drawn on first use.
+    /// Each parameter is drawn on first use.
     pub(crate) fn init_lazy(&self, device: &Device) -> Vgg {
         assert!(
             !self.blocks.contains(&0),

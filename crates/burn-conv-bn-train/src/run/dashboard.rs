@@ -7,13 +7,10 @@ use std::panic::{self, AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use burn::train::logger::{EvaluationProgressLogger, TrainingProgressLogger};
+use burn::train::logger::TrainingProgressLogger;
 use burn::train::metric::MetricDefinition;
 use burn::train::renderer::tui::TuiMetricsRendererWrapper;
-use burn::train::renderer::{
-    EvaluationName, MetricState, MetricsRenderer, MetricsRendererEvaluation,
-    MetricsRendererTraining,
-};
+use burn::train::renderer::{MetricState, MetricsRenderer, MetricsRendererTraining};
 use burn::train::{Interrupter, LearnerSummary};
 use crossterm::terminal::enable_raw_mode;
 
@@ -172,25 +169,6 @@ impl TrainingProgressLogger for Dashboard {
         end();
         log_event_training(event: String);
     }
-}
-
-/// Shows nothing: the dashboard ends with the training.
-impl MetricsRendererEvaluation for Dashboard {
-    fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
-}
-
-impl EvaluationProgressLogger for Dashboard {
-    fn start_global_progress(&mut self, _total_tests: usize) {}
-
-    fn start_test(&mut self, _name: &str, _total_items: usize) {}
-
-    fn update_test_progress(&mut self, _items_processed: usize) {}
-
-    fn end_test(&mut self) {}
-
-    fn end_global_progress(&mut self) {}
-
-    fn log_event_evaluation(&mut self, _event: String) {}
 }
 
 impl MetricsRenderer for Dashboard {

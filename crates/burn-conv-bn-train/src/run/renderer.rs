@@ -13,6 +13,8 @@ use burn::train::renderer::{
     MetricsRendererTraining,
 };
 
+use crate::run::dashboard::Dashboard;
+
 /// The metric shown on the lines of a training epoch: the name of Burn's `LossMetric`.
 const LOSS: &str = "Loss";
 
@@ -208,23 +210,31 @@ impl<W: Write + Send> TrainingProgressLogger for LineRenderer<W> {
     fn log_event_training(&mut self, _event: String) {}
 }
 
-impl<W: Write + Send + Sync> MetricsRendererEvaluation for LineRenderer<W> {
-    fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
+/// Implements what Burn's evaluator calls on a renderer as nothing: a training's ends before it.
+macro_rules! ignore_evaluations {
+    ($renderer:ty $(, $writer:ident)?) => {
+        impl$(<$writer: Write + Send + Sync>)? MetricsRendererEvaluation for $renderer {
+            fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
+        }
+
+        impl$(<$writer: Write + Send + Sync>)? EvaluationProgressLogger for $renderer {
+            fn start_global_progress(&mut self, _total_tests: usize) {}
+
+            fn start_test(&mut self, _name: &str, _total_items: usize) {}
+
+            fn update_test_progress(&mut self, _items_processed: usize) {}
+
+            fn end_test(&mut self) {}
+
+            fn end_global_progress(&mut self) {}
+
+            fn log_event_evaluation(&mut self, _event: String) {}
+        }
+    };
 }
 
-impl<W: Write + Send> EvaluationProgressLogger for LineRenderer<W> {
-    fn start_global_progress(&mut self, _total_tests: usize) {}
-
-    fn start_test(&mut self, _name: &str, _total_items: usize) {}
-
-    fn update_test_progress(&mut self, _items_processed: usize) {}
-
-    fn end_test(&mut self) {}
-
-    fn end_global_progress(&mut self) {}
-
-    fn log_event_evaluation(&mut self, _event: String) {}
-}
+ignore_evaluations!(LineRenderer<W>, W);
+ignore_evaluations!(Dashboard);
 
 impl<W: Write + Send + Sync> MetricsRenderer for LineRenderer<W> {
     fn manual_close(&mut self) {}
