@@ -29,8 +29,8 @@ use crate::{Activation, Element, Real};
 /// Rows of a product that a thread computes at a time.
 const ROWS: usize = 8 * CHANNELS;
 
-/// Most operations beside those of the gradients, of a convolution's, that are no more than the convolution once more
-/// with its output in memory.
+/// Most operations beside those of the gradients, in convolutions: with more, recomputing is faster, although its output
+/// goes to memory and back.
 const MOST_OPERATIONS: f64 = 1.25;
 
 /// Least and largest mean square of a channel of `x` whose products keep their digits in single precision.
@@ -42,15 +42,15 @@ impl<E: Element> Backward<'_, E> {
     /// the convolution's output, but on that of the op, and the output's gradient is a tensor.
     pub fn allows_gram(&self) -> bool {
         let geometry = self.geometry;
-        let [inputs, outputs] = geometry.channels.map(|channels| channels as f64);
-        let positions = (geometry.batch() * geometry.positions()) as f64;
-        // Of `2 * inputs * outputs` for each position, beside those of the gradients: `x x'` and the product with `x`, and
-        // for all positions the products of the weight.
-        let operations = 2.0 * inputs / outputs + 2.0 * inputs / positions;
+        let [inputs, outputs] = geometry.channels;
+        // `x x'` and the product with `x` for each position, and two products of the weight for all.
+        let for_each = 2.0 * inputs as f64 / outputs as f64;
+        let for_all = 2.0 * inputs as f64 / (geometry.batch() * geometry.positions()) as f64;
         geometry.kernel == [1; 3]
             && geometry.padding == [(0, 0); 3]
             && geometry.groups() == 1
-            && operations <= MOST_OPERATIONS
+            && 2 * inputs <= outputs
+            && for_each + for_all <= MOST_OPERATIONS
             && matches!(self.output_grad, OutputGrad::Whole(_))
             && (self.activation == Activation::Identity || self.output.is_some())
             && matches!(choose::<E>(geometry, None, None), Chosen::Direct(_))
