@@ -34,8 +34,9 @@ pub fn bench(args: &Bench) -> Result<()> {
     if let (Some(bytes), FLEX) = (largest_batch, args.device.as_str()) {
         largest::check_room(bytes)?;
     }
-    let forms: [(_, _, Form); 2] = [
+    let forms: [(_, _, Form); 3] = [
         ("--json", &args.json, output::json),
+        ("--csv", &args.csv, output::csv),
         ("--plot", &args.plot, plot::svg),
     ];
     let asked = forms.into_iter();

@@ -218,7 +218,9 @@ fn an_interrupt_ends_the_worker_and_the_report_says_what_is_missing() {
         let place = Place::new();
         let slow = place.path("slow");
         fs::write(&slow, "").unwrap();
-        let command = place.bench(&["--json", "out.json", "--plot", "out.svg"]);
+        let command = place.bench(&[
+            "--json", "out.json", "--csv", "out.csv", "--plot", "out.svg",
+        ]);
         let child = start(command);
         let worker = content(&slow);
         assert!(!place.left().is_empty(), "scratch is there meanwhile");
@@ -236,8 +238,9 @@ fn an_interrupt_ends_the_worker_and_the_report_says_what_is_missing() {
         for entry in report["entries"].as_array().unwrap() {
             assert_eq!(entry["problem"], "not run: interrupted");
         }
-        let picture = fs::read_to_string(place.path("out.svg")).unwrap();
-        assert!(picture.contains("missing: k3, net-2048 (not run: interrupted)"));
+        let read = |name| fs::read_to_string(place.path(name)).unwrap();
+        assert_eq!(read("out.csv").matches("not run: interrupted").count(), 2);
+        assert!(read("out.svg").contains("missing: k3, net-2048 (not run: interrupted)"));
     }
 }
 
@@ -334,8 +337,8 @@ fn outputs_are_checked_before_anything_runs() {
         (&["bench", "--json", "new/"], "new/"),
         (&["bench", "--plot", "none/out.svg"], "none/out.svg"),
         (
-            &["bench", "--json", "same", "--plot", "./same"],
-            "--json and --plot",
+            &["bench", "--json", "same", "--csv", "./same"],
+            "--json and --csv",
         ),
         (&["soak", "--minutes", "0", "--report", "folder"], "folder"),
         (&["gpu-bundle", "--output", "folder"], "folder"),
@@ -356,7 +359,7 @@ fn outputs_are_checked_before_anything_runs() {
 #[test]
 fn a_report_says_what_it_is_of() {
     let place = Place::new();
-    let output = run(place.bench(&["--json", "out.json"]));
+    let output = run(place.bench(&["--json", "out.json", "--csv", "out.csv"]));
     assert!(output.status.success(), "{}", stderr(&output));
     let report = place.json("out.json");
     assert_eq!(report["version"], env!("CARGO_PKG_VERSION"));
@@ -383,6 +386,10 @@ fn a_report_says_what_it_is_of() {
         tables.contains("\nquick run, of smaller batches and images: flex"),
         "{tables}"
     );
+    let csv = fs::read_to_string(place.path("out.csv")).unwrap();
+    let (header, lines) = csv.split_once('\n').unwrap();
+    assert!(header.starts_with("batch,"), "{header}");
+    assert!(lines.contains("\n256,"), "{csv}");
 }
 
 #[test]
@@ -447,7 +454,14 @@ fn a_batch_does_not_fit_if_its_process_says_so_or_must_be_killed() {
     let place = Place::new();
     let worker = place.program("bench-worker", TRAINER);
     let mut command = place.xtask(&["bench", "--only", "net-2048", "--contender", "fused"]);
-    command.args(["--largest-batch", "64MiB", "--json", "out.json"]);
+    command.args([
+        "--largest-batch",
+        "64MiB",
+        "--json",
+        "out.json",
+        "--csv",
+        "out.csv",
+    ]);
     command.arg("--worker").arg(worker);
     let output = run(command);
     assert!(output.status.success(), "{}", stderr(&output));
@@ -459,6 +473,8 @@ fn a_batch_does_not_fit_if_its_process_says_so_or_must_be_killed() {
     });
     assert_eq!(largest(0), wanted);
     assert_eq!(largest(1)["batch"], 64);
+    let csv = fs::read_to_string(place.path("out.csv")).unwrap();
+    assert!(csv.contains("largest.batch"), "{csv}");
     assert!(stdout(&output).contains("| largest batch | images |"));
     assert!(place.left().is_empty(), "{:?}", place.left());
 }

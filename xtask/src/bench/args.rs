@@ -72,6 +72,9 @@ pub struct Bench {
     /// Write everything that was measured to this file.
     #[arg(long, value_name = "PATH")]
     pub json: Option<PathBuf>,
+    /// Write the figures to this file, a line for each contender of each entry.
+    #[arg(long, value_name = "PATH")]
+    pub csv: Option<PathBuf>,
     /// Draw the ratios of times and peaks to this SVG file.
     #[arg(long, value_name = "PATH")]
     pub plot: Option<PathBuf>,
