@@ -32,8 +32,16 @@ const LEAST_TILES: usize = 24;
 /// Any number of channels.
 const ALL: usize = usize::MAX >> 1;
 
-/// Tiles of a chunk of slices, and channels whose tiles are transformed at a time, from the fastest on.
-const SLICES: [(usize, usize); 5] = [(128, ALL), (128, 256), (64, ALL), (64, 256), (32, 256)];
+/// Tiles of a chunk of slices, and channels whose tiles are transformed at a time, from the fastest on: first one image of
+/// 28x28 or four of 14x14.
+const SLICES: [(usize, usize); 6] = [
+    (196, ALL),
+    (128, ALL),
+    (128, 256),
+    (64, ALL),
+    (64, 256),
+    (32, 256),
+];
 
 /// Most bytes of all blocks' weight gradients.
 const WEIGHT_BYTES: usize = 16 << 20;
