@@ -2,8 +2,8 @@
 //! weight, none of one that outweighs the activations, and nothing that grows with the activations.
 
 use burn_conv_bn_cpu::{
-    Activation, Affine, Backward, ConvOutput, Element, Geometry, Gradients, InputGradCoefficients,
-    OutputGrad, Real, backward, conv, conv_moments, grad_sums, normalize,
+    Activation, Affine, Backward, ConvOutput, Element, Geometry, Gradients, Gram,
+    InputGradCoefficients, OutputGrad, Real, backward, conv, conv_moments, grad_sums, normalize,
 };
 use burn_conv_bn_memory::CountingAllocator;
 use half::{bf16, f16};
@@ -40,9 +40,19 @@ fn cube(channels: usize, input: [usize; 3]) -> Geometry {
     Geometry::new(8, [channels; 2], 1, input, [3; 3], one, [(1, 1); 3], one).unwrap()
 }
 
-/// Bytes that forward, and backward, take at most, beyond their arguments, with the convolution's output stored
-/// between the two steps, where it is an argument too, or never.
-fn taken<E: Element>(geometry: &Geometry, stores: bool) -> [usize; 2] {
+/// What the two steps of the backward pass make of the convolution's output.
+#[derive(Clone, Copy, Debug)]
+enum Between {
+    /// It is recomputed in both.
+    Nothing,
+    /// It is stored, in an argument.
+    Output,
+    /// Products of the input take its place.
+    Products,
+}
+
+/// Bytes that forward, and backward, take at most, beyond their arguments; none where products do not apply.
+fn taken<E: Element>(geometry: &Geometry, between: Between) -> Option<[usize; 2]> {
     let channels = geometry.channels_out();
     let input = vec![E::default(); geometry.batch() * geometry.input_len()];
     let mut output = vec![E::default(); geometry.batch() * geometry.output_len()];
@@ -58,6 +68,7 @@ fn taken<E: Element>(geometry: &Geometry, stores: bool) -> [usize; 2] {
     };
 
     let mut stored = output.clone();
+    let mut gram = Gram::default();
     let base = ALLOCATOR.reset_peak();
     conv_moments(geometry, &input, &weight, &mut output);
     normalize(geometry, &mut output, affine, None, Activation::Relu);
@@ -70,11 +81,13 @@ fn taken<E: Element>(geometry: &Geometry, stores: bool) -> [usize; 2] {
         affine,
         activation: Activation::Relu,
         residual: None,
-        output: None,
+        output: matches!(between, Between::Products).then_some(&output),
     };
-    let mut conv_output = match stores {
-        true => ConvOutput::Store(&mut stored),
-        false => ConvOutput::Recompute,
+    let mut conv_output = match between {
+        Between::Nothing => ConvOutput::Recompute,
+        Between::Output => ConvOutput::Store(&mut stored),
+        Between::Products if pass.allows_gram() => ConvOutput::Gram(&mut gram),
+        Between::Products => return None,
     };
     grad_sums(&pass, conv_output.reborrow());
     backward(
@@ -91,7 +104,7 @@ fn taken<E: Element>(geometry: &Geometry, stores: bool) -> [usize; 2] {
             residual: None,
         },
     );
-    [forward, ALLOCATOR.peak() - base]
+    Some([forward, ALLOCATOR.peak() - base])
 }
 
 /// Bytes that the output takes under given statistics.
@@ -105,13 +118,22 @@ fn evaluated(geometry: &Geometry) -> usize {
     ALLOCATOR.peak() - base
 }
 
-fn assert_taken(pool: &ThreadPool, name: &str, geometry: &Geometry, bound: usize) {
-    for (element, taken) in [
-        ("f32", pool.install(|| taken::<f32>(geometry, false))),
-        ("f16", pool.install(|| taken::<f16>(geometry, false))),
-        ("bf16", pool.install(|| taken::<bf16>(geometry, false))),
+/// `bound` is that of elements of so many bytes.
+fn assert_taken(
+    pool: &ThreadPool,
+    name: &str,
+    geometry: &Geometry,
+    between: Between,
+    bound: impl Fn(usize) -> usize,
+) {
+    for (element, size, taken) in [
+        ("f32", 4, pool.install(|| taken::<f32>(geometry, between))),
+        ("f16", 2, pool.install(|| taken::<f16>(geometry, between))),
+        ("bf16", 2, pool.install(|| taken::<bf16>(geometry, between))),
     ] {
-        let taken = taken.into_iter().max().unwrap_or_default();
+        let bound = bound(size);
+        let taken = taken.expect("products apply").into_iter().max();
+        let taken = taken.unwrap_or_default();
         println!("{name}, {element}: {taken} bytes, of {bound} at most");
         assert!(taken < bound, "{name}, {element}: {taken} of {bound} bytes");
     }
@@ -149,7 +171,7 @@ fn scratch_is_a_few_tiles_for_each_thread() {
         let bound = bound(&geometry, kib, copies);
         let smallest = size_of::<f16>() * geometry.batch() * geometry.output_len();
         assert!(bound < smallest, "{name}: as much as an output");
-        assert_taken(&pool, name, &geometry, bound);
+        assert_taken(&pool, name, &geometry, Between::Nothing, |_| bound);
     }
     // A weight that outweighs the activations is not copied at all: rows of a few images, and a few of the weight;
     // transformed tiles, where three activations leave room for them.
@@ -160,14 +182,22 @@ fn scratch_is_a_few_tiles_for_each_thread() {
         ("7x7, deep", square([256, 256], 7, [7, 1, 0, 1])),
     ] {
         let activations = geometry.batch() * (2 * geometry.input_len() + geometry.output_len());
-        let bound = (2 << 20) + size_of::<f16>() * activations;
-        assert_taken(&pool, name, &geometry, bound);
+        let bound = |size: usize| (2 << 20) + size * activations;
+        assert_taken(&pool, name, &geometry, Between::Nothing, bound);
     }
     let bounded = square([64, 64], 56, [3, 1, 1, 1]).with_max_scratch(2 << 20);
-    assert_taken(&pool, "3x3, bounded", &bounded, 3 << 20);
+    assert_taken(&pool, "3x3, bounded", &bounded, Between::Nothing, |_| {
+        3 << 20
+    });
     // A small image's planes without gaps, one for each tap, may outweigh its output too.
     let dense = square([64, 64], 56, [3, 2, 1, 1]);
-    assert_taken(&pool, "3x3, no gaps", &dense, bound(&dense, 4 << 10, 10));
+    let bytes = bound(&dense, 4 << 10, 10);
+    assert_taken(&pool, "3x3, no gaps", &dense, Between::Nothing, |_| bytes);
+    // Products take matrices of the weight's size, and no more than tiles of the activations.
+    let wide = square([64, 256], 56, [1, 1, 0, 1]);
+    let bytes = bound(&wide, 1 << 10, 16);
+    assert!(bytes < size_of::<f16>() * wide.batch() * wide.output_len());
+    assert_taken(&pool, "1x1, products", &wide, Between::Products, |_| bytes);
 }
 
 /// On drawn geometries each pass stays in what Burn's own layers copy for it, and 2 MiB.
@@ -216,14 +246,25 @@ fn scratch_is_within_the_limit() {
         drawn += 1;
         let [input, output] = [geometry.input_len(), geometry.output_len()];
         let [input, output] = [input, output].map(|len| size_of::<f32>() * batch * len);
-        let stores = geometry.is_worth_storing(output);
-        let [forward, backward] = pool.install(|| taken::<f32>(&geometry, stores));
+        let between = match geometry.is_worth_storing(output) {
+            true => Between::Output,
+            false => Between::Nothing,
+        };
+        let [forward, backward] = pool
+            .install(|| taken::<f32>(&geometry, between))
+            .expect("the output may be recomputed");
+        let products = pool.install(|| taken::<f32>(&geometry, Between::Products));
         let weight = size_of::<f32>() * geometry.weight_len();
         let evaluation = pool.install(|| evaluated(&geometry));
         let in_place = (kernel, stride, padding) == (1, 1, 0);
         for (pass, taken, copied) in [
             ("forward", forward, weight + 2 * input + output),
             ("backward", backward, 2 * input + output),
+            (
+                "products",
+                products.map_or(0, |[_, backward]| backward),
+                2 * input + output,
+            ),
             (
                 "evaluation",
                 evaluation,
