@@ -81,10 +81,10 @@ MUTANTS = [
     ("layer/block.rs", "let on_autodiff = input.is_autodiff()\n            || «weight.is_autodiff()→false»"),
     ("layer/block.rs", "|| «bias.as_ref().is_some_and(Tensor::is_autodiff)→false»;"),
     ("layer/block.rs", "let training = on_autodiff && «self.norm.training.is_enabled()→true»;"),
-    ("layer/block.rs", "if «training→true» && self.settings.track_running_stats {"),
-    ("layer/block.rs", "if training && «self.settings.track_running_stats→true» {"),
+    ("layer/block.rs", "(«training→true» && self.settings.track_running_stats)"),
+    ("layer/block.rs", "(training && «self.settings.track_running_stats→true»)"),
     ("layer/block.rs", "values / («values - 1.0→values»)\n"),
-    ("layer/block.rs", "        «take_pending(state)→()»;\n    }\n}"),
+    ("layer/block.rs", "    «take_pending(running)→()»;\n    running.value()"),
     ("portable/norm.rs", "B::float_mul_scalar(batch, «momentum→(1.0 - momentum)».into()),"),
     # Flex.
     ("flex/backward.rs", "&& «shift <= MOST_SHIFT * spread→true»"),
