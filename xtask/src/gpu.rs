@@ -16,7 +16,7 @@ use crate::programs::{self, Program};
 use crate::say::say;
 use crate::workspace::{cargo, root};
 
-/// What needs no GPU: what is there for one needs features, which `burn-conv-bn` has by default.
+/// The build without a GPU: without the features for one, which `burn-conv-bn` has by default.
 pub const WITHOUT: [&str; 4] = [
     "--workspace",
     "--no-default-features",

@@ -118,7 +118,7 @@ pub enum Request {
     /// Measure the memory of one step, in a process that has only loaded. Answered by
     /// [`Reply::Measured`].
     Memory {},
-    /// Run training steps and measure the memory of all that is there. Answered by [`Reply::Trained`].
+    /// Run training steps and measure their memory. Answered by [`Reply::Trained`].
     Train {
         /// Number of steps. The first pays the one-time costs.
         steps: usize,

@@ -111,11 +111,11 @@ impl Form {
 
     /// What a block keeps for the backward pass in this form, for a tracked input of that shape.
     ///
-    /// The unfused form's list is Burn 0.22.1's: the convolution keeps its input and weight, batch
-    /// norm its input, gamma and its statistics, an activation its input, or masks of what it clamps, and
-    /// one that Burn composes of several functions, as SiLU or Mish, the inputs of each. In mixed precision
-    /// the norm's input is a cast of the convolution's output, in f32. A frozen norm is composed of several
-    /// ops, which keep the normalized values where gamma is tracked, and what belongs to channels.
+    /// The unfused form's list is Burn 0.22.1's. The convolution keeps its input and weight, batch norm its
+    /// input, gamma and statistics. An activation keeps its input or its masks; Burn composes some, as SiLU
+    /// and Mish, of several functions, which keep one input each. In mixed precision the norm's input is an
+    /// f32 cast of the convolution's output. A frozen norm is several ops: they keep per-channel values, and
+    /// the normalized values where gamma is tracked.
     ///
     /// # Panics
     ///

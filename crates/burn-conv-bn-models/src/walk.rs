@@ -30,9 +30,9 @@ pub(crate) struct Convolution {
 
 /// Goes through a network in the order of its forward pass, without running it, and lists what it keeps.
 ///
-/// In a block's own list its neighbours' tensors are shared. Here the first to keep such a tensor lists it
-/// as its own, and what comes later shares it: all that is not shared is alive at the end of the forward
-/// pass and was not before.
+/// In a block's own list its neighbours' tensors are shared. Here the first block to keep such a tensor
+/// lists it as its own, and later blocks share it: the tensors that are not shared are those that the
+/// forward pass leaves alive.
 pub(crate) struct Walk {
     pub(crate) form: Form,
     pub(crate) current: Activation,

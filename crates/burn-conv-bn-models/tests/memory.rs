@@ -211,7 +211,7 @@ fn own_bytes(saved: &[(String, SavedTensor)]) -> usize {
     own.map(|(_, tensor)| tensor.bytes()).sum()
 }
 
-/// Counted, DenseNet-121 keeps at most a fifth of what it keeps as Burn's layers.
+/// The allocator counts at most a fifth of the bytes that DenseNet-121 keeps in Burn's layers.
 fn a_dense_network_keeps_each_output_once(device: &Device) {
     let config = DenseNetConfig::densenet121(Form::Fused).with_classes(10);
     let images = Tensor::<4>::random([4, 3, 96, 96], Distribution::Default, device);

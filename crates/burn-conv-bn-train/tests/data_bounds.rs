@@ -257,7 +257,7 @@ fn cases() -> Vec<Case> {
             |e| matches!(e, TooLarge { .. }),
         ),
         Case {
-            // No more than twice what is there is allocated for what is said to be there.
+            // Whatever the header announces, at most twice the file's bytes are allocated.
             bound: 2 * BOMB,
             ..case(
                 "a bomb that ends early",

@@ -457,10 +457,10 @@ fn normalized<const D: usize>(
 /// recomputes the convolution as [`conv_bn`] does; with [`Recompute::Never`](crate::Recompute::Never), and
 /// with `Norm`, it is kept instead.
 ///
-/// On Flex, with `Relu` or `Identity`, a handle on the output is kept too, which is the input of what follows,
-/// and the convolution is recomputed once and stored nowhere: the sums over its output that the norm's
-/// gradients need are taken from the pooled values, unless a channel's beta is more than eight times as
-/// large as the standard deviation of what it is added to, or that is zero or nearly so.
+/// On Flex, with `Relu` or `Identity`, a handle on the output is kept too; the next layer keeps that tensor
+/// anyway. The convolution is then recomputed once and stored nowhere, and the sums that the norm's gradients
+/// need come from the pooled values. They come from the convolution's output where a channel's beta exceeds
+/// eight times the standard deviation of the values that it is added to, or that deviation is close to zero.
 ///
 /// On Flex the output and its statistics have the same bits either way. In f32 and f64 the gradients are those
 /// of the two up to the rounding of sums.

@@ -23,7 +23,7 @@ const SEED: u64 = 28;
 /// Products of a convolution at most, for the test's time.
 const MOST_PRODUCTS: usize = 150_000_000;
 
-/// Runs of a step, of which the least peak counts: any may pay for what a thread keeps from then on.
+/// Runs of a step. The least peak counts: a run may also allocate what a thread keeps for later runs.
 const RUNS: usize = 2;
 
 /// Bytes by which a layer may exceed Burn's.

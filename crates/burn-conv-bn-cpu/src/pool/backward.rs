@@ -74,8 +74,8 @@ pub fn max_pool_backward<E: Element>(
                 }
             });
         });
-    // SAFETY: there is room for `len` values, all of which belong to the tasks; and of a task's planes,
-    // `input_grad` writes all rows.
+    // SAFETY: there is room for `len` values. The tasks divide all of them, and `input_grad` writes every row
+    // of a task's planes.
     unsafe { input_grad.set_len(len) };
 }
 

@@ -119,8 +119,8 @@ pub(crate) fn pool_all<E: Element, P: Planes<E>>(
                 }
             });
         });
-    // SAFETY: there is room for `len` values in each, all of which belong to the tasks; and of a task's
-    // planes, all rows of outputs are in bands, which `pool_plane` writes.
+    // SAFETY: there is room for `len` values in each. The tasks divide all of them into planes, the bands
+    // hold every row of a plane's outputs, and `pool_plane` writes each band.
     unsafe {
         output.set_len(len);
         if let Some(argmax) = argmax {

@@ -202,7 +202,7 @@ fn run_predict(args: Predict, given: &Options, interrupter: &Interrupter) -> Res
         for option in &OTHERS[..3] {
             ensure!(
                 !given.contains_key(*option),
-                "--{option} is about test digits, of which {} needs none for pictures",
+                "--{option} chooses test digits, and {} needs none for pictures",
                 job.setup.model.name()
             );
         }

@@ -104,9 +104,8 @@ pub trait ConvBnModule: Module {
     /// statistics are those of this module, as they are of every clone, and a training step moves
     /// them.
     ///
-    /// Norms stay as they are, and so does all that is not a fused layer: cast with
-    /// [`Tensor::cast`] what goes into the first fused layer, and what goes from the last one into
-    /// others.
+    /// Norms and layers that are not fused stay as they are: cast the input of the first fused layer and
+    /// the output of the last with [`Tensor::cast`].
     ///
     /// ```
     /// # #[cfg(feature = "flex")] {

@@ -88,8 +88,8 @@ impl BatchNormActivationConfig {
 ///
 /// It holds Burn's own [`BatchNorm`], as the field `norm`: a record of a model with a plain `BatchNorm` in
 /// its place loads once `bn.gamma` and the others are renamed `bn.norm.gamma`. Statistics are handled as in
-/// [`ConvBn2d`](crate::ConvBn2d), and [`ConvBnModule`](crate::ConvBnModule) reaches its settings, of which
-/// `recompute` and `max_workspace` do not apply.
+/// [`ConvBn2d`](crate::ConvBn2d). [`ConvBnModule`](crate::ConvBnModule) reaches its settings; `recompute`
+/// and `max_workspace` do not apply.
 ///
 /// # Examples
 ///

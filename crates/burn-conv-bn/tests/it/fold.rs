@@ -334,7 +334,7 @@ fn what_rounds_to_nothing_beside_the_rest_is_folded() {
     let weight = values(conv.weight.val());
     assert_close("weight", &weight, &[0.2, 0.0, 0.0, 0.0], 1e-3, 0.0);
     assert_eq!(values(conv.bias.unwrap().val()), [0.0, 0.125]);
-    // The same channel with nothing but its weights.
+    // The same channel, its weights alone.
     block.norm.gamma = Param::from_tensor(Tensor::from_floats([0.4, 1e-3], &device));
     block.norm.beta = Param::from_tensor(Tensor::zeros([2], &device));
     let weight = Tensor::<3>::from_floats([[[0.5, 0.5]], [[1e-4, 1e-4]]], &device);

@@ -178,7 +178,7 @@ impl Case {
         }
     }
 
-    /// What is tracked of what is there.
+    /// The tracked ones of the case's parents.
     fn parents(&self) -> Parents {
         let affine = self.gamma != Gamma::Absent;
         Parents {
@@ -589,8 +589,8 @@ fn limit(dtype: DType) -> f64 {
     }
 }
 
-/// A comparison is sharp if it allows no more than this part of the tensor's largest value, or,
-/// where all are 0, of what rounding does to 1.
+/// A comparison is sharp if it allows no more than this part of the tensor's largest value, or of the
+/// rounding of 1 where all values are 0.
 const SHARP: f64 = 0.05;
 
 /// What was compared.

@@ -232,7 +232,7 @@ fn areas_are_averaged() {
             .enumerate_pixels()
             .all(|(x, _, pixel)| pixel.0[0] == [200, 0][x as usize % 2])
     );
-    // Pixels that are cut at the end count by what is there.
+    // A block cut off at the border counts its missing pixels as 0.
     let odd = scaled(&GrayImage::from_pixel(40, 21, Luma([200])), 40);
     assert_eq!(odd.dimensions(), (20, 11));
     assert_eq!(
