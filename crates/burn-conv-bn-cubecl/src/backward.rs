@@ -12,11 +12,11 @@ use crate::fold::{Fold, Partial, fold_lanes, fold_of_all, partial_table, write_p
 use crate::last_cube;
 use crate::norm::{NormArgs, rows, unit_affine, unit_norm};
 use crate::pool::PoolWindow;
-use crate::pre_activation::{PreActivation, PreActivationSteps, grad_at};
+use crate::pre_activation::{Grad, PreActivation, PreActivationSteps, grad_at};
 use crate::table::{self, AffineGrads, ChannelTable, SumsResults, finish_channel_sums};
 use crate::walk::{
-    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, coordinates, empty_like, index,
-    is_idle, is_writable, row, tensor_arg, unit, written_arg, written_over,
+    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, empty_like, index, is_idle,
+    is_writable, positions_at_once, row, tensor_arg, unit, written_arg, written_over,
 };
 
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -87,23 +87,33 @@ fn unit_sums<E: Float, T: Float, P: Float, N: Size>(
     // From the statistics: this launch waits for no table.
     let affine = unit_norm::<T, P, N>(mean, variance, gamma, beta, norm, unit, lanes);
     let mut sums = Partial::<T, N>::empty();
-    for position in range_stepped(unit.start, unit.end, lanes.positions) {
-        let at = coordinates(grid, position);
-        let value = grad_at(
-            output_grad,
-            argmax,
-            norm_input,
-            residual,
-            output,
-            steps,
-            &affine,
-            &at,
-            unit,
-            activation,
-            window,
-        );
-        sums.first += value.grad;
-        sums.second += value.grad * value.deviation;
+    for first in range_stepped(unit.start, unit.end, comptime!(lanes.stride())) {
+        let positions = positions_at_once(grid, unit, first, lanes);
+        let mut grads = Sequence::<Grad<T, N>>::new();
+        #[unroll]
+        for i in 0..lanes.at_once {
+            grads.push(grad_at(
+                output_grad,
+                argmax,
+                norm_input,
+                residual,
+                output,
+                steps,
+                &affine,
+                &positions.index(i).at,
+                unit,
+                activation,
+                window,
+            ));
+        }
+        #[unroll]
+        for i in 0..lanes.at_once {
+            if positions.index(i).is_there {
+                let value = grads.index(i);
+                sums.first += value.grad;
+                sums.second += value.grad * value.deviation;
+            }
+        }
     }
     fold_lanes(&mut sums, unit, lanes, Fold::Sums);
     sums
@@ -389,35 +399,47 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size, V: Size>(
             offset = row::<T, N, V>(table, grid, &unit, rows::OFFSET, lanes);
         }
     }
-    for position in range_stepped(unit.start, unit.end, lanes.positions) {
-        let at = coordinates(grid, position);
-        let value = grad_at(
-            output_grad,
-            argmax,
-            norm_input,
-            residual,
-            output,
-            steps,
-            &affine,
-            &at,
-            &unit,
-            activation,
-            window,
-        );
-        #[comptime]
-        if let ComptimeOption::Some(residual_grad) = &mut residual_grad {
-            let index = index(residual_grad_steps, &at, &unit);
-            residual_grad[index] = Vector::cast_from(value.grad);
+    for first in range_stepped(unit.start, unit.end, comptime!(lanes.stride())) {
+        let positions = positions_at_once(grid, &unit, first, lanes);
+        let mut grads = Sequence::<Grad<T, N>>::new();
+        #[unroll]
+        for i in 0..lanes.at_once {
+            grads.push(grad_at(
+                output_grad,
+                argmax,
+                norm_input,
+                residual,
+                output,
+                steps,
+                &affine,
+                &positions.index(i).at,
+                &unit,
+                activation,
+                window,
+            ));
         }
-        let mut grad = value.grad;
-        if table.is_some() {
-            grad = affine.scale * value.grad;
-            if comptime!(is_of_batch) {
-                grad = grad + slope * value.deviation + offset;
+        // No write before the last read: the two may share memory.
+        #[unroll]
+        for i in 0..lanes.at_once {
+            let position = positions.index(i);
+            if position.is_there {
+                let value = grads.index(i);
+                #[comptime]
+                if let ComptimeOption::Some(residual_grad) = &mut residual_grad {
+                    let index = index(residual_grad_steps, &position.at, &unit);
+                    residual_grad[index] = Vector::cast_from(value.grad);
+                }
+                let mut grad = value.grad;
+                if table.is_some() {
+                    grad = affine.scale * value.grad;
+                    if comptime!(is_of_batch) {
+                        grad = grad + slope * value.deviation + offset;
+                    }
+                }
+                let index = index(target_steps, &position.at, &unit);
+                target[index] = Vector::cast_from(grad);
             }
         }
-        let index = index(target_steps, &at, &unit);
-        target[index] = Vector::cast_from(grad);
     }
 }
 

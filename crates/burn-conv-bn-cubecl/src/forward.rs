@@ -14,13 +14,10 @@ use crate::norm::{Norm, NormArgs, unit_affine};
 use crate::running::{Running, RunningArgs, running_moments};
 use crate::table::{Affine, ChannelTable, Moments};
 use crate::walk::{
-    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, coordinates, index, is_idle,
-    is_sparse, is_writable, tensor_arg, unit, written_arg, written_over,
+    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, index, is_idle, is_sparse,
+    is_writable, positions_at_once, tensor_arg, unit, written_arg, written_over,
 };
 use crate::{assert_shape, values_per_channel};
-
-/// Positions that a unit reads before it takes them into its moments.
-const POSITIONS_AT_ONCE: usize = 4;
 
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn partial_moments_kernel<E: Float, T: Float, N: Size>(
@@ -57,21 +54,19 @@ fn unit_moments<E: Float, T: Float, N: Size>(
 ) -> Partial<T, N> {
     let mut moments = Partial::<T, N>::empty();
     let mut count = T::from_int(0);
-    let stride = comptime!(lanes.positions * POSITIONS_AT_ONCE);
-    for first in range_stepped(unit.start, unit.end, stride) {
-        // One wait for several reads.
+    for first in range_stepped(unit.start, unit.end, comptime!(lanes.stride())) {
+        let positions = positions_at_once(grid, unit, first, lanes);
         let mut values = Sequence::<Vector<T, N>>::new();
         #[unroll]
-        for i in 0..POSITIONS_AT_ONCE {
-            let position = first + comptime!(i * lanes.positions);
-            let at = coordinates(grid, min(position, unit.end - 1));
-            values.push(Vector::cast_from(input[index(input_steps, &at, unit)]));
+        for i in 0..lanes.at_once {
+            let at = &positions.index(i).at;
+            values.push(Vector::cast_from(input[index(input_steps, at, unit)]));
         }
         // Welford's update keeps its digits however far the mean is from zero. All components have the same count:
         // one division serves them.
         #[unroll]
-        for i in 0..POSITIONS_AT_ONCE {
-            if first + comptime!(i * lanes.positions) < unit.end {
+        for i in 0..lanes.at_once {
+            if positions.index(i).is_there {
                 count += T::from_int(1);
                 let value = *values.index(i);
                 let delta = value - moments.first;
@@ -255,19 +250,31 @@ fn normalize_kernel<E: Float, T: Float, N: Size, V: Size>(
     }
     let unit = unit::<N>(grid, lanes);
     let affine = unit_affine::<T, N, V>(table, grid, &unit, lanes);
-    for position in range_stepped(unit.start, unit.end, lanes.positions) {
-        let at = coordinates(grid, position);
-        let mut value = Vector::<T, N>::cast_from(input[index(input_steps, &at, &unit)]);
-        if table.is_some() {
-            value = affine.scale * (value - affine.mean) + affine.shift;
+    for first in range_stepped(unit.start, unit.end, comptime!(lanes.stride())) {
+        let positions = positions_at_once(grid, &unit, first, lanes);
+        let mut values = Sequence::<Vector<T, N>>::new();
+        #[unroll]
+        for i in 0..lanes.at_once {
+            let at = &positions.index(i).at;
+            let mut value = Vector::<T, N>::cast_from(input[index(input_steps, at, &unit)]);
+            if table.is_some() {
+                value = affine.scale * (value - affine.mean) + affine.shift;
+            }
+            #[comptime]
+            if let ComptimeOption::Some(residual) = residual {
+                value += Vector::cast_from(residual[index(residual_steps, at, &unit)]);
+            }
+            values.push(activation::forward(value, activation));
         }
-        #[comptime]
-        if let ComptimeOption::Some(residual) = residual {
-            value += Vector::cast_from(residual[index(residual_steps, &at, &unit)]);
+        // No write before the last read: the two may share memory.
+        #[unroll]
+        for i in 0..lanes.at_once {
+            let position = positions.index(i);
+            if position.is_there {
+                let target = index(output_steps, &position.at, &unit);
+                output[target] = Vector::cast_from(*values.index(i));
+            }
         }
-        let value = activation::forward(value, activation);
-        let target = index(output_steps, &at, &unit);
-        output[target] = Vector::cast_from(value);
     }
 }
 

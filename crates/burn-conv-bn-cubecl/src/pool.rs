@@ -18,12 +18,16 @@ use crate::element::{accumulator_type, element_type};
 use crate::norm::{UnitAffine, rows};
 use crate::table::ChannelTable;
 use crate::walk::{
-    Grid, Lanes, MAP_CUBES, Steps, Unit, Walk, coordinates, index, is_idle, tensor_arg, unit,
+    Grid, Lanes, MAP_CUBES, Steps, Unit, Walk, index, is_idle, positions_at_once, tensor_arg, unit,
 };
 use crate::{assert_is_2d, assert_shape};
 
 /// Argmaxes in one word.
 const PLACES: usize = 4;
+/// Taps of a window, or windows over a pixel, that are read without a loop.
+const MOST_UNROLLED: usize = 9;
+/// A place that no byte holds.
+const NO_PLACE: usize = 256;
 
 /// Window of a max pool, by height and width.
 ///
@@ -66,6 +70,16 @@ impl PoolWindow {
             );
             (padded - size) / self.stride[dim] + 1
         })
+    }
+
+    /// Windows over a pixel along an axis, at most.
+    fn overlap(&self, dim: usize) -> usize {
+        self.kernel_size[dim].div_ceil(self.stride[dim])
+    }
+
+    /// Windows over a pixel, at most.
+    pub(crate) fn over_a_pixel(&self) -> usize {
+        self.overlap(0) * self.overlap(1)
     }
 }
 
@@ -115,17 +129,11 @@ struct Maximum<T: Float, N: Size> {
     place: Vector<u32, N>,
 }
 
-/// First and end of a window's taps within the input. The window starts at `start` of the padded input.
+/// The pixel of the padded input at a tap of the window that starts at `start`, or the nearest one within the input: also
+/// one of the window's.
 #[cube]
-fn taps(
-    start: usize,
-    size: usize,
-    #[comptime] kernel_size: usize,
-    #[comptime] padding: usize,
-) -> (usize, usize) {
-    let first = max(start, padding) - start;
-    let end = min(size + padding - start, kernel_size);
-    (first, end)
+fn tap_pixel(start: usize, tap: usize, size: usize, #[comptime] padding: usize) -> usize {
+    clamp(start + tap, padding, size + padding - 1)
 }
 
 /// The norm of a vector of channels; without a table, zeros.
@@ -167,38 +175,31 @@ fn window_maximum<E: Float, T: Float, N: Size>(
     let affine = vector_affine::<T, N>(table, grid.row_vectors, channel);
     let top = row * comptime!(window.stride[0]);
     let left = column * comptime!(window.stride[1]);
-    let (first_row, end_row) = taps(
-        top,
-        grid.height,
-        comptime!(window.kernel_size[0]),
-        comptime!(window.padding[0]),
-    );
-    let (first_column, end_column) = taps(
-        left,
-        grid.width,
-        comptime!(window.kernel_size[1]),
-        comptime!(window.padding[1]),
-    );
     let origin = image * grid.image_step + channel * grid.channel_step;
-    let columns = comptime!(window.kernel_size[1]);
-    let first_place = Vector::<u32, N>::cast_from(first_row * columns + first_column);
+    let [rows, columns] = comptime!(window.kernel_size);
+    let [padding_rows, padding_columns] = comptime!(window.padding);
+    let is_unrolled = comptime!(rows * columns <= MOST_UNROLLED);
     let mut best = Vector::<T, N>::zero();
     let mut places = Vector::<u32, N>::zero();
-    for tap_row in first_row..end_row {
-        let y = top + tap_row - comptime!(window.padding[0]);
-        for tap_column in first_column..end_column {
-            let x = left + tap_column - comptime!(window.padding[1]);
-            let at = origin + y * grid.row_step + x * grid.column_step;
+    #[unroll(is_unrolled)]
+    for tap_row in 0..rows {
+        let y = tap_pixel(top, tap_row, grid.height, padding_rows);
+        #[unroll(is_unrolled)]
+        for tap_column in 0..columns {
+            let x = tap_pixel(left, tap_column, grid.width, padding_columns);
+            let at = origin
+                + (y - padding_rows) * grid.row_step
+                + (x - padding_columns) * grid.column_step;
             let mut value = Vector::<T, N>::cast_from(input[at]);
             if table.is_some() {
                 value = affine.scale * (value - affine.mean) + affine.shift;
             }
             let value = activation::forward(value, activation);
             let value = Vector::<T, N>::cast_from(Vector::<E, N>::cast_from(value));
-            let place = Vector::<u32, N>::cast_from(tap_row * columns + tap_column);
+            let place = Vector::<u32, N>::cast_from((y - top) * columns + x - left);
             // By way of f32: WGSL cannot test the bits of an f64.
             let is_nan = Vector::<f32, N>::cast_from(value).is_nan();
-            let is_first = place.equal(&first_place);
+            let is_first = Vector::<u32, N>::cast_from(tap_row + tap_column).equal(&Vector::zero());
             let wins = value.greater_than(&best).or(is_nan).or(is_first);
             best = select_many(wins, value, best);
             places = select_many(wins, place, places);
@@ -210,7 +211,7 @@ fn window_maximum<E: Float, T: Float, N: Size>(
     }
 }
 
-/// Each unit writes one word of the argmax and its outputs.
+/// Each unit writes whole words of the argmax and their outputs.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn max_pool_kernel<E: Float, T: Float, N: Size>(
     input: &Tensor<Vector<E, N>>,
@@ -223,26 +224,35 @@ fn max_pool_kernel<E: Float, T: Float, N: Size>(
     #[define(E, T)] _elements: [ElemType; 2],
 ) {
     let size = N::value();
-    let vectors = comptime!(PLACES / size);
+    let words = comptime!(size.div_ceil(PLACES));
+    let vectors = comptime!(words * PLACES / size);
     let first = ABSOLUTE_POS * vectors;
     if first >= grid.vectors {
         terminate!();
     }
-    let mut word = 0u32;
+    let mut places = Sequence::<u32>::new();
     #[unroll]
     for i in 0..vectors {
         let vector = first + i;
-        if vector < grid.vectors {
-            let maximum = window_maximum::<E, T, N>(input, table, grid, vector, activation, window);
-            output[vector] = Vector::cast_from(maximum.value);
-            #[unroll]
-            for component in 0..size {
-                let shift = comptime!((u8::BITS as usize * (i * size + component)) as u32);
-                word |= maximum.place.extract(component) << shift;
-            }
+        let is_there = vector < grid.vectors;
+        let vector = min(vector, grid.vectors - 1);
+        let maximum = window_maximum::<E, T, N>(input, table, grid, vector, activation, window);
+        output[vector] = Vector::cast_from(maximum.value);
+        #[unroll]
+        for component in 0..size {
+            places.push(select(is_there, maximum.place.extract(component), 0u32));
         }
     }
-    argmax[ABSOLUTE_POS] = word;
+    #[unroll]
+    for word in 0..words {
+        let mut bytes = 0u32;
+        #[unroll]
+        for place in 0..PLACES {
+            let shift = comptime!(u8::BITS * place as u32);
+            bytes |= *places.index(comptime!(word * PLACES + place)) << shift;
+        }
+        argmax[ABSOLUTE_POS * words + word] = bytes;
+    }
 }
 
 /// Max pool of `activation(scale * (input - mean) + shift)`, or without a table of `activation(input)`. The input is
@@ -313,13 +323,14 @@ pub fn max_pool(
         if vector_size > 1 { 1 } else { strides[1] },
     );
     let rows = table.map(ChannelTable::rows);
-    let cube_dim = CubeDim::new(&client, words);
+    let units = words / vector_size.div_ceil(PLACES);
+    let cube_dim = CubeDim::new(&client, units);
     let address = [input, &output, &argmax].map(CubeTensor::required_address_type);
     // SAFETY: the kernel stops at the last vector, and reads pixels of the input alone.
     unsafe {
         max_pool_kernel::launch_unchecked(
             &client,
-            cubecl::calculate_cube_count_elemwise(&client, words, cube_dim),
+            cubecl::calculate_cube_count_elemwise(&client, units, cube_dim),
             cube_dim,
             address.into_iter().max().unwrap_or_default(),
             vector_size,
@@ -422,35 +433,52 @@ pub(crate) fn pooled_grad<E: Float, T: Float, N: Size>(
         comptime!(window.kernel_size[1]),
         comptime!(window.stride[1]),
     );
+    let rows = comptime!(window.overlap(0));
+    let columns = comptime!(window.overlap(1));
+    let is_unrolled = comptime!(rows * columns <= MOST_UNROLLED);
     let zero = Vector::<T, N>::zero();
     let mut sum = Vector::<T, N>::zero();
-    for y in first_row..end_row {
-        let place_row = row - y * comptime!(window.stride[0]);
-        for x in first_column..end_column {
+    #[unroll(is_unrolled)]
+    for down in 0..rows {
+        #[unroll(is_unrolled)]
+        for along in 0..columns {
+            let is_there = first_row + down < end_row && first_column + along < end_column;
+            let y = min(first_row + down, extent.height - 1);
+            let x = min(first_column + along, extent.width - 1);
+            let place_row = row - y * comptime!(window.stride[0]);
             let place_column = column - x * comptime!(window.stride[1]);
             let place = place_row * comptime!(window.kernel_size[1]) + place_column;
+            let place = Vector::cast_from(select(is_there, place, NO_PLACE));
             let pixel = ((extent.first_image + image) * extent.height + y) * extent.width + x;
-            let first = pixel * extent.channels + unit.channel;
-            // A vector shorter than a word does not cross its end.
-            let (word, offset) = (first / PLACES, first % PLACES);
-            let mut places = Vector::<u32, N>::zero();
-            #[unroll]
-            for component in 0..N::value() {
-                let byte = offset + comptime!(component % PLACES);
-                let shift = u32::cast_from(byte) * comptime!(u8::BITS);
-                let bytes = argmax[word + comptime!(component / PLACES)] >> shift;
-                places.insert(component, bytes & 255u32);
-            }
+            let places = places_at::<N>(argmax, pixel * extent.channels + unit.channel);
             let mut output_at = Sequence::<usize>::new();
             output_at.push(x);
             output_at.push(y);
             output_at.push(image);
             let grad = Vector::<T, N>::cast_from(output_grad[index(steps, &output_at, unit)]);
-            let is_maximum = places.equal(&Vector::cast_from(place));
-            sum += select_many(is_maximum, grad, zero);
+            sum += select_many(places.equal(&place), grad, zero);
         }
     }
     sum
+}
+
+/// The argmax of a vector of outputs, of which the first has that index.
+#[cube]
+fn places_at<N: Size>(argmax: &Tensor<u32>, first: usize) -> Vector<u32, N> {
+    let size = N::value();
+    // A vector shorter than a word does not cross its end.
+    let (word, offset) = (first / PLACES, first % PLACES);
+    let mut places = Vector::<u32, N>::zero();
+    #[unroll]
+    for i in 0..comptime!(size.div_ceil(PLACES)) {
+        let bytes = argmax[word + i];
+        #[unroll]
+        for byte in 0..comptime!(size.min(PLACES)) {
+            let shift = u32::cast_from(offset + byte) * comptime!(u8::BITS);
+            places.insert(comptime!(i * PLACES + byte), (bytes >> shift) & 255u32);
+        }
+    }
+    places
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -470,19 +498,29 @@ fn max_pool_backward_kernel<E: Float, T: Float, N: Size>(
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
-    for position in range_stepped(unit.start, unit.end, lanes.positions) {
-        let at = coordinates(grid, position);
-        let grad = pooled_grad::<E, T, N>(
-            output_grad,
-            argmax,
-            output_grad_steps,
-            extent,
-            &at,
-            &unit,
-            window,
-        );
-        let target = index(input_grad_steps, &at, &unit);
-        input_grad[target] = Vector::cast_from(grad);
+    for first in range_stepped(unit.start, unit.end, comptime!(lanes.stride())) {
+        let positions = positions_at_once(grid, &unit, first, lanes);
+        let mut grads = Sequence::<Vector<T, N>>::new();
+        #[unroll]
+        for i in 0..lanes.at_once {
+            grads.push(pooled_grad::<E, T, N>(
+                output_grad,
+                argmax,
+                output_grad_steps,
+                extent,
+                &positions.index(i).at,
+                &unit,
+                window,
+            ));
+        }
+        #[unroll]
+        for i in 0..lanes.at_once {
+            let position = positions.index(i);
+            if position.is_there {
+                let target = index(input_grad_steps, &position.at, &unit);
+                input_grad[target] = Vector::cast_from(*grads.index(i));
+            }
+        }
     }
 }
 
@@ -527,7 +565,12 @@ pub fn max_pool_backward(
     let input_grad = channels_last(output_grad, input_shape);
     let accumulator = accumulator_type(output_grad.dtype);
     let tensors = [&input_grad, output_grad];
-    let walk = Walk::over_pixels(&tensors, accumulator.size(), MAP_CUBES);
+    let walk = Walk::over_pixels(
+        &tensors,
+        pool.window.over_a_pixel(),
+        accumulator.size(),
+        MAP_CUBES,
+    );
     if walk.is_empty() {
         return input_grad;
     }
@@ -566,17 +609,19 @@ fn channels_last(like: &CubeTensor, [images, channels, height, width]: [usize; 4
     permute(empty, &[0, 3, 1, 2])
 }
 
-/// Components of a vector of channels: a divisor of the channels, of a word's places, and of the other strides.
+/// Components of a vector of channels: a divisor of the channels and of the other strides, and of a word's places or
+/// some words'.
 fn channel_vector_size(input: &CubeTensor) -> usize {
     let (shape, strides) = (input.meta.shape(), input.meta.strides());
     let divides = |size: usize| {
         let is_step = |axis: usize| shape[axis] == 1 || strides[axis].is_multiple_of(size);
         strides[1] == 1 && shape[1].is_multiple_of(size) && [0, 2, 3].into_iter().all(is_step)
     };
+    let fills_words = |size: usize| PLACES.is_multiple_of(size) || size.is_multiple_of(PLACES);
     input
         .client
         .io_optimized_vector_sizes(input.dtype.size())
-        .filter(|&size| size == 1 || (PLACES.is_multiple_of(size) && divides(size)))
+        .filter(|&size| size == 1 || (fills_words(size) && divides(size)))
         .max()
         .unwrap_or(1)
 }

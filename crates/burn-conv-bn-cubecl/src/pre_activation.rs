@@ -81,10 +81,12 @@ impl PreActivation {
             .chain(others.iter().copied())
             .collect();
         let accumulator = accumulator_type(self.output_grad.dtype);
-        if self.pool.is_some() {
-            Walk::over_pixels(&tensors, accumulator.size(), cubes)
-        } else {
-            Walk::new(&tensors, accumulator.size(), cubes)
+        match &self.pool {
+            Some(pool) => {
+                let windows = pool.window.over_a_pixel();
+                Walk::over_pixels(&tensors, windows, accumulator.size(), cubes)
+            }
+            None => Walk::new(&tensors, accumulator.size(), cubes),
         }
     }
 

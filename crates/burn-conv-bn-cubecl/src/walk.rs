@@ -24,6 +24,10 @@ const CHANNEL_LANES: usize = 32;
 const ROW_CHANNEL_LANES: usize = 8;
 /// Least positions of a unit that are worth another cube's partial result.
 const POSITIONS_PER_UNIT: usize = 8;
+/// Positions that a unit reads before it computes, at most.
+const POSITIONS_AT_ONCE: usize = 4;
+/// Vectors of these positions in registers: two positions of a launch over five tensors.
+const VECTORS_AT_ONCE: usize = 10;
 /// Cubes of a reduction: a few for each multiprocessor of a large GPU, and few partial results.
 pub(crate) const REDUCTION_CUBES: usize = 512;
 /// Cubes of a launch without partial results: enough to hide the latency of memory.
@@ -43,11 +47,18 @@ pub(crate) struct Lanes {
     pub(crate) axis: Axis,
     pub(crate) channels: usize,
     pub(crate) positions: usize,
+    /// Positions that a unit reads before it computes.
+    pub(crate) at_once: usize,
 }
 
 impl Lanes {
     pub(crate) fn units(self) -> usize {
         self.channels * self.positions
+    }
+
+    /// Positions from a unit's first one of those at once to its next.
+    pub(crate) fn stride(self) -> usize {
+        self.positions * self.at_once
     }
 
     pub(crate) fn cube_dim(self) -> CubeDim {
@@ -139,7 +150,7 @@ pub(crate) fn unit<N: Size>(grid: &Grid, #[comptime] lanes: Lanes) -> Unit {
 
 /// Coordinates of a position along the axes of the grid, innermost first.
 #[cube]
-pub(crate) fn coordinates(grid: &Grid, position: usize) -> Sequence<usize> {
+fn coordinates(grid: &Grid, position: usize) -> Sequence<usize> {
     let rank = comptime!(grid.axes.len());
     let mut rest = position;
     let mut coordinates = Sequence::<usize>::new();
@@ -151,6 +162,36 @@ pub(crate) fn coordinates(grid: &Grid, position: usize) -> Sequence<usize> {
     }
     coordinates.push(rest);
     coordinates
+}
+
+/// One of the positions that a unit reads before it computes.
+#[derive(CubeType)]
+pub(crate) struct Position {
+    pub(crate) at: Sequence<usize>,
+    /// Whether it is below the unit's end.
+    pub(crate) is_there: bool,
+}
+
+/// Positions of a unit from `first` on, for several loads in one wait. Those behind the unit's end are read at `first`,
+/// which no other unit writes.
+#[cube]
+pub(crate) fn positions_at_once(
+    grid: &Grid,
+    unit: &Unit,
+    first: usize,
+    #[comptime] lanes: Lanes,
+) -> Sequence<Position> {
+    let mut positions = Sequence::<Position>::new();
+    #[unroll]
+    for i in 0..lanes.at_once {
+        let position = first + comptime!(i * lanes.positions);
+        let is_there = position < unit.end;
+        positions.push(Position {
+            at: coordinates(grid, select(is_there, position, first)),
+            is_there,
+        });
+    }
+    positions
 }
 
 /// Index of a unit's vector at some [`coordinates`] in the buffer of a tensor with these steps.
@@ -211,14 +252,23 @@ impl Walk {
         let groups = merged_positions(tensors);
         let axis = axis_of(tensors[0]);
         let vector_size = vector_size(tensors, &groups, axis);
-        Self::over(tensors, groups, axis, vector_size, accumulator_size, cubes)
+        let reads = tensors.len();
+        Self::over(
+            tensors,
+            groups,
+            (axis, vector_size),
+            reads,
+            accumulator_size,
+            cubes,
+        )
     }
 
     /// As [`new`](Self::new) over `[batch, channels, height, width]`, with one axis each for images, rows and
     /// columns, and vectors along channels alone. Tensors after the first may have other heights and widths:
-    /// units then index them by positions of their own.
+    /// units then index them by positions of their own, up to `windows` for each of the launch.
     pub(crate) fn over_pixels(
         tensors: &[&CubeTensor],
+        windows: usize,
         accumulator_size: usize,
         cubes: usize,
     ) -> Self {
@@ -228,15 +278,24 @@ impl Walk {
             Axis::Channels => vector_size(tensors, &groups, axis),
             Axis::Positions => 1,
         };
-        Self::over(tensors, groups, axis, vector_size, accumulator_size, cubes)
+        // Of each window a gradient and an argmax.
+        let reads = tensors.len() + 2 * windows - 1;
+        Self::over(
+            tensors,
+            groups,
+            (axis, vector_size),
+            reads,
+            accumulator_size,
+            cubes,
+        )
     }
 
-    /// A walk over the first tensor, with those position axes.
+    /// A walk over the first tensor, with those position axes, vectors and reads of a position.
     fn over(
         tensors: &[&CubeTensor],
         groups: Vec<Vec<usize>>,
-        axis: Axis,
-        vector_size: usize,
+        (axis, vector_size): (Axis, usize),
+        reads: usize,
         accumulator_size: usize,
         cubes: usize,
     ) -> Self {
@@ -281,6 +340,7 @@ impl Walk {
                 axis,
                 channels: channel_lanes,
                 positions: position_lanes,
+                at_once: (VECTORS_AT_ONCE / reads).clamp(1, POSITIONS_AT_ONCE),
             },
             vector_size,
             channels,
@@ -310,6 +370,7 @@ impl Walk {
                 axis: Axis::Channels,
                 channels: channel_lanes,
                 positions: position_lanes.min(rows.next_power_of_two()),
+                at_once: 1,
             },
             vector_size: 1,
             channels,
