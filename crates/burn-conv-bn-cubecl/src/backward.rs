@@ -13,24 +13,24 @@ use crate::last_cube;
 use crate::norm::{NormArgs, rows, unit_affine, unit_norm};
 use crate::pool::PoolWindow;
 use crate::pre_activation::{Grad, PreActivation, PreActivationSteps, grad_at};
-use crate::table::{self, AffineGrads, ChannelTable, SumsResults, finish_channel_sums};
+use crate::table::{self, AffineGrads, ChannelTable, SumsResults, write_grads};
 use crate::walk::{
     Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, empty_like, index, is_idle,
     is_writable, positions_at_once, row, tensor_arg, unit, written_arg, written_over,
 };
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
+fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size, V: Size>(
     output_grad: &Tensor<Vector<E, N>>,
     argmax: ComptimeOption<&Tensor<u32>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
-    mean: ComptimeOption<&Tensor<T>>,
-    variance: ComptimeOption<&Tensor<T>>,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
-    partials: &mut Tensor<T>,
+    mean: ComptimeOption<&Tensor<Vector<T, V>>>,
+    variance: ComptimeOption<&Tensor<Vector<T, V>>>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
+    partials: &mut Tensor<Vector<T, V>>,
     norm: &NormArgs,
     steps: &PreActivationSteps,
     grid: &Grid,
@@ -43,7 +43,7 @@ fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
-    let sums = unit_sums::<E, T, P, N>(
+    let sums = unit_sums::<E, T, P, N, V>(
         output_grad,
         argmax,
         norm_input,
@@ -61,21 +61,21 @@ fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
         window,
         lanes,
     );
-    write_partial(partials, &sums, &unit, grid.channels, lanes, Fold::Sums);
+    write_partial::<T, N, V>(partials, &sums, &unit, lanes, Fold::Sums);
 }
 
 /// `sum(g)` and `sum(g * (value - mean))` over a cube's positions, in the unit of lane 0.
 #[cube]
-fn unit_sums<E: Float, T: Float, P: Float, N: Size>(
+fn unit_sums<E: Float, T: Float, P: Float, N: Size, V: Size>(
     output_grad: &Tensor<Vector<E, N>>,
     argmax: ComptimeOption<&Tensor<u32>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
-    mean: ComptimeOption<&Tensor<T>>,
-    variance: ComptimeOption<&Tensor<T>>,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
+    mean: ComptimeOption<&Tensor<Vector<T, V>>>,
+    variance: ComptimeOption<&Tensor<Vector<T, V>>>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
     norm: &NormArgs,
     steps: &PreActivationSteps,
     grid: &Grid,
@@ -85,7 +85,7 @@ fn unit_sums<E: Float, T: Float, P: Float, N: Size>(
     #[comptime] lanes: Lanes,
 ) -> Partial<T, N> {
     // From the statistics: this launch waits for no table.
-    let affine = unit_norm::<T, P, N>(mean, variance, gamma, beta, norm, unit, lanes);
+    let affine = unit_norm::<T, P, N, V>(mean, variance, gamma, beta, norm, unit, lanes);
     let mut sums = Partial::<T, N>::empty();
     for first in range_stepped(unit.start, unit.end, comptime!(lanes.stride())) {
         let positions = positions_at_once(grid, unit, first, lanes);
@@ -121,21 +121,21 @@ fn unit_sums<E: Float, T: Float, P: Float, N: Size>(
 
 /// As [`partial_sums_kernel`], and what `grads_kernel` makes of the sums, by the last cube.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn sums_kernel<E: Float, T: Float, P: Float, N: Size>(
+fn sums_kernel<E: Float, T: Float, P: Float, N: Size, V: Size>(
     output_grad: &Tensor<Vector<E, N>>,
     argmax: ComptimeOption<&Tensor<u32>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
-    mean: &Tensor<T>,
-    variance: &Tensor<T>,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
-    partials: &mut Tensor<T>,
+    mean: &Tensor<Vector<T, V>>,
+    variance: &Tensor<Vector<T, V>>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
+    partials: &mut Tensor<Vector<T, V>>,
     arrivals: &mut [Atomic<u32>],
-    table: &mut Tensor<T>,
-    gamma_grad: &mut Tensor<P>,
-    beta_grad: &mut Tensor<P>,
+    table: &mut Tensor<Vector<T, V>>,
+    gamma_grad: &mut Tensor<Vector<P, V>>,
+    beta_grad: &mut Tensor<Vector<P, V>>,
     norm: &NormArgs,
     steps: &PreActivationSteps,
     grid: &Grid,
@@ -149,7 +149,7 @@ fn sums_kernel<E: Float, T: Float, P: Float, N: Size>(
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
-    let sums = unit_sums::<E, T, P, N>(
+    let sums = unit_sums::<E, T, P, N, V>(
         output_grad,
         argmax,
         norm_input,
@@ -167,29 +167,28 @@ fn sums_kernel<E: Float, T: Float, P: Float, N: Size>(
         window,
         lanes,
     );
-    write_partial(partials, &sums, &unit, grid.channels, lanes, Fold::Sums);
-    let whole = fold_of_all::<T, N>(&*partials, arrivals, &unit, lanes, Fold::Sums);
+    write_partial::<T, N, V>(partials, &sums, &unit, lanes, Fold::Sums);
+    let whole = fold_of_all::<T, V>(&*partials, arrivals, &unit, lanes, Fold::Sums);
     if whole.is_here {
-        #[unroll]
-        for component in 0..unit.width {
-            finish_channel_sums::<T, P>(
-                whole.partial.first.extract(component),
-                whole.partial.second.extract(component),
-                mean,
-                variance,
-                gamma,
-                beta,
-                table,
-                gamma_grad,
-                beta_grad,
-                norm,
-                unit.channel + component,
-                grid.channels,
-                is_of_batch,
-            );
-        }
+        write_grads::<T, P, V>(
+            &whole.partial,
+            mean,
+            variance,
+            gamma,
+            beta,
+            table,
+            gamma_grad,
+            beta_grad,
+            norm,
+            grid,
+            &unit,
+            is_of_batch,
+        );
     }
 }
+
+/// Tensors of `sums_kernel`: a residual and an output exclude each other.
+const TENSORS: u32 = 13;
 
 /// Partial results of `sum(g)` and `sum(g * (value - mean))` for each channel.
 ///
@@ -225,9 +224,10 @@ impl GradSums {
         let walk = pre_activation.walk(&[], REDUCTION_CUBES);
         let output_grad = &pre_activation.output_grad;
         let partials = partial_table(output_grad, walk.chunks, walk.channels);
-        let normed = table.filter(|_| pre_activation.norm_input.is_some());
-        let finished = match normed {
-            Some(table) if last_cube::finishes(&walk, output_grad) => {
+        let whole = table.zip(pre_activation.norm_input.as_ref());
+        let whole = whole.filter(|(table, norm_input)| table.is_over(norm_input));
+        let finished = match whole {
+            Some((table, _)) if last_cube::finishes(&walk, output_grad, TENSORS) => {
                 Some(launch_sums(pre_activation, table, &walk, &partials))
             }
             _ => {
@@ -244,8 +244,11 @@ impl GradSums {
     /// The sums over two chunks.
     #[must_use]
     pub fn merge(mut self, other: Self) -> Self {
+        debug_assert!(
+            self.finished.is_none() && other.finished.is_none(),
+            "sums over a chunk: expected partial results, got finished ones"
+        );
         self.partials.extend(other.partials);
-        self.finished = None;
         self
     }
 
@@ -257,7 +260,8 @@ impl GradSums {
     /// Panics if `table` has another number of channels than the sums.
     pub fn finish(mut self, table: &ChannelTable) -> AffineGrads {
         // Partial results are `[planes, rows, channels]`.
-        table.assert_channels(self.partials[0].meta.shape()[2]);
+        let partials = &self.partials[0];
+        table.assert_channels(partials.meta.shape()[2], partials.dtype);
         match self.finished.take() {
             Some(results) => results.complete(table),
             None => table::finish_sums(self.join(), table),
@@ -298,6 +302,7 @@ fn launch_partial_sums(
             walk.lanes.cube_dim(),
             walk.address_type(),
             walk.vector_size,
+            walk.table_vector_size(),
             output_grad.clone().into_tensor_arg(),
             tensor_arg(pre_activation.argmax()).into(),
             tensor_arg(pre_activation.norm_input.as_ref()).into(),
@@ -338,6 +343,7 @@ fn launch_sums(
             walk.lanes.cube_dim(),
             walk.address_type(),
             walk.vector_size,
+            walk.table_vector_size(),
             output_grad.clone().into_tensor_arg(),
             tensor_arg(pre_activation.argmax()).into(),
             tensor_arg(pre_activation.norm_input.as_ref()).into(),
@@ -348,7 +354,7 @@ fn launch_sums(
             tensor_arg(table.gamma.as_ref()).into(),
             tensor_arg(table.beta.as_ref()).into(),
             partials.clone().into_tensor_arg(),
-            last_cube::arrivals(output_grad).into_buffer_arg(),
+            last_cube::arrivals(output_grad),
             results.rows.clone().into_tensor_arg(),
             results.grads.gamma.clone().into_tensor_arg(),
             results.grads.beta.clone().into_tensor_arg(),

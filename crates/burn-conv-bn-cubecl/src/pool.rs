@@ -14,20 +14,18 @@ use cubecl::std::FastDivmod;
 use cubecl::zspace::Shape;
 
 use crate::activation::{self, Activation};
-use crate::element::{accumulator_type, element_type};
-use crate::norm::{UnitAffine, rows};
+use crate::assert_is_2d;
+use crate::element::{accumulator_dtype, accumulator_type, element_type};
+use crate::norm::{AffineRows, rows};
 use crate::table::ChannelTable;
-use crate::walk::{
-    Grid, Lanes, MAP_CUBES, Steps, Unit, Walk, index, is_idle, positions_at_once, tensor_arg, unit,
-};
-use crate::{assert_is_2d, assert_shape};
+use crate::walk::tensor_arg;
 
 /// Argmaxes in one word.
-const PLACES: usize = 4;
-/// Taps of a window, or windows over a pixel, that are read without a loop.
-const MOST_UNROLLED: usize = 9;
+pub(crate) const PLACES: usize = 4;
 /// A place that no byte holds.
-const NO_PLACE: usize = 256;
+pub(crate) const NO_PLACE: usize = 256;
+/// Taps of a window, or windows over a pixel, that are read without a loop.
+pub(crate) const MOST_UNROLLED: usize = 9;
 
 /// Window of a max pool, by height and width.
 ///
@@ -60,10 +58,20 @@ impl PoolWindow {
     ///
     /// # Panics
     ///
-    /// Panics if the window is larger than the padded input.
+    /// Panics if the window has more than 256 pixels, or is larger than the padded input or less than twice the padding.
     pub fn output(&self, input: [usize; 2]) -> [usize; 2] {
+        let pixels = self.kernel_size[0] * self.kernel_size[1];
+        assert!(
+            pixels <= NO_PLACE,
+            "window: expected at most {NO_PLACE} pixels, got {pixels}"
+        );
         [0, 1].map(|dim| {
-            let (padded, size) = (input[dim] + 2 * self.padding[dim], self.kernel_size[dim]);
+            let (padding, size) = (self.padding[dim], self.kernel_size[dim]);
+            let padded = input[dim] + 2 * padding;
+            assert!(
+                2 * padding <= size,
+                "padding: expected at most half the window's {size} pixels, got {padding}"
+            );
             assert!(
                 size <= padded,
                 "window: expected at most the padded input's {padded} pixels, got {size}"
@@ -73,7 +81,7 @@ impl PoolWindow {
     }
 
     /// Windows over a pixel along an axis, at most.
-    fn overlap(&self, dim: usize) -> usize {
+    pub(crate) fn overlap(&self, dim: usize) -> usize {
         self.kernel_size[dim].div_ceil(self.stride[dim])
     }
 
@@ -90,17 +98,6 @@ pub struct MaxPooled {
     pub output: CubeTensor,
     /// Argmax of each output, four in a U32: `[words]`.
     pub argmax: CubeTensor,
-}
-
-/// Saved data of a max pool, for its gradient.
-#[derive(Clone, Debug)]
-pub struct PoolArgmax {
-    /// The forward pass's window.
-    pub window: PoolWindow,
-    /// [`MaxPooled::argmax`], of the whole batch.
-    pub argmax: CubeTensor,
-    /// First image of the output's gradient, as an index in that batch.
-    pub first_image: usize,
 }
 
 /// Extent of a forward launch.
@@ -142,19 +139,15 @@ fn vector_affine<T: Float, N: Size>(
     table: ComptimeOption<&Tensor<Vector<T, N>>>,
     row_vectors: usize,
     vector: usize,
-) -> UnitAffine<T, N> {
+) -> AffineRows<T, N> {
     #[comptime]
     match table {
-        ComptimeOption::Some(table) => UnitAffine::<T, N> {
+        ComptimeOption::Some(table) => AffineRows::<T, N> {
             mean: table[rows::MEAN * row_vectors + vector],
             scale: table[rows::SCALE * row_vectors + vector],
             shift: table[rows::SHIFT * row_vectors + vector],
         },
-        ComptimeOption::None => UnitAffine::<T, N> {
-            mean: Vector::zero(),
-            scale: Vector::zero(),
-            shift: Vector::zero(),
-        },
+        ComptimeOption::None => AffineRows::<T, N>::unread(),
     }
 }
 
@@ -289,7 +282,7 @@ pub fn max_pool(
     assert_is_2d("input", input);
     let (shape, strides) = (input.meta.shape(), input.meta.strides());
     if let Some(table) = table {
-        table.assert_channels(shape[1]);
+        table.assert_channels(shape[1], accumulator_dtype(input.dtype));
     }
     let (channels, [height, width]) = (shape[1], [shape[2], shape[3]]);
     let [rows_out, columns_out] = window.output([height, width]);
@@ -347,259 +340,11 @@ pub fn max_pool(
     MaxPooled { output, argmax }
 }
 
-/// Extent of a max pool's output, in the order of the argmax.
-#[derive(CubeType, CubeLaunch)]
-pub(crate) struct PoolExtent {
-    height: usize,
-    width: usize,
-    channels: usize,
-    first_image: usize,
-}
-
-impl PoolArgmax {
-    /// Panics unless the output of an input of that shape has the gradient's shape.
-    pub(crate) fn assert_pools(&self, what: &str, input: &[usize], output_grad: &CubeTensor) {
-        let &[images, channels, height, width] = input else {
-            panic!("{what}: expected [batch, channels, height, width], got shape {input:?}");
-        };
-        let [rows, columns] = self.window.output([height, width]);
-        let wanted = [images, channels, rows, columns];
-        assert_shape("output gradient", output_grad, &wanted);
-    }
-
-    /// Panics unless the argmax has a place for each value of the output's gradient.
-    pub(crate) fn assert_covers(&self, output_grad: &CubeTensor) {
-        assert_is_2d("output gradient", output_grad);
-        let shape = output_grad.meta.shape();
-        let images = self.first_image + shape[0];
-        let wanted = (images * shape[1] * shape[2] * shape[3]).div_ceil(PLACES);
-        let got = self.argmax.meta.num_elements();
-        assert!(
-            got >= wanted,
-            "argmax: expected at least {wanted} values, got {got}"
-        );
-    }
-
-    pub(crate) fn extent(&self, output_grad: &CubeTensor) -> PoolExtentLaunch {
-        let shape = output_grad.meta.shape();
-        PoolExtentLaunch::new(shape[2], shape[3], shape[1], self.first_image)
-    }
-}
-
-/// An unused extent.
-pub(crate) fn no_extent() -> PoolExtentLaunch {
-    PoolExtentLaunch::new(0, 0, 0, 0)
-}
-
-/// First and end of the windows over a pixel of the padded input.
-#[cube]
-fn windows(
-    pixel: usize,
-    count: usize,
-    #[comptime] kernel_size: usize,
-    #[comptime] stride: usize,
-) -> (usize, usize) {
-    let mut first = 0usize;
-    if pixel >= kernel_size {
-        first = (pixel - kernel_size) / stride + 1;
-    }
-    (first, min(pixel / stride + 1, count))
-}
-
-/// Gradient of a max pool's input at a position of image, row and column: the sum over the windows whose maximum
-/// it is.
-#[cube]
-pub(crate) fn pooled_grad<E: Float, T: Float, N: Size>(
-    output_grad: &Tensor<Vector<E, N>>,
-    argmax: &Tensor<u32>,
-    steps: &Steps,
-    extent: &PoolExtent,
-    at: &Sequence<usize>,
-    unit: &Unit,
-    #[comptime] window: PoolWindow,
-) -> Vector<T, N> {
-    let column = *at.index(0usize) + comptime!(window.padding[1]);
-    let row = *at.index(1usize) + comptime!(window.padding[0]);
-    let image = *at.index(2usize);
-    let (first_row, end_row) = windows(
-        row,
-        extent.height,
-        comptime!(window.kernel_size[0]),
-        comptime!(window.stride[0]),
-    );
-    let (first_column, end_column) = windows(
-        column,
-        extent.width,
-        comptime!(window.kernel_size[1]),
-        comptime!(window.stride[1]),
-    );
-    let rows = comptime!(window.overlap(0));
-    let columns = comptime!(window.overlap(1));
-    let is_unrolled = comptime!(rows * columns <= MOST_UNROLLED);
-    let zero = Vector::<T, N>::zero();
-    let mut sum = Vector::<T, N>::zero();
-    #[unroll(is_unrolled)]
-    for down in 0..rows {
-        #[unroll(is_unrolled)]
-        for along in 0..columns {
-            let is_there = first_row + down < end_row && first_column + along < end_column;
-            let y = min(first_row + down, extent.height - 1);
-            let x = min(first_column + along, extent.width - 1);
-            let place_row = row - y * comptime!(window.stride[0]);
-            let place_column = column - x * comptime!(window.stride[1]);
-            let place = place_row * comptime!(window.kernel_size[1]) + place_column;
-            let place = Vector::cast_from(select(is_there, place, NO_PLACE));
-            let pixel = ((extent.first_image + image) * extent.height + y) * extent.width + x;
-            let places = places_at::<N>(argmax, pixel * extent.channels + unit.channel);
-            let mut output_at = Sequence::<usize>::new();
-            output_at.push(x);
-            output_at.push(y);
-            output_at.push(image);
-            let grad = Vector::<T, N>::cast_from(output_grad[index(steps, &output_at, unit)]);
-            sum += select_many(places.equal(&place), grad, zero);
-        }
-    }
-    sum
-}
-
-/// The argmax of a vector of outputs, of which the first has that index.
-#[cube]
-fn places_at<N: Size>(argmax: &Tensor<u32>, first: usize) -> Vector<u32, N> {
-    let size = N::value();
-    // A vector shorter than a word does not cross its end.
-    let (word, offset) = (first / PLACES, first % PLACES);
-    let mut places = Vector::<u32, N>::zero();
-    #[unroll]
-    for i in 0..comptime!(size.div_ceil(PLACES)) {
-        let bytes = argmax[word + i];
-        #[unroll]
-        for byte in 0..comptime!(size.min(PLACES)) {
-            let shift = u32::cast_from(offset + byte) * comptime!(u8::BITS);
-            places.insert(comptime!(i * PLACES + byte), (bytes >> shift) & 255u32);
-        }
-    }
-    places
-}
-
-#[cube(launch_unchecked, address_type = "dynamic")]
-fn max_pool_backward_kernel<E: Float, T: Float, N: Size>(
-    output_grad: &Tensor<Vector<E, N>>,
-    argmax: &Tensor<u32>,
-    input_grad: &mut Tensor<Vector<E, N>>,
-    output_grad_steps: &Steps,
-    input_grad_steps: &Steps,
-    extent: &PoolExtent,
-    grid: &Grid,
-    #[comptime] window: PoolWindow,
-    #[comptime] lanes: Lanes,
-    #[define(E, T)] _elements: [ElemType; 2],
-) {
-    if is_idle(grid) {
-        terminate!();
-    }
-    let unit = unit::<N>(grid, lanes);
-    for first in range_stepped(unit.start, unit.end, comptime!(lanes.stride())) {
-        let positions = positions_at_once(grid, &unit, first, lanes);
-        let mut grads = Sequence::<Vector<T, N>>::new();
-        #[unroll]
-        for i in 0..lanes.at_once {
-            grads.push(pooled_grad::<E, T, N>(
-                output_grad,
-                argmax,
-                output_grad_steps,
-                extent,
-                &positions.index(i).at,
-                &unit,
-                window,
-            ));
-        }
-        #[unroll]
-        for i in 0..lanes.at_once {
-            let position = positions.index(i);
-            if position.is_there {
-                let target = index(input_grad_steps, &position.at, &unit);
-                input_grad[target] = Vector::cast_from(*grads.index(i));
-            }
-        }
-    }
-}
-
-/// Gradient of a max pool's input, `[batch, channels, height, width]` with channels innermost in memory.
-///
-/// Each pixel sums over its windows in the accumulator's dtype, in a fixed order.
-///
-/// ```no_run
-/// use burn_conv_bn_cubecl::{Activation, PoolArgmax, PoolWindow, max_pool, max_pool_backward};
-/// use burn_cubecl::tensor::CubeTensor;
-///
-/// /// The pooled input and the gradient of that pool's input, of `size`, from its output's.
-/// fn pool(
-///     input: CubeTensor,
-///     output_grad: &CubeTensor,
-///     window: PoolWindow,
-///     size: [usize; 2],
-/// ) -> (CubeTensor, CubeTensor) {
-///     let pooled = max_pool(&input, None, Activation::Identity, window);
-///     let argmax = PoolArgmax {
-///         window,
-///         argmax: pooled.argmax,
-///         first_image: 0,
-///     };
-///     (pooled.output, max_pool_backward(output_grad, &argmax, size))
-/// }
-/// ```
-///
-/// # Panics
-///
-/// Panics if the output's gradient has another shape than the pool's output, or the argmax is shorter.
-pub fn max_pool_backward(
-    output_grad: &CubeTensor,
-    pool: &PoolArgmax,
-    [height, width]: [usize; 2],
-) -> CubeTensor {
-    assert_is_2d("output gradient", output_grad);
-    let shape = output_grad.meta.shape();
-    let input_shape = [shape[0], shape[1], height, width];
-    pool.assert_pools("input", &input_shape, output_grad);
-    pool.assert_covers(output_grad);
-    let input_grad = channels_last(output_grad, input_shape);
-    let accumulator = accumulator_type(output_grad.dtype);
-    let tensors = [&input_grad, output_grad];
-    let walk = Walk::over_pixels(
-        &tensors,
-        pool.window.over_a_pixel(),
-        accumulator.size(),
-        MAP_CUBES,
-    );
-    if walk.is_empty() {
-        return input_grad;
-    }
-    let client = output_grad.client.clone();
-    // SAFETY: `unit` keeps positions and channels below the input's, and windows are those of the output.
-    unsafe {
-        max_pool_backward_kernel::launch_unchecked(
-            &client,
-            walk.cube_count(&client),
-            walk.lanes.cube_dim(),
-            walk.address_type(),
-            walk.vector_size,
-            output_grad.clone().into_tensor_arg(),
-            pool.argmax.clone().into_tensor_arg(),
-            input_grad.clone().into_tensor_arg(),
-            walk.steps(Some(output_grad)),
-            walk.steps(Some(&input_grad)),
-            pool.extent(output_grad),
-            walk.grid(),
-            pool.window,
-            walk.lanes,
-            [element_type(output_grad.dtype), accumulator],
-        );
-    }
-    input_grad
-}
-
 /// `[batch, channels, height, width]` without values, channels innermost in memory.
-fn channels_last(like: &CubeTensor, [images, channels, height, width]: [usize; 4]) -> CubeTensor {
+pub(crate) fn channels_last(
+    like: &CubeTensor,
+    [images, channels, height, width]: [usize; 4],
+) -> CubeTensor {
     let empty = empty_device_contiguous_dtype(
         like.client.clone(),
         like.device.clone(),

@@ -20,8 +20,8 @@ use cubecl::zspace::Shape;
 const UNITS: usize = 256;
 /// Neighbouring vectors of channels that a cube reads at once: whole cache lines.
 const CHANNEL_LANES: usize = 32;
-/// As [`CHANNEL_LANES`], for many rows and few channels.
-const ROW_CHANNEL_LANES: usize = 8;
+/// Neighbouring channels that a cube reads at once in many rows of few channels.
+const ROW_CHANNELS: usize = 8;
 /// Least positions of a unit that are worth another cube's partial result.
 const POSITIONS_PER_UNIT: usize = 8;
 /// Positions that a unit reads before it computes, at most.
@@ -97,8 +97,8 @@ pub(crate) struct Unit {
     /// Number of chunks of positions, and the index of the cube's.
     pub(crate) chunks: usize,
     pub(crate) chunk: usize,
-    /// Index of the unit's channel, or vector of channels.
-    vector: usize,
+    /// Index of the unit's channel, or vector of channels; a unit without one has the last.
+    pub(crate) vector: usize,
     /// First channel of the unit's vectors, and how many they have.
     pub(crate) channel: usize,
     #[cube(comptime)]
@@ -132,6 +132,7 @@ pub(crate) fn unit<N: Size>(grid: &Grid, #[comptime] lanes: Lanes) -> Unit {
     let lane = unit / lanes.channels;
     let vector = block * lanes.channels + unit % lanes.channels;
     let has_channel = vector < vectors;
+    let vector = min(vector, vectors - 1);
     let start = chunk * grid.chunk + lane;
     let limit = min(chunk * grid.chunk + grid.chunk, grid.positions);
     Unit {
@@ -206,6 +207,18 @@ pub(crate) fn index(steps: &Steps, coordinates: &Sequence<usize>, unit: &Unit) -
     index
 }
 
+/// A vector for the same channels in another number of components: all components along positions are one channel's.
+#[cube]
+pub(crate) fn resized<T: Float, A: Size, B: Size>(
+    vector: Vector<T, A>,
+    #[comptime] lanes: Lanes,
+) -> Vector<T, B> {
+    match comptime!(lanes.axis) {
+        Axis::Positions => Vector::new(vector.extract(0usize)),
+        Axis::Channels => Vector::cast_from(vector),
+    }
+}
+
 /// The values of one row of `[rows, channels]` for the components of a unit's vectors. Vectors of the table are of
 /// [`Walk::table_vector_size`].
 #[cube]
@@ -216,15 +229,10 @@ pub(crate) fn row<T: Float, N: Size, V: Size>(
     #[comptime] row: usize,
     #[comptime] lanes: Lanes,
 ) -> Vector<T, N> {
-    let mut values = Vector::<T, N>::zero();
-    if unit.has_channel {
-        let vector = table[(row * grid.channels + unit.channel) / unit.width];
-        values = match comptime!(lanes.axis) {
-            Axis::Positions => Vector::new(vector.extract(0usize)),
-            Axis::Channels => Vector::cast_from(vector),
-        };
-    }
-    values
+    resized(
+        table[row * (grid.channels / unit.width) + unit.vector],
+        lanes,
+    )
 }
 
 /// The host's side of a launch over some tensors.
@@ -356,12 +364,29 @@ impl Walk {
         }
     }
 
+    /// The walk with indices for a tensor of that many elements, too.
+    pub(crate) fn reaching(self, elements: usize) -> Self {
+        let address = self.address.max(AddressType::from_len(elements));
+        Self { address, ..self }
+    }
+
     /// A walk over partial results, `[planes, rows, channels]`, in one chunk.
     pub(crate) fn over_rows(table: &CubeTensor) -> Self {
-        let shape = table.meta.shape();
+        let (shape, strides) = (table.meta.shape(), table.meta.strides());
         let (rows, channels) = (shape[1], shape[2]);
+        let vector_size = table
+            .client
+            .io_optimized_vector_sizes(table.dtype.size())
+            .filter(|size| {
+                [channels, strides[0], strides[1]]
+                    .iter()
+                    .all(|n| n.is_multiple_of(*size))
+            })
+            .max()
+            .unwrap_or(1);
         let units = table.client.properties().hardware.max_units_per_cube as usize;
-        let channel_lanes = channels.clamp(1, ROW_CHANNEL_LANES.min(units));
+        let vectors = channels / vector_size;
+        let channel_lanes = vectors.clamp(1, (ROW_CHANNELS / vector_size).clamp(1, units));
         let position_lanes = floor_power_of_two(UNITS.min(units) / channel_lanes);
         Self {
             groups: Vec::new(),
@@ -372,11 +397,11 @@ impl Walk {
                 positions: position_lanes.min(rows.next_power_of_two()),
                 at_once: 1,
             },
-            vector_size: 1,
+            vector_size,
             channels,
             chunks: 1,
             chunk: rows,
-            channel_blocks: channels.div_ceil(channel_lanes),
+            channel_blocks: vectors.div_ceil(channel_lanes),
             shared_bytes: 0,
             address: table.required_address_type(),
         }
