@@ -218,7 +218,7 @@ impl GradSums {
     ///
     /// # Panics
     ///
-    /// Panics if the tensors do not fit each other, or `table` has another number of channels.
+    /// Panics if the tensors do not fit each other in shape or dtype, or `table` has another number of channels.
     pub fn new(pre_activation: &PreActivation, table: Option<&ChannelTable>) -> Self {
         pre_activation.assert_fits(table);
         let walk = pre_activation.walk(&[], REDUCTION_CUBES);
@@ -249,6 +249,7 @@ impl GradSums {
             "sums over a chunk: expected partial results, got finished ones"
         );
         self.partials.extend(other.partials);
+        self.finished = None;
         self
     }
 

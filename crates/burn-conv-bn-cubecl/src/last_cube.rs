@@ -61,11 +61,13 @@ pub(crate) fn finishes(walk: &Walk, like: &CubeTensor, tensors: u32) -> bool {
     let fits = 2 * walk.shared_bytes <= properties.hardware.max_shared_memory_size;
     let is_counted = walk.channels > 0 && walk.channel_blocks <= COUNTERS;
     let is_bound = tensors <= properties.hardware.max_bindings;
-    is_counted && fits && is_bound && choice().unwrap_or_else(counts)
+    // A graph carries no copy from the host, as zeros are.
+    let is_recorded = like.client.is_capturing();
+    is_counted && fits && is_bound && !is_recorded && choice().unwrap_or_else(counts)
 }
 
-/// Zeros of a stream, 32 KiB, and the launches that they are left for. No launch after a failed one may read what it should
-/// have written: CubeCL skips it, and so on. Each therefore has counters of its own.
+/// Zeros for the launches of a stream, and how many of these are left. CubeCL skips a launch that reads what a failed one
+/// should have written: with counters of its own, no launch fails for another.
 struct Zeros {
     device: CubeDevice,
     stream: StreamId,

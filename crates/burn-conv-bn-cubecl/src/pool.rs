@@ -271,7 +271,7 @@ fn max_pool_kernel<E: Float, T: Float, N: Size>(
 ///
 /// # Panics
 ///
-/// Panics if the input has no height and width, if the window is larger than the padded input, or if `table` has
+/// Panics if the input has no height and width, if [the window](PoolWindow::output) does not fit it, or if `table` has
 /// another number of channels.
 pub fn max_pool(
     input: &CubeTensor,
