@@ -145,11 +145,9 @@ pub fn moments_and_running(
     running: Option<&Running>,
 ) -> Statistics {
     affine.assert_channels(input.meta.shape()[1]);
-    let [gamma, beta] = affine.contiguous();
-    let affine = Affine {
-        gamma: gamma.as_ref(),
-        beta: beta.as_ref(),
-    };
+    let [gamma, beta] = &affine.contiguous();
+    let (gamma, beta) = (gamma.as_ref(), beta.as_ref());
+    let affine = Affine { gamma, beta };
     let client = &input.client;
     let is_short = client.properties().hardware.max_bindings < TENSORS;
     if let Some(running) = running.filter(|_| is_short) {

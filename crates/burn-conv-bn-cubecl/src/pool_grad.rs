@@ -17,7 +17,7 @@ use crate::{assert_is_2d, assert_shape};
 pub struct PoolArgmax {
     /// The forward pass's window.
     pub window: PoolWindow,
-    /// [`MaxPooled::argmax`], of the whole batch.
+    /// [`MaxPooled::argmax`](crate::MaxPooled::argmax), of the whole batch.
     pub argmax: CubeTensor,
     /// First image of the output's gradient, as an index in that batch.
     pub first_image: usize,
