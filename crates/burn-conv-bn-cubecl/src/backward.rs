@@ -12,25 +12,25 @@ use crate::fold::{Fold, Partial, fold_lanes, fold_of_all, partial_table, write_p
 use crate::last_cube;
 use crate::norm::{NormArgs, rows, unit_affine, unit_norm};
 use crate::pool::PoolWindow;
-use crate::pre_activation::{PreActivation, PreActivationSteps, grad_at};
-use crate::table::{self, AffineGrads, ChannelTable, SumsResults, finish_channel_sums};
+use crate::pre_activation::{Grad, PreActivation, PreActivationSteps, grad_at};
+use crate::table::{self, AffineGrads, ChannelTable, SumsResults, write_grads};
 use crate::walk::{
-    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, coordinates, empty_like, index,
-    is_idle, is_writable, row, tensor_arg, unit, written_arg, written_over,
+    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, empty_like, index, is_idle,
+    is_writable, positions_at_once, row, tensor_arg, unit, written_arg, written_over,
 };
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
+fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size, V: Size>(
     output_grad: &Tensor<Vector<E, N>>,
     argmax: ComptimeOption<&Tensor<u32>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
-    mean: ComptimeOption<&Tensor<T>>,
-    variance: ComptimeOption<&Tensor<T>>,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
-    partials: &mut Tensor<T>,
+    mean: ComptimeOption<&Tensor<Vector<T, V>>>,
+    variance: ComptimeOption<&Tensor<Vector<T, V>>>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
+    partials: &mut Tensor<Vector<T, V>>,
     norm: &NormArgs,
     steps: &PreActivationSteps,
     grid: &Grid,
@@ -43,7 +43,7 @@ fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
-    let sums = unit_sums::<E, T, P, N>(
+    let sums = unit_sums::<E, T, P, N, V>(
         output_grad,
         argmax,
         norm_input,
@@ -61,21 +61,21 @@ fn partial_sums_kernel<E: Float, T: Float, P: Float, N: Size>(
         window,
         lanes,
     );
-    write_partial(partials, &sums, &unit, grid.channels, lanes, Fold::Sums);
+    write_partial::<T, N, V>(partials, &sums, &unit, lanes, Fold::Sums);
 }
 
 /// `sum(g)` and `sum(g * (value - mean))` over a cube's positions, in the unit of lane 0.
 #[cube]
-fn unit_sums<E: Float, T: Float, P: Float, N: Size>(
+fn unit_sums<E: Float, T: Float, P: Float, N: Size, V: Size>(
     output_grad: &Tensor<Vector<E, N>>,
     argmax: ComptimeOption<&Tensor<u32>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
-    mean: ComptimeOption<&Tensor<T>>,
-    variance: ComptimeOption<&Tensor<T>>,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
+    mean: ComptimeOption<&Tensor<Vector<T, V>>>,
+    variance: ComptimeOption<&Tensor<Vector<T, V>>>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
     norm: &NormArgs,
     steps: &PreActivationSteps,
     grid: &Grid,
@@ -85,25 +85,35 @@ fn unit_sums<E: Float, T: Float, P: Float, N: Size>(
     #[comptime] lanes: Lanes,
 ) -> Partial<T, N> {
     // From the statistics: this launch waits for no table.
-    let affine = unit_norm::<T, P, N>(mean, variance, gamma, beta, norm, unit, lanes);
+    let affine = unit_norm::<T, P, N, V>(mean, variance, gamma, beta, norm, unit, lanes);
     let mut sums = Partial::<T, N>::empty();
-    for position in range_stepped(unit.start, unit.end, lanes.positions) {
-        let at = coordinates(grid, position);
-        let value = grad_at(
-            output_grad,
-            argmax,
-            norm_input,
-            residual,
-            output,
-            steps,
-            &affine,
-            &at,
-            unit,
-            activation,
-            window,
-        );
-        sums.first += value.grad;
-        sums.second += value.grad * value.deviation;
+    for first in range_stepped(unit.start, unit.end, comptime!(lanes.stride())) {
+        let positions = positions_at_once(grid, unit, first, lanes);
+        let mut grads = Sequence::<Grad<T, N>>::new();
+        #[unroll]
+        for i in 0..lanes.at_once {
+            grads.push(grad_at(
+                output_grad,
+                argmax,
+                norm_input,
+                residual,
+                output,
+                steps,
+                &affine,
+                &positions.index(i).at,
+                unit,
+                activation,
+                window,
+            ));
+        }
+        #[unroll]
+        for i in 0..lanes.at_once {
+            if positions.index(i).is_there {
+                let value = grads.index(i);
+                sums.first += value.grad;
+                sums.second += value.grad * value.deviation;
+            }
+        }
     }
     fold_lanes(&mut sums, unit, lanes, Fold::Sums);
     sums
@@ -111,21 +121,21 @@ fn unit_sums<E: Float, T: Float, P: Float, N: Size>(
 
 /// As [`partial_sums_kernel`], and what `grads_kernel` makes of the sums, by the last cube.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn sums_kernel<E: Float, T: Float, P: Float, N: Size>(
+fn sums_kernel<E: Float, T: Float, P: Float, N: Size, V: Size>(
     output_grad: &Tensor<Vector<E, N>>,
     argmax: ComptimeOption<&Tensor<u32>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
-    mean: &Tensor<T>,
-    variance: &Tensor<T>,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
-    partials: &mut Tensor<T>,
+    mean: &Tensor<Vector<T, V>>,
+    variance: &Tensor<Vector<T, V>>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
+    partials: &mut Tensor<Vector<T, V>>,
     arrivals: &mut [Atomic<u32>],
-    table: &mut Tensor<T>,
-    gamma_grad: &mut Tensor<P>,
-    beta_grad: &mut Tensor<P>,
+    table: &mut Tensor<Vector<T, V>>,
+    gamma_grad: &mut Tensor<Vector<P, V>>,
+    beta_grad: &mut Tensor<Vector<P, V>>,
     norm: &NormArgs,
     steps: &PreActivationSteps,
     grid: &Grid,
@@ -139,7 +149,7 @@ fn sums_kernel<E: Float, T: Float, P: Float, N: Size>(
         terminate!();
     }
     let unit = unit::<N>(grid, lanes);
-    let sums = unit_sums::<E, T, P, N>(
+    let sums = unit_sums::<E, T, P, N, V>(
         output_grad,
         argmax,
         norm_input,
@@ -157,29 +167,28 @@ fn sums_kernel<E: Float, T: Float, P: Float, N: Size>(
         window,
         lanes,
     );
-    write_partial(partials, &sums, &unit, grid.channels, lanes, Fold::Sums);
-    let whole = fold_of_all::<T, N>(&*partials, arrivals, &unit, lanes, Fold::Sums);
+    write_partial::<T, N, V>(partials, &sums, &unit, lanes, Fold::Sums);
+    let whole = fold_of_all::<T, V>(&*partials, arrivals, &unit, lanes, Fold::Sums);
     if whole.is_here {
-        #[unroll]
-        for component in 0..unit.width {
-            finish_channel_sums::<T, P>(
-                whole.partial.first.extract(component),
-                whole.partial.second.extract(component),
-                mean,
-                variance,
-                gamma,
-                beta,
-                table,
-                gamma_grad,
-                beta_grad,
-                norm,
-                unit.channel + component,
-                grid.channels,
-                is_of_batch,
-            );
-        }
+        write_grads::<T, P, V>(
+            &whole.partial,
+            mean,
+            variance,
+            gamma,
+            beta,
+            table,
+            gamma_grad,
+            beta_grad,
+            norm,
+            grid,
+            &unit,
+            is_of_batch,
+        );
     }
 }
+
+/// Tensors of `sums_kernel`: a residual and an output exclude each other.
+const TENSORS: u32 = 13;
 
 /// Partial results of `sum(g)` and `sum(g * (value - mean))` for each channel.
 ///
@@ -209,15 +218,16 @@ impl GradSums {
     ///
     /// # Panics
     ///
-    /// Panics if the tensors do not fit each other, or `table` has another number of channels.
+    /// Panics if the tensors do not fit each other in shape or dtype, or `table` has another number of channels.
     pub fn new(pre_activation: &PreActivation, table: Option<&ChannelTable>) -> Self {
         pre_activation.assert_fits(table);
         let walk = pre_activation.walk(&[], REDUCTION_CUBES);
         let output_grad = &pre_activation.output_grad;
         let partials = partial_table(output_grad, walk.chunks, walk.channels);
-        let normed = table.filter(|_| pre_activation.norm_input.is_some());
-        let finished = match normed {
-            Some(table) if last_cube::finishes(&walk, output_grad) => {
+        let whole = table.zip(pre_activation.norm_input.as_ref());
+        let whole = whole.filter(|(table, norm_input)| table.is_over(norm_input));
+        let finished = match whole {
+            Some((table, _)) if last_cube::finishes(&walk, output_grad, TENSORS) => {
                 Some(launch_sums(pre_activation, table, &walk, &partials))
             }
             _ => {
@@ -234,6 +244,10 @@ impl GradSums {
     /// The sums over two chunks.
     #[must_use]
     pub fn merge(mut self, other: Self) -> Self {
+        debug_assert!(
+            self.finished.is_none() && other.finished.is_none(),
+            "sums over a chunk: expected partial results, got finished ones"
+        );
         self.partials.extend(other.partials);
         self.finished = None;
         self
@@ -247,7 +261,8 @@ impl GradSums {
     /// Panics if `table` has another number of channels than the sums.
     pub fn finish(mut self, table: &ChannelTable) -> AffineGrads {
         // Partial results are `[planes, rows, channels]`.
-        table.assert_channels(self.partials[0].meta.shape()[2]);
+        let partials = &self.partials[0];
+        table.assert_channels(partials.meta.shape()[2], partials.dtype);
         match self.finished.take() {
             Some(results) => results.complete(table),
             None => table::finish_sums(self.join(), table),
@@ -288,6 +303,7 @@ fn launch_partial_sums(
             walk.lanes.cube_dim(),
             walk.address_type(),
             walk.vector_size,
+            walk.table_vector_size(),
             output_grad.clone().into_tensor_arg(),
             tensor_arg(pre_activation.argmax()).into(),
             tensor_arg(pre_activation.norm_input.as_ref()).into(),
@@ -328,6 +344,7 @@ fn launch_sums(
             walk.lanes.cube_dim(),
             walk.address_type(),
             walk.vector_size,
+            walk.table_vector_size(),
             output_grad.clone().into_tensor_arg(),
             tensor_arg(pre_activation.argmax()).into(),
             tensor_arg(pre_activation.norm_input.as_ref()).into(),
@@ -338,7 +355,7 @@ fn launch_sums(
             tensor_arg(table.gamma.as_ref()).into(),
             tensor_arg(table.beta.as_ref()).into(),
             partials.clone().into_tensor_arg(),
-            last_cube::arrivals(output_grad).into_buffer_arg(),
+            last_cube::arrivals(output_grad),
             results.rows.clone().into_tensor_arg(),
             results.grads.gamma.clone().into_tensor_arg(),
             results.grads.beta.clone().into_tensor_arg(),
@@ -389,35 +406,47 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size, V: Size>(
             offset = row::<T, N, V>(table, grid, &unit, rows::OFFSET, lanes);
         }
     }
-    for position in range_stepped(unit.start, unit.end, lanes.positions) {
-        let at = coordinates(grid, position);
-        let value = grad_at(
-            output_grad,
-            argmax,
-            norm_input,
-            residual,
-            output,
-            steps,
-            &affine,
-            &at,
-            &unit,
-            activation,
-            window,
-        );
-        #[comptime]
-        if let ComptimeOption::Some(residual_grad) = &mut residual_grad {
-            let index = index(residual_grad_steps, &at, &unit);
-            residual_grad[index] = Vector::cast_from(value.grad);
+    for first in range_stepped(unit.start, unit.end, comptime!(lanes.stride())) {
+        let positions = positions_at_once(grid, &unit, first, lanes);
+        let mut grads = Sequence::<Grad<T, N>>::new();
+        #[unroll]
+        for i in 0..lanes.at_once {
+            grads.push(grad_at(
+                output_grad,
+                argmax,
+                norm_input,
+                residual,
+                output,
+                steps,
+                &affine,
+                &positions.index(i).at,
+                &unit,
+                activation,
+                window,
+            ));
         }
-        let mut grad = value.grad;
-        if table.is_some() {
-            grad = affine.scale * value.grad;
-            if comptime!(is_of_batch) {
-                grad = grad + slope * value.deviation + offset;
+        // No write before the last read: the two may share memory.
+        #[unroll]
+        for i in 0..lanes.at_once {
+            let position = positions.index(i);
+            if position.is_there {
+                let value = grads.index(i);
+                #[comptime]
+                if let ComptimeOption::Some(residual_grad) = &mut residual_grad {
+                    let index = index(residual_grad_steps, &position.at, &unit);
+                    residual_grad[index] = Vector::cast_from(value.grad);
+                }
+                let mut grad = value.grad;
+                if table.is_some() {
+                    grad = affine.scale * value.grad;
+                    if comptime!(is_of_batch) {
+                        grad = grad + slope * value.deviation + offset;
+                    }
+                }
+                let index = index(target_steps, &position.at, &unit);
+                target[index] = Vector::cast_from(grad);
             }
         }
-        let index = index(target_steps, &at, &unit);
-        target[index] = Vector::cast_from(grad);
     }
 }
 

@@ -18,9 +18,6 @@ pub(crate) enum Fold {
     Moments,
 }
 
-/// A vector of one component.
-pub(crate) type One = Const<1>;
-
 /// Planes of a table of partial results: the count, and two results.
 const PLANES: usize = 3;
 
@@ -109,64 +106,61 @@ pub(crate) fn fold_lanes<T: Float, N: Size>(
     }
 }
 
-/// Writes the result of the unit of lane 0 into row `unit.chunk` of the table.
+/// Writes the result of the unit of lane 0 into row `unit.chunk` of the contiguous table.
 #[cube]
-pub(crate) fn write_partial<T: Float, N: Size>(
-    table: &mut Tensor<T>,
+pub(crate) fn write_partial<T: Float, N: Size, V: Size>(
+    table: &mut Tensor<Vector<T, V>>,
     partial: &Partial<T, N>,
     unit: &Unit,
-    channels: usize,
     #[comptime] lanes: Lanes,
     #[comptime] fold: Fold,
 ) {
     if unit.lane == 0 && unit.has_channel {
-        let plane = table.len() / PLANES;
-        let start = unit.chunk * channels + unit.channel;
-        match comptime!(lanes.axis) {
-            Axis::Channels =>
-            {
-                #[unroll]
-                for component in 0..N::value() {
-                    table[start + component] = partial.count.extract(component);
-                    table[plane + start + component] = partial.first.extract(component);
-                    table[2 * plane + start + component] = partial.second.extract(component);
-                }
-            }
-            Axis::Positions => {
-                let mut result = component(partial, 0usize);
-                #[unroll]
-                for index in 1..N::value() {
-                    absorb(&mut result, &component(partial, index), fold);
-                }
-                table[start] = result.count.extract(0usize);
-                table[plane + start] = result.first.extract(0usize);
-                table[2 * plane + start] = result.second.extract(0usize);
+        let mut result = component::<T, N, V>(partial, 0usize, lanes);
+        if comptime!(lanes.axis == Axis::Positions) {
+            #[unroll]
+            for index in 1..N::value() {
+                absorb(&mut result, &component(partial, index, lanes), fold);
             }
         }
+        let plane = table.stride(0) / unit.width;
+        let start = unit.chunk * (table.stride(1) / unit.width) + unit.vector;
+        table[start] = result.count;
+        table[plane + start] = result.first;
+        table[2 * plane + start] = result.second;
     }
 }
 
+/// One position's result of a vector along positions; all of a vector along channels.
 #[cube]
-fn component<T: Float, N: Size>(
+fn component<T: Float, N: Size, V: Size>(
     partial: &Partial<T, N>,
     #[comptime] index: usize,
-) -> Partial<T, One> {
-    Partial::<T, One> {
-        count: Vector::new(partial.count.extract(index)),
-        first: Vector::new(partial.first.extract(index)),
-        second: Vector::new(partial.second.extract(index)),
+    #[comptime] lanes: Lanes,
+) -> Partial<T, V> {
+    match comptime!(lanes.axis) {
+        Axis::Positions => Partial::<T, V> {
+            count: Vector::new(partial.count.extract(index)),
+            first: Vector::new(partial.first.extract(index)),
+            second: Vector::new(partial.second.extract(index)),
+        },
+        Axis::Channels => Partial::<T, V> {
+            count: Vector::cast_from(partial.count),
+            first: Vector::cast_from(partial.first),
+            second: Vector::cast_from(partial.second),
+        },
     }
 }
 
-/// Folds the rows of a table of partial results for one channel per unit, into the unit of lane 0.
+/// Folds the rows of a table of partial results for a unit's channels, into the unit of lane 0.
 #[cube]
-pub(crate) fn fold_rows<T: Float>(
-    table: &Tensor<T>,
+pub(crate) fn fold_rows<T: Float, V: Size>(
+    table: &Tensor<Vector<T, V>>,
     unit: &Unit,
     #[comptime] lanes: Lanes,
     #[comptime] fold: Fold,
-) -> Partial<T, One> {
-    let mut result = unit_rows::<T, One>(table, unit, unit.end, lanes, fold);
+) -> Partial<T, V> {
+    let mut result = unit_rows::<T, V>(table, unit, unit.end, lanes, fold);
     fold_lanes(&mut result, unit, lanes, fold);
     result
 }
@@ -174,22 +168,22 @@ pub(crate) fn fold_rows<T: Float>(
 /// Folds the rows of a unit's lane below `end` for its channels. The table need not be contiguous: a concatenated one
 /// has the device's pitch.
 #[cube]
-fn unit_rows<T: Float, N: Size>(
-    table: &Tensor<T>,
+fn unit_rows<T: Float, V: Size>(
+    table: &Tensor<Vector<T, V>>,
     unit: &Unit,
     end: usize,
     #[comptime] lanes: Lanes,
     #[comptime] fold: Fold,
-) -> Partial<T, N> {
-    let mut result = Partial::<T, N>::empty();
+) -> Partial<T, V> {
+    let mut result = Partial::<T, V>::empty();
     let stride = comptime!(lanes.positions * ROWS_AT_ONCE);
     for first in range_stepped(unit.lane, end, stride) {
         // One wait for several reads.
-        let mut others = Sequence::<Partial<T, N>>::new();
+        let mut others = Sequence::<Partial<T, V>>::new();
         #[unroll]
         for i in 0..ROWS_AT_ONCE {
             let row = first + comptime!(i * lanes.positions);
-            others.push(read_row::<T, N>(table, row, end, unit));
+            others.push(read_row::<T, V>(table, row, end, unit));
         }
         #[unroll]
         for i in 0..ROWS_AT_ONCE {
@@ -201,36 +195,27 @@ fn unit_rows<T: Float, N: Size>(
 
 /// One row for a unit's channels; at `end` and behind, the result over no values.
 #[cube]
-fn read_row<T: Float, N: Size>(
-    table: &Tensor<T>,
+fn read_row<T: Float, V: Size>(
+    table: &Tensor<Vector<T, V>>,
     row: usize,
     end: usize,
     unit: &Unit,
-) -> Partial<T, N> {
-    let plane = table.stride(0);
-    let start = min(row, end - 1) * table.stride(1) + unit.channel * table.stride(2);
+) -> Partial<T, V> {
+    let plane = table.stride(0) / unit.width;
+    let start = min(row, end - 1) * (table.stride(1) / unit.width) + unit.vector;
     let is_there = row < end;
-    let zero = T::from_int(0);
-    let mut first = Vector::<T, N>::zero();
-    let mut second = Vector::<T, N>::zero();
-    #[unroll]
-    for component in 0..unit.width {
-        let index = start + component * table.stride(2);
-        first.insert(component, select(is_there, table[plane + index], zero));
-        second.insert(component, select(is_there, table[2 * plane + index], zero));
-    }
-    Partial::<T, N> {
-        // All channels of a row have the same count.
-        count: Vector::new(select(is_there, table[start], zero)),
-        first,
-        second,
+    let zero = Vector::<T, V>::zero();
+    Partial::<T, V> {
+        count: select(is_there, table[start], zero),
+        first: select(is_there, table[plane + start], zero),
+        second: select(is_there, table[2 * plane + start], zero),
     }
 }
 
 /// The result over all cubes, where it is.
 #[derive(CubeType)]
-pub(crate) struct Whole<T: Float, N: Size> {
-    pub(crate) partial: Partial<T, N>,
+pub(crate) struct Whole<T: Float, V: Size> {
+    pub(crate) partial: Partial<T, V>,
     /// Whether this unit has it: that of lane 0 in the last cube.
     pub(crate) is_here: bool,
 }
@@ -238,13 +223,13 @@ pub(crate) struct Whole<T: Float, N: Size> {
 /// Folds the rows that all cubes with the same channels wrote by [`write_partial`], in the last of them. Each counts
 /// its arrival in `arrivals[unit.block]`, which is 0 before and after the launch.
 #[cube]
-pub(crate) fn fold_of_all<T: Float, N: Size>(
-    table: &Tensor<T>,
+pub(crate) fn fold_of_all<T: Float, V: Size>(
+    table: &Tensor<Vector<T, V>>,
     arrivals: &mut [Atomic<u32>],
     unit: &Unit,
     #[comptime] lanes: Lanes,
     #[comptime] fold: Fold,
-) -> Whole<T, N> {
+) -> Whole<T, V> {
     let mut arrived = Shared::<u32>::new();
     // The row is written before the arrival is counted, and the last cube's reads come after.
     sync_storage();
@@ -258,9 +243,9 @@ pub(crate) fn fold_of_all<T: Float, N: Size>(
     }
     // All cubes meet at the fold's barriers, most of them with nothing.
     let rows = select(is_last && unit.has_channel, unit.chunks, 0usize);
-    let mut partial = unit_rows::<T, N>(table, unit, rows, lanes, fold);
+    let mut partial = unit_rows::<T, V>(table, unit, rows, lanes, fold);
     fold_lanes(&mut partial, unit, lanes, fold);
-    Whole::<T, N> {
+    Whole::<T, V> {
         partial,
         is_here: is_last && unit.has_channel && unit.lane == 0,
     }

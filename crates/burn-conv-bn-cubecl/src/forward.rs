@@ -9,23 +9,20 @@ use crate::activation::{self, Activation};
 use crate::element::{accumulator_dtype, accumulator_type, element_type};
 use crate::fold::{Fold, Partial, fold_lanes, fold_of_all, partial_table, write_partial};
 use crate::last_cube;
-use crate::moments::{MomentsResults, Statistics, finish_channel_moments, finish_moments};
+use crate::moments::{MomentsResults, Statistics, finish_moments, write_moments};
 use crate::norm::{Norm, NormArgs, unit_affine};
 use crate::running::{Running, RunningArgs, running_moments};
 use crate::table::{Affine, ChannelTable, Moments};
 use crate::walk::{
-    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, coordinates, index, is_idle,
-    is_sparse, is_writable, tensor_arg, unit, written_arg, written_over,
+    Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, index, is_idle, is_sparse,
+    is_writable, positions_at_once, tensor_arg, unit, written_arg, written_over,
 };
-use crate::{assert_shape, values_per_channel};
-
-/// Positions that a unit reads before it takes them into its moments.
-const POSITIONS_AT_ONCE: usize = 4;
+use crate::{assert_dtype, assert_shape, values_per_channel};
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn partial_moments_kernel<E: Float, T: Float, N: Size>(
+fn partial_moments_kernel<E: Float, T: Float, N: Size, V: Size>(
     input: &Tensor<Vector<E, N>>,
-    partials: &mut Tensor<T>,
+    partials: &mut Tensor<Vector<T, V>>,
     input_steps: &Steps,
     grid: &Grid,
     #[comptime] lanes: Lanes,
@@ -36,14 +33,7 @@ fn partial_moments_kernel<E: Float, T: Float, N: Size>(
     }
     let unit = unit::<N>(grid, lanes);
     let moments = unit_moments::<E, T, N>(input, input_steps, grid, &unit, lanes);
-    write_partial(
-        partials,
-        &moments,
-        &unit,
-        grid.channels,
-        lanes,
-        Fold::Moments,
-    );
+    write_partial::<T, N, V>(partials, &moments, &unit, lanes, Fold::Moments);
 }
 
 /// Mean and squared deviations over a cube's positions, in the unit of lane 0.
@@ -57,21 +47,19 @@ fn unit_moments<E: Float, T: Float, N: Size>(
 ) -> Partial<T, N> {
     let mut moments = Partial::<T, N>::empty();
     let mut count = T::from_int(0);
-    let stride = comptime!(lanes.positions * POSITIONS_AT_ONCE);
-    for first in range_stepped(unit.start, unit.end, stride) {
-        // One wait for several reads.
+    for first in range_stepped(unit.start, unit.end, comptime!(lanes.stride())) {
+        let positions = positions_at_once(grid, unit, first, lanes);
         let mut values = Sequence::<Vector<T, N>>::new();
         #[unroll]
-        for i in 0..POSITIONS_AT_ONCE {
-            let position = first + comptime!(i * lanes.positions);
-            let at = coordinates(grid, min(position, unit.end - 1));
-            values.push(Vector::cast_from(input[index(input_steps, &at, unit)]));
+        for i in 0..lanes.at_once {
+            let at = &positions.index(i).at;
+            values.push(Vector::cast_from(input[index(input_steps, at, unit)]));
         }
         // Welford's update keeps its digits however far the mean is from zero. All components have the same count:
         // one division serves them.
         #[unroll]
-        for i in 0..POSITIONS_AT_ONCE {
-            if first + comptime!(i * lanes.positions) < unit.end {
+        for i in 0..lanes.at_once {
+            if positions.index(i).is_there {
                 count += T::from_int(1);
                 let value = *values.index(i);
                 let delta = value - moments.first;
@@ -87,16 +75,16 @@ fn unit_moments<E: Float, T: Float, N: Size>(
 
 /// As [`partial_moments_kernel`], and what `moments_kernel` makes of the partial results, by the last cube.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn moments_of_all_kernel<E: Float, T: Float, P: Float, R: Float, N: Size>(
+fn moments_of_all_kernel<E: Float, T: Float, P: Float, R: Float, N: Size, V: Size>(
     input: &Tensor<Vector<E, N>>,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
-    partials: &mut Tensor<T>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
+    partials: &mut Tensor<Vector<T, V>>,
     arrivals: &mut [Atomic<u32>],
-    mean: &mut Tensor<T>,
-    variance: &mut Tensor<T>,
-    table: &mut Tensor<T>,
-    running: &mut ComptimeOption<RunningArgs<R>>,
+    mean: &mut Tensor<Vector<T, V>>,
+    variance: &mut Tensor<Vector<T, V>>,
+    table: &mut Tensor<Vector<T, V>>,
+    running: &mut ComptimeOption<RunningArgs<R, V>>,
     input_steps: &Steps,
     norm: &NormArgs,
     grid: &Grid,
@@ -108,37 +96,26 @@ fn moments_of_all_kernel<E: Float, T: Float, P: Float, R: Float, N: Size>(
     }
     let unit = unit::<N>(grid, lanes);
     let moments = unit_moments::<E, T, N>(input, input_steps, grid, &unit, lanes);
-    write_partial(
-        partials,
-        &moments,
-        &unit,
-        grid.channels,
-        lanes,
-        Fold::Moments,
-    );
-    let whole = fold_of_all::<T, N>(&*partials, arrivals, &unit, lanes, Fold::Moments);
+    write_partial::<T, N, V>(partials, &moments, &unit, lanes, Fold::Moments);
+    let whole = fold_of_all::<T, V>(&*partials, arrivals, &unit, lanes, Fold::Moments);
     if whole.is_here {
-        #[unroll]
-        for component in 0..unit.width {
-            finish_channel_moments::<T, P, R>(
-                whole.partial.first.extract(component),
-                whole.partial.second.extract(component),
-                gamma,
-                beta,
-                mean,
-                variance,
-                table,
-                running,
-                norm,
-                unit.channel + component,
-                grid.channels,
-            );
-        }
+        write_moments::<T, P, R, V>(
+            &whole.partial,
+            gamma,
+            beta,
+            mean,
+            variance,
+            table,
+            running,
+            norm,
+            grid,
+            &unit,
+        );
     }
 }
 
-/// Tensors of `moments_of_all_kernel`, which has most.
-const BINDINGS: u32 = 12;
+/// Tensors of `moments_of_all_kernel`.
+const TENSORS: u32 = 12;
 
 /// Mean and biased variance of each channel of `[batch, channels, spatial..]`, and the table that
 /// [`normalize`] takes.
@@ -168,8 +145,11 @@ pub fn moments_and_running(
     running: Option<&Running>,
 ) -> Statistics {
     affine.assert_channels(input.meta.shape()[1]);
+    let [gamma, beta] = &affine.contiguous();
+    let (gamma, beta) = (gamma.as_ref(), beta.as_ref());
+    let affine = Affine { gamma, beta };
     let client = &input.client;
-    let is_short = client.properties().hardware.max_bindings < BINDINGS;
+    let is_short = client.properties().hardware.max_bindings < TENSORS;
     if let Some(running) = running.filter(|_| is_short) {
         let statistics = moments_and_running(input, affine, norm, None);
         let running = running_moments(running, &statistics.moments);
@@ -182,7 +162,7 @@ pub fn moments_and_running(
     let walk = Walk::new(&[input], accumulator.size(), REDUCTION_CUBES);
     let partials = partial_table(input, walk.chunks, walk.channels);
     let values = values_per_channel(input);
-    if last_cube::finishes(&walk, input) {
+    if last_cube::finishes(&walk, input, TENSORS) {
         let results = MomentsResults::new(&partials, walk.channels, running);
         // SAFETY: `unit` keeps positions and channels below the input's, and those of the results.
         unsafe {
@@ -192,11 +172,12 @@ pub fn moments_and_running(
                 walk.lanes.cube_dim(),
                 walk.address_type(),
                 walk.vector_size,
+                walk.table_vector_size(),
                 input.clone().into_tensor_arg(),
                 tensor_arg(affine.gamma).into(),
                 tensor_arg(affine.beta).into(),
                 partials.into_tensor_arg(),
-                last_cube::arrivals(input).into_buffer_arg(),
+                last_cube::arrivals(input),
                 results.mean.clone().into_tensor_arg(),
                 results.variance.clone().into_tensor_arg(),
                 results.rows.clone().into_tensor_arg(),
@@ -224,6 +205,7 @@ pub fn moments_and_running(
                 walk.lanes.cube_dim(),
                 walk.address_type(),
                 walk.vector_size,
+                walk.table_vector_size(),
                 input.clone().into_tensor_arg(),
                 partials.clone().into_tensor_arg(),
                 walk.steps(Some(input)),
@@ -255,19 +237,31 @@ fn normalize_kernel<E: Float, T: Float, N: Size, V: Size>(
     }
     let unit = unit::<N>(grid, lanes);
     let affine = unit_affine::<T, N, V>(table, grid, &unit, lanes);
-    for position in range_stepped(unit.start, unit.end, lanes.positions) {
-        let at = coordinates(grid, position);
-        let mut value = Vector::<T, N>::cast_from(input[index(input_steps, &at, &unit)]);
-        if table.is_some() {
-            value = affine.scale * (value - affine.mean) + affine.shift;
+    for first in range_stepped(unit.start, unit.end, comptime!(lanes.stride())) {
+        let positions = positions_at_once(grid, &unit, first, lanes);
+        let mut values = Sequence::<Vector<T, N>>::new();
+        #[unroll]
+        for i in 0..lanes.at_once {
+            let at = &positions.index(i).at;
+            let mut value = Vector::<T, N>::cast_from(input[index(input_steps, at, &unit)]);
+            if table.is_some() {
+                value = affine.scale * (value - affine.mean) + affine.shift;
+            }
+            #[comptime]
+            if let ComptimeOption::Some(residual) = residual {
+                value += Vector::cast_from(residual[index(residual_steps, at, &unit)]);
+            }
+            values.push(activation::forward(value, activation));
         }
-        #[comptime]
-        if let ComptimeOption::Some(residual) = residual {
-            value += Vector::cast_from(residual[index(residual_steps, &at, &unit)]);
+        // No write before the last read: the two may share memory.
+        #[unroll]
+        for i in 0..lanes.at_once {
+            let position = positions.index(i);
+            if position.is_there {
+                let target = index(output_steps, &position.at, &unit);
+                output[target] = Vector::cast_from(*values.index(i));
+            }
         }
-        let value = activation::forward(value, activation);
-        let target = index(output_steps, &at, &unit);
-        output[target] = Vector::cast_from(value);
     }
 }
 
@@ -279,7 +273,7 @@ fn normalize_kernel<E: Float, T: Float, N: Size, V: Size>(
 ///
 /// # Panics
 ///
-/// Panics if `table` has another number of channels than the input, or `residual` another shape.
+/// Panics if `table` has another number of channels than the input, or `residual` another shape or dtype.
 pub fn normalize(
     input: CubeTensor,
     table: Option<&ChannelTable>,
@@ -287,10 +281,11 @@ pub fn normalize(
     activation: Activation,
 ) -> CubeTensor {
     if let Some(table) = table {
-        table.assert_channels(input.meta.shape()[1]);
+        table.assert_channels(input.meta.shape()[1], accumulator_dtype(input.dtype));
     }
     if let Some(residual) = residual {
         assert_shape("residual", residual, input.meta.shape());
+        assert_dtype("residual", residual, input.dtype);
     }
     let accumulator = accumulator_type(input.dtype);
     let in_place = is_writable(&input) && !is_sparse(&input);

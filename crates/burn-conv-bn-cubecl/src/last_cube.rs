@@ -2,18 +2,24 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use burn_backend::{DType, StreamId};
+use burn_backend::StreamId;
 use burn_cubecl::CubeDevice;
-use burn_cubecl::ops::numeric::zeros;
+use burn_cubecl::cubecl;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::features::AtomicUsage;
 use cubecl::ir::{ElemType, Type, UIntKind};
-use cubecl::zspace::Shape;
+use cubecl::prelude::BufferArg;
+use cubecl::server::Handle;
 
-use crate::walk::{REDUCTION_CUBES, Walk};
+use crate::walk::Walk;
 
-/// Streams whose counters are kept, at most: 2 KiB each.
+/// Streams whose counters are kept, at most.
 const STREAMS: usize = 64;
+/// Launches that share a buffer of counters.
+const LAUNCHES: usize = 64;
+/// Counters of a launch, one for each block of channels. No device aligns buffers to more bytes.
+const COUNTERS: usize = 128;
+const COUNTER_BYTES: usize = COUNTERS * size_of::<u32>();
 
 /// Of all threads: Burn's fusion launches on one of its own.
 static CHOICE: Mutex<Option<bool>> = Mutex::new(None);
@@ -42,8 +48,9 @@ impl Drop for Reset {
     }
 }
 
-/// Whether the last cube of a reduction finishes it: if the device promises that it sees what the other cubes wrote.
-pub(crate) fn finishes(walk: &Walk, like: &CubeTensor) -> bool {
+/// Whether the last cube of a reduction finishes it: if the device promises that it sees what the other cubes wrote, and
+/// binds that many tensors to a kernel.
+pub(crate) fn finishes(walk: &Walk, like: &CubeTensor, tensors: u32) -> bool {
     let properties = like.client.properties();
     let counts = || {
         let counter = Type::atomic(ElemType::UInt(UIntKind::U32));
@@ -52,30 +59,54 @@ pub(crate) fn finishes(walk: &Walk, like: &CubeTensor) -> bool {
     };
     // Twice the units' partial results: of their own positions, and of all cubes'.
     let fits = 2 * walk.shared_bytes <= properties.hardware.max_shared_memory_size;
-    let is_counted = walk.channels > 0 && walk.channel_blocks <= REDUCTION_CUBES;
-    is_counted && fits && choice().unwrap_or_else(counts)
+    let is_counted = walk.channels > 0 && walk.channel_blocks <= COUNTERS;
+    let is_bound = tensors <= properties.hardware.max_bindings;
+    // A graph carries no copy from the host, as zeros are.
+    let is_recorded = like.client.is_capturing();
+    is_counted && fits && is_bound && !is_recorded && choice().unwrap_or_else(counts)
 }
 
-/// Zeros of type u32 for [`fold_of_all`](crate::fold::fold_of_all), which leaves zeros. Launches on one stream of a
-/// device run one after the other and share them.
-pub(crate) fn arrivals(like: &CubeTensor) -> CubeTensor {
-    static COUNTERS: Mutex<Vec<(CubeDevice, StreamId, CubeTensor)>> = Mutex::new(Vec::new());
+/// Zeros for the launches of a stream, and how many of these are left. CubeCL skips a launch that reads what a failed one
+/// should have written: with counters of its own, no launch fails for another.
+struct Zeros {
+    device: CubeDevice,
+    stream: StreamId,
+    buffer: Handle,
+    left: usize,
+}
+
+impl Zeros {
+    fn new(like: &CubeTensor, stream: StreamId) -> Self {
+        let bytes = [0; LAUNCHES * COUNTER_BYTES];
+        Self {
+            device: like.device.clone(),
+            stream,
+            buffer: like.client.create_from_slice(&bytes),
+            left: LAUNCHES,
+        }
+    }
+}
+
+/// Zeros of type u32 for a launch with [`fold_of_all`](crate::fold::fold_of_all), which leaves zeros.
+pub(crate) fn arrivals(like: &CubeTensor) -> BufferArg {
+    // The least recently used first.
+    static KEPT: Mutex<Vec<Zeros>> = Mutex::new(Vec::new());
     let stream = StreamId::current();
-    let mut counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
-    let known = counters
-        .iter()
-        .find(|(device, of, _)| *device == like.device && *of == stream);
-    if let Some((.., counter)) = known {
-        return counter.clone();
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_own = |zeros: &Zeros| zeros.device == like.device && zeros.stream == stream;
+    let own = kept.iter().position(is_own).map(|place| kept.remove(place));
+    let mut zeros = match own {
+        Some(zeros) if zeros.left > 0 => zeros,
+        _ => Zeros::new(like, stream),
+    };
+    zeros.left -= 1;
+    let start = (zeros.left * COUNTER_BYTES) as u64;
+    let end = ((LAUNCHES - zeros.left - 1) * COUNTER_BYTES) as u64;
+    let counters = zeros.buffer.clone().offset_start(start).offset_end(end);
+    if kept.len() == STREAMS {
+        kept.remove(0);
     }
-    if counters.len() == STREAMS {
-        counters.remove(0);
-    }
-    let counter = zeros(
-        like.device.clone(),
-        Shape::from(vec![REDUCTION_CUBES]),
-        DType::U32,
-    );
-    counters.push((like.device.clone(), stream, counter.clone()));
-    counter
+    kept.push(zeros);
+    // SAFETY: between the offsets there are that many counters.
+    unsafe { BufferArg::from_raw_parts(counters, COUNTERS) }
 }

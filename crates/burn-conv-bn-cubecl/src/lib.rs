@@ -110,6 +110,7 @@ mod last_cube;
 mod moments;
 mod norm;
 mod pool;
+mod pool_grad;
 mod pre_activation;
 mod running;
 mod table;
@@ -123,7 +124,8 @@ pub use forward::{moments, moments_and_running, normalize};
 pub use last_cube::with_last_cube;
 pub use moments::Statistics;
 pub use norm::Norm;
-pub use pool::{MaxPooled, PoolArgmax, PoolWindow, max_pool, max_pool_backward};
+pub use pool::{MaxPooled, PoolWindow, max_pool};
+pub use pool_grad::{PoolArgmax, max_pool_backward};
 pub use pre_activation::PreActivation;
 pub use running::{Running, running_moments};
 pub use table::{Affine, AffineGrads, ChannelTable, Moments, channel_table};
@@ -135,12 +137,20 @@ mod readme {}
 
 use core::fmt::Display;
 
+use burn_backend::DType;
 use burn_cubecl::tensor::CubeTensor;
 
-/// Panics unless the tensor has that many values, as kernels rely on.
-pub(crate) fn assert_values(what: impl Display, tensor: &CubeTensor, wanted: usize) {
+/// Panics unless the tensor has that many values of that dtype, as kernels rely on.
+pub(crate) fn assert_values(what: impl Display, tensor: &CubeTensor, wanted: usize, dtype: DType) {
     let got = tensor.meta.num_elements();
     assert_eq!(got, wanted, "{what}: expected {wanted} values, got {got}");
+    assert_dtype(what, tensor, dtype);
+}
+
+/// Panics unless the tensor has that dtype, as kernels rely on.
+pub(crate) fn assert_dtype(what: impl Display, tensor: &CubeTensor, wanted: DType) {
+    let got = tensor.dtype;
+    assert_eq!(got, wanted, "{what}: expected {wanted:?}, got {got:?}");
 }
 
 /// Panics unless the tensor has that shape, as kernels rely on.

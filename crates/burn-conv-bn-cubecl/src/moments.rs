@@ -6,21 +6,21 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use crate::element::element_type;
-use crate::fold::{Fold, One, fold_rows};
+use crate::fold::{Fold, Partial, fold_rows};
 use crate::norm::{Norm, NormArgs, channel_affine, rows, write_affine};
-use crate::running::{Running, RunningArgs, RunningArgsLaunch, update_channel};
+use crate::running::{Running, RunningArgs, RunningArgsLaunch, update_channels};
 use crate::table::{Affine, ChannelTable, Moments, channel_table, channel_values};
-use crate::walk::{Grid, Lanes, Walk, is_idle, tensor_arg, unit};
+use crate::walk::{Grid, Lanes, Unit, Walk, is_idle, tensor_arg, unit};
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn moments_kernel<T: Float, P: Float, R: Float>(
-    partials: &Tensor<T>,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
-    mean: &mut Tensor<T>,
-    variance: &mut Tensor<T>,
-    table: &mut Tensor<T>,
-    running: &mut ComptimeOption<RunningArgs<R>>,
+fn moments_kernel<T: Float, P: Float, R: Float, V: Size>(
+    partials: &Tensor<Vector<T, V>>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
+    mean: &mut Tensor<Vector<T, V>>,
+    variance: &mut Tensor<Vector<T, V>>,
+    table: &mut Tensor<Vector<T, V>>,
+    running: &mut ComptimeOption<RunningArgs<R, V>>,
     norm: &NormArgs,
     grid: &Grid,
     #[comptime] lanes: Lanes,
@@ -29,49 +29,38 @@ fn moments_kernel<T: Float, P: Float, R: Float>(
     if is_idle(grid) {
         terminate!();
     }
-    let unit = unit::<One>(grid, lanes);
-    let moments = fold_rows(partials, &unit, lanes, Fold::Moments);
+    let unit = unit::<V>(grid, lanes);
+    let moments = fold_rows::<T, V>(partials, &unit, lanes, Fold::Moments);
     if unit.lane == 0 && unit.has_channel {
-        finish_channel_moments::<T, P, R>(
-            moments.first.extract(0usize),
-            moments.second.extract(0usize),
-            gamma,
-            beta,
-            mean,
-            variance,
-            table,
-            running,
-            norm,
-            unit.channel,
-            grid.channels,
+        write_moments::<T, P, R, V>(
+            &moments, gamma, beta, mean, variance, table, running, norm, grid, &unit,
         );
     }
 }
 
-/// Writes the moments of one channel, the rows of `scale * (value - mean) + shift`, and the running statistics, from
-/// its mean and its sum of squared deviations.
+/// Writes the moments of a unit's channels, the rows of `scale * (value - mean) + shift`, and the running statistics.
 #[cube]
-pub(crate) fn finish_channel_moments<T: Float, P: Float, R: Float>(
-    channel_mean: T,
-    squares: T,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
-    mean: &mut Tensor<T>,
-    variance: &mut Tensor<T>,
-    table: &mut Tensor<T>,
-    running: &mut ComptimeOption<RunningArgs<R>>,
+pub(crate) fn write_moments<T: Float, P: Float, R: Float, V: Size>(
+    moments: &Partial<T, V>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
+    mean: &mut Tensor<Vector<T, V>>,
+    variance: &mut Tensor<Vector<T, V>>,
+    table: &mut Tensor<Vector<T, V>>,
+    running: &mut ComptimeOption<RunningArgs<R, V>>,
     norm: &NormArgs,
-    channel: usize,
-    channels: usize,
+    grid: &Grid,
+    unit: &Unit,
 ) {
-    let channel_variance = squares / norm.values.get::<T>();
-    mean[channel] = channel_mean;
-    variance[channel] = channel_variance;
-    let affine = channel_affine::<T, P>(channel_mean, channel_variance, gamma, beta, norm, channel);
-    write_affine(table, &affine, channel, channels);
+    let vector = unit.vector;
+    let biased = moments.second / Vector::new(norm.values.get::<T>());
+    mean[vector] = moments.first;
+    variance[vector] = biased;
+    let affine = channel_affine::<T, P, V>(moments.first, biased, gamma, beta, norm, vector);
+    write_affine(table, &affine, vector, grid.channels / unit.width);
     #[comptime]
     if let ComptimeOption::Some(running) = running {
-        update_channel::<T, R>(running, channel_mean, channel_variance, channel);
+        update_channels::<T, R, V>(running, moments.first, biased, vector);
     }
 }
 
@@ -95,10 +84,10 @@ impl MomentsResults {
         }
     }
 
-    pub(crate) fn running<R: Float>(
+    pub(crate) fn running<R: Float, V: Size>(
         &self,
         running: Option<&Running>,
-    ) -> Option<RunningArgsLaunch<R>> {
+    ) -> Option<RunningArgsLaunch<R, V>> {
         let accumulator = element_type(self.mean.dtype);
         let results = running.zip(self.running.as_ref());
         results.map(|(running, results)| running.launch(results, accumulator))
@@ -148,6 +137,7 @@ pub(crate) fn finish_moments(
                 walk.cube_count(&client),
                 walk.lanes.cube_dim(),
                 walk.address_type(),
+                walk.vector_size,
                 partials.into_tensor_arg(),
                 tensor_arg(affine.gamma).into(),
                 tensor_arg(affine.beta).into(),

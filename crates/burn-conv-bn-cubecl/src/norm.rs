@@ -4,7 +4,7 @@ use burn_cubecl::cubecl;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use crate::walk::{Axis, Grid, Lanes, Unit, row};
+use crate::walk::{Grid, Lanes, Unit, resized, row};
 
 /// Formula of the inverse standard deviation,
 /// `s = 1 / (sqrt(M2 / (m - ddof) + inner_epsilon) + outer_epsilon)`.
@@ -45,95 +45,74 @@ pub(crate) mod rows {
     pub(crate) const ALL: usize = 5;
 }
 
-/// Rows of `scale * (value - mean) + shift` for a unit's channels; without a table, zeros.
+/// `scale * (value - mean) + shift` of some channels.
 #[derive(CubeType)]
-pub(crate) struct UnitAffine<T: Float, N: Size> {
+pub(crate) struct AffineRows<T: Float, N: Size> {
     pub(crate) mean: Vector<T, N>,
     pub(crate) scale: Vector<T, N>,
     pub(crate) shift: Vector<T, N>,
 }
 
 #[cube]
+impl<T: Float, N: Size> AffineRows<T, N> {
+    /// For a launch that reads no norm.
+    pub(crate) fn unread() -> Self {
+        AffineRows::<T, N> {
+            mean: Vector::zero(),
+            scale: Vector::zero(),
+            shift: Vector::zero(),
+        }
+    }
+}
+
+/// A unit's rows of a table.
+#[cube]
 pub(crate) fn unit_affine<T: Float, N: Size, V: Size>(
     table: ComptimeOption<&Tensor<Vector<T, V>>>,
     grid: &Grid,
     unit: &Unit,
     #[comptime] lanes: Lanes,
-) -> UnitAffine<T, N> {
+) -> AffineRows<T, N> {
     #[comptime]
     match table {
-        ComptimeOption::Some(table) => UnitAffine::<T, N> {
+        ComptimeOption::Some(table) => AffineRows::<T, N> {
             mean: row::<T, N, V>(table, grid, unit, rows::MEAN, lanes),
             scale: row::<T, N, V>(table, grid, unit, rows::SCALE, lanes),
             shift: row::<T, N, V>(table, grid, unit, rows::SHIFT, lanes),
         },
-        ComptimeOption::None => UnitAffine::<T, N> {
-            mean: Vector::zero(),
-            scale: Vector::zero(),
-            shift: Vector::zero(),
-        },
+        ComptimeOption::None => AffineRows::<T, N>::unread(),
     }
 }
 
-/// [`UnitAffine`] from statistics and parameters; without statistics, zeros.
+/// A unit's rows from statistics and parameters.
 #[cube]
-pub(crate) fn unit_norm<T: Float, P: Float, N: Size>(
-    mean: ComptimeOption<&Tensor<T>>,
-    variance: ComptimeOption<&Tensor<T>>,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
+pub(crate) fn unit_norm<T: Float, P: Float, N: Size, V: Size>(
+    mean: ComptimeOption<&Tensor<Vector<T, V>>>,
+    variance: ComptimeOption<&Tensor<Vector<T, V>>>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
     norm: &NormArgs,
     unit: &Unit,
     #[comptime] lanes: Lanes,
-) -> UnitAffine<T, N> {
-    let mut means = Vector::<T, N>::zero();
-    let mut scales = Vector::<T, N>::zero();
-    let mut shifts = Vector::<T, N>::zero();
+) -> AffineRows<T, N> {
     #[comptime]
-    if let ComptimeOption::Some(mean) = mean {
-        #[comptime]
-        if let ComptimeOption::Some(variance) = variance {
-            if unit.has_channel {
-                match comptime!(lanes.axis) {
-                    Axis::Positions => {
-                        let affine = channel_affine::<T, P>(
-                            mean[unit.channel * mean.stride(0)],
-                            variance[unit.channel * variance.stride(0)],
-                            gamma,
-                            beta,
-                            norm,
-                            unit.channel,
-                        );
-                        means = Vector::new(affine.mean);
-                        scales = Vector::new(affine.scale);
-                        shifts = Vector::new(affine.shift);
-                    }
-                    Axis::Channels =>
-                    {
-                        #[unroll]
-                        for component in 0..N::value() {
-                            let channel = unit.channel + component;
-                            let affine = channel_affine::<T, P>(
-                                mean[channel * mean.stride(0)],
-                                variance[channel * variance.stride(0)],
-                                gamma,
-                                beta,
-                                norm,
-                                channel,
-                            );
-                            means.insert(component, affine.mean);
-                            scales.insert(component, affine.scale);
-                            shifts.insert(component, affine.shift);
-                        }
-                    }
-                }
+    match mean {
+        ComptimeOption::Some(mean) => {
+            let affine = channel_affine::<T, P, V>(
+                mean[unit.vector],
+                variance.unwrap()[unit.vector],
+                gamma,
+                beta,
+                norm,
+                unit.vector,
+            );
+            AffineRows::<T, N> {
+                mean: resized(affine.mean, lanes),
+                scale: resized(affine.scale, lanes),
+                shift: resized(affine.shift, lanes),
             }
         }
-    }
-    UnitAffine::<T, N> {
-        mean: means,
-        scale: scales,
-        shift: shifts,
+        ComptimeOption::None => AffineRows::<T, N>::unread(),
     }
 }
 
@@ -162,63 +141,63 @@ impl Norm {
 
 /// `sqrt(var + inner_epsilon)`, from the biased variance.
 #[cube]
-pub(crate) fn standard_deviation<T: Float>(variance: T, norm: &NormArgs) -> T {
-    let unbiased = variance * (norm.values.get::<T>() / norm.freedom.get::<T>());
-    (unbiased + norm.inner_epsilon.get::<T>()).sqrt()
+pub(crate) fn standard_deviation<T: Float, V: Size>(
+    variance: Vector<T, V>,
+    norm: &NormArgs,
+) -> Vector<T, V> {
+    let unbiased = Vector::new(norm.values.get::<T>() / norm.freedom.get::<T>());
+    (variance * unbiased + Vector::new(norm.inner_epsilon.get::<T>())).sqrt()
 }
 
 /// `s`.
 #[cube]
-pub(crate) fn inverse_deviation<T: Float>(deviation: T, norm: &NormArgs) -> T {
-    T::from_int(1) / (deviation + norm.outer_epsilon.get::<T>())
+pub(crate) fn inverse_deviation<T: Float, V: Size>(
+    deviation: Vector<T, V>,
+    norm: &NormArgs,
+) -> Vector<T, V> {
+    let one = Vector::new(T::from_int(1));
+    one / (deviation + Vector::new(norm.outer_epsilon.get::<T>()))
 }
 
 #[cube]
-pub(crate) fn parameter<T: Float, P: Float>(
-    tensor: ComptimeOption<&Tensor<P>>,
-    channel: usize,
+pub(crate) fn parameter<T: Float, P: Float, V: Size>(
+    tensor: ComptimeOption<&Tensor<Vector<P, V>>>,
+    vector: usize,
     #[comptime] otherwise: i64,
-) -> T {
+) -> Vector<T, V> {
     #[comptime]
     match tensor {
-        ComptimeOption::Some(tensor) => T::cast_from(tensor[channel * tensor.stride(0)]),
-        ComptimeOption::None => T::from_int(otherwise),
+        ComptimeOption::Some(tensor) => Vector::cast_from(tensor[vector]),
+        ComptimeOption::None => Vector::new(T::from_int(otherwise)),
     }
 }
 
-/// `scale * (value - mean) + shift` of one channel.
-#[derive(CubeType)]
-pub(crate) struct ChannelAffine<T: Float> {
-    mean: T,
-    pub(crate) scale: T,
-    shift: T,
-}
-
 #[cube]
-pub(crate) fn channel_affine<T: Float, P: Float>(
-    mean: T,
-    variance: T,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
+pub(crate) fn channel_affine<T: Float, P: Float, V: Size>(
+    mean: Vector<T, V>,
+    variance: Vector<T, V>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
     norm: &NormArgs,
-    channel: usize,
-) -> ChannelAffine<T> {
-    let inverse = inverse_deviation::<T>(standard_deviation::<T>(variance, norm), norm);
-    ChannelAffine::<T> {
+    vector: usize,
+) -> AffineRows<T, V> {
+    let inverse = inverse_deviation(standard_deviation(variance, norm), norm);
+    AffineRows::<T, V> {
         mean,
-        scale: parameter::<T, P>(gamma, channel, 1) * inverse,
-        shift: parameter::<T, P>(beta, channel, 0),
+        scale: parameter::<T, P, V>(gamma, vector, 1) * inverse,
+        shift: parameter::<T, P, V>(beta, vector, 0),
     }
 }
 
+/// Writes the rows at one of a row's `vectors`.
 #[cube]
-pub(crate) fn write_affine<T: Float>(
-    table: &mut Tensor<T>,
-    affine: &ChannelAffine<T>,
-    channel: usize,
-    channels: usize,
+pub(crate) fn write_affine<T: Float, V: Size>(
+    table: &mut Tensor<Vector<T, V>>,
+    affine: &AffineRows<T, V>,
+    vector: usize,
+    vectors: usize,
 ) {
-    table[rows::MEAN * channels + channel] = affine.mean;
-    table[rows::SCALE * channels + channel] = affine.scale;
-    table[rows::SHIFT * channels + channel] = affine.shift;
+    table[rows::MEAN * vectors + vector] = affine.mean;
+    table[rows::SCALE * vectors + vector] = affine.scale;
+    table[rows::SHIFT * vectors + vector] = affine.shift;
 }

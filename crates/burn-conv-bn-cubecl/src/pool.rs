@@ -14,16 +14,18 @@ use cubecl::std::FastDivmod;
 use cubecl::zspace::Shape;
 
 use crate::activation::{self, Activation};
-use crate::element::{accumulator_type, element_type};
-use crate::norm::{UnitAffine, rows};
+use crate::assert_is_2d;
+use crate::element::{accumulator_dtype, accumulator_type, element_type};
+use crate::norm::{AffineRows, rows};
 use crate::table::ChannelTable;
-use crate::walk::{
-    Grid, Lanes, MAP_CUBES, Steps, Unit, Walk, coordinates, index, is_idle, tensor_arg, unit,
-};
-use crate::{assert_is_2d, assert_shape};
+use crate::walk::tensor_arg;
 
 /// Argmaxes in one word.
-const PLACES: usize = 4;
+pub(crate) const PLACES: usize = 4;
+/// A place that no byte holds.
+pub(crate) const NO_PLACE: usize = 256;
+/// Taps of a window, or windows over a pixel, that are read without a loop.
+pub(crate) const MOST_UNROLLED: usize = 9;
 
 /// Window of a max pool, by height and width.
 ///
@@ -56,16 +58,36 @@ impl PoolWindow {
     ///
     /// # Panics
     ///
-    /// Panics if the window is larger than the padded input.
+    /// Panics if the window has more than 256 pixels, or is larger than the padded input or less than twice the padding.
     pub fn output(&self, input: [usize; 2]) -> [usize; 2] {
+        let pixels = self.kernel_size[0] * self.kernel_size[1];
+        assert!(
+            pixels <= NO_PLACE,
+            "window: expected at most {NO_PLACE} pixels, got {pixels}"
+        );
         [0, 1].map(|dim| {
-            let (padded, size) = (input[dim] + 2 * self.padding[dim], self.kernel_size[dim]);
+            let (padding, size) = (self.padding[dim], self.kernel_size[dim]);
+            let padded = input[dim] + 2 * padding;
+            assert!(
+                2 * padding <= size,
+                "padding: expected at most half the window's {size} pixels, got {padding}"
+            );
             assert!(
                 size <= padded,
                 "window: expected at most the padded input's {padded} pixels, got {size}"
             );
             (padded - size) / self.stride[dim] + 1
         })
+    }
+
+    /// Windows over a pixel along an axis, at most.
+    pub(crate) fn overlap(&self, dim: usize) -> usize {
+        self.kernel_size[dim].div_ceil(self.stride[dim])
+    }
+
+    /// Windows over a pixel, at most.
+    pub(crate) fn over_a_pixel(&self) -> usize {
+        self.overlap(0) * self.overlap(1)
     }
 }
 
@@ -76,17 +98,6 @@ pub struct MaxPooled {
     pub output: CubeTensor,
     /// Argmax of each output, four in a U32: `[words]`.
     pub argmax: CubeTensor,
-}
-
-/// Saved data of a max pool, for its gradient.
-#[derive(Clone, Debug)]
-pub struct PoolArgmax {
-    /// The forward pass's window.
-    pub window: PoolWindow,
-    /// [`MaxPooled::argmax`], of the whole batch.
-    pub argmax: CubeTensor,
-    /// First image of the output's gradient, as an index in that batch.
-    pub first_image: usize,
 }
 
 /// Extent of a forward launch.
@@ -115,17 +126,11 @@ struct Maximum<T: Float, N: Size> {
     place: Vector<u32, N>,
 }
 
-/// First and end of a window's taps within the input. The window starts at `start` of the padded input.
+/// The pixel of the padded input at a tap of the window that starts at `start`, or the nearest one within the input: also
+/// one of the window's.
 #[cube]
-fn taps(
-    start: usize,
-    size: usize,
-    #[comptime] kernel_size: usize,
-    #[comptime] padding: usize,
-) -> (usize, usize) {
-    let first = max(start, padding) - start;
-    let end = min(size + padding - start, kernel_size);
-    (first, end)
+fn tap_pixel(start: usize, tap: usize, size: usize, #[comptime] padding: usize) -> usize {
+    clamp(start + tap, padding, size + padding - 1)
 }
 
 /// The norm of a vector of channels; without a table, zeros.
@@ -134,19 +139,15 @@ fn vector_affine<T: Float, N: Size>(
     table: ComptimeOption<&Tensor<Vector<T, N>>>,
     row_vectors: usize,
     vector: usize,
-) -> UnitAffine<T, N> {
+) -> AffineRows<T, N> {
     #[comptime]
     match table {
-        ComptimeOption::Some(table) => UnitAffine::<T, N> {
+        ComptimeOption::Some(table) => AffineRows::<T, N> {
             mean: table[rows::MEAN * row_vectors + vector],
             scale: table[rows::SCALE * row_vectors + vector],
             shift: table[rows::SHIFT * row_vectors + vector],
         },
-        ComptimeOption::None => UnitAffine::<T, N> {
-            mean: Vector::zero(),
-            scale: Vector::zero(),
-            shift: Vector::zero(),
-        },
+        ComptimeOption::None => AffineRows::<T, N>::unread(),
     }
 }
 
@@ -167,38 +168,31 @@ fn window_maximum<E: Float, T: Float, N: Size>(
     let affine = vector_affine::<T, N>(table, grid.row_vectors, channel);
     let top = row * comptime!(window.stride[0]);
     let left = column * comptime!(window.stride[1]);
-    let (first_row, end_row) = taps(
-        top,
-        grid.height,
-        comptime!(window.kernel_size[0]),
-        comptime!(window.padding[0]),
-    );
-    let (first_column, end_column) = taps(
-        left,
-        grid.width,
-        comptime!(window.kernel_size[1]),
-        comptime!(window.padding[1]),
-    );
     let origin = image * grid.image_step + channel * grid.channel_step;
-    let columns = comptime!(window.kernel_size[1]);
-    let first_place = Vector::<u32, N>::cast_from(first_row * columns + first_column);
+    let [rows, columns] = comptime!(window.kernel_size);
+    let [padding_rows, padding_columns] = comptime!(window.padding);
+    let is_unrolled = comptime!(rows * columns <= MOST_UNROLLED);
     let mut best = Vector::<T, N>::zero();
     let mut places = Vector::<u32, N>::zero();
-    for tap_row in first_row..end_row {
-        let y = top + tap_row - comptime!(window.padding[0]);
-        for tap_column in first_column..end_column {
-            let x = left + tap_column - comptime!(window.padding[1]);
-            let at = origin + y * grid.row_step + x * grid.column_step;
+    #[unroll(is_unrolled)]
+    for tap_row in 0..rows {
+        let y = tap_pixel(top, tap_row, grid.height, padding_rows);
+        #[unroll(is_unrolled)]
+        for tap_column in 0..columns {
+            let x = tap_pixel(left, tap_column, grid.width, padding_columns);
+            let at = origin
+                + (y - padding_rows) * grid.row_step
+                + (x - padding_columns) * grid.column_step;
             let mut value = Vector::<T, N>::cast_from(input[at]);
             if table.is_some() {
                 value = affine.scale * (value - affine.mean) + affine.shift;
             }
             let value = activation::forward(value, activation);
             let value = Vector::<T, N>::cast_from(Vector::<E, N>::cast_from(value));
-            let place = Vector::<u32, N>::cast_from(tap_row * columns + tap_column);
+            let place = Vector::<u32, N>::cast_from((y - top) * columns + x - left);
             // By way of f32: WGSL cannot test the bits of an f64.
             let is_nan = Vector::<f32, N>::cast_from(value).is_nan();
-            let is_first = place.equal(&first_place);
+            let is_first = Vector::<u32, N>::cast_from(tap_row + tap_column).equal(&Vector::zero());
             let wins = value.greater_than(&best).or(is_nan).or(is_first);
             best = select_many(wins, value, best);
             places = select_many(wins, place, places);
@@ -210,7 +204,7 @@ fn window_maximum<E: Float, T: Float, N: Size>(
     }
 }
 
-/// Each unit writes one word of the argmax and its outputs.
+/// Each unit writes whole words of the argmax and their outputs.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn max_pool_kernel<E: Float, T: Float, N: Size>(
     input: &Tensor<Vector<E, N>>,
@@ -223,26 +217,35 @@ fn max_pool_kernel<E: Float, T: Float, N: Size>(
     #[define(E, T)] _elements: [ElemType; 2],
 ) {
     let size = N::value();
-    let vectors = comptime!(PLACES / size);
+    let words = comptime!(size.div_ceil(PLACES));
+    let vectors = comptime!(words * PLACES / size);
     let first = ABSOLUTE_POS * vectors;
     if first >= grid.vectors {
         terminate!();
     }
-    let mut word = 0u32;
+    let mut places = Sequence::<u32>::new();
     #[unroll]
     for i in 0..vectors {
         let vector = first + i;
-        if vector < grid.vectors {
-            let maximum = window_maximum::<E, T, N>(input, table, grid, vector, activation, window);
-            output[vector] = Vector::cast_from(maximum.value);
-            #[unroll]
-            for component in 0..size {
-                let shift = comptime!((u8::BITS as usize * (i * size + component)) as u32);
-                word |= maximum.place.extract(component) << shift;
-            }
+        let is_there = vector < grid.vectors;
+        let vector = min(vector, grid.vectors - 1);
+        let maximum = window_maximum::<E, T, N>(input, table, grid, vector, activation, window);
+        output[vector] = Vector::cast_from(maximum.value);
+        #[unroll]
+        for component in 0..size {
+            places.push(select(is_there, maximum.place.extract(component), 0u32));
         }
     }
-    argmax[ABSOLUTE_POS] = word;
+    #[unroll]
+    for word in 0..words {
+        let mut bytes = 0u32;
+        #[unroll]
+        for place in 0..PLACES {
+            let shift = comptime!(u8::BITS * place as u32);
+            bytes |= *places.index(comptime!(word * PLACES + place)) << shift;
+        }
+        argmax[ABSOLUTE_POS * words + word] = bytes;
+    }
 }
 
 /// Max pool of `activation(scale * (input - mean) + shift)`, or without a table of `activation(input)`. The input is
@@ -268,7 +271,7 @@ fn max_pool_kernel<E: Float, T: Float, N: Size>(
 ///
 /// # Panics
 ///
-/// Panics if the input has no height and width, if the window is larger than the padded input, or if `table` has
+/// Panics if the input has no height and width, if [the window](PoolWindow::output) does not fit it, or if `table` has
 /// another number of channels.
 pub fn max_pool(
     input: &CubeTensor,
@@ -279,7 +282,7 @@ pub fn max_pool(
     assert_is_2d("input", input);
     let (shape, strides) = (input.meta.shape(), input.meta.strides());
     if let Some(table) = table {
-        table.assert_channels(shape[1]);
+        table.assert_channels(shape[1], accumulator_dtype(input.dtype));
     }
     let (channels, [height, width]) = (shape[1], [shape[2], shape[3]]);
     let [rows_out, columns_out] = window.output([height, width]);
@@ -313,13 +316,14 @@ pub fn max_pool(
         if vector_size > 1 { 1 } else { strides[1] },
     );
     let rows = table.map(ChannelTable::rows);
-    let cube_dim = CubeDim::new(&client, words);
+    let units = words / vector_size.div_ceil(PLACES);
+    let cube_dim = CubeDim::new(&client, units);
     let address = [input, &output, &argmax].map(CubeTensor::required_address_type);
     // SAFETY: the kernel stops at the last vector, and reads pixels of the input alone.
     unsafe {
         max_pool_kernel::launch_unchecked(
             &client,
-            cubecl::calculate_cube_count_elemwise(&client, words, cube_dim),
+            cubecl::calculate_cube_count_elemwise(&client, units, cube_dim),
             cube_dim,
             address.into_iter().max().unwrap_or_default(),
             vector_size,
@@ -336,227 +340,11 @@ pub fn max_pool(
     MaxPooled { output, argmax }
 }
 
-/// Extent of a max pool's output, in the order of the argmax.
-#[derive(CubeType, CubeLaunch)]
-pub(crate) struct PoolExtent {
-    height: usize,
-    width: usize,
-    channels: usize,
-    first_image: usize,
-}
-
-impl PoolArgmax {
-    /// Panics unless the output of an input of that shape has the gradient's shape.
-    pub(crate) fn assert_pools(&self, what: &str, input: &[usize], output_grad: &CubeTensor) {
-        let &[images, channels, height, width] = input else {
-            panic!("{what}: expected [batch, channels, height, width], got shape {input:?}");
-        };
-        let [rows, columns] = self.window.output([height, width]);
-        let wanted = [images, channels, rows, columns];
-        assert_shape("output gradient", output_grad, &wanted);
-    }
-
-    /// Panics unless the argmax has a place for each value of the output's gradient.
-    pub(crate) fn assert_covers(&self, output_grad: &CubeTensor) {
-        assert_is_2d("output gradient", output_grad);
-        let shape = output_grad.meta.shape();
-        let images = self.first_image + shape[0];
-        let wanted = (images * shape[1] * shape[2] * shape[3]).div_ceil(PLACES);
-        let got = self.argmax.meta.num_elements();
-        assert!(
-            got >= wanted,
-            "argmax: expected at least {wanted} values, got {got}"
-        );
-    }
-
-    pub(crate) fn extent(&self, output_grad: &CubeTensor) -> PoolExtentLaunch {
-        let shape = output_grad.meta.shape();
-        PoolExtentLaunch::new(shape[2], shape[3], shape[1], self.first_image)
-    }
-}
-
-/// An unused extent.
-pub(crate) fn no_extent() -> PoolExtentLaunch {
-    PoolExtentLaunch::new(0, 0, 0, 0)
-}
-
-/// First and end of the windows over a pixel of the padded input.
-#[cube]
-fn windows(
-    pixel: usize,
-    count: usize,
-    #[comptime] kernel_size: usize,
-    #[comptime] stride: usize,
-) -> (usize, usize) {
-    let mut first = 0usize;
-    if pixel >= kernel_size {
-        first = (pixel - kernel_size) / stride + 1;
-    }
-    (first, min(pixel / stride + 1, count))
-}
-
-/// Gradient of a max pool's input at a position of image, row and column: the sum over the windows whose maximum
-/// it is.
-#[cube]
-pub(crate) fn pooled_grad<E: Float, T: Float, N: Size>(
-    output_grad: &Tensor<Vector<E, N>>,
-    argmax: &Tensor<u32>,
-    steps: &Steps,
-    extent: &PoolExtent,
-    at: &Sequence<usize>,
-    unit: &Unit,
-    #[comptime] window: PoolWindow,
-) -> Vector<T, N> {
-    let column = *at.index(0usize) + comptime!(window.padding[1]);
-    let row = *at.index(1usize) + comptime!(window.padding[0]);
-    let image = *at.index(2usize);
-    let (first_row, end_row) = windows(
-        row,
-        extent.height,
-        comptime!(window.kernel_size[0]),
-        comptime!(window.stride[0]),
-    );
-    let (first_column, end_column) = windows(
-        column,
-        extent.width,
-        comptime!(window.kernel_size[1]),
-        comptime!(window.stride[1]),
-    );
-    let zero = Vector::<T, N>::zero();
-    let mut sum = Vector::<T, N>::zero();
-    for y in first_row..end_row {
-        let place_row = row - y * comptime!(window.stride[0]);
-        for x in first_column..end_column {
-            let place_column = column - x * comptime!(window.stride[1]);
-            let place = place_row * comptime!(window.kernel_size[1]) + place_column;
-            let pixel = ((extent.first_image + image) * extent.height + y) * extent.width + x;
-            let first = pixel * extent.channels + unit.channel;
-            // A vector shorter than a word does not cross its end.
-            let (word, offset) = (first / PLACES, first % PLACES);
-            let mut places = Vector::<u32, N>::zero();
-            #[unroll]
-            for component in 0..N::value() {
-                let byte = offset + comptime!(component % PLACES);
-                let shift = u32::cast_from(byte) * comptime!(u8::BITS);
-                let bytes = argmax[word + comptime!(component / PLACES)] >> shift;
-                places.insert(component, bytes & 255u32);
-            }
-            let mut output_at = Sequence::<usize>::new();
-            output_at.push(x);
-            output_at.push(y);
-            output_at.push(image);
-            let grad = Vector::<T, N>::cast_from(output_grad[index(steps, &output_at, unit)]);
-            let is_maximum = places.equal(&Vector::cast_from(place));
-            sum += select_many(is_maximum, grad, zero);
-        }
-    }
-    sum
-}
-
-#[cube(launch_unchecked, address_type = "dynamic")]
-fn max_pool_backward_kernel<E: Float, T: Float, N: Size>(
-    output_grad: &Tensor<Vector<E, N>>,
-    argmax: &Tensor<u32>,
-    input_grad: &mut Tensor<Vector<E, N>>,
-    output_grad_steps: &Steps,
-    input_grad_steps: &Steps,
-    extent: &PoolExtent,
-    grid: &Grid,
-    #[comptime] window: PoolWindow,
-    #[comptime] lanes: Lanes,
-    #[define(E, T)] _elements: [ElemType; 2],
-) {
-    if is_idle(grid) {
-        terminate!();
-    }
-    let unit = unit::<N>(grid, lanes);
-    for position in range_stepped(unit.start, unit.end, lanes.positions) {
-        let at = coordinates(grid, position);
-        let grad = pooled_grad::<E, T, N>(
-            output_grad,
-            argmax,
-            output_grad_steps,
-            extent,
-            &at,
-            &unit,
-            window,
-        );
-        let target = index(input_grad_steps, &at, &unit);
-        input_grad[target] = Vector::cast_from(grad);
-    }
-}
-
-/// Gradient of a max pool's input, `[batch, channels, height, width]` with channels innermost in memory.
-///
-/// Each pixel sums over its windows in the accumulator's dtype, in a fixed order.
-///
-/// ```no_run
-/// use burn_conv_bn_cubecl::{Activation, PoolArgmax, PoolWindow, max_pool, max_pool_backward};
-/// use burn_cubecl::tensor::CubeTensor;
-///
-/// /// The pooled input and the gradient of that pool's input, of `size`, from its output's.
-/// fn pool(
-///     input: CubeTensor,
-///     output_grad: &CubeTensor,
-///     window: PoolWindow,
-///     size: [usize; 2],
-/// ) -> (CubeTensor, CubeTensor) {
-///     let pooled = max_pool(&input, None, Activation::Identity, window);
-///     let argmax = PoolArgmax {
-///         window,
-///         argmax: pooled.argmax,
-///         first_image: 0,
-///     };
-///     (pooled.output, max_pool_backward(output_grad, &argmax, size))
-/// }
-/// ```
-///
-/// # Panics
-///
-/// Panics if the output's gradient has another shape than the pool's output, or the argmax is shorter.
-pub fn max_pool_backward(
-    output_grad: &CubeTensor,
-    pool: &PoolArgmax,
-    [height, width]: [usize; 2],
-) -> CubeTensor {
-    assert_is_2d("output gradient", output_grad);
-    let shape = output_grad.meta.shape();
-    let input_shape = [shape[0], shape[1], height, width];
-    pool.assert_pools("input", &input_shape, output_grad);
-    pool.assert_covers(output_grad);
-    let input_grad = channels_last(output_grad, input_shape);
-    let accumulator = accumulator_type(output_grad.dtype);
-    let tensors = [&input_grad, output_grad];
-    let walk = Walk::over_pixels(&tensors, accumulator.size(), MAP_CUBES);
-    if walk.is_empty() {
-        return input_grad;
-    }
-    let client = output_grad.client.clone();
-    // SAFETY: `unit` keeps positions and channels below the input's, and windows are those of the output.
-    unsafe {
-        max_pool_backward_kernel::launch_unchecked(
-            &client,
-            walk.cube_count(&client),
-            walk.lanes.cube_dim(),
-            walk.address_type(),
-            walk.vector_size,
-            output_grad.clone().into_tensor_arg(),
-            pool.argmax.clone().into_tensor_arg(),
-            input_grad.clone().into_tensor_arg(),
-            walk.steps(Some(output_grad)),
-            walk.steps(Some(&input_grad)),
-            pool.extent(output_grad),
-            walk.grid(),
-            pool.window,
-            walk.lanes,
-            [element_type(output_grad.dtype), accumulator],
-        );
-    }
-    input_grad
-}
-
 /// `[batch, channels, height, width]` without values, channels innermost in memory.
-fn channels_last(like: &CubeTensor, [images, channels, height, width]: [usize; 4]) -> CubeTensor {
+pub(crate) fn channels_last(
+    like: &CubeTensor,
+    [images, channels, height, width]: [usize; 4],
+) -> CubeTensor {
     let empty = empty_device_contiguous_dtype(
         like.client.clone(),
         like.device.clone(),
@@ -566,17 +354,19 @@ fn channels_last(like: &CubeTensor, [images, channels, height, width]: [usize; 4
     permute(empty, &[0, 3, 1, 2])
 }
 
-/// Components of a vector of channels: a divisor of the channels, of a word's places, and of the other strides.
+/// Components of a vector of channels: a divisor of the channels and of the other strides, and of a word's places or
+/// some words'.
 fn channel_vector_size(input: &CubeTensor) -> usize {
     let (shape, strides) = (input.meta.shape(), input.meta.strides());
     let divides = |size: usize| {
         let is_step = |axis: usize| shape[axis] == 1 || strides[axis].is_multiple_of(size);
         strides[1] == 1 && shape[1].is_multiple_of(size) && [0, 2, 3].into_iter().all(is_step)
     };
+    let fills_words = |size: usize| PLACES.is_multiple_of(size) || size.is_multiple_of(PLACES);
     input
         .client
         .io_optimized_vector_sizes(input.dtype.size())
-        .filter(|&size| size == 1 || (PLACES.is_multiple_of(size) && divides(size)))
+        .filter(|&size| size == 1 || (fills_words(size) && divides(size)))
         .max()
         .unwrap_or(1)
 }

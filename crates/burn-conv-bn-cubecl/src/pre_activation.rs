@@ -6,12 +6,13 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use crate::activation::{self, Activation};
-use crate::assert_shape;
-use crate::element::{accumulator_type, element_type};
-use crate::norm::UnitAffine;
-use crate::pool::{PoolArgmax, PoolExtent, PoolWindow, no_extent, pooled_grad};
+use crate::element::{accumulator_dtype, accumulator_type, element_type};
+use crate::norm::AffineRows;
+use crate::pool::PoolWindow;
+use crate::pool_grad::{PoolArgmax, PoolExtent, no_extent, pooled_grad};
 use crate::table::ChannelTable;
 use crate::walk::{Steps, Unit, Walk, index};
+use crate::{assert_dtype, assert_shape};
 
 /// Operands of the gradient at the pre-activation `v`: `g = output_grad * activation'(v)`.
 ///
@@ -40,7 +41,10 @@ impl PreActivation {
     pub(crate) fn assert_fits(&self, table: Option<&ChannelTable>) {
         let output_grad = &self.output_grad;
         if let Some(table) = table {
-            table.assert_channels(output_grad.meta.shape()[1]);
+            table.assert_channels(
+                output_grad.meta.shape()[1],
+                accumulator_dtype(output_grad.dtype),
+            );
         }
         // A pool's gradient alone does not tell the shape of the other tensors.
         let like = match (&self.norm_input, &self.pool) {
@@ -60,12 +64,14 @@ impl PreActivation {
                 "output gradient",
                 Some(output_grad).filter(|_| self.pool.is_none()),
             ),
+            ("norm input", self.norm_input.as_ref()),
             ("residual", self.added_residual()),
             ("output", self.masking_output()),
         ];
         for (what, tensor) in others {
             if let Some(tensor) = tensor {
                 assert_shape(what, tensor, like.meta.shape());
+                assert_dtype(what, tensor, output_grad.dtype);
             }
         }
     }
@@ -80,11 +86,12 @@ impl PreActivation {
             .chain(self.masking_output())
             .chain(others.iter().copied())
             .collect();
-        let accumulator = accumulator_type(self.output_grad.dtype);
-        if self.pool.is_some() {
-            Walk::over_pixels(&tensors, accumulator.size(), cubes)
-        } else {
-            Walk::new(&tensors, accumulator.size(), cubes)
+        match &self.pool {
+            Some(pool) => pool.walk(&tensors, &self.output_grad, cubes),
+            None => {
+                let accumulator = accumulator_type(self.output_grad.dtype);
+                Walk::new(&tensors, accumulator.size(), cubes)
+            }
         }
     }
 
@@ -160,7 +167,7 @@ pub(crate) fn grad_at<E: Float, T: Float, N: Size>(
     residual: ComptimeOption<&Tensor<Vector<E, N>>>,
     output: ComptimeOption<&Tensor<Vector<E, N>>>,
     steps: &PreActivationSteps,
-    affine: &UnitAffine<T, N>,
+    affine: &AffineRows<T, N>,
     at: &Sequence<usize>,
     unit: &Unit,
     #[comptime] activation: Activation,

@@ -1,6 +1,7 @@
 //! Running statistics.
 
 use burn_cubecl::cubecl;
+use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
@@ -29,7 +30,7 @@ impl Running {
     pub(crate) fn results(&self, channels: usize) -> Moments {
         let like = &self.moments.mean;
         for (what, tensor) in [("mean", like), ("variance", &self.moments.variance)] {
-            assert_values(format_args!("running {what}"), tensor, channels);
+            assert_values(format_args!("running {what}"), tensor, channels, like.dtype);
         }
         let channel_values = || channel_values(like, 1, channels);
         Moments {
@@ -38,12 +39,12 @@ impl Running {
         }
     }
 
-    pub(crate) fn launch<R: Float>(
+    pub(crate) fn launch<R: Float, V: Size>(
         &self,
         results: &Moments,
         accumulator: ElemType,
-    ) -> RunningArgsLaunch<R> {
-        let tensor = |tensor: &CubeTensor| tensor.clone().into_tensor_arg();
+    ) -> RunningArgsLaunch<R, V> {
+        let tensor = |tensor: &CubeTensor| into_contiguous(tensor.clone()).into_tensor_arg();
         let scalar = |value: f64| InputScalar::new(value, accumulator);
         RunningArgsLaunch::new(
             tensor(&self.moments.mean),
@@ -63,51 +64,46 @@ impl Running {
 
 /// [`Running`] and its results in a kernel.
 #[derive(CubeType, CubeLaunch)]
-pub(crate) struct RunningArgs<R: Float> {
-    old_mean: OwnedTensor<R>,
-    old_variance: OwnedTensor<R>,
-    mean: OwnedTensor<R>,
-    variance: OwnedTensor<R>,
+pub(crate) struct RunningArgs<R: Float, V: Size> {
+    old_mean: OwnedTensor<Vector<R, V>>,
+    old_variance: OwnedTensor<Vector<R, V>>,
+    mean: OwnedTensor<Vector<R, V>>,
+    variance: OwnedTensor<Vector<R, V>>,
     keep: InputScalar,
     momentum: InputScalar,
     factor: InputScalar,
 }
 
-/// Updates one channel.
+/// Updates one vector of channels.
 #[cube]
-pub(crate) fn update_channel<T: Float, R: Float>(
-    running: &mut RunningArgs<R>,
-    batch_mean: T,
-    batch_variance: T,
-    channel: usize,
+pub(crate) fn update_channels<T: Float, R: Float, V: Size>(
+    running: &mut RunningArgs<R, V>,
+    batch_mean: Vector<T, V>,
+    batch_variance: Vector<T, V>,
+    vector: usize,
 ) {
-    let keep = running.keep.get::<T>();
-    let momentum = running.momentum.get::<T>();
-    let mean = T::cast_from(running.old_mean[channel * running.old_mean.stride(0)]);
-    let variance = T::cast_from(running.old_variance[channel * running.old_variance.stride(0)]);
-    let batch_variance = batch_variance * running.factor.get::<T>();
-    running.mean[channel] = R::cast_from(mean * keep + batch_mean * momentum);
-    running.variance[channel] = R::cast_from(variance * keep + batch_variance * momentum);
+    let keep = Vector::new(running.keep.get::<T>());
+    let momentum = Vector::new(running.momentum.get::<T>());
+    let mean = Vector::<T, V>::cast_from(running.old_mean[vector]);
+    let variance = Vector::<T, V>::cast_from(running.old_variance[vector]);
+    let batch_variance = batch_variance * Vector::new(running.factor.get::<T>());
+    running.mean[vector] = Vector::cast_from(mean * keep + batch_mean * momentum);
+    running.variance[vector] = Vector::cast_from(variance * keep + batch_variance * momentum);
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn running_moments_kernel<T: Float, R: Float>(
-    batch_mean: &Tensor<T>,
-    batch_variance: &Tensor<T>,
-    running: &mut RunningArgs<R>,
-    channels: usize,
+fn running_moments_kernel<T: Float, R: Float, V: Size>(
+    batch_mean: &Tensor<Vector<T, V>>,
+    batch_variance: &Tensor<Vector<T, V>>,
+    running: &mut RunningArgs<R, V>,
+    vectors: usize,
     #[define(T, R)] _elements: [ElemType; 2],
 ) {
-    let channel = ABSOLUTE_POS;
-    if channel >= channels {
+    let vector = ABSOLUTE_POS;
+    if vector >= vectors {
         terminate!();
     }
-    update_channel::<T, R>(
-        running,
-        batch_mean[channel * batch_mean.stride(0)],
-        batch_variance[channel * batch_variance.stride(0)],
-        channel,
-    );
+    update_channels::<T, R, V>(running, batch_mean[vector], batch_variance[vector], vector);
 }
 
 /// Running statistics after a batch: `(1 - momentum) * running + momentum * batch`, with the batch's variance
@@ -122,7 +118,12 @@ fn running_moments_kernel<T: Float, R: Float>(
 pub fn running_moments(running: &Running, batch: &Moments) -> Moments {
     let channels = batch.mean.meta.num_elements();
     let results = running.results(channels);
-    assert_values("batch variance", &batch.variance, channels);
+    assert_values(
+        "batch variance",
+        &batch.variance,
+        channels,
+        batch.mean.dtype,
+    );
     let client = batch.mean.client.clone();
     let accumulator = element_type(batch.mean.dtype);
     let cube_dim = CubeDim::new(&client, channels.max(1));
@@ -134,8 +135,9 @@ pub fn running_moments(running: &Running, batch: &Moments) -> Moments {
                 cubecl::calculate_cube_count_elemwise(&client, channels, cube_dim),
                 cube_dim,
                 results.mean.required_address_type(),
-                batch.mean.clone().into_tensor_arg(),
-                batch.variance.clone().into_tensor_arg(),
+                1,
+                into_contiguous(batch.mean.clone()).into_tensor_arg(),
+                into_contiguous(batch.variance.clone()).into_tensor_arg(),
                 running.launch(&results, accumulator),
                 channels,
                 [accumulator, running.element()],

@@ -4,20 +4,21 @@ use core::cell::RefCell;
 
 use burn_backend::DType;
 use burn_cubecl::cubecl;
+use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::zspace::Shape;
 
-use crate::assert_values;
 use crate::element::element_type;
-use crate::fold::{Fold, One, fold_rows};
+use crate::fold::{Fold, Partial, fold_rows};
 use crate::norm::{
     Norm, NormArgs, NormArgsLaunch, channel_affine, inverse_deviation, parameter, rows,
     standard_deviation, write_affine,
 };
-use crate::walk::{Grid, Lanes, Walk, is_idle, tensor_arg, unit};
+use crate::walk::{Grid, Lanes, Unit, Walk, is_idle, tensor_arg, unit};
+use crate::{assert_values, values_per_channel};
 
 /// A norm with known statistics: `scale * (value - mean) + shift` per channel, and its gradient's coefficients.
 #[derive(Clone, Debug)]
@@ -59,9 +60,14 @@ impl ChannelTable {
         rows
     }
 
-    /// Panics unless the table is of that many channels, as kernels rely on.
-    pub(crate) fn assert_channels(&self, channels: usize) {
-        assert_values("mean", &self.moments.mean, channels);
+    /// Whether that norm's input is the whole batch of the statistics, not a chunk of it. Given statistics leave it open.
+    pub(crate) fn is_over(&self, norm_input: &CubeTensor) -> bool {
+        self.is_of_batch && self.values == values_per_channel(norm_input)
+    }
+
+    /// Panics unless the table is of that many channels in that dtype, as kernels rely on.
+    pub(crate) fn assert_channels(&self, channels: usize, accumulator: DType) {
+        assert_values("mean", &self.moments.mean, channels, accumulator);
     }
 
     /// Type of gamma and beta, or the accumulator's.
@@ -138,19 +144,17 @@ impl Affine<'_> {
         parameter.map_or(accumulator, |tensor| tensor.dtype)
     }
 
+    /// Both in memory as kernels read them, in vectors.
+    pub(crate) fn contiguous(&self) -> [Option<CubeTensor>; 2] {
+        [self.gamma, self.beta].map(|tensor| tensor.cloned().map(into_contiguous))
+    }
+
     /// Panics unless both have that many values, of one dtype, as kernels rely on.
     pub(crate) fn assert_channels(&self, channels: usize) {
         for (what, tensor) in [("gamma", self.gamma), ("beta", self.beta)] {
             if let Some(tensor) = tensor {
-                assert_values(what, tensor, channels);
+                assert_values(what, tensor, channels, self.dtype(tensor.dtype));
             }
-        }
-        if let Some((gamma, beta)) = self.gamma.zip(self.beta) {
-            let (wanted, got) = (gamma.dtype, beta.dtype);
-            assert_eq!(
-                got, wanted,
-                "beta: expected {wanted:?} as gamma, got {got:?}"
-            );
         }
     }
 }
@@ -167,29 +171,23 @@ pub(crate) fn args(table: Option<&ChannelTable>, dtype: ElemType) -> NormArgsLau
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn affine_kernel<T: Float, P: Float>(
-    mean: &Tensor<T>,
-    variance: &Tensor<T>,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
-    table: &mut Tensor<T>,
+fn affine_kernel<T: Float, P: Float, V: Size>(
+    mean: &Tensor<Vector<T, V>>,
+    variance: &Tensor<Vector<T, V>>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
+    table: &mut Tensor<Vector<T, V>>,
     norm: &NormArgs,
-    channels: usize,
+    vectors: usize,
     #[define(T, P)] _elements: [ElemType; 2],
 ) {
-    let channel = ABSOLUTE_POS;
-    if channel >= channels {
+    let vector = ABSOLUTE_POS;
+    if vector >= vectors {
         terminate!();
     }
-    let affine = channel_affine::<T, P>(
-        mean[channel * mean.stride(0)],
-        variance[channel * variance.stride(0)],
-        gamma,
-        beta,
-        norm,
-        channel,
-    );
-    write_affine(table, &affine, channel, channels);
+    let (mean, variance) = (mean[vector], variance[vector]);
+    let affine = channel_affine::<T, P, V>(mean, variance, gamma, beta, norm, vector);
+    write_affine(table, &affine, vector, vectors);
 }
 
 /// The table for a backward pass, from the forward pass's moments over `values` values per channel. No launch:
@@ -197,15 +195,20 @@ fn affine_kernel<T: Float, P: Float>(
 ///
 /// # Panics
 ///
-/// Panics if variance, gamma or beta has another number of values than the mean, or beta another dtype than gamma.
+/// Panics if variance, gamma or beta has another number of values than the mean, variance another dtype than the mean, or
+/// beta another than gamma.
 pub fn channel_table(moments: &Moments, affine: Affine, norm: Norm, values: usize) -> ChannelTable {
     let channels = moments.mean.meta.num_elements();
-    assert_values("variance", &moments.variance, channels);
+    assert_values("variance", &moments.variance, channels, moments.mean.dtype);
     affine.assert_channels(channels);
+    let [gamma, beta] = affine.contiguous();
     ChannelTable {
-        moments: moments.clone(),
-        gamma: affine.gamma.cloned(),
-        beta: affine.beta.cloned(),
+        moments: Moments {
+            mean: into_contiguous(moments.mean.clone()),
+            variance: into_contiguous(moments.variance.clone()),
+        },
+        gamma,
+        beta,
         norm,
         values,
         is_of_batch: true,
@@ -229,6 +232,7 @@ fn affine_rows(source: &ChannelTable) -> CubeTensor {
                 cubecl::calculate_cube_count_elemwise(&client, channels, cube_dim),
                 cube_dim,
                 table.required_address_type(),
+                1,
                 mean.clone().into_tensor_arg(),
                 source.moments.variance.clone().into_tensor_arg(),
                 tensor_arg(source.gamma.as_ref()).into(),
@@ -244,15 +248,15 @@ fn affine_rows(source: &ChannelTable) -> CubeTensor {
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn grads_kernel<T: Float, P: Float>(
-    partials: &Tensor<T>,
-    mean: &Tensor<T>,
-    variance: &Tensor<T>,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
-    table: &mut Tensor<T>,
-    gamma_grad: &mut Tensor<P>,
-    beta_grad: &mut Tensor<P>,
+fn grads_kernel<T: Float, P: Float, V: Size>(
+    partials: &Tensor<Vector<T, V>>,
+    mean: &Tensor<Vector<T, V>>,
+    variance: &Tensor<Vector<T, V>>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
+    table: &mut Tensor<Vector<T, V>>,
+    gamma_grad: &mut Tensor<Vector<P, V>>,
+    beta_grad: &mut Tensor<Vector<P, V>>,
     norm: &NormArgs,
     grid: &Grid,
     #[comptime] is_of_batch: bool,
@@ -262,12 +266,11 @@ fn grads_kernel<T: Float, P: Float>(
     if is_idle(grid) {
         terminate!();
     }
-    let unit = unit::<One>(grid, lanes);
-    let sums = fold_rows(partials, &unit, lanes, Fold::Sums);
+    let unit = unit::<V>(grid, lanes);
+    let sums = fold_rows::<T, V>(partials, &unit, lanes, Fold::Sums);
     if unit.lane == 0 && unit.has_channel {
-        finish_channel_sums::<T, P>(
-            sums.first.extract(0usize),
-            sums.second.extract(0usize),
+        write_grads::<T, P, V>(
+            &sums,
             mean,
             variance,
             gamma,
@@ -276,56 +279,51 @@ fn grads_kernel<T: Float, P: Float>(
             gamma_grad,
             beta_grad,
             norm,
-            unit.channel,
-            grid.channels,
+            grid,
+            &unit,
             is_of_batch,
         );
     }
 }
 
-/// Writes all rows of one channel and its parameters' gradients, from `sum(g)` and `sum(g * (value - mean))`.
+/// Writes all rows of a unit's channels and their parameters' gradients, from `sum(g)` and `sum(g * (value - mean))`.
 #[cube]
-pub(crate) fn finish_channel_sums<T: Float, P: Float>(
-    grad: T,
-    grad_deviation: T,
-    mean: &Tensor<T>,
-    variance: &Tensor<T>,
-    gamma: ComptimeOption<&Tensor<P>>,
-    beta: ComptimeOption<&Tensor<P>>,
-    table: &mut Tensor<T>,
-    gamma_grad: &mut Tensor<P>,
-    beta_grad: &mut Tensor<P>,
+pub(crate) fn write_grads<T: Float, P: Float, V: Size>(
+    sums: &Partial<T, V>,
+    mean: &Tensor<Vector<T, V>>,
+    variance: &Tensor<Vector<T, V>>,
+    gamma: ComptimeOption<&Tensor<Vector<P, V>>>,
+    beta: ComptimeOption<&Tensor<Vector<P, V>>>,
+    table: &mut Tensor<Vector<T, V>>,
+    gamma_grad: &mut Tensor<Vector<P, V>>,
+    beta_grad: &mut Tensor<Vector<P, V>>,
     norm: &NormArgs,
-    channel: usize,
-    channels: usize,
+    grid: &Grid,
+    unit: &Unit,
     #[comptime] is_of_batch: bool,
 ) {
-    let channel_variance = variance[channel * variance.stride(0)];
-    let affine = channel_affine::<T, P>(
-        mean[channel * mean.stride(0)],
-        channel_variance,
-        gamma,
-        beta,
-        norm,
-        channel,
-    );
-    write_affine(table, &affine, channel, channels);
-    let deviation = standard_deviation::<T>(channel_variance, norm);
-    let inverse = inverse_deviation::<T>(deviation, norm);
-    gamma_grad[channel] = P::cast_from(inverse * grad_deviation);
-    beta_grad[channel] = P::cast_from(grad);
+    let vector = unit.vector;
+    let vectors = grid.channels / unit.width;
+    let (mean, variance) = (mean[vector], variance[vector]);
+    let affine = channel_affine::<T, P, V>(mean, variance, gamma, beta, norm, vector);
+    write_affine(table, &affine, vector, vectors);
+    let deviation = standard_deviation(variance, norm);
+    let inverse = inverse_deviation(deviation, norm);
+    gamma_grad[vector] = Vector::cast_from(inverse * sums.second);
+    beta_grad[vector] = Vector::cast_from(sums.first);
 
     if comptime!(is_of_batch) {
         // ds/dvar * 2 / (m - ddof)
-        let zero = T::from_int(0);
-        let slope = select(
-            deviation == zero,
+        let zero = Vector::<T, V>::zero();
+        let slope = select_many(
+            deviation.equal(&zero),
             zero,
-            -(inverse * inverse) / (deviation * norm.freedom.get::<T>()),
+            -(inverse * inverse) / (deviation * Vector::new(norm.freedom.get::<T>())),
         );
-        let slope = parameter::<T, P>(gamma, channel, 1) * slope;
-        table[rows::SLOPE * channels + channel] = slope * grad_deviation;
-        table[rows::OFFSET * channels + channel] = -(affine.scale * grad) / norm.values.get::<T>();
+        let slope = parameter::<T, P, V>(gamma, vector, 1) * slope;
+        table[rows::SLOPE * vectors + vector] = slope * sums.second;
+        let values = Vector::new(norm.values.get::<T>());
+        table[rows::OFFSET * vectors + vector] = -(affine.scale * sums.first) / values;
     }
 }
 
@@ -386,6 +384,7 @@ pub(crate) fn finish_sums(partials: CubeTensor, table: &ChannelTable) -> AffineG
                 walk.cube_count(&client),
                 walk.lanes.cube_dim(),
                 walk.address_type(),
+                walk.vector_size,
                 partials.into_tensor_arg(),
                 table.moments.mean.clone().into_tensor_arg(),
                 table.moments.variance.clone().into_tensor_arg(),
@@ -406,9 +405,9 @@ pub(crate) fn finish_sums(partials: CubeTensor, table: &ChannelTable) -> AffineG
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn grad_sum_kernel<T: Float>(
-    partials: &Tensor<T>,
-    grad: &mut Tensor<T>,
+fn grad_sum_kernel<T: Float, V: Size>(
+    partials: &Tensor<Vector<T, V>>,
+    grad: &mut Tensor<Vector<T, V>>,
     grid: &Grid,
     #[comptime] lanes: Lanes,
     #[define(T)] _element: ElemType,
@@ -416,10 +415,10 @@ fn grad_sum_kernel<T: Float>(
     if is_idle(grid) {
         terminate!();
     }
-    let unit = unit::<One>(grid, lanes);
-    let sums = fold_rows(partials, &unit, lanes, Fold::Sums);
+    let unit = unit::<V>(grid, lanes);
+    let sums = fold_rows::<T, V>(partials, &unit, lanes, Fold::Sums);
     if unit.lane == 0 && unit.has_channel {
-        grad[unit.channel] = sums.first.extract(0usize);
+        grad[unit.vector] = sums.first;
     }
 }
 
@@ -437,6 +436,7 @@ pub(crate) fn finish_grad_sum(partials: CubeTensor) -> CubeTensor {
                 walk.cube_count(&client),
                 walk.lanes.cube_dim(),
                 walk.address_type(),
+                walk.vector_size,
                 partials.into_tensor_arg(),
                 grad.clone().into_tensor_arg(),
                 walk.grid(),

@@ -20,10 +20,14 @@ use cubecl::zspace::Shape;
 const UNITS: usize = 256;
 /// Neighbouring vectors of channels that a cube reads at once: whole cache lines.
 const CHANNEL_LANES: usize = 32;
-/// As [`CHANNEL_LANES`], for many rows and few channels.
-const ROW_CHANNEL_LANES: usize = 8;
+/// Neighbouring channels that a cube reads at once in many rows of few channels.
+const ROW_CHANNELS: usize = 8;
 /// Least positions of a unit that are worth another cube's partial result.
 const POSITIONS_PER_UNIT: usize = 8;
+/// Positions that a unit reads before it computes, at most.
+const POSITIONS_AT_ONCE: usize = 4;
+/// Vectors of these positions in registers: two positions of a launch over five tensors.
+const VECTORS_AT_ONCE: usize = 10;
 /// Cubes of a reduction: a few for each multiprocessor of a large GPU, and few partial results.
 pub(crate) const REDUCTION_CUBES: usize = 512;
 /// Cubes of a launch without partial results: enough to hide the latency of memory.
@@ -43,11 +47,18 @@ pub(crate) struct Lanes {
     pub(crate) axis: Axis,
     pub(crate) channels: usize,
     pub(crate) positions: usize,
+    /// Positions that a unit reads before it computes.
+    pub(crate) at_once: usize,
 }
 
 impl Lanes {
     pub(crate) fn units(self) -> usize {
         self.channels * self.positions
+    }
+
+    /// Positions from a unit's first one of those at once to its next.
+    pub(crate) fn stride(self) -> usize {
+        self.positions * self.at_once
     }
 
     pub(crate) fn cube_dim(self) -> CubeDim {
@@ -86,8 +97,8 @@ pub(crate) struct Unit {
     /// Number of chunks of positions, and the index of the cube's.
     pub(crate) chunks: usize,
     pub(crate) chunk: usize,
-    /// Index of the unit's channel, or vector of channels.
-    vector: usize,
+    /// Index of the unit's channel, or vector of channels; a unit without one has the last.
+    pub(crate) vector: usize,
     /// First channel of the unit's vectors, and how many they have.
     pub(crate) channel: usize,
     #[cube(comptime)]
@@ -121,6 +132,7 @@ pub(crate) fn unit<N: Size>(grid: &Grid, #[comptime] lanes: Lanes) -> Unit {
     let lane = unit / lanes.channels;
     let vector = block * lanes.channels + unit % lanes.channels;
     let has_channel = vector < vectors;
+    let vector = min(vector, vectors - 1);
     let start = chunk * grid.chunk + lane;
     let limit = min(chunk * grid.chunk + grid.chunk, grid.positions);
     Unit {
@@ -139,7 +151,7 @@ pub(crate) fn unit<N: Size>(grid: &Grid, #[comptime] lanes: Lanes) -> Unit {
 
 /// Coordinates of a position along the axes of the grid, innermost first.
 #[cube]
-pub(crate) fn coordinates(grid: &Grid, position: usize) -> Sequence<usize> {
+fn coordinates(grid: &Grid, position: usize) -> Sequence<usize> {
     let rank = comptime!(grid.axes.len());
     let mut rest = position;
     let mut coordinates = Sequence::<usize>::new();
@@ -151,6 +163,36 @@ pub(crate) fn coordinates(grid: &Grid, position: usize) -> Sequence<usize> {
     }
     coordinates.push(rest);
     coordinates
+}
+
+/// One of the positions that a unit reads before it computes.
+#[derive(CubeType)]
+pub(crate) struct Position {
+    pub(crate) at: Sequence<usize>,
+    /// Whether it is below the unit's end.
+    pub(crate) is_there: bool,
+}
+
+/// Positions of a unit from `first` on, for several loads in one wait. Those behind the unit's end are read at `first`,
+/// which no other unit writes.
+#[cube]
+pub(crate) fn positions_at_once(
+    grid: &Grid,
+    unit: &Unit,
+    first: usize,
+    #[comptime] lanes: Lanes,
+) -> Sequence<Position> {
+    let mut positions = Sequence::<Position>::new();
+    #[unroll]
+    for i in 0..lanes.at_once {
+        let position = first + comptime!(i * lanes.positions);
+        let is_there = position < unit.end;
+        positions.push(Position {
+            at: coordinates(grid, select(is_there, position, first)),
+            is_there,
+        });
+    }
+    positions
 }
 
 /// Index of a unit's vector at some [`coordinates`] in the buffer of a tensor with these steps.
@@ -165,6 +207,18 @@ pub(crate) fn index(steps: &Steps, coordinates: &Sequence<usize>, unit: &Unit) -
     index
 }
 
+/// A vector for the same channels in another number of components: all components along positions are one channel's.
+#[cube]
+pub(crate) fn resized<T: Float, A: Size, B: Size>(
+    vector: Vector<T, A>,
+    #[comptime] lanes: Lanes,
+) -> Vector<T, B> {
+    match comptime!(lanes.axis) {
+        Axis::Positions => Vector::new(vector.extract(0usize)),
+        Axis::Channels => Vector::cast_from(vector),
+    }
+}
+
 /// The values of one row of `[rows, channels]` for the components of a unit's vectors. Vectors of the table are of
 /// [`Walk::table_vector_size`].
 #[cube]
@@ -175,15 +229,10 @@ pub(crate) fn row<T: Float, N: Size, V: Size>(
     #[comptime] row: usize,
     #[comptime] lanes: Lanes,
 ) -> Vector<T, N> {
-    let mut values = Vector::<T, N>::zero();
-    if unit.has_channel {
-        let vector = table[(row * grid.channels + unit.channel) / unit.width];
-        values = match comptime!(lanes.axis) {
-            Axis::Positions => Vector::new(vector.extract(0usize)),
-            Axis::Channels => Vector::cast_from(vector),
-        };
-    }
-    values
+    resized(
+        table[row * (grid.channels / unit.width) + unit.vector],
+        lanes,
+    )
 }
 
 /// The host's side of a launch over some tensors.
@@ -211,14 +260,23 @@ impl Walk {
         let groups = merged_positions(tensors);
         let axis = axis_of(tensors[0]);
         let vector_size = vector_size(tensors, &groups, axis);
-        Self::over(tensors, groups, axis, vector_size, accumulator_size, cubes)
+        let reads = tensors.len();
+        Self::over(
+            tensors,
+            groups,
+            (axis, vector_size),
+            reads,
+            accumulator_size,
+            cubes,
+        )
     }
 
     /// As [`new`](Self::new) over `[batch, channels, height, width]`, with one axis each for images, rows and
     /// columns, and vectors along channels alone. Tensors after the first may have other heights and widths:
-    /// units then index them by positions of their own.
+    /// units then index them by positions of their own, up to `windows` for each of the launch.
     pub(crate) fn over_pixels(
         tensors: &[&CubeTensor],
+        windows: usize,
         accumulator_size: usize,
         cubes: usize,
     ) -> Self {
@@ -228,15 +286,24 @@ impl Walk {
             Axis::Channels => vector_size(tensors, &groups, axis),
             Axis::Positions => 1,
         };
-        Self::over(tensors, groups, axis, vector_size, accumulator_size, cubes)
+        // Of each window a gradient and an argmax.
+        let reads = tensors.len() + 2 * windows - 1;
+        Self::over(
+            tensors,
+            groups,
+            (axis, vector_size),
+            reads,
+            accumulator_size,
+            cubes,
+        )
     }
 
-    /// A walk over the first tensor, with those position axes.
+    /// A walk over the first tensor, with those position axes, vectors and reads of a position.
     fn over(
         tensors: &[&CubeTensor],
         groups: Vec<Vec<usize>>,
-        axis: Axis,
-        vector_size: usize,
+        (axis, vector_size): (Axis, usize),
+        reads: usize,
         accumulator_size: usize,
         cubes: usize,
     ) -> Self {
@@ -281,6 +348,7 @@ impl Walk {
                 axis,
                 channels: channel_lanes,
                 positions: position_lanes,
+                at_once: (VECTORS_AT_ONCE / reads).clamp(1, POSITIONS_AT_ONCE),
             },
             vector_size,
             channels,
@@ -296,12 +364,29 @@ impl Walk {
         }
     }
 
+    /// The walk with indices for a tensor of that many elements, too.
+    pub(crate) fn reaching(self, elements: usize) -> Self {
+        let address = self.address.max(AddressType::from_len(elements));
+        Self { address, ..self }
+    }
+
     /// A walk over partial results, `[planes, rows, channels]`, in one chunk.
     pub(crate) fn over_rows(table: &CubeTensor) -> Self {
-        let shape = table.meta.shape();
+        let (shape, strides) = (table.meta.shape(), table.meta.strides());
         let (rows, channels) = (shape[1], shape[2]);
+        let vector_size = table
+            .client
+            .io_optimized_vector_sizes(table.dtype.size())
+            .filter(|size| {
+                [channels, strides[0], strides[1]]
+                    .iter()
+                    .all(|n| n.is_multiple_of(*size))
+            })
+            .max()
+            .unwrap_or(1);
         let units = table.client.properties().hardware.max_units_per_cube as usize;
-        let channel_lanes = channels.clamp(1, ROW_CHANNEL_LANES.min(units));
+        let vectors = channels / vector_size;
+        let channel_lanes = vectors.clamp(1, (ROW_CHANNELS / vector_size).clamp(1, units));
         let position_lanes = floor_power_of_two(UNITS.min(units) / channel_lanes);
         Self {
             groups: Vec::new(),
@@ -310,12 +395,13 @@ impl Walk {
                 axis: Axis::Channels,
                 channels: channel_lanes,
                 positions: position_lanes.min(rows.next_power_of_two()),
+                at_once: 1,
             },
-            vector_size: 1,
+            vector_size,
             channels,
             chunks: 1,
             chunk: rows,
-            channel_blocks: channels.div_ceil(channel_lanes),
+            channel_blocks: vectors.div_ceil(channel_lanes),
             shared_bytes: 0,
             address: table.required_address_type(),
         }

@@ -43,6 +43,8 @@ enum Layout {
     ChannelsLast,
     /// Channels first, with that many unused elements after each row.
     Pitched(usize),
+    /// Channels last, with that many unused elements after each pixel, as CUDA's allocations have.
+    PitchedLast(usize),
 }
 
 impl Layout {
@@ -50,14 +52,18 @@ impl Layout {
         let rank = shape.len();
         let order: Vec<usize> = match self {
             Self::ChannelsFirst | Self::Pitched(_) => (0..rank).collect(),
-            Self::ChannelsLast => [0].into_iter().chain(2..rank).chain([1]).collect(),
+            Self::ChannelsLast | Self::PitchedLast(_) => {
+                [0].into_iter().chain(2..rank).chain([1]).collect()
+            }
         };
         let mut strides = vec![0; rank];
         let mut step = 1;
         for (position, &axis) in order.iter().enumerate().rev() {
             strides[axis] = step;
             step *= shape[axis];
-            if let (Self::Pitched(gap), true) = (self, position + 1 == rank) {
+            if let Self::Pitched(gap) | Self::PitchedLast(gap) = self
+                && position + 1 == rank
+            {
                 step += gap;
             }
         }
@@ -647,7 +653,7 @@ fn mixed_layouts() {
     let layouts = [
         Layout::ChannelsFirst,
         Layout::ChannelsLast,
-        Layout::Pitched(4),
+        Layout::PitchedLast(4),
     ];
     for layout in layouts {
         for other_layout in layouts {
@@ -852,6 +858,24 @@ fn reductions_in_one_launch_or_in_two() {
     });
 }
 
+/// A launch that fails, for a tensor larger than any memory, leaves those after it as they are.
+#[test]
+fn a_failed_launch_fails_alone() {
+    let device = CubeDevice::default();
+    let tensor = |width| {
+        let shape = burn_backend::Shape::new([1, 1, 1, width]);
+        CubeBackend::float_empty(shape, &device, DType::F32.into())
+    };
+    let runs = |input: &CubeTensor| {
+        let (statistics, _) = moments(input, Affine::default(), BATCH_NORM);
+        input.client.check([&statistics.variance.handle]).is_ok()
+    };
+    with_last_cube(true, || {
+        assert!(!runs(&tensor(1 << 44)));
+        assert!(runs(&tensor(16)));
+    });
+}
+
 /// Given statistics: no norm's input, the gradient alone, and its sum.
 #[test]
 fn without_a_norm() {
@@ -969,6 +993,30 @@ fn sparse_inputs_are_written_dense() {
     }
 }
 
+/// The same for the output of CUDA's convolutions in f32, whose pixels start at multiples of up to 512 bytes.
+#[test]
+fn pitched_pixels_are_written_dense() {
+    let device = CubeDevice::default();
+    for (channels, pitch, dense) in [
+        (24, 32, true),
+        (64, 64, false),
+        (96, 128, true),
+        (120, 128, false),
+        (144, 256, true),
+    ] {
+        let host = Host {
+            shape: vec![2, channels, 3, 5],
+            values: vec![0.5; 30 * channels],
+        };
+        let pitched = host.upload(Layout::PitchedLast(pitch - channels), DType::F32, &device);
+        let output = normalize(pitched, None, None, Activation::Relu);
+        assert_eq!(download(&output), host.values, "{channels} channels");
+        let pixel = if dense { channels } else { pitch };
+        let strides = [15 * pixel, 1, 5 * pixel, pixel];
+        assert_eq!(output.meta.strides()[..], strides, "{channels} channels");
+    }
+}
+
 /// Constant statistics: the gradient is `scale * g`, with or without the norm's input, in any buffer.
 #[test]
 fn constant_statistics() {
@@ -1080,6 +1128,66 @@ fn an_empty_batch() {
     assert_eq!(download(&sums.grad()), [0.0; 3]);
     let grad = norm_input_grad(pre_activation, Some(&table), false);
     assert_eq!(download(&grad.grad), Vec::<f64>::new());
+}
+
+/// Parameters and statistics that are views without a value for each channel in memory.
+#[test]
+fn expanded_parameters() {
+    let device = CubeDevice::default();
+    let shape = [2, 8, 3, 5];
+    let mut rng = ChaCha8Rng::seed_from_u64(37);
+    let input = Host::random(&shape, &mut rng, 0.5, 1.0);
+    let input = || input.upload(Layout::ChannelsLast, DType::F32, &device);
+    let dense = |value| upload_channels(&[value; 8], DType::F32, &device);
+    let expanded = |value| {
+        let mut tensor = upload_channels(&[value], DType::F32, &device);
+        *tensor.meta = Metadata::new(Shape::from(vec![8]), Strides::from(vec![0]));
+        tensor
+    };
+    let results = |channels: &dyn Fn(f64) -> CubeTensor| {
+        let (gamma, beta) = (channels(1.5), channels(-0.25));
+        let affine = Affine {
+            gamma: Some(&gamma),
+            beta: Some(&beta),
+        };
+        let running = Running {
+            moments: Moments {
+                mean: channels(0.5),
+                variance: channels(2.0),
+            },
+            momentum: 0.1,
+            factor: 1.0,
+        };
+        let got = moments_and_running(&input(), affine, BATCH_NORM, Some(&running));
+        let after = got.running.expect("running statistics were given");
+        let output = normalize(input(), Some(&got.table), None, Activation::Relu);
+        let given = Moments {
+            mean: channels(0.25),
+            variance: channels(4.0),
+        };
+        let updated = running_moments(&running, &given);
+        let table = channel_table(&given, affine, BATCH_NORM, 30);
+        let pre_activation = PreActivation {
+            output_grad: input(),
+            pool: None,
+            norm_input: Some(input()),
+            residual: None,
+            output: None,
+            activation: Activation::Relu,
+        };
+        let grads = GradSums::new(&pre_activation, Some(&table)).finish(&table);
+        let grad = norm_input_grad(pre_activation, Some(&table), false).grad;
+        let results = [
+            after.mean,
+            after.variance,
+            output,
+            updated.mean,
+            updated.variance,
+        ];
+        let results = results.into_iter().chain([grads.gamma, grads.beta, grad]);
+        results.map(|tensor| download(&tensor)).collect::<Vec<_>>()
+    };
+    assert_eq!(results(&expanded), results(&dense));
 }
 
 /// Running statistics in a dtype of their own, by biased and unbiased variance: values that no dtype rounds.
@@ -1358,4 +1466,206 @@ fn max_pools_behind_a_norm() {
             }
         }
     }
+}
+
+/// Arguments that do not fit, as kernels check no bounds: each is refused before a launch.
+#[test]
+fn arguments_that_do_not_fit() {
+    let device = CubeDevice::default();
+    let tensor_of = |shape: &[usize], dtype: DType| {
+        let shape = burn_backend::Shape::from(shape.to_vec());
+        CubeBackend::float_empty(shape, &device, dtype.into())
+    };
+    let tensor = |shape: &[usize]| tensor_of(shape, DType::F32);
+    let (three, four) = (tensor(&[3]), tensor(&[4]));
+    let three_f64 = tensor_of(&[3], DType::F64);
+    let input = tensor(&[2, 3, 4, 4]);
+    let affine = Affine::default();
+    let statistics = |mean: &CubeTensor, variance: &CubeTensor| Moments {
+        mean: mean.clone(),
+        variance: variance.clone(),
+    };
+    let table = |channels| channel_table(&statistics(channels, channels), affine, BATCH_NORM, 32);
+    let normed = PreActivation {
+        output_grad: input.clone(),
+        pool: None,
+        norm_input: Some(input.clone()),
+        residual: None,
+        output: None,
+        activation: Activation::Silu,
+    };
+    let window = WINDOWS[0];
+    let pooled = max_pool(&input, None, Activation::Identity, window);
+    let pool = PoolArgmax {
+        window,
+        argmax: pooled.argmax,
+        first_image: 0,
+    };
+    let second = PoolArgmax {
+        first_image: 1,
+        ..pool.clone()
+    };
+    let joined = |pool: &PoolArgmax, output_grad: &CubeTensor| PreActivation {
+        output_grad: output_grad.clone(),
+        pool: Some(pool.clone()),
+        ..normed.clone()
+    };
+    let running = |mean, variance| Running {
+        moments: statistics(mean, variance),
+        momentum: 0.1,
+        factor: 1.0,
+    };
+    let update = |running: &Running| {
+        moments_and_running(&input, affine, BATCH_NORM, Some(running));
+    };
+    let of = |gamma, beta| Affine {
+        gamma: Some(gamma),
+        beta: Some(beta),
+    };
+    let sums = |value: &PreActivation, channels| {
+        GradSums::new(value, Some(&table(channels)));
+    };
+    let pool_input = |window: PoolWindow| {
+        max_pool(&input, None, Activation::Identity, window);
+    };
+    let relu = |residual: &CubeTensor| {
+        normalize(input.clone(), None, Some(residual), Activation::Relu);
+    };
+    let cases: &[(&str, &dyn Fn())] = &[
+        ("gamma: expected 3 values, got 4", &|| {
+            moments(&input, of(&four, &three), BATCH_NORM);
+        }),
+        ("beta: expected F32, got F64", &|| {
+            moments(&input, of(&three, &three_f64), BATCH_NORM);
+        }),
+        ("running mean: expected 3 values, got 4", &|| {
+            update(&running(&four, &three))
+        }),
+        ("running variance: expected F32, got F64", &|| {
+            update(&running(&three, &three_f64))
+        }),
+        ("batch variance: expected 3 values, got 4", &|| {
+            running_moments(&running(&three, &three), &statistics(&three, &four));
+        }),
+        ("variance: expected 3 values, got 4", &|| {
+            channel_table(&statistics(&three, &four), affine, BATCH_NORM, 32);
+        }),
+        ("beta: expected 3 values, got 4", &|| {
+            channel_table(
+                &statistics(&three, &three),
+                of(&three, &four),
+                BATCH_NORM,
+                32,
+            );
+        }),
+        ("mean: expected 3 values, got 4", &|| {
+            normalize(input.clone(), Some(&table(&four)), None, Activation::Relu);
+        }),
+        ("residual: expected shape [2, 3, 4, 4]", &|| {
+            relu(&tensor(&[2, 3, 4, 5]))
+        }),
+        ("residual: expected F32, got F64", &|| {
+            relu(&tensor_of(&[2, 3, 4, 4], DType::F64))
+        }),
+        ("mean: expected F32, got F64", &|| sums(&normed, &three_f64)),
+        ("output gradient: expected shape [2, 3, 4, 4]", &|| {
+            let output_grad = tensor(&[2, 3, 4, 2]);
+            sums(
+                &PreActivation {
+                    output_grad,
+                    ..normed.clone()
+                },
+                &three,
+            );
+        }),
+        ("norm input: expected F32, got F64", &|| {
+            let norm_input = Some(tensor_of(&[2, 3, 4, 4], DType::F64));
+            sums(
+                &PreActivation {
+                    norm_input,
+                    ..normed.clone()
+                },
+                &three,
+            );
+        }),
+        ("residual: expected shape [2, 3, 4, 4]", &|| {
+            let residual = Some(tensor(&[1, 3, 4, 4]));
+            sums(
+                &PreActivation {
+                    residual,
+                    ..normed.clone()
+                },
+                &three,
+            );
+        }),
+        ("output: expected shape [2, 3, 4, 4]", &|| {
+            let output = Some(tensor(&[1, 3, 4, 4]));
+            norm_input_grad(
+                PreActivation {
+                    output,
+                    ..normed.clone()
+                },
+                None,
+                false,
+            );
+        }),
+        ("mean: expected 3 values, got 4", &|| {
+            GradSums::new(&normed, Some(&table(&three))).finish(&table(&four));
+        }),
+        ("complete it with `GradSums::finish`", &|| {
+            norm_input_grad(normed.clone(), Some(&table(&three)), false);
+        }),
+        ("output gradient: expected shape [2, 3, 2, 2]", &|| {
+            sums(&joined(&pool, &input), &three);
+        }),
+        ("argmax: expected at least 9 values, got 6", &|| {
+            sums(&joined(&second, &pooled.output), &three);
+        }),
+        ("argmax: expected at least 9 values, got 6", &|| {
+            max_pool_backward(&pooled.output, &second, [4, 4]);
+        }),
+        ("output gradient: expected shape [2, 3, 3, 2]", &|| {
+            max_pool_backward(&pooled.output, &pool, [6, 4]);
+        }),
+        ("input: expected [batch, channels, height, width]", &|| {
+            max_pool(&tensor(&[2, 3, 4]), None, Activation::Identity, window);
+        }),
+        ("mean: expected 3 values, got 4", &|| {
+            max_pool(&input, Some(&table(&four)), Activation::Identity, window);
+        }),
+        (
+            "window: expected at most the padded input's 4 pixels, got 5",
+            &|| {
+                pool_input(PoolWindow {
+                    kernel_size: [5, 2],
+                    ..window
+                });
+            },
+        ),
+        ("window: expected at most 256 pixels, got 257", &|| {
+            pool_input(PoolWindow {
+                kernel_size: [257, 1],
+                ..window
+            });
+        }),
+        (
+            "padding: expected at most half the window's 2 pixels, got 2",
+            &|| {
+                pool_input(PoolWindow {
+                    padding: [2, 0],
+                    ..window
+                });
+            },
+        ),
+    ];
+    let is_refused = |(message, call): &&(&str, &dyn Fn())| {
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
+        let panic = result
+            .err()
+            .and_then(|panic| panic.downcast::<String>().ok());
+        panic.is_some_and(|got| got.contains(message))
+    };
+    let missed = cases.iter().filter(|case| !is_refused(case));
+    let missed: Vec<_> = missed.map(|(message, _)| message).collect();
+    assert!(missed.is_empty(), "not refused: {missed:?}");
 }
