@@ -67,6 +67,8 @@
 mod autodiff;
 #[cfg(feature = "cubecl")]
 mod cube;
+#[cfg(any(feature = "cubecl", test))]
+mod cubek;
 #[cfg(feature = "flex")]
 mod flex;
 mod layer;
