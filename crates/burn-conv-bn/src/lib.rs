@@ -31,6 +31,8 @@
 mod autodiff;
 #[cfg(feature = "cubecl")]
 mod cube;
+#[cfg(any(feature = "cubecl", test))]
+mod cubek;
 #[cfg(feature = "flex")]
 mod flex;
 mod layer;

@@ -262,11 +262,12 @@ fn variants_of_the_norm() {
 #[test]
 fn chunks_of_the_batch() {
     let (input, output, columns) = (4 * 6 * 7 * 4, 8 * 6 * 7 * 4, 9 * 4 * 6 * 7 * 4);
-    // With the chunk's gradient, and copies of its operands.
-    let image = columns + 2 * input + output;
+    // Columns twice and a copy of the output's gradient, as products are tuned; the chunk's gradient, and copies of its
+    // operands.
+    let image = 2 * columns + output + 2 * input + output;
     for (batch, max_workspace) in [
         (3, 1),
-        (9, 2 * (output + image)),
+        (15, 2 * (output + image)),
         (3, 3 * output + image),
         (3, 3 * output + 2 * image),
         (3, 1 << 20),
@@ -281,6 +282,18 @@ fn chunks_of_the_batch() {
             .check();
         }
     }
+}
+
+/// Images whose columns exceed the default bound on their own. The weight's gradient is checked for fewer pixels, still
+/// more than 128 a side: Mesa's software driver ends a kernel's loops after 65535 iterations in all.
+#[test]
+fn wide_inputs() {
+    Case {
+        tracked: [true, false, true, true],
+        ..Case::new(padded(1), [2, 16, 256, 512], [16, 16, 3, 3])
+    }
+    .check();
+    Case::new(padded(1), [2, 128, 130, 150], [4, 128, 3, 3]).check();
 }
 
 /// Wrong products of cubek are not chosen, for these numbers of channels.

@@ -3,24 +3,27 @@
 use core::ops::Range;
 
 use burn::backend::ops::FloatTensorOps;
-use burn::backend::tensor::FloatTensor;
-use burn::tensor::ops::ConvOptions;
-use burn::tensor::{DType, Shape, Slice};
+use burn::backend::ops::conv::calculate_padding_out;
+use burn::tensor::ops::{ConvOptions, ConvTransposeOptions};
+use burn::tensor::{Shape, Slice};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::cubecl::zspace::Strides;
 use burn_cubecl::cubecl::zspace::metadata::Metadata;
-use burn_cubecl::kernel::conv::{ConvStrategy, conv_data_backward};
+use burn_cubecl::kernel::conv::{
+    ConvStrategy, ConvTranspose2dStrategy, conv_data_backward, conv_transpose2d,
+};
 use burn_cubecl::kernel::{into_contiguous_aligned, untile};
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::ops::{permute, permute_nchw_to_nhwc, permute_nhwc_to_nchw};
 use burn_cubecl::tensor::CubeTensor;
 
 use super::sweeps::Kernels;
+use crate::cubek::reads_padding;
 use crate::portable::layout::{Layouts, image_slices};
-use crate::portable::workspace;
+use crate::portable::workspace::{self, is_depthwise};
 
 impl Layouts<CubeBackend> for Kernels {
-    const MAY_ALLOCATE_COLUMNS: bool = true;
+    const TUNES_PRODUCTS: bool = true;
 
     // Burn's reshape copies a channels-last tensor. The new axis is one row of the axis behind it.
     fn lift(tensor: CubeTensor) -> CubeTensor {
@@ -65,14 +68,9 @@ impl Layouts<CubeBackend> for Kernels {
         permute_nhwc_to_nchw(into_contiguous_aligned(permute_nchw_to_nhwc(weight)))
     }
 
-    fn images(tensor: CubeTensor, chunk: &Range<usize>) -> CubeTensor {
-        let shape = tensor.meta.shape().to_vec();
-        if chunk.len() == shape[0] {
-            return tensor;
-        }
+    fn slice(tensor: CubeTensor, slices: &[Slice]) -> CubeTensor {
         let order = Order::of(&tensor);
-        let slices = order.slices(&shape, chunk);
-        // If it copies, it copies into the same layout.
+        let slices = order.slices(slices);
         order.restore(CubeBackend::float_slice(order.apply(tensor), &slices))
     }
 
@@ -92,7 +90,7 @@ impl Layouts<CubeBackend> for Kernels {
                 value.dtype,
             ),
         };
-        let slices = order.slices(shape, chunk);
+        let slices = order.slices(&image_slices(shape, chunk));
         order.restore(CubeBackend::float_slice_assign(
             batch,
             &slices,
@@ -106,14 +104,9 @@ impl Layouts<CubeBackend> for Kernels {
         workspace::images_of_a_view(tensor.meta.shape()[0], stride, alignment)
     }
 
-    fn row_bytes(tensor: &CubeTensor, length: usize) -> usize {
-        let bytes = length * tensor.dtype.size();
-        let alignment = tensor.client.properties().memory.alignment as usize;
-        if matches!(tensor.client.name(), "cuda" | "hip") {
-            pitched(bytes, alignment)
-        } else {
-            bytes
-        }
+    fn row_alignment(tensor: &CubeTensor) -> Option<usize> {
+        let is_pitched = matches!(tensor.client.name(), "cuda" | "hip");
+        is_pitched.then(|| tensor.client.properties().memory.alignment as usize)
     }
 
     fn conv2d_x_backward(
@@ -122,7 +115,11 @@ impl Layouts<CubeBackend> for Kernels {
         output_grad: CubeTensor,
         options: ConvOptions<2>,
     ) -> CubeTensor {
-        x_backward(input, weight, output_grad, options)
+        if is_depthwise(options.groups, weight.meta.shape()) {
+            depthwise_x_backward(input.meta.shape(), weight, output_grad, &options)
+        } else {
+            x_backward(input, weight, output_grad, options)
+        }
     }
 
     fn conv3d_x_backward(
@@ -174,16 +171,9 @@ impl Order {
         self.0.iter().map(|&axis| shape[axis]).collect()
     }
 
-    /// Slices of the images `chunk` of a batch of that shape, after [`apply`](Self::apply).
-    fn slices(&self, shape: &[usize], chunk: &Range<usize>) -> Vec<Slice> {
-        let slices = image_slices(&Shape::from(shape.to_vec()), chunk);
+    fn slices(&self, slices: &[Slice]) -> Vec<Slice> {
         self.0.iter().map(|&axis| slices[axis]).collect()
     }
-}
-
-/// Bytes of a row of a pitched allocation, after CubeCL's `PitchedMemoryLayoutPolicy`.
-fn pitched(bytes: usize, alignment: usize) -> usize {
-    bytes.next_multiple_of(bytes.next_power_of_two().clamp(16, alignment))
 }
 
 /// Burn's gradient of a convolution's input. `input` is for its shape.
@@ -192,7 +182,7 @@ fn x_backward<const N: usize>(
     weight: CubeTensor,
     output_grad: CubeTensor,
     options: ConvOptions<N>,
-) -> FloatTensor<CubeBackend> {
+) -> CubeTensor {
     let shape = input.meta.shape().clone();
     let width = output_grad.client.properties().io_width() as usize / 8;
     let channels = [shape[1], output_grad.meta.shape()[1]];
@@ -205,16 +195,27 @@ fn x_backward<const N: usize>(
         .expect("Burn has a kernel for any convolution")
 }
 
-/// Whether the matrix products that autotuning tries for this gradient are wrong in cubek 0.3.1: they pad the
-/// output's channels to the device's loads, of `width` bytes, and read zeros there only if the *input* has
-/// another number of channels.
-fn reads_padding<const N: usize>(
-    [channels_in, channels_out]: [usize; 2],
-    width: usize,
-    dtype: DType,
-    options: &ConvOptions<N>,
-) -> bool {
-    let padded = channels_out.next_multiple_of((width / dtype.size()).max(1));
-    let is_tried = options.groups == 1 && options.stride.iter().all(|&stride| stride == 1);
-    is_tried && channels_out != padded && channels_in == padded
+/// Gradient of a depthwise convolution's input, of padding that is symmetric, by Burn's direct algorithm. Burn tunes
+/// it against one by im2col columns, as many as those of a dense convolution.
+fn depthwise_x_backward(
+    input_shape: &Shape,
+    weight: CubeTensor,
+    output_grad: CubeTensor,
+    options: &ConvOptions<2>,
+) -> CubeTensor {
+    let (stride, padding, dilation) = (options.stride, options.padding_begin(), options.dilation);
+    let padding_out = core::array::from_fn(|dim| {
+        calculate_padding_out(
+            weight.meta.shape()[dim + 2],
+            stride[dim],
+            padding[dim],
+            dilation[dim],
+            input_shape[dim + 2],
+            output_grad.meta.shape()[dim + 2],
+        )
+    });
+    let options = ConvTransposeOptions::new(stride, padding, padding_out, dilation, options.groups);
+    let direct = ConvTranspose2dStrategy::Direct;
+    conv_transpose2d(output_grad, weight, None, options, direct)
+        .expect("the direct algorithm takes any convolution")
 }

@@ -75,7 +75,7 @@ pub(crate) fn input_backward<B: Backend, L: Layouts<B>>(
             Slice::from(before..before + input_shape[dim])
         })
         .collect();
-    B::float_slice(grad, &ranges)
+    L::slice(grad, &ranges)
 }
 
 /// Gradient of the weight, which itself is not needed.
@@ -92,10 +92,12 @@ pub(crate) fn weight_backward<B: Backend, L: Layouts<B>>(
         return L::lower(grad);
     }
     let weight = stand_in::<B>(weight_shape, &output_grad);
-    let (input, spec) = pad_if_asymmetric::<B>(input, spec);
     match spec.rank() {
         2 => B::conv2d_weight_backward(input, weight, output_grad, spec.to_burn()),
-        3 => B::conv3d_weight_backward(input, weight, output_grad, spec.to_burn()),
+        3 => {
+            let (input, spec) = pad_if_asymmetric::<B>(input, spec);
+            B::conv3d_weight_backward(input, weight, output_grad, spec.to_burn())
+        }
         rank => unsupported_rank(rank),
     }
 }

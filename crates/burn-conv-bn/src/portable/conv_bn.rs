@@ -444,13 +444,7 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
         let mut input = OptionalTensor::<B>::from(take(&mut self.saved.input, last));
         let view = view::<B, S>([&conv_grad].into_iter().chain(input.as_option()));
         let max_workspace = self.options.options.max_workspace;
-        let parts = self.costs.conv_chunks(
-            chunk,
-            self.batch,
-            max_workspace,
-            S::MAY_ALLOCATE_COLUMNS,
-            view,
-        );
+        let parts = self.costs.conv_chunks(chunk, max_workspace, view);
         let within = |part: &Range<usize>| part.start - chunk.start..part.end - chunk.start;
         if self.wants_weight() {
             for part in &parts {

@@ -9,9 +9,9 @@ use burn::tensor::{Shape, Slice};
 
 /// What a backend does better that knows its tensors' strides. The default bodies are Burn's operations.
 pub(crate) trait Layouts<B: Backend> {
-    /// Whether convolution gradients may allocate im2col columns, which are bounded then even without
+    /// Whether convolution gradients are tuned, and tried with im2col columns: these are bounded then even without
     /// `max_workspace`.
-    const MAY_ALLOCATE_COLUMNS: bool = false;
+    const TUNES_PRODUCTS: bool = false;
 
     /// `[a, b, length]` viewed as `[a, b, 1, length]`.
     fn lift(tensor: FloatTensor<B>) -> FloatTensor<B> {
@@ -37,13 +37,18 @@ pub(crate) trait Layouts<B: Backend> {
         weight
     }
 
+    /// A part of the tensor, in the same layout if it is a copy.
+    fn slice(tensor: FloatTensor<B>, slices: &[Slice]) -> FloatTensor<B> {
+        B::float_slice(tensor, slices)
+    }
+
     /// Images `chunk` of a tensor whose first axis is the batch; the tensor itself if that is all.
     fn images(tensor: FloatTensor<B>, chunk: &Range<usize>) -> FloatTensor<B> {
         let shape = tensor.shape();
         if chunk.len() == shape[0] {
             tensor
         } else {
-            B::float_slice(tensor, &image_slices(&shape, chunk))
+            Self::slice(tensor, &image_slices(&shape, chunk))
         }
     }
 
@@ -69,9 +74,10 @@ pub(crate) trait Layouts<B: Backend> {
         None
     }
 
-    /// Bytes of a row of `length` values in a matrix on the device, in the tensor's dtype.
-    fn row_bytes(tensor: &FloatTensor<B>, length: usize) -> usize {
-        length * tensor.dtype().size()
+    /// The largest alignment of rows in the device's allocations, in bytes, if it pads them.
+    fn row_alignment(tensor: &FloatTensor<B>) -> Option<usize> {
+        let _ = tensor;
+        None
     }
 
     /// [`ModuleOps::conv2d_x_backward`](burn::backend::ops::ModuleOps::conv2d_x_backward).
