@@ -59,6 +59,7 @@ impl Meter {
         StepMemory {
             heap_forward_end: Some(counted.forward_end_bytes as u64),
             heap_peak: Some(counted.peak_bytes as u64),
+            peak_kernel: self.probe.peak_kernel(),
             resident_forward_end: self.forward_end,
             resident_peak: peak.flatten(),
             saved: None,

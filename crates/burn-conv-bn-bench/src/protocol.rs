@@ -226,7 +226,7 @@ pub struct KernelTime {
 /// and the upstream gradient were there before. `None` where unknown.
 ///
 /// Heap is the allocator on the host or a device's pool, for which there is no resident set.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepMemory {
     /// Resident set at the end of forward, with the output alive.
     pub resident_forward_end: Option<u64>,
@@ -236,6 +236,8 @@ pub struct StepMemory {
     pub heap_forward_end: Option<u64>,
     /// Most bytes of the allocator or the pool.
     pub heap_peak: Option<u64>,
+    /// Name of the kernel at whose launch the pool had the most.
+    pub peak_kernel: Option<String>,
     /// What is kept for the backward pass, each buffer once, without parameters and images: by the list
     /// of Burn's layers, which follows from shapes, or as PyTorch's hooks count.
     pub saved: Option<u64>,

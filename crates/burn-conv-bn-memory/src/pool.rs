@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cubecl::MemoryScope;
 use cubecl::client::Client;
+use cubecl::config::{TypeNameFormatLevel, type_name_format};
 use cubecl::logging::{LaunchObservation, LaunchObserver};
 
 /// Counts the bytes in use of a CubeCL device's pool, and their peak.
@@ -100,10 +101,11 @@ impl PoolMeter {
         lock(&self.samples.peak).bytes
     }
 
-    /// The kernel whose launch had the most bytes in use since [`reset_peak`](Self::reset_peak), by its own
-    /// name; `None` if no launch had more than before or after.
-    pub fn peak_kernel(&self) -> Option<&'static str> {
-        lock(&self.samples.peak).kernel
+    /// The kernel whose launch had the most bytes in use since [`reset_peak`](Self::reset_peak), by its name
+    /// without paths; `None` if no launch had more than before or after.
+    pub fn peak_kernel(&self) -> Option<String> {
+        let kernel = lock(&self.samples.peak).kernel?;
+        Some(type_name_format(kernel, TypeNameFormatLevel::Balanced))
     }
 
     /// How often each kernel was launched since [`reset_peak`](Self::reset_peak), by its own name.

@@ -205,6 +205,15 @@ impl MemoryProbe {
         }
     }
 
+    /// The kernel of a CubeCL device at whose launch the measurement had its peak.
+    pub fn peak_kernel(&self) -> Option<String> {
+        match &self.meter {
+            #[cfg(feature = "cubecl")]
+            Meter::Pool { meter, .. } => meter.peak_kernel(),
+            _ => None,
+        }
+    }
+
     fn update(&self, change: impl FnOnce(&mut Step)) -> Step {
         // An update is two stores: a lock poisoned by a panic elsewhere guards a sound value.
         let mut step = self.step.lock().unwrap_or_else(PoisonError::into_inner);

@@ -19,9 +19,9 @@ x unfused are medians of each round's ratio of steps. off is the largest differe
 of Burn's unfused layers, relative to the largest value of the same tensor; for PyTorch's tutorial,
 whose norm is another, from its own formula. Memory is in MiB above the level just before forward, in
 a fresh process, at the end of forward and at the peak up to the end of backward: rss is the resident
-set, heap what the allocator counts, or the pool of a CubeCL device; saved is what Burn's layers list as
-kept, or PyTorch's hooks count, each buffer once, without parameters and images. docs/benchmarks.md has
-the method.";
+set, heap what the allocator counts, or the pool of a CubeCL device, whose kernel at the peak is named;
+saved is what Burn's layers list as kept, or PyTorch's hooks count, each buffer once, without parameters
+and images. docs/benchmarks.md has the method.";
 
 /// Meaning of the numbers of `--largest-batch`.
 const LARGEST_LEGEND: &str = "\
@@ -72,6 +72,7 @@ pub fn entry(report: &EntryReport) -> String {
             "heap end",
             "heap peak",
             "saved",
+            "kernel at the peak",
         ];
         text += "\n";
         text += &markdown(&header, &report.contenders, memory);
@@ -132,7 +133,7 @@ fn times(report: &ContenderReport) -> Vec<String> {
 }
 
 fn memory(report: &ContenderReport) -> Vec<String> {
-    let memory = report.memory.unwrap_or_default();
+    let memory = report.memory.clone().unwrap_or_default();
     vec![
         report.contender.to_string(),
         cell(memory.resident_forward_end, mebibytes),
@@ -141,12 +142,17 @@ fn memory(report: &ContenderReport) -> Vec<String> {
         cell(memory.heap_forward_end, mebibytes),
         cell(memory.heap_peak, mebibytes),
         cell(memory.saved, mebibytes),
+        cell(memory.peak_kernel, |kernel| shortened(&kernel)),
     ]
 }
 
 /// Most kernels of a contender that a table names, and the longest name in characters.
 const MOST_KERNELS: usize = 12;
 const LONGEST_NAME: usize = 72;
+
+fn shortened(name: &str) -> String {
+    name.chars().take(LONGEST_NAME).collect()
+}
 
 /// The kernels of a contender's step. In the rest of its time the device waited for launches.
 fn kernels(report: &ContenderReport) -> String {
@@ -166,7 +172,7 @@ fn kernels(report: &ContenderReport) -> String {
         rows.push(sum(format!("{} others", others.len()), others));
     }
     let row = |kernel: &KernelTime| {
-        let name = kernel.name.chars().take(LONGEST_NAME).collect();
+        let name = shortened(&kernel.name);
         let share = format!("{:.1} %", 1e2 * kernel.ms / all.ms);
         let launches = kernel.launches.to_string();
         vec![name, launches, milliseconds(kernel.ms), share]
@@ -369,6 +375,8 @@ mod tests {
         let mut died = ContenderReport::new(Contender::UnfusedCheckpointed);
         died.fail(Problem::new(ProblemKind::Failed, "it died"));
         report.contenders.push(died);
+        let memory = report.contenders[0].memory.as_mut().unwrap();
+        memory.peak_kernel = Some("DirectConv2dKernel".to_string());
         let expected = "\
 k3: 4x64x56 -> 64 k3 p1
 | time                 | forward | backward | step |   min..max | x unfused |       off |
@@ -377,11 +385,11 @@ k3: 4x64x56 -> 64 k3 p1
 | unfused              |    40.0 |     80.0 |  120 |   120..120 |     1.000 | reference |
 | unfused-checkpointed |       - |        - |    - |          - |         - |         - |
 
-| memory               | rss peak | x unfused | saved |
-|----------------------|---------:|----------:|------:|
-| fused                |     12.0 |     0.250 |   6.0 |
-| unfused              |     48.0 |     1.000 |  24.0 |
-| unfused-checkpointed |        - |         - |     - |
+| memory               | rss peak | x unfused | saved | kernel at the peak |
+|----------------------|---------:|----------:|------:|-------------------:|
+| fused                |     12.0 |     0.250 |   6.0 | DirectConv2dKernel |
+| unfused              |     48.0 |     1.000 |  24.0 |                  - |
+| unfused-checkpointed |        - |         - |     - |                  - |
 unfused-checkpointed: FAILED: it died
 ";
         assert_eq!(entry(&report), expected);
