@@ -456,6 +456,70 @@ fn squares_out_of_range_are_not_formed() {
     }
 }
 
+/// The first image's mean is over all of it, also over positions that a stride skips.
+#[test]
+fn a_mean_far_from_the_first_image_is_not_subtracted() {
+    let case = Case {
+        stride: [1, 1, 2],
+        ..PLAIN
+    };
+    for (beside, is_near) in [(0.0, true), (1e4, false)] {
+        let mut data = case.data::<f32>();
+        for row in data.input.chunks_exact_mut(case.input[2]) {
+            row.iter_mut()
+                .skip(1)
+                .step_by(2)
+                .for_each(|value| *value += beside);
+        }
+        let recomputed = data.run(case.activation, ConvOutput::Recompute, [true; 3]);
+        let results = data.by_products(case.activation);
+        assert_eq!(results != recomputed, is_near, "{beside:e}");
+        let errors = data.errors(&results);
+        assert!(errors.iter().all(|error| *error < 1e-5), "{errors:?}");
+    }
+}
+
+/// Products of an earlier pass serve no later one.
+#[test]
+fn products_are_those_of_the_last_sums() {
+    let mut gram = Gram::default();
+    grad_sums(
+        &PLAIN.data::<f32>().pass(PLAIN.activation),
+        ConvOutput::Gram(&mut gram),
+    );
+    let case = Case {
+        scale: 1e25,
+        ..PLAIN
+    };
+    let data = case.data::<f32>();
+    let recomputed = data.run(case.activation, ConvOutput::Recompute, [true; 3]);
+    let results = data.run(case.activation, ConvOutput::Gram(&mut gram), [true; 3]);
+    assert_eq!(results, recomputed);
+}
+
+#[test]
+#[should_panic(expected = "for passes with `allows_gram`")]
+fn a_pass_that_needs_the_output_takes_no_products() {
+    let data = PLAIN.data::<f32>();
+    let mut pass = data.pass(PLAIN.activation);
+    pass.output = None;
+    grad_sums(&pass, ConvOutput::Gram(&mut Gram::default()));
+}
+
+#[test]
+#[should_panic(expected = "ConvOutput::Gram requires coefficients")]
+fn products_require_coefficients() {
+    let data = PLAIN.data::<f32>();
+    let (pass, mut gram) = (data.pass(PLAIN.activation), Gram::default());
+    grad_sums(&pass, ConvOutput::Gram(&mut gram));
+    let gradients = Gradients {
+        input: None,
+        weight: Some(&mut Vec::new()),
+        residual: None,
+    };
+    backward(&pass, ConvOutput::Gram(&mut gram), None, gradients);
+}
+
 #[test]
 fn each_gradient_comes_alone() {
     let data = PLAIN.data::<f32>();

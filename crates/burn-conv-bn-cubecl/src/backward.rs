@@ -141,7 +141,6 @@ fn sums_kernel<E: Float, T: Float, P: Float, N: Size, V: Size>(
     grid: &Grid,
     #[comptime] activation: Activation,
     #[comptime] window: PoolWindow,
-    #[comptime] is_of_batch: bool,
     #[comptime] lanes: Lanes,
     #[define(E, T, P)] _elements: [ElemType; 3],
 ) {
@@ -182,7 +181,7 @@ fn sums_kernel<E: Float, T: Float, P: Float, N: Size, V: Size>(
             norm,
             grid,
             &unit,
-            is_of_batch,
+            true,
         );
     }
 }
@@ -364,7 +363,6 @@ fn launch_sums(
             walk.grid(),
             pre_activation.activation,
             pre_activation.window(),
-            table.is_of_batch,
             walk.lanes,
             [element, accumulator, table.parameter_type()],
         );

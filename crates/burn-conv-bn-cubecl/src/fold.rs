@@ -221,7 +221,7 @@ pub(crate) struct Whole<T: Float, V: Size> {
 }
 
 /// Folds the rows that all cubes with the same channels wrote by [`write_partial`], in the last of them. Each counts
-/// its arrival in `arrivals[unit.block]`, which is 0 before and after the launch.
+/// its arrival in `arrivals[unit.block]`, which is 0 before the launch.
 #[cube]
 pub(crate) fn fold_of_all<T: Float, V: Size>(
     table: &Tensor<Vector<T, V>>,
@@ -238,9 +238,6 @@ pub(crate) fn fold_of_all<T: Float, V: Size>(
     }
     sync_storage();
     let is_last = *arrived as usize + 1 == unit.chunks;
-    if is_last && UNIT_POS == 0 {
-        arrivals[unit.block].store(0u32);
-    }
     // All cubes meet at the fold's barriers, most of them with nothing.
     let rows = select(is_last && unit.has_channel, unit.chunks, 0usize);
     let mut partial = unit_rows::<T, V>(table, unit, rows, lanes, fold);

@@ -87,7 +87,7 @@ impl Zeros {
     }
 }
 
-/// Zeros of type u32 for a launch with [`fold_of_all`](crate::fold::fold_of_all), which leaves zeros.
+/// Zeros of type u32 for a launch with [`fold_of_all`](crate::fold::fold_of_all), and for no other.
 pub(crate) fn arrivals(like: &CubeTensor) -> BufferArg {
     // The least recently used first.
     static KEPT: Mutex<Vec<Zeros>> = Mutex::new(Vec::new());

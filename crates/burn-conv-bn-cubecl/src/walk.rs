@@ -56,7 +56,7 @@ impl Lanes {
         self.channels * self.positions
     }
 
-    /// Positions from a unit's first one of those at once to its next.
+    /// Distance between a unit's successive groups of positions.
     pub(crate) fn stride(self) -> usize {
         self.positions * self.at_once
     }

@@ -58,8 +58,14 @@ pub(crate) struct Direct<'a, T> {
 #[derive(Debug)]
 pub(crate) struct Centered<T> {
     pub(crate) origin: Vec<T>,
-    /// Added to the input's gradient: a matrix times the input, and a constant of each channel.
-    pub(crate) correction: Option<(Filter<T>, Vec<T>)>,
+    pub(crate) correction: Option<Correction<T>>,
+}
+
+/// What is added to the input's gradient: a matrix times the input, and a constant of each channel.
+#[derive(Debug)]
+pub(crate) struct Correction<T> {
+    pub(crate) matrix: Filter<T>,
+    pub(crate) constants: Vec<T>,
 }
 
 /// Buffers of one thread, each for one tile.
@@ -464,7 +470,7 @@ impl<T: Real> Direct<'_, T> {
             let target = &mut scratch.input_grad;
             match correction {
                 None => correlate(filter, source, offsets, target, self.pitch, positions),
-                Some((matrix, constants)) => {
+                Some(Correction { matrix, constants }) => {
                     let rows = target.chunks_exact_mut(self.pitch);
                     for (row, constant) in rows.zip(constants) {
                         row[..positions].fill(*constant);

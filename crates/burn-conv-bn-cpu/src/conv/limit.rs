@@ -89,7 +89,7 @@ fn backward_limit<E: Element>(geometry: &Geometry) -> usize {
     (GRANTED + 2 * bytes.input + bytes.output).min(geometry.max_scratch)
 }
 
-/// Bytes of a weight in an algorithm's form.
+/// Bytes of a weight's gradient in an algorithm's form, with the input's own products where these are summed too.
 fn filter_bytes<E: Element, A: Algorithm<E>>(algorithm: &A) -> usize {
     algorithm.weight_grad_len() * size_of::<E::Real>()
 }

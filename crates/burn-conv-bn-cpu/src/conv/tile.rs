@@ -110,7 +110,8 @@ pub(crate) struct Piece {
 /// What to do with a block.
 pub(crate) struct Work<'a, 'b, E: Element> {
     pub(crate) block: &'a Block,
-    /// The input of the block's images; required for the output and for the weight's gradient.
+    /// The input of the block's images; required for the output, for the weight's gradient, and for the input's where
+    /// [`Algorithm::input_grad_reads_input`] says so.
     pub(crate) input: Option<&'a [E]>,
     pub(crate) output: Output<'a, E>,
     /// Whether each line is replaced by its gradient, and what is made of these.

@@ -15,8 +15,8 @@ use crate::scratch::room;
 ///
 /// # Panics
 ///
-/// Panics if a slice is not of the geometry's size, or if `z` is to be recomputed without the input
-/// or the weight.
+/// Panics if a slice is not of the geometry's size, if `z` is to be recomputed without the input
+/// or the weight, or if [`ConvOutput::Gram`] meets a pass that does not allow it.
 ///
 /// # Examples
 ///
@@ -101,7 +101,8 @@ fn sum<E: Element>(
 /// # Panics
 ///
 /// Panics if a slice is not of the geometry's size, if `z` is to be recomputed without the input or
-/// the weight, or if the weight's gradient is requested without the input.
+/// the weight, or if the weight's gradient is requested without the input,
+/// or if [`ConvOutput::Gram`] comes without coefficients.
 pub fn backward<E: Element>(
     pass: &Backward<'_, E>,
     conv_output: ConvOutput<'_, E>,
@@ -116,7 +117,7 @@ pub fn backward<E: Element>(
     }
     let output = match (conv_output, &mut gradients.input) {
         (ConvOutput::Gram(gram), _) if gram.is_filled() => {
-            let coefficients = coefficients.expect("sums of products serve the batch's statistics");
+            let coefficients = coefficients.expect("ConvOutput::Gram requires coefficients");
             return gram.backward(pass, coefficients, gradients);
         }
         (ConvOutput::Recompute | ConvOutput::Gram(_), _) => Output::Computed,

@@ -56,7 +56,7 @@ pub enum ConvOutput<'a, E: Element> {
 /// The products of the input between the two steps of the backward pass: see [`ConvOutput::Gram`].
 #[derive(Clone, Debug, Default)]
 pub struct Gram<T> {
-    /// Of the input's channels.
+    /// Mean of each input channel.
     pub(super) mean: Vec<T>,
     /// `g x'`, `[channels_out, channels_in]`.
     pub(super) output_grad: Vec<T>,

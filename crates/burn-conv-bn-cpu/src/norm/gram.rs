@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use super::gradient::{Backward, GradSums, Gradients, Gram, InputGradCoefficients, OutputGrad};
 use super::lines::{Converted, Step, conv_output_grad};
 use super::tiles::{self, prefetch_next, sum_in_order};
-use crate::conv::direct::{Centered, Direct};
+use crate::conv::direct::{Centered, Correction, Direct};
 use crate::conv::span::Span;
 use crate::conv::tile::{BlockGrads, Output, TileScratch, Transposed, Work};
 use crate::conv::{Chosen, choose, weight_blocks};
@@ -32,6 +32,9 @@ const ROWS: usize = 8 * CHANNELS;
 /// Most operations beside those of the gradients, in convolutions: with more, recomputing is faster, although its output
 /// goes to memory and back.
 const MOST_OPERATIONS: f64 = 1.25;
+
+/// Largest square of what is left of a channel's mean, in the mean squares of its `x`: subtracting it costs digits.
+const MOST_SHIFT: f64 = 256.0;
 
 /// Least and largest mean square of a channel of `x` whose products keep their digits in single precision.
 const SQUARES: [f64; 2] = [1e-24, 1e24];
@@ -67,7 +70,7 @@ impl<E: Element> Backward<'_, E> {
     fn centered(
         &self,
         origin: Vec<E::Real>,
-        correction: Option<(Filter<E::Real>, Vec<E::Real>)>,
+        correction: Option<Correction<E::Real>>,
         transposed: Option<Transposed<'_, E::Real>>,
     ) -> Direct<'_, E::Real> {
         match choose::<E>(self.geometry, None, transposed) {
@@ -77,28 +80,31 @@ impl<E: Element> Backward<'_, E> {
     }
 }
 
-/// Mean of each channel of the first image: of all, `x` is then small enough for its sums of products.
+/// Mean of each input channel over the first image. Subtracted from every image, it keeps the products small.
 fn first_means<E: Element>(pass: &Backward<'_, E>) -> Vec<E::Real> {
-    let mut converted = Vec::new();
-    let planes = pass
-        .input(&(0..1))
-        .chunks_exact(pass.geometry.input_plane());
+    let image = pass.input(&(0..1));
+    let planes = image.par_chunks_exact(pass.geometry.input_plane());
     planes
-        .map(|plane| {
-            let (mean, _) = sweeps::moments(Arch::new(), E::read(plane, &mut converted));
+        .map_init(Vec::new, |converted, plane| {
+            let (mean, _) = sweeps::moments(Arch::new(), E::read(plane, converted));
             Real::from_f64(mean)
         })
         .collect()
 }
 
 impl<T: Real> Gram<T> {
-    /// Whether there are sums: [`Self::sum`] leaves none whose squares are out of range.
+    /// Whether [`Self::sum`] succeeded.
     pub(super) fn is_filled(&self) -> bool {
         !self.mean.is_empty()
     }
 
-    /// The first step.
+    /// The first step; none, and nothing stored, if a channel's squares are out of range.
     pub(super) fn sum<E: Element<Real = T>>(&mut self, pass: &Backward<'_, E>) -> Option<GradSums> {
+        assert!(
+            pass.allows_gram(),
+            "ConvOutput::Gram is for passes with `allows_gram`, but this one needs the convolution's output"
+        );
+        *self = Self::default();
         let geometry = pass.geometry;
         let origin = first_means(pass);
         let algorithm = pass.centered(origin.clone(), None, None);
@@ -149,8 +155,7 @@ impl<T: Real> Gram<T> {
         Some(sums)
     }
 
-    /// Takes the sums over `count` positions of the input less `origin`, and makes them those of the input less its mean;
-    /// none if a channel's squares are out of range.
+    /// Converts sums over `count` positions of the input less `origin` to sums of the input less its mean.
     fn center(
         &mut self,
         origin: Vec<T>,
@@ -176,9 +181,11 @@ impl<T: Real> Gram<T> {
         }
         for (channel, row) in input.chunks_exact_mut(inputs).enumerate() {
             subtract(row, shifts[channel] * count as f64);
-            let square = row[channel].to_f64() / count as f64;
-            let is_constant = square == 0.0 && shifts[channel] == 0.0;
-            if !is_constant && !(SQUARES[0]..SQUARES[1]).contains(&square) {
+            let (shift, square) = (shifts[channel], row[channel].to_f64() / count as f64);
+            let is_constant = square == 0.0 && shift == 0.0;
+            let is_near = shift * shift <= MOST_SHIFT * square;
+            let is_in_range = is_near && (SQUARES[0]..SQUARES[1]).contains(&square);
+            if !is_constant && !is_in_range {
                 return None;
             }
         }
@@ -240,7 +247,7 @@ fn correction<T: Real>(
     weight: &[T],
     inputs: usize,
     coefficients: InputGradCoefficients<'_, T>,
-) -> (Filter<T>, Vec<T>) {
+) -> Correction<T> {
     let mut scaled = weight.to_vec();
     let mut constants = vec![0.0; inputs];
     for (output, row) in scaled.chunks_exact_mut(inputs).enumerate() {
@@ -260,7 +267,10 @@ fn correction<T: Real>(
         let matrix = &matrix[column..];
         move |row| matrix[row * pitch]
     });
-    (filter, constants.into_iter().map(T::from_f64).collect())
+    Correction {
+        matrix: filter,
+        constants: constants.into_iter().map(T::from_f64).collect(),
+    }
 }
 
 /// The product of two matrices: `left(k)(row)` returns the left one's value, `right` has rows of `columns`. Returns its rows
@@ -272,8 +282,8 @@ fn product<T: Real, F: Fn(usize) -> T>(
     columns: usize,
 ) -> (Vec<T>, usize) {
     let depth = right.len() / columns;
-    let most_slack = (0..CHANNELS).map(slack).max().unwrap_or(0);
-    let pitch = plane_len(columns + most_slack);
+    // Parts are whole blocks of channels, but for the last.
+    let pitch = plane_len(columns + slack(CHANNELS).max(slack(rows % CHANNELS)));
     let mut planes = vec![T::ZERO; depth * pitch];
     for (plane, row) in planes
         .chunks_exact_mut(pitch)

@@ -79,7 +79,7 @@ pub enum RecomputePolicy {
     Never,
 }
 
-/// What `parity` and a training have in common.
+/// Options of every job.
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Setup {
@@ -121,7 +121,7 @@ pub struct Setup {
     pub max_workspace: Option<usize>,
 }
 
-/// What a training to its end has besides.
+/// Options of full trainings alone.
 #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct Learning {
@@ -147,10 +147,10 @@ pub struct Job {
     /// Epochs.
     #[serde(default)]
     pub epochs: usize,
-    /// What `parity` has, too.
+    /// Of every job.
     #[serde(flatten)]
     pub setup: Setup,
-    /// What it has not.
+    /// Of full trainings.
     #[serde(flatten)]
     pub learning: Learning,
 }

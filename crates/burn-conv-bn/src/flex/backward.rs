@@ -153,7 +153,7 @@ pub(super) fn kernel_backward<E: Kernel>(
         batch_norm.is_some() || options.options.activation.derivative() == Derivative::OfValue;
     let kept = conv_output.as_option().map(contiguous);
     let bytes = size_of::<E>() * conv_output_shape.num_elements();
-    let by_products = batch_norm.is_some() && pass.allows_gram();
+    let by_products = batch_norm.is_some() && wanted.weight && pass.allows_gram();
     let stores = is_needed
         && kept.is_none()
         && invertible.is_none()

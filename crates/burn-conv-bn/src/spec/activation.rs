@@ -79,6 +79,7 @@ pub(crate) enum Derivative {
 impl Activation {
     /// One of each, leaky ReLU with either sign of its slope, and no parameter at its default: for tests over all
     /// activations.
+    #[doc(hidden)]
     pub const SAMPLES: [Self; 15] = [
         Self::Identity,
         Self::Relu,
