@@ -5,60 +5,64 @@ use burn_conv_bn_cpu::{
     InputGradCoefficients, OutputGrad, Real, backward, grad_sums,
 };
 use half::{bf16, f16};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 
-/// A pointwise convolution without padding.
+use self::reference::{Case as Conv, random, rounded};
+
+mod reference;
+
+/// A pointwise convolution without padding, and what is behind and before it.
 #[derive(Clone, Copy, Debug)]
 struct Case {
-    batch: usize,
-    channels: [usize; 2],
-    input: [usize; 3],
-    stride: [usize; 3],
+    conv: Conv,
     activation: Activation,
     /// Of the input's values, before the input is scaled and the weight by the inverse.
     mean: f64,
     scale: f64,
 }
 
-const PLAIN: Case = Case {
+const CONV: Conv = Conv {
     batch: 3,
     channels: [6, 13],
     input: [1, 12, 11],
-    stride: [1; 3],
+    kernel: [1; 3],
+    ..reference::PLAIN
+};
+
+const PLAIN: Case = Case {
+    conv: CONV,
     activation: Activation::Relu,
     mean: 0.3,
     scale: 1.0,
 };
 
 fn cases() -> Vec<Case> {
-    let shapes = [
-        PLAIN,
+    let convs = [
+        CONV,
         // Strides over three dimensions, and more images than blocks.
-        Case {
+        Conv {
             batch: 2,
             input: [5, 6, 7],
             stride: [2, 1, 3],
-            ..PLAIN
+            ..CONV
         },
-        Case {
+        Conv {
             batch: 70,
             channels: [1, 2],
             input: [1, 1, 9],
-            ..PLAIN
+            ..CONV
         },
         // One image in bands, and tiles of a part of an image with channels for every kernel.
-        Case {
+        Conv {
             batch: 1,
             channels: [3, 7],
             input: [1, 130, 97],
-            ..PLAIN
+            ..CONV
         },
-        Case {
+        Conv {
             channels: [64, 129],
             input: [1, 47, 46],
             stride: [1, 2, 2],
-            ..PLAIN
+            ..CONV
         },
     ];
     let activations = [
@@ -69,12 +73,13 @@ fn cases() -> Vec<Case> {
             negative_slope: 0.1,
         },
     ];
-    shapes
-        .iter()
-        .flat_map(|case| {
+    convs
+        .into_iter()
+        .flat_map(|conv| {
             activations.map(|activation| Case {
+                conv,
                 activation,
-                ..*case
+                ..PLAIN
             })
         })
         .collect()
@@ -111,21 +116,17 @@ struct Results<E: Element> {
     residual_grad: Vec<E>,
 }
 
-fn random(len: usize, seed: u64) -> Vec<f64> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
-}
-
-fn stored<E: Element>(values: impl IntoIterator<Item = f64>) -> (Vec<E>, Vec<f64>) {
-    let real: Vec<E::Real> = values.into_iter().map(Real::from_f64).collect();
-    let mut stored = vec![E::default(); real.len()];
-    E::store(&real, &mut stored);
+/// The values as they are stored, and what is read back.
+fn stored<E: Element>(values: &[f64]) -> (Vec<E>, Vec<f64>) {
+    let mut stored = vec![E::default(); values.len()];
+    E::store(&rounded(values), &mut stored);
     let read = doubles(&stored);
     (stored, read)
 }
 
-fn real<T: Real>(values: impl IntoIterator<Item = f64>) -> (Vec<T>, Vec<f64>) {
-    let real: Vec<T> = values.into_iter().map(T::from_f64).collect();
+/// As [`stored`], of a weight or of channels.
+fn real<T: Real>(values: &[f64]) -> (Vec<T>, Vec<f64>) {
+    let real = rounded::<T>(values);
     let read = real.iter().map(|value| value.to_f64()).collect();
     (real, read)
 }
@@ -137,128 +138,53 @@ fn doubles<E: Element>(values: &[E]) -> Vec<f64> {
 }
 
 impl Case {
-    fn geometry(&self) -> Geometry {
-        let one = [1; 3];
-        Geometry::new(
-            self.batch,
-            self.channels,
-            1,
-            self.input,
-            one,
-            self.stride,
-            [(0, 0); 3],
-            one,
-        )
-        .unwrap()
-    }
-
-    /// For each position of the output of an image, that of the input.
-    fn positions(&self) -> Vec<usize> {
-        let [slices, rows, columns] = self.geometry().output();
-        let [_, height, width] = self.input;
-        let mut positions = Vec::new();
-        for slice in 0..slices {
-            for row in 0..rows {
-                for column in 0..columns {
-                    let at = (slice * self.stride[0] * height + row * self.stride[1]) * width;
-                    positions.push(at + column * self.stride[2]);
-                }
-            }
-        }
-        positions
-    }
-
     fn data<E: Element>(&self) -> Data<E> {
-        let geometry = self.geometry();
-        let [inputs, outputs] = self.channels;
-        let values = random(self.batch * geometry.input_len(), 1);
-        let values = values.iter().map(|value| (value + self.mean) * self.scale);
-        let (input, x) = stored::<E>(values);
-        let weights = random(geometry.weight_len(), 2);
-        let (weight, w) = real::<E::Real>(weights.iter().map(|value| value / self.scale));
-        let len = self.batch * geometry.output_len();
-        let (output_grad, dy) = stored::<E>(random(len, 3));
-        let (output, y) = stored::<E>(random(len, 4).iter().map(|value| 4.0 * value + 2.0));
-        let (scale, scales) = real::<E::Real>(random(outputs, 5));
-        let (slope, slopes) = real::<E::Real>(random(outputs, 6));
-
-        let positions = self.positions();
-        let plane = self.input.iter().product::<usize>();
-        let at = |image: usize, channel: usize, channels: usize, len: usize| {
-            (image * channels + channel) * len
+        let conv = self.conv;
+        let geometry = conv.geometry();
+        let map = |len: usize, seed: u64, map: &dyn Fn(f64) -> f64| -> Vec<f64> {
+            random(len, seed).into_iter().map(map).collect()
         };
-        let count = (self.batch * positions.len()) as f64;
+        let len = conv.batch * geometry.output_len();
+        let (input, x) = stored::<E>(&map(conv.batch * geometry.input_len(), 1, &|value| {
+            (value + self.mean) * self.scale
+        }));
+        let (weight, w) =
+            real::<E::Real>(&map(geometry.weight_len(), 2, &|value| value / self.scale));
+        let (output_grad, dy) = stored::<E>(&random(len, 3));
+        let (output, y) = stored::<E>(&map(len, 4, &|value| 4.0 * value + 2.0));
+        let (scale, scales) = real::<E::Real>(&random(conv.channels[1], 5));
+        let (slope, slopes) = real::<E::Real>(&random(conv.channels[1], 6));
+
         let g: Vec<f64> = dy
             .iter()
             .zip(&y)
             .map(|(dy, y)| slope_at(self.activation, *y) * dy)
             .collect();
-        let mut z = vec![0.0; len];
-        for image in 0..self.batch {
-            for out in 0..outputs {
-                for into in 0..inputs {
-                    let (from, to) = (
-                        at(image, into, inputs, plane),
-                        at(image, out, outputs, positions.len()),
-                    );
-                    for (index, position) in positions.iter().enumerate() {
-                        z[to + index] += w[out * inputs + into] * x[from + position];
-                    }
-                }
-            }
-        }
-        let channel_of = |index: usize| index / positions.len() % outputs;
-        let mut means = vec![0.0; outputs];
-        for (index, z) in z.iter().enumerate() {
-            means[channel_of(index)] += z / count;
-        }
-        let (mean, _) = real::<E::Real>(means.iter().copied());
-        let mut sums = GradSums {
-            grad: vec![0.0; outputs],
-            grad_deviation: vec![0.0; outputs],
-        };
-        for (index, g) in g.iter().enumerate() {
-            let channel = channel_of(index);
-            sums.grad[channel] += g;
-            sums.grad_deviation[channel] += g * (z[index] - means[channel]);
-        }
+        let z = conv.conv(&x, &w);
+        let means = conv.means(&z);
+        let [grad, grad_deviation] = conv.sums(&g, &z, &means);
         // Batch norm's: the gradient of its input has no mean.
-        let offset: Vec<f64> = sums
-            .grad
-            .iter()
-            .zip(&scales)
+        let count = (conv.batch * geometry.positions()) as f64;
+        let sums_and_scales = grad.iter().zip(&scales);
+        let offset: Vec<f64> = sums_and_scales
             .map(|(sum, scale)| -sum * scale / count)
             .collect();
-        let mut input_grad = vec![0.0; x.len()];
-        let mut weight_grad = vec![0.0; w.len()];
-        for image in 0..self.batch {
-            for out in 0..outputs {
-                for into in 0..inputs {
-                    let (from, to) = (
-                        at(image, into, inputs, plane),
-                        at(image, out, outputs, positions.len()),
-                    );
-                    for (index, position) in positions.iter().enumerate() {
-                        let dz = scales[out] * g[to + index]
-                            + slopes[out] * (z[to + index] - means[out])
-                            + offset[out];
-                        input_grad[from + position] += w[out * inputs + into] * dz;
-                        weight_grad[out * inputs + into] += dz * x[from + position];
-                    }
-                }
-            }
-        }
+        let [input_grad, weight_grad] =
+            conv.gradients([&x, &w], [&g, &z], [&means, &scales, &slopes, &offset]);
         Data {
             geometry,
             input,
             weight,
             output_grad,
             output,
-            mean,
+            mean: rounded(&means),
             scale,
             slope,
             wanted: Wanted {
-                sums,
+                sums: GradSums {
+                    grad,
+                    grad_deviation,
+                },
                 offset,
                 input_grad,
                 weight_grad,
@@ -312,12 +238,7 @@ impl<E: Element> Data<E> {
     ) -> Results<E> {
         let pass = self.pass(activation);
         let sums = grad_sums(&pass, conv_output.reborrow());
-        let offset: Vec<E::Real> = self
-            .wanted
-            .offset
-            .iter()
-            .map(|value| Real::from_f64(*value))
-            .collect();
+        let offset = rounded::<E::Real>(&self.wanted.offset);
         let coefficients = InputGradCoefficients {
             scale: &self.scale,
             slope: &self.slope,
@@ -443,7 +364,7 @@ fn squares_out_of_range_are_not_formed() {
             "{scale:e}"
         );
 
-        let plane = case.input.iter().product();
+        let plane = case.conv.input.iter().product();
         for image in data.input.chunks_exact_mut(data.geometry.input_len()) {
             image[..plane].fill(0.0);
         }
@@ -460,12 +381,15 @@ fn squares_out_of_range_are_not_formed() {
 #[test]
 fn a_mean_far_from_the_first_image_is_not_subtracted() {
     let case = Case {
-        stride: [1, 1, 2],
+        conv: Conv {
+            stride: [1, 1, 2],
+            ..CONV
+        },
         ..PLAIN
     };
     for (beside, is_near) in [(0.0, true), (1e4, false)] {
         let mut data = case.data::<f32>();
-        for row in data.input.chunks_exact_mut(case.input[2]) {
+        for row in data.input.chunks_exact_mut(case.conv.input[2]) {
             row.iter_mut()
                 .skip(1)
                 .step_by(2)
@@ -566,6 +490,7 @@ fn the_number_of_threads_changes_no_bit() {
 
 #[test]
 fn products_serve_few_inputs_and_known_derivatives() {
+    let with = |conv: Conv| Case { conv, ..PLAIN };
     let allows = |case: Case, output: bool| {
         let data = case.data::<f32>();
         let mut pass = data.pass(case.activation);
@@ -582,40 +507,26 @@ fn products_serve_few_inputs_and_known_derivatives() {
     ));
     assert!(!allows(PLAIN, false));
     assert!(!allows(
-        Case {
+        with(Conv {
             channels: [12, 13],
-            ..PLAIN
-        },
+            ..CONV
+        }),
         true
     ));
     // Few positions for the products of the weight, and a kernel.
     assert!(!allows(
-        Case {
+        with(Conv {
             batch: 1,
             input: [1, 2, 2],
-            ..PLAIN
-        },
+            ..CONV
+        }),
         true
     ));
-    let geometry = Geometry::new(
-        3,
-        [6, 13],
-        1,
-        [1, 12, 12],
-        [1, 1, 2],
-        [1; 3],
-        [(0, 0); 3],
-        [1; 3],
-    )
-    .unwrap();
-    let data = Case {
-        input: [1, 12, 11],
-        ..PLAIN
-    }
-    .data::<f32>();
-    let pass = Backward {
-        geometry: &geometry,
-        ..data.pass(Activation::Relu)
-    };
-    assert!(!pass.allows_gram());
+    assert!(!allows(
+        with(Conv {
+            kernel: [1, 1, 2],
+            ..CONV
+        }),
+        true
+    ));
 }

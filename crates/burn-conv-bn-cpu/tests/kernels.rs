@@ -8,38 +8,10 @@ use burn_conv_bn_cpu::{
     conv_moments, grad_sums, normalize,
 };
 use half::{bf16, f16};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 
-/// A convolution's numbers, from which both the geometry and the naive loops are made.
-#[derive(Clone, Copy, Debug)]
-struct Case {
-    batch: usize,
-    channels: [usize; 2],
-    groups: usize,
-    input: [usize; 3],
-    kernel: [usize; 3],
-    stride: [usize; 3],
-    padding: [(usize, usize); 3],
-    dilation: [usize; 3],
-    /// On scratch.
-    bound: Option<usize>,
-    /// The algorithm; the rule's without one.
-    method: Option<Method>,
-}
+use self::reference::{Case, PLAIN, random, rounded};
 
-const PLAIN: Case = Case {
-    batch: 2,
-    channels: [3, 4],
-    groups: 1,
-    input: [1, 6, 7],
-    kernel: [1, 3, 3],
-    stride: [1; 3],
-    padding: [(0, 0); 3],
-    dilation: [1; 3],
-    bound: None,
-    method: None,
-};
+mod reference;
 
 /// The cases with the algorithm of the rule, and with each that applies.
 fn cases() -> impl Iterator<Item = Case> {
@@ -666,92 +638,6 @@ fn algorithms() -> [([usize; 2], [usize; 3], Method); 5] {
     ]
 }
 
-impl Case {
-    fn geometry(&self) -> Geometry {
-        let mut geometry = self.unbounded();
-        if let Some(bytes) = self.bound {
-            geometry = geometry.with_max_scratch(bytes);
-        }
-        if let Some(method) = self.method {
-            geometry = geometry.with_method(method);
-        }
-        geometry
-    }
-
-    fn unbounded(&self) -> Geometry {
-        Geometry::new(
-            self.batch,
-            self.channels,
-            self.groups,
-            self.input,
-            self.kernel,
-            self.stride,
-            self.padding,
-            self.dilation,
-        )
-        .unwrap()
-    }
-
-    /// Calls `visit` with the flat indices of each input, weight and output value that meet.
-    fn for_each_product(&self, mut visit: impl FnMut(usize, usize, usize)) {
-        let output = self.geometry().output();
-        let [group_in, group_out] = self.channels.map(|channels| channels / self.groups);
-        let flat = |index: [usize; 3], size: [usize; 3]| {
-            (index[0] * size[1] + index[1]) * size[2] + index[2]
-        };
-        let indices = |size: [usize; 3]| {
-            (0..size.iter().product())
-                .map(move |i| [i / (size[1] * size[2]), i / size[2] % size[1], i % size[2]])
-        };
-        let planes = |size: [usize; 3]| size.iter().product::<usize>();
-        for image in 0..self.batch {
-            for out in 0..self.channels[1] {
-                for within in 0..group_in {
-                    let into = out / group_out * group_in + within;
-                    for at in indices(output) {
-                        for tap in indices(self.kernel) {
-                            let position = |dim: usize| {
-                                (at[dim] * self.stride[dim] + tap[dim] * self.dilation[dim])
-                                    .checked_sub(self.padding[dim].0)
-                                    .filter(|position| *position < self.input[dim])
-                            };
-                            let (Some(slice), Some(row), Some(column)) =
-                                (position(0), position(1), position(2))
-                            else {
-                                continue;
-                            };
-                            visit(
-                                (image * self.channels[0] + into) * planes(self.input)
-                                    + flat([slice, row, column], self.input),
-                                (out * group_in + within) * planes(self.kernel)
-                                    + flat(tap, self.kernel),
-                                (image * self.channels[1] + out) * planes(output)
-                                    + flat(at, output),
-                            );
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    fn conv(&self, input: &[f64], weight: &[f64]) -> Vec<f64> {
-        let geometry = self.geometry();
-        let mut output = vec![0.0; self.batch * geometry.output_len()];
-        self.for_each_product(|x, w, y| output[y] += input[x] * weight[w]);
-        output
-    }
-}
-
-fn random(len: usize, seed: u64) -> Vec<f64> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
-}
-
-fn rounded<T: Real>(values: &[f64]) -> Vec<T> {
-    values.iter().map(|value| T::from_f64(*value)).collect()
-}
-
 #[track_caller]
 fn assert_close<T: Real>(what: &str, got: &[T], wanted: &[f64], tolerance: f64) {
     assert_eq!(got.len(), wanted.len(), "{what}");
@@ -820,15 +706,11 @@ fn compare<T: Element<Real = T> + Real>(case: &Case, tolerance: f64) {
     let output_grad = random(case.batch * geometry.output_len(), 3);
     let residual = random(output_grad.len(), 4);
     let [scale, shift, slope, offset] = [5, 6, 7, 8].map(|seed| random(channels, seed));
-    let channel_of = |index: usize| index / positions % channels;
+    let channel_of = case.channel_of();
 
     // Forward.
     let z = case.conv(&input, &weight);
-    let count = (case.batch * positions) as f64;
-    let mut mean = vec![0.0; channels];
-    for (index, z) in z.iter().enumerate() {
-        mean[channel_of(index)] += z / count;
-    }
+    let mean = case.means(&z);
     let mut squares = vec![0.0; channels];
     for (index, z) in z.iter().enumerate() {
         squares[channel_of(index)] += (z - mean[channel_of(index)]).powi(2);
@@ -892,22 +774,12 @@ fn compare<T: Element<Real = T> + Real>(case: &Case, tolerance: f64) {
                 }
             })
             .collect();
-        let mut sum = vec![0.0; channels];
-        let mut deviation_sum = vec![0.0; channels];
-        let mut dz = vec![0.0; z.len()];
-        for (index, g) in g.iter().enumerate() {
-            let channel = channel_of(index);
-            let deviation = z[index] - mean[channel];
-            sum[channel] += g;
-            deviation_sum[channel] += g * deviation;
-            dz[index] = scale[channel] * g + slope[channel] * deviation + offset[channel];
-        }
-        let mut input_grad = vec![0.0; input.len()];
-        let mut weight_grad = vec![0.0; weight.len()];
-        case.for_each_product(|x, w, y| {
-            input_grad[x] += dz[y] * weight[w];
-            weight_grad[w] += dz[y] * input[x];
-        });
+        let [sum, deviation_sum] = case.sums(&g, &z, &mean);
+        let [input_grad, weight_grad] = case.gradients(
+            [&input, &weight],
+            [&g, &z],
+            [&mean, &scale, &slope, &offset],
+        );
 
         let t_output_grad = rounded::<T>(&output_grad);
         let [t_slope, t_offset] = [&slope, &offset].map(|values| rounded::<T>(values));

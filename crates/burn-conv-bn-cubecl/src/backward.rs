@@ -12,7 +12,7 @@ use crate::fold::{Fold, Partial, fold_lanes, fold_of_all, partial_table, write_p
 use crate::last_cube;
 use crate::norm::{NormArgs, rows, unit_affine, unit_norm};
 use crate::pool::PoolWindow;
-use crate::pre_activation::{Grad, PreActivation, PreActivationSteps, grad_at};
+use crate::pre_activation::{PreActivation, PreActivationSteps, grads_at};
 use crate::table::{self, AffineGrads, ChannelTable, SumsResults, write_grads};
 use crate::walk::{
     Grid, Lanes, MAP_CUBES, REDUCTION_CUBES, Steps, Unit, Walk, empty_like, index, is_idle,
@@ -89,23 +89,19 @@ fn unit_sums<E: Float, T: Float, P: Float, N: Size, V: Size>(
     let mut sums = Partial::<T, N>::empty();
     for first in range_stepped(unit.start, unit.end, comptime!(lanes.stride())) {
         let positions = positions_at_once(grid, unit, first, lanes);
-        let mut grads = Sequence::<Grad<T, N>>::new();
-        #[unroll]
-        for i in 0..lanes.at_once {
-            grads.push(grad_at(
-                output_grad,
-                argmax,
-                norm_input,
-                residual,
-                output,
-                steps,
-                &affine,
-                &positions.index(i).at,
-                unit,
-                activation,
-                window,
-            ));
-        }
+        let grads = grads_at(
+            output_grad,
+            argmax,
+            norm_input,
+            residual,
+            output,
+            steps,
+            &affine,
+            &positions,
+            unit,
+            activation,
+            window,
+        );
         #[unroll]
         for i in 0..lanes.at_once {
             if positions.index(i).is_there {
@@ -406,23 +402,19 @@ fn norm_input_grad_kernel<E: Float, T: Float, N: Size, V: Size>(
     }
     for first in range_stepped(unit.start, unit.end, comptime!(lanes.stride())) {
         let positions = positions_at_once(grid, &unit, first, lanes);
-        let mut grads = Sequence::<Grad<T, N>>::new();
-        #[unroll]
-        for i in 0..lanes.at_once {
-            grads.push(grad_at(
-                output_grad,
-                argmax,
-                norm_input,
-                residual,
-                output,
-                steps,
-                &affine,
-                &positions.index(i).at,
-                &unit,
-                activation,
-                window,
-            ));
-        }
+        let grads = grads_at(
+            output_grad,
+            argmax,
+            norm_input,
+            residual,
+            output,
+            steps,
+            &affine,
+            &positions,
+            &unit,
+            activation,
+            window,
+        );
         // No write before the last read: the two may share memory.
         #[unroll]
         for i in 0..lanes.at_once {

@@ -155,7 +155,7 @@ pub(crate) fn pooled_grad<E: Float, T: Float, N: Size>(
     sum
 }
 
-/// The argmax of a vector of outputs, of which the first has that index.
+/// The argmax of a vector of outputs, from the index `first` on.
 #[cube]
 fn places_at<N: Size>(argmax: &Tensor<u32>, first: usize) -> Vector<u32, N> {
     let size = N::value();

@@ -11,7 +11,7 @@ use crate::norm::AffineRows;
 use crate::pool::PoolWindow;
 use crate::pool_grad::{PoolArgmax, PoolExtent, no_extent, pooled_grad};
 use crate::table::ChannelTable;
-use crate::walk::{Steps, Unit, Walk, index};
+use crate::walk::{Position, Steps, Unit, Walk, index};
 use crate::{assert_dtype, assert_shape};
 
 /// Operands of the gradient at the pre-activation `v`: `g = output_grad * activation'(v)`.
@@ -159,8 +159,44 @@ pub(crate) struct Grad<T: Float, N: Size> {
     pub(crate) deviation: Vector<T, N>,
 }
 
+/// The gradients at some positions, read before any is used.
 #[cube]
-pub(crate) fn grad_at<E: Float, T: Float, N: Size>(
+pub(crate) fn grads_at<E: Float, T: Float, N: Size>(
+    output_grad: &Tensor<Vector<E, N>>,
+    argmax: ComptimeOption<&Tensor<u32>>,
+    norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
+    residual: ComptimeOption<&Tensor<Vector<E, N>>>,
+    output: ComptimeOption<&Tensor<Vector<E, N>>>,
+    steps: &PreActivationSteps,
+    affine: &AffineRows<T, N>,
+    positions: &Sequence<Position>,
+    unit: &Unit,
+    #[comptime] activation: Activation,
+    #[comptime] window: PoolWindow,
+) -> Sequence<Grad<T, N>> {
+    let mut grads = Sequence::<Grad<T, N>>::new();
+    let count = comptime!(positions.len());
+    #[unroll]
+    for i in 0..count {
+        grads.push(grad_at(
+            output_grad,
+            argmax,
+            norm_input,
+            residual,
+            output,
+            steps,
+            affine,
+            &positions.index(i).at,
+            unit,
+            activation,
+            window,
+        ));
+    }
+    grads
+}
+
+#[cube]
+fn grad_at<E: Float, T: Float, N: Size>(
     output_grad: &Tensor<Vector<E, N>>,
     argmax: ComptimeOption<&Tensor<u32>>,
     norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,

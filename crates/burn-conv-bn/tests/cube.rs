@@ -212,31 +212,13 @@ fn every_option() {
 #[test]
 fn every_activation() {
     let policies = [(Recompute::Conv, Some(1)), (Recompute::Never, None)];
-    let activations = [
-        Activation::Relu6,
-        Activation::LeakyRelu {
-            negative_slope: 0.1,
-        },
-        Activation::Silu,
-        Activation::Gelu,
-        Activation::GeluApproximate,
-        Activation::HardSwish,
-        Activation::Sigmoid,
-        Activation::HardSigmoid {
-            alpha: 0.2,
-            beta: 0.5,
-        },
-        Activation::Tanh,
-        Activation::Elu { alpha: 0.75 },
-        Activation::Mish,
-        Activation::Softplus { beta: 1.5 },
-    ];
-    for (place, activation) in activations.into_iter().enumerate() {
+    // The first two are those of the other tests.
+    for (place, activation) in Activation::SAMPLES[2..].iter().enumerate() {
         let others = [(false, false), (true, false), (true, true)];
         for (index, (residual, fixed_statistics)) in others.into_iter().enumerate() {
             let (recompute, max_workspace) = policies[(place + index) % policies.len()];
             Case {
-                activation,
+                activation: *activation,
                 residual,
                 fixed_statistics,
                 recompute,

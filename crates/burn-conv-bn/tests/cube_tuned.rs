@@ -158,7 +158,7 @@ fn the_bound_holds_while_a_block_is_tuned() {
     assert!(ours.tuning <= most, "{ours:?} of {most}");
 }
 
-/// Burn tunes a depthwise convolution's input gradient with columns, too; a block's has none.
+/// Burn tunes a depthwise convolution's input gradient with columns, too. A block's gradient has none.
 #[test]
 fn a_lower_peak_while_a_depthwise_block_is_tuned() {
     let _alone = alone();

@@ -11,9 +11,7 @@ use super::phases::{load_runs, store_runs, zero_gaps};
 use super::tile::{Algorithm, Piece, Transposed};
 use crate::blocks::{Block, Share};
 use crate::scratch::Aligned;
-use crate::simd::planes::{
-    Filter, WIDEST, accumulate, correlate, correlate_add, plane_len, slack, taps_in_cache,
-};
+use crate::simd::planes::{Filter, WIDEST, accumulate, correlate, plane_len, slack, taps_in_cache};
 use crate::simd::prefetch_range;
 use crate::simd::sweeps::{self, Sweep};
 use crate::{Element, Geometry, Real};
@@ -311,6 +309,7 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
             &mut scratch.output[self.layout.reach()..],
             self.pitch,
             tile.range.len(),
+            false,
         );
     }
 
@@ -461,24 +460,29 @@ impl<T: Real> Direct<'_, T> {
                 &scratch.copies
             }
         };
-        let correction = self
-            .centered
-            .as_ref()
-            .and_then(|centered| centered.correction.as_ref());
+        let centered = self.centered.as_ref();
+        let correction = centered.and_then(|centered| centered.correction.as_ref());
         for ((filter, offsets), runs) in self.transposed[group].iter().zip(&tile.grad) {
             let positions = runs.last().map_or(0, |run| run.wide + run.len);
             let target = &mut scratch.input_grad;
-            match correction {
-                None => correlate(filter, source, offsets, target, self.pitch, positions),
-                Some(Correction { matrix, constants }) => {
-                    let rows = target.chunks_exact_mut(self.pitch);
-                    for (row, constant) in rows.zip(constants) {
-                        row[..positions].fill(*constant);
-                    }
-                    correlate_add(filter, source, offsets, target, self.pitch, positions);
-                    let planes = &scratch.planes;
-                    correlate_add(matrix, planes, &self.offsets, target, self.pitch, positions);
+            if let Some(Correction { constants, .. }) = correction {
+                for (row, constant) in target.chunks_exact_mut(self.pitch).zip(constants) {
+                    row[..positions].fill(*constant);
                 }
+            }
+            let adds = correction.is_some();
+            correlate(filter, source, offsets, target, self.pitch, positions, adds);
+            if let Some(Correction { matrix, .. }) = correction {
+                let planes = &scratch.planes;
+                correlate(
+                    matrix,
+                    planes,
+                    &self.offsets,
+                    target,
+                    self.pitch,
+                    positions,
+                    adds,
+                );
             }
             for (index, values) in scratch.input_grad.chunks_exact(self.pitch).enumerate() {
                 let target = grad.channel((group * channels + index) * plane);

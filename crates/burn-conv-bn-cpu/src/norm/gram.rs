@@ -40,9 +40,10 @@ const MOST_SHIFT: f64 = 256.0;
 const SQUARES: [f64; 2] = [1e-24, 1e24];
 
 impl<E: Element> Backward<'_, E> {
-    /// Whether [`ConvOutput::Gram`](crate::ConvOutput::Gram) applies and saves operations: to a pointwise convolution
-    /// without padding that has at least twice as many outputs as inputs, if the activation's derivative does not depend on
-    /// the convolution's output, but on that of the op, and the output's gradient is a tensor.
+    /// Whether [`ConvOutput::Gram`](crate::ConvOutput::Gram) applies, and saves time.
+    ///
+    /// The convolution is pointwise and has no padding. It has at least twice as many outputs as inputs. There is no
+    /// activation, or [`Self::output`] gives its derivative. The output's gradient is a tensor.
     pub fn allows_gram(&self) -> bool {
         let geometry = self.geometry;
         let [inputs, outputs] = geometry.channels;
@@ -303,7 +304,7 @@ fn product<T: Real, F: Fn(usize) -> T>(
                 let left = left(k);
                 move |row| left(first + row)
             });
-            correlate(&filter, &planes, &offsets, target, pitch, columns);
+            correlate(&filter, &planes, &offsets, target, pitch, columns, false);
         });
     (target, pitch)
 }

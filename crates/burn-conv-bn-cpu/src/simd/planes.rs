@@ -177,7 +177,7 @@ fn write<T: Real>(target: &mut [MaybeUninit<T>], values: [T; CHANNELS]) {
 
 /// `target[c][p] = sum over taps t of filter[c][t] * source[offsets[t] + p]` for `positions`
 /// positions, with `target`'s channels `pitch` apart. Up to [`slack`] values behind a channel's positions
-/// are overwritten with unspecified numbers.
+/// are overwritten with unspecified numbers. With `adds` the target's values are added to.
 ///
 /// Each sum runs over the taps in order, whatever the position.
 ///
@@ -188,28 +188,6 @@ pub(crate) fn correlate<T: Real>(
     filter: &Filter<T>,
     source: &[T],
     offsets: &[usize],
-    target: &mut [T],
-    pitch: usize,
-    positions: usize,
-) {
-    run_correlate(filter, (source, offsets), target, pitch, positions, false);
-}
-
-/// As [`correlate`], added to the target.
-pub(crate) fn correlate_add<T: Real>(
-    filter: &Filter<T>,
-    source: &[T],
-    offsets: &[usize],
-    target: &mut [T],
-    pitch: usize,
-    positions: usize,
-) {
-    run_correlate(filter, (source, offsets), target, pitch, positions, true);
-}
-
-fn run_correlate<T: Real>(
-    filter: &Filter<T>,
-    (source, offsets): (&[T], &[usize]),
     target: &mut [T],
     pitch: usize,
     positions: usize,

@@ -96,8 +96,8 @@ impl Costs {
         } else {
             outputs * allocator.row(taps * channels_in)
         };
-        // Tuning gives a product a second output. That of the input's gradient is columns, beside a copy of z's
-        // gradient; that of the weight's gradient has a partial sum for each 2048 positions at most.
+        // Tuning gives each product a second output. For the input's gradient that is columns, beside a copy of z's
+        // gradient. For the weight's gradient it is partial sums, one for every 2048 positions at most.
         let products = if tunes_products && columns > 0 {
             columns * (1 + channels_out.div_ceil(1024)) + output
         } else {

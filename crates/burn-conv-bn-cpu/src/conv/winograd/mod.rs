@@ -355,6 +355,7 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
                 target,
                 self.plane,
                 positions,
+                false,
             );
         }
     }
@@ -530,7 +531,15 @@ impl<F: Element> Algorithm<F> for Winograd<'_, F::Real> {
         {
             let (outputs, source) = (&self.taps.of(product).outputs, &source[tile.at + first..]);
             let (target, positions) = (&mut target[strip + first..], tile.positions - first);
-            correlate(filter, source, outputs, target, self.grad_plane, positions);
+            correlate(
+                filter,
+                source,
+                outputs,
+                target,
+                self.grad_plane,
+                positions,
+                false,
+            );
         }
         if let Some(grad) = grad {
             scratch.course_grad.resize(self.course_grad, F::Real::ZERO);
