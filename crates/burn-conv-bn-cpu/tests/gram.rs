@@ -387,7 +387,7 @@ fn a_mean_far_from_the_first_image_is_not_subtracted() {
         },
         ..PLAIN
     };
-    for (beside, is_near) in [(0.0, true), (1e4, false)] {
+    for (beside, is_near) in [(0.0, true), (3.0, true), (100.0, false), (1e4, false)] {
         let mut data = case.data::<f32>();
         for row in data.input.chunks_exact_mut(case.conv.input[2]) {
             row.iter_mut()
