@@ -59,8 +59,7 @@ impl Layouts<CubeBackend> for Kernels {
         })
     }
 
-    // Each of Burn's convolutions would copy it.
-    fn shared_weight(weight: CubeTensor) -> CubeTensor {
+    fn convolution_order(weight: CubeTensor) -> CubeTensor {
         let weight = Self::innermost_channels(weight);
         if weight.meta.strides()[1] == 1 {
             return weight;

@@ -211,6 +211,14 @@ pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
     }
 
     let weight_grad = grads.weight.map(|grad| cast::<B>(grad, pass.dtype));
+    // An optimizer may leave the weight in its gradient's order, or in that of its axes if the two differ. For one
+    // tap that is the convolutions', too.
+    let is_of_several_taps = options.weight_shape[2..].iter().any(|&size| size > 1);
+    let weight_grad = if is_of_several_taps {
+        weight_grad.map(S::convolution_order)
+    } else {
+        weight_grad
+    };
     let zeros = || B::float_zeros(Shape::new([output_shape[1]]), &device, pass.dtype.into());
     let parameters = match options.statistics {
         StatisticsKind::Batch => ParameterGrads {
@@ -292,7 +300,7 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
         if (options.wanted.input || recomputes)
             && let Some(weight) = take(&mut saved.weight, true)
         {
-            saved.weight = OptionalTensor::Present(S::shared_weight(weight));
+            saved.weight = OptionalTensor::Present(S::convolution_order(weight));
         }
         let spec = options.options.norm;
         let dtype = saved.output_grad.dtype();

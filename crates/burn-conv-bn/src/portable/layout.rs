@@ -32,8 +32,8 @@ pub(crate) trait Layouts<B: Backend> {
         tensor
     }
 
-    /// A weight that several convolutions read, as the device's convolutions want it in memory.
-    fn shared_weight(weight: FloatTensor<B>) -> FloatTensor<B> {
+    /// A weight, or its gradient, in the memory order of the device's convolutions, which copy any other.
+    fn convolution_order(weight: FloatTensor<B>) -> FloatTensor<B> {
         weight
     }
 
