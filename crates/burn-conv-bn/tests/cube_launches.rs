@@ -223,13 +223,13 @@ fn launches_of_resnet_18() {
 /// Copies of a weight that was drawn and of one that was loaded, in evaluation, and after the steps of optimizers.
 fn weight_keeps_its_order(block: &Block, device: &Device, meter: &PoolMeter) {
     let tracked = device.clone().autodiff();
-    let drawn = block.init(&tracked);
-    let bytes = drawn.clone().into_record().into_bytes().unwrap();
-    let record = ModuleRecord::from_bytes(bytes).unwrap();
-    let loaded = block.init(&tracked).load_record(record);
-    let momentum = MomentumConfig::new();
-    for layer in [drawn, loaded] {
-        let evaluated = layer.valid();
+    let drawn = || block.init(&tracked);
+    let loaded = || {
+        let bytes = drawn().into_record().into_bytes().unwrap();
+        drawn().load_record(ModuleRecord::from_bytes(bytes).unwrap())
+    };
+    for layer in [&drawn as &dyn Fn() -> ConvBn2d, &loaded] {
+        let evaluated = layer().valid();
         let x = activation(block.channels[0], 4, device);
         for _ in 0..STEPS {
             device.sync().expect("the device works");
@@ -239,13 +239,10 @@ fn weight_keeps_its_order(block: &Block, device: &Device, meter: &PoolMeter) {
             meter.peak();
         }
         assert_eq!(Launches::of(&meter.launches()).copies, 0);
-        let copies = |[forward, backward]: [Launches; 2]| forward.copies + backward.copies;
-        let layer = || layer.clone();
-        let sgd = &mut SgdConfig::new()
-            .with_momentum(Some(momentum.clone()))
-            .init();
-        assert!(copies(measure(block, layer(), sgd, device, meter)) <= block.copies());
-        let adam = &mut AdamConfig::new().init();
-        assert!(copies(measure(block, layer(), adam, device, meter)) <= block.copies());
+        let sgd = SgdConfig::new().with_momentum(Some(MomentumConfig::new()));
+        for mut optimizer in [sgd.init(), AdamConfig::new().init()] {
+            let [forward, backward] = measure(block, layer(), &mut optimizer, device, meter);
+            assert!(forward.copies + backward.copies <= block.copies());
+        }
     }
 }

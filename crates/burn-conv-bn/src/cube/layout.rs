@@ -59,6 +59,11 @@ impl Layouts<CubeBackend> for Kernels {
         })
     }
 
+    fn is_channels_last(weight: &CubeTensor) -> bool {
+        let (shape, strides) = (weight.meta.shape(), weight.meta.strides());
+        shape[1] > 1 && strides[1] == 1 && shape[2..].iter().any(|&size| size > 1)
+    }
+
     fn convolution_order(weight: CubeTensor) -> CubeTensor {
         let weight = Self::innermost_channels(weight);
         if weight.meta.strides()[1] == 1 {

@@ -210,15 +210,11 @@ pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
         }
     }
 
-    let weight_grad = grads.weight.map(|grad| cast::<B>(grad, pass.dtype));
-    // An optimizer may leave the weight in its gradient's order, or in that of its axes if the two differ. For one
-    // tap that is the convolutions', too.
-    let is_of_several_taps = options.weight_shape[2..].iter().any(|&size| size > 1);
-    let weight_grad = if is_of_several_taps {
-        weight_grad.map(S::convolution_order)
-    } else {
-        weight_grad
-    };
+    let mut weight_grad = grads.weight.map(|grad| cast::<B>(grad, pass.dtype));
+    if pass.is_channels_last {
+        // An optimizer may leave the weight in its gradient's order, or in that of the axes if the two differ.
+        weight_grad = weight_grad.map(S::convolution_order);
+    }
     let zeros = || B::float_zeros(Shape::new([output_shape[1]]), &device, pass.dtype.into());
     let parameters = match options.statistics {
         StatisticsKind::Batch => ParameterGrads {
@@ -284,6 +280,8 @@ struct Pass<'a, B: Backend, S: Sweeps<B>> {
     needs_conv_output: bool,
     /// The norm folded into the weight, if the activation's derivative needs its output.
     folded: Option<Folded<B>>,
+    /// Whether the weight came with its channels innermost.
+    is_channels_last: bool,
     /// The weight that the gradient of the input goes through.
     input_weight: Option<FloatTensor<B>>,
 }
@@ -297,6 +295,7 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
     ) -> Self {
         let is_of_batch = options.statistics == StatisticsKind::Batch;
         let recomputes = is_of_batch && !saved.conv_output.is_present();
+        let is_channels_last = saved.weight.as_option().is_some_and(S::is_channels_last);
         if (options.wanted.input || recomputes)
             && let Some(weight) = take(&mut saved.weight, true)
         {
@@ -349,6 +348,7 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
             norm,
             needs_conv_output,
             folded,
+            is_channels_last,
             input_weight,
             saved: Saved {
                 output_grad: OptionalTensor::Present(saved.output_grad),

@@ -32,6 +32,12 @@ pub(crate) trait Layouts<B: Backend> {
         tensor
     }
 
+    /// Whether a weight of several taps has its channels innermost.
+    fn is_channels_last(weight: &FloatTensor<B>) -> bool {
+        let _ = weight;
+        false
+    }
+
     /// A weight, or its gradient, in the memory order of the device's convolutions, which copy any other.
     fn convolution_order(weight: FloatTensor<B>) -> FloatTensor<B> {
         weight
