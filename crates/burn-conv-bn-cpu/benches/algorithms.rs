@@ -2,11 +2,14 @@
 //!
 //! Forward and backward of convolution, batch norm and ReLU in milliseconds, single precision, on as many threads as
 //! rayon takes: the least of some rounds in which the algorithms take turns. An algorithm that needs more scratch
-//! than the limits allow stands in brackets, and the rule cannot choose it.
+//! than the limits allow stands in brackets, and the rule cannot choose it. The rate is that of the rule's choice, by the
+//! operations of direct convolutions, in parts of the rate of large matrix products beside it.
 //!
 //! ```text
 //! cargo bench -p burn-conv-bn-cpu --bench algorithms [-- [--quick] [PART OF A LAYER'S NAME]...]
 //! ```
+
+mod products;
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -17,6 +20,8 @@ use burn_conv_bn_cpu::{
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+use crate::products::Products;
 
 const BATCHES: [usize; 4] = [1, 8, 32, 128];
 
@@ -248,7 +253,32 @@ struct Time {
     seconds: f64,
 }
 
-fn measure(geometry: &Geometry, data: &mut Data) -> Vec<Time> {
+/// Seconds of large matrix products, and their operations.
+struct Floor {
+    products: Products,
+    seconds: f64,
+}
+
+impl Floor {
+    fn new() -> Self {
+        Self {
+            products: Products::new(),
+            seconds: f64::INFINITY,
+        }
+    }
+
+    fn measure(&mut self) {
+        let start = Instant::now();
+        self.products.run();
+        self.seconds = self.seconds.min(start.elapsed().as_secs_f64());
+    }
+
+    fn rate(&self) -> f64 {
+        self.products.operations() as f64 / self.seconds
+    }
+}
+
+fn measure(geometry: &Geometry, data: &mut Data, floor: &mut Floor) -> Vec<Time> {
     let mut times = Vec::new();
     for method in Method::ALL {
         if let Some(fits) = geometry.fits::<f32>(method) {
@@ -269,6 +299,7 @@ fn measure(geometry: &Geometry, data: &mut Data) -> Vec<Time> {
         if round > ROUNDS[0] && start.elapsed() > TIME * times.len() as u32 {
             break;
         }
+        floor.measure();
         for (time, geometry) in &mut times {
             let start = Instant::now();
             step(geometry, data);
@@ -281,7 +312,8 @@ fn measure(geometry: &Geometry, data: &mut Data) -> Vec<Time> {
 }
 
 /// Prints a row, and returns the regret.
-fn print_row(name: &str, batch: usize, times: &[Time], chosen: Method) -> f64 {
+/// Prints an entry's times, and returns the regret. `floor` is the time of its operations at the rate of products.
+fn print_row(name: &str, batch: usize, times: &[Time], chosen: Method, floor: f64) -> f64 {
     let best = times
         .iter()
         .filter(|time| time.fits)
@@ -304,7 +336,8 @@ fn print_row(name: &str, batch: usize, times: &[Time], chosen: Method) -> f64 {
         .find(|time| time.method == chosen)
         .map_or(f64::NAN, |time| time.seconds);
     let regret = seconds / best;
-    println!("{row} {chosen:?} | {regret:.2} |");
+    let rate = floor / seconds;
+    println!("{row} {chosen:?} | {regret:.2} | {rate:.2} |");
     regret
 }
 
@@ -332,9 +365,9 @@ fn main() {
     };
     let mut regrets: Vec<(f64, String)> = Vec::new();
     println!(
-        "| layer | batch | planes | without gaps | Winograd | slices | packed | chosen | regret |"
+        "| layer | batch | planes | without gaps | Winograd | slices | packed | chosen | regret | rate |"
     );
-    println!("|---|--:|--:|--:|--:|--:|--:|---|--:|");
+    println!("|---|--:|--:|--:|--:|--:|--:|---|--:|--:|");
     for layer in layers() {
         let name = layer.name();
         if !parts.is_empty() && !parts.iter().any(|part| name.contains(part.as_str())) {
@@ -347,8 +380,10 @@ fn main() {
             if bytes > MOST_BYTES || operations > MOST_OPERATIONS {
                 continue;
             }
-            let times = measure(&geometry, &mut data);
-            let regret = print_row(&name, *batch, &times, geometry.method::<f32>());
+            let mut products = Floor::new();
+            let times = measure(&geometry, &mut data, &mut products);
+            let floor = operations / products.rate();
+            let regret = print_row(&name, *batch, &times, geometry.method::<f32>(), floor);
             regrets.push((regret, format!("{name}, batch {batch}")));
         }
     }

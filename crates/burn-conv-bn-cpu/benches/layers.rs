@@ -2,6 +2,8 @@
 //! backward, with the convolution recomputed; and max pools. In single precision, on as many threads as
 //! rayon takes.
 
+mod products;
+
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -15,6 +17,8 @@ use criterion::{Criterion, Throughput};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
+
+use crate::products::Products;
 
 fn geometry(layer: &Layer) -> Geometry {
     let padding = (layer.padding, layer.padding);
@@ -238,49 +242,14 @@ fn max_pools(criterion: &mut Criterion) {
 /// copies between main memory and itself. The floor of a layer is its operations over the one, or
 /// its bytes over the other.
 fn floor(criterion: &mut Criterion) {
-    const SIZE: usize = 768;
     const VALUES: usize = 16 << 20;
     let mut group = criterion.benchmark_group("floor");
     group.sample_size(10).warm_up_time(Duration::from_secs(1));
 
-    // One product for each thread: the library's own threads wait for each other.
-    let threads = rayon::current_num_threads();
-    let (a, b) = (random(SIZE * SIZE, 1), random(SIZE * SIZE, 2));
-    let mut products = vec![vec![0.0f32; SIZE * SIZE]; threads];
-    group.throughput(Throughput::Elements(
-        threads as u64 * 2 * (SIZE as u64).pow(3),
-    ));
+    let mut products = Products::new();
+    group.throughput(Throughput::Elements(products.operations()));
     group.bench_function("matrix products of 768, in operations", |bencher| {
-        bencher.iter(|| {
-            products.par_iter_mut().for_each(|product| {
-                // SAFETY: each matrix is SIZE by SIZE, its columns SIZE apart.
-                #[allow(unsafe_code)]
-                unsafe {
-                    gemm::gemm(
-                        SIZE,
-                        SIZE,
-                        SIZE,
-                        product.as_mut_ptr(),
-                        SIZE as isize,
-                        1,
-                        false,
-                        a.as_ptr(),
-                        SIZE as isize,
-                        1,
-                        b.as_ptr(),
-                        SIZE as isize,
-                        1,
-                        0.0,
-                        1.0,
-                        false,
-                        false,
-                        false,
-                        gemm::Parallelism::None,
-                    );
-                }
-            });
-            black_box(&products);
-        });
+        bencher.iter(|| products.run());
     });
 
     let source = random(VALUES, 3);

@@ -6,6 +6,7 @@ mod convolution;
 mod display;
 mod error;
 mod fold;
+#[cfg(feature = "cubecl")]
 mod layout;
 mod max_pool;
 mod module;
@@ -148,7 +149,10 @@ macro_rules! conv_bn_layer {
                     .init(device);
                 // Burn's 3-D configuration panics at even kernels under `Same`, which the op pads.
                 conv.padding = self.padding.clone();
-                conv.weight = layout::in_convolution_order(conv.weight);
+                #[cfg(feature = "cubecl")]
+                {
+                    conv.weight = layout::in_convolution_order(conv.weight);
+                }
                 let norm = BatchNormConfig::new(channels_out)
                     .with_epsilon(self.epsilon)
                     .with_momentum(self.momentum)

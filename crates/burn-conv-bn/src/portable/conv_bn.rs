@@ -210,11 +210,7 @@ pub(crate) fn backward_by<B: Backend, S: Sweeps<B>>(
         }
     }
 
-    let mut weight_grad = grads.weight.map(|grad| cast::<B>(grad, pass.dtype));
-    if pass.is_channels_last {
-        // An optimizer may leave the weight in its gradient's order, or in that of the axes if the two differ.
-        weight_grad = weight_grad.map(S::convolution_order);
-    }
+    let weight_grad = grads.weight.map(|grad| pass.in_order(grad));
     let zeros = || B::float_zeros(Shape::new([output_shape[1]]), &device, pass.dtype.into());
     let parameters = match options.statistics {
         StatisticsKind::Batch => ParameterGrads {
@@ -478,6 +474,17 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
                 let grad = conv::input_backward::<B, S>(&shape, weight.clone(), conv_grad, spec);
                 input.write::<S>(part, grad);
             }
+        }
+    }
+
+    /// The weight's gradient in the weight's dtype, and in its memory order: an optimizer may leave the weight in the
+    /// gradient's, or in that of the axes if the two differ.
+    fn in_order(&self, weight_grad: FloatTensor<B>) -> FloatTensor<B> {
+        let grad = cast::<B>(weight_grad, self.dtype);
+        if self.is_channels_last {
+            S::convolution_order(grad)
+        } else {
+            grad
         }
     }
 
