@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use pulp::Arch;
 
 use super::layout::{Copy, Layout, Source, Tile};
-use super::phases::{load_runs, store_runs, zero_gaps};
+use super::phases::{copy_runs, load_runs, split, store_runs, zero_gaps};
 use super::tile::{Algorithm, Piece, Transposed};
 use crate::blocks::{Block, Share};
 use crate::scratch::Aligned;
@@ -78,6 +78,8 @@ pub(crate) struct Scratch<T> {
     copies: Aligned<T>,
     /// The input's gradient at the positions of one phase.
     input_grad: Aligned<T>,
+    /// A channel's even and odd values in each of the tile's images.
+    halves: Aligned<T>,
     converted: Vec<T>,
 }
 
@@ -203,6 +205,31 @@ impl<'a, T: Real> Direct<'a, T> {
         self.layout.transposed().into_iter().map(phase).collect()
     }
 
+    /// Values of all images' halves.
+    fn halves(&self) -> usize {
+        if !self.layout.splits() {
+            return 0;
+        }
+        self.tile / self.layout.unit() * 2 * self.layout.half()
+    }
+
+    /// Takes a channel's values apart, in each of the tile's images.
+    #[inline(always)]
+    fn split<E: Element<Real = T>>(
+        &self,
+        source: &[E],
+        tile: &Tile,
+        halves: &mut [T],
+        converted: &mut Vec<T>,
+    ) {
+        let (plane, half) = (self.geometry.input_plane(), self.layout.half());
+        for (image, halves) in tile.split.clone().zip(halves.chunks_exact_mut(2 * half)) {
+            let start = image * self.geometry.input_len();
+            prefetch_range(source, start + plane..start + 2 * plane);
+            split(E::read(&source[start..][..plane], converted), halves, half);
+        }
+    }
+
     /// Fills the copies of the output's gradient, if the layout has any.
     fn copy(&self, scratch: &mut Scratch<T>, tile: &Tile) {
         let (copies, channels) = (self.layout.copies(), self.geometry.group_out());
@@ -238,6 +265,7 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
     fn tile_bytes(&self, gradients: bool) -> usize {
         let (group_in, group_out) = (self.geometry.group_in(), self.geometry.group_out());
         let planes = self.layout.phases() * group_in * self.plane + group_out * self.pitch;
+        let planes = planes + self.halves();
         let copies = self.layout.copies().len() * group_out + group_in;
         let copies = if gradients { copies * self.pitch } else { 0 };
         (planes + copies) * size_of::<E::Real>()
@@ -270,22 +298,33 @@ impl<E: Element> Algorithm<E> for Direct<'_, E::Real> {
         let channels = self.geometry.group_in();
         let len = self.layout.phases() * channels * self.plane;
         scratch.planes.resize(len, E::Real::ZERO);
+        scratch.halves.resize(self.halves(), E::Real::ZERO);
         let plane = self.geometry.input_plane();
         let first = group * channels * plane;
+        // Dot products read that far; what sums read behind it goes into no result.
+        let end = tile.range.len() + self.layout.reach() + WIDEST;
         Arch::new().dispatch(Sweep(
             #[inline(always)]
             || {
                 let step = self.layout.step();
                 for channel in 0..channels {
                     let source = &input[first + channel * plane..];
+                    let start = channel * tile.input.len() * self.plane;
+                    let targets = scratch.planes[start..].chunks_exact_mut(self.plane);
+                    if self.layout.splits() {
+                        self.split(source, tile, &mut scratch.halves, &mut scratch.converted);
+                        for (runs, target) in tile.input.iter().zip(targets) {
+                            copy_runs(&scratch.halves, runs, &mut target[..end]);
+                        }
+                        continue;
+                    }
                     // The next channel's lines, of several phases those of the first.
                     for run in tile.input.iter().take(1).flatten() {
                         let start = plane + run.dense;
                         prefetch_range(source, start..start + (run.len - 1) * step + 1);
                     }
-                    let start = channel * tile.input.len() * self.plane;
-                    let targets = scratch.planes[start..].chunks_exact_mut(self.plane);
                     for (runs, target) in tile.input.iter().zip(targets) {
+                        let target = &mut target[..end];
                         load_runs(source, runs, step, target, &mut scratch.converted);
                         if let Some(centered) = &self.centered {
                             let origin = centered.origin[channel];

@@ -93,6 +93,8 @@ pub(crate) struct Tile {
     pub(crate) is_first: bool,
     /// Of the input, for each phase: the inputs of the tile's outputs.
     pub(crate) input: Vec<Vec<Run>>,
+    /// Images that are split.
+    pub(crate) split: Range<usize>,
     /// Of the output.
     pub(crate) output: Vec<Run>,
     pub(crate) pieces: Vec<Piece>,
@@ -269,6 +271,17 @@ impl<'a> Layout<'a> {
         self.geometry.stride[2]
     }
 
+    /// Whether an image's even and odd values are taken apart before they are copied to planes: with stride 2, and a plane
+    /// for each tap, a value is copied to several planes.
+    pub(crate) fn splits(&self) -> bool {
+        self.copies.is_some() && self.step() == 2
+    }
+
+    /// Even values of a channel of an image.
+    pub(crate) fn half(&self) -> usize {
+        self.geometry.input_plane().div_ceil(2)
+    }
+
     /// Whether each value of the input has a wide position; the others have no tap.
     pub(crate) fn covers_input(&self) -> bool {
         let geometry = self.geometry;
@@ -340,8 +353,17 @@ impl<'a> Layout<'a> {
         };
         let output = self.output_runs(images, &range);
         let (pieces, runs) = pieces(&output);
+        let mut input = self.input_runs(images, &reached);
+        let mut split = 0..0;
+        if self.splits() {
+            split = range.start / unit..range.end / unit;
+            for run in input.iter_mut().flatten() {
+                run.dense = self.place_in_halves(run.dense, split.start);
+            }
+        }
         Tile {
-            input: self.input_runs(images, &reached),
+            input,
+            split,
             is_first,
             pieces,
             runs,
@@ -349,6 +371,13 @@ impl<'a> Layout<'a> {
             grad,
             range,
         }
+    }
+
+    /// Place of a value of channel 0 in the halves of some images, the first of which is `first`.
+    fn place_in_halves(&self, dense: usize, first: usize) -> usize {
+        let len = self.geometry.input_len();
+        let (image, value) = (dense / len - first, dense % len);
+        (2 * image + value % 2) * self.half() + value / 2
     }
 
     /// Each wide row that has positions in `range`: image, slice, row and columns.

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use pulp::Arch;
 
-use crate::simd::sweeps::{Sweep, zero};
+use crate::simd::chunk::{CHUNK, Chunk, deinterleave};
+use crate::simd::sweeps::{Sweep, copy, zero};
 use crate::{Element, Geometry, Real};
 
 /// Values that are neighbours in the wide layout and evenly spaced in memory.
@@ -13,7 +14,8 @@ use crate::{Element, Geometry, Real};
 pub(crate) struct Run {
     /// Offset in the wide range.
     pub(crate) wide: usize,
-    /// Offset of channel 0 from the first value of the block's images in memory.
+    /// Offset of channel 0 from the first value of the block's images in memory or, where these are split, in the halves
+    /// of the tile's images.
     pub(crate) dense: usize,
     pub(crate) len: usize,
 }
@@ -72,19 +74,55 @@ pub(super) fn load_runs<E: Element>(
     target: &mut [E::Real],
     scratch: &mut Vec<E::Real>,
 ) {
+    fill(
+        runs,
+        target,
+        #[inline(always)]
+        |run, target| {
+            let source = &source[run.dense..][..(run.len - 1) * step + 1];
+            match step {
+                1 => E::load(source, target),
+                2 => every_other(E::read(source, scratch), target),
+                _ => spread(E::read(source, scratch), step, target),
+            }
+        },
+    );
+}
+
+/// As [`load_runs`], of runs in halves that [`split`] made.
+#[inline(always)]
+pub(super) fn copy_runs<T: Real>(halves: &[T], runs: &[Run], target: &mut [T]) {
+    fill(
+        runs,
+        target,
+        #[inline(always)]
+        |run, target| copy(&halves[run.dense..][..run.len], target),
+    );
+}
+
+#[inline(always)]
+fn fill<T: Real>(runs: &[Run], target: &mut [T], mut load: impl FnMut(&Run, &mut [T])) {
     let mut end = 0;
     for run in runs {
         zero(&mut target[end..run.wide]);
         end = run.wide + run.len;
-        let target = &mut target[run.wide..end];
-        let source = &source[run.dense..][..(run.len - 1) * step + 1];
-        match step {
-            1 => E::load(source, target),
-            2 => every_other(E::read(source, scratch), target),
-            _ => spread(E::read(source, scratch), step, target),
-        }
+        load(run, &mut target[run.wide..end]);
     }
     zero(&mut target[end..]);
+}
+
+/// The even values of a source, and from `half` on the odd ones.
+#[inline(always)]
+pub(super) fn split<T: Real>(source: &[T], halves: &mut [T], half: usize) {
+    let whole = source.len() / (2 * CHUNK) * CHUNK;
+    for start in (0..whole).step_by(CHUNK) {
+        Chunk::store(deinterleave(source, 2 * start), halves, start, half);
+    }
+    for (index, pair) in source[2 * whole..].chunks(2).enumerate() {
+        for (odd, value) in pair.iter().enumerate() {
+            halves[odd * half + whole + index] = *value;
+        }
+    }
 }
 
 /// Every other value, from the first to the last.

@@ -53,8 +53,10 @@ fn copy_as<T: Copy, U: Copy>(source: &[T], target: &mut [U], to: impl Fn(T) -> U
     const CHUNK: usize = 16;
     assert_eq!(source.len(), target.len());
     if source.len() < CHUNK {
-        for (target, source) in target.iter_mut().zip(source) {
-            *target = to(*source);
+        if !copy_ends::<T, U, 8>(source, target, to) && !copy_ends::<T, U, 4>(source, target, to) {
+            for (target, source) in target.iter_mut().zip(source) {
+                *target = to(*source);
+            }
         }
         return;
     }
@@ -70,6 +72,25 @@ fn copy_as<T: Copy, U: Copy>(source: &[T], target: &mut [U], to: impl Fn(T) -> U
     ) {
         *target = source.map(to);
     }
+}
+
+/// Copies the first and the last `N` of at most `2 N` values, if there are as many.
+#[inline(always)]
+fn copy_ends<T: Copy, U: Copy, const N: usize>(
+    source: &[T],
+    target: &mut [U],
+    to: impl Fn(T) -> U + Copy,
+) -> bool {
+    let (Some(first), Some(last)) = (source.first_chunk::<N>(), source.last_chunk::<N>()) else {
+        return false;
+    };
+    if let Some(target) = target.first_chunk_mut::<N>() {
+        *target = first.map(to);
+    }
+    if let Some(target) = target.last_chunk_mut::<N>() {
+        *target = last.map(to);
+    }
+    true
 }
 
 /// `fill` without its call for the few zeros of a row's end.
