@@ -84,6 +84,10 @@ mod tests {
         // A weight that outweighs the activations, with tiles enough and too few.
         assert_eq!(chosen(32, [512, 512, 7], 1, 1), Method::Slices);
         assert_eq!(chosen(1, [512, 512, 7], 1, 1), Method::Packed);
+        // Very many channels, and many where copies of the weight do not fit.
+        assert_eq!(chosen(8, [256, 256, 56], 1, 1), Method::Slices);
+        assert_eq!(chosen(32, [128, 128, 28], 1, 1), Method::Winograd);
+        assert_eq!(chosen(8, [128, 256, 28], 1, 1), Method::Slices);
         // Planes without gaps, where they fit the limits.
         assert_eq!(chosen(32, [256, 256, 28], 2, 1), Method::WithoutGaps);
         assert_eq!(chosen(8, [256, 256, 28], 2, 1), Method::Planes);

@@ -28,17 +28,18 @@ const LEAST_CHANNELS: usize = 16;
 const MANY_CHANNELS: usize = 32;
 const WIDE: usize = 28;
 
-/// Fewest channels of a group, in and out, for slices to be faster than Winograd's algorithm over rows.
+/// Fewest channels of a group, in and out, for slices of a weight that outweighs the activations.
 const SLICE_CHANNELS: usize = 64;
 
-/// Activations, in weights, below which slices are faster than Winograd's algorithm with copies of the weight. Less for
-/// fewer channels than [`SLICES`], whose parts keep fewer threads busy.
+/// Activations, in weights, below which slices are faster than Winograd's algorithm with copies of the weight, and below
+/// which they are faster than sums of planes.
 const DEEP: usize = 4;
-const DEEP_OF_MANY: usize = 8;
-const SLICES: usize = 256;
-
-/// As [`DEEP`], below which slices are faster than sums of planes.
 const DEEP_FOR_PLANES: usize = 8;
+
+/// Fewest channels for slices to be faster than both, whatever the activations. A slice is 32 channels: fewer keep fewer
+/// threads busy.
+const ALWAYS_SLICES: usize = 256;
+const SLICES_FOR_PLANES: usize = 128;
 
 /// The algorithm for a geometry.
 pub(crate) enum Chosen<'a, T> {
@@ -77,11 +78,7 @@ fn rule<E: Element>(geometry: &Geometry) -> Chosen<'_, E::Real> {
     let channels = geometry.group_in().min(geometry.group_out());
     let is_deep = |weights| channels >= SLICE_CHANNELS && is_deep(geometry, weights);
     let slices = slices::<E>(geometry).filter(|_| is_for_slices(geometry) && has_tiles(geometry));
-    let deep = match channels {
-        ..SLICES => DEEP,
-        _ => DEEP_OF_MANY,
-    };
-    if let Some(slices) = slices.filter(|_| is_deep(deep)) {
+    if let Some(slices) = slices.filter(|_| is_deep(DEEP) || channels >= ALWAYS_SLICES) {
         return Chosen::Slices(slices);
     }
     let is_narrow = geometry.groups() > 1 && channels < MANY_CHANNELS && geometry.output[2] < WIDE;
@@ -91,7 +88,8 @@ fn rule<E: Element>(geometry: &Geometry) -> Chosen<'_, E::Real> {
             return Chosen::Winograd(winograd);
         }
     }
-    if let Some(slices) = slices.filter(|_| is_deep(DEEP_FOR_PLANES)) {
+    let slices_for_planes = is_deep(DEEP_FOR_PLANES) || channels >= SLICES_FOR_PLANES;
+    if let Some(slices) = slices.filter(|_| slices_for_planes) {
         return Chosen::Slices(slices);
     }
     if !is_alone(geometry) {
