@@ -2,8 +2,8 @@
 //!
 //! Forward and backward of convolution, batch norm and ReLU in milliseconds, single precision, on as many threads as
 //! rayon takes: the least of some rounds in which the algorithms take turns. An algorithm that needs more scratch
-//! than the limits allow stands in brackets, and the rule cannot choose it. The rate is that of the rule's choice, by the
-//! operations of direct convolutions, in parts of the rate of large matrix products beside it.
+//! than the limits allow stands in brackets, and the rule cannot choose it. The last column has the choice's operations per
+//! second, counted as those of direct convolutions and divided by those of large matrix products.
 //!
 //! ```text
 //! cargo bench -p burn-conv-bn-cpu --bench algorithms [-- [--quick] [PART OF A LAYER'S NAME]...]
@@ -155,6 +155,7 @@ fn layers() -> Vec<Layer> {
         layer("VGG", [64, 64], 224, 3),
         layer("VGG", [128, 128], 112, 3),
         layer("VGG", [256, 256], 56, 3),
+        layer("VGG-112px", [256, 256], 28, 3),
         layer("VGG", [512, 512], 28, 3),
         layer("MobileNet", [32, 32], 112, 3).groups(32),
         layer("MobileNet", [96, 96], 112, 3).groups(96).stride(2),
@@ -253,33 +254,10 @@ struct Time {
     seconds: f64,
 }
 
-/// Seconds of large matrix products, and their operations.
-struct Floor {
-    products: Products,
-    seconds: f64,
-}
-
-impl Floor {
-    fn new() -> Self {
-        Self {
-            products: Products::new(),
-            seconds: f64::INFINITY,
-        }
-    }
-
-    fn measure(&mut self) {
-        let start = Instant::now();
-        self.products.run();
-        self.seconds = self.seconds.min(start.elapsed().as_secs_f64());
-    }
-
-    fn rate(&self) -> f64 {
-        self.products.operations() as f64 / self.seconds
-    }
-}
-
-fn measure(geometry: &Geometry, data: &mut Data, floor: &mut Floor) -> Vec<Time> {
+/// Times of all algorithms, and the rate of large matrix products in the same rounds, in operations per second.
+fn measure(geometry: &Geometry, data: &mut Data, products: &mut Products) -> (Vec<Time>, f64) {
     let mut times = Vec::new();
+    let mut products_seconds = f64::INFINITY;
     for method in Method::ALL {
         if let Some(fits) = geometry.fits::<f32>(method) {
             let geometry = geometry.clone().with_method(method);
@@ -299,7 +277,9 @@ fn measure(geometry: &Geometry, data: &mut Data, floor: &mut Floor) -> Vec<Time>
         if round > ROUNDS[0] && start.elapsed() > TIME * times.len() as u32 {
             break;
         }
-        floor.measure();
+        let start_of_products = Instant::now();
+        products.run();
+        products_seconds = products_seconds.min(start_of_products.elapsed().as_secs_f64());
         for (time, geometry) in &mut times {
             let start = Instant::now();
             step(geometry, data);
@@ -308,10 +288,10 @@ fn measure(geometry: &Geometry, data: &mut Data, floor: &mut Floor) -> Vec<Time>
             }
         }
     }
-    times.into_iter().map(|(time, _)| time).collect()
+    let times = times.into_iter().map(|(time, _)| time).collect();
+    (times, products.operations() as f64 / products_seconds)
 }
 
-/// Prints a row, and returns the regret.
 /// Prints an entry's times, and returns the regret. `floor` is the time of its operations at the rate of products.
 fn print_row(name: &str, batch: usize, times: &[Time], chosen: Method, floor: f64) -> f64 {
     let best = times
@@ -363,6 +343,7 @@ fn main() {
         input_grad: Vec::new(),
         weight_grad: Vec::new(),
     };
+    let mut products = Products::new();
     let mut regrets: Vec<(f64, String)> = Vec::new();
     println!(
         "| layer | batch | planes | without gaps | Winograd | slices | packed | chosen | regret | rate |"
@@ -380,9 +361,8 @@ fn main() {
             if bytes > MOST_BYTES || operations > MOST_OPERATIONS {
                 continue;
             }
-            let mut products = Floor::new();
-            let times = measure(&geometry, &mut data, &mut products);
-            let floor = operations / products.rate();
+            let (times, rate) = measure(&geometry, &mut data, &mut products);
+            let floor = operations / rate;
             let regret = print_row(&name, *batch, &times, geometry.method::<f32>(), floor);
             regrets.push((regret, format!("{name}, batch {batch}")));
         }

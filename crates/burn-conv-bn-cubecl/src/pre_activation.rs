@@ -178,75 +178,47 @@ pub(crate) fn grads_at<E: Float, T: Float, N: Size>(
     let count = comptime!(positions.len());
     #[unroll]
     for i in 0..count {
-        grads.push(grad_at(
-            output_grad,
-            argmax,
-            norm_input,
-            residual,
-            output,
-            steps,
-            affine,
-            &positions.index(i).at,
-            unit,
-            activation,
-            window,
-        ));
+        let at = &positions.index(i).at;
+        #[comptime]
+        let grad = match argmax {
+            ComptimeOption::Some(argmax) => pooled_grad::<E, T, N>(
+                output_grad,
+                argmax,
+                &steps.output_grad,
+                &steps.pool,
+                at,
+                unit,
+                window,
+            ),
+            ComptimeOption::None => {
+                Vector::<T, N>::cast_from(output_grad[index(&steps.output_grad, at, unit)])
+            }
+        };
+        #[comptime]
+        let deviation = match norm_input {
+            ComptimeOption::Some(input) => {
+                Vector::<T, N>::cast_from(input[index(&steps.norm_input, at, unit)]) - affine.mean
+            }
+            ComptimeOption::None => Vector::<T, N>::zero(),
+        };
+        #[comptime]
+        let value = match output {
+            ComptimeOption::Some(output) => {
+                Vector::<T, N>::cast_from(output[index(&steps.output, at, unit)])
+            }
+            ComptimeOption::None => affine.scale * deviation + affine.shift,
+        };
+        #[comptime]
+        let value = match residual {
+            ComptimeOption::Some(residual) => {
+                value + Vector::<T, N>::cast_from(residual[index(&steps.residual, at, unit)])
+            }
+            ComptimeOption::None => value,
+        };
+        grads.push(Grad::<T, N> {
+            grad: activation::backward(value, grad, activation),
+            deviation,
+        });
     }
     grads
-}
-
-#[cube]
-fn grad_at<E: Float, T: Float, N: Size>(
-    output_grad: &Tensor<Vector<E, N>>,
-    argmax: ComptimeOption<&Tensor<u32>>,
-    norm_input: ComptimeOption<&Tensor<Vector<E, N>>>,
-    residual: ComptimeOption<&Tensor<Vector<E, N>>>,
-    output: ComptimeOption<&Tensor<Vector<E, N>>>,
-    steps: &PreActivationSteps,
-    affine: &AffineRows<T, N>,
-    at: &Sequence<usize>,
-    unit: &Unit,
-    #[comptime] activation: Activation,
-    #[comptime] window: PoolWindow,
-) -> Grad<T, N> {
-    #[comptime]
-    let grad = match argmax {
-        ComptimeOption::Some(argmax) => pooled_grad::<E, T, N>(
-            output_grad,
-            argmax,
-            &steps.output_grad,
-            &steps.pool,
-            at,
-            unit,
-            window,
-        ),
-        ComptimeOption::None => {
-            Vector::<T, N>::cast_from(output_grad[index(&steps.output_grad, at, unit)])
-        }
-    };
-    #[comptime]
-    let deviation = match norm_input {
-        ComptimeOption::Some(input) => {
-            Vector::<T, N>::cast_from(input[index(&steps.norm_input, at, unit)]) - affine.mean
-        }
-        ComptimeOption::None => Vector::<T, N>::zero(),
-    };
-    #[comptime]
-    let value = match output {
-        ComptimeOption::Some(output) => {
-            Vector::<T, N>::cast_from(output[index(&steps.output, at, unit)])
-        }
-        ComptimeOption::None => affine.scale * deviation + affine.shift,
-    };
-    #[comptime]
-    let value = match residual {
-        ComptimeOption::Some(residual) => {
-            value + Vector::<T, N>::cast_from(residual[index(&steps.residual, at, unit)])
-        }
-        ComptimeOption::None => value,
-    };
-    Grad::<T, N> {
-        grad: activation::backward(value, grad, activation),
-        deviation,
-    }
 }

@@ -373,7 +373,7 @@ impl<'a> Layout<'a> {
         }
     }
 
-    /// Place of a value of channel 0 in the halves of some images, the first of which is `first`.
+    /// Place of a value of channel 0 in the halves of the images from `first` on.
     fn place_in_halves(&self, dense: usize, first: usize) -> usize {
         let len = self.geometry.input_len();
         let (image, value) = (dense / len - first, dense % len);

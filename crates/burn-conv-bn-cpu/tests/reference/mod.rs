@@ -126,6 +126,7 @@ impl Case {
         self.for_each_product(|x, w, y| output[y] += input[x] * weight[w]);
         output
     }
+
     /// Sums of `g` and of `g * (z - mean)`, by channel.
     pub fn sums(&self, g: &[f64], z: &[f64], mean: &[f64]) -> [Vec<f64>; 2] {
         let channel_of = self.channel_of();

@@ -477,8 +477,8 @@ impl<'a, B: Backend, S: Sweeps<B>> Pass<'a, B, S> {
         }
     }
 
-    /// The weight's gradient in the weight's dtype, and in its memory order: an optimizer may leave the weight in the
-    /// gradient's, or in that of the axes if the two differ.
+    /// The weight's gradient in the weight's dtype and memory order. Of another order, an optimizer might change the
+    /// weight's.
     fn in_order(&self, weight_grad: FloatTensor<B>) -> FloatTensor<B> {
         let grad = cast::<B>(weight_grad, self.dtype);
         if self.is_channels_last {
